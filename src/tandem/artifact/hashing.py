@@ -1,0 +1,49 @@
+"""Content hashes: what a file, a folder of weights or a plain value is, apart from its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+def hash_bytes(*parts: bytes) -> str:
+    """SHA-256 of the parts, each preceded by its length so that boundaries count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a plain value's canonical JSON."""
+    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes; unchanged files are read once per process."""
+    stat = path.stat()
+    return _hash_file(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_file(path: str, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """One hash of several files' names and contents, in name order."""
+    return hash_json(sorted((path.name, hash_file(path)) for path in paths))
+
+
+def hash_weights(folder: Path) -> str:
+    """Hash of the weight bytes of a local model folder (its safetensors or bin files)."""
+    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors or *.bin weights")
+    return hash_files(shards)

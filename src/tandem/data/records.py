@@ -1,0 +1,90 @@
+"""What a row of data is on its way from a file to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant"]
+TokenIds = NDArray[np.int32]
+TrainedMask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record came from: the file (or Hub id) and its row, counted from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation; `trained` only matters for assistant turns."""
+
+    role: Role
+    content: str
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An instruction record: turns that end with an assistant's."""
+
+    turns: tuple[Turn, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A preference record: one prompt, the preferred answer and the other one."""
+
+    prompt: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A path that continues a tree's prefix.
+
+    `input_ids` [L] and `trained` [L]: whether each token is a target.
+    """
+
+    input_ids: TokenIds
+    trained: TrainedMask
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One encoded record: a shared prefix and the branches that continue it.
+
+    A conversation has an empty prefix and one branch; a preference pair has the longest common
+    token prefix of its two sequences and two branches, chosen first. A trained token of the
+    prefix counts as a target of every branch. The first token of a sequence is never trained,
+    for nothing predicts it.
+    """
+
+    prefix: Branch
+    branches: tuple[Branch, ...]
+    origin: Origin
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the tree, the shared prefix counted once."""
+        return len(self.prefix.input_ids) + sum(len(b.input_ids) for b in self.branches)
+
+    def sequence(self, branch: int) -> Branch:
+        """The whole path from the root through one branch."""
+        tail = self.branches[branch]
+        return Branch(
+            np.concatenate([self.prefix.input_ids, tail.input_ids]),
+            np.concatenate([self.prefix.trained, tail.trained]),
+        )
