@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -13,54 +13,125 @@ Positive = Annotated[int, Field(gt=0)]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
+def _as_sources(value: object) -> object:
+    """A data set may be written as its path alone, and a single one without a list."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if value is None or not all(isinstance(item, str | dict | BaseModel) for item in items):
+        return value
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataSource(Section):
     """One data set: a file, a folder, a Hub id, or `demo:NAME` for the embedded data."""
 
-    path: str
-    split: str = "train"
-    subset: str | None = None
-    revision: str | None = None
+    path: str = Field(
+        description="A file (JSON, JSONL, Parquet), a folder, a Hub id, or `demo:NAME`."
+    )
+    split: str = Field(
+        default="train", description="Which split of a Hub data set or `datasets` folder."
+    )
+    subset: str | None = Field(default=None, description="Which configuration of a Hub data set.")
+    revision: str | None = Field(
+        default=None, description="A commit, tag or branch of a Hub data set."
+    )
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)]
 
 
 class Lora(Section):
     """The adapter: `target_modules` are module name endings, or `all-linear`."""
 
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    rank: Positive = Field(default=16, description="Rank of the update matrices.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="The update is scaled by alpha / rank."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Dropout before the update; off in DPO, whose reference must equal the policy.",
+    )
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        default="all-linear", description="Module name endings such as `q_proj`, or `all-linear`."
+    )
 
 
 class Training(Section):
     """What both training stages share. `batch_size` is global: examples per optimizer step."""
 
-    data: tuple[DataSource, ...] = Field(min_length=1)
-    batch_size: Positive = 64
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0)]
-    lr_scheduler: Scheduler = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    lora: Lora = Lora()
-    max_length: Positive = 2048
-    max_prompt_length: Positive | None = None
-    gradient_checkpointing: bool = False
-    logging_steps: Positive = 10
-    save_steps: Positive | None = None
-    save_total_limit: Positive | None = None
-    on_bad_record: Literal["stop", "drop"] = "stop"
+    data: Sources = Field(
+        min_length=1,
+        description="Data sets, read one after the other: a path, a mapping, or a list of them.",
+    )
+    batch_size: Positive = Field(
+        default=64,
+        description="Examples in one optimizer step, over all devices. Memory does not depend on it.",
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="How often the data is gone through (default 1 when `max_steps` is not set).",
+    )
+    max_steps: Positive | None = Field(
+        default=None, description="Optimizer steps, in place of `epochs`."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
+    lr_scheduler: Scheduler = Field(
+        default="cosine", description="How the learning rate goes down after warm-up."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Steps of linear warm-up."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="AdamW's decoupled weight decay."
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of AdamW's first moment."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="Decay of AdamW's second moment."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="AdamW's denominator term."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="Gradients are clipped to this norm; null leaves them alone."
+    )
+    lora: Lora = Field(default=Lora(), description="The adapter that is trained.")
+    max_length: Positive = Field(
+        default=2048,
+        description="Tokens of a whole sequence; an answer is cut there, without an end token.",
+    )
+    max_prompt_length: Positive | None = Field(
+        default=None,
+        description="Tokens of the prompt; its oldest text after the system turn goes first.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward: less memory, about a third more time.",
+    )
+    logging_steps: Positive = Field(
+        default=10, description="A line of metrics every so many steps."
+    )
+    save_steps: Positive | None = Field(
+        default=None, description="A checkpoint every so many steps; null: at the end only."
+    )
+    save_total_limit: Positive | None = Field(
+        default=None, description="How many checkpoints are kept; null keeps all."
+    )
+    on_bad_record: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What an unparsable line does: stop the run, or drop into the ledger.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -79,21 +150,31 @@ class Training(Section):
 class Sft(Training):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1e-4, description="The peak learning rate."
+    )
 
 
 class Dpo(Training):
     """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
 
-    data: tuple[DataSource, ...] = ()
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    data: Sources = Field(
+        default=(), description="Preference pairs; empty: what the pairs stage makes."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=5e-6, description="The peak learning rate."
+    )
+    beta: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="How strongly the policy is held to the reference."
+    )
 
 
 class Merge(Section):
     """Merging an adapter; `dtype` auto keeps the base weights' own."""
 
-    dtype: Dtype = "auto"
+    dtype: Dtype = Field(
+        default="auto", description="Of the merged weights; auto keeps the base weights' own."
+    )
 
 
 class Pairs(Section):
@@ -105,44 +186,90 @@ class Pairs(Section):
     `accepted` text or do not stop by themselves).
     """
 
-    prompts: tuple[DataSource, ...] = Field(min_length=1)
-    heldout: tuple[DataSource, ...] = ()
-    model: str | None = None
-    samples: Positive = 1
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Positive = 256
-    keep: Literal["different", "wrong"] = "different"
+    prompts: Sources = Field(
+        min_length=1, description="Records whose own answers become the chosen ones."
+    )
+    heldout: Sources = Field(
+        default=(),
+        description="Records for held-out pairs, which are evaluated and never trained on.",
+    )
+    model: str | None = Field(
+        default=None,
+        description="Writes the rejected answers, a weaker model; null: the merged SFT model.",
+    )
+    samples: Positive = Field(default=1, description="Answers drawn for each prompt.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Sampling temperature."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Nucleus sampling: the smallest set of tokens with this probability mass.",
+    )
+    max_new_tokens: Positive = Field(default=256, description="Tokens of a sampled answer at most.")
+    keep: Literal["different", "wrong"] = Field(
+        default="different",
+        description="Answers that become rejected ones: all unlike the chosen one, or only wrong ones.",
+    )
 
 
 class Evaluate(Section):
     """What base, SFT and final model are asked at the end."""
 
-    questions: tuple[DataSource, ...] = ()
-    pairs: tuple[DataSource, ...] = ()
-    max_new_tokens: Positive = 64
-    samples: Annotated[int, Field(ge=0)] = 8
+    questions: Sources = Field(
+        default=(), description="Questions with known answers, for answer accuracy."
+    )
+    pairs: Sources = Field(
+        default=(), description="Held-out preference pairs; empty: the pairs stage's."
+    )
+    max_new_tokens: Positive = Field(default=64, description="Tokens of an answer at most.")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="Answers shown side by side in the report."
+    )
 
 
 class Recipe(Section):
     """A whole run: base model -> SFT -> merge -> (pairs) -> DPO -> merge -> evaluation."""
 
-    name: str
-    description: str = ""
-    model: str
-    model_revision: str | None = None
-    output_dir: str
-    chat_template: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    attention: AttentionBackend = "auto"
-    tokens_per_microbatch: Positive | Literal["auto"] = "auto"
-    sft: Sft | None = None
-    merge: Merge = Merge()
-    pairs: Pairs | None = None
-    dpo: Dpo | None = None
-    evaluate: Evaluate | None = None
+    name: str = Field(description="The run's name.")
+    description: str = Field(default="", description="One line about it.")
+    model: str = Field(description="The base model: a Hub id, a folder, or `demo:base`.")
+    model_revision: str | None = Field(
+        default=None, description="A commit, tag or branch of a Hub model."
+    )
+    output_dir: str = Field(description="The run's folder; every stage gets a folder in it.")
+    chat_template: str | None = Field(
+        default=None,
+        description="`neural-chat`, a template file, or null: the model's own, else `neural-chat`.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=42,
+        description="Order of the data, adapter weights, dropout and sampling follow from it.",
+    )
+    device: Device = Field(default="auto", description="Where to train.")
+    dtype: Dtype = Field(
+        default="auto", description="Of the frozen weights; auto: bfloat16 on CUDA, float32 on CPU."
+    )
+    attention: AttentionBackend = Field(
+        default="auto",
+        description="`segments` computes shared prompts once; `dense` is the plain masked form.",
+    )
+    tokens_per_microbatch: Positive | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens fed at once; changes memory and speed, never the result.",
+    )
+    sft: Sft | None = Field(
+        default=None, description="Supervised fine-tuning; null leaves the stage out."
+    )
+    merge: Merge = Field(default=Merge(), description="How adapters are merged.")
+    pairs: Pairs | None = Field(
+        default=None, description="Making preference pairs; null: `dpo.data` has them."
+    )
+    dpo: Dpo | None = Field(
+        default=None, description="Direct Preference Optimization; null leaves the stage out."
+    )
+    evaluate: Evaluate | None = Field(
+        default=None, description="Questions at the end; null leaves the stage out."
+    )
 
     @model_validator(mode="after")
     def _connected(self) -> Recipe:
