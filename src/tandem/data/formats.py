@@ -1,0 +1,263 @@
+"""From a row to a conversation, a preference pair or a question.
+
+Formats are told apart by their keys; extra keys are fine. A row that cannot be used raises
+`Unusable` with a short reason, the same for all rows with the same fault, so that reasons count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tandem.data.records import Conversation, Origin, PreferencePair, Role, Turn
+
+Kind = Literal["conversations", "preference pairs"]
+Fields = Mapping[str, object]
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+}
+
+
+class Unusable(ValueError):  # noqa: N818  (not an error of the program: a verdict on a record)
+    """A parsable record that cannot be trained on; the message is the reason."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A known layout of rows: the keys that tell it, and how one row is read."""
+
+    name: str
+    kind: Kind
+    keys: frozenset[str]
+    read: Callable[[Fields, Origin], Conversation | PreferencePair]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An evaluation record: what is asked, the right answer, and how a base model is asked it.
+
+    `accepted` are texts any of which makes an answer right (never empty); `completion` is the
+    beginning of a text that a base model completes with the answer.
+    """
+
+    turns: tuple[Turn, ...]
+    answer: str
+    accepted: tuple[str, ...]
+    completion: str | None
+    origin: Origin
+
+
+def detect(fields: Fields) -> Format | None:
+    """The format of a row by its keys, or None."""
+    return next((known for known in FORMATS if known.keys <= fields.keys()), None)
+
+
+def describe_formats(kind: Kind) -> str:
+    """The known formats of a kind and their keys, for messages."""
+    return "; ".join(
+        f"{known.name} ({', '.join(sorted(known.keys))})" for known in FORMATS if known.kind == kind
+    )
+
+
+def read_question(fields: Fields, origin: Origin) -> Question:
+    """Read `{"question", "answer", "system"?, "accepted"?, "completion"?}`.
+
+    Raises `Unusable` for missing or empty texts.
+    """
+    answer = _text(fields, "answer")
+    accepted = fields.get("accepted")
+    if accepted is None:
+        accepted = [answer]
+    if not isinstance(accepted, list) or not all(isinstance(a, str) and a for a in accepted):
+        raise Unusable("`accepted` is not a list of texts")
+    completion = None if fields.get("completion") is None else _text(fields, "completion")
+    turns = _prompt(fields.get("system"), _text(fields, "question"))
+    return Question(turns, answer, tuple(accepted) or (answer,), completion, origin)
+
+
+def _read_sharegpt(fields: Fields, origin: Origin) -> Conversation:
+    return _conversation(fields.get("conversations"), "conversations", origin, "from", "value")
+
+
+def _read_messages(fields: Fields, origin: Origin) -> Conversation:
+    return _conversation(fields.get("messages"), "messages", origin, "role", "content")
+
+
+def _read_orca_pair(fields: Fields, origin: Origin) -> PreferencePair:
+    prompt = _prompt(fields.get("system"), _text(fields, "question"))
+    return _pair(prompt, _text(fields, "chosen"), _text(fields, "rejected"), origin)
+
+
+def _read_explicit_pair(fields: Fields, origin: Origin) -> PreferencePair:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        turns = _turns(prompt, "prompt", "role", "content")
+    else:
+        turns = _prompt(fields.get("system"), _text(fields, "prompt"))
+    chosen_prompt, chosen = _answer(fields, "chosen", turns)
+    rejected_prompt, rejected = _answer(fields, "rejected", turns)
+    if chosen_prompt != rejected_prompt:
+        raise Unusable("chosen and rejected follow different prompts")
+    return _pair(chosen_prompt, chosen, rejected, origin)
+
+
+def _answer(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+    """The answer in `key`, a text or messages that may repeat the prompt, and its prompt."""
+    value = fields.get(key)
+    if not isinstance(value, list):
+        return prompt, _text(fields, key)
+    turns = _turns(value, key, "role", "content")
+    if turns[-1].role != "assistant":
+        raise Unusable(f"`{key}` does not end with an assistant turn")
+    before = turns[:-1]
+    # A repeated prompt may add a system turn or history that a prompt given as text cannot hold.
+    shorter, longer = sorted((before, prompt), key=len)
+    if shorter and longer[-len(shorter) :] != shorter:
+        raise Unusable(f"`{key}` repeats another prompt than `prompt`")
+    return longer, turns[-1].content
+
+
+# `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
+FORMATS: tuple[Format, ...] = (
+    Format(
+        "orca_dpo_pairs",
+        "preference pairs",
+        frozenset({"question", "chosen", "rejected"}),
+        _read_orca_pair,
+    ),
+    Format(
+        "explicit preference",
+        "preference pairs",
+        frozenset({"prompt", "chosen", "rejected"}),
+        _read_explicit_pair,
+    ),
+    Format("ShareGPT", "conversations", frozenset({"conversations"}), _read_sharegpt),
+    Format("messages", "conversations", frozenset({"messages"}), _read_messages),
+)
+
+
+def _conversation(
+    value: object, key: str, origin: Origin, role_key: str, text_key: str
+) -> Conversation:
+    turns = _turns(value, key, role_key, text_key)
+    # Nothing after the last trained answer can influence training.
+    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unusable("no assistant turn")
+    if not trained:
+        raise Unusable("every answer has weight 0")
+    turns = turns[: trained[-1] + 1]
+    _check_order(turns)
+    return Conversation(turns, origin)
+
+
+def _pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
+    _check_order((*prompt, Turn("assistant", chosen)))
+    if not rejected.strip():
+        raise Unusable("empty answer", "rejected")
+    if chosen.strip() == rejected.strip():
+        raise Unusable("identical answers")
+    return PreferencePair(prompt, chosen, rejected, origin)
+
+
+def _prompt(system: object, question: str) -> tuple[Turn, ...]:
+    """System and user turn; an empty system text means that there is none."""
+    if system is None or system == "":
+        return (Turn("user", question),)
+    if not isinstance(system, str):
+        raise Unusable("`system` is not a text")
+    return (Turn("system", _sound(system)), Turn("user", question))
+
+
+def _turns(value: object, key: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unusable(f"`{key}` is not a list of turns")
+    turns = [_turn(item, key, role_key, text_key) for item in value]
+    if turns[0].role == "system" and not turns[0].content.strip():
+        del turns[0]
+    if not turns:
+        raise Unusable("no assistant turn")
+    return tuple(turns)
+
+
+def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
+    if not isinstance(item, Mapping):
+        raise Unusable(f"`{key}` holds a turn that is not an object")
+    # Some ShareGPT sets use role/content under `conversations`.
+    if role_key not in item and "role" in item:
+        role_key, text_key = "role", "content"
+    role = _ROLES.get(str(item.get(role_key)).lower())
+    if role is None:
+        raise Unusable("unknown role", f"{item.get(role_key)!r}")
+    content = item.get(text_key)
+    if content is None and role == "system":
+        content = ""
+    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item))
+
+
+def _trained(item: Mapping[str, object]) -> bool:
+    """Whether an answer's weight says it is trained; without a weight it is."""
+    weight = item.get("weight")
+    if weight is None:
+        return True
+    if weight not in (0, 1):
+        raise Unusable("an answer's weight is neither 0 nor 1", repr(weight))
+    return bool(weight)
+
+
+def _content(content: object, key: str) -> str:
+    """A turn's text, also when given as a list of text parts."""
+    if isinstance(content, list) and content:
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+            for part in content
+        ]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(str(part) for part in parts)
+    if content is None:
+        raise Unusable(f"a turn's `{key}` is null or missing")
+    if not isinstance(content, str):
+        raise Unusable(f"a turn's `{key}` is not a text")
+    return _sound(content)
+
+
+def _text(fields: Fields, key: str) -> str:
+    value = fields.get(key)
+    if value is None:
+        raise Unusable(f"`{key}` is null or missing")
+    if not isinstance(value, str):
+        raise Unusable(f"`{key}` is not a text")
+    if not value.strip():
+        raise Unusable("empty answer" if key in ("chosen", "rejected") else f"empty `{key}`", key)
+    return _sound(value)
+
+
+def _sound(text: str) -> str:
+    """The text itself, if it can be encoded (JSON can spell half a surrogate pair)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Unusable("a text holds half of a surrogate pair") from error
+    return text
+
+
+def _check_order(turns: tuple[Turn, ...]) -> None:
+    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts."""
+    spoken = turns[1:] if turns[0].role == "system" else turns
+    for index, turn in enumerate(spoken):
+        if turn.role != ("user", "assistant")[index % 2]:
+            raise Unusable("roles out of order", " ".join(t.role for t in turns))
+        if not turn.content.strip():
+            raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")

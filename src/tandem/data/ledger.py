@@ -1,0 +1,78 @@
+"""The account of every record that was cut or left out: file, row and reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.artifact.files import atomic_write_text
+from tandem.data.records import Origin
+
+Outcome = Literal["truncated", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the ledger."""
+
+    file: str
+    row: int
+    outcome: Outcome
+    reason: str
+    detail: str
+
+
+class Ledger:
+    """Collects what happened to the records of a stage; `write` puts it on disk.
+
+    Every record is counted once as read, and ends up either trained (whole or truncated) or
+    dropped, so read = trained + dropped. With `path` None nothing is written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        self.formats: dict[str, str] = {}
+        self._trained = 0
+
+    def trained(self, count: int = 1) -> None:
+        """Count records that are trained, truncated ones included."""
+        self._trained += count
+
+    def truncated(self, origin: Origin, reason: str, detail: str = "") -> None:
+        """Note a record that is trained, but not whole."""
+        self.entries.append(Entry(origin.file, origin.row, "truncated", reason, detail))
+
+    def dropped(self, origin: Origin, reason: str, detail: str = "") -> None:
+        """Note a record that is not trained at all."""
+        self.entries.append(Entry(origin.file, origin.row, "dropped", reason, detail))
+
+    def detected(self, source: str, format_name: str) -> None:
+        """Note the format that a source was found to be in."""
+        self.formats[source] = format_name
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many records were read, trained, truncated and dropped."""
+        outcomes = Counter(entry.outcome for entry in self.entries)
+        return {
+            "read": self._trained + outcomes["dropped"],
+            "trained": self._trained,
+            "truncated": outcomes["truncated"],
+            "dropped": outcomes["dropped"],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The counts, the number of records per reason, and the format of every source."""
+        reasons = Counter(entry.reason for entry in self.entries)
+        return {**self.counts, "reasons": dict(reasons.most_common()), "formats": self.formats}
+
+    def write(self) -> None:
+        """Write one JSON object a line to `path`, whole or not at all."""
+        if self.path is None:
+            return
+        lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.entries]
+        atomic_write_text(self.path, "".join(lines))

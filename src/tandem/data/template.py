@@ -1,0 +1,203 @@
+"""Chat templates: which one is in force, what it renders, and how it ends an answer.
+
+The rendered text is tokenised without added special tokens: BOS and end-of-turn tokens come from
+the template, in training and in inference alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tandem.data.records import Turn
+from tandem.errors import UserError
+
+DEFAULT = "neural-chat"
+# Words that no template contains, to find a turn's text in what a template renders.
+_QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template: its name, its jinja text, and what the user should hear about it."""
+
+    name: str
+    source: str
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a template closes an answer: the text `closing`, which ends with the end-of-turn token
+    `token` (id `token_id`), and the `trailer` after it, which is not trained."""
+
+    closing: str
+    token: str
+    token_id: int
+    trailer: str
+
+
+def template_names() -> tuple[str, ...]:
+    """The names of the templates in the package."""
+    folder = files("tandem.data") / "templates"
+    names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".jinja"))
+    return tuple(sorted(name.removesuffix(".jinja") for name in names))
+
+
+def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
+    """Decide on the chat template and set it as the tokenizer's.
+
+    `choice` is a template's name, a .jinja file, or None for the tokenizer's own (for
+    `neural-chat` when it has none, with a notice). Raises `UserError` for an unknown name, a
+    missing file, or a template that cannot render a plain exchange.
+    """
+    template = _choose(tokenizer, choice)
+    tokenizer.chat_template = template.source
+    notices = [*template.notices, *_notices(tokenizer, template)]
+    return ChatTemplate(template.name, template.source, tuple(notices))
+
+
+def render(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, prompt: bool) -> str:
+    """The text of some turns; with `prompt` it ends where the assistant is to answer.
+
+    Raises `UserError` with the template's own words when it refuses the turns.
+    """
+    import jinja2
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template.source,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        roles = " ".join(turn.role for turn in turns)
+        raise UserError(
+            f"chat template {template.name!r} cannot render the turns ({roles}): {error}. "
+            "Choose another `chat_template`, or change the data."
+        ) from error
+    return str(text)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered texts, nothing added, in one call."""
+    if not texts:
+        return []
+    # verbose: a text beyond the model's context is no news here, truncation comes after.
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def prompt_ids(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn]) -> list[int]:
+    """The token ids that inference feeds for these turns, up to where the assistant answers."""
+    return tokenize(tokenizer, [render(tokenizer, template, turns, prompt=True)])[0]
+
+
+def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
+    """The token ids that end an answer: the template's end-of-turn token, and EOS."""
+    ending = find_ending(tokenizer, template)
+    ids = [] if ending is None else [ending.token_id]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def find_ending(tokenizer: Any, template: ChatTemplate) -> Ending | None:
+    """How the template closes an answer, or None when no token of the tokenizer does."""
+    text = render(tokenizer, template, _probe(), prompt=False)
+    if _ANSWER not in text:
+        raise UserError(f"chat template {template.name!r} leaves out the assistant's text.")
+    closing = text[text.rindex(_ANSWER) + len(_ANSWER) :]
+    tokens = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    tokens.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    # Some tokenizers have runs of blanks as added tokens; those end nothing.
+    tokens = {token: index for token, index in tokens.items() if token.strip()}
+    # Of tokens that begin at one place the tokenizer takes the longest.
+    found = [(closing.index(token), -len(token), token) for token in tokens if token in closing]
+    if not found:
+        return None
+    start, _, token = min(found)
+    end = start + len(token)
+    return Ending(closing[:end], token, tokens[token], closing[end:])
+
+
+def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
+    """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
+    ending = find_ending(tokenizer, template)
+    if ending is None:
+        raise UserError(_endless(template))
+    return ending
+
+
+def _endless(template: ChatTemplate) -> str:
+    return (
+        f"chat template {template.name!r} does not end an answer with a token of this tokenizer "
+        "(EOS or another special token), so a model trained with it would never stop. Choose "
+        f"another `chat_template` ({', '.join(template_names())}, or a .jinja file)."
+    )
+
+
+def _probe() -> tuple[Turn, ...]:
+    return (Turn("user", _QUESTION), Turn("assistant", _ANSWER))
+
+
+def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
+    if choice is None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        if own:
+            return ChatTemplate("the model's own", own)
+        notice = f"the model has no chat template: using {DEFAULT!r}"
+        return ChatTemplate(DEFAULT, _packaged(DEFAULT), (notice,))
+    if choice in template_names():
+        return ChatTemplate(choice, _packaged(choice))
+    path = Path(choice).expanduser()
+    if path.is_file():
+        try:
+            return ChatTemplate(choice, path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat_template: {choice} cannot be read: {error}.") from error
+    names = template_names()
+    near = difflib.get_close_matches(choice, names, n=1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(
+        f"chat_template: {choice!r} is neither a file nor one of {', '.join(names)}.{meant}"
+    )
+
+
+def _packaged(name: str) -> str:
+    return (files("tandem.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _notices(tokenizer: Any, template: ChatTemplate) -> list[str]:
+    """What is unusual about a template, from rendering one exchange; doubled BOS is an error."""
+    ids = prompt_ids(tokenizer, template, _probe()[:1])
+    bos = tokenizer.bos_token_id
+    notices = []
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise UserError(
+            f"chat template {template.name!r} begins with two BOS tokens ({tokenizer.bos_token}). "
+            "Remove one from it."
+        )
+    if bos is not None and ids[:1] != [bos]:
+        notices.append(
+            f"chat template {template.name!r} renders no BOS token ({tokenizer.bos_token}): "
+            "training and inference go without one"
+        )
+    if find_ending(tokenizer, template) is None:
+        notices.append(_endless(template))
+    return notices

@@ -1,0 +1,89 @@
+"""Fixtures that several test folders share: real data, and tokenizers of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real third-party data beside the repository; tests skip without it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data of ../shared/data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories_path(shared_data: Path) -> Path:
+    """A real pretrained Llama of 260k parameters with its SentencePiece tokenizer."""
+    return shared_data / "models" / "stories260K"
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def _mistral(shared_data: Path) -> Any:
+    return _load(shared_data / "tokenizers" / "mistral_v1_32000")
+
+
+@pytest.fixture(scope="session")
+def _stories(stories_path: Path) -> Any:
+    return _load(stories_path)
+
+
+@pytest.fixture
+def mistral_tokenizer(_mistral: Any) -> Iterator[Any]:
+    """The real Mistral-7B-v0.1 tokenizer (SentencePiece, prefix space), without a template."""
+    _mistral.chat_template = None
+    yield _mistral
+    _mistral.chat_template = None
+
+
+@pytest.fixture
+def stories_tokenizer(_stories: Any) -> Iterator[Any]:
+    """The tokenizer of stories260K (SentencePiece, 512 tokens), without a template."""
+    _stories.chat_template = None
+    yield _stories
+    _stories.chat_template = None
+
+
+@pytest.fixture
+def byte_tokenizer() -> Any:
+    """A byte-level BPE as GPT-2's and Qwen's, trained here, that merges runs of line breaks.
+
+    It has <|im_start|> and <|im_end|> as added tokens, <|endoftext|> as EOS and no BOS.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    # Qwen's treatment of line breaks: a run of them is one piece, which BPE may merge.
+    pieces = Regex(r"\s*[\r\n]+| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = ["Hello there\n\nassistant\nuser\n\n\nWhat is two and two? It is four.\n\n"] * 50
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
