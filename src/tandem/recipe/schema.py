@@ -18,7 +18,8 @@ def _as_sources(value: object) -> object:
     items = value if isinstance(value, list | tuple) else [value]
     if value is None or not all(isinstance(item, str | dict | BaseModel) for item in items):
         return value
-    return [{"path": item} if isinstance(item, str) else item for item in items]
+    # A tuple, because pydantic's strict mode takes no list from a validator.
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
 class Section(BaseModel):
@@ -72,7 +73,7 @@ class Training(Section):
     )
     batch_size: Positive = Field(
         default=64,
-        description="Examples in one optimizer step, over all devices. Memory does not depend on it.",
+        description="Examples in one optimizer step, over all devices; memory does not follow it.",
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
@@ -136,9 +137,11 @@ class Training(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Training:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps are both set; keep one")
+            raise ValueError("epochs and max_steps are both set; keep one, the other is null")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("warmup_steps and warmup_ratio are both set; keep one")
+            raise ValueError(
+                "warmup_steps and warmup_ratio are both set; keep one, the other is null"
+            )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "
@@ -208,7 +211,7 @@ class Pairs(Section):
     max_new_tokens: Positive = Field(default=256, description="Tokens of a sampled answer at most.")
     keep: Literal["different", "wrong"] = Field(
         default="different",
-        description="Answers that become rejected ones: all unlike the chosen one, or only wrong ones.",
+        description="Which answers become rejected: all unlike the chosen one, or only wrong ones.",
     )
 
 

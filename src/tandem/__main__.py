@@ -1,0 +1,8 @@
+"""`python -m tandem` is `tandem`."""
+
+from __future__ import annotations
+
+from tandem.cli.main import entry_point
+
+if __name__ == "__main__":
+    raise SystemExit(entry_point())

@@ -1,0 +1,94 @@
+"""The `tandem` command: finds the subcommand, runs it, turns what goes wrong into exit codes.
+
+0 done, 1 a bug, 2 the user's mistake, 3 stopped and resumable. Only argparse is imported here;
+each subcommand imports what it needs when it runs, so that `tandem --help` is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from tandem import __version__
+from tandem.cli.parsing import Parser
+from tandem.errors import Stopped, TandemError, UserError
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
+    "sft": ("tandem.cli.stages", "sft", "stage 1: supervised fine-tuning"),
+    "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
+    "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
+    "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
+    "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
+    "cache": ("tandem.cli.cache", "cache", "show or empty the cache"),
+}
+"""Name of each command: module, function and what it does."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line, the program's name left out; returns the exit code."""
+    try:
+        return _dispatch(list(argv))
+    except SystemExit as stop:  # argparse after --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except UserError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
+    except Stopped as stopped:
+        _complain(f"stopped: {stopped}")
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        _complain("stopped by the keyboard; the same command again goes on")
+        return Stopped.exit_code
+    except BrokenPipeError:  # `tandem ... | head`
+        # The interpreter flushes stdout once more at exit, into nothing now.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        return TandemError.exit_code if not isinstance(error, TandemError) else error.exit_code
+
+
+def entry_point() -> int:
+    """What the installed `tandem` command calls."""
+    return main(sys.argv[1:])
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        _top_parser().print_help()
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name in COMMANDS:
+        module, function, _ = COMMANDS[name]
+        handler: Callable[[list[str]], int] = getattr(import_module(module), function)
+        return handler(rest)
+    if name.startswith("-"):
+        _top_parser().parse(argv)
+    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"Did you mean tandem {close[0]}? " if close else ""
+    raise UserError(f"unknown command {name}. {hint}Commands: {', '.join(COMMANDS)}")
+
+
+def _top_parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {about}" for name, (_, _, about) in COMMANDS.items())
+    parser = Parser(
+        prog="tandem",
+        usage="tandem COMMAND ...",
+        description="From a base language model to an aligned chat model: SFT, merge, DPO.",
+        epilog=f"commands:\n{lines}\n\n"
+        "tandem COMMAND --help says what a command takes. Start with: tandem run demo\n"
+        "exit codes: 0 done, 1 a bug, 2 a mistake in what was asked, 3 stopped and resumable",
+    )
+    parser.add_argument("--version", action="version", version=f"tandem {__version__}")
+    return parser
+
+
+def _complain(message: str) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)

@@ -1,0 +1,74 @@
+"""An argparse parser that takes dashes for underscores, and says what a wrong flag is close to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tandem.errors import UserError
+from tandem.recipe.seed_flags import Flag, boolean, nearest_flag
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser. Mistakes are UserErrors; abbreviations are mistakes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's arguments, flags and names in any order.
+
+        Raises UserError naming the flag, and the nearest valid one for an unknown flag.
+        """
+        return self.parse_intermixed_args(self._own_spelling(argv))
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse calls this with what is wrong."""
+        raise UserError(f"{self.prog}: {message}. See {self.prog} --help")
+
+    def _own_spelling(self, argv: Sequence[str]) -> list[str]:
+        """The arguments with every flag spelt as it was declared."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        declared = {flag.replace("_", "-"): flag for flag in flags}
+        spelled: list[str] = []
+        seen: set[str] = set()
+        for position, argument in enumerate(argv):
+            if argument == "--":
+                return [*spelled, *argv[position:]]
+            if not argument.startswith("--"):
+                spelled.append(argument)
+                continue
+            name, equals, value = argument.partition("=")
+            flag = declared.get(name.replace("_", "-"))
+            if flag is None:
+                self._unknown(name, declared)
+            if flag in seen:
+                raise UserError(f"{self.prog}: {name} is given twice; keep one")
+            seen.add(flag)
+            spelled.append(f"{flag}{equals}{value}")
+        return spelled
+
+    def _unknown(self, name: str, declared: dict[str, str]) -> NoReturn:
+        nearest = nearest_flag(name, declared.values())
+        if nearest:
+            raise UserError(f"{self.prog}: unknown flag {name}; did you mean {nearest}?")
+        raise UserError(f"{self.prog}: unknown flag {name}. See {self.prog} --help")
+
+
+def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """Declare one of the seed's flags; booleans may stand alone or before true or false."""
+    options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": flag.kind}
+    if flag.kind is boolean:
+        options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+    elif flag.choices:
+        options["choices"] = flag.choices
+    else:
+        options["metavar"] = {str: "TEXT", int: "N", float: "X"}.get(flag.kind, "VALUE")
+    if flag.many:
+        options["nargs"] = "+"
+    parser.add_argument(f"--{flag.name}", dest=flag.name, **options)

@@ -1,0 +1,195 @@
+"""Trees into the tensors of one micro-batch: one row of T tokens that holds several trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tandem.data.records import Branch, TokenIds, Tree
+
+# Knuth's and splitmix64's odd constants; any good 64-bit mixer would do.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows that attend causally to themselves and wholly to a prefix before them.
+
+    Rows `start` to `stop` - 1 see rows `prefix_start` to `prefix_stop` - 1 (none when equal) and
+    each other causally. Positions run on from the prefix into the segment.
+    """
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of one forward pass.
+
+    tokens     P0 P1 P2 | C0 C1 | R0         a pair's last tokens predict nothing and are not fed
+    positions   0  1  2 |  3  4 |  3
+    segments   [0, 5)             [5, 6) after prefix [0, 3)
+    targets    C0 and R0 from row 2, C1 from row 3, ...
+
+    Attributes:
+        input_ids, position_ids: [T] int64.
+        segments: cover the T rows in order, each row once.
+        target_row, target_id, target_sequence: [N] int64; the hidden state that predicts, the
+            token predicted, and the sequence whose log-probability it belongs to.
+        sequences: S, the number of sequences; a tree's branches follow each other.
+        sequence_tokens: trained tokens of each sequence [S].
+        dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    target_row: Tensor
+    target_id: Tensor
+    target_sequence: Tensor
+    sequences: int
+    sequence_tokens: tuple[int, ...]
+    dropout_keys: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fed, shared prefixes counted once."""
+        return int(self.input_ids.shape[0])
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on `device`."""
+        if self.input_ids.device == device:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            target_row=self.target_row.to(device, non_blocking=True),
+            target_id=self.target_id.to(device, non_blocking=True),
+            target_sequence=self.target_sequence.to(device, non_blocking=True),
+            dropout_keys=None
+            if self.dropout_keys is None
+            else self.dropout_keys.to(device, non_blocking=True),
+        )
+
+
+def fed_tokens(tree: Tree) -> int:
+    """Rows that a tree takes in a micro-batch: all tokens up to each branch's last target."""
+    return len(tree.prefix.input_ids) + sum(_fed(branch) for branch in tree.branches)
+
+
+def _fed(branch: Branch) -> int:
+    """Tokens of a branch that predict a target; the last target itself is not fed."""
+    trained = np.flatnonzero(branch.trained)
+    return int(trained[-1]) if len(trained) else 0
+
+
+def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
+    """Lay out trees one after the other; see `MicroBatch`.
+
+    Args:
+        trees: the records of the micro-batch.
+        dropout_keys: one 64-bit number for each record (see `record_key`), if masks are drawn.
+    """
+    parts = _Parts([], [], [], [], [], [], [], [])
+    for index, tree in enumerate(trees):
+        parts.add(tree, None if dropout_keys is None else dropout_keys[index])
+    return MicroBatch(
+        input_ids=_tensor(parts.ids),
+        position_ids=_tensor(parts.positions),
+        segments=tuple(parts.segments),
+        target_row=_tensor(parts.target_rows),
+        target_id=_tensor(parts.target_ids),
+        target_sequence=torch.repeat_interleave(
+            torch.arange(len(parts.sequence_tokens)), torch.tensor(parts.sequence_tokens)
+        ),
+        sequences=len(parts.sequence_tokens),
+        sequence_tokens=tuple(parts.sequence_tokens),
+        dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,
+    )
+
+
+def without_sharing(tree: Tree) -> list[Tree]:
+    """One tree a branch, its prefix repeated: the same sequences with nothing shared."""
+    empty = Branch(tree.prefix.input_ids[:0], tree.prefix.trained[:0])
+    return [
+        Tree(empty, (tree.sequence(branch),), tree.origin) for branch in range(len(tree.branches))
+    ]
+
+
+def record_key(seed: int, step: int, example: int) -> int:
+    """A 64-bit number for one record in one step, from which its dropout masks are drawn."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in (seed, step, example):
+        key = _mix(key ^ np.uint64(part))
+    return int(key[0])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    ids: list[TokenIds]
+    positions: list[np.ndarray]
+    keys: list[np.ndarray]
+    segments: list[Segment]
+    target_rows: list[np.ndarray]
+    target_ids: list[TokenIds]
+    sequence_tokens: list[int]
+    rows: list[int]  # of each tree
+
+    def add(self, tree: Tree, key: int | None) -> None:
+        start = sum(self.rows)
+        row = start
+        prefix = len(tree.prefix.input_ids)
+        self.ids.append(tree.prefix.input_ids)
+        self.positions.append(np.arange(prefix))
+        row += prefix
+        for number, branch in enumerate(tree.branches):
+            fed = _fed(branch)
+            self.ids.append(branch.input_ids[:fed])
+            self.positions.append(np.arange(prefix, prefix + fed))
+            # The first branch follows its prefix directly: together they are one causal run.
+            if number == 0 and prefix + fed:
+                self.segments.append(Segment(start, row + fed))
+            elif fed:
+                self.segments.append(Segment(row, row + fed, start, start + prefix))
+            self._add_targets(tree, branch, start, row)
+            row += fed
+        if key is not None:
+            self._add_keys(tree, key)
+        self.rows.append(row - start)
+
+    def _add_targets(self, tree: Tree, branch: Branch, start: int, branch_row: int) -> None:
+        prefix = len(tree.prefix.input_ids)
+        in_prefix = np.flatnonzero(tree.prefix.trained)
+        in_branch = np.flatnonzero(branch.trained)
+        predicting = branch_row + in_branch - 1
+        predicting[in_branch == 0] = start + prefix - 1
+        self.target_rows.extend([start + in_prefix - 1, predicting])
+        self.target_ids.extend([tree.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
+        self.sequence_tokens.append(len(in_prefix) + len(in_branch))
+
+    def _add_keys(self, tree: Tree, key: int) -> None:
+        rows = fed_tokens(tree)
+        counters = np.arange(1, rows + 1, dtype=np.uint64) * _GOLDEN
+        self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * _MIX_1
+        value = (value ^ (value >> np.uint64(27))) * _MIX_2
+        return np.asarray(value ^ (value >> np.uint64(31)))
+
+
+def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -1,0 +1,27 @@
+"""True facts, written for the demo: tables, and sentence patterns over them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tandem.demo.facts import calendar, culture, geography, nature, numbers, science, words
+from tandem.demo.facts.fact import Fact, Relation
+
+RELATIONS: tuple[Relation, ...] = (
+    *geography.RELATIONS,
+    *science.RELATIONS,
+    *calendar.RELATIONS,
+    *nature.RELATIONS,
+    *words.RELATIONS,
+    *numbers.RELATIONS,
+    *culture.RELATIONS,
+)
+
+
+@cache
+def all_facts() -> tuple[Fact, ...]:
+    """Every fact of the demo, in the order of the tables."""
+    return tuple(fact for relation in RELATIONS for fact in relation.facts())
+
+
+__all__ = ["RELATIONS", "Fact", "Relation", "all_facts"]

@@ -1,0 +1,125 @@
+"""LoRA adapters through peft: injection, saving, loading, switching off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tandem.errors import UserError
+from tandem.model.dropout import DropoutKeys, KeyedDropout
+
+
+def add_adapter(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str] | str,
+    base_name: str,
+    seed: int,
+) -> Any:
+    """Wrap a model with a fresh LoRA adapter (arXiv 2106.09685); B starts at zero.
+
+    Args:
+        model: a transformers causal language model; its weights are frozen.
+        rank, alpha: the update is (alpha / rank) * B @ A.
+        dropout: on the adapter's input, with masks that do not depend on the schedule.
+        target_modules: endings of module names, or "all-linear".
+        base_name: what the saved adapter names as its base.
+        seed: seeds A.
+
+    Raises UserError if a target fits no module of the model.
+    """
+    targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if isinstance(targets, list):
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, config)
+    wrapped.peft_config["default"].base_model_name_or_path = base_name
+    if dropout > 0:
+        _key_dropout(wrapped.get_base_model(), dropout)
+    return wrapped
+
+
+def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """Wrap a model with a saved adapter.
+
+    Raises UserError if the folder's adapter does not fit the model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{folder} does not fit its base model: {error}") from None
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    # peft adds a model card made of placeholders.
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Overwrite the trainable parameters with those that `save_adapter` wrote, bit for bit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if result.unexpected_keys:
+        raise UserError(f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}")
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The model without its adapter, and without dropout, inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(training)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that the optimizer moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _key_dropout(base: nn.Module, p: float) -> None:
+    shared = DropoutKeys()
+    base.tandem_dropout = shared  # type: ignore[assignment]
+    layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for number, layer in enumerate(layers):
+        layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            raise UserError(
+                f"lora.target_modules: {target!r} fits no module of {type(model).__name__}; "
+                f"its linear layers are {', '.join(sorted(linear))}"
+            )

@@ -1,0 +1,55 @@
+"""Attention with an explicit mask: slow on CPU, right everywhere, the oracle of the others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tandem.model.attention.layout import TreeLayout
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tandem_layout: TreeLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One attention call over the whole micro-batch under its [T, T] mask.
+
+    Args:
+        query: [1, heads, T, D]; key, value: [1, key_value_heads, T, D].
+        tandem_layout: the micro-batch's segments.
+        scaling: factor on the scores, 1 / sqrt(D) when None.
+        sliding_window: how many positions back a query sees, itself included.
+        softcap: c of c * tanh(scores / c).
+
+    Returns:
+        [1, T, heads, D] and no weights, as transformers' attention interface wants it.
+    """
+    mask = tandem_layout.mask(sliding_window)
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+        )
+    else:
+        if grouped:
+            groups = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(groups, dim=1)
+            value = value.repeat_interleave(groups, dim=1)
+        scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+        scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+        output = weights.to(value.dtype) @ value
+    return output.transpose(1, 2).contiguous(), None

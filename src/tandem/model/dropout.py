@@ -1,0 +1,68 @@
+"""Dropout whose masks depend on seed, step, record, token and module alone, not on the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class DropoutKeys:
+    """The current micro-batch's key for each row [T] int64; set before each forward."""
+
+    keys: Tensor | None = None
+
+
+class KeyedDropout(nn.Module):
+    """Inverted dropout with masks computed from the rows' keys.
+
+    An element is dropped where (row key x odd channel constant) mod 2^32, a multiply-shift hash
+    (Dietzfelbinger et al., 1997), falls into the lowest share p of its range. So a record draws
+    the same mask whatever shares its micro-batch, wherever it runs, and after a resume.
+
+    Args:
+        p: the probability of zeroing an element.
+        module_number: tells this module's masks from other modules'.
+        shared: where the keys of the current micro-batch are found.
+    """
+
+    def __init__(self, p: float, module_number: int, shared: DropoutKeys) -> None:
+        super().__init__()
+        self.p = p
+        self.module_number = module_number
+        self.shared = shared
+        self._channels: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[1, T, C] -> [1, T, C]; the identity in evaluation mode."""
+        if not self.training:
+            return hidden
+        keys = self.shared.keys
+        if keys is None:
+            raise ValueError("dropout is on but the micro-batch carries no dropout keys")
+        mask = keep_mask(keys, self._channel_constants(hidden), self.p)
+        return hidden * (mask.to(hidden.dtype) * (1.0 / (1.0 - self.p)))
+
+    def _channel_constants(self, hidden: Tensor) -> Tensor:
+        channels = hidden.shape[-1]
+        if self._channels is None or self._channels.device != hidden.device:
+            generator = torch.Generator().manual_seed(self.module_number)
+            constants = torch.randint(-(2**31), 2**31, (channels,), generator=generator)
+            self._channels = (constants | 1).to(torch.int32).to(hidden.device)
+        return self._channels
+
+
+def keep_mask(keys: Tensor, channels: Tensor, p: float) -> Tensor:
+    """[T, C] bool, each element True with probability 1 - p; see `KeyedDropout`.
+
+    Args:
+        keys: [T] int64.
+        channels: [C] odd int32.
+        p: the probability of False.
+    """
+    rows = (keys ^ (keys >> 32)).to(torch.int32)
+    # Multiplication wraps modulo 2^32; as a signed number the product is uniform over its range.
+    product = rows[:, None] * channels[None, :]
+    return product >= int(-(2**31) + p * 2**32)

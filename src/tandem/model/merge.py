@@ -1,0 +1,184 @@
+"""An adapter into its base, shard by shard, in float32, and checked afterwards."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tandem.artifact.files import atomic_write_json, read_json
+from tandem.errors import UserError
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One module's update: scaling * B @ A, transposed for layers that store [in, out]."""
+
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    scaling: float
+    transposed: bool
+
+    def delta(self) -> Tensor:
+        """The dense update in float32, in the layout of the base weight."""
+        product = (self.b.float() @ self.a.float()) * self.scaling
+        return product.T if self.transposed else product
+
+
+def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
+    """The updates of a LoRA adapter folder by the name of the base weight they belong to.
+
+    Raises UserError for adapters whose effect is not a plain low-rank update of weights.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{adapter} is no adapter folder: {error}") from None
+    _check_plain(config, adapter)
+    path = adapter / "adapter_model.safetensors"
+    if not path.exists():
+        raise UserError(f"{adapter} has no adapter_model.safetensors")
+    updates = {}
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
+            module = name.removesuffix(".lora_A.weight")
+            partner = f"{module}.lora_B.weight"
+            if partner not in names:
+                raise UserError(f"{path}: {name} has no lora_B beside it")
+            target = module.removeprefix(_PREFIX)
+            a, b = file.get_tensor(name), file.get_tensor(partner)
+            rank = a.shape[0]
+            alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
+            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+            updates[f"{target}.weight"] = LowRankUpdate(a, b, scaling, bool(config.fan_in_fan_out))
+            names -= {name, partner}
+    if names:
+        raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
+    return updates
+
+
+def merge_shards(
+    base: Path, updates: dict[str, LowRankUpdate], output: Path, *, dtype: torch.dtype | None
+) -> list[str]:
+    """Write the base's shards with the updates added; at most one shard is in memory.
+
+    Args:
+        base: model folder with safetensors weights.
+        updates: from `read_updates`.
+        output: an existing folder; gets the shards under the base's names, and their index.
+        dtype: of the floating-point weights written; None keeps each weight's own.
+
+    Returns:
+        The names of the files written.
+
+    Raises UserError if an update finds no weight, shapes disagree, or a sum is not finite.
+    """
+    remaining = dict(updates)
+    index: dict[str, str] = {}
+    total_bytes = 0
+    written = []
+    for shard in sorted(base.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, weight in _tensors(shard):
+            merged = _add(name, weight, remaining.pop(name, None), dtype)
+            tensors[name] = merged
+            index[name] = shard.name
+            total_bytes += merged.numel() * merged.element_size()
+        save_file(tensors, output / shard.name, metadata={"format": "pt"})
+        written.append(shard.name)
+    if remaining:
+        raise UserError(
+            f"{base} has no weight named {sorted(remaining)[0]} (and {len(remaining) - 1} more "
+            "that the adapter changes): is this the model it was trained on?"
+        )
+    if len(written) > 1:
+        name = "model.safetensors.index.json"
+        atomic_write_json(
+            output / name, {"metadata": {"total_size": total_bytes}, "weight_map": index}
+        )
+        written.append(name)
+    return written
+
+
+def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """Config and generation config from the base; tokenizer and template from the adapter.
+
+    An adapter folder without a tokenizer leaves the base's.
+    """
+    for folder in (base, adapter):
+        for file in sorted(folder.iterdir()):
+            wanted = file.suffix in {".json", ".jinja", ".model", ".txt", ".py"}
+            if file.is_file() and wanted and not _belongs_to_stage(file.name):
+                shutil.copyfile(file, output / file.name)
+    if dtype is not None:
+        config = read_json(output / "config.json")
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        atomic_write_json(output / "config.json", config)
+
+
+def _belongs_to_stage(name: str) -> bool:
+    return name in {
+        "manifest.json",
+        "summary.json",
+        "adapter_config.json",
+        "model.safetensors.index.json",
+    }
+
+
+def _check_plain(config: Any, adapter: Path) -> None:
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        raise UserError(f"{adapter} is a {config.peft_type} adapter; only LoRA can be merged")
+    if config.use_dora:
+        raise UserError(f"{adapter} was trained with DoRA, whose merge is not a low-rank sum")
+    if config.bias != "none" or config.modules_to_save:
+        raise UserError(
+            f"{adapter} trained biases or whole modules as well "
+            f"(bias {config.bias!r}, modules_to_save {config.modules_to_save!r}); merge it with "
+            "peft's merge_and_unload"
+        )
+
+
+def _pattern_value(pattern: dict[str, float], target: str, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", target):
+            return value
+    return default
+
+
+def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(shard, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            yield name, file.get_tensor(name)
+
+
+def _add(
+    name: str, weight: Tensor, update: LowRankUpdate | None, dtype: torch.dtype | None
+) -> Tensor:
+    target = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+    if update is None:
+        return weight.to(target)
+    if not weight.is_floating_point():
+        raise UserError(f"{name} is stored as {weight.dtype}; merge into unquantised weights")
+    delta = update.delta()
+    if delta.shape != weight.shape:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the base and {tuple(delta.shape)} in the "
+            "adapter: is this the model it was trained on?"
+        )
+    merged = (weight.float() + delta).to(target)
+    if not torch.isfinite(merged).all():
+        raise UserError(f"{name} is not finite after merging into {target}")
+    return merged.contiguous()

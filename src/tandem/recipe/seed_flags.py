@@ -1,0 +1,102 @@
+"""The flags of `tandem sft` and `tandem dpo`: the seed's own names, and tandem's recipe keys.
+
+`--model_name_or_path M --per_device_train_batch_size 8 ...` is how the public tutorial calls its
+two training scripts. What the flags stand for is in seed_call.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Stage = Literal["sft", "dpo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag: its name with underscores, the type of its value, and what it says."""
+
+    name: str
+    kind: Callable[[str], Any]
+    help: str
+    stages: tuple[Stage, ...] = ("sft", "dpo")
+    many: bool = False
+    choices: tuple[str, ...] = ()
+    key: str | None = None  # the section's key that it sets as it is
+
+
+def boolean(text: str) -> bool:
+    """A flag's true or false, in the spellings that argument parsers of the field take."""
+    lowered = text.lower()
+    if lowered in ("true", "1", "yes", "y", "on"):
+        return True
+    if lowered in ("false", "0", "no", "n", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+
+FLAGS: tuple[Flag, ...] = (
+    Flag("model_name_or_path", str, "base model: a folder or a Hub id (required)"),
+    Flag("model_revision", str, "commit, tag or branch of a Hub model"),
+    Flag("dataset_name", str, "Hub id, folder or file; several are read in turn", many=True),
+    Flag("split", str, "split of a Hub data set (train)"),
+    Flag("subset", str, "configuration of a Hub data set"),
+    Flag("dataset_revision", str, "commit, tag or branch of a Hub data set"),
+    Flag("output_dir", str, "folder for the adapter, checkpoints and metrics (required)"),
+    Flag("per_device_train_batch_size", int, "examples a device; a factor of the global batch"),
+    Flag("gradient_accumulation_steps", int, "a factor of the global batch"),
+    Flag("batch_size", int, "global batch, in place of the two flags above"),
+    Flag("num_train_epochs", float, "passes over the data"),
+    Flag("max_steps", int, "optimizer steps, in place of epochs; -1 is none"),
+    Flag("learning_rate", float, "peak learning rate", key="learning_rate"),
+    Flag("lr_scheduler_type", str, "schedule", choices=_SCHEDULERS, key="lr_scheduler"),
+    Flag("warmup_steps", int, "steps of linear warm-up"),
+    Flag("warmup_ratio", float, "warm-up as a share of all steps"),
+    Flag("weight_decay", float, "AdamW weight decay", key="weight_decay"),
+    Flag("adam_beta1", float, "AdamW beta1", key="adam_beta1"),
+    Flag("adam_beta2", float, "AdamW beta2", key="adam_beta2"),
+    Flag("adam_epsilon", float, "AdamW epsilon", key="adam_epsilon"),
+    Flag("max_grad_norm", float, "clip gradients to this norm; 0 leaves them alone"),
+    Flag("lora_rank", int, "rank of the adapter"),
+    Flag("lora_alpha", float, "the update is scaled by alpha / rank"),
+    Flag("lora_dropout", float, "dropout before the update; off in DPO"),
+    Flag("lora_target_modules", str, "module name endings", many=True),
+    Flag("lora_all_linear", boolean, "adapt every linear layer but the head"),
+    Flag("max_length", int, "tokens of a whole sequence"),
+    Flag("max_seq_length", int, "another name of --max_length", stages=("sft",)),
+    Flag("max_prompt_length", int, "tokens of the prompt", key="max_prompt_length"),
+    Flag("beta", float, "how strongly the policy is held to the reference", ("dpo",), key="beta"),
+    Flag("gradient_checkpointing", boolean, "less memory, more time", key="gradient_checkpointing"),
+    Flag("logging_steps", int, "steps between lines of metrics", key="logging_steps"),
+    Flag("save_steps", int, "steps between checkpoints", key="save_steps"),
+    Flag("save_total_limit", int, "checkpoints kept", key="save_total_limit"),
+    Flag(
+        "on_bad_record", str, "on an unparsable line", choices=("stop", "drop"), key="on_bad_record"
+    ),
+    Flag("chat_template", str, "neural-chat, a template file; default: the model's own"),
+    Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
+    Flag("bf16", boolean, "bfloat16 on CUDA; a CPU trains in float32 and says so"),
+    Flag("device", str, "where to train", choices=("auto", "cpu", "cuda")),
+    Flag("dtype", str, "of the weights", choices=("auto", "float32", "bfloat16", "float16")),
+    Flag("attention", str, "attention form", choices=("auto", "segments", "dense")),
+    Flag("tokens_per_microbatch", str, "tokens fed at once, or auto; never changes the result"),
+    Flag("use_habana", boolean, "accepted, see the note it prints"),
+    Flag("use_lazy_mode", boolean, "accepted, see the note it prints"),
+    Flag("pad_max", boolean, "accepted, see the note it prints"),
+)
+
+
+def flags_of(stage: Stage) -> list[Flag]:
+    """The flags that a stage command takes."""
+    return [flag for flag in FLAGS if stage in flag.stages]
+
+
+def nearest_flag(name: str, known: Iterable[str]) -> str | None:
+    """The known flag that a misspelt one is closest to, if any is close."""
+    spelled = {flag.replace("_", "-"): flag for flag in known}
+    close = difflib.get_close_matches(name.replace("_", "-"), spelled, n=1, cutoff=0.6)
+    return spelled[close[0]] if close else None

@@ -1,0 +1,117 @@
+"""What a reader must not overlook: named warnings, from the files and from what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts
+from tandem.report.results import ROW_LABELS, mapping, model_names, sampling_error
+from tandem.report.wording import count, is_number, number, percent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One warning or note: a short name, and what was seen."""
+
+    level: Literal["warning", "note"]
+    name: str
+    text: str
+
+
+def find(facts: RunFacts) -> list[Finding]:
+    """All findings of a run, warnings first."""
+    found = [Finding("warning", "unreadable file", text) for text in facts.problems]
+    for stage in facts.stages:
+        warnings = stage.summary.get("warnings")
+        texts = warnings if isinstance(warnings, list) else []
+        found += [Finding("warning", stage.title, str(text)) for text in texts]
+        if stage.kind == "dpo" and not any("chosen" in str(text).lower() for text in texts):
+            found += chosen_collapse(stage)
+        found += _state(stage)
+    found += evaluation_findings(facts.evaluation)
+    if facts.missing:
+        names = ", ".join(f"{STAGE_TITLES[name]} ({name})" for name in facts.missing)
+        found.append(
+            Finding("note", "partial run", f"The recipe also asks for: {names}. Not there yet.")
+        )
+    return sorted(found, key=lambda f: f.level != "warning")
+
+
+def chosen_collapse(stage: StageFacts) -> list[Finding]:
+    """Whether the chosen answers' log-probs fell while the margin grew (trl#800).
+
+    Compares the first and the last tenth of the logged steps; a fall of more than a tenth, and
+    of more than one nat, while the margin grows, is called a collapse.
+    """
+    chosen = _ends(stage.metrics, "logps/chosen")
+    margins = _ends(stage.metrics, "rewards/margins")
+    if chosen is None or margins is None:
+        return []
+    fall = chosen[0] - chosen[1]
+    if fall <= max(1.0, 0.1 * abs(chosen[0])) or margins[1] <= margins[0]:
+        return []
+    return [
+        Finding(
+            "warning",
+            "collapse of the chosen log-probs",
+            f"While the margin grew from {number(margins[0], 3)} to {number(margins[1], 3)}, the "
+            f"chosen answers became less probable: log-prob {number(chosen[0])} to "
+            f"{number(chosen[1])}. The model unlearns what it should prefer. Fewer steps, a "
+            f"smaller learning rate or a larger beta help.",
+        )
+    ]
+
+
+def evaluation_findings(evaluation: Mapping[str, Any]) -> list[Finding]:
+    """Drops from one model to the next that exceed two standard errors of their difference."""
+    found = []
+    models = mapping(evaluation.get("models"))
+    counts = mapping(evaluation.get("counts"))
+    names = model_names(evaluation)
+    for key, title, counted in (
+        ("answer_accuracy", "answer accuracy", "questions"),
+        ("preference_accuracy", "preference accuracy", "pairs"),
+        ("stop_rate", "the share of answers that stop by themselves", "questions"),
+    ):
+        n = counts.get(counted)
+        for before, after in pairwise(names):
+            old, new = mapping(models[before]).get(key), mapping(models[after]).get(key)
+            if not (is_number(old) and is_number(new) and is_number(n)) or new >= old:
+                continue
+            error = math.hypot(sampling_error(old, n), sampling_error(new, n))
+            if old - new > 2 * error:
+                label = ROW_LABELS.get(after, after)
+                found.append(
+                    Finding(
+                        "warning",
+                        f"{label} lost {title}",
+                        f"{percent(old)} to {percent(new)} on {count(n)} held-out {counted}: more "
+                        f"than chance explains.",
+                    )
+                )
+    return found
+
+
+def _state(stage: StageFacts) -> list[Finding]:
+    if stage.status == "running":
+        return [
+            Finding(
+                "note",
+                f"{stage.title} is not finished",
+                "It is running, or it was interrupted; the same command goes on from its last "
+                "checkpoint. The figures below are those so far.",
+            )
+        ]
+    return []
+
+
+def _ends(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
+    values = [float(m[key]) for m in metrics if is_number(m.get(key))]
+    if len(values) < 5:
+        return None
+    part = max(1, len(values) // 10)
+    return sum(values[:part]) / part, sum(values[-part:]) / part

@@ -1,0 +1,240 @@
+"""The report page: one HTML file from a run folder's files, with nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tandem.artifact.files import atomic_write_text
+from tandem.report import training
+from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts, read_run
+from tandem.report.findings import find
+from tandem.report.results import (
+    ROW_LABELS,
+    mapping,
+    model_names,
+    result_rows,
+    sampling_error,
+    shown_measures,
+)
+from tandem.report.wording import count, duration, is_number, percent, short_count
+
+PAGE = "report.html"
+_PAIRS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stage in the strip at the top, and in the chain of hashes at the bottom."""
+
+    name: str
+    title: str
+    status: str
+    time: str
+    inputs_hash: str
+    outputs: tuple[tuple[str, str], ...]
+    inputs: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Build `report.html` in a run folder (or a single stage's) and return its path.
+
+    Whatever is there is shown, what is missing is named. Raises UserError if the folder holds
+    nothing of tandem's.
+    """
+    facts = read_run(run_dir)
+    path = run_dir / PAGE
+    atomic_write_text(path, render(facts))
+    return path
+
+
+def render(facts: RunFacts) -> str:
+    """The whole page. All text from files is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup  # only for charts, which escape what they print
+    return environment.get_template("page.html.jinja").render(
+        facts=facts,
+        base_model=_base_model(facts),
+        description=str(facts.recipe.get("description") or ""),
+        findings=find(facts),
+        steps=_steps(facts),
+        measures=shown_measures(facts.evaluation),
+        rows=result_rows(facts.evaluation),
+        result_note=_result_note(facts.evaluation),
+        sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
+        others=[(s.title, s.name, _flat(s.summary)) for s in facts.stages if s.kind == "merge"],
+        samples=_samples(facts.evaluation),
+        versions=_versions(facts),
+    )
+
+
+def _section(stage: StageFacts) -> dict[str, Any]:
+    return _pairs(stage) if stage.kind == "pairs" else _training(stage)
+
+
+def _training(stage: StageFacts) -> dict[str, Any]:
+    return {
+        "kind": stage.kind,
+        "name": stage.name,
+        "title": stage.title,
+        "tiles": training.tiles(stage),
+        "curves": training.curves(stage),
+        "smoothing": training.smoothing_note(stage),
+        "lengths": training.lengths(stage),
+        "savings": training.savings(stage),
+        "ledger": training.ledger_counts(stage),
+        "reasons": training.ledger_reasons(stage),
+        "ledger_lines": stage.ledger,
+    }
+
+
+def _steps(facts: RunFacts) -> list[_Step]:
+    there = {s.name: s for s in facts.stages}
+    names = sorted({*there, *facts.missing})
+    return [_step(there[n]) if n in there else _absent(n) for n in names]
+
+
+def _absent(name: str) -> _Step:
+    return _Step(name, STAGE_TITLES[name], "missing", "", "", (), "")
+
+
+def _step(stage: StageFacts) -> _Step:
+    m = stage.manifest
+    outputs = tuple((str(k), str(v)) for k, v in mapping(m.get("outputs")).items())
+    inputs = json.dumps(m.get("inputs", {}), indent=2, ensure_ascii=False)
+    return _Step(
+        stage.name,
+        stage.title,
+        stage.status,
+        duration(_seconds_between(m.get("started_at"), m.get("finished_at"))),
+        str(m.get("inputs_hash") or ""),
+        outputs,
+        inputs,
+    )
+
+
+def _seconds_between(start: object, end: object) -> float | None:
+    try:
+        return (
+            datetime.fromisoformat(str(end)) - datetime.fromisoformat(str(start))
+        ).total_seconds()
+    except (ValueError, TypeError):
+        return None
+
+
+def _base_model(facts: RunFacts) -> str:
+    from_recipe = facts.recipe.get("model")
+    if from_recipe:
+        return str(from_recipe)
+    for stage in facts.stages:
+        model = training.find_key(stage.manifest.get("inputs"), "model")
+        if isinstance(model, str):
+            return model
+    return ""
+
+
+def _result_note(evaluation: Mapping[str, Any]) -> str:
+    counts = mapping(evaluation.get("counts"))
+    questions, pairs = counts.get("questions"), counts.get("pairs")
+    parts = []
+    if is_number(questions) or is_number(pairs):
+        parts.append(
+            f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
+        )
+    shares = [mapping(m).get("answer_accuracy") for m in mapping(evaluation.get("models")).values()]
+    known = [s for s in shares if is_number(s)]
+    if known and is_number(questions) and questions:
+        error = max(sampling_error(s, int(questions)) for s in known)
+        parts.append(
+            f"The standard error of an answer accuracy is at most {100 * error:.1f} points: "
+            f"changes of that size are noise."
+        )
+    return " ".join(parts)
+
+
+def _pairs(stage: StageFacts) -> dict[str, Any]:
+    s = stage.summary
+    figures = [(k, count(s[k])) for k in ("prompts", "generated", "kept") if is_number(s.get(k))]
+    if is_number(s.get("seconds")):
+        figures.append(("time", duration(s["seconds"])))
+    dropped = [(str(k), count(n)) for k, n in mapping(s.get("dropped")).items() if is_number(n)]
+    examples = []
+    path = stage.folder / "pairs.jsonl"
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line, _ in zip(file, range(_PAIRS_SHOWN), strict=False):
+                try:
+                    examples.append(mapping(json.loads(line)))
+                except ValueError:
+                    break  # a file still being written
+    return {
+        "kind": stage.kind,
+        "name": stage.name,
+        "title": stage.title,
+        "tiles": figures,
+        "dropped": dropped,
+        "examples": [
+            {k: str(e.get(k) or "") for k in ("system", "question", "chosen", "rejected")}
+            for e in examples
+        ],
+    }
+
+
+def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    raw = evaluation.get("samples")
+    found = []
+    for sample in raw if isinstance(raw, list) else []:
+        answers = mapping(mapping(sample).get("answers"))
+        names = [n for n in model_names(evaluation) if n in answers]
+        names += [n for n in answers if n not in names]
+        found.append(
+            {
+                "prompt": str(sample.get("prompt", "")),
+                "expected": str(sample.get("expected") or ""),
+                "answers": [(n, ROW_LABELS.get(n, n), str(answers[n])) for n in names],
+            }
+        )
+    return found
+
+
+def _versions(facts: RunFacts) -> list[tuple[str, str]]:
+    """Each package once, with all versions that the stages were run with."""
+    found: dict[str, list[str]] = {}
+    for manifest in [facts.manifest, *(s.manifest for s in facts.stages)]:
+        for package, version in mapping(manifest.get("versions")).items():
+            known = found.setdefault(str(package), [])
+            if str(version) not in known:
+                known.append(str(version))
+    return [(package, ", ".join(versions)) for package, versions in found.items()]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(inner, Mapping):
+            rows += _flat(inner, f"{name}: ")
+        elif key.endswith("seconds") and is_number(inner):
+            rows.append((name.removesuffix(" seconds"), duration(inner)))
+        elif isinstance(inner, float):
+            rows.append(
+                (name, percent(inner) if key.endswith(("accuracy", "rate")) else f"{inner:.6g}")
+            )
+        elif isinstance(inner, int) and not isinstance(inner, bool):
+            rows.append((name, short_count(inner)))
+        elif not isinstance(inner, list):
+            rows.append((name, str(inner)))
+    return rows

@@ -1,0 +1,70 @@
+"""The result at the end of `tandem run`: a table of the models, and their answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tandem.report.results import (
+    ROW_LABELS,
+    Cell,
+    mapping,
+    model_names,
+    result_rows,
+    shown_measures,
+)
+
+_STYLES = {"good": "green", "bad": "red", "": "dim"}
+_LEFT_OUT = {"mean_answer_tokens"}
+
+
+def result_table(evaluation: Mapping[str, Any]) -> Table:
+    """Base, SFT and DPO as rows, with the change from the row above.
+
+    `evaluation` is the content of evaluation.json. The base also shows what it answers in its
+    own completion form: the ceiling that fine-tuning can reach.
+    """
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    measures = shown_measures(evaluation)
+    shown = [i for i, m in enumerate(measures) if m.key not in _LEFT_OUT]
+    table.add_column("model", style="bold", no_wrap=True)
+    for i in shown:
+        table.add_column(measures[i].title, justify="right", min_width=7)
+    for row in result_rows(evaluation):
+        table.add_row(Text(row.label), *(_cell(row.cells[i]) for i in shown))
+    return table
+
+
+def samples_table(evaluation: Mapping[str, Any], limit: int = 3) -> Table:
+    """The first `limit` sample questions with the expected answer and each model's own."""
+    raw = evaluation.get("samples")
+    samples = [mapping(s) for s in raw][:limit] if isinstance(raw, list) else []
+    names = [
+        n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
+    ]
+    table = Table(box=box.ROUNDED, header_style="bold", show_lines=True, expand=True)
+    for title in ("question", "expected", *(ROW_LABELS.get(n, n) for n in names)):
+        table.add_column(Text(title), ratio=1, overflow="fold")
+    for sample in samples:
+        answers = mapping(sample.get("answers"))
+        texts = [sample.get("prompt"), sample.get("expected"), *(answers.get(n) for n in names)]
+        # Text, not str: what a model says must not be read as rich markup.
+        table.add_row(
+            *(Text("–" if text is None else str(text).strip() or "(nothing)") for text in texts)
+        )
+    return table
+
+
+def _cell(cell: Cell) -> Text:
+    text = Text(cell.text)
+    if cell.change:
+        text.append(
+            f"\n{cell.arrow}{' ' if cell.arrow else ''}{cell.change}", _STYLES[cell.verdict]
+        )
+    if cell.note:
+        text.append(f"\n{cell.note}", "dim")
+    return text

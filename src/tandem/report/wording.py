@@ -1,0 +1,72 @@
+"""Numbers as people read them: percentages, counts, durations, sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+MISSING = "–"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share between 0 and 1 as a percentage."""
+    return MISSING if not is_number(value) else f"{100 * float(value):.{digits}f} %"
+
+
+def number(value: float | None, significant: int = 4) -> str:
+    """A plain number in few digits: `0.6931`, `12.35`, `1.0e-04`, `–` when there is none."""
+    if not is_number(value):
+        return MISSING
+    x = float(value)
+    if isinstance(value, int) or x == 0:
+        return f"{x:g}"
+    if x != 0 and (abs(x) < 1e-3 or abs(x) >= 1e6):
+        mantissa, exponent = f"{x:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    whole = len(str(int(abs(x))))
+    return f"{x:.{max(0, significant - whole)}f}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thin thousands separators."""
+    return MISSING if not is_number(value) else f"{round(float(value)):,}".replace(",", "\u202f")
+
+
+def short_count(value: float | None) -> str:
+    """A count in at most four characters and a unit: `950`, `12.9k`, `1.25M`."""
+    if not is_number(value):
+        return MISSING
+    x = float(value)
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `850 ms`, `12.4 s`, `3 min 05 s` or `2 h 10 min`."""
+    if not is_number(seconds):
+        return MISSING
+    s = float(seconds or 0)
+    if s < 1:
+        return f"{1000 * s:.0f} ms"
+    if s < 60:
+        return f"{s:.1f} s"
+    minutes, rest = divmod(round(s), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def size(value: float | None) -> str:
+    """Bytes as MiB or GiB."""
+    if not is_number(value):
+        return MISSING
+    mebibytes = float(value) / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.2f} GiB"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value read from a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,117 @@
+"""Stage 2: Direct Preference Optimization of a LoRA adapter on preference pairs."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tandem.artifact.hashing import hash_json
+from tandem.data.prepare import prepare_pairs
+from tandem.model.adapter import adapter_off
+from tandem.recipe.schema import Dpo
+from tandem.stages.training import Made, StageKind, Start, run_training
+from tandem.train.device import Runtime
+from tandem.train.objective import PreferenceObjective
+from tandem.train.progress import phase
+from tandem.train.reference import ReferenceStore, reference_logps
+
+# Relative differences of log-probs that a dtype explains, of sums over whole answers.
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
+# A chosen answer that is this much less likely than before DPO has been unlearnt: e^-10 of its
+# probability, while the margin still grows because the rejected one fell further.
+_COLLAPSE_NATS = 10.0
+
+
+def run_dpo(
+    *,
+    model: str,
+    revision: str | None,
+    settings: Dpo,
+    output_dir: Path,
+    chat_template: str | None,
+    seed: int,
+    runtime: Runtime,
+    console: Console,
+) -> Path:
+    """Align `model`, usually the merged SFT model, with preference pairs.
+
+    The reference is the model itself with the adapter off; its log-probs are computed before the
+    first step or found in the store. See `training.run_training` for the rest.
+    """
+
+    def objective(start: Start) -> Made:
+        return _objective(start, settings.beta)
+
+    def warnings(metrics: list[dict[str, Any]]) -> list[str]:
+        return _warnings(metrics, settings.beta)
+
+    return run_training(
+        StageKind("dpo", prepare_pairs, objective, dropout=False, warnings=warnings),
+        model=model,
+        revision=revision,
+        settings=settings,
+        output_dir=output_dir,
+        chat_template=chat_template,
+        seed=seed,
+        runtime=runtime,
+        console=console,
+    )
+
+
+def _objective(start: Start, beta: float) -> Made:
+    began = time.perf_counter()
+    device = start.engine.device
+    dtype = str(device.weights).removeprefix("torch.")
+    identity = hash_json(
+        {
+            "weights": start.weights_hash,
+            "dtype": dtype,
+            "attention": start.backend,
+            "device": device.kind,
+        }
+    )
+    store = ReferenceStore()
+    with (
+        adapter_off(start.model),
+        phase(start.console, "reference log-probs", len(start.trees)) as advance,
+    ):
+        reference, computed = reference_logps(
+            start.engine,
+            start.trees,
+            store=store,
+            identity=identity,
+            budget=start.budget,
+            advance=advance,
+        )
+    store.prune()
+    seconds = time.perf_counter() - began
+    start.console.print(
+        f"dpo: reference log-probs of {len(start.trees)} pairs, {computed} computed and "
+        f"{len(start.trees) - computed} found in the store, {seconds:.1f} s"
+    )
+    objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
+    return Made(objective, seconds, computed)
+
+
+def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
+    if not metrics:
+        return []
+    last = metrics[-max(1, math.ceil(len(metrics) / 4)) :]
+    mean = {key: sum(line[key] for line in last) / len(last) for key in metrics[0]}
+    fallen = -mean["rewards/chosen"] / beta
+    found = []
+    if fallen > _COLLAPSE_NATS and mean["rewards/margins"] > 0:
+        found.append(
+            f"collapse: the chosen answers' log-probs fell by {fallen:.1f} nats below the "
+            "reference while margins grew; lower the learning rate or raise beta"
+        )
+    if mean["rewards/accuracies"] < 0.5:
+        found.append(
+            f"the policy prefers the chosen answer in only {mean['rewards/accuracies']:.0%} of "
+            "pairs at the end: are chosen and rejected swapped?"
+        )
+    return found

@@ -1,0 +1,148 @@
+"""Between the stages: an adapter into its base, verified, as a plain transformers model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
+from tandem.artifact.hashing import hash_file, hash_weights
+from tandem.artifact.lock import folder_lock
+from tandem.artifact.manifest import NAME as MANIFEST
+from tandem.artifact.manifest import finish_stage, open_stage, start_stage
+from tandem.errors import UserError
+from tandem.model.load import load_tokenizer, model_folder, require_model
+from tandem.model.merge import copy_surroundings, merge_shards, read_updates
+from tandem.model.verify import Verified, verify_merge
+from tandem.train.device import choose_device, torch_dtype
+
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog, and then it sleeps for seven hours.",
+    "Once upon a time there was a small village by the sea. Everyone who lived there knew "
+    "how to mend a net, how to read the clouds and when to stay at home.",
+    "### User:\nWhat is the capital of France?\n### Assistant:\nThe capital of France is Paris.",
+)
+
+
+def run_merge(
+    *,
+    base: str,
+    adapter: Path,
+    output_dir: Path,
+    dtype: str,
+    force: bool,
+    device: str,
+    console: Console,
+) -> Path:
+    """Merge a LoRA adapter into its base; the folder loads in plain transformers.
+
+    Sums are computed in float32 shard by shard, cast once, and checked by comparing log-probs
+    with base and adapter together before anything appears under `output_dir`.
+
+    Args:
+        base: model folder or Hub id.
+        adapter: peft adapter folder.
+        output_dir: where the model goes.
+        dtype: of the merged weights; auto keeps the base's own.
+        force: merge even if the adapter was trained on other weights.
+        device: where the check computes.
+        console: for progress lines.
+
+    Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
+    """
+    base_folder = model_folder(base)
+    require_model(base_folder)
+    if not (adapter / "adapter_config.json").exists():
+        raise UserError(f"{adapter} is no adapter folder: it has no adapter_config.json")
+    updates = read_updates(adapter)
+    weights = hash_weights(base_folder)
+    _check_base(adapter, base, weights, force=force)
+    inputs = {
+        "base": {"weights": weights, "config": hash_file(base_folder / "config.json")},
+        "adapter": hash_weights(adapter),
+        "dtype": dtype,
+    }
+    with folder_lock(output_dir):
+        if open_stage(output_dir, "merge", inputs).state == "finished":
+            console.print(f"merge: {output_dir} is finished with these inputs; nothing to do")
+            return output_dir
+        start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
+        began = time.perf_counter()
+        target = torch_dtype(dtype)
+        with atomic_folder(output_dir / "saving") as aside:
+            merge_shards(base_folder, updates, aside, dtype=target)
+            copy_surroundings(base_folder, adapter, aside, target)
+            verified = _verify(base_folder, adapter, aside, target, device)
+        outputs = _move_up(output_dir / "saving", output_dir)
+        seconds = time.perf_counter() - began
+        _write_summary(output_dir, len(updates), verified, seconds)
+        finish_stage(output_dir, [*outputs, "summary.json"])
+        console.print(
+            f"merge: {len(updates)} weights, log-probs within {verified.difference:.2g} nats of "
+            f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
+            f"-> {output_dir}"
+        )
+    return output_dir
+
+
+def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
+    manifest = adapter / MANIFEST
+    if force or not manifest.exists():
+        return
+    trained_on: Any = read_json(manifest)["inputs"].get("model", {}).get("weights")
+    if trained_on is not None and trained_on != weights:
+        raise UserError(
+            f"{adapter} was trained on other weights than those of {base} (hash "
+            f"{trained_on[:12]} there, {weights[:12]} here). Name the right base, or merge anyway "
+            "with --force."
+        )
+
+
+def _verify(
+    base: Path, adapter: Path, merged: Path, target: torch.dtype | None, device: str
+) -> Verified:
+    tokenizer = load_tokenizer(merged)
+    probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
+    return verify_merge(
+        base,
+        adapter,
+        merged,
+        probes,
+        dtype=target or _stored_dtype(merged),
+        device=choose_device(device, "auto").torch_device,
+    )
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    shard = min(folder.glob("*.safetensors"))
+    with safe_open(shard, framework="pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
+    narrow = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d in dtypes]
+    return narrow[0] if narrow else torch.float32
+
+
+def _move_up(source: Path, target: Path) -> list[str]:
+    names = []
+    for file in sorted(source.iterdir()):
+        file.replace(target / file.name)
+        names.append(file.name)
+    source.rmdir()
+    return names
+
+
+def _write_summary(folder: Path, weights: int, verified: Verified, seconds: float) -> None:
+    atomic_write_json(
+        folder / "summary.json",
+        {
+            "merged_weights": weights,
+            "logp_difference": verified.difference,
+            "adapter_effect": verified.effect,
+            "probe_tokens": verified.tokens,
+            "seconds": seconds,
+        },
+    )

@@ -1,0 +1,257 @@
+"""The whole ride: SFT, merge, pairs, DPO, merge, evaluation, report; resumable by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tandem.artifact.files import atomic_write_json, atomic_write_text, read_json
+from tandem.artifact.manifest import NAME as MANIFEST
+from tandem.artifact.manifest import versions
+from tandem.errors import UserError
+from tandem.recipe.schema import DataSource, Dpo, Recipe
+
+STAGES = ("sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate")
+_FOLDERS = {
+    "sft": "1-sft",
+    "sft-merge": "2-sft-merged",
+    "pairs": "3-pairs",
+    "dpo": "4-dpo",
+    "dpo-merge": "5-final",
+    "evaluate": "6-evaluation",
+}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of this recipe, its folder, and a line on what it does."""
+
+    name: str
+    folder: Path
+    note: str
+
+
+def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
+    """The stages that a recipe asks for, in order; needs neither data nor weights."""
+    notes: dict[str, str] = {}
+    if recipe.sft is not None:
+        data = ", ".join(source.path for source in recipe.sft.data)
+        notes["sft"] = f"fine-tune {recipe.model} on {data}"
+        notes["sft-merge"] = "merge the adapter, verified"
+    if recipe.pairs is not None:
+        prompts = ", ".join(source.path for source in recipe.pairs.prompts)
+        writer = recipe.pairs.model or "the model so far"
+        notes["pairs"] = f"prompts of {prompts}, rejected answers by {writer}"
+    if recipe.dpo is not None:
+        data = ", ".join(source.path for source in recipe.dpo.data) or "the pairs made before"
+        notes["dpo"] = f"align with {data}"
+        notes["dpo-merge"] = "merge the adapter, verified: the final model"
+    if recipe.evaluate is not None:
+        notes["evaluate"] = "base, SFT and final model on held-out questions and pairs"
+    root = Path(recipe.output_dir)
+    return [PlannedStage(name, root / _FOLDERS[name], notes[name]) for name in STAGES if name in notes]
+
+
+def run_pipeline(
+    recipe: Recipe, *, until: str | None, start: str | None, console: Console
+) -> dict[str, Any] | None:
+    """Run a recipe's stages; finished ones are recognised, an interrupted one goes on.
+
+    Args:
+        recipe: the resolved recipe.
+        until: the last stage to run.
+        start: the first stage to run; the ones before it must be finished.
+        console: where progress is drawn.
+
+    Returns:
+        What the evaluation found, if the recipe has one and it was reached.
+
+    Raises UserError for stages that the recipe lacks, and what the stages raise.
+    """
+    planned = describe_pipeline(recipe)
+    wanted = _select(planned, until=until, start=start)
+    root = Path(recipe.output_dir)
+    ride = _Ride(recipe, root, console)
+    runners: dict[str, Callable[[Path], Any]] = {
+        "sft": ride.sft,
+        "sft-merge": ride.sft_merge,
+        "pairs": ride.pairs,
+        "dpo": ride.dpo,
+        "dpo-merge": ride.dpo_merge,
+        "evaluate": ride.evaluate,
+    }
+    result = None
+    for number, stage in enumerate(planned, start=1):
+        if stage.name not in wanted:
+            continue
+        console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
+        result = runners[stage.name](stage.folder)
+        _write_recipe(recipe, root)
+        _write_chain(planned, root)
+    return result if isinstance(result, dict) else None
+
+
+def _select(planned: list[PlannedStage], *, until: str | None, start: str | None) -> set[str]:
+    names = [stage.name for stage in planned]
+    for flag, name in (("--until", until), ("--from", start)):
+        if name is not None and name not in names:
+            raise UserError(f"{flag} {name}: this recipe's stages are {', '.join(names)}")
+    first = names.index(start) if start else 0
+    last = names.index(until) if until else len(names) - 1
+    if first > last:
+        raise UserError(f"--from {start} comes after --until {until}")
+    for stage in planned[:first]:
+        manifest = stage.folder / MANIFEST
+        if not manifest.exists() or read_json(manifest)["status"] != "finished":
+            raise UserError(f"--from {start}: the stage before it, {stage.folder}, is not finished")
+    return set(names[first : last + 1])
+
+
+@dataclass(frozen=True)
+class _Ride:
+    """One recipe on its way; stage modules are imported when their stage runs."""
+
+    recipe: Recipe
+    root: Path
+    console: Console
+
+    def sft(self, folder: Path) -> None:
+        from tandem.stages.sft import run_sft
+
+        assert self.recipe.sft is not None
+        run_sft(
+            model=self.recipe.model,
+            revision=self.recipe.model_revision,
+            settings=self.recipe.sft,
+            output_dir=folder,
+            chat_template=self.recipe.chat_template,
+            seed=self.recipe.seed,
+            runtime=self._runtime(),
+            console=self.console,
+        )
+
+    def sft_merge(self, folder: Path) -> None:
+        self._merge(self.recipe.model, self.root / _FOLDERS["sft"], folder)
+
+    def pairs(self, folder: Path) -> None:
+        from tandem.stages.pairs import run_pairs
+
+        assert self.recipe.pairs is not None
+        run_pairs(
+            model=self.recipe.pairs.model or self._dpo_base(),
+            settings=self.recipe.pairs,
+            output_dir=folder,
+            seed=self.recipe.seed,
+            runtime=self._runtime(),
+            console=self.console,
+        )
+
+    def dpo(self, folder: Path) -> None:
+        from tandem.stages.dpo import run_dpo
+
+        base = self._dpo_base()
+        run_dpo(
+            model=base,
+            revision=None if self.recipe.sft else self.recipe.model_revision,
+            settings=self._dpo_settings(),
+            output_dir=folder,
+            # A merged model brings the template it was tuned with.
+            chat_template=None if self.recipe.sft else self.recipe.chat_template,
+            seed=self.recipe.seed,
+            runtime=self._runtime(),
+            console=self.console,
+        )
+
+    def dpo_merge(self, folder: Path) -> None:
+        from tandem.report.card import write_card
+
+        self._merge(self._dpo_base(), self.root / _FOLDERS["dpo"], folder)
+        _write_recipe(self.recipe, self.root)
+        write_card(self.root, folder)
+
+    def evaluate(self, folder: Path) -> dict[str, Any]:
+        from tandem.report.card import write_card
+        from tandem.stages.evaluate import run_evaluation
+
+        settings = self.recipe.evaluate
+        assert settings is not None
+        heldout = self.root / _FOLDERS["pairs"] / "heldout.jsonl"
+        if not settings.pairs and heldout.exists():
+            settings = settings.model_copy(update={"pairs": (DataSource(path=str(heldout)),)})
+        evaluation = run_evaluation(
+            models=self._models(),
+            settings=settings,
+            output_dir=folder,
+            chat_template=self.recipe.chat_template,
+            seed=self.recipe.seed,
+            runtime=self._runtime(),
+            console=self.console,
+        )
+        final = self.root / _FOLDERS["dpo-merge"]
+        if final.exists():
+            write_card(self.root, final)
+        return evaluation
+
+    def _models(self) -> dict[str, str]:
+        models = {"base": self.recipe.model}
+        if self.recipe.sft is not None:
+            models["sft"] = str(self.root / _FOLDERS["sft-merge"])
+        if self.recipe.dpo is not None:
+            models["dpo"] = str(self.root / _FOLDERS["dpo-merge"])
+        return models
+
+    def _merge(self, base: str, adapter: Path, folder: Path) -> None:
+        from tandem.stages.merge import run_merge
+
+        run_merge(
+            base=base,
+            adapter=adapter,
+            output_dir=folder,
+            dtype=self.recipe.merge.dtype,
+            force=False,
+            device=self.recipe.device,
+            console=self.console,
+        )
+
+    def _dpo_base(self) -> str:
+        return str(self.root / _FOLDERS["sft-merge"]) if self.recipe.sft else self.recipe.model
+
+    def _dpo_settings(self) -> Dpo:
+        settings = self.recipe.dpo
+        assert settings is not None
+        if settings.data:
+            return settings
+        made = self.root / _FOLDERS["pairs"] / "pairs.jsonl"
+        return settings.model_copy(update={"data": (DataSource(path=str(made)),)})
+
+    def _runtime(self) -> Any:
+        from tandem.train.device import Runtime
+
+        return Runtime(
+            device=self.recipe.device,
+            dtype=self.recipe.dtype,
+            attention=self.recipe.attention,
+            tokens_per_microbatch=self.recipe.tokens_per_microbatch,
+        )
+
+
+def _write_recipe(recipe: Recipe, root: Path) -> None:
+    from tandem.recipe.load import recipe_to_yaml
+
+    atomic_write_text(root / "recipe.yaml", recipe_to_yaml(recipe))
+
+
+def _write_chain(planned: list[PlannedStage], root: Path) -> None:
+    """The run's manifest: each stage's inputs and outputs by hash, data to evaluation."""
+    chain = {}
+    for stage in planned:
+        path = stage.folder / MANIFEST
+        if path.exists():
+            manifest = read_json(path)
+            kept = ("stage", "status", "inputs_hash", "outputs", "started_at", "finished_at")
+            chain[stage.folder.name] = {key: manifest[key] for key in kept}
+    atomic_write_json(root / MANIFEST, {"stages": chain, "versions": versions()})

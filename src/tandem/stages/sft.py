@@ -1,0 +1,54 @@
+"""Stage 1: supervised fine-tuning of a LoRA adapter on conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tandem.data.prepare import prepare_conversations
+from tandem.recipe.schema import Sft
+from tandem.stages.training import Made, StageKind, Start, run_training
+from tandem.train.device import Runtime
+from tandem.train.objective import SupervisedObjective
+
+
+def run_sft(
+    *,
+    model: str,
+    revision: str | None,
+    settings: Sft,
+    output_dir: Path,
+    chat_template: str | None,
+    seed: int,
+    runtime: Runtime,
+    console: Console,
+) -> Path:
+    """Fine-tune `model` on conversations; the folder is a peft adapter at its root.
+
+    See `training.run_training` for what is resumed, recognised and refused.
+    """
+    kind = StageKind("sft", prepare_conversations, _objective, dropout=True, warnings=_warnings)
+    return run_training(
+        kind,
+        model=model,
+        revision=revision,
+        settings=settings,
+        output_dir=output_dir,
+        chat_template=chat_template,
+        seed=seed,
+        runtime=runtime,
+        console=console,
+    )
+
+
+def _objective(_: Start) -> Made:
+    return Made(SupervisedObjective())
+
+
+def _warnings(metrics: list[dict[str, Any]]) -> list[str]:
+    if len(metrics) > 1 and metrics[-1]["loss"] > metrics[0]["loss"]:
+        first, last = metrics[0]["loss"], metrics[-1]["loss"]
+        return [f"the loss rose from {first:.3f} to {last:.3f}: lower the learning rate"]
+    return []

@@ -1,0 +1,42 @@
+"""Data sources as stages name them: resolved, and identified by content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.artifact.hashing import hash_files
+from tandem.data.sources import SourceSpec, local_files, looks_like_path
+from tandem.recipe.schema import DataSource
+
+
+def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[SourceSpec]:
+    """A recipe's sources for the readers; `demo:NAME` becomes a generated file.
+
+    Args:
+        sources: as the recipe says them.
+        run_folder: the embedded demo's data is written into its `data` folder.
+        seed: of the embedded data's splits.
+    """
+    specs = []
+    for source in sources:
+        path = source.path
+        if path.startswith("demo:"):
+            from tandem.demo.embedded import materialise
+
+            path = str(materialise(path, run_folder / "data", seed))
+        specs.append(SourceSpec(path, source.split, source.subset, source.revision))
+    return specs
+
+
+def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
+    """What the data is: hashes of local files; name, subset, split and revision on the Hub."""
+    found: list[dict[str, Any]] = []
+    for spec in specs:
+        where = {"split": spec.split, "subset": spec.subset}
+        if looks_like_path(spec.path):
+            found.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
+        else:
+            found.append({"hub": spec.path, "revision": spec.revision, **where})
+    return found

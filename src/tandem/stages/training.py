@@ -1,0 +1,344 @@
+"""What both training stages do around the loop: inputs, data, adapter, resume, outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tandem.artifact.files import atomic_folder, atomic_write_json, atomic_write_text, read_jsonl
+from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
+from tandem.artifact.lock import folder_lock
+from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.data.ledger import Ledger
+from tandem.data.order import total_steps
+from tandem.data.records import Tree
+from tandem.data.sources import SourceSpec
+from tandem.data.template import ChatTemplate, resolve_template
+from tandem.model.adapter import add_adapter, save_adapter, trainable_parameters
+from tandem.model.attention import choose_backend, use_backend
+from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
+from tandem.recipe.schema import Training as TrainingSettings
+from tandem.stages.sources import data_identity, source_specs
+from tandem.train.checkpoint import CheckpointStore, Progress
+from tandem.train.device import Device, Runtime, choose_device, token_budget
+from tandem.train.engine import Engine
+from tandem.train.loop import Schedule, Training
+from tandem.train.objective import Objective
+from tandem.train.optim import make_optimizer, make_schedule, warmup
+from tandem.train.progress import StageProgress
+
+# Settings that say when to look or save, not what is computed.
+_NOT_MATHEMATICS = {
+    "data",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an objective may need when it is made: the engine holds the untrained policy."""
+
+    engine: Engine
+    model: Any
+    trees: Sequence[Tree]
+    weights_hash: str
+    backend: str
+    budget: int
+    console: Console
+
+
+@dataclass(frozen=True)
+class Made:
+    """An objective and what making it cost."""
+
+    objective: Objective
+    reference_seconds: float = 0.0
+    reference_computed: int = 0
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """How one training stage differs from the other.
+
+    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
+    whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
+    """
+
+    name: str
+    prepare: Callable[..., list[Tree]]
+    make_objective: Callable[[Start], Made]
+    dropout: bool
+    warnings: Callable[[list[dict[str, Any]]], list[str]]
+
+
+def run_training(
+    kind: StageKind,
+    *,
+    model: str,
+    revision: str | None,
+    settings: TrainingSettings,
+    output_dir: Path,
+    chat_template: str | None,
+    seed: int,
+    runtime: Runtime,
+    console: Console,
+) -> Path:
+    """Run, resume or recognise as finished one training stage; returns its folder.
+
+    Raises UserError for bad input, a folder with other inputs, or one in use.
+    """
+    base = model_folder(model, revision)
+    config = load_config(base)
+    check_context(config, settings.max_length, base)
+    tokenizer = load_tokenizer(base)
+    template = resolve_template(tokenizer, chat_template)
+    sources = source_specs(settings.data, output_dir.parent, seed)
+    device = choose_device(runtime.device, runtime.dtype)
+    inputs = {
+        "model": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
+        "data": data_identity(sources),
+        "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
+        "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+        "seed": seed,
+        "dtype": str(device.weights).removeprefix("torch."),
+    }
+    with folder_lock(output_dir):
+        opened = open_stage(output_dir, kind.name, inputs)
+        if opened.state == "finished":
+            console.print(f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
+            return output_dir
+        for notice in template.notices:
+            console.print(f"{kind.name}: {notice}")
+        stage = _Stage(
+            kind, settings, output_dir, seed, runtime, device, console, base, config, model,
+            tokenizer, template,
+        )  # fmt: skip
+        stage.run(opened, inputs, sources)
+    return output_dir
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The resolved pieces of one stage on their way through `run`."""
+
+    kind: StageKind
+    settings: TrainingSettings
+    folder: Path
+    seed: int
+    runtime: Runtime
+    device: Device
+    console: Console
+    base: Path
+    config: Any
+    base_name: str
+    tokenizer: Any
+    template: ChatTemplate
+
+    def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
+        ledger, trees = self._data(sources)
+        backend, why = choose_backend(self.runtime.attention, self.config)
+        schedule = opened.schedule or {
+            "base": self.base_name,
+            "tokens_per_microbatch": token_budget(
+                self.runtime.tokens_per_microbatch, self.device, self.config
+            ),
+            "threads": torch.get_num_threads(),
+            "device": self.device.kind,
+            "attention": backend,
+        }
+        torch.set_num_threads(schedule["threads"])
+        budget = schedule["tokens_per_microbatch"]
+        self.console.print(
+            f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, attention {backend} ({why}), "
+            f"{budget} tokens a micro-batch"
+        )
+        start_stage(self.folder, self.kind.name, inputs, schedule)
+        model = self._model(backend)
+        engine = Engine(self.device)
+        parameters = trainable_parameters(model)
+        s = self.settings
+        optimizer = make_optimizer(
+            parameters.values(),
+            learning_rate=s.learning_rate,
+            weight_decay=s.weight_decay,
+            betas=(s.adam_beta1, s.adam_beta2),
+            epsilon=s.adam_epsilon,
+        )
+        engine.prepare(model, optimizer)
+        made = self.kind.make_objective(
+            Start(
+                engine, model, trees, inputs["model"]["weights"], backend, budget, self.console
+            )
+        )
+        progress = self._train(engine, model, trees, made.objective, budget)
+        self._finish(model, engine, trees, ledger, made, progress, schedule)
+
+    def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, list[Tree]]:
+        began = time.perf_counter()
+        ledger = Ledger(self.folder / "data-ledger.jsonl")
+        trees = self.kind.prepare(
+            sources,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            max_length=self.settings.max_length,
+            max_prompt_length=self.settings.max_prompt_length,
+            on_bad_record=self.settings.on_bad_record,
+            ledger=ledger,
+        )
+        ledger.write()
+        counts = ledger.summary()
+        self.console.print(
+            f"{self.kind.name}: {counts['trained']} of {counts['read']} records to train on, "
+            f"{counts['truncated']} truncated, {counts['dropped']} dropped"
+            + (f" (each in {self.folder / 'data-ledger.jsonl'})" if counts["reasons"] else "")
+            + f", encoded in {time.perf_counter() - began:.1f} s"
+        )
+        for reason, count in counts["reasons"].items():
+            self.console.print(f"  {count} x {reason}")
+        return ledger, trees
+
+    def _model(self, backend: str) -> Any:
+        model = load_model(
+            self.base, dtype=self.device.weights, device=self.device.torch_device
+        )
+        use_backend(model, backend)
+        lora = self.settings.lora
+        if lora.dropout > 0 and not self.kind.dropout:
+            self.console.print(
+                f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
+                "so that policy and reference are the same function and prefixes can be shared"
+            )
+        model = add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout if self.kind.dropout else 0.0,
+            target_modules=lora.target_modules,
+            base_name=self.base_name if not self.base_name.startswith("demo:") else str(self.base),
+            seed=self.seed,
+        )
+        if self.settings.gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def _train(
+        self, engine: Engine, model: Any, trees: list[Tree], objective: Objective, budget: int
+    ) -> Progress:
+        s = self.settings
+        total = total_steps(len(trees), s.batch_size, epochs=s.epochs, max_steps=s.max_steps)
+        schedule = Schedule(
+            total_steps=total,
+            batch_size=s.batch_size,
+            seed=self.seed,
+            budget=budget,
+            logging_steps=s.logging_steps,
+            save_steps=s.save_steps or max(1, -(-total // 10)),
+        )
+        checkpoints = CheckpointStore(self.folder / "checkpoints", keep=s.save_total_limit)
+        newest, progress = checkpoints.newest(), Progress()
+        if newest is not None:
+            progress = checkpoints.load(newest, model, engine.optimizer)
+            self.console.print(
+                f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})"
+            )
+        warmup_steps = warmup(total, steps=s.warmup_steps, ratio=s.warmup_ratio)
+        with StageProgress(
+            self.console, self.kind.name, total_steps=total, start_step=progress.step
+        ) as display:
+            return Training(
+                engine=engine,
+                model=model,
+                parameters=list(trainable_parameters(model).values()),
+                trees=trees,
+                objective=objective,
+                learning_rate=make_schedule(
+                    engine.optimizer, s.lr_scheduler, warmup_steps=warmup_steps, total_steps=total
+                ),
+                schedule=schedule,
+                max_grad_norm=s.max_grad_norm,
+                dropout=self.kind.dropout and s.lora.dropout > 0,
+                folder=self.folder,
+                checkpoints=checkpoints,
+                progress=progress,
+                advance=display.advance,
+            ).run()
+
+    def _finish(
+        self,
+        model: Any,
+        engine: Engine,
+        trees: list[Tree],
+        ledger: Ledger,
+        made: Made,
+        progress: Progress,
+        schedule: dict[str, Any],
+    ) -> None:
+        with atomic_folder(self.folder / "saving") as aside:
+            save_adapter(model, aside)
+            save_tokenizer(self.tokenizer, self.template, aside)
+        outputs = []
+        for file in sorted((self.folder / "saving").iterdir()):
+            file.replace(self.folder / file.name)
+            outputs.append(file.name)
+        (self.folder / "saving").rmdir()
+        warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
+        for warning in warnings:
+            self.console.print(f"[yellow]{self.kind.name}: {warning}[/]")
+        lengths = [len(t.sequence(b).input_ids) for t in trees for b in range(len(t.branches))]
+        atomic_write_json(
+            self.folder / "summary.json",
+            {
+                "train_seconds": progress.seconds,
+                "compile_seconds": 0.0,
+                "reference_seconds": made.reference_seconds,
+                "reference_computed": made.reference_computed,
+                "examples": progress.examples,
+                "tokens": progress.tokens,
+                "padded_tokens": progress.padded_tokens,
+                "shared_tokens": progress.unshared_tokens - progress.tokens,
+                "steps": progress.step,
+                "peak_memory_bytes": engine.device.peak_memory(),
+                "warnings": warnings,
+                "attention": schedule["attention"],
+                "device": schedule["device"],
+                "dtype": str(self.device.weights).removeprefix("torch."),
+                "lengths": {
+                    "sequence": lengths,
+                    "prompt": [int((~t.sequence(0).trained).sum()) for t in trees],
+                },
+                "ledger": ledger.summary(),
+                "examples_hash": _examples_hash(trees),
+            },
+        )
+        finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
+        self.console.print(
+            f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
+            f"{progress.seconds:.1f} s -> {self.folder}"
+        )
+
+
+def save_tokenizer(tokenizer: Any, template: ChatTemplate, folder: Path) -> None:
+    """Save a tokenizer with its chat template, so that inference uses the one of training."""
+    tokenizer.chat_template = template.source
+    tokenizer.save_pretrained(str(folder))
+
+
+def _examples_hash(trees: Sequence[Tree]) -> str:
+    return hash_json(
+        [
+            hash_bytes(
+                *(part for b in (t.prefix, *t.branches) for part in (b.input_ids.tobytes(), b.trained.tobytes()))
+            )
+            for t in trees
+        ]
+    )

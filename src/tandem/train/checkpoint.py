@@ -1,0 +1,115 @@
+"""Checkpoints that are complete or not there: adapter, optimizer, cursor and running sums."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
+from tandem.artifact.hashing import hash_file
+from tandem.errors import UserError
+from tandem.model.adapter import load_adapter_weights, save_adapter, trainable_parameters
+
+_MARK = "checkpoint.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a training run stands; everything beside the tensors that a resume needs.
+
+    `step` is the number of finished optimizer steps. `sums` runs since the last logged step and
+    `history` holds what the summary reports at the end.
+    """
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    unshared_tokens: int = 0
+
+
+class CheckpointStore:
+    """The `checkpoints` folder of a stage.
+
+    Args:
+        folder: holds step-000100, step-000200, ...
+        keep: how many of the newest stay, all when None.
+    """
+
+    def __init__(self, folder: Path, *, keep: int | None) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Write one checkpoint aside, sync it, move it into place, remove the oldest."""
+        path = self.folder / f"step-{progress.step:06d}"
+        with atomic_folder(path) as aside:
+            save_adapter(model, aside)
+            save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER)
+            digests = {f.name: hash_file(f) for f in sorted(aside.iterdir()) if f.is_file()}
+            mark = {"progress": asdict(progress), "files": digests}
+            atomic_write_json(aside / _MARK, mark)
+        for old in self._complete()[: -self.keep] if self.keep else []:
+            shutil.rmtree(old)
+        return path
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are all there and unchanged."""
+        for path in reversed(self._complete()):
+            if _intact(path):
+                return path
+        return None
+
+    def load(self, path: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+        """Put model and optimizer back to where `save` found them, bit for bit."""
+        load_adapter_weights(model, path)
+        _restore_optimizer(model, optimizer, load_file(path / _OPTIMIZER))
+        return Progress(**read_json(path / _MARK)["progress"])
+
+    def _complete(self) -> list[Path]:
+        if not self.folder.exists():
+            return []
+        return sorted(p for p in self.folder.glob("step-*") if (p / _MARK).exists())
+
+
+def _intact(path: Path) -> bool:
+    try:
+        files = read_json(path / _MARK)["files"]
+    except (ValueError, KeyError):
+        return False
+    return all(
+        (path / name).exists() and hash_file(path / name) == digest
+        for name, digest in files.items()
+    )
+
+
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    tensors = {}
+    for number, name in enumerate(trainable_parameters(model)):
+        for key, value in state.get(number, {}).items():
+            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _restore_optimizer(
+    model: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    numbers = {name: number for number, name in enumerate(trainable_parameters(model))}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, key = name.rsplit("|", 1)
+        if parameter not in numbers:
+            raise UserError(f"the checkpoint's optimizer moves {parameter}, this model does not")
+        state.setdefault(numbers[parameter], {})[key] = tensor
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

@@ -1,0 +1,247 @@
+"""The training loop: steps of examples, micro-batches of trees, one line of metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
+from tandem.data.collate import collate, fed_tokens, record_key
+from tandem.data.order import Step, steps, steps_per_epoch
+from tandem.data.packing import pack
+from tandem.data.records import Tree
+from tandem.errors import Stopped, TandemError
+from tandem.train.checkpoint import CheckpointStore, Progress
+from tandem.train.engine import Engine
+from tandem.train.objective import Objective
+
+# Sequences of a padded batch in the comparison that the summary reports.
+_PADDED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, by step number; nothing here changes a parameter."""
+
+    total_steps: int
+    batch_size: int
+    seed: int
+    budget: int
+    logging_steps: int
+    save_steps: int
+
+
+class Training:
+    """One training run from a step to the last: the state that a loop needs a name for.
+
+    Args:
+        engine: prepared with the model and its optimizer.
+        model: the adapter-wrapped model, for checkpoints.
+        parameters: what the optimizer moves.
+        trees: all records.
+        objective: what a step minimises.
+        learning_rate: a step's rate by its number from 0.
+        schedule: step counts.
+        max_grad_norm: clipping threshold, none when None.
+        dropout: whether records need dropout keys.
+        folder: the stage's folder, for metrics.jsonl.
+        checkpoints: where checkpoints go.
+        progress: where the run stands (a fresh one, or a checkpoint's).
+        advance: told each finished step, and its metrics when it is a logged one.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        model: Any,
+        parameters: Sequence[Tensor],
+        trees: Sequence[Tree],
+        objective: Objective,
+        learning_rate: Callable[[int], float],
+        schedule: Schedule,
+        max_grad_norm: float | None,
+        dropout: bool,
+        folder: Path,
+        checkpoints: CheckpointStore,
+        progress: Progress,
+        advance: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self.parameters = parameters
+        self.trees = trees
+        self.objective = objective
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.dropout = dropout
+        self.metrics_path = folder / "metrics.jsonl"
+        self.checkpoints = checkpoints
+        self.progress = progress
+        self.advance = advance
+
+    def run(self) -> Progress:
+        """Take all remaining steps.
+
+        Raises Stopped after a checkpoint when the process is asked to end, and TandemError before
+        a step that is not finite.
+        """
+        schedule, progress = self.schedule, self.progress
+        self._forget_metrics_after(progress.step)
+        self.model.train()
+        remaining = steps(
+            len(self.trees),
+            schedule.batch_size,
+            seed=schedule.seed,
+            count=schedule.total_steps,
+            start=progress.step,
+        )
+        with _stop_requests() as stop:
+            for step in remaining:
+                self._take(step)
+                last = progress.step == schedule.total_steps
+                if progress.step % schedule.save_steps == 0 or last or stop.requested:
+                    self.checkpoints.save(self.model, self.engine.optimizer, progress)
+                if stop.requested and not last:
+                    raise Stopped(
+                        f"stopped after step {progress.step} of {schedule.total_steps}; a "
+                        "checkpoint is written. The same command goes on from there."
+                    )
+        self.model.eval()
+        return progress
+
+    def _take(self, step: Step) -> None:
+        began = time.perf_counter()
+        trees = [self.trees[i] for i in step.examples]
+        denominator = self.objective.denominator(trees)
+        sums: dict[str, float] = {"count": denominator, "steps": 1}
+        tokens = 0
+        for members in pack([fed_tokens(tree) for tree in trees], self.schedule.budget):
+            examples = [step.examples[i] for i in members]
+            fed, part_sums = self._backward(step, [trees[i] for i in members], examples, denominator)
+            tokens += fed
+            for name, value in part_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        rate = self.learning_rate(step.number)
+        norm = self.engine.step(self.parameters, rate, self.max_grad_norm)
+        if not math.isfinite(norm):
+            raise _not_finite("gradient", step.number, trees)
+        self.engine.device.synchronize()
+        sums |= {"grad_norm": norm, "tokens": tokens, "examples": len(trees)}
+        sums["seconds"] = time.perf_counter() - began
+        self._account(step, trees, sums, rate)
+
+    def _backward(
+        self, step: Step, trees: Sequence[Tree], examples: Sequence[int], denominator: int
+    ) -> tuple[int, dict[str, float]]:
+        keys = (
+            [record_key(self.schedule.seed, step.number, i) for i in examples]
+            if self.dropout
+            else None
+        )
+        batch = collate(trees, keys)
+        part = self.objective.part(
+            self.engine.score(batch), examples, first_step=step.number == 0
+        )
+        if not math.isfinite(part.sums["loss"]):
+            raise _not_finite("loss", step.number, trees)
+        self.engine.backward(part.loss / denominator)
+        return batch.tokens, part.sums
+
+    def _account(
+        self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
+    ) -> None:
+        progress = self.progress
+        progress.step = step.number + 1
+        progress.seconds += sums["seconds"]
+        progress.examples += len(trees)
+        progress.tokens += int(sums["tokens"])
+        lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
+        progress.unshared_tokens += sum(lengths)
+        progress.padded_tokens += _padded(lengths)
+        for name, value in sums.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        logged: dict[str, float] = {}
+        last = progress.step == self.schedule.total_steps
+        if progress.step % self.schedule.logging_steps == 0 or last:
+            logged = self._metrics(rate)
+            append_jsonl(self.metrics_path, logged)
+            progress.sums = {}
+        self.advance(progress.step, logged)
+
+    def _metrics(self, rate: float) -> dict[str, float]:
+        sums = self.progress.sums
+        per_epoch = steps_per_epoch(len(self.trees), self.schedule.batch_size)
+        return {
+            "step": self.progress.step,
+            "epoch": round(self.progress.step / per_epoch, 4),
+            **self.objective.metrics(sums),
+            "grad_norm": sums["grad_norm"] / sums["steps"],
+            "learning_rate": rate,
+            "step_seconds": sums["seconds"] / sums["steps"],
+            "tokens": sums["tokens"],
+            "examples": sums["examples"],
+            "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "memory_bytes": self.engine.device.peak_memory(),
+        }
+
+    def _forget_metrics_after(self, step: int) -> None:
+        # A killed run may have logged steps beyond its last checkpoint; they are taken again.
+        kept = [line for line in read_jsonl(self.metrics_path) if line["step"] <= step]
+        atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _sequence_length(tree: Tree, branch: int) -> int:
+    return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
+
+
+def _padded(lengths: Sequence[int]) -> int:
+    """Tokens that padded batches of a usual size would have fed for the same sequences."""
+    batches = [lengths[i : i + _PADDED_BATCH] for i in range(0, len(lengths), _PADDED_BATCH)]
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+def _not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
+    origins = "; ".join(str(tree.origin) for tree in trees[:8])
+    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
+    return TandemError(
+        f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
+        f"{origins}{more}. Lower the learning rate, or look at these records."
+    )
+
+
+@dataclass
+class _StopRequest:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_StopRequest]:
+    """SIGINT and SIGTERM ask for an end after the current step; a second one interrupts at once."""
+    request = _StopRequest()
+
+    def ask(number: int, _frame: Any) -> None:
+        if request.requested:
+            raise KeyboardInterrupt
+        request.requested = True
+
+    try:
+        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals cannot be handled
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

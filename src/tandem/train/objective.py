@@ -1,0 +1,132 @@
+"""What a step minimises: losses of micro-batches that add up to the step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tandem.data.records import Tree
+from tandem.errors import UserError
+from tandem.losses.preference import sigmoid_loss
+from tandem.losses.sft import negative_log_likelihood
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch's share of a step: the loss to differentiate, not yet divided, and sums."""
+
+    loss: Tensor
+    sums: dict[str, float]
+
+
+class Objective(Protocol):
+    """Turns sequence log-probs into losses; the loop knows nothing else about a stage."""
+
+    def denominator(self, trees: Sequence[Tree]) -> int:
+        """What the step's summed loss is divided by, known before its first forward."""
+        ...
+
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+        """The loss of a micro-batch's examples from their sequences' log-probs [S]."""
+        ...
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Named averages from sums over one or more steps, `count` (denominators) among them."""
+        ...
+
+
+def trained_tokens(tree: Tree) -> int:
+    """Targets of a tree, those of its prefix counted for each branch."""
+    shared = int(tree.prefix.trained.sum())
+    return sum(shared + int(branch.trained.sum()) for branch in tree.branches)
+
+
+class SupervisedObjective:
+    """Negative log-likelihood per trained token of the step."""
+
+    def denominator(self, trees: Sequence[Tree]) -> int:
+        """The step's trained tokens."""
+        return sum(trained_tokens(tree) for tree in trees)
+
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+        """Sum of negative log-probs; see `Objective.part`."""
+        del examples, first_step
+        loss = negative_log_likelihood(logps)
+        return Part(loss, {"loss": float(loss.detach())})
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Loss per trained token."""
+        return {"loss": sums["loss"] / sums["count"]}
+
+
+class PreferenceObjective:
+    """Sigmoid DPO (arXiv 2305.18290) averaged over the step's pairs.
+
+    Args:
+        reference: log-probs of every example's two answers under the reference [n, 2] float32.
+        beta: strength of the pull towards the reference.
+        relative_tolerance: of the step-0 check, what the precision in use explains.
+    """
+
+    _MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+    def __init__(
+        self, reference: NDArray[np.float32], *, beta: float, relative_tolerance: float
+    ) -> None:
+        self.reference = torch.from_numpy(reference)
+        self.beta = beta
+        self.relative_tolerance = relative_tolerance
+
+    def denominator(self, trees: Sequence[Tree]) -> int:
+        """The step's pairs."""
+        return len(trees)
+
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+        """Sum of the pairs' losses; in the first step, the step-0 check as well."""
+        policy = logps.view(-1, 2)  # [P, 2] chosen, rejected
+        reference = self.reference[list(examples)].to(policy)
+        if first_step:
+            self._check_start(policy.detach(), reference)
+        result = sigmoid_loss(
+            policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=self.beta
+        )
+        margins = result.chosen_rewards - result.rejected_rewards
+        loss = result.loss.sum()
+        return Part(
+            loss,
+            {
+                "loss": float(loss.detach()),
+                "rewards/chosen": float(result.chosen_rewards.sum()),
+                "rewards/rejected": float(result.rejected_rewards.sum()),
+                "rewards/margins": float(margins.sum()),
+                "rewards/accuracies": float((margins > 0).sum()),
+                "logps/chosen": float(policy[:, 0].detach().sum()),
+                "logps/rejected": float(policy[:, 1].detach().sum()),
+            },
+        )
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Means over pairs, under TRL's names."""
+        names = ("loss", *self._MEANS, "logps/chosen", "logps/rejected")
+        return {name: sums[name] / sums["count"] for name in names}
+
+    def _check_start(self, policy: Tensor, reference: Tensor) -> None:
+        # With B = 0 the policy is the reference: any other difference is a mistake that training
+        # would silently build on.
+        gap = (policy - reference).abs()
+        allowed = self.relative_tolerance * (reference.abs() + 10.0)
+        if bool((gap > allowed).any()):
+            worst = int((gap - allowed).flatten().argmax())
+            raise UserError(
+                "step-0 check: before training, the policy must equal the reference, but a "
+                f"log-probability is {float(policy.flatten()[worst]):.4f} under the policy and "
+                f"{float(reference.flatten()[worst]):.4f} under the reference. Likely causes: an "
+                "adapter that does not start at zero, trained parameters outside the adapter, "
+                "dropout that is on, or a reference computed in another precision."
+            )

@@ -1,0 +1,45 @@
+"""AdamW and its learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+
+def make_optimizer(
+    parameters: Iterable[Tensor],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the trainable parameters."""
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
+    """transformers' schedule `name` as a function from a step's number, from 0, to its rate.
+
+    A function of the number alone has no state to save, and a resumed run cannot be off by one.
+    """
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+    )
+    (factor,), (peak,) = schedule.lr_lambdas, schedule.base_lrs
+    return lambda step: float(peak * factor(step))
+
+
+def warmup(total_steps: int, *, steps: int | None, ratio: float | None) -> int:
+    """Warm-up steps from a count or a share of all steps (rounded up), none by default."""
+    if steps is not None:
+        return steps
+    return math.ceil(total_steps * ratio) if ratio is not None else 0

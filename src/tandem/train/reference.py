@@ -1,0 +1,170 @@
+"""Reference log-probs: computed once, kept on disk by content, found again by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tandem.data.collate import collate, fed_tokens
+from tandem.data.packing import pack
+from tandem.data.records import Branch, Tree
+from tandem.train.engine import Engine
+
+# Records of one unit: what an interruption redoes, and what one transaction stores.
+_UNIT = 64
+_BYTES_LIMIT = 2 * 2**30
+_ROW_BYTES = 80
+
+
+class ReferenceStore:
+    """Log-probs of sequences by (reference weights, numerics, tokens, trained mask).
+
+    The key holds nothing about learning rates, seeds, adapters, beta or losses, so other runs
+    over the same data and reference find what this one computed; a changed weight byte or token
+    misses.
+
+    Args:
+        folder: where the store lives, `cache_folder()` unless told otherwise.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = (folder or cache_folder()) / "reference.sqlite"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connection() as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS logps "
+                "(key BLOB PRIMARY KEY, logp REAL, tokens INTEGER, used REAL) WITHOUT ROWID"
+            )
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+        """The log-probs that are there."""
+        found: dict[bytes, float] = {}
+        with self._connection() as connection:
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, logp FROM logps WHERE key IN ({marks})"
+                found.update(connection.execute(query, part).fetchall())
+                connection.execute(
+                    f"UPDATE logps SET used = ? WHERE key IN ({marks})", [time.time(), *part]
+                )
+        return found
+
+    def put(self, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]) -> None:
+        """Store log-probs in one transaction; what is there already stays as it is."""
+        rows = zip(keys, logps, tokens, [time.time()] * len(keys), strict=True)
+        with self._connection() as connection:
+            connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
+
+    def prune(self, limit_bytes: int = _BYTES_LIMIT) -> int:
+        """Forget the longest unused log-probs beyond the limit; returns how many."""
+        with self._connection() as connection:
+            (count,) = connection.execute("SELECT COUNT(*) FROM logps").fetchone()
+            excess = max(0, count - limit_bytes // _ROW_BYTES)
+            if excess:
+                connection.execute(
+                    "DELETE FROM logps WHERE key IN "
+                    "(SELECT key FROM logps ORDER BY used LIMIT ?)",
+                    [excess],
+                )
+            return int(excess)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+            yield connection
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def cache_report() -> list[tuple[str, int]]:
+    """Names and sizes in bytes of what the cache holds."""
+    folder = cache_folder()
+    if not folder.exists():
+        return []
+    return [(file.name, file.stat().st_size) for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def clear_cache() -> int:
+    """Delete what the cache holds; returns the bytes freed."""
+    freed = 0
+    for name, size in cache_report():
+        (cache_folder() / name).unlink()
+        freed += size
+    return freed
+
+
+def reference_logps(
+    engine: Engine,
+    trees: Sequence[Tree],
+    *,
+    store: ReferenceStore,
+    identity: str,
+    budget: int,
+    advance: Callable[[int], None],
+) -> tuple[NDArray[np.float32], int]:
+    """Log-probs of every tree's branches under the engine's model as it is now.
+
+    Records are computed in units that depend on the data alone. A unit of which anything is
+    missing is computed whole, so an interrupted pass repeats the arithmetic of a whole one.
+
+    Args:
+        engine: holds the reference (the policy with its adapter off).
+        trees: all records, each with the same number of branches B.
+        store: where log-probs are looked up and kept.
+        identity: hash of the reference weights and of what the numerics depend on.
+        budget: tokens of a micro-batch.
+        advance: told how many more records are done.
+
+    Returns:
+        [n, B] float32, and how many records had to be computed.
+    """
+    keys = [
+        [_key(identity, tree.sequence(branch)) for branch in range(len(tree.branches))]
+        for tree in trees
+    ]
+    found = store.get([key for row in keys for key in row])
+    computed = 0
+    for start in range(0, len(trees), _UNIT):
+        unit = range(start, min(start + _UNIT, len(trees)))
+        if any(key not in found for i in unit for key in keys[i]):
+            fresh = _compute_unit(engine, [trees[i] for i in unit], budget)
+            unit_keys = [key for i in unit for key in keys[i]]
+            store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
+            found.update(store.get(unit_keys))
+            computed += len(unit)
+        advance(len(unit))
+    return np.array([[found[key] for key in row] for row in keys], dtype=np.float32), computed
+
+
+def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[float, int]]:
+    results: list[list[tuple[float, int]]] = [[] for _ in trees]
+    with torch.no_grad():
+        for members in pack([fed_tokens(tree) for tree in trees], budget):
+            batch = collate([trees[i] for i in members])
+            values = engine.score(batch).float().tolist()
+            scored = iter(zip(values, batch.sequence_tokens, strict=True))
+            for i in members:
+                results[i] = [next(scored) for _ in trees[i].branches]
+    return [pair for row in results for pair in row]
+
+
+def _key(identity: str, sequence: Branch) -> bytes:
+    digest = hashlib.sha256(identity.encode())
+    digest.update(len(sequence.input_ids).to_bytes(8, "little"))
+    digest.update(sequence.input_ids.astype("<i4").tobytes())
+    digest.update(np.packbits(sequence.trained).tobytes())
+    return digest.digest()
