@@ -48,7 +48,7 @@ def card_facts(run: RunFacts) -> dict[str, Any]:
     return {
         "name": run.name,
         "description": str(run.recipe.get("description") or ""),
-        "base_model": str(base),
+        "base_model": _shown_path(str(base)),
         "chat_template": str(run.recipe.get("chat_template") or ""),
         "seed": run.recipe.get("seed"),
         "stages": [_stage(run, s) for s in trained],
@@ -84,14 +84,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
 def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
     inputs = mapping(stage.manifest.get("inputs"))
     settings = mapping(run.recipe.get(stage.kind)) or mapping(find_key(inputs, "settings"))
-    sources = (
-        settings.get("data") or run.recipe.get("pairs", {})
-        if stage.kind == "dpo"
-        else settings.get("data")
-    )
+    sources = settings.get("data")
+    # Without data of its own the DPO stage trained on pairs that the run made from prompts.
+    made = stage.kind == "dpo" and not sources
     return {
         "kind": stage.kind,
-        "data": [_shown_path(p) for p in _paths(sources)],
+        "data": [_shown_path(p) for p in _paths(run.recipe.get("pairs") if made else sources)],
+        "made": made,
         "hashes": _hashes(inputs),
         "settings": {k: settings[k] for k in _SETTINGS if settings.get(k) is not None},
         "examples": stage.summary.get("examples"),
@@ -130,7 +129,8 @@ def _use(facts: Mapping[str, Any]) -> str:
 def _stage_text(stage: Mapping[str, Any]) -> str:
     lines = [f"## {KIND_TITLES[stage['kind']]}", ""]
     if stage["data"]:
-        lines.append("Data: " + ", ".join(f"`{_code(d)}`" for d in stage["data"]) + ".")
+        made = "pairs made in this run from prompts of " if stage.get("made") else ""
+        lines.append(f"Data: {made}" + ", ".join(f"`{_code(d)}`" for d in stage["data"]) + ".")
     figures = [
         f"{count(stage[key])} {noun}"
         for key, noun in (("examples", "examples seen"), ("steps", "optimizer steps"))
@@ -171,7 +171,7 @@ def _limits(facts: Mapping[str, Any]) -> str:
         "- The figures above are from this run's own held-out data, one seed"
         + (f" ({facts['seed']})" if is_number(facts.get("seed")) else "")
         + "; they say nothing about other tasks.",
-        "- No safety evaluation was made. The model can be wrong and can repeat what its data says.",
+        "- No safety evaluation was made. The model can be wrong and can repeat its data.",
         "- The licences of the base model and of the data apply to this model.",
     ]
     return "\n".join(lines + [f"- Seen in this run: {_line(w)}" for w in facts.get("warnings", ())])

@@ -1,0 +1,95 @@
+"""Numbers as text, the terminal's table, and the model card."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from made_runs import evaluation, run_folder
+from rich.console import Console
+
+from tandem.report import wording
+from tandem.report.card import write_card
+from tandem.report.results import result_rows
+from tandem.report.terminal import result_table, samples_table
+
+
+def printed(item: object, width: int = 120) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(item)
+    return out.getvalue()
+
+
+def test_numbers() -> None:
+    assert [wording.number(x) for x in (0.69314, 12.345, 1e-4, 0, 120, None)] == [
+        "0.693", "12.35", "1.00e-4", "0", "120", "–",
+    ]  # fmt: skip
+    assert wording.number(math.nan) == "–"
+    assert [wording.duration(s) for s in (0.25, 12.34, 185, 7800)] == [
+        "250 ms", "12.3 s", "3 min 05 s", "2 h 10 min",
+    ]  # fmt: skip
+    assert [wording.short_count(n) for n in (950, 12859, 1_250_000)] == ["950", "12.9k", "1.25M"]
+    assert wording.size(812_646_400) == "775 MiB"
+    assert wording.percent(0.825) == "82.5 %"
+
+
+def test_rows_change_and_verdict() -> None:
+    base, sft, dpo = result_rows(evaluation())
+    assert (base.label, sft.label, dpo.label) == ("base", "SFT", "DPO")
+    assert base.cells[0].note == "as completion 95.8 %"
+    assert (sft.cells[0].arrow, sft.cells[0].change, sft.cells[0].verdict) == ("▲", "+80.8", "good")
+    assert (sft.cells[1].arrow, sft.cells[1].verdict) == ("▼", "good")  # a lower loss
+    assert (dpo.cells[1].change, dpo.cells[1].verdict) == ("+0.043", "bad")
+    assert dpo.cells[5].verdict == ""  # shorter is neither
+
+
+def test_rows_skip_what_was_not_measured() -> None:
+    value = {"models": {"base": {"loss": 2.0}, "sft": {"loss": None}, "dpo": {"loss": 1.5}}}
+    rows = result_rows(value)
+    assert [r.cells[0].text for r in rows] == ["2.000", "–", "1.500"]
+    assert rows[2].cells[0].change == "−0.500"
+    assert result_rows({}) == []
+
+
+def test_terminal_tables_do_not_read_markup() -> None:
+    text = printed(result_table(evaluation()))
+    assert "as completion 95.8 %" in text
+    assert "▲ +27.3" in text
+    samples = printed(samples_table(evaluation()), width=300)
+    assert "[bold]not markup[/bold]" in samples
+    assert "(nothing)" in samples
+    assert "\x1b" not in text + samples
+
+
+def test_card(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "demo", fall=9.0)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(
+        recipe.replace("path: demo:instructions", "path: Open-Orca/SlimOrca")
+        .replace("model: demo:base", "model: some/base")
+        .replace("path: demo:prompts", f"path: {tmp_path}/secret/prompts.jsonl")
+    )
+    text = write_card(run, run / "5-final").read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == "some/base"
+    assert header["datasets"] == ["Open-Orca/SlimOrca"]
+    for expected in (
+        "| learning rate | 0.001 |", "rank 16, alpha 64.0", "| DPO | 84.2 % |", "base_weights",
+        "collapse of the chosen log-probs", "`prompts.jsonl`", "## Limits",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("model", ["demo:base", "/abs/model", "./base"])
+def test_card_header_names_only_hub_models(tmp_path: Path, model: str) -> None:
+    run = run_folder(tmp_path / "demo", until="sft")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("model: demo:base", f"model: {model}"))
+    text = write_card(run, run / "out").read_text(encoding="utf-8")
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+    assert "has not evaluated" in text
+    assert "/abs" not in text
