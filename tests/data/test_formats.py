@@ -1,0 +1,167 @@
+"""How rows are read: known formats, and verdicts on rows that cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tandem.data.formats import Unusable, detect, read_question
+from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+
+ORIGIN = Origin("made.jsonl", 7)
+
+
+def read(fields: dict[str, Any]) -> Conversation | PreferencePair:
+    known = detect(fields)
+    assert known is not None
+    return known.read(fields, ORIGIN)
+
+
+def sharegpt(*turns: tuple[Any, ...]) -> dict[str, Any]:
+    keys = ("from", "value", "weight")
+    return {"conversations": [dict(zip(keys, turn, strict=False)) for turn in turns]}
+
+
+def test_sharegpt_roles_weights_and_unknown_columns() -> None:
+    row = sharegpt(
+        ("system", "S", None),
+        ("human", "Q1", 0.0),
+        ("gpt", "A1", 0),
+        ("human", "Q2", 1.0),
+        ("gpt", "A2", 1.0),
+    )
+    assert read({**row, "source": "x", "accepted": ["y"]}) == Conversation(
+        (
+            Turn("system", "S"),
+            Turn("user", "Q1"),
+            Turn("assistant", "A1", trained=False),
+            Turn("user", "Q2"),
+            Turn("assistant", "A2"),
+        ),
+        ORIGIN,
+    )
+
+
+def test_messages_with_text_parts_and_turns_after_the_last_trained_answer() -> None:
+    row = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+            {"role": "assistant", "content": " A\n"},
+            {"role": "user", "content": "never answered"},
+        ]
+    }
+    assert read(row) == Conversation((Turn("user", "Q"), Turn("assistant", " A\n")), ORIGIN)
+
+
+@pytest.mark.parametrize("system", ["", None])
+def test_orca_pairs_without_a_system_text(system: str | None) -> None:
+    row = {"system": system, "question": "Q", "chosen": "C", "rejected": "R"}
+    assert read(row) == PreferencePair((Turn("user", "Q"),), "C", "R", ORIGIN)
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SYSTEM_AND_USER = (Turn("system", "S"), Turn("user", "Q"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "turns"),
+    [
+        ("Q", "C", "R", SYSTEM_AND_USER[1:]),
+        ([said("system", "S"), said("user", "Q")], "C", "R", SYSTEM_AND_USER),
+        (
+            [said("system", "S"), said("user", "Q")],
+            [said("assistant", "C")],
+            [said("assistant", "R")],
+            SYSTEM_AND_USER,
+        ),
+        # UltraFeedback: a text as prompt, and answers that repeat it as messages.
+        (
+            "Q",
+            [said("user", "Q"), said("assistant", "C")],
+            [said("user", "Q"), said("assistant", "R")],
+            SYSTEM_AND_USER[1:],
+        ),
+        (
+            "Q",
+            [said("system", "S"), said("user", "Q"), said("assistant", "C")],
+            [said("system", "S"), said("user", "Q"), said("assistant", "R")],
+            SYSTEM_AND_USER,
+        ),
+    ],
+)
+def test_explicit_preference(
+    prompt: object, chosen: object, rejected: object, turns: tuple[Turn, ...]
+) -> None:
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "messages": []}
+    assert read(row) == PreferencePair(turns, "C", "R", ORIGIN)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (sharegpt(("human", "Q")), "no assistant turn"),
+        (sharegpt(("system", "")), "no assistant turn"),
+        (sharegpt(("human", "Q"), ("gpt", " \n")), "empty answer"),
+        (sharegpt(("human", ""), ("gpt", "A")), "empty user turn"),
+        (sharegpt(("human", None), ("gpt", "A")), "a turn's `value` is null or missing"),
+        (sharegpt(("human", 5), ("gpt", "A")), "a turn's `value` is not a text"),
+        (sharegpt(("gpt", "A"), ("human", "Q")), "roles out of order"),
+        (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "roles out of order"),
+        (sharegpt(("human", "Q"), ("system", "S"), ("gpt", "A")), "roles out of order"),
+        (sharegpt(("tool", "Q"), ("gpt", "A")), "unknown role"),
+        (sharegpt(("human", "Q"), ("gpt", "A", 0)), "every answer has weight 0"),
+        (
+            sharegpt(("human", "Q"), ("gpt", "A", 0.5)),
+            "an answer's weight is neither 0 nor 1",
+        ),
+        (sharegpt(("human", "\ud800"), ("gpt", "A")), "a text holds half of a surrogate pair"),
+        ({"conversations": "text"}, "`conversations` is not a list of turns"),
+        ({"conversations": None}, "`conversations` is not a list of turns"),
+        ({"conversations": []}, "`conversations` is not a list of turns"),
+        ({"messages": ["text"]}, "`messages` holds a turn that is not an object"),
+        ({"question": "Q", "chosen": "same ", "rejected": "same"}, "identical answers"),
+        ({"question": "Q", "chosen": "C", "rejected": ""}, "empty answer"),
+        ({"question": "Q", "chosen": None, "rejected": "R"}, "`chosen` is null or missing"),
+        ({"question": None, "chosen": "C", "rejected": "R"}, "`question` is null or missing"),
+        ({"question": "Q", "chosen": ["C"], "rejected": "R"}, "`chosen` is not a text"),
+        ({"prompt": [], "chosen": "C", "rejected": "R"}, "`prompt` is not a list of turns"),
+        (
+            {
+                "prompt": "Q",
+                "chosen": [said("user", "other"), said("assistant", "C")],
+                "rejected": "R",
+            },
+            "`chosen` repeats another prompt than `prompt`",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        read(row)
+    assert caught.value.reason == reason
+
+
+def test_rows_of_no_known_format_are_not_guessed_at() -> None:
+    assert detect({"text": "hello"}) is None
+    assert detect({"chosen": "C", "rejected": "R"}) is None
+
+
+def test_questions() -> None:
+    question = read_question({"question": "Q", "answer": "A b.", "completion": "A is"}, ORIGIN)
+    assert (question.turns, question.accepted, question.completion) == (
+        (Turn("user", "Q"),),
+        ("A b.",),
+        "A is",
+    )
+    full = {"system": "S", "question": "Q", "answer": "A", "accepted": ["a", "A"]}
+    assert read_question(full, ORIGIN).turns == SYSTEM_AND_USER
+    assert read_question(full, ORIGIN).accepted == ("a", "A")
+    with pytest.raises(Unusable, match="`answer` is null"):
+        read_question({"question": "Q"}, ORIGIN)
+    with pytest.raises(Unusable, match="`accepted` is not a list"):
+        read_question({**full, "accepted": "a"}, ORIGIN)

@@ -1,0 +1,135 @@
+"""Chat templates: choice, notices, BOS and end-of-turn tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.data.records import Turn
+from tandem.data.template import (
+    ChatTemplate,
+    find_ending,
+    prompt_ids,
+    render,
+    require_ending,
+    resolve_template,
+    stop_ids,
+    template_names,
+)
+from tandem.errors import UserError
+
+TURNS = (
+    Turn("system", "S."),
+    Turn("user", "Q1"),
+    Turn("assistant", "A1"),
+    Turn("user", "Q2"),
+)
+WITHOUT_BOS = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_neural_chat_is_the_seeds_format(mistral_tokenizer: Any) -> None:
+    template = resolve_template(mistral_tokenizer, "neural-chat")
+    assert template.notices == ()
+    assert render(mistral_tokenizer, template, TURNS, prompt=True) == (
+        "<s>### System:\nS.</s>\n### User:\nQ1</s>\n### Assistant:\nA1</s>\n### User:\nQ2</s>\n"
+        "### Assistant:\n"
+    )
+    without_system = render(mistral_tokenizer, template, TURNS[1:2], prompt=False)
+    empty_system = render(
+        mistral_tokenizer, template, (Turn("system", " "), TURNS[1]), prompt=False
+    )
+    assert without_system == empty_system
+    assert without_system.startswith("<s>### System:\nYou are a helpful assistant")
+    assert without_system.endswith(".</s>\n### User:\nQ1</s>")
+
+
+def test_a_model_without_template_gets_neural_chat_and_a_notice(mistral_tokenizer: Any) -> None:
+    template = resolve_template(mistral_tokenizer, None)
+    assert template.name == "neural-chat"
+    assert template.notices == ("the model has no chat template: using 'neural-chat'",)
+    assert mistral_tokenizer.chat_template == template.source
+
+
+def test_a_models_own_template_wins_and_may_be_one_of_several(byte_tokenizer: Any) -> None:
+    own = resolve_template(byte_tokenizer, "chatml").source
+    assert resolve_template(byte_tokenizer, None) == ChatTemplate("the model's own", own)
+    byte_tokenizer.chat_template = {"default": own, "tool_use": "x"}
+    assert resolve_template(byte_tokenizer, None).source == own
+    assert byte_tokenizer.chat_template == own
+
+
+def test_prompt_ids_are_what_plain_transformers_feeds(
+    mistral_tokenizer: Any, byte_tokenizer: Any
+) -> None:
+    messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    for tokenizer, name in ((mistral_tokenizer, "neural-chat"), (byte_tokenizer, "chatml")):
+        template = resolve_template(tokenizer, name)
+        fed = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert prompt_ids(tokenizer, template, TURNS) == fed
+        if tokenizer.bos_token_id is not None:
+            assert fed.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_every_packaged_template_ends_answers(name: str, byte_tokenizer: Any) -> None:
+    template = resolve_template(byte_tokenizer, name)
+    token = "<|im_end|>" if name == "chatml" else "<|endoftext|>"
+    trailer = "\n" if name in ("chatml", "zephyr") else ""
+    ending = find_ending(byte_tokenizer, template)
+    assert ending is not None
+    assert (ending.token, ending.trailer) == (token, trailer)
+    eos = byte_tokenizer.eos_token_id
+    assert stop_ids(byte_tokenizer, template) == list(dict.fromkeys([ending.token_id, eos]))
+
+
+def test_a_template_file(mistral_tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(WITHOUT_BOS)
+    template = resolve_template(mistral_tokenizer, str(file))
+    assert template.source == WITHOUT_BOS
+    (notice,) = template.notices
+    assert "renders no BOS token (<s>)" in notice
+
+
+def test_unknown_names_and_broken_files_are_errors(mistral_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither a file nor one of.*Did you mean 'neural-chat'"):
+        resolve_template(mistral_tokenizer, "neural_chat")
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% for m in messages %}")
+    with pytest.raises(UserError, match=r"broken\.jinja' cannot render"):
+        resolve_template(mistral_tokenizer, str(file))
+    file.write_text("{{ bos_token }}" + "{{ bos_token }}" + WITHOUT_BOS)
+    with pytest.raises(UserError, match="two BOS tokens"):
+        resolve_template(mistral_tokenizer, str(file))
+    file.write_text("{{ bos_token }}{{ messages[0].content }}")
+    with pytest.raises(UserError, match="leaves out the assistant's text"):
+        resolve_template(mistral_tokenizer, str(file))
+    file.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve_template(mistral_tokenizer, str(file))
+
+
+def test_answers_that_would_never_stop_are_noticed_and_refused_in_training(
+    mistral_tokenizer: Any,
+) -> None:
+    # Mistral's tokenizer has no <|im_end|>: it would be spelt out in several tokens.
+    template = resolve_template(mistral_tokenizer, "chatml")
+    assert any("never stop" in notice for notice in template.notices)
+    with pytest.raises(UserError, match=r"'chatml' does not end an answer.*never stop"):
+        require_ending(mistral_tokenizer, template)
+    assert stop_ids(mistral_tokenizer, template) == [mistral_tokenizer.eos_token_id]
+
+
+def test_a_template_that_refuses_turns_is_quoted(mistral_tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "strict.jinja"
+    file.write_text(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('no system role here') }}{% endif %}" + WITHOUT_BOS
+    )
+    template = resolve_template(mistral_tokenizer, str(file))
+    with pytest.raises(UserError, match=r"\(system user\): no system role here"):
+        render(mistral_tokenizer, template, TURNS[:2], prompt=True)
