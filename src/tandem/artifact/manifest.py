@@ -39,7 +39,8 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
     """
     path = folder / NAME
     if not path.exists():
-        present = [p.name for p in folder.iterdir() if p.name not in _IGNORED] if folder.exists() else []
+        found = folder.iterdir() if folder.exists() else ()
+        present = [path.name for path in found if path.name not in _IGNORED]
         if present:
             raise UserError(
                 f"{folder} is not empty and was not written by tandem "
@@ -52,7 +53,9 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Choose another output folder.") from None
     if manifest["stage"] != stage or recorded != _plain(inputs):
-        changes = difference({"stage": manifest["stage"], **recorded}, {"stage": stage, **_plain(inputs)})
+        changes = difference(
+            {"stage": manifest["stage"], **recorded}, {"stage": stage, **_plain(inputs)}
+        )
         listing = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise UserError(
             f"{folder} holds a {state} {manifest['stage']} stage with other inputs (there -> now):\n"

@@ -82,7 +82,9 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
 
     result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     if result.unexpected_keys:
-        raise UserError(f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}")
+        raise UserError(
+            f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}"
+        )
 
 
 @contextmanager

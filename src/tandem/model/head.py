@@ -46,7 +46,9 @@ def head_of(model: nn.Module) -> Head:
             "linear layer: leave it out of lora.target_modules"
         )
     if layer.weight.requires_grad:
-        raise UserError("the output head is trained; only LoRA on the decoder's layers is supported")
+        raise UserError(
+            "the output head is trained; only LoRA on the decoder's layers is supported"
+        )
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)

@@ -103,7 +103,9 @@ def load_for_inference(path: str, device: str = "auto") -> tuple[Any, Any]:
     if (folder / "adapter_config.json").exists():
         from tandem.model.adapter import load_adapter
 
-        base = model_folder(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"]))
+        base = model_folder(
+            str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
+        )
         model = load_adapter(load_model(base, dtype=dtype, device=where), folder)
     else:
         model = load_model(folder, dtype=dtype, device=where)

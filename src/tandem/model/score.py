@@ -51,7 +51,8 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     set_dropout_keys(causal, batch.dropout_keys)
     layout = TreeLayout(batch.segments, batch.position_ids)
-    hidden = causal.get_decoder()(
+    decoder: Any = causal.get_decoder()
+    hidden = decoder(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
@@ -64,6 +65,6 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
     """Hand the micro-batch's keys to the model's keyed dropout modules, if it has any."""
-    state = getattr(model, "tandem_dropout", None)
+    state: Any = getattr(model, "tandem_dropout", None)
     if state is not None:
         state.keys = keys

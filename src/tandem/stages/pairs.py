@@ -85,7 +85,9 @@ def run_pairs(
             if not specs:
                 continue
             prompts = read_prompts(specs, settings.keep)
-            rows, counts = _make(loaded, tokenizer, prompts, settings, seed + offset * 2**20, console)
+            rows, counts = _make(
+                loaded, tokenizer, prompts, settings, seed + offset * 2**20, console
+            )
             if not rows:
                 raise UserError(
                     f"pairs: none of {len(prompts)} prompts got a rejected answer "

@@ -53,7 +53,9 @@ def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
     if recipe.evaluate is not None:
         notes["evaluate"] = "base, SFT and final model on held-out questions and pairs"
     root = Path(recipe.output_dir)
-    return [PlannedStage(name, root / _FOLDERS[name], notes[name]) for name in STAGES if name in notes]
+    return [
+        PlannedStage(name, root / _FOLDERS[name], notes[name]) for name in STAGES if name in notes
+    ]
 
 
 def run_pipeline(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.artifact.files import atomic_folder, atomic_write_json, atomic_write_text, read_jsonl
+from tandem.artifact.files import atomic_folder, atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
@@ -175,9 +175,7 @@ class _Stage:
         )
         engine.prepare(model, optimizer)
         made = self.kind.make_objective(
-            Start(
-                engine, model, trees, inputs["model"]["weights"], backend, budget, self.console
-            )
+            Start(engine, model, trees, inputs["model"]["weights"], backend, budget, self.console)
         )
         progress = self._train(engine, model, trees, made.objective, budget)
         self._finish(model, engine, trees, ledger, made, progress, schedule)
@@ -207,9 +205,7 @@ class _Stage:
         return ledger, trees
 
     def _model(self, backend: str) -> Any:
-        model = load_model(
-            self.base, dtype=self.device.weights, device=self.device.torch_device
-        )
+        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
         use_backend(model, backend)
         lora = self.settings.lora
         if lora.dropout > 0 and not self.kind.dropout:
@@ -337,7 +333,11 @@ def _examples_hash(trees: Sequence[Tree]) -> str:
     return hash_json(
         [
             hash_bytes(
-                *(part for b in (t.prefix, *t.branches) for part in (b.input_ids.tobytes(), b.trained.tobytes()))
+                *(
+                    part
+                    for b in (t.prefix, *t.branches)
+                    for part in (b.input_ids.tobytes(), b.trained.tobytes())
+                )
             )
             for t in trees
         ]

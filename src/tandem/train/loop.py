@@ -128,7 +128,9 @@ class Training:
         tokens = 0
         for members in pack([fed_tokens(tree) for tree in trees], self.schedule.budget):
             examples = [step.examples[i] for i in members]
-            fed, part_sums = self._backward(step, [trees[i] for i in members], examples, denominator)
+            fed, part_sums = self._backward(
+                step, [trees[i] for i in members], examples, denominator
+            )
             tokens += fed
             for name, value in part_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -150,9 +152,7 @@ class Training:
             else None
         )
         batch = collate(trees, keys)
-        part = self.objective.part(
-            self.engine.score(batch), examples, first_step=step.number == 0
-        )
+        part = self.objective.part(self.engine.score(batch), examples, first_step=step.number == 0)
         if not math.isfinite(part.sums["loss"]):
             raise _not_finite("loss", step.number, trees)
         self.engine.backward(part.loss / denominator)
@@ -230,7 +230,7 @@ def _stop_requests() -> Iterator[_StopRequest]:
     """SIGINT and SIGTERM ask for an end after the current step; a second one interrupts at once."""
     request = _StopRequest()
 
-    def ask(number: int, _frame: Any) -> None:
+    def ask(_number: int, _frame: Any) -> None:
         if request.requested:
             raise KeyboardInterrupt
         request.requested = True

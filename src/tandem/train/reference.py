@@ -72,8 +72,7 @@ class ReferenceStore:
             excess = max(0, count - limit_bytes // _ROW_BYTES)
             if excess:
                 connection.execute(
-                    "DELETE FROM logps WHERE key IN "
-                    "(SELECT key FROM logps ORDER BY used LIMIT ?)",
+                    "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used LIMIT ?)",
                     [excess],
                 )
             return int(excess)

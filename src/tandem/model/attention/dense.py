@@ -13,11 +13,11 @@ from tandem.model.attention.layout import TreeLayout
 
 
 def dense_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _attention_mask: Tensor | None,
     *,
     tandem_layout: TreeLayout,
     scaling: float | None = None,
