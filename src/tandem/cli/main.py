@@ -7,6 +7,7 @@ each subcommand imports what it needs when it runs, so that `tandem --help` is i
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -29,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 """Name of each command: module, function and what it does."""
 
 
+# Nothing that tandem could have done better: no right to write, a full or read-only disk.
+_FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command line, the program's name left out; returns the exit code."""
     try:
@@ -49,8 +54,11 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
+            _complain(f"error: {error.filename or 'a file'}: {error.strerror}")
+            return UserError.exit_code
         traceback.print_exc()
-        return TandemError.exit_code if not isinstance(error, TandemError) else error.exit_code
+        return TandemError.exit_code
 
 
 def entry_point() -> int:

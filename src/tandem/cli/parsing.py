@@ -13,7 +13,8 @@ from tandem.recipe.seed_flags import Flag, boolean, nearest_flag
 class Parser(argparse.ArgumentParser):
     """A command's parser. Mistakes are UserErrors; abbreviations are mistakes."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, unknown_hint: str = "", **options: Any) -> None:
+        self.unknown_hint = unknown_hint
         super().__init__(
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,10 +55,9 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def _unknown(self, name: str, declared: dict[str, str]) -> NoReturn:
-        nearest = nearest_flag(name, declared.values())
-        if nearest:
-            raise UserError(f"{self.prog}: unknown flag {name}; did you mean {nearest}?")
-        raise UserError(f"{self.prog}: unknown flag {name}. See {self.prog} --help")
+        nearest = nearest_flag(name, [flag for flag in declared.values() if flag != "--help"])
+        hint = f"; did you mean {nearest}?" if nearest else f". See {self.prog} --help"
+        raise UserError(f"{self.prog}: unknown flag {name}{hint}{self.unknown_hint}")
 
 
 def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
@@ -68,7 +68,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        options["metavar"] = {str: "TEXT", int: "N", float: "X"}.get(flag.kind, "VALUE")
+        options["metavar"] = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
     if flag.many:
         options["nargs"] = "+"
     parser.add_argument(f"--{flag.name}", dest=flag.name, **options)

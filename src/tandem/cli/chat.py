@@ -1,0 +1,104 @@
+"""`tandem chat` and `tandem report`: looking at what came out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tandem.cli.parsing import Parser
+from tandem.errors import UserError
+
+
+def chat(argv: list[str]) -> int:
+    """Talk to one model, or to several side by side."""
+    arguments = _chat_parser().parse(argv)
+    from tandem.chat.session import run_chat
+    from tandem.cli.notices import result_console
+
+    run_chat(
+        arguments.models,
+        system=arguments.system,
+        chat_template=arguments.chat_template,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        device=arguments.device,
+        console=result_console(),
+    )
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Rebuild a run's report.html from the files in its folder."""
+    parser = Parser(
+        prog="tandem report",
+        usage="tandem report RUN",
+        description="Rebuild a run's report.html from the files in its folder.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, for instance runs/demo")
+    run_dir = Path(parser.parse(argv).run)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder; name the folder of a run")
+    from tandem.report.html import write_report
+
+    print(write_report(run_dir))
+    return 0
+
+
+def _chat_parser() -> Parser:
+    parser = Parser(
+        prog="tandem chat",
+        usage="tandem chat MODEL [MODEL ...] [flags]",
+        description="Streaming chat with a model folder, an adapter folder or a Hub id; several "
+        "answer side by side.",
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="model, adapter or run folder")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument(
+        "--chat_template", metavar="NAME|FILE", help="default: the one saved with the model"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=_positive, default=256, metavar="N", help="of an answer (256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.7,
+        metavar="X",
+        help="0 always takes the likeliest token (0.7)",
+    )
+    parser.add_argument(
+        "--top_p", type=_share, default=0.95, metavar="X", help="nucleus sampling (0.95)"
+    )
+    parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampled answers repeatable")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return number

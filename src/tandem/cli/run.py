@@ -1,0 +1,102 @@
+"""`tandem run RECIPE [key=value ...]`: the whole pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.cli.parsing import Parser
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.recipe.schema import Recipe
+
+
+def run(argv: list[str]) -> int:
+    """Run a recipe's stages, or with --dry-run print what they would be."""
+    arguments = _parser().parse(argv)
+    from tandem.recipe.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
+        return 0
+    from tandem.cli.notices import notice_console
+    from tandem.stages.pipeline import run_pipeline
+
+    console = notice_console()
+    found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
+    _finish(Path(recipe.output_dir), found)
+    return 0
+
+
+def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str:
+    """The resolved recipe and its stages as YAML with comments, so that it can be run again.
+
+    Raises UserError for a stage that the recipe lacks.
+    """
+    from tandem.recipe.load import recipe_to_yaml
+    from tandem.stages.pipeline import describe_pipeline
+
+    planned = describe_pipeline(recipe)
+    names = [stage.name for stage in planned]
+    for flag, name in (("--until", until), ("--from", start)):
+        if name is not None and name not in names:
+            raise UserError(f"{flag} {name}: this recipe's stages are {', '.join(names)}")
+    first = names.index(start) if start else 0
+    last = names.index(until) if until else len(names) - 1
+    if first > last:
+        raise UserError(f"--from {start} comes after --until {until}")
+    wide, folders = max(map(len, names)), max(len(str(stage.folder)) for stage in planned)
+    lines = [
+        f"#   {stage.name:<{wide}}  {stage.folder!s:<{folders}}  "
+        + (stage.note if first <= number <= last else "not asked for")
+        for number, stage in enumerate(planned)
+    ]
+    head = "# dry run: nothing was downloaded or written\n"
+    return f"{head}{recipe_to_yaml(recipe)}# stages\n" + "\n".join(lines)
+
+
+def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
+    """The result table, sample answers side by side, and where the page is."""
+    from tandem.cli.notices import result_console
+    from tandem.report.html import write_report
+    from tandem.report.terminal import result_table, samples_table
+
+    console = result_console()
+    if found is not None:
+        console.print(result_table(found))
+        if found.get("samples"):
+            console.print(samples_table(found))
+    console.print(f"report: {write_report(run_dir)}", soft_wrap=True)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tandem run",
+        usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE]",
+        description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation.\n"
+        "The same command again skips finished stages and goes on with an interrupted one.",
+        unknown_hint=" (recipe keys are written key=value, without dashes)",
+        epilog="example: tandem run demo sft.learning_rate=2e-3 output_dir=runs/trial",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="recipe keys with dots, values as in YAML; null unsets",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its stages, and stop"
+    )
+    stages = "sft, sft-merge, pairs, dpo, dpo-merge or evaluate"
+    parser.add_argument("--until", metavar="STAGE", help=f"the last stage to run: {stages}")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="STAGE",
+        help="the first stage to run; those before it must be finished",
+    )
+    return parser

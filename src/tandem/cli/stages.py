@@ -1,0 +1,199 @@
+"""`tandem sft`, `tandem dpo` and `tandem merge`: one stage each, under the seed's flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.cli.parsing import Parser, add_flag
+from tandem.errors import UserError
+from tandem.recipe.seed_flags import Stage, flags_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tandem.recipe.seed_call import StageCall
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def sft(argv: list[str]) -> int:
+    """Supervised fine-tuning of a LoRA adapter."""
+    call = _stage_call("sft", argv)
+    if call is not None:
+        from tandem.recipe.schema import Sft
+        from tandem.stages.sft import run_sft
+
+        assert isinstance(call.settings, Sft)
+        run_sft(settings=call.settings, **_common(call))
+    return 0
+
+
+def dpo(argv: list[str]) -> int:
+    """Direct Preference Optimization of a LoRA adapter."""
+    call = _stage_call("dpo", argv)
+    if call is not None:
+        from tandem.recipe.schema import Dpo
+        from tandem.stages.dpo import run_dpo
+
+        assert isinstance(call.settings, Dpo)
+        run_dpo(settings=call.settings, **_common(call))
+    return 0
+
+
+def merge(argv: list[str]) -> int:
+    """Merge an adapter into its base model."""
+    arguments = _merge_parser().parse(argv)
+    from tandem.cli.notices import notice_console
+    from tandem.stages.merge import run_merge
+
+    # The template comes with the adapter's folder, unless another one is asked for.
+    template = {"chat_template": arguments.chat_template} if arguments.chat_template else {}
+    run_merge(
+        base=arguments.base_model_path,
+        adapter=Path(arguments.lora_model_path),
+        output_dir=Path(arguments.output_path),
+        dtype=arguments.dtype,
+        force=arguments.force,
+        device=arguments.device,
+        console=notice_console(),
+        **template,
+    )
+    return 0
+
+
+def device_count() -> int:
+    """How many devices take part: WORLD_SIZE as torchrun, deepspeed and accelerate set it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(
+            f"the environment's WORLD_SIZE is {text!r}, but it must be a number above 0"
+        )
+    return int(text)
+
+
+def stage_parser(stage: Stage) -> Parser:
+    """The parser of a training stage; flags that are left out do not appear in its result."""
+    titles = {
+        "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
+        "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
+    }
+    parser = Parser(
+        prog=f"tandem {stage}",
+        usage=f"tandem {stage} --model_name_or_path M --dataset_name D --output_dir O [flags]",
+        description=titles[stage],
+        epilog="A flag that is left out has the value of the recipe neural-chat-7b-v3-1. Dashes "
+        "and underscores\nare the same. The global batch is per-device batch x accumulation x devices.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for flag in flags_of(stage):
+        add_flag(parser, flag)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved settings and stop"
+    )
+    return parser
+
+
+def _stage_call(stage: Stage, argv: list[str]) -> StageCall | None:
+    """The call that the flags stand for, after its notices; None after a dry run."""
+    values = vars(stage_parser(stage).parse(argv))
+    dry_run = values.pop("dry_run", False)
+    from tandem.cli.notices import notice_console
+    from tandem.recipe.seed_call import stage_call
+
+    call = stage_call(stage, values, devices=device_count())
+    console = notice_console()
+    for notice in call.notices:
+        console.print(notice, markup=False, soft_wrap=True)
+    if not dry_run:
+        return call
+    print(_call_text(call), end="")
+    return None
+
+
+def _call_text(call: StageCall) -> str:
+    from tandem.recipe.yaml_source import dump_yaml
+
+    return dump_yaml(
+        {
+            "model": call.model,
+            "model_revision": call.revision,
+            "output_dir": str(call.output_dir),
+            "chat_template": call.chat_template,
+            "seed": call.seed,
+            "device": call.device,
+            "dtype": "bfloat16 on CUDA, float32 on a CPU" if call.bf16 else call.dtype,
+            "attention": call.attention,
+            "tokens_per_microbatch": call.tokens_per_microbatch,
+            "settings": call.settings.model_dump(mode="json"),
+        }
+    )
+
+
+def _common(call: StageCall) -> dict[str, Any]:
+    """What both stages' functions take besides their settings."""
+    from tandem.cli.notices import notice_console
+    from tandem.train.device import Runtime
+
+    console = notice_console()
+    return {
+        "model": call.model,
+        "revision": call.revision,
+        "output_dir": call.output_dir,
+        "chat_template": call.chat_template,
+        "seed": call.seed,
+        "runtime": Runtime(
+            device=call.device,
+            dtype=_dtype(call, console),
+            attention=call.attention,
+            tokens_per_microbatch=call.tokens_per_microbatch,
+        ),
+        "console": console,
+    }
+
+
+def _dtype(call: StageCall, console: Console) -> str:
+    """The dtype of the weights; --bf16 means bfloat16 where there is hardware for it."""
+    if not call.bf16 or call.dtype != "auto":
+        return call.dtype
+    from tandem.train.device import choose_device
+
+    if choose_device(call.device, "auto").kind != "cpu":
+        return "bfloat16"
+    console.print(
+        "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
+        "(--dtype bfloat16 insists)",
+        markup=False,
+        soft_wrap=True,
+    )
+    return "float32"
+
+
+def _merge_parser() -> Parser:
+    parser = Parser(
+        prog="tandem merge",
+        usage="tandem merge --base-model-path B --lora-model-path L --output-path O [flags]",
+        description="Merge a LoRA adapter into its base: added in float32, cast once, verified.",
+    )
+    required: dict[str, Any] = {"required": True, "metavar": "PATH"}
+    parser.add_argument("--base-model-path", help="model folder or Hub id", **required)
+    parser.add_argument("--lora-model-path", help="adapter folder", **required)
+    parser.add_argument("--output-path", help="folder for the merged model", **required)
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="of the merged weights; auto: the base's own",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="merge even into other weights than the adapter's own"
+    )
+    parser.add_argument(
+        "--chat_template", metavar="NAME|FILE", help="default: the one in the adapter's folder"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the check computes"
+    )
+    return parser
