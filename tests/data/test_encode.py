@@ -129,6 +129,22 @@ def test_a_merge_across_the_boundary_keeps_the_prompt_that_inference_feeds(
         assert sequence.trained[len(prompt) :].all()
 
 
+def test_a_path_that_breaks_late_trains_each_answer_once() -> None:
+    encoded = [
+        Encoded([1, 2, 7], 2),
+        Encoded([1, 2, 7, 3, 8], 4),
+        Encoded([1, 2, 7, 3, 9, 4, 5], 6),
+    ]
+    tree = conversation_tree(encoded, ORIGIN)
+    assert tree.prefix.input_ids.tolist() == [1, 2]
+    assert not tree.prefix.trained.any()
+    assert [branch.trained.tolist() for branch in tree.branches] == [
+        [True],
+        [False, False, True],
+        [False, False, False, False, True],
+    ]
+
+
 def test_sentencepiece_answers_behind_a_space(mistral_tokenizer: Any, tmp_path: Path) -> None:
     """A prompt that ends with a space, which SentencePiece would give to the answer's word."""
     file = tmp_path / "spaced.jinja"

@@ -57,9 +57,9 @@ def looks_like_path(text: str) -> bool:
     lies in a folder that exists, or could not be a Hub id at all. What looks like a path is
     never tried as a Hub id.
     """
-    if text.startswith((".", "/", "~")) or text.endswith("/") or Path(text).exists():
+    if text.startswith((".", "/", "~")) or text.lower().endswith(("/", *_PATH_SUFFIXES)):
         return True
-    if text.lower().endswith(_PATH_SUFFIXES) or not _HUB_ID.fullmatch(text):
+    if not _HUB_ID.fullmatch(text) or Path(text).exists():
         return True
     return "/" in text and Path(text).parent.is_dir()
 
@@ -69,14 +69,9 @@ def local_files(path: str, split: str = "train") -> list[Path]:
 
     Raises `UserError` when nothing is there, or nothing that can be read.
     """
-    root = Path(path).expanduser()
+    root = _existing(path)
     if root.is_file():
         return [root]
-    if not root.exists():
-        raise UserError(
-            f"data: there is no file or folder {path}. Check the path (a Hub id is written "
-            "`owner/name`)."
-        )
     if saved := _saved_folder(root, split):
         return sorted(file for file in saved.iterdir() if file.suffix in (".arrow", ".json"))
     files = sorted(
@@ -112,7 +107,7 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
             f"data: {source.path} is local, so `subset` and `revision`, which choose within a Hub "
             "data set, cannot apply. Remove them."
         )
-    root = Path(source.path).expanduser()
+    root = _existing(source.path)
     if root.is_file() and source.split != "train":
         raise UserError(
             f"data: {source.path} is one file and has no split {source.split!r}. Name the file "
@@ -123,6 +118,20 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
         return
     for file in local_files(source.path, source.split):
         yield from _read_file(file)
+
+
+def _existing(path: str) -> Path:
+    """The file or folder at `path`; a `UserError` when there is none or it cannot be reached."""
+    try:
+        root = Path(path).expanduser()
+        if root.exists():
+            return root
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
+        raise UserError(f"data: {path} cannot be reached: {error}.") from error
+    raise UserError(
+        f"data: there is no file or folder {path}. Check the path (a Hub id is written "
+        "`owner/name`)."
+    )
 
 
 def _split_of(file: Path) -> str:
