@@ -1,0 +1,150 @@
+"""One answer, streamed: tokens from transformers' generate, text to a callback as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn; temperature 0 takes the most probable token each time."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The text of an answer, its length in tokens, and why it ended."""
+
+    text: str
+    tokens: int
+    ended: Literal["stop", "length", "interrupted"]
+
+
+def stream_answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    stop: Sequence[int],
+    sampling: Sampling,
+    seed: int | None,
+    on_text: Callable[[str], None],
+) -> Answer:
+    """Generate after `prompt` (token ids) until a `stop` id or `max_new_tokens`.
+
+    `on_text` gets each new piece of text. Ctrl-C ends the answer early and keeps what there is.
+    With a `seed` the same prompt gives the same answer on the same device.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    text = _TextStream(tokenizer, stop, on_text)
+    input_ids = torch.tensor([list(prompt)], device=model.device)
+    interrupted = False
+    try:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=_config(model, stop, sampling),
+                streamer=text,
+            )
+    except KeyboardInterrupt:
+        interrupted = True
+    text.flush()
+    if interrupted:
+        return Answer(text.text, text.tokens, "interrupted")
+    return Answer(text.text, text.tokens, "stop" if text.stopped else "length")
+
+
+def model_stop_ids(model: Any) -> list[int]:
+    """The ids at which the model's own generation config ends an answer."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        return []
+    return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens the model can look at, None if it does not say."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+class _TextStream(BaseStreamer):
+    """Turns the tokens that generate hands over, one by one, into pieces of text."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[int], on_text: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = set(stop)
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._prompt_seen = False
+        # ids[:_read] are printed; ids[_start:_read] are decoded again before each new piece,
+        # because a token's text can depend on the one before (spaces, characters of many bytes).
+        self._start = self._read = 0
+        self.text = ""
+        self.stopped = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            if token in self._stop:
+                self.stopped = True
+                return
+            self._ids.append(token)
+            self._emit(final=False)
+
+    def end(self) -> None:
+        """Nothing: `flush` is called by the owner, also after an interruption."""
+
+    def flush(self) -> None:
+        self._emit(final=True)
+
+    def _emit(self, *, final: bool) -> None:
+        before = self._decode(self._ids[self._start : self._read])
+        now = self._decode(self._ids[self._start :])
+        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
+            return
+        piece = now[len(before) :]
+        self._start, self._read = self._read, len(self._ids)
+        self.text += piece
+        self._on_text(piece)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _config(model: Any, stop: Sequence[int], sampling: Sampling) -> GenerationConfig:
+    own = getattr(model, "generation_config", None)
+    greedy = sampling.temperature == 0
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        # What is left out here would come from the model's own config and could change the draw.
+        temperature=1.0 if greedy else sampling.temperature,
+        top_p=1.0 if greedy else sampling.top_p,
+        top_k=0 if not greedy else 50,
+        num_beams=1,
+        repetition_penalty=getattr(own, "repetition_penalty", None) or 1.0,
+        eos_token_id=list(stop),
+        pad_token_id=stop[0] if stop else 0,
+    )

@@ -1,0 +1,295 @@
+"""A chat in the terminal with one model, or with several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tandem.chat.generate import (
+    Answer,
+    Sampling,
+    context_length,
+    model_stop_ids,
+    stream_answer,
+)
+from tandem.data.records import Turn
+from tandem.data.template import (
+    ChatTemplate,
+    prompt_ids,
+    resolve_template,
+    stop_ids,
+    template_names,
+)
+from tandem.errors import UserError
+
+HELP = """\
+/help          these commands
+/reset         forget the conversation
+/system TEXT   set the system prompt (alone: show it)
+/quit          leave (so does Ctrl-D); Ctrl-C interrupts an answer
+//TEXT         say TEXT with one leading slash"""
+_PROMPT = "> "
+_COLUMN_WIDTH = 38  # narrower columns are harder to read than one answer after the other
+
+
+@dataclass
+class _Speaker:
+    """A model in the conversation, with the turns that it has seen."""
+
+    label: str
+    model: Any
+    tokenizer: Any
+    template: ChatTemplate
+    stop: list[int]
+    context: int | None
+    turns: list[Turn] = field(default_factory=list)
+
+
+@dataclass
+class _Chat:
+    """What the commands change: the system prompt and the speakers' histories."""
+
+    speakers: list[_Speaker]
+    system: str | None
+    sampling: Sampling
+    seed: int | None
+    console: Console
+    asked: int = 0
+
+
+def run_chat(
+    models: Sequence[str],
+    *,
+    system: str | None,
+    chat_template: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    device: str,
+    console: Console,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Read messages with `read`, stream each model's answer, until /quit or the end of input.
+
+    `models` are model or adapter folders or Hub ids; each keeps its own history. `temperature` 0
+    is greedy. Raises UserError for a model that cannot be loaded or has no chat template.
+    """
+    _check(models, max_new_tokens, temperature, top_p)
+    labels = _labels(models)
+    speakers = []
+    for path, label in zip(models, labels, strict=True):
+        with console.status(Text(f"loading {label}")):
+            speakers.append(_load(path, label, chat_template, device))
+        for notice in speakers[-1].template.notices:
+            console.print(Text(f"{label}: {notice}", "dim"))
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    chat = _Chat(speakers, system, sampling, seed, console)
+    console.print(Text(f"Chat with {', '.join(labels)}. /help lists the commands.", "dim"))
+    if read is input:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` line editing and a history)
+    _loop(chat, read)
+
+
+def _loop(chat: _Chat, read: Callable[[str], str]) -> None:
+    while True:
+        try:
+            line = read(_PROMPT).strip()
+        except EOFError:
+            chat.console.print()
+            return
+        except KeyboardInterrupt:
+            chat.console.print(Text("\n/quit or Ctrl-D leaves", "dim"))
+            continue
+        if not line:
+            continue
+        if line.startswith("/") and not line.startswith("//"):
+            if not _command(chat, line):
+                return
+            continue
+        try:
+            _ask(chat, line.removeprefix("/") if line.startswith("//") else line)
+        except KeyboardInterrupt:
+            chat.console.print(Text("\ninterrupted", "dim"))
+
+
+def _command(chat: _Chat, line: str) -> bool:
+    """Carry out a slash command; False when the chat is over."""
+    name, _, rest = line.partition(" ")
+    if name in ("/quit", "/exit"):
+        return False
+    if name == "/help":
+        chat.console.print(Text(HELP, "dim"))
+    elif name == "/reset":
+        for speaker in chat.speakers:
+            speaker.turns.clear()
+        chat.console.print(Text("The conversation starts anew.", "dim"))
+    elif name == "/system":
+        if rest.strip():
+            chat.system = rest.strip()
+            chat.console.print(Text("The system prompt is set; /reset forgets the turns.", "dim"))
+        else:
+            chat.console.print(Text(f"System prompt: {chat.system or '(none)'}", "dim"))
+    else:
+        chat.console.print(Text(f"There is no command {name}. /help lists them.", "yellow"))
+    return True
+
+
+def _ask(chat: _Chat, message: str) -> None:
+    """Put a message to every speaker."""
+    chat.asked += 1
+    many = len(chat.speakers) > 1
+    room = chat.console.width // len(chat.speakers)
+    if many and chat.console.is_terminal and room >= _COLUMN_WIDTH:
+        _ask_in_columns(chat, message)
+        return
+    for speaker in chat.speakers:
+        if many:
+            chat.console.print(Text(f"\n{speaker.label}", "bold cyan"))
+
+        def show(piece: str) -> None:
+            chat.console.print(Text(_visible(piece)), end="", soft_wrap=True)
+
+        remarks = _answer(chat, speaker, message, show)
+        chat.console.print()
+        for remark in remarks:
+            chat.console.print(Text(remark, "yellow"))
+
+
+def _ask_in_columns(chat: _Chat, message: str) -> None:
+    """Answers grow side by side, and stay there when all are finished."""
+    texts = ["" for _ in chat.speakers]
+    remarks: list[str] = []
+
+    def table() -> Table:
+        found = Table(box=box.ROUNDED, expand=True, header_style="bold cyan")
+        for speaker in chat.speakers:
+            found.add_column(Text(speaker.label), ratio=1, overflow="fold")
+        found.add_row(*(Text(text) for text in texts))
+        return found
+
+    with Live(get_renderable=table, console=chat.console, transient=True, refresh_per_second=10):
+        for i, speaker in enumerate(chat.speakers):
+
+            def show(piece: str, i: int = i) -> None:
+                texts[i] += _visible(piece)
+
+            remarks += [f"{speaker.label}: {r}" for r in _answer(chat, speaker, message, show)]
+    chat.console.print(table())
+    for remark in remarks:
+        chat.console.print(Text(remark, "yellow"))
+
+
+def _answer(chat: _Chat, speaker: _Speaker, message: str, show: Callable[[str], None]) -> list[str]:
+    """One speaker's answer, added to its history; returns what the user should know about it."""
+    turns = [*speaker.turns, Turn("user", message)]
+    try:
+        prompt, kept, dropped = _fit(chat, speaker, turns)
+    except UserError as error:
+        return [str(error)]
+    remarks = []
+    if dropped:
+        remarks.append(
+            f"The oldest {dropped} {'turn' if dropped == 1 else 'turns'} no longer fit the context "
+            f"of {speaker.context} tokens and were dropped."
+        )
+    left = chat.sampling.max_new_tokens
+    if speaker.context is not None:
+        left = min(left, speaker.context - len(prompt))
+    answer = stream_answer(
+        speaker.model,
+        speaker.tokenizer,
+        prompt,
+        stop=speaker.stop,
+        sampling=replace(chat.sampling, max_new_tokens=left),
+        seed=None if chat.seed is None else chat.seed + chat.asked - 1,
+        on_text=show,
+    )
+    # A message that was interrupted before any answer is as good as not sent.
+    speaker.turns = [*kept, Turn("assistant", answer.text)] if answer.tokens else kept[:-1]
+    return remarks + _ending(answer, full_context=left < chat.sampling.max_new_tokens)
+
+
+def _ending(answer: Answer, *, full_context: bool) -> list[str]:
+    if answer.ended == "interrupted":
+        return ["(interrupted)"]
+    if answer.ended == "length":
+        why = "the context is full" if full_context else "--max_new_tokens"
+        return [f"(cut after {answer.tokens} tokens: {why})"]
+    return [] if answer.text.strip() else ["(an empty answer)"]
+
+
+def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], list[Turn], int]:
+    """Prompt ids that leave room for an answer, the turns kept, how many old ones were dropped.
+
+    Raises UserError when the last message alone is too long.
+    """
+    system = [Turn("system", chat.system)] if chat.system else []
+    kept = list(turns)
+    while True:
+        ids = prompt_ids(speaker.tokenizer, speaker.template, [*system, *kept])
+        if speaker.context is None:
+            return ids, kept, 0
+        # A quarter of the context at most is held free: a huge max_new_tokens must not push out
+        # the whole conversation.
+        room = min(chat.sampling.max_new_tokens, max(1, speaker.context // 4))
+        if len(ids) + room <= speaker.context:
+            return ids, kept, len(turns) - len(kept)
+        if len(kept) == 1:
+            raise UserError(
+                f"This message has {len(ids)} tokens with the template and the system prompt; with "
+                f"{room} for an answer that is more than the context of {speaker.context} tokens. "
+                "Shorten it."
+            )
+        del kept[:2]  # a question goes with its answer
+
+
+def _load(path: str, label: str, chat_template: str | None, device: str) -> _Speaker:
+    # Imported here so that a test, or another front end, can put its own loader in place.
+    from tandem.model.load import load_for_inference
+
+    model, tokenizer = load_for_inference(path, device)
+    if chat_template is None and not tokenizer.chat_template:
+        raise UserError(
+            f"{path} has no chat template, so nobody knows how to put a question to it. Name one: "
+            f"--chat_template {'|'.join(template_names())}, or a .jinja file."
+        )
+    template = resolve_template(tokenizer, chat_template)
+    stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
+    return _Speaker(label, model, tokenizer, template, stop, context_length(model))
+
+
+def _check(models: Sequence[str], max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not models:
+        raise UserError("tandem chat needs a model: a folder or a Hub id.")
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if temperature < 0:
+        raise UserError(f"--temperature is {temperature}; it must be 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top_p is {top_p}; it must be above 0 and at most 1.")
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The shortest path endings that tell the models apart."""
+    parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        labels = ["/".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{m} ({i})" for i, m in enumerate(models, start=1)]
+
+
+def _visible(text: str) -> str:
+    """Without control characters: what a model says must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
