@@ -216,6 +216,15 @@ def test_senseless_options(tmp_path: Path, options: dict[str, Any], named: str) 
         talk([])
 
 
+def test_a_run_folder_means_its_newest_model(stories_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories_path, tmp_path / "demo" / "2-sft-merged")
+    text = talk([tmp_path / "demo"], "Hi")
+    assert "is a run; talking to its" in text
+    shutil.copytree(stories_path, tmp_path / "demo" / "5-final")
+    assert session.model_in_run(str(tmp_path / "demo")).endswith("5-final")
+    assert session.model_in_run("some/hub-id") == "some/hub-id"
+
+
 def test_labels_tell_models_apart() -> None:
     assert session._labels(["runs/a/5-final", "runs/b/5-final/"]) == ["a/5-final", "b/5-final"]
     assert session._labels(["x", "x"]) == ["x (1)", "x (2)"]

@@ -68,7 +68,7 @@ def manifest(
         "status": "finished" if finished else "running",
         "inputs": inputs,
         "inputs_hash": digest(stage),
-        "schedule": {"tokens_per_microbatch": 4096, "threads": 2},
+        "schedule": {"base": "demo:base", "tokens_per_microbatch": 4096, "threads": 2},
         "versions": VERSIONS,
         "outputs": {name: digest(stage + name) for name in outputs} if finished else {},
         "started_at": "2026-01-05T10:00:00+00:00",
@@ -92,8 +92,9 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
             }
         )  # fmt: skip
     inputs = {
-        "model": "demo:base", "base_weights": digest("base"), "chat_template": digest("template"),
-        "data": [{"path": "demo:instructions", "files": {"instructions.jsonl": digest("data")}}],
+        "model": {"weights": digest("base"), "config": digest("config")},
+        "chat_template": {"name": "neural-chat", "hash": digest("template")},
+        "data": [{"files": digest("data"), "split": "train", "subset": None}],
         "settings": {"max_length": 128, "max_prompt_length": 96, "learning_rate": 1e-3},
     }  # fmt: skip
     write(

@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_runs import NASTY, dpo_stage, evaluation, run_folder, sft_stage, write
 
 from tandem.errors import UserError
 from tandem.report.facts import read_run
 from tandem.report.findings import evaluation_findings, find
 from tandem.report.html import write_report
+
+from .made_runs import NASTY, dpo_stage, evaluation, run_folder, sft_stage, write
 
 VOID = {"meta", "br", "circle", "line", "path", "rect"}
 
@@ -151,3 +152,5 @@ def test_loss_of_accuracy_beyond_chance_is_named() -> None:
     assert evaluation_findings(value) == []
     value["models"]["dpo"]["answer_accuracy"] = 0.40
     assert [f.name for f in evaluation_findings(value)] == ["DPO lost answer accuracy"]
+    value["warnings"] = ["collapse: DPO lost right answers"]
+    assert [f.text for f in evaluation_findings(value)] == value["warnings"]

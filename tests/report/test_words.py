@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_runs import evaluation, run_folder
 from rich.console import Console
 
 from tandem.report import wording
 from tandem.report.card import write_card
 from tandem.report.results import result_rows
 from tandem.report.terminal import result_table, samples_table
+
+from .made_runs import evaluation, run_folder
 
 
 def printed(item: object, width: int = 120) -> str:
@@ -77,7 +78,7 @@ def test_card(tmp_path: Path) -> None:
     assert header["base_model"] == "some/base"
     assert header["datasets"] == ["Open-Orca/SlimOrca"]
     for expected in (
-        "| learning rate | 0.001 |", "rank 16, alpha 64.0", "| DPO | 84.2 % |", "base_weights",
+        "| learning rate | 0.001 |", "rank 16, alpha 64.0", "| DPO | 84.2 % |", "model weights",
         "collapse of the chosen log-probs", "`prompts.jsonl`", "## Limits",
     ):  # fmt: skip
         assert expected in text, expected

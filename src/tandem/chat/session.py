@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from rich import box
@@ -88,8 +88,11 @@ def run_chat(
     labels = _labels(models)
     speakers = []
     for path, label in zip(models, labels, strict=True):
+        folder = model_in_run(path)
+        if folder != path:
+            console.print(Text(f"{path} is a run; talking to its {folder}", "dim"))
         with console.status(Text(f"loading {label}")):
-            speakers.append(_load(path, label, chat_template, device))
+            speakers.append(_load(folder, label, chat_template, device))
         for notice in speakers[-1].template.notices:
             console.print(Text(f"{label}: {notice}", "dim"))
     sampling = Sampling(max_new_tokens, temperature, top_p)
@@ -252,6 +255,15 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
                 "Shorten it."
             )
         del kept[:2]  # a question goes with its answer
+
+
+def model_in_run(path: str) -> str:
+    """The newest model of a run folder: 5-final, or 2-sft-merged; any other path as it is."""
+    for name in ("5-final", "2-sft-merged"):
+        inside = Path(path) / name
+        if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
+            return str(inside)
+    return path
 
 
 def _load(path: str, label: str, chat_template: str | None, device: str) -> _Speaker:

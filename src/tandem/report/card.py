@@ -13,7 +13,7 @@ from tandem.artifact.files import atomic_write_text
 from tandem.report.facts import KIND_TITLES, RunFacts, StageFacts, read_run
 from tandem.report.findings import find
 from tandem.report.results import mapping, result_rows, shown_measures
-from tandem.report.training import find_key
+from tandem.report.training import base_model, find_key
 from tandem.report.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -38,10 +38,7 @@ def write_card(run_dir: Path, model_dir: Path) -> Path:
 def card_facts(run: RunFacts) -> dict[str, Any]:
     """The plain values that `model_card` prints, taken from a run's files."""
     trained = [s for s in run.stages if s.kind in ("sft", "dpo")]
-    base = run.recipe.get("model") or next(
-        (m for s in trained if isinstance(m := find_key(s.manifest.get("inputs"), "model"), str)),
-        "",
-    )
+    base = run.recipe.get("model") or (base_model(trained[0]) if trained else "")
     versions: dict[str, str] = {}
     for stage in run.stages:
         versions |= {str(k): str(v) for k, v in mapping(stage.manifest.get("versions")).items()}

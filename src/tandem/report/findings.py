@@ -67,8 +67,10 @@ def chosen_collapse(stage: StageFacts) -> list[Finding]:
 
 
 def evaluation_findings(evaluation: Mapping[str, Any]) -> list[Finding]:
-    """Drops from one model to the next that exceed two standard errors of their difference."""
-    found = []
+    """The evaluation's own warnings, and drops that exceed two standard errors of a difference."""
+    told = evaluation.get("warnings")
+    told = [str(text) for text in told] if isinstance(told, list) else []
+    found = [Finding("warning", "Evaluation", text) for text in told]
     models = mapping(evaluation.get("models"))
     counts = mapping(evaluation.get("counts"))
     names = model_names(evaluation)
@@ -80,6 +82,9 @@ def evaluation_findings(evaluation: Mapping[str, Any]) -> list[Finding]:
         n = counts.get(counted)
         for before, after in pairwise(names):
             old, new = mapping(models[before]).get(key), mapping(models[after]).get(key)
+            # Once is enough when the evaluation itself has named it.
+            if told and key == "answer_accuracy" and after == "dpo":
+                continue
             if not (is_number(old) and is_number(new) and is_number(n)) or new >= old:
                 continue
             error = math.hypot(sampling_error(old, n), sampling_error(new, n))

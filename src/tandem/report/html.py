@@ -139,11 +139,8 @@ def _base_model(facts: RunFacts) -> str:
     from_recipe = facts.recipe.get("model")
     if from_recipe:
         return str(from_recipe)
-    for stage in facts.stages:
-        model = training.find_key(stage.manifest.get("inputs"), "model")
-        if isinstance(model, str):
-            return model
-    return ""
+    trained = [s for s in facts.stages if s.kind in ("sft", "dpo")]
+    return training.base_model(trained[0]) if trained else ""
 
 
 def _result_note(evaluation: Mapping[str, Any]) -> str:
@@ -168,6 +165,9 @@ def _result_note(evaluation: Mapping[str, Any]) -> str:
 def _pairs(stage: StageFacts) -> dict[str, Any]:
     s = stage.summary
     figures = [(k, count(s[k])) for k in ("prompts", "generated", "kept") if is_number(s.get(k))]
+    heldout = mapping(s.get("heldout")).get("kept")
+    if is_number(heldout):
+        figures.append(("kept for evaluation", count(heldout)))
     if is_number(s.get("seconds")):
         figures.append(("time", duration(s["seconds"])))
     dropped = [(str(k), count(n)) for k, n in mapping(s.get("dropped")).items() if is_number(n)]

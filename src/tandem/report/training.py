@@ -79,7 +79,7 @@ _CHARTS = (
     ),
     _Plan(
         "Memory",
-        "GiB in use at the step",
+        "highest so far, GiB",
         (("memory_bytes", "memory", "blue"),),
         lambda x: number(x, 3),
         unit=2.0**30,
@@ -208,6 +208,16 @@ def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
     reasons = mapping(mapping(stage.summary.get("ledger")).get("reasons"))
     counted = [(str(reason), n) for reason, n in reasons.items() if is_number(n)]
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]
+
+
+def base_model(stage: StageFacts) -> str:
+    """The model that a training stage started from, as the manifest names it."""
+    for part in ("schedule", "inputs"):
+        for key in ("base", "model"):
+            name = mapping(stage.manifest.get(part)).get(key)
+            if isinstance(name, str):
+                return name
+    return ""
 
 
 def find_key(value: object, key: str) -> Any:
