@@ -85,7 +85,8 @@ def stage_parser(stage: Stage) -> Parser:
         usage=f"tandem {stage} --model_name_or_path M --dataset_name D --output_dir O [flags]",
         description=titles[stage],
         epilog="A flag that is left out has the value of the recipe neural-chat-7b-v3-1. Dashes "
-        "and underscores\nare the same. The global batch is per-device batch x accumulation x devices.",
+        "and underscores\nare the same. The global batch is the per-device batch x accumulation x "
+        "devices.",
         argument_default=argparse.SUPPRESS,
     )
     for flag in flags_of(stage):
