@@ -1,12 +1,10 @@
-"""`tandem chat` and `tandem report`: looking at what came out."""
+"""`tandem chat MODEL [MODEL ...]`: talking to what came out."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from tandem.cli.parsing import Parser
-from tandem.errors import UserError
 
 
 def chat(argv: list[str]) -> int:
@@ -26,23 +24,6 @@ def chat(argv: list[str]) -> int:
         device=arguments.device,
         console=result_console(),
     )
-    return 0
-
-
-def report(argv: list[str]) -> int:
-    """Rebuild a run's report.html from the files in its folder."""
-    parser = Parser(
-        prog="tandem report",
-        usage="tandem report RUN",
-        description="Rebuild a run's report.html from the files in its folder.",
-    )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, for instance runs/demo")
-    run_dir = Path(parser.parse(argv).run)
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such folder; name the folder of a run")
-    from tandem.report.html import write_report
-
-    print(write_report(run_dir))
     return 0
 
 

@@ -68,9 +68,7 @@ def device_count() -> int:
     """How many devices take part: WORLD_SIZE as torchrun, deepspeed and accelerate set it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit() or int(text) == 0:
-        raise UserError(
-            f"the environment's WORLD_SIZE is {text!r}, but it must be a number above 0"
-        )
+        raise UserError(f"WORLD_SIZE is {text!r} in the environment; it must be above 0")
     return int(text)
 
 

@@ -1,0 +1,206 @@
+"""`tandem sft`, `dpo` and `merge`: from flags to the stage's call."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tandem.stages.dpo
+import tandem.stages.merge
+import tandem.stages.sft
+from tandem.cli.main import main
+from tandem.recipe.schema import Dpo, Sft
+from tandem.recipe.seed_flags import Stage, boolean, flags_of
+from tandem.train import device as devices
+
+SEED_SFT = """
+model_name_or_path dataset_name output_dir per_device_train_batch_size
+gradient_accumulation_steps learning_rate max_steps save_steps logging_steps lora_alpha
+lora_rank lora_dropout lora_all_linear lora_target_modules bf16 max_length max_prompt_length
+lr_scheduler_type warmup_steps gradient_checkpointing seed use_habana use_lazy_mode pad_max
+num_train_epochs warmup_ratio weight_decay adam_epsilon save_total_limit max_seq_length
+chat_template
+"""
+SEED_DPO = """
+model_name_or_path dataset_name output_dir per_device_train_batch_size
+gradient_accumulation_steps learning_rate max_steps save_steps logging_steps lora_alpha
+lora_rank lora_dropout lora_all_linear lora_target_modules bf16 max_length max_prompt_length
+lr_scheduler_type warmup_steps gradient_checkpointing beta seed use_habana use_lazy_mode pad_max
+chat_template
+"""
+SEED_DPO_LINE = """
+--model_name_or_path ./finetuned_model_lora --output_dir ./finetuned_model_lora_plus_dpo
+--per_device_train_batch_size 8 --gradient_accumulation_steps 8 --learning_rate 5e-4 --max_steps
+1000 --save_steps 10 --logging_steps 10 --lora_alpha 16 --lora_rank 16 --lora_dropout 0.05
+--dataset_name Intel/orca_dpo_pairs --bf16 --max_length 1536 --max_prompt_length 1024
+--lr_scheduler_type cosine --warmup_steps 100 --use_habana --use_lazy_mode --pad_max true
+--gradient_checkpointing true --lora_all_linear false --lora_target_modules k_proj q_proj v_proj
+"""
+STAGES: tuple[Stage, ...] = ("sft", "dpo")
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+# A value that differs from what the flag has when it is left out.
+SAMPLES = {
+    "lr_scheduler_type": "linear",
+    "on_bad_record": "drop",
+    "device": "cpu",
+    "dtype": "float32",
+    "attention": "dense",
+    "max_seq_length": "1400",
+    "max_length": "1400",
+    "max_prompt_length": "300",
+    "warmup_ratio": "0.25",
+    "lora_dropout": "0.25",
+    "adam_beta1": "0.25",
+    "adam_beta2": "0.25",
+}
+
+
+class Calls(list[dict[str, Any]]):
+    """The keyword arguments of a stage's calls."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The stages replaced by ones that check the call against the real signature."""
+    made = Calls()
+    for module, name in (
+        (tandem.stages.sft, "run_sft"),
+        (tandem.stages.dpo, "run_dpo"),
+        (tandem.stages.merge, "run_merge"),
+    ):
+        signature = inspect.signature(getattr(module, name))
+
+        def stage(_signature: inspect.Signature = signature, **arguments: Any) -> Path:
+            _signature.bind(**arguments)
+            made.append(arguments)
+            return Path("o")
+
+        monkeypatch.setattr(module, name, stage)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return made
+
+
+def _dry(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    assert main([*argv, "--dry-run"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("stage", "names"), [("sft", SEED_SFT), ("dpo", SEED_DPO)])
+def test_every_flag_of_the_seed_is_there(stage: Stage, names: str) -> None:
+    assert set(names.split()) <= {flag.name for flag in flags_of(stage)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(stage, flag.name) for stage in STAGES for flag in flags_of(stage)]
+)
+def test_dashes_and_underscores_are_the_same(
+    capsys: pytest.CaptureFixture[str], stage: Stage, name: str
+) -> None:
+    flag = next(flag for flag in flags_of(stage) if flag.name == name)
+    value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
+    rest = [
+        text
+        for key, given in zip(REQUIRED[::2], REQUIRED[1::2], strict=True)
+        for text in (key, given)
+        if key != f"--{name}"
+    ]
+    shown = [
+        _dry(capsys, stage, *rest, spelling, value)
+        for spelling in (f"--{name}", f"--{name.replace('_', '-')}")
+    ]
+    joined = _dry(capsys, stage, *rest, f"--{name.replace('_', '-')}={value}")
+    assert shown[0] == shown[1] == joined
+    inert = {"use_habana", "use_lazy_mode", "pad_max"}
+    already = {"lora_dropout", "gradient_checkpointing"} if stage == "dpo" else set()
+    if name not in inert | already:
+        base = _dry(capsys, stage, *REQUIRED)
+        assert shown[0] != base, "a flag that is given changes what is done"
+
+
+@pytest.mark.parametrize("given", ["--bf16", "--bf16 true", "--bf16=True", "--bf16 1"])
+def test_booleans_stand_alone_or_before_their_value(
+    capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    shown = _dry(capsys, "sft", *given.split(), *REQUIRED)
+    assert shown["dtype"] == "bfloat16 on CUDA, float32 on a CPU"
+    assert _dry(capsys, "sft", "--bf16", "false", *REQUIRED)["dtype"] == "float32"
+
+
+def test_the_seeds_own_command_line_runs(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["dpo", *SEED_DPO_LINE.split()]) == 0
+    (call,) = calls
+    assert call["model"] == "./finetuned_model_lora"
+    assert call["output_dir"] == Path("finetuned_model_lora_plus_dpo")
+    settings = call["settings"]
+    assert isinstance(settings, Dpo)
+    assert settings.data[0].path == "Intel/orca_dpo_pairs"
+    assert (settings.batch_size, settings.max_steps, settings.beta) == (64, 1000, 0.1)
+    assert settings.lora.target_modules == ("k_proj", "q_proj", "v_proj")
+    assert call["runtime"].dtype == "float32", "a CPU trains in float32"
+    said = capsys.readouterr().err
+    for flag in ("use_habana", "use_lazy_mode", "pad_max", "lora_dropout", "bf16"):
+        assert said.count(f"--{flag}") == 1
+
+
+def test_bf16_is_bfloat16_on_cuda(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["sft", *REQUIRED, "--bf16"]) == 0
+    assert calls[0]["runtime"] == devices.Runtime("auto", "bfloat16", "auto", "auto")
+    assert main(["sft", *REQUIRED, "--bf16", "--device", "cpu"]) == 0
+    assert calls[1]["runtime"].dtype == "float32"
+
+
+def test_sft_passes_its_flags_on(calls: Calls) -> None:
+    argv = ["--device=cpu", "--tokens-per-microbatch", "512", "--attention", "dense"]
+    assert main(["sft", *REQUIRED, *argv, "--chat-template", "t.jinja", "--seed", "7"]) == 0
+    (call,) = calls
+    assert isinstance(call["settings"], Sft)
+    assert (call["chat_template"], call["seed"], call["revision"]) == ("t.jinja", 7, None)
+    assert call["runtime"] == devices.Runtime("cpu", "auto", "dense", 512)
+
+
+def test_several_data_sets_are_read_in_turn(calls: Calls) -> None:
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "a", "b"]
+    assert main(["sft", *argv]) == 0
+    assert [source.path for source in calls[0]["settings"].data] == ["a", "b"]
+
+
+def test_the_environments_world_size_is_a_factor(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["sft", *REQUIRED]) == 0
+    assert calls[0]["settings"].batch_size == 64
+    assert "1 per device x 8 accumulation x 8 devices = 64" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["sft", *REQUIRED]) == 2
+    assert "WORLD_SIZE is 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--base-model-path", "b", "--lora-model-path", "l/", "--output-path", "o"],
+        ["--base_model_path=b", "--lora_model_path=l/", "--output_path=o"],
+    ],
+)
+def test_merge_takes_the_seeds_flags(calls: Calls, flags: list[str]) -> None:
+    assert main(["merge", *flags]) == 0
+    assert main(["merge", *flags, "--dtype", "float16", "--force"]) == 0
+    plain, forced = calls
+    assert (plain["base"], plain["adapter"], plain["output_dir"]) == ("b", Path("l"), Path("o"))
+    assert (plain["dtype"], plain["force"], plain["device"]) == ("auto", False, "auto")
+    assert (forced["dtype"], forced["force"]) == ("float16", True)
+
+
+def test_a_dry_run_calls_no_stage(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _dry(capsys, "dpo", *REQUIRED)
+    assert not calls
+    assert shown["settings"]["beta"] == 0.1
