@@ -152,6 +152,7 @@ def dpo_stage(folder: Path, *, steps: int = 60, fall: float = 0.4) -> None:
     inputs = {
         "model": "../2-sft-merged",
         "data": {"pairs.jsonl": digest("pairs")},
+        "beta": 0.1,
         "max_length": 128,
     }
     write(folder / "manifest.json", manifest("dpo", inputs, ["adapter_model.safetensors"]))

@@ -94,3 +94,9 @@ def test_ticks_cover_the_range(low: float, high: float) -> None:
     assert found[0] <= low
     assert found[-1] >= high
     assert 2 <= len(found) <= 7
+
+
+def test_steps_have_whole_ticks() -> None:
+    svg = line_chart([Series("a", range(1, 11), range(10))], label="a", y_format=lambda y: "")
+    shown = [e.text for e in elements(svg, "tick") if e.text]
+    assert shown == ["3", "6", "9"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts
 from tandem.report.results import ROW_LABELS, mapping, model_names, sampling_error
+from tandem.report.training import find_key
 from tandem.report.wording import count, is_number, number, percent
 
 
@@ -29,7 +30,7 @@ def find(facts: RunFacts) -> list[Finding]:
         warnings = stage.summary.get("warnings")
         texts = warnings if isinstance(warnings, list) else []
         found += [Finding("warning", stage.title, str(text)) for text in texts]
-        if stage.kind == "dpo" and not any("chosen" in str(text).lower() for text in texts):
+        if stage.kind == "dpo" and not any("collapse" in str(text).lower() for text in texts):
             found += chosen_collapse(stage)
         found += _state(stage)
     found += evaluation_findings(facts.evaluation)
@@ -44,24 +45,29 @@ def find(facts: RunFacts) -> list[Finding]:
 def chosen_collapse(stage: StageFacts) -> list[Finding]:
     """Whether the chosen answers' log-probs fell while the margin grew (trl#800).
 
-    Compares the first and the last tenth of the logged steps; a fall of more than a tenth, and
-    of more than one nat, while the margin grows, is called a collapse.
+    Looks at the last quarter of the logged steps, and at what the same pairs' log-probs are under
+    the reference: log-probs of different steps belong to different pairs. A fall of more than a
+    quarter, and of more than two nats, with a positive margin is called a collapse.
     """
-    chosen = _ends(stage.metrics, "logps/chosen")
-    margins = _ends(stage.metrics, "rewards/margins")
-    if chosen is None or margins is None:
+    beta = find_key(stage.manifest.get("inputs"), "beta")
+    keys = ("logps/chosen", "rewards/chosen", "rewards/margins")
+    rows = [m for m in stage.metrics if all(is_number(m.get(key)) for key in keys)]
+    if not is_number(beta) or len(rows) < 4:
         return []
-    fall = chosen[0] - chosen[1]
-    if fall <= max(1.0, 0.1 * abs(chosen[0])) or margins[1] <= margins[0]:
+    last = rows[-(len(rows) // 4) :]
+    logp, reward, margin = (sum(float(m[key]) for m in last) / len(last) for key in keys)
+    fall = -reward / beta
+    reference = logp + fall
+    if margin <= 0 or fall <= max(2.0, 0.25 * abs(reference)):
         return []
     return [
         Finding(
             "warning",
             "collapse of the chosen log-probs",
-            f"While the margin grew from {number(margins[0], 3)} to {number(margins[1], 3)}, the "
-            f"chosen answers became less probable: log-prob {number(chosen[0])} to "
-            f"{number(chosen[1])}. The model unlearns what it should prefer. Fewer steps, a "
-            f"smaller learning rate or a larger beta help.",
+            f"While the margin grew to {number(margin, 3)}, the chosen answers became less "
+            f"probable: log-prob {number(reference)} under the reference, {number(logp)} at the "
+            f"end. The model unlearns what it should prefer. Fewer steps, a smaller learning rate "
+            f"or a larger beta help.",
         )
     ]
 
@@ -112,11 +118,3 @@ def _state(stage: StageFacts) -> list[Finding]:
             )
         ]
     return []
-
-
-def _ends(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
-    values = [float(m[key]) for m in metrics if is_number(m.get(key))]
-    if len(values) < 5:
-        return None
-    part = max(1, len(values) // 10)
-    return sum(values[:part]) / part, sum(values[-part:]) / part

@@ -119,20 +119,20 @@ def _step(stage: StageFacts) -> _Step:
         stage.name,
         stage.title,
         stage.status,
-        duration(_seconds_between(m.get("started_at"), m.get("finished_at"))),
+        _took(m.get("started_at"), m.get("finished_at")),
         str(m.get("inputs_hash") or ""),
         outputs,
         inputs,
     )
 
 
-def _seconds_between(start: object, end: object) -> float | None:
+def _took(start: object, end: object) -> str:
     try:
-        return (
-            datetime.fromisoformat(str(end)) - datetime.fromisoformat(str(start))
-        ).total_seconds()
+        span = datetime.fromisoformat(str(end)) - datetime.fromisoformat(str(start))
     except (ValueError, TypeError):
-        return None
+        return ""
+    # Manifests record whole seconds.
+    return duration(span.total_seconds()) if span.total_seconds() >= 1 else "< 1 s"
 
 
 def _base_model(facts: RunFacts) -> str:

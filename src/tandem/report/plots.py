@@ -88,7 +88,11 @@ def line_chart(
     frame = _Frame(x_low, x_high, ticks[0], ticks[-1], top)
     parts = [
         _y_axis(frame, ticks, y_format),
-        _x_axis(frame, [x for x in _ticks(x_low, x_high) if x_low <= x <= x_high], x_label),
+        _x_axis(
+            frame,
+            [x for x in _ticks(x_low, x_high, whole=_whole(xs)) if x_low <= x <= x_high],
+            x_label,
+        ),
     ]
     ends: list[tuple[float, str, str]] = []
     for one, path in points:
@@ -120,15 +124,15 @@ def histogram(
     # The limit is only worth axis space when the data comes near it.
     show_limit = limit is not None and limit <= 1.6 * max(finite)
     top = max([*finite, limit or 0.0] if show_limit else finite) or 1.0
-    width = max(1, math.ceil(top / bins)) if all(v == int(v) for v in finite) else top / bins
+    width = max(1, math.ceil(top / bins)) if _whole(finite) else top / bins
     number_of_bins = max(1, math.floor(top / width) + 1)
     counts = [0] * number_of_bins
     for v in finite:
         counts[min(int(v / width), number_of_bins - 1)] += 1
     x_high = number_of_bins * width
-    ticks = _ticks(0, max(counts))
+    ticks = _ticks(0, max(counts), whole=True)
     frame = _Frame(0, x_high, 0, ticks[-1])
-    x_ticks = [x for x in _ticks(0, x_high) if x <= x_high]
+    x_ticks = [x for x in _ticks(0, x_high, whole=_whole(finite)) if x <= x_high]
     parts = [_y_axis(frame, ticks, short_count), _x_axis(frame, x_ticks, x_label)]
     for i, n in enumerate(counts):
         left, right, y = frame.x(i * width), frame.x((i + 1) * width), frame.y(n)
@@ -228,16 +232,25 @@ def _path(frame: _Frame, points: list[tuple[float, float]]) -> str:
     return "".join(commands)
 
 
-def _ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers that cover low..high, about `wanted` steps of 1, 2, 2.5 or 5 times 10^k."""
+def _ticks(low: float, high: float, wanted: int = 4, *, whole: bool = False) -> list[float]:
+    """Round numbers that cover low..high, about `wanted` steps of 1, 2, 2.5 or 5 times 10^k.
+
+    `whole` keeps them to whole numbers, for counts and steps.
+    """
     if high - low <= 1e-9 * max(abs(high), abs(low)):
         margin = abs(high) * 0.5 or 1.0
         low, high = low - (margin if low < 0 else min(margin, low)), high + margin
     raw = (high - low) / wanted
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
+
+
+def _whole(values: Sequence[float]) -> bool:
+    return all(value == int(value) for value in values)
 
 
 def _y_axis(frame: _Frame, ticks: list[float], y_format: Callable[[float], str]) -> str:
