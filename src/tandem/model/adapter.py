@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, config)
+    with _quiet():
+        wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     if dropout > 0:
         _key_dropout(wrapped.get_base_model(), dropout)
@@ -63,7 +65,8 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     Raises UserError if the folder's adapter does not fit the model.
     """
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
 
@@ -87,6 +90,17 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
         )
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each layer's activations in the backward instead of keeping them."""
+    base = model.get_base_model()
+    base.enable_input_require_grads()
+    kwargs = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(kwargs)
+    else:  # its name in earlier transformers
+        base.gradient_checkpointing_enable(kwargs)
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """The model without its adapter, and without dropout, inside the block."""
@@ -102,6 +116,14 @@ def adapter_off(model: Any) -> Iterator[None]:
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that the optimizer moves, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft asks transformers for a property that transformers has renamed and warns about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _key_dropout(base: nn.Module, p: float) -> None:

@@ -45,7 +45,7 @@ def head_of(model: nn.Module) -> Head:
             f"the output head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
             "linear layer: leave it out of lora.target_modules"
         )
-    if layer.weight.requires_grad:
+    if layer.weight.requires_grad and torch.is_grad_enabled():
         raise UserError(
             "the output head is trained; only LoRA on the decoder's layers is supported"
         )

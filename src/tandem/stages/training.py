@@ -20,7 +20,12 @@ from tandem.data.order import total_steps
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate, resolve_template
-from tandem.model.adapter import add_adapter, save_adapter, trainable_parameters
+from tandem.model.adapter import (
+    add_adapter,
+    checkpoint_activations,
+    save_adapter,
+    trainable_parameters,
+)
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.recipe.schema import Training as TrainingSettings
@@ -158,8 +163,8 @@ class _Stage:
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
         self.console.print(
-            f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, attention {backend} ({why}), "
-            f"{budget} tokens a micro-batch"
+            f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, "
+            f"attention {backend} ({why}), {budget} tokens a micro-batch"
         )
         start_stage(self.folder, self.kind.name, inputs, schedule)
         model = self._model(backend)
@@ -223,8 +228,7 @@ class _Stage:
             seed=self.seed,
         )
         if self.settings.gradient_checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return model
 
     def _train(

@@ -1,0 +1,137 @@
+"""A merged folder says what base and adapter say, loads anywhere, and is refused otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tandem.artifact.files import read_json
+from tandem.errors import UserError
+from tandem.model import merge
+from tandem.model.adapter import load_adapter
+from tandem.stages.merge import run_merge
+
+from .made_inputs import QUIET, make_model_folder
+from .test_training_stages import run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "sft"
+    run("sft", tiny_model, folder)
+    return folder
+
+
+def merged(base: Path, adapter: Path, output: Path, **changes: Any) -> Path:
+    options: dict[str, Any] = {"dtype": "auto", "force": False, "device": "cpu"} | changes
+    return run_merge(
+        base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options
+    )
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def test_equals_pefts_own_merge_and_generates(
+    tiny_model: Path, trained: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    ours = load(merged(tiny_model, trained, tmp_path / "out"))
+    theirs = load_adapter(load(tiny_model), trained).merge_and_unload()
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=0, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say red"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = ours.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert output.shape[1] > ids["input_ids"].shape[1]
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_shards_stay_shards(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
+    sharded = make_model_folder(tmp_path / "base")
+    load(tiny_model).save_pretrained(str(sharded), max_shard_size="20KB")
+    (sharded / "model.safetensors").unlink()
+    shards = sorted(p.name for p in sharded.glob("*.safetensors"))
+    assert len(shards) > 3
+    whole = merged(tiny_model, trained, tmp_path / "whole")
+    parts = merged(sharded, trained, tmp_path / "parts", force=True)
+    assert sorted(p.name for p in parts.glob("*.safetensors")) == shards
+    for name, weight in load(whole).state_dict().items():
+        assert torch.equal(load(parts).state_dict()[name], weight)
+
+
+def test_the_stated_dtype_is_cast_to_once(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
+    folder = merged(tiny_model, trained, tmp_path / "out", dtype="bfloat16")
+    exact = load_file(merged(tiny_model, trained, tmp_path / "exact") / "model.safetensors")
+    for name, weight in load_file(folder / "model.safetensors").items():
+        assert torch.equal(weight, exact[name].to(torch.bfloat16))
+    assert read_json(folder / "config.json")["dtype"] == "bfloat16"
+    assert load(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fault", ["forgotten", "doubled", "one weight"])
+def test_a_corrupted_merge_is_refused_and_leaves_nothing(
+    fault: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = merge.LowRankUpdate.delta
+    count = 0
+
+    def delta(self: merge.LowRankUpdate) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        exact = plain(self)
+        if fault == "one weight":
+            return exact * (0 if count == 1 else 1)
+        return exact * {"forgotten": 0, "doubled": 2}[fault]
+
+    monkeypatch.setattr(merge.LowRankUpdate, "delta", delta)
+    with pytest.raises(UserError, match="does not say what base and adapter say"):
+        merged(tiny_model, trained, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_wrong_base_is_refused_unless_forced(
+    tiny_model: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = make_model_folder(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was trained on other weights"):
+        merged(other, trained, tmp_path / "out")
+    merged(other, trained, tmp_path / "out", force=True)
+
+
+def test_what_cannot_be_merged_is_named(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no adapter folder"):
+        merged(tiny_model, tiny_model, tmp_path / "a")
+    with pytest.raises(UserError, match="holds an adapter, not a whole model"):
+        merged(trained, trained, tmp_path / "b")
+    stray = tmp_path / "stray"
+    stray.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (stray / file).write_bytes((trained / file).read_bytes())
+    tensors = load_file(stray / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.", "layers.7."): t for name, t in tensors.items()}
+    save_file(renamed, stray / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"no weight named model\.layers\.7"):
+        merged(tiny_model, stray, tmp_path / "c")
+    save_file({**tensors, "odd": torch.zeros(1)}, stray / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="no LoRA update"):
+        merged(tiny_model, stray, tmp_path / "d")

@@ -1,0 +1,271 @@
+"""SFT and DPO through their public entry points: same parameters whatever the schedule."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.errors import Stopped, TandemError, UserError
+from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.stages.dpo import run_dpo
+from tandem.stages.sft import run_sft
+from tandem.train import loop
+from tandem.train.device import Runtime
+
+from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
+
+
+def settings(kind: str, data: Path, **changes: Any) -> Sft | Dpo:
+    values: dict[str, Any] = {
+        "data": (DataSource(path=str(data)),),
+        "batch_size": 5,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "max_length": 128,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "lora": Lora(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
+    } | changes
+    return Sft(**values) if kind == "sft" else Dpo(**values)
+
+
+def run(
+    kind: str, model: Path, folder: Path, *, budget: int = 2048, seed: int = 1, **changes: Any
+) -> dict[str, Tensor]:
+    data = folder.parent / f"{kind}.jsonl"
+    if not data.exists():
+        (make_conversations if kind == "sft" else make_pairs)(data)
+    stage: Any = run_sft if kind == "sft" else run_dpo
+    stage(
+        model=str(model),
+        revision=None,
+        settings=settings(kind, data, **changes),
+        output_dir=folder,
+        chat_template=None,
+        seed=seed,
+        runtime=Runtime(device="cpu", tokens_per_microbatch=budget),
+        console=QUIET,
+    )
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).norm() / b[n].norm()) for n in b)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_schedule_does_not_change_the_parameters(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = run(kind, tiny_model, tmp_path / "whole", budget=4096)
+    single = run(kind, tiny_model, tmp_path / "single", budget=1)
+    checkpointed = run(
+        kind, tiny_model, tmp_path / "checkpointed", budget=60, gradient_checkpointing=True
+    )
+    assert distance(single, whole) < 5e-5
+    assert distance(checkpointed, whole) < 5e-5
+    other = run(kind, tiny_model, tmp_path / "other", seed=2)
+    assert distance(other, whole) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_stopped_run_ends_with_the_same_bits(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(kind, tiny_model, tmp_path / "whole")
+    taken = 0
+    plain = loop.Training._take
+
+    def take(self: Any, step: Any) -> None:
+        nonlocal taken
+        plain(self, step)
+        taken += 1
+        if taken == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_take", take)
+        with pytest.raises(Stopped, match="after step 5 of 8"):
+            run(kind, tiny_model, tmp_path / "stopped")
+    resumed = run(kind, tiny_model, tmp_path / "stopped")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    metrics = [read_jsonl(tmp_path / f / "metrics.jsonl") for f in ("whole", "stopped")]
+    assert [line["step"] for line in metrics[1]] == [3, 6, 8]
+    steady = [{k: v for k, v in line.items() if k in ("loss", "grad_norm", "learning_rate")}
+              for lines in metrics for line in lines]  # fmt: skip
+    assert steady[:3] == steady[3:]
+
+
+KILLED = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+from tests.stages.test_training_stages import run
+run(sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), max_steps=40, save_steps=3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_killed_run_ends_with_the_same_bits(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    whole = run(kind, tiny_model, tmp_path / "whole", max_steps=40, save_steps=3)
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(root), kind, str(tiny_model), str(tmp_path / "killed")],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "other-cache")},
+    )
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert read_json(tmp_path / "killed" / "manifest.json")["status"] == "running"
+    resumed = run(kind, tiny_model, tmp_path / "killed", max_steps=40, save_steps=3)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    steps = [line["step"] for line in read_jsonl(tmp_path / "killed" / "metrics.jsonl")]
+    assert steps == [*range(3, 40, 3), 40]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
+    whole = run("sft", tiny_model, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tandem.stages.training.finish_stage", _crash)
+        with pytest.raises(ZeroDivisionError):
+            run("sft", tiny_model, tmp_path / "damaged")
+    newest = tmp_path / "damaged" / "checkpoints" / "step-000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    resumed = run("sft", tiny_model, tmp_path / "damaged")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def _crash(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
+def test_finished_is_recognised_and_other_inputs_are_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run("sft", tiny_model, tmp_path / "out")
+    before = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
+    run("sft", tiny_model, tmp_path / "out", logging_steps=1)
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"settings\.learning_rate: 0\.01 -> 0\.02"):
+        run("sft", tiny_model, tmp_path / "out", learning_rate=0.02)
+    with (tmp_path / "sft.jsonl").open("a") as file:
+        file.write('{"conversations": []}\n')
+    with pytest.raises(UserError, match="data"):
+        run("sft", tiny_model, tmp_path / "out")
+
+
+def test_the_second_run_needs_no_reference_pass(tiny_model: Path, tmp_path: Path) -> None:
+    run("dpo", tiny_model, tmp_path / "a")
+    run("dpo", tiny_model, tmp_path / "b", learning_rate=1e-3, beta=0.5, seed=9)
+    assert read_json(tmp_path / "a" / "summary.json")["reference_computed"] == 24
+    assert read_json(tmp_path / "b" / "summary.json")["reference_computed"] == 0
+
+
+def test_a_changed_weight_misses_the_reference_store(tiny_model: Path, tmp_path: Path) -> None:
+    run("dpo", tiny_model, tmp_path / "a")
+    other = make_model_folder(tmp_path / "model")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    run("dpo", other, tmp_path / "b")
+    assert read_json(tmp_path / "b" / "summary.json")["reference_computed"] == 24
+
+
+def test_dpo_starts_at_ln_2_and_moves_the_right_way(tiny_model: Path, tmp_path: Path) -> None:
+    run("dpo", tiny_model, tmp_path / "out", logging_steps=1, max_steps=20)
+    lines = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["loss"] < 0.5
+    assert lines[-1]["rewards/margins"] > 0
+
+
+def test_the_step_0_check_stops_a_wrong_reference(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tandem.train import reference
+
+    plain = reference._compute_unit
+    monkeypatch.setattr(
+        reference,
+        "_compute_unit",
+        lambda *a: [(logp - 0.5, n) for logp, n in plain(*a)],
+    )
+    with pytest.raises(UserError, match="step-0 check"):
+        run("dpo", tiny_model, tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tandem.train.engine import Engine
+
+    plain, calls = Engine.score, 0
+
+    def score(self: Engine, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(self, batch) * (float("nan") if calls == 3 else 1.0)
+
+    monkeypatch.setattr(Engine, "score", score)
+    with pytest.raises(TandemError, match=r"loss of step 3 is not finite.*sft\.jsonl, row \d+"):
+        run("sft", tiny_model, tmp_path / "out")
+
+
+def test_the_folder_is_what_peft_expects_and_the_summary_adds_up(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    run("dpo", tiny_model, tmp_path / "out")
+    summary = read_json(tmp_path / "out" / "summary.json")
+    assert summary["examples"] == 8 * 5 - 1
+    assert summary["tokens"] + summary["shared_tokens"] < summary["padded_tokens"]
+    assert summary["shared_tokens"] > 0
+    assert summary["ledger"]["trained"] == 24
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert "### Assistant:" in tokenizer.chat_template
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-000004"
+    assert (checkpoint / "adapter_config.json").exists()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert model.peft_config["default"].r == 4
+
+
+def test_a_context_too_short_and_a_missing_target_are_named(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="max_length 300 exceeds .* 256"):
+        run("sft", tiny_model, tmp_path / "a", max_length=300)
+    with pytest.raises(UserError, match=r"'wq' fits no module .* q_proj"):
+        run("sft", tiny_model, tmp_path / "b", lora=Lora(target_modules=("wq",)))
+    with pytest.raises(UserError, match="does not exist"):
+        run("sft", tmp_path / "nowhere", tmp_path / "c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        run("sft", tmp_path / "empty", tmp_path / "d")
+
+
+def test_two_runs_in_one_folder(tiny_model: Path, tmp_path: Path) -> None:
+    from tandem.artifact.lock import folder_lock
+
+    with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="in use"):
+        run("sft", tiny_model, tmp_path / "out")
