@@ -23,7 +23,7 @@ class UserError(TandemError):
     exit_code = 2
 
 
-class Stopped(TandemError):
+class Stopped(TandemError):  # noqa: N818 - no error, but the way a run ends early
     """The run was interrupted, everything needed to go on is on disk."""
 
     exit_code = 3

@@ -58,7 +58,8 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
         )
         listing = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise UserError(
-            f"{folder} holds a {state} {manifest['stage']} stage with other inputs (there -> now):\n"
+            f"{folder} holds a {state} {manifest['stage']} stage with other inputs "
+            f"(there -> now):\n"
             f"{listing}\nUse the same inputs to continue it, or choose another output folder."
         )
     if state == "finished":

@@ -48,7 +48,8 @@ def sequence_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
 def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Log-probability of each trained token [N]; see `sequence_logps`."""
     # peft injects its layers into the model in place and wraps it; the plain model is inside.
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    causal: Any = model if unwrap is None else unwrap()
     set_dropout_keys(causal, batch.dropout_keys)
     layout = TreeLayout(batch.segments, batch.position_ids)
     decoder: Any = causal.get_decoder()

@@ -16,7 +16,7 @@ from tandem.recipe.schema import Dpo
 from tandem.stages.training import Made, StageKind, Start, run_training
 from tandem.train.device import Runtime
 from tandem.train.objective import PreferenceObjective
-from tandem.train.progress import phase
+from tandem.train.progress import phase, say
 from tandem.train.reference import ReferenceStore, reference_logps
 
 # Relative differences of log-probs that a dtype explains, of sums over whole answers.
@@ -89,9 +89,10 @@ def _objective(start: Start, beta: float) -> Made:
         )
     store.prune()
     seconds = time.perf_counter() - began
-    start.console.print(
+    say(
+        start.console,
         f"dpo: reference log-probs of {len(start.trees)} pairs, {computed} computed and "
-        f"{len(start.trees) - computed} found in the store, {seconds:.1f} s"
+        f"{len(start.trees) - computed} found in the store, {seconds:.1f} s",
     )
     objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
     return Made(objective, seconds, computed)

@@ -20,6 +20,7 @@ from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import copy_surroundings, merge_shards, read_updates
 from tandem.model.verify import Verified, verify_merge
 from tandem.train.device import choose_device, torch_dtype
+from tandem.train.progress import say
 
 _PROBES = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps for seven hours.",
@@ -69,7 +70,7 @@ def run_merge(
     }
     with folder_lock(output_dir):
         if open_stage(output_dir, "merge", inputs).state == "finished":
-            console.print(f"merge: {output_dir} is finished with these inputs; nothing to do")
+            say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
         began = time.perf_counter()
@@ -82,10 +83,11 @@ def run_merge(
         seconds = time.perf_counter() - began
         _write_summary(output_dir, len(updates), verified, seconds)
         finish_stage(output_dir, [*outputs, "summary.json"])
-        console.print(
+        say(
+            console,
             f"merge: {len(updates)} weights, log-probs within {verified.difference:.2g} nats of "
             f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
-            f"-> {output_dir}"
+            f"-> {output_dir}",
         )
     return output_dir
 

@@ -28,7 +28,7 @@ from tandem.pairs.filter import Candidate, choose_rejected
 from tandem.recipe.schema import Pairs
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.device import Runtime, choose_device
-from tandem.train.progress import phase
+from tandem.train.progress import phase, say
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_pairs(
     }
     with folder_lock(output_dir):
         if open_stage(output_dir, "pairs", inputs).state == "finished":
-            console.print(f"pairs: {output_dir} is finished with these inputs; nothing to do")
+            say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "pairs", inputs, {"model": model})
         device = choose_device(runtime.device, runtime.dtype)
@@ -97,10 +97,11 @@ def run_pairs(
             atomic_write_text(output_dir / f"{name}.jsonl", lines)
             outputs.append(f"{name}.jsonl")
             summary[name] = counts
-            console.print(
+            say(
+                console,
                 f"pairs: {counts['kept']} {name} from {counts['prompts']} prompts, passed over "
                 + (", ".join(f"{n} {why}" for why, n in counts["dropped"].items()) or "none")
-                + f", {counts['seconds']:.1f} s"
+                + f", {counts['seconds']:.1f} s",
             )
         atomic_write_json(output_dir / "summary.json", {**summary.pop("pairs"), **summary})
         finish_stage(output_dir, [*outputs, "summary.json"])

@@ -36,7 +36,7 @@ from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
-from tandem.train.progress import StageProgress
+from tandem.train.progress import StageProgress, say
 
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
@@ -119,10 +119,10 @@ def run_training(
     with folder_lock(output_dir):
         opened = open_stage(output_dir, kind.name, inputs)
         if opened.state == "finished":
-            console.print(f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
+            say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         for notice in template.notices:
-            console.print(f"{kind.name}: {notice}")
+            say(console, f"{kind.name}: {notice}")
         stage = _Stage(
             kind, settings, output_dir, seed, runtime, device, console, base, config, model,
             tokenizer, template,
@@ -162,9 +162,10 @@ class _Stage:
         }
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
-        self.console.print(
+        say(
+            self.console,
             f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, "
-            f"attention {backend} ({why}), {budget} tokens a micro-batch"
+            f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
         start_stage(self.folder, self.kind.name, inputs, schedule)
         model = self._model(backend)
@@ -199,14 +200,15 @@ class _Stage:
         )
         ledger.write()
         counts = ledger.summary()
-        self.console.print(
+        say(
+            self.console,
             f"{self.kind.name}: {counts['trained']} of {counts['read']} records to train on, "
             f"{counts['truncated']} truncated, {counts['dropped']} dropped"
             + (f" (each in {self.folder / 'data-ledger.jsonl'})" if counts["reasons"] else "")
-            + f", encoded in {time.perf_counter() - began:.1f} s"
+            + f", encoded in {time.perf_counter() - began:.1f} s",
         )
         for reason, count in counts["reasons"].items():
-            self.console.print(f"  {count} x {reason}")
+            say(self.console, f"  {count} x {reason}")
         return ledger, trees
 
     def _model(self, backend: str) -> Any:
@@ -214,9 +216,10 @@ class _Stage:
         use_backend(model, backend)
         lora = self.settings.lora
         if lora.dropout > 0 and not self.kind.dropout:
-            self.console.print(
+            say(
+                self.console,
                 f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
-                "so that policy and reference are the same function and prefixes can be shared"
+                "so that policy and reference are the same function and prefixes can be shared",
             )
         model = add_adapter(
             model,
@@ -248,8 +251,9 @@ class _Stage:
         newest, progress = checkpoints.newest(), Progress()
         if newest is not None:
             progress = checkpoints.load(newest, model, engine.optimizer)
-            self.console.print(
-                f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})"
+            say(
+                self.console,
+                f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})",
             )
         warmup_steps = warmup(total, steps=s.warmup_steps, ratio=s.warmup_ratio)
         with StageProgress(
@@ -293,7 +297,7 @@ class _Stage:
         (self.folder / "saving").rmdir()
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
         for warning in warnings:
-            self.console.print(f"[yellow]{self.kind.name}: {warning}[/]")
+            say(self.console, f"{self.kind.name}: {warning}", style="yellow")
         lengths = [len(t.sequence(b).input_ids) for t in trees for b in range(len(t.branches))]
         atomic_write_json(
             self.folder / "summary.json",
@@ -321,9 +325,10 @@ class _Stage:
             },
         )
         finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
-        self.console.print(
+        say(
+            self.console,
             f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
-            f"{progress.seconds:.1f} s -> {self.folder}"
+            f"{progress.seconds:.1f} s -> {self.folder}",
         )
 
 

@@ -84,6 +84,11 @@ class StageProgress:
         return "  ".join(part for part in parts if part)
 
 
+def say(console: Console, text: str, *, style: str = "") -> None:
+    """Print a line as it is: no markup in names, no break where a file has no width."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
 @contextmanager
 def phase(console: Console, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show another phase than training (reference pass, generation, encoding).
