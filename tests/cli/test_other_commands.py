@@ -145,3 +145,28 @@ def test_cache_shows_and_empties(
     assert shown == "1.5 KiB a 512 bytes b 2.0 KiB in all"
     assert main(["cache", "clear"]) == 0
     assert capsys.readouterr().out == "freed 3.0 MiB\n"
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_file_in_place_of_the_output_folder_is_refused(
+    runs: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, below: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    commands = [
+        (["run", "demo", f"output_dir={file}{below}"], "output_dir"),
+        (
+            ["sft", "--model_name_or_path=m", "--dataset_name=d", f"--output_dir={file}{below}"],
+            "--output_dir",
+        ),
+        (
+            ["merge", "--base-model-path=b", "--lora-model-path=l", f"--output-path={file}{below}"],
+            "--output-path",
+        ),
+    ]
+    for argv, name in commands:
+        assert main(argv) == 2
+        said = f"error: {name}: {file} is a file, not a folder; name another folder\n"
+        assert capsys.readouterr().err.endswith(said)
+    assert file.read_text() == "mine"
+    assert not runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
 from tandem.errors import UserError
 
@@ -18,6 +19,7 @@ def run(argv: list[str]) -> int:
     from tandem.recipe.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     if arguments.dry_run:
         print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0
@@ -26,7 +28,7 @@ def run(argv: list[str]) -> int:
 
     console = notice_console()
     found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
-    _finish(Path(recipe.output_dir), found)
+    _finish(run_dir, found)
     return 0
 
 

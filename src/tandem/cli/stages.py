@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
 from tandem.errors import UserError
 from tandem.recipe.seed_flags import Stage, flags_of
@@ -54,7 +55,7 @@ def merge(argv: list[str]) -> int:
     run_merge(
         base=arguments.base_model_path,
         adapter=Path(arguments.lora_model_path),
-        output_dir=Path(arguments.output_path),
+        output_dir=output_folder(Path(arguments.output_path), "--output-path"),
         dtype=arguments.dtype,
         force=arguments.force,
         device=arguments.device,
@@ -140,7 +141,7 @@ def _common(call: StageCall) -> dict[str, Any]:
     return {
         "model": call.model,
         "revision": call.revision,
-        "output_dir": call.output_dir,
+        "output_dir": output_folder(call.output_dir, "--output_dir"),
         "chat_template": call.chat_template,
         "seed": call.seed,
         "runtime": Runtime(

@@ -242,7 +242,7 @@ class Recipe(Section):
     output_dir: str = Field(description="The run's folder; every stage gets a folder in it.")
     chat_template: str | None = Field(
         default=None,
-        description="`neural-chat`, a template file, or null: the model's own, else `neural-chat`.",
+        description="A shipped one, a file, or null: the model's own, else `neural-chat`.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42,

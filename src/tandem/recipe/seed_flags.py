@@ -77,7 +77,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "on_bad_record", str, "on an unparsable line", choices=("stop", "drop"), key="on_bad_record"
     ),
-    Flag("chat_template", str, "neural-chat, a template file; default: the model's own"),
+    Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16 on CUDA; a CPU trains in float32 and says so"),
     Flag("device", str, "where to train", choices=("auto", "cpu", "cuda")),
