@@ -74,6 +74,11 @@ def test_a_live_holder_blocks_and_a_dead_one_does_not(tmp_path: Path) -> None:
     holder.stdout.close()
     with folder_lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        (tmp_path / "work").touch()
+    assert tmp_path.exists()
+    with folder_lock(tmp_path / "nothing"):
+        pass
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_stage_folder_is_fresh_then_resumed_then_finished(tmp_path: Path) -> None:

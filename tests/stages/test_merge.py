@@ -28,9 +28,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged(base: Path, adapter: Path, output: Path, **changes: Any) -> Path:
     options: dict[str, Any] = {"dtype": "auto", "force": False, "device": "cpu"} | changes
-    return run_merge(
-        base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options
-    )
+    return run_merge(base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options)
 
 
 def load(folder: Path) -> Any:
@@ -116,6 +114,13 @@ def test_the_wrong_base_is_refused_unless_forced(
     with pytest.raises(UserError, match="was trained on other weights"):
         merged(other, trained, tmp_path / "out")
     merged(other, trained, tmp_path / "out", force=True)
+
+
+def test_a_template_may_be_chosen(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = merged(tiny_model, trained, tmp_path / "out", chat_template="chatml")
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(str(folder)).chat_template
 
 
 def test_what_cannot_be_merged_is_named(tiny_model: Path, trained: Path, tmp_path: Path) -> None:

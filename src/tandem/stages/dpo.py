@@ -110,7 +110,7 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
             f"collapse: the chosen answers' log-probs fell by {fallen:.1f} nats below the "
             "reference while margins grew; lower the learning rate or raise beta"
         )
-    if mean["rewards/accuracies"] < 0.5:
+    if mean["rewards/accuracies"] < 0.5 and mean["rewards/margins"] < 0:
         found.append(
             f"the policy prefers the chosen answer in only {mean['rewards/accuracies']:.0%} of "
             "pairs at the end: are chosen and rejected swapped?"

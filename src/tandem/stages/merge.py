@@ -15,6 +15,7 @@ from tandem.artifact.hashing import hash_file, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage
+from tandem.data.template import resolve_template
 from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import copy_surroundings, merge_shards, read_updates
@@ -39,6 +40,7 @@ def run_merge(
     force: bool,
     device: str,
     console: Console,
+    chat_template: str | None = None,
 ) -> Path:
     """Merge a LoRA adapter into its base; the folder loads in plain transformers.
 
@@ -53,6 +55,7 @@ def run_merge(
         force: merge even if the adapter was trained on other weights.
         device: where the check computes.
         console: for progress lines.
+        chat_template: name or file; None keeps the adapter folder's, or the base's.
 
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
@@ -67,6 +70,7 @@ def run_merge(
         "base": {"weights": weights, "config": hash_file(base_folder / "config.json")},
         "adapter": hash_weights(adapter),
         "dtype": dtype,
+        "chat_template": chat_template,
     }
     with folder_lock(output_dir):
         if open_stage(output_dir, "merge", inputs).state == "finished":
@@ -78,6 +82,7 @@ def run_merge(
         with atomic_folder(output_dir / "saving") as aside:
             merge_shards(base_folder, updates, aside, dtype=target)
             copy_surroundings(base_folder, adapter, aside, target)
+            _save_template(aside, chat_template, console)
             verified = _verify(base_folder, adapter, aside, target, device)
         outputs = _move_up(output_dir / "saving", output_dir)
         seconds = time.perf_counter() - began
@@ -90,6 +95,17 @@ def run_merge(
             f"-> {output_dir}",
         )
     return output_dir
+
+
+def _save_template(folder: Path, choice: str | None, console: Console) -> None:
+    """Settle the merged folder's chat template; what it brings already stays untouched."""
+    tokenizer = load_tokenizer(folder)
+    own = tokenizer.chat_template
+    template = resolve_template(tokenizer, choice)
+    for notice in template.notices:
+        say(console, f"merge: {notice}")
+    if own != template.source:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:

@@ -91,8 +91,11 @@ def run_pipeline(
         if stage.name not in wanted:
             continue
         console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
+        finished_before = _is_finished(stage)
         result = runners[stage.name](stage.folder)
-        _write_recipe(recipe, root)
+        if not finished_before:
+            # Only a stage that really ran makes this recipe the folder's own.
+            _write_recipe(recipe, root)
         _write_chain(planned, root)
     return result if isinstance(result, dict) else None
 
@@ -107,10 +110,14 @@ def _select(planned: list[PlannedStage], *, until: str | None, start: str | None
     if first > last:
         raise UserError(f"--from {start} comes after --until {until}")
     for stage in planned[:first]:
-        manifest = stage.folder / MANIFEST
-        if not manifest.exists() or read_json(manifest)["status"] != "finished":
+        if not _is_finished(stage):
             raise UserError(f"--from {start}: the stage before it, {stage.folder}, is not finished")
     return set(names[first : last + 1])
+
+
+def _is_finished(stage: PlannedStage) -> bool:
+    manifest = stage.folder / MANIFEST
+    return manifest.exists() and read_json(manifest)["status"] == "finished"
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,6 @@ class _Ride:
         from tandem.report.card import write_card
 
         self._merge(self._dpo_base(), self.root / _FOLDERS["dpo"], folder)
-        _write_recipe(self.recipe, self.root)
         write_card(self.root, folder)
 
     def evaluate(self, folder: Path) -> dict[str, Any]:
