@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 QUIET = Console(quiet=True)
-WORDS = "red green blue one two three sun moon star sea".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "sea"]
 
 
 def make_model_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:

@@ -253,7 +253,7 @@ def test_the_folder_is_what_peft_expects_and_the_summary_adds_up(
 def test_a_context_too_short_and_a_missing_target_are_named(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="max_length 300 exceeds .* 256"):
+    with pytest.raises(UserError, match=r"max_length 300 exceeds .* 256"):
         run("sft", tiny_model, tmp_path / "a", max_length=300)
     with pytest.raises(UserError, match=r"'wq' fits no module .* q_proj"):
         run("sft", tiny_model, tmp_path / "b", lora=Lora(target_modules=("wq",)))

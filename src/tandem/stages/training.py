@@ -167,9 +167,9 @@ class _Stage:
             f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, "
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
+        engine = Engine(self.device)
         start_stage(self.folder, self.kind.name, inputs, schedule)
         model = self._model(backend)
-        engine = Engine(self.device)
         parameters = trainable_parameters(model)
         s = self.settings
         optimizer = make_optimizer(

@@ -50,11 +50,6 @@ class Device:
         """cpu or cuda."""
         return self.torch_device.type
 
-    @property
-    def autocast(self) -> bool:
-        """Whether adapters and activations meet in half precision."""
-        return self.weights in (torch.bfloat16, torch.float16)
-
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that a clock means something."""
         if self.kind == "cuda":

@@ -15,8 +15,6 @@ from tandem.errors import UserError
 from tandem.model.score import Scorer
 from tandem.train.device import Device
 
-_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 class Engine:
     """Runs forward, backward and clipping for one scorer on one device.
@@ -27,7 +25,12 @@ class Engine:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        precision = _PRECISION[device.weights] if device.autocast else "no"
+        if device.weights == torch.float16:
+            raise UserError(
+                "dtype: float16 has too narrow a range to train in without loss scaling; "
+                "use bfloat16 (or float32)"
+            )
+        precision = "bf16" if device.weights == torch.bfloat16 else "no"
         self.accelerator = Accelerator(cpu=device.kind == "cpu", mixed_precision=precision)
         if self.accelerator.num_processes > 1:
             raise UserError(

@@ -1,0 +1,200 @@
+"""Generated answers do not depend on their batch; scores equal what plain transformers gives."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.template import prompt_ids, resolve_template, stop_ids
+from tandem.errors import UserError
+from tandem.evaluate.answers import contains_accepted, first_sentence
+from tandem.model.generate import generate_answers
+from tandem.model.load import load_model, load_tokenizer
+from tandem.pairs.filter import Candidate, choose_rejected
+from tandem.recipe.schema import DataSource, Evaluate, Pairs
+from tandem.stages.evaluate import run_evaluation
+from tandem.stages.pairs import run_pairs
+from tandem.train.device import Runtime
+
+from .made_inputs import QUIET, WORDS, make_conversations, make_pairs
+
+CPU = Runtime(device="cpu")
+
+
+def make_questions(path: Path, count: int = 12) -> Path:
+    with path.open("w") as file:
+        for i in range(count):
+            row = {
+                "question": f"which word is number {i}? " + "please " * (i % 4),
+                "answer": f"It is {WORDS[i % 10]}.",
+                "accepted": [WORDS[i % 10]],
+                "completion": f"Word {i} is",
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_a_batch_answers_as_one_prompt_at_a_time(tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype=torch.float64)
+    tokenizer = load_tokenizer(tiny_model)
+    prompts = [list(range(5, 5 + n)) for n in (3, 9, 4, 17, 1)]
+    options: dict[str, Any] = {
+        "stop_ids": [tokenizer.eos_token_id],
+        "max_new_tokens": 12,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+    }
+    done: list[int] = []
+    together = generate_answers(model, prompts, advance=done.append, **options)
+    alone = [generate_answers(model, [p], advance=done.append, **options)[0] for p in prompts]
+    assert together == alone
+    assert sum(done) == 10
+
+
+def test_sampling_follows_the_seed(tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype=torch.float32)
+    options: dict[str, Any] = {
+        "stop_ids": [1],
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "advance": lambda _: None,
+    }
+    first = generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
+    assert first == generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
+    assert first != generate_answers(model, [[5, 6, 7]] * 4, seed=2, **options)
+
+
+def test_pairs_keep_the_sets_answer_and_generate_the_other(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    conversations = make_conversations(tmp_path / "c.jsonl")
+    settings = Pairs(
+        prompts=(DataSource(path=str(conversations)),),
+        heldout=(DataSource(path=str(make_questions(tmp_path / "q.jsonl"))),),
+        max_new_tokens=6,
+    )
+    run_pairs(
+        model=str(tiny_model),
+        settings=settings,
+        output_dir=tmp_path / "pairs",
+        seed=1,
+        runtime=CPU,
+        console=QUIET,
+    )
+    rows = read_jsonl(tmp_path / "pairs" / "pairs.jsonl")
+    asked = [row["conversations"] for row in read_jsonl(conversations)]
+    assert [row["question"] for row in rows] == [turns[0]["value"] for turns in asked]
+    assert [row["chosen"] for row in rows] == [turns[1]["value"] for turns in asked]
+    assert all(row["rejected"] and row["rejected"] != row["chosen"] for row in rows)
+    assert len(read_jsonl(tmp_path / "pairs" / "heldout.jsonl")) == 12
+    summary = read_json(tmp_path / "pairs" / "summary.json")
+    assert summary["kept"] == summary["prompts"] == 24
+    with pytest.raises(UserError, match="needs rows of `question`"):
+        run_pairs(
+            model=str(tiny_model),
+            settings=settings.model_copy(update={"keep": "wrong"}),
+            output_dir=tmp_path / "wrong",
+            seed=1,
+            runtime=CPU,
+            console=QUIET,
+        )
+
+
+def test_which_candidate_is_rejected() -> None:
+    dropped: Counter[str] = Counter()
+    candidates = [
+        Candidate("  ", True),
+        Candidate("It is  Paris.", True),
+        Candidate("Paris, I think.", True),
+        Candidate("Paris Paris Paris", False),
+        Candidate("It is Rome.", True),
+    ]
+    options: dict[str, Any] = {"dropped": dropped}
+    assert (
+        choose_rejected("It is Paris.", ["Paris"], candidates, keep="different", **options)
+        == "Paris, I think."
+    )
+    assert dropped == {"empty": 1, "same as chosen": 1}
+    assert (
+        choose_rejected("It is Paris.", ["Paris"], candidates, keep="wrong", **options)
+        == "Paris Paris Paris"
+    )
+    assert dropped["right"] == 1
+    assert choose_rejected("x", ["x"], [], keep="wrong", **options) is None
+
+
+def test_accepted_texts_are_whole_words() -> None:
+    assert contains_accepted("The answer is 12.", ["12"])
+    assert not contains_accepted("The answer is 123.", ["12"])
+    assert contains_accepted("it is rome", ["Paris", "Rome"])
+    assert first_sentence(" It is 3.5 km. Then more.\nAnd more.") == "It is 3.5 km."
+
+
+def test_scores_equal_plain_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    questions = make_questions(tmp_path / "q.jsonl")
+    pairs = make_pairs(tmp_path / "p.jsonl", count=10)
+    evaluation = run_evaluation(
+        models={"base": str(tiny_model), "sft": str(tiny_model)},
+        settings=Evaluate(
+            questions=(DataSource(path=str(questions)),),
+            pairs=(DataSource(path=str(pairs)),),
+            max_new_tokens=8,
+            samples=3,
+        ),
+        output_dir=tmp_path / "evaluation",
+        chat_template=None,
+        seed=1,
+        runtime=CPU,
+        console=QUIET,
+    )
+    assert evaluation == read_json(tmp_path / "evaluation" / "evaluation.json")
+    assert evaluation["counts"] == {"questions": 12, "pairs": 10}
+    assert len(evaluation["samples"]) == 3
+    base = evaluation["models"]["base"]
+    assert "completion_accuracy" in base
+    model = load_model(tiny_model, dtype=torch.float64)
+    tokenizer = load_tokenizer(tiny_model)
+    resolve_template(tokenizer, None)
+    rows = read_jsonl(questions)
+    scored = [_logp(model, tokenizer, row["question"], row["answer"]) for row in rows]
+    nats, tokens = (sum(column) for column in zip(*scored, strict=True))
+    assert base["loss"] == pytest.approx(-nats / tokens, rel=1e-5)
+    margins = [
+        _logp(model, tokenizer, r["question"], r["chosen"])[0]
+        - _logp(model, tokenizer, r["question"], r["rejected"])[0]
+        for r in read_jsonl(pairs)
+    ]
+    assert base["preference_margin"] == pytest.approx(sum(margins) / 10, rel=1e-4)
+    assert base["preference_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 10)
+
+
+def _logp(model: Any, tokenizer: Any, question: str, answer: str) -> tuple[float, int]:
+    """Sum of log-probs of answer and end token, and their number."""
+    turn = {"role": "user", "content": question}
+    prompt = tokenizer.apply_chat_template([turn], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([turn, {"role": "assistant", "content": answer}])[
+        "input_ids"
+    ]
+    ids = torch.tensor([whole])
+    with torch.no_grad():
+        logps = model(ids).logits[0].log_softmax(-1)
+    picked = logps[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+    return float(picked.sum()), len(picked)
+
+
+def test_stop_ids_and_prompts_come_from_the_template(tiny_model: Path) -> None:
+    from tandem.data.records import Turn
+
+    tokenizer = load_tokenizer(tiny_model)
+    template = resolve_template(tokenizer, None)
+    assert stop_ids(tokenizer, template) == [tokenizer.eos_token_id]
+    text = tokenizer.decode(prompt_ids(tokenizer, template, (Turn("user", "say red"),)))
+    assert text.endswith("### User:\nsay red</s>\n### Assistant:\n")

@@ -1,0 +1,57 @@
+"""The reference store: found by content, bounded, first value kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandem.data.records import Branch
+from tandem.train.reference import (
+    ReferenceStore,
+    _key,
+    cache_report,
+    clear_cache,
+)
+
+
+def _sequence(ids: list[int], trained: list[int]) -> Branch:
+    return Branch(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+
+
+def test_keys_follow_weights_tokens_and_targets_alone() -> None:
+    key = _key("weights", _sequence([1, 2, 3], [0, 1, 1]))
+    assert key == _key("weights", _sequence([1, 2, 3], [0, 1, 1]))
+    assert key != _key("other", _sequence([1, 2, 3], [0, 1, 1]))
+    assert key != _key("weights", _sequence([1, 2, 4], [0, 1, 1]))
+    assert key != _key("weights", _sequence([1, 2, 3], [0, 0, 1]))
+    assert key != _key("weights", _sequence([1, 2, 3, 0], [0, 1, 1, 0]))
+
+
+def test_what_is_stored_is_found_and_stays(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path)
+    keys = [bytes([i]) * 32 for i in range(3)]
+    store.put(keys[:2], [-1.5, -2.5], [3, 4])
+    store.put(keys[1:], [-9.0, -3.5], [4, 5])
+    assert ReferenceStore(tmp_path).get(keys) == dict(zip(keys, [-1.5, -2.5, -3.5], strict=True))
+
+
+def test_the_longest_unused_go_first(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path)
+    keys = [bytes([i]) * 32 for i in range(10)]
+    for key in keys:
+        store.put([key], [0.0], [1])
+    store.get(keys[:3])
+    assert store.prune(limit_bytes=5 * 80) == 5
+    assert store.get(keys).keys() == {*keys[:3], *keys[8:]}
+
+
+def test_the_cache_is_seen_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_report() == []
+    ReferenceStore().put([b"k" * 32], [-1.0], [1])
+    ((name, size),) = cache_report()
+    assert (name, size > 0) == ("reference.sqlite", True)
+    assert clear_cache() == size
+    assert cache_report() == []
