@@ -67,9 +67,11 @@ def test_other_records_do_not_move_by_a_bit(backend: str) -> None:
     with torch.no_grad():
         before = token_logps(model, collate(trees))
         changed = list(trees)
-        old = trees[2].prefix
+        tree = trees[2]
+        old = tree.prefix
         ids = (old.input_ids - 3 + 1) % (VOCABULARY - 3) + 3
-        changed[2] = Tree(Branch(ids.astype(np.int32), old.trained), trees[2].branches, trees[2].origin)
+        prefix = Branch(ids.astype(np.int32), old.trained)
+        changed[2] = Tree(prefix, tree.branches, tree.origin)
         batch = collate(changed)
         after = token_logps(model, batch)
     theirs = torch.isin(batch.target_sequence, torch.tensor([4, 5]))
@@ -101,9 +103,7 @@ def _replace(batch: MicroBatch, **changes: Any) -> MicroBatch:
     return replace(batch, **changes)
 
 
-@pytest.mark.parametrize(
-    "fault", [_leak_to_the_neighbour, _running_positions, _forgotten_prefix]
-)
+@pytest.mark.parametrize("fault", [_leak_to_the_neighbour, _running_positions, _forgotten_prefix])
 def test_the_comparison_notices_faults(fault: Any) -> None:
     trees = make_trees()
     model = make_model()

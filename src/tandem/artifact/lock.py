@@ -16,7 +16,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process.
 
     The kernel releases the lock when its holder dies, so a lock file left behind by a killed run
-    blocks nobody. A folder that ends up with nothing in it is removed again. Raises UserError when a live process holds it.
+    blocks nobody. A folder that ends up with nothing in it is removed again.
+
+    Raises UserError when a live process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -34,7 +36,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
-        if os.listdir(folder) == [path.name]:
+        if list(folder.iterdir()) == [path]:
             path.unlink()
             folder.rmdir()
         os.close(descriptor)
