@@ -309,7 +309,7 @@ class _Stage:
                 "examples": progress.examples,
                 "tokens": progress.tokens,
                 "padded_tokens": progress.padded_tokens,
-                "shared_tokens": progress.unshared_tokens - progress.tokens,
+                "shared_tokens": progress.shared_tokens,
                 "steps": progress.step,
                 "peak_memory_bytes": engine.device.peak_memory(),
                 "warnings": warnings,

@@ -24,8 +24,9 @@ _OPTIMIZER = "optimizer.safetensors"
 class Progress:
     """Where a training run stands; everything beside the tensors that a resume needs.
 
-    `step` is the number of finished optimizer steps. `sums` runs since the last logged step and
-    `history` holds what the summary reports at the end.
+    `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
+    rest is what the summary reports at the end. `padded_tokens` counts what padded batches of a
+    usual size would have fed, `shared_tokens` what sharing prefixes saved.
     """
 
     step: int = 0
@@ -34,7 +35,7 @@ class Progress:
     examples: int = 0
     tokens: int = 0
     padded_tokens: int = 0
-    unshared_tokens: int = 0
+    shared_tokens: int = 0
 
 
 class CheckpointStore:

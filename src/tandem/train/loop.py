@@ -167,8 +167,11 @@ class Training:
         progress.examples += len(trees)
         progress.tokens += int(sums["tokens"])
         lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
-        progress.unshared_tokens += sum(lengths)
         progress.padded_tokens += _padded(lengths)
+        # What every branch after a tree's first would have fed again.
+        progress.shared_tokens += sum(
+            (len(tree.branches) - 1) * len(tree.prefix.input_ids) for tree in trees
+        )
         for name, value in sums.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         logged: dict[str, float] = {}
