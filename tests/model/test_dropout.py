@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tandem.data.collate import collate, record_key
-from tandem.model.dropout import DropoutKeys, KeyedDropout, keep_mask
+from tandem.model.dropout import DropoutKeys, KeyedDropout, keep_mask, silence
 
 from ..data.test_collate import PAIR, TALK
 
@@ -39,6 +39,17 @@ def test_a_record_draws_the_same_mask_alone_and_in_company() -> None:
     assert alone.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     other = KeyedDropout(0.3, module_number=5, shared=shared).train()
     assert not torch.equal(other(torch.ones(1, 5, 16)), alone)
+
+
+def test_a_base_models_own_dropout_is_turned_off() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)).train()
+    ids = torch.arange(12)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert silence(model) == 4
+    assert torch.equal(model.transformer.drop(torch.ones(9)), torch.ones(9))
+    assert silence(model) == 0
 
 
 def test_off_in_evaluation_and_loud_without_keys() -> None:

@@ -54,6 +54,18 @@ class KeyedDropout(nn.Module):
         return self._channels
 
 
+def silence(model: nn.Module) -> int:
+    """Turn off the dropout that a base model brings along; returns how many modules had some.
+
+    Its masks would come from the device's random state, so they would depend on the schedule, and
+    DPO's policy would differ from its reference.
+    """
+    found = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    for module in found:
+        module.p = 0.0
+    return len(found)
+
+
 def keep_mask(keys: Tensor, channels: Tensor, p: float) -> Tensor:
     """[T, C] bool, each element True with probability 1 - p; see `KeyedDropout`.
 

@@ -27,6 +27,7 @@ from tandem.model.adapter import (
     trainable_parameters,
 )
 from tandem.model.attention import choose_backend, use_backend
+from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.sources import data_identity, source_specs
@@ -214,6 +215,12 @@ class _Stage:
     def _model(self, backend: str) -> Any:
         model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
         use_backend(model, backend)
+        if silenced := silence(model):
+            say(
+                self.console,
+                f"{self.kind.name}: the base model's own dropout ({silenced} modules) is off; "
+                "only lora.dropout acts, with masks that do not depend on the schedule",
+            )
         lora = self.settings.lora
         if lora.dropout > 0 and not self.kind.dropout:
             say(
