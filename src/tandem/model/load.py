@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -15,6 +16,13 @@ from tandem.errors import UserError
 
 # What a model folder may hold besides weights; everything else on a Hub page stays there.
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+# The same weights again in their maker's own layout, as some Hub pages have them.
+_NOT_FILES = ["consolidated*.safetensors", "original/*"]
+# Each of these is enough to make a tokenizer of.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
@@ -27,21 +35,37 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"model folder {name} does not exist. Check the path.")
-        return folder
+        return _local_folder(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"model {name} is neither a local folder nor could it be fetched from the Hub "
             f"({_first_line(error)}). Check the name, the revision, the network and, for gated "
             "models, your token."
         ) from None
+
+
+def _local_folder(name: str) -> Path:
+    try:
+        folder = Path(name).expanduser()
+        found, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
+        raise UserError(f"model folder {name} cannot be reached: {_first_line(error)}") from None
+    if not found:
+        raise UserError(
+            f"model folder {name} does not exist. Check the path (a Hub id is written owner/name)."
+        )
+    if not is_folder:
+        raise UserError(f"model {name} is a file. Name the folder that holds the model.")
+    return folder
 
 
 def require_model(folder: Path) -> None:
@@ -52,7 +76,10 @@ def require_model(folder: Path) -> None:
             f"merge --base-model-path BASE --lora-model-path {folder} --output-path OUT"
         )
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json")
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json. Name the folder that holds "
+            "config.json, *.safetensors and the tokenizer."
+        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no *.safetensors weights. Convert older formats first by loading the "
@@ -70,23 +97,48 @@ def load_config(folder: Path) -> Any:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A causal language model in evaluation mode, its weights in `dtype` on `device`."""
+    """A causal language model in evaluation mode, its weights in `dtype` on `device`.
+
+    Raises UserError for files that cannot be read, and for a model whose files lack a weight:
+    transformers would fill it with random numbers.
+    """
     require_model(folder)
     # tandem draws its own progress.
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        damaged = _damaged_shard(folder)
+        if damaged:
+            raise UserError(f"{damaged}. Copy or download the file again.") from None
         raise UserError(f"{folder} cannot be loaded as a model: {_first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{folder} is not a whole model: {len(missing)} of its weights are in none of its "
+            f"files ({', '.join(missing[:3])}). Copy or download it again, or correct config.json."
+        )
     return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder."""
+    """The tokenizer of a local folder.
+
+    Raises UserError when there is none, or none that can be loaded.
+    """
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise UserError(
+            f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
+            "tokenizer_config.json, or tokenizer.model."
+        )
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+    except Exception as error:  # tokenizer libraries raise bare Exceptions, too
+        raise UserError(
+            f"{folder} has no usable tokenizer ({_first_line(error)}). Copy or download its files "
+            "again."
+        ) from None
 
 
 def load_for_inference(path: str, device: str = "auto") -> tuple[Any, Any]:
@@ -120,6 +172,17 @@ def check_context(config: Any, max_length: int, folder: Path) -> None:
             f"max_length {max_length} exceeds the context of {folder}, {context} tokens "
             f"(max_position_embeddings). Set max_length to {context} or less."
         )
+
+
+def _damaged_shard(folder: Path) -> str | None:
+    """Which safetensors file of a folder is damaged, and how."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{shard} is damaged: {_first_line(error)}"
+    return None
 
 
 def _first_line(error: BaseException) -> str:

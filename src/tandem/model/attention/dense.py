@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tandem.model.attention.layout import TreeLayout
+from tandem.model.attention.layout import TreeLayout, refuse_sinks
 
 
 def dense_attention(
@@ -23,6 +23,7 @@ def dense_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One attention call over the whole micro-batch under its [T, T] mask.
@@ -33,10 +34,12 @@ def dense_attention(
         scaling: factor on the scores, 1 / sqrt(D) when None.
         sliding_window: how many positions back a query sees, itself included.
         softcap: c of c * tanh(scores / c).
+        s_aux: attention sinks, which no backend has yet.
 
     Returns:
         [1, T, heads, D] and no weights, as transformers' attention interface wants it.
     """
+    refuse_sinks(s_aux)
     mask = tandem_layout.mask(sliding_window)
     grouped = query.shape[1] != key.shape[1]
     if softcap is None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.data.collate import Segment
-from tandem.model.attention.layout import TreeLayout
+from tandem.model.attention.layout import TreeLayout, refuse_sinks
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,6 +26,7 @@ def segments_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Each segment attends to its prefix and, causally, to itself.
@@ -36,6 +37,7 @@ def segments_attention(
 
     Arguments and result as `dense.dense_attention`.
     """
+    refuse_sinks(s_aux)
     if softcap is not None:
         raise ValueError("soft-capped attention takes the dense backend")
     window = sliding_window
