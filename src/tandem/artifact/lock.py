@@ -5,44 +5,68 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tandem.errors import UserError
 
+NAME = ".lock"
+
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process.
+    """Hold `folder` for this process; it and its parents are made if need be.
 
     The kernel releases the lock when its holder dies, so a lock file left behind by a killed run
-    blocks nobody. A folder that ends up with nothing in it is removed again.
+    blocks nobody. Folders made here that end up with nothing in them are removed again, and the
+    lock file always is: a run that is refused leaves no trace.
 
     Raises UserError when a live process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    made = _make(folder)
+    path = folder / NAME
     try:
-        _take(descriptor, folder)
+        descriptor = _acquire(path)
         try:
             yield
         finally:
-            if list(folder.iterdir()) == [path]:
-                path.unlink()
-                folder.rmdir()
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
     finally:
+        for place in made:
+            with suppress(OSError):  # it holds something by now
+                place.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that were not there, the deepest first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent} is in use by another tandem process (pid {holder}). "
+                "Wait for it, stop it, or choose another output folder."
+            ) from None
+        # Its last holder removed the file between our opening and locking it.
         os.close(descriptor)
 
 
-def _take(descriptor: int, folder: Path) -> None:
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-        raise UserError(
-            f"{folder} is in use by another tandem process (pid {holder}). "
-            "Wait for it, stop it, or choose another output folder."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -169,8 +169,10 @@ class _Stage:
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
         engine = Engine(self.device)
-        start_stage(self.folder, self.kind.name, inputs, schedule)
         model = self._model(backend)
+        # What can be refused has been; from here on the folder is this stage's.
+        start_stage(self.folder, self.kind.name, inputs, schedule)
+        ledger.write()
         parameters = trainable_parameters(model)
         s = self.settings
         optimizer = make_optimizer(
@@ -199,7 +201,6 @@ class _Stage:
             on_bad_record=self.settings.on_bad_record,
             ledger=ledger,
         )
-        ledger.write()
         counts = ledger.summary()
         say(
             self.console,
