@@ -1,0 +1,95 @@
+"""tandem's own pieces, put together as its training loop does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.data.collate import collate, fed_tokens
+from tandem.data.ledger import Ledger
+from tandem.data.packing import pack
+from tandem.data.records import Tree
+from tandem.data.sources import SourceSpec
+from tandem.data.template import resolve_template
+from tandem.model.adapter import add_adapter
+from tandem.model.attention import use_backend
+from tandem.model.load import load_model
+from tandem.train.device import choose_device
+from tandem.train.engine import Engine
+from tandem.train.objective import Objective
+
+from .plain import ALPHA, RANK
+
+# Small enough for several micro-batches a step, some of them with several trees.
+BUDGET = 700
+
+
+def trees_of(prepare: Any, path: Path, tokenizer: Any) -> list[Tree]:
+    """Records through the public path of data; every row must come out whole."""
+    ledger = Ledger(None)
+    trees: list[Tree] = prepare(
+        [SourceSpec(str(path))],
+        tokenizer=tokenizer,
+        template=resolve_template(tokenizer, "neural-chat"),
+        max_length=512,
+        ledger=ledger,
+    )
+    assert ledger.summary()["truncated"] == ledger.summary()["dropped"] == 0
+    return trees
+
+
+def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "segments") -> Any:
+    """The model with tandem's attention and adapter."""
+    model = load_model(folder, dtype=dtype)
+    use_backend(model, backend)
+    return add_adapter(
+        model,
+        rank=RANK,
+        alpha=ALPHA,
+        dropout=0.0,
+        target_modules="all-linear",
+        base_name="base",
+        seed=1,
+    )
+
+
+def engine_of(model: Any) -> Engine:
+    """An engine on the CPU that holds the model."""
+    engine = Engine(choose_device("cpu", str(model.dtype).removeprefix("torch.")))
+    engine.prepare(model, None)
+    return engine
+
+
+def micro_batches(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
+    """The step's plan; more than one micro-batch, or a test of accumulation tests nothing."""
+    plan = pack([fed_tokens(tree) for tree in trees], BUDGET)
+    assert len(plan) > 1
+    assert max(len(members) for members in plan) > 1
+    return plan
+
+
+def scores(engine: Engine, trees: Sequence[Tree]) -> Tensor:
+    """Log-probs [n, B] of every tree's branches, without gradients."""
+    rows: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for members in micro_batches(trees):
+            logps = engine.score(collate([trees[i] for i in members])).view(len(members), -1)
+            rows.update(zip(members, logps, strict=True))
+    return torch.stack([rows[i] for i in range(len(trees))])
+
+
+def accumulate(engine: Engine, trees: Sequence[Tree], objective: Objective) -> dict[str, float]:
+    """Forward and backward of one step over all trees; returns the objective's metrics."""
+    denominator = objective.denominator(trees)
+    sums: dict[str, float] = {"count": denominator}
+    for members in micro_batches(trees):
+        logps = engine.score(collate([trees[i] for i in members]))
+        part = objective.part(logps, members, first_step=False)
+        engine.backward(part.loss / denominator)
+        for name, value in part.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return objective.metrics(sums)
