@@ -1,0 +1,52 @@
+"""What the documents say in a form that tests can check: fenced blocks, commands, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the word behind its fence, and its text."""
+
+    page: Path
+    language: str
+    text: str
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The fenced blocks of a page, in order; all of them when no language is named."""
+    found = [Block(page, language, text) for language, text in _FENCE.findall(page.read_text())]
+    return [block for block in found if not languages or block.language in languages]
+
+
+def without_blocks(page: Path) -> str:
+    """A page's text outside of fenced blocks."""
+    return _FENCE.sub("", page.read_text())
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command line of a shell block; here-documents are no commands."""
+    text = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block.text, flags=re.MULTILINE | re.DOTALL)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def tandem_commands() -> list[tuple[str, list[str]]]:
+    """Every `tandem ...` command line of every page, with the page's name."""
+    return [
+        (page.name, words)
+        for page in PAGES
+        for block in blocks(page, "", "sh")
+        if block.language or block.text.startswith("tandem ")
+        for words in commands(block)
+        if words[0] == "tandem"
+    ]

@@ -1,0 +1,176 @@
+"""Every command that the documents show is understood, and the tutorial runs as it stands."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tandem.chat.session
+import tandem.report.html
+import tandem.stages.dpo
+import tandem.stages.merge
+import tandem.stages.pipeline
+import tandem.stages.sft
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import main
+
+from .pages import PAGES, ROOT, Block, blocks, commands, tandem_commands
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+# Model and data that a command of the documents may name although nothing of it is here.
+_RECIPE_OF_THE_READER = "my-recipe.yaml"
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An empty folder to run in, and stages that only note that they were called."""
+    called: list[str] = []
+    for module, name, result in (
+        (tandem.stages.sft, "run_sft", None),
+        (tandem.stages.dpo, "run_dpo", None),
+        (tandem.stages.merge, "run_merge", None),
+        (tandem.stages.pipeline, "run_pipeline", None),
+        (tandem.chat.session, "run_chat", None),
+        (tandem.report.html, "write_report", Path("report.html")),
+    ):
+
+        def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:
+            called.append(_name)
+            return _result
+
+        monkeypatch.setattr(module, name, stage)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return called
+
+
+def _recipes_of_the_pages(folder: Path) -> None:
+    """Put the recipes that the pages show, and stand-ins for those they only name, in place."""
+    shipped = ROOT / "src" / "tandem" / "recipes" / "demo.yaml"
+    (folder / _RECIPE_OF_THE_READER).write_text(shipped.read_text())
+    for block in blocks(TUTORIAL, "sh"):
+        if block.text.startswith("cat > ") and ".yaml" in block.text.split("\n")[0]:
+            subprocess.run(["bash", "-eu", "-c", block.text], cwd=folder, check=True)
+
+
+def test_there_are_commands_to_check() -> None:
+    pages = {page for page, _ in tandem_commands()}
+    assert {"README.md", "commands.md", "recipes.md", "tutorial.md"} <= pages
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    tandem_commands(),
+    ids=lambda v: v if isinstance(v, str) else " ".join(v)[:60],
+)
+def test_a_shown_command_is_understood(
+    page: str,
+    words: list[str],
+    stages: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    del page
+    _recipes_of_the_pages(tmp_path)
+    if words[1] == "report":
+        (tmp_path / words[2]).mkdir(parents=True)
+    code = main([word.replace("$BASE", "demo:base") for word in words[1:]])
+    assert code == 0, capsys.readouterr().err
+    assert len(stages) == ("--dry-run" not in words and words[1] != "cache") + (
+        words[1] == "run" and "--dry-run" not in words
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shown_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    shown = [words[1:] for block in blocks(page, "sh") for words in commands(block)
+             if words[0] == "make"]  # fmt: skip
+    for targets in shown:
+        assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def _add_real_records(folder: Path, shared_data: Path) -> None:
+    """Short real conversations and pairs behind the tutorial's own."""
+    for name, source, texts in (
+        (
+            "conversations.jsonl",
+            shared_data / "conversations" / "slimorca_format.jsonl",
+            lambda row: [turn["value"] for turn in row["conversations"]],
+        ),
+        (
+            "pairs.jsonl",
+            shared_data / "pairs" / "mixed_pairs.jsonl",
+            lambda row: list(row.values()),
+        ),
+    ):
+        # One file has one layout, so real conversations are put into the tutorial's.
+        with source.open() as lines, (folder / name).open("a") as file:
+            rows = (json.loads(line) for line in lines)
+            short = (row for row in rows if sum(map(len, texts(row))) < 250)
+            for row, _ in zip(short, range(4), strict=False):
+                file.write(json.dumps(_as_messages(row)) + "\n")
+
+
+def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    if "conversations" not in row:
+        return row
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    return {
+        "messages": [
+            {"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
+        ]
+    }
+
+
+def _steps(page: Path) -> Iterator[Block]:
+    """The shell blocks to run; what installs, and what chooses a base, is left out."""
+    for block in blocks(page, "sh"):
+        if not block.text.startswith(("make ", "BASE=")):
+            yield block
+
+
+def test_the_tutorial_runs(
+    tmp_path: Path,
+    stories_path: Path,
+    shared_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a real pretrained model as the base, and real records added to the tutorial's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    said = ""
+    for block in _steps(TUTORIAL):
+        if block.text.startswith("cat > "):
+            subprocess.run(["bash", "-eu", "-c", block.text], cwd=tmp_path, check=True)
+            if block.text.startswith("cat > questions"):
+                _add_real_records(tmp_path, shared_data)
+            continue
+        for words in commands(block):
+            assert words[0] == "tandem", f"nobody runs {words[0]} here"
+            monkeypatch.setattr("sys.stdin", io.StringIO("When does the library open?\n/quit\n"))
+            code = main([word.replace("$BASE", str(stories_path)) for word in words[1:]])
+            printed = capsys.readouterr()
+            said += printed.out + printed.err
+            assert code == 0, f"{' '.join(words)}: {printed.err}"
+
+    for stage in (Path("out/sft"), Path("out/dpo"), Path("runs/library/1-sft")):
+        metrics = read_jsonl(tmp_path / stage / "metrics.jsonl")
+        assert metrics[-1]["loss"] < metrics[0]["loss"]
+    for model in ("out/sft-merged", "out/final", "runs/library/5-final"):
+        assert (tmp_path / model / "model.safetensors").stat().st_size > 10**6
+    assert (tmp_path / "runs/library/report.html").stat().st_size > 10**4
+    evaluation = read_json(tmp_path / "runs/library/6-evaluation/evaluation.json")
+    assert evaluation["counts"]["questions"] == 2
+    assert read_jsonl(tmp_path / "runs/library-pairs/3-pairs/pairs.jsonl")
+    assert not (tmp_path / "runs/library-pairs/4-dpo").exists()
+    assert "base + adapter" in said

@@ -1,0 +1,103 @@
+"""What the documents say about the tree is true: files, tests, links, example records."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tandem.data.formats import detect, read_question
+from tandem.data.records import Origin
+
+from .pages import PAGES, ROOT, blocks, without_blocks
+
+PACKAGE = ROOT / "src" / "tandem"
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+def _layout() -> set[str]:
+    """The paths of the README's tree; indentation says what lies in what."""
+    (tree,) = (b for b in blocks(ROOT / "README.md", "") if b.text.startswith("src/tandem/"))
+    paths: set[str] = set()
+    folders: dict[int, str] = {}
+    for line in tree.text.splitlines():
+        name = line.split()[0]
+        depth = len(line) - len(line.lstrip())
+        assert line.split()[1:] or not depth, f"{name} has a name and nothing about it"
+        above = "".join(folders[d] for d in sorted(folders) if d < depth)
+        folders = {d: n for d, n in folders.items() if d < depth}
+        if name.endswith("/"):
+            folders[depth] = name
+        paths.add(above + name)
+    return paths
+
+
+def _has_code(file: Path) -> bool:
+    """Whether a module is more than a docstring."""
+    body = ast.parse(file.read_text()).body
+    return any(not isinstance(node, ast.Expr) for node in body)
+
+
+def test_the_layout_names_every_module() -> None:
+    modules = {
+        str(file.relative_to(ROOT))
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "__init__.py" or _has_code(file)
+    }
+    assert sorted(modules - _layout()) == []
+
+
+def test_the_layout_names_nothing_that_is_not_there() -> None:
+    assert sorted(path for path in _layout() if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(without_blocks(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(file), f"{page.name} links to {target}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path) -> None:
+    for file, name in _TEST.findall(page.read_text()):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}"
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{page.name} names {name}"
+
+
+def test_the_example_records_can_be_read() -> None:
+    page = ROOT / "docs" / "data.md"
+    found = []
+    for block in blocks(page, "json"):
+        fields, origin = json.loads(block.text), Origin("data.md", 1)
+        known = detect(fields)
+        if known is None:
+            read_question(fields, origin)
+            found.append("question")
+        else:
+            known.read(fields, origin)
+            found.append(known.name)
+    assert found == [
+        "ShareGPT", "messages", "orca_dpo_pairs", "explicit preference", "explicit preference",
+        "question",
+    ]  # fmt: skip
+
+
+def test_the_figures_have_their_places() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- demo figures -->") == 1
+    assert text.count("<!-- benchmark figures -->") == 1
