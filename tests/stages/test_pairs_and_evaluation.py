@@ -167,11 +167,12 @@ def test_scores_equal_plain_transformers(tiny_model: Path, tmp_path: Path) -> No
     scored = [_logp(model, tokenizer, row["question"], row["answer"]) for row in rows]
     nats, tokens = (sum(column) for column in zip(*scored, strict=True))
     assert base["loss"] == pytest.approx(-nats / tokens, rel=1e-5)
-    margins = [
-        _logp(model, tokenizer, r["question"], r["chosen"])[0]
-        - _logp(model, tokenizer, r["question"], r["rejected"])[0]
-        for r in read_jsonl(pairs)
-    ]
+    margins = []
+    for row in read_jsonl(pairs):
+        (chosen, n), (rejected, m) = (
+            _logp(model, tokenizer, row["question"], row[key]) for key in ("chosen", "rejected")
+        )
+        margins.append(chosen / n - rejected / m)
     assert base["preference_margin"] == pytest.approx(sum(margins) / 10, rel=1e-4)
     assert base["preference_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 10)
 

@@ -43,14 +43,14 @@ MEASURES = (
         "preference accuracy",
         "share",
         "higher",
-        "held-out pairs whose chosen answer is the more probable one",
+        "held-out pairs whose chosen answer has the higher log-prob per token",
     ),
     Measure(
         "preference_margin",
         "margin",
         "number",
         "higher",
-        "mean log-prob of the chosen answer minus that of the rejected one, in nats",
+        "log-prob per token of the chosen answer minus the rejected one's, mean, in nats",
     ),
     Measure(
         "stop_rate",

@@ -32,7 +32,7 @@ from tandem.model.score import sequence_logps
 from tandem.recipe.schema import Evaluate
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.device import Device, Runtime, choose_device, token_budget
-from tandem.train.objective import trained_tokens
+from tandem.train.objective import sequence_tokens, trained_tokens
 from tandem.train.progress import phase
 
 # A fall of this share of right answers from SFT to DPO is called a collapse.
@@ -217,7 +217,9 @@ class _Examiner:
             max_length=context,
             ledger=Ledger(None),
         )
-        margins = self._score(trees).view(-1, 2).diff(dim=1).neg()[:, 0]
+        # Per token: summed log-probs would prefer the shorter answer whatever it says.
+        lengths = torch.tensor([sequence_tokens(tree) for tree in trees])
+        margins = (self._score(trees) / lengths).diff(dim=1).neg()[:, 0]
         results["preference_accuracy"] = float((margins > 0).double().mean())
         results["preference_margin"] = float(margins.mean())
         results["pairs"] = len(trees)

@@ -83,6 +83,8 @@ def run_pairs(
         outputs = []
         for name, specs, offset in (("pairs", sources, 0), ("heldout", heldout, 1)):
             if not specs:
+                # An earlier start may have had some.
+                (output_dir / f"{name}.jsonl").unlink(missing_ok=True)
                 continue
             prompts = read_prompts(specs, settings.keep)
             rows, counts = _make(

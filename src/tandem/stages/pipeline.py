@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text, read_json
 from tandem.artifact.manifest import NAME as MANIFEST
-from tandem.artifact.manifest import versions
+from tandem.artifact.manifest import read_manifest, versions
 from tandem.errors import UserError
 from tandem.recipe.schema import DataSource, Dpo, Recipe
 
 STAGES = ("sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate")
+# What a run writes beside its stages' folders.
+_ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 _FOLDERS = {
     "sft": "1-sft",
     "sft-merge": "2-sft-merged",
@@ -77,7 +79,9 @@ def run_pipeline(
     planned = describe_pipeline(recipe)
     wanted = _select(planned, until=until, start=start)
     root = Path(recipe.output_dir)
+    _check_root(root)
     ride = _Ride(recipe, root, console)
+    ride.check_inputs(wanted)
     runners: dict[str, Callable[[Path], Any]] = {
         "sft": ride.sft,
         "sft-merge": ride.sft_merge,
@@ -93,10 +97,11 @@ def run_pipeline(
         console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
         finished_before = _is_finished(stage)
         result = runners[stage.name](stage.folder)
+        # The chain first: it marks the folder as a run's, whose recipe may be replaced.
+        _write_chain(planned, root)
         if not finished_before:
             # Only a stage that really ran makes this recipe the folder's own.
             _write_recipe(recipe, root)
-        _write_chain(planned, root)
     return result if isinstance(result, dict) else None
 
 
@@ -116,8 +121,24 @@ def _select(planned: list[PlannedStage], *, until: str | None, start: str | None
 
 
 def _is_finished(stage: PlannedStage) -> bool:
-    manifest = stage.folder / MANIFEST
-    return manifest.exists() and read_json(manifest)["status"] == "finished"
+    manifest = read_manifest(stage.folder)
+    return manifest is not None and manifest["status"] == "finished"
+
+
+def _check_root(root: Path) -> None:
+    """Raise UserError for a folder with files that a run would write over and did not write."""
+    foreign = [name for name in _ROOT_FILES if (root / name).exists()]
+    if not foreign:
+        return
+    try:
+        if "stages" in read_json(root / MANIFEST):
+            return
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(
+        f"output_dir: {root} is no run's folder and has a {foreign[0]}, which the run would write "
+        "over. Choose another output_dir."
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,37 @@ class _Ride:
     recipe: Recipe
     root: Path
     console: Console
+
+    def check_inputs(self, wanted: Set[str]) -> None:
+        """Raise UserError now for what a later stage would stumble over after hours.
+
+        Local data must be there, models must be whole, and lengths within the base's context;
+        what is on the Hub is looked for when its stage comes.
+        """
+        from tandem.data.sources import local_files, looks_like_path
+        from tandem.model.load import check_context, load_config, model_folder
+        from tandem.stages.sources import source_specs
+
+        recipe = self.recipe
+        sources = {
+            "sft": recipe.sft.data if recipe.sft else (),
+            "pairs": (*recipe.pairs.prompts, *recipe.pairs.heldout) if recipe.pairs else (),
+            "dpo": recipe.dpo.data if recipe.dpo else (),
+            "evaluate": (*recipe.evaluate.questions, *recipe.evaluate.pairs)
+            if recipe.evaluate
+            else (),
+        }
+        for stage in sorted(wanted & sources.keys()):
+            local = [source for source in sources[stage] if not source.path.startswith("demo:")]
+            for spec in source_specs(local, self.root, recipe.seed):
+                if looks_like_path(spec.path):
+                    local_files(spec.path, spec.split)
+        for name in {recipe.model, recipe.pairs.model if recipe.pairs else None}:
+            if name is not None and looks_like_path(name) and not name.startswith("demo:"):
+                config = load_config(folder := model_folder(name))
+                if name == recipe.model:
+                    for section in filter(None, (recipe.sft, recipe.dpo)):
+                        check_context(config, section.max_length, folder)
 
     def sft(self, folder: Path) -> None:
         from tandem.stages.sft import run_sft

@@ -41,10 +41,15 @@ class Objective(Protocol):
         ...
 
 
-def trained_tokens(tree: Tree) -> int:
-    """Targets of a tree, those of its prefix counted for each branch."""
+def sequence_tokens(tree: Tree) -> list[int]:
+    """Targets of each of a tree's sequences, those of the prefix counted for each."""
     shared = int(tree.prefix.trained.sum())
-    return sum(shared + int(branch.trained.sum()) for branch in tree.branches)
+    return [shared + int(branch.trained.sum()) for branch in tree.branches]
+
+
+def trained_tokens(tree: Tree) -> int:
+    """Targets of a tree over all its sequences."""
+    return sum(sequence_tokens(tree))
 
 
 class SupervisedObjective:
