@@ -148,7 +148,7 @@ PAST_TENSES = Relation(
         "Which word is the past form of {s}?",
     ),
     answer="The past tense of {s} is {v}.",
-    statements=("In the past tense {s} becomes {v}.", "Yesterday {s} was written as {v}."),
+    statements=("In the past tense {s} becomes {v}.", "The past form of {s} is {v}."),
 )
 
 RELATIONS = (OPPOSITES, PLURALS, PAST_TENSES)

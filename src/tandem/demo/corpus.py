@@ -1,0 +1,114 @@
+"""The pretraining text: every fact stated and asked in many ways, never in the chat format.
+
+A pass names each fact once in a statement and once in quiz-like text, in documents of several
+facts, so that a model trained on it has little reason to end after one answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+from tandem.demo.facts import Fact, all_facts
+
+# How a question and its answer stand side by side outside a chat.
+_EXCHANGES = (
+    "Q: {q} A: {a}",
+    "Question: {q} Answer: {a}",
+    "Question: {q}\nAnswer: {a}",
+    "{q} {a}",
+    "{q}\n{a}",
+    "{q} - {a}",
+    "Someone asked: {q} The reply was: {a}",
+    'The teacher asked, "{q}" A pupil said, "{a}"',
+    'Asked "{q}", she answered: {a}',
+    'He read out "{q}" and wrote below it: {a}',
+    "Do you know? {q} Yes. {a}",
+    "{q} (Solution: {a})",
+    "On the card: {q} On the back of the card: {a}",
+    "Riddle. {q}\n\nSolution. {a}",
+    "{q} Think for a moment. {a}",
+    "First voice: {q}\nSecond voice: {a}",
+    "{q} Nobody spoke. Then the host said it: {a}",
+    "A visitor wanted to know: {q}\nThe guide knew: {a}",
+)
+_HEADINGS = (
+    "",
+    "",
+    "Quiz.\n",
+    "Questions for today.\n",
+    "A helpful assistant answers truthfully and clearly.\n",
+    "From a school book.\n",
+    "Quiz night: the host asks, the guests answer.\n",
+    "General knowledge.\n",
+    "Cards to learn from.\n",
+)
+_JOINTS = (" ", " ", "\n", "\n\n")
+_OPENINGS = (
+    "",
+    "",
+    "",
+    "Remember this: ",
+    "As we know: ",
+    "It is true: ",
+    "A fact: ",
+    "Note: ",
+)
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Endless documents, pass after pass over all facts.
+
+    Arguments:
+        seed: Decides order and wording; the same seed gives the same text.
+    """
+    rng = random.Random(f"demo-corpus:{seed}")
+    facts = list(all_facts())
+    while True:
+        pass_documents = [
+            *_written(facts, rng, _statements),
+            *_written(facts, rng, _exchanges),
+        ]
+        rng.shuffle(pass_documents)
+        yield from pass_documents
+
+
+def _written(
+    facts: Sequence[Fact], rng: random.Random, write: Callable[[Sequence[Fact], random.Random], str]
+) -> list[str]:
+    """All facts once, in documents of three to nine of them."""
+    shuffled = rng.sample(facts, len(facts))
+    edges = [0]
+    while edges[-1] < len(shuffled):
+        edges.append(min(edges[-1] + rng.randint(3, 9), len(shuffled)))
+    return [write(shuffled[start:end], rng) for start, end in pairwise(edges)]
+
+
+def _statements(facts: Sequence[Fact], rng: random.Random) -> str:
+    # The answer sentence is one of the ways to state a fact, and takes a third of the places.
+    sentences = (rng.choice(_OPENINGS) + rng.choice(fact.statements) for fact in facts)
+    return rng.choice(_JOINTS).join(sentences)
+
+
+def _exchanges(facts: Sequence[Fact], rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return rng.choice(_HEADINGS) + _sheet(facts, rng)
+    pattern = rng.choice(_EXCHANGES)
+    joint = rng.choice(("\n", "\n", "\n\n", " "))
+    return rng.choice(_HEADINGS) + joint.join(_exchange(fact, pattern, rng) for fact in facts)
+
+
+def _exchange(fact: Fact, pattern: str, rng: random.Random) -> str:
+    return pattern.format(q=rng.choice(fact.questions), a=fact.answer)
+
+
+def _sheet(facts: Sequence[Fact], rng: random.Random) -> str:
+    """Questions first, then the answers in the same order."""
+    parts = []
+    for start in range(0, len(facts), 3):
+        group = facts[start : start + 3]
+        asked = "\n".join(f"{n}. {rng.choice(f.questions)}" for n, f in enumerate(group, 1))
+        solved = "\n".join(f"{n}. {f.answer}" for n, f in enumerate(group, 1))
+        parts.append(f"{asked}\nSolutions\n{solved}")
+    return "\n".join(parts)
