@@ -93,10 +93,30 @@ def test_a_stage_folder_is_fresh_then_resumed_then_finished(tmp_path: Path) -> N
 
 def test_other_inputs_are_refused_with_the_difference(tmp_path: Path) -> None:
     start_stage(tmp_path, "sft", {"seed": 1, "s": {"rate": 0.1}}, {})
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match=r"s\.rate: 0\.1 -> 0\.2"):
         open_stage(tmp_path, "sft", {"seed": 1, "s": {"rate": 0.2}})
-    with pytest.raises(UserError, match="'sft' -> 'dpo'"):
+    with pytest.raises(UserError, match="a running sft stage, and this is dpo"):
         open_stage(tmp_path, "dpo", {"seed": 1, "s": {"rate": 0.1}})
+
+
+def test_an_unfinished_stage_without_a_checkpoint_may_get_other_inputs(tmp_path: Path) -> None:
+    start_stage(tmp_path, "sft", {"seed": 1}, {"threads": 2})
+    (tmp_path / ".saving.123.tmp").mkdir()
+    opened = open_stage(tmp_path, "sft", {"seed": 2})
+    assert (opened.state, opened.schedule) == ("fresh", {})
+    start_stage(tmp_path, "sft", {"seed": 2}, {})
+    assert not (tmp_path / ".saving.123.tmp").exists()
+    finish_stage(tmp_path, [])
+    with pytest.raises(UserError, match="seed: 2 -> 1"):
+        open_stage(tmp_path, "sft", {"seed": 1})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "sft"}', '"inputs"'])
+def test_a_damaged_manifest_is_one_message(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json (cannot be read|is no manifest)"):
+        open_stage(tmp_path, "sft", {})
 
 
 def test_a_changed_output_and_a_strangers_folder_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tandem import __version__
 from tandem.cli import main as entry
 from tandem.cli.main import COMMANDS, main
-from tandem.errors import Stopped, UserError
+from tandem.errors import Stopped, TandemError, UserError
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "pydantic", "yaml", "rich")
 
@@ -80,7 +80,17 @@ def _command_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) 
         (UserError("data.jsonl:3: no such key"), 2, "error: data.jsonl:3: no such key\n"),
         (Stopped("checkpoint at step 5"), 3, "stopped: checkpoint at step 5\n"),
         (KeyboardInterrupt(), 3, "stopped by the keyboard; the same command again goes on\n"),
-        (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            2,
+            "error: /x: Permission denied; check its rights, or choose another path\n",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "error: a file: No space left on device; make room there and run again\n",
+        ),
+        (TandemError("the loss is not finite"), 1, "error: the loss is not finite\n"),
     ],
 )
 def test_a_mistake_or_a_stop_is_one_line_and_its_code(

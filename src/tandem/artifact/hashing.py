@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tandem.errors import UserError
+
 
 def hash_bytes(*parts: bytes) -> str:
     """SHA-256 of the parts, each preceded by its length so that boundaries count."""
@@ -42,8 +44,11 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def hash_weights(folder: Path) -> str:
-    """Hash of the weight bytes of a local model folder (its safetensors or bin files)."""
+    """Hash of the weight bytes of a local model folder (its safetensors or bin files).
+
+    Raises UserError when it has neither.
+    """
     shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not shards:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors or *.bin weights")
+        raise UserError(f"{folder} is no model or adapter folder: it has no *.safetensors weights")
     return hash_files(shards)

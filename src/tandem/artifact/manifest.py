@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,9 @@ from tandem.errors import UserError
 State = Literal["fresh", "resume", "finished"]
 NAME = "manifest.json"
 _IGNORED = {NAME, ".lock"}
+_KEYS = ("stage", "status", "inputs", "schedule", "outputs", "started_at")
+# Files on their way to their final names, which a killed process leaves behind.
+_ASIDE = ".*.tmp"
 
 
 @dataclass(frozen=True)
@@ -35,32 +39,30 @@ class Opened:
 def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
     """Compare a stage folder with what is asked for; write nothing.
 
+    An unfinished stage with other inputs that has no checkpoint yet is started afresh: there is
+    nothing in it to lose.
+
     Raises UserError if the folder holds a stage with other inputs, or files of someone else's.
     """
-    path = folder / NAME
-    if not path.exists():
-        found = folder.iterdir() if folder.exists() else ()
-        present = [path.name for path in found if path.name not in _IGNORED]
-        if present:
-            raise UserError(
-                f"{folder} is not empty and was not written by tandem "
-                f"(found {', '.join(sorted(present)[:5])}). Choose another output folder."
-            )
+    manifest = read_manifest(folder)
+    if manifest is None:
+        _check_empty(folder)
         return Opened("fresh", {})
-    try:
-        manifest = read_json(path)
-        recorded, state = manifest["inputs"], manifest["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Choose another output folder.") from None
-    if manifest["stage"] != stage or recorded != _plain(inputs):
-        changes = difference(
-            {"stage": manifest["stage"], **recorded}, {"stage": stage, **_plain(inputs)}
+    state, recorded = manifest["status"], manifest["inputs"]
+    if manifest["stage"] != stage:
+        raise UserError(
+            f"{folder} holds a {state} {manifest['stage']} stage, and this is {stage}. Choose "
+            "another output folder."
         )
+    if recorded != _plain(inputs):
+        if state != "finished" and not any(folder.glob("checkpoints/step-*")):
+            return Opened("fresh", {})
+        changes = difference(recorded, _plain(inputs))
         listing = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise UserError(
-            f"{folder} holds a {state} {manifest['stage']} stage with other inputs "
-            f"(there -> now):\n"
-            f"{listing}\nUse the same inputs to continue it, or choose another output folder."
+            f"{folder} holds a {state} {stage} stage with other inputs (there -> now):\n"
+            f"{listing}\nUse the same inputs to continue it, choose another output folder, or "
+            f"remove {folder} to start it afresh."
         )
     if state == "finished":
         _check_outputs(folder, manifest["outputs"])
@@ -71,10 +73,16 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
 def start_stage(
     folder: Path, stage: str, inputs: Mapping[str, Any], schedule: Mapping[str, Any]
 ) -> None:
-    """Record that a stage has begun; on a resume, keep when it first did."""
+    """Record that a stage has begun; on a resume, keep when it first did.
+
+    The caller holds the folder's lock, so half-written files in it are a killed process's.
+    """
     path = folder / NAME
-    started = read_json(path)["started_at"] if path.exists() else _now()
     plain = _plain(inputs)
+    before = read_manifest(folder)
+    started = before["started_at"] if before and before["inputs"] == plain else _now()
+    for aside in (*folder.glob(_ASIDE), *folder.glob(f"*/{_ASIDE}")):
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
     atomic_write_json(
         path,
         {
@@ -89,6 +97,34 @@ def start_stage(
             "finished_at": None,
         },
     )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a stage folder, None when there is none.
+
+    Raises UserError for one that is damaged or no stage's.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = read_json(path)
+        missing = [key for key in _KEYS if key not in manifest]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Choose another output folder.") from None
+    if missing or not isinstance(manifest, dict):
+        raise UserError(f"{path} is no manifest of a stage. Choose another output folder.")
+    return manifest
+
+
+def _check_empty(folder: Path) -> None:
+    found = folder.iterdir() if folder.exists() else ()
+    present = [path.name for path in found if path.name not in _IGNORED and not path.match(_ASIDE)]
+    if present:
+        raise UserError(
+            f"{folder} is not empty and was not written by tandem "
+            f"(found {', '.join(sorted(present)[:5])}). Choose another output folder."
+        )
 
 
 def finish_stage(folder: Path, outputs: list[str]) -> None:

@@ -30,8 +30,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 """Name of each command: module, function and what it does."""
 
 
-# Nothing that tandem could have done better: no right to write, a full or read-only disk.
-_FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+# Nothing that tandem could have done better, and the way out.
+_FOLDER_TROUBLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),
+    **dict.fromkeys((errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there and run again"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,12 +44,12 @@ def main(argv: Sequence[str]) -> int:
         return _dispatch(list(argv))
     except SystemExit as stop:  # argparse after --help and --version
         return stop.code if isinstance(stop.code, int) else 0
-    except UserError as error:
-        _complain(f"error: {error}")
-        return error.exit_code
     except Stopped as stopped:
         _complain(f"stopped: {stopped}")
         return stopped.exit_code
+    except TandemError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
     except KeyboardInterrupt:
         _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
@@ -55,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
-            _complain(f"error: {error.filename or 'a file'}: {error.strerror}")
+            way_out = _FOLDER_TROUBLE[error.errno]
+            _complain(f"error: {error.filename or 'a file'}: {error.strerror}; {way_out}")
             return UserError.exit_code
         traceback.print_exc()
         return TandemError.exit_code

@@ -51,8 +51,8 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Location, int]]:
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:  # a control character, in a binary file for instance
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{where}:{line}: not valid YAML: {error.reason}") from error
+        number = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{where}:{number}: not valid YAML: {error.reason}") from error
     try:
         node = loader.get_single_node()
         lines = dict(_lines(node, (), ())) if node is not None else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import read_manifest, versions
 from tandem.errors import UserError
 from tandem.recipe.schema import DataSource, Dpo, Recipe
+from tandem.stages.preflight import check_inputs
 
 STAGES = ("sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate")
 # What a run writes beside its stages' folders.
@@ -81,7 +82,7 @@ def run_pipeline(
     root = Path(recipe.output_dir)
     _check_root(root)
     ride = _Ride(recipe, root, console)
-    ride.check_inputs(wanted)
+    check_inputs(recipe, wanted)
     runners: dict[str, Callable[[Path], Any]] = {
         "sft": ride.sft,
         "sft-merge": ride.sft_merge,
@@ -148,37 +149,6 @@ class _Ride:
     recipe: Recipe
     root: Path
     console: Console
-
-    def check_inputs(self, wanted: Set[str]) -> None:
-        """Raise UserError now for what a later stage would stumble over after hours.
-
-        Local data must be there, models must be whole, and lengths within the base's context;
-        what is on the Hub is looked for when its stage comes.
-        """
-        from tandem.data.sources import local_files, looks_like_path
-        from tandem.model.load import check_context, load_config, model_folder
-        from tandem.stages.sources import source_specs
-
-        recipe = self.recipe
-        sources = {
-            "sft": recipe.sft.data if recipe.sft else (),
-            "pairs": (*recipe.pairs.prompts, *recipe.pairs.heldout) if recipe.pairs else (),
-            "dpo": recipe.dpo.data if recipe.dpo else (),
-            "evaluate": (*recipe.evaluate.questions, *recipe.evaluate.pairs)
-            if recipe.evaluate
-            else (),
-        }
-        for stage in sorted(wanted & sources.keys()):
-            local = [source for source in sources[stage] if not source.path.startswith("demo:")]
-            for spec in source_specs(local, self.root, recipe.seed):
-                if looks_like_path(spec.path):
-                    local_files(spec.path, spec.split)
-        for name in {recipe.model, recipe.pairs.model if recipe.pairs else None}:
-            if name is not None and looks_like_path(name) and not name.startswith("demo:"):
-                config = load_config(folder := model_folder(name))
-                if name == recipe.model:
-                    for section in filter(None, (recipe.sft, recipe.dpo)):
-                        check_context(config, section.max_length, folder)
 
     def sft(self, folder: Path) -> None:
         from tandem.stages.sft import run_sft
