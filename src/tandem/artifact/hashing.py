@@ -43,12 +43,34 @@ def hash_files(paths: Iterable[Path]) -> str:
     return hash_json(sorted((path.name, hash_file(path)) for path in paths))
 
 
-def hash_weights(folder: Path) -> str:
-    """Hash of the weight bytes of a local model folder (its safetensors or bin files).
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors (else bin) files that a model or adapter folder consists of, by name.
 
-    Raises UserError when it has neither.
+    Where there is an index, they are the files it names: makers put the same weights beside them
+    in a layout of their own.
+
+    Raises UserError when there are none, or one that the index names is missing.
     """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}). Copy or download it again.") from None
+        shards = sorted(folder / str(name) for name in named)
+        for shard in shards:
+            if not shard.exists():
+                raise UserError(
+                    f"{folder} lacks {shard.name}, which {index.name} names. Copy or download it "
+                    "again."
+                )
+        return shards
     shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not shards:
         raise UserError(f"{folder} is no model or adapter folder: it has no *.safetensors weights")
-    return hash_files(shards)
+    return shards
+
+
+def hash_weights(folder: Path) -> str:
+    """Hash of the weight bytes of a local model or adapter folder; see `weight_files`."""
+    return hash_files(weight_files(folder))

@@ -111,9 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = read_json(path)
         missing = [key for key in _KEYS if key not in manifest]
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Choose another output folder.") from None
+        raise UserError(
+            f"{path} cannot be read ({error}). Restore it, or use another folder."
+        ) from None
     if missing or not isinstance(manifest, dict):
-        raise UserError(f"{path} is no manifest of a stage. Choose another output folder.")
+        raise UserError(f"{path} is no manifest of a stage. Restore it, or use another folder.")
     return manifest
 
 

@@ -8,7 +8,7 @@ from tandem.errors import UserError
 
 
 def output_folder(path: Path, name: str) -> Path:
-    """The folder that a command is to write into; it need not exist yet.
+    """The folder that a command is to write into, `~` resolved; it need not exist yet.
 
     Args:
         path: the folder.
@@ -16,6 +16,10 @@ def output_folder(path: Path, name: str) -> Path:
 
     Raises UserError if it, or what should hold it, is a file.
     """
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {path}: {error} Name another folder") from error
     for place in (path, *path.parents):
         if place.is_dir():
             break

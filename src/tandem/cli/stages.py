@@ -54,7 +54,7 @@ def merge(argv: list[str]) -> int:
     template = {"chat_template": arguments.chat_template} if arguments.chat_template else {}
     run_merge(
         base=arguments.base_model_path,
-        adapter=Path(arguments.lora_model_path),
+        adapter=output_folder(Path(arguments.lora_model_path), "--lora-model-path"),
         output_dir=output_folder(Path(arguments.output_path), "--output-path"),
         dtype=arguments.dtype,
         force=arguments.force,

@@ -165,7 +165,10 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
         return ChatTemplate(DEFAULT, _packaged(DEFAULT), (notice,))
     if choice in template_names():
         return ChatTemplate(choice, _packaged(choice))
-    path = Path(choice).expanduser()
+    try:
+        path = Path(choice).expanduser()
+    except RuntimeError:  # ~ of nobody
+        path = Path(choice)
     if path.is_file():
         try:
             return ChatTemplate(choice, path.read_text(encoding="utf-8"))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tandem.artifact.files import atomic_write_json, read_json
+from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
 
 _PREFIX = "base_model.model."
@@ -43,14 +45,19 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
     """
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{adapter} is no adapter folder: {error}") from None
+    except (ValueError, OSError, TypeError) as error:
+        raise UserError(
+            f"{adapter / 'adapter_config.json'} cannot be used: {error}. Copy the adapter again."
+        ) from None
     _check_plain(config, adapter)
     path = adapter / "adapter_model.safetensors"
     if not path.exists():
-        raise UserError(f"{adapter} has no adapter_model.safetensors")
+        raise UserError(
+            f"{adapter} has no adapter_model.safetensors: its training is not finished, or it was "
+            "copied in part"
+        )
     updates = {}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         names = set(file.keys())
         for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
             module = name.removesuffix(".lora_A.weight")
@@ -89,7 +96,7 @@ def merge_shards(
     index: dict[str, str] = {}
     total_bytes = 0
     written = []
-    for shard in sorted(base.glob("*.safetensors")):
+    for shard in weight_files(base):
         tensors: dict[str, Tensor] = {}
         for name, weight in _tensors(shard):
             merged = _add(name, weight, remaining.pop(name, None), dtype)
@@ -158,8 +165,17 @@ def _pattern_value(pattern: dict[str, float], target: str, default: float) -> fl
     return default
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+
+
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(shard, framework="pt") as file:
+    with _opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             yield name, file.get_tensor(name)
 

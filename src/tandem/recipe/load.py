@@ -77,7 +77,10 @@ def _read(name_or_path: str) -> tuple[str, str]:
     shipped = files("tandem").joinpath("recipes", f"{name_or_path}.yaml")
     if "/" not in name_or_path and shipped.is_file():
         return f"{name_or_path}.yaml (shipped)", shipped.read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # ~ of nobody
+        raise UserError(f"{name_or_path}: no such file: {error}") from error
     if (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     if path.is_file():

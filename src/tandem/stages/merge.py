@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
+from tandem.artifact.files import atomic_folder, atomic_write_json
 from tandem.artifact.hashing import hash_file, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import NAME as MANIFEST
-from tandem.artifact.manifest import finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.template import resolve_template
 from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
@@ -73,19 +72,33 @@ def run_merge(
         "chat_template": chat_template,
     }
     with folder_lock(output_dir):
-        if open_stage(output_dir, "merge", inputs).state == "finished":
+        opened = open_stage(output_dir, "merge", inputs)
+        if opened.state == "finished":
             say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
         began = time.perf_counter()
         target = torch_dtype(dtype)
-        with atomic_folder(output_dir / "saving") as aside:
-            merge_shards(base_folder, updates, aside, dtype=target)
-            copy_surroundings(base_folder, adapter, aside, target)
-            _save_template(aside, chat_template, console)
-            verified = _verify(base_folder, adapter, aside, target, device)
+        try:
+            with atomic_folder(output_dir / "saving") as aside:
+                merge_shards(base_folder, updates, aside, dtype=target)
+                copy_surroundings(base_folder, adapter, aside, target)
+                _save_template(aside, chat_template, console)
+                verified = _verify(base_folder, adapter, aside, target, device)
+        except UserError:
+            if opened.state == "fresh":  # nothing was made, so nothing is left behind
+                (output_dir / MANIFEST).unlink()
+            raise
         outputs = _move_up(output_dir / "saving", output_dir)
         seconds = time.perf_counter() - began
+        if verified.lossy:
+            say(
+                console,
+                f"merge: rounding to {dtype if target else 'the stored dtype'} took a part of the "
+                f"adapter's effect ({verified.difference:.2g} of {verified.effect:.2g} nats a "
+                "token); merge in float32 to keep it",
+                style="yellow",
+            )
         _write_summary(output_dir, len(updates), verified, seconds)
         finish_stage(output_dir, [*outputs, "summary.json"])
         say(
@@ -109,10 +122,10 @@ def _save_template(folder: Path, choice: str | None, console: Console) -> None:
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
-    manifest = adapter / MANIFEST
-    if force or not manifest.exists():
+    manifest = None if force else read_manifest(adapter)
+    if manifest is None:
         return
-    trained_on: Any = read_json(manifest)["inputs"].get("model", {}).get("weights")
+    trained_on = manifest["inputs"].get("model", {}).get("weights")
     if trained_on is not None and trained_on != weights:
         raise UserError(
             f"{adapter} was trained on other weights than those of {base} (hash "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
+from tandem.data.ledger import Ledger
+from tandem.data.prepare import read_pairs, read_questions
+from tandem.data.sources import SourceSpec, local_files, looks_like_path
 from tandem.recipe.schema import DataSource, Recipe, Training
 
 
@@ -16,15 +19,13 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         recipe: the resolved recipe.
         wanted: names of the stages that are to run.
 
-    Raises UserError for local data that is not there, a folder that is no model, and lengths
-    beyond the base model's context.
+    Raises UserError for local data that is not there, rows of a later stage that would stop it, a
+    folder that is no model, and lengths beyond the base model's context.
     """
-    from tandem.data.sources import local_files, looks_like_path
-
     for source in _data(recipe, wanted):
-        path = source.path
-        if not path.startswith("demo:") and looks_like_path(path):
-            local_files(path, source.split)
+        if _is_local(source.path):
+            local_files(source.path, source.split)
+    _check_rows(recipe, wanted)
     _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
     if recipe.pairs is not None and recipe.pairs.model is not None and "pairs" in wanted:
         _check_model(recipe.pairs.model, [])
@@ -39,15 +40,33 @@ def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     return found
 
 
+def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
+    """Read what comes after the first training stage; that one reads its own data at once."""
+    if recipe.dpo is not None and {"sft", "dpo"} <= wanted:
+        for _ in read_pairs(_specs(recipe.dpo.data), Ledger(None), recipe.dpo.on_bad_record):
+            pass
+    if recipe.evaluate is not None and "evaluate" in wanted:
+        if questions := _specs(recipe.evaluate.questions):
+            read_questions(questions)
+        for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
+            pass
+
+
+def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
+    return [SourceSpec(s.path, s.split, s.subset, s.revision) for s in sources if _is_local(s.path)]
+
+
+def _is_local(name: str) -> bool:
+    return not name.startswith("demo:") and looks_like_path(name)
+
+
 def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
     return [s for name, s in sections.items() if s is not None and name in wanted]
 
 
 def _check_model(name: str, lengths: list[int]) -> None:
-    from tandem.data.sources import looks_like_path
-
-    if name.startswith("demo:") or not looks_like_path(name):
+    if not _is_local(name):
         return
     from tandem.model.load import check_context, load_config, model_folder
 
