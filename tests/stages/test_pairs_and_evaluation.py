@@ -76,6 +76,8 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     conversations = make_conversations(tmp_path / "c.jsonl")
+    with conversations.open("a") as file:
+        file.write('{"conversations": [{"from": "human", "value": "and then?"}]}\n')
     settings = Pairs(
         prompts=(DataSource(path=str(conversations)),),
         heldout=(DataSource(path=str(make_questions(tmp_path / "q.jsonl"))),),
@@ -90,13 +92,15 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
         console=QUIET,
     )
     rows = read_jsonl(tmp_path / "pairs" / "pairs.jsonl")
-    asked = [row["conversations"] for row in read_jsonl(conversations)]
+    asked = [row["conversations"] for row in read_jsonl(conversations)][:24]
     assert [row["question"] for row in rows] == [turns[0]["value"] for turns in asked]
     assert [row["chosen"] for row in rows] == [turns[1]["value"] for turns in asked]
     assert all(row["rejected"] and row["rejected"] != row["chosen"] for row in rows)
     assert len(read_jsonl(tmp_path / "pairs" / "heldout.jsonl")) == 12
     summary = read_json(tmp_path / "pairs" / "summary.json")
     assert summary["kept"] == summary["prompts"] == 24
+    assert summary["ledger"]["reasons"] == {"no assistant turn": 1}
+    assert summary["ledger"]["read"] == 24 + 12 + 1
     with pytest.raises(UserError, match="needs rows of `question`"):
         run_pairs(
             model=str(tiny_model),

@@ -191,7 +191,7 @@ def test_dpo_starts_at_ln_2_and_moves_the_right_way(tiny_model: Path, tmp_path: 
     lines = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert lines[-1]["loss"] < 0.5
+    assert lines[-1]["loss"] < 0.6
     assert lines[-1]["rewards/margins"] > 0
 
 

@@ -32,6 +32,11 @@ class Verified:
     effect: float
     tokens: int
 
+    @property
+    def lossy(self) -> bool:
+        """Whether rounding took a noticeable part of what the adapter had learnt."""
+        return self.difference > max(0.2 * self.effect, 1e-4)
+
 
 def verify_merge(
     base: Path,
@@ -61,8 +66,8 @@ def verify_merge(
     after = _token_logps(load_model(merged, dtype=compute, device=device), probes)
     difference = float((after - together).abs().mean())
     effect = float((together - before).abs().mean())
-    # A merge into a narrow dtype may not cost a large part of what was learnt, either.
-    allowed = max(min(_ALLOWED[dtype], 0.5 * effect), 1e-4)
+    # A merge into a narrow dtype may not cost most of what was learnt, either.
+    allowed = max(min(_ALLOWED[dtype], 0.8 * effect), 1e-4)
     if not difference <= allowed:
         raise UserError(
             f"the merged model does not say what base and adapter say: token log-probs differ by "

@@ -124,7 +124,7 @@ class Training(Section):
         default=10, description="A line of metrics every so many steps."
     )
     save_steps: Positive | None = Field(
-        default=None, description="A checkpoint every so many steps; null: at the end only."
+        default=None, description="A checkpoint every so many steps; null: ten times a run."
     )
     save_total_limit: Positive | None = Field(
         default=None, description="How many checkpoints are kept; null keeps all."

@@ -68,7 +68,7 @@ def _objective(start: Start, beta: float) -> Made:
     dtype = str(device.weights).removeprefix("torch.")
     identity = hash_json(
         {
-            "weights": start.weights_hash,
+            "model": start.model_hash,
             "dtype": dtype,
             "attention": start.backend,
             "device": device.kind,

@@ -19,6 +19,7 @@ from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import copy_surroundings, merge_shards, read_updates
 from tandem.model.verify import Verified, verify_merge
+from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
 from tandem.train.progress import say
 
@@ -89,7 +90,7 @@ def run_merge(
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (output_dir / MANIFEST).unlink()
             raise
-        outputs = _move_up(output_dir / "saving", output_dir)
+        outputs = move_up(output_dir / "saving")
         seconds = time.perf_counter() - began
         if verified.lossy:
             say(
@@ -155,15 +156,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
         dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
     narrow = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d in dtypes]
     return narrow[0] if narrow else torch.float32
-
-
-def _move_up(source: Path, target: Path) -> list[str]:
-    names = []
-    for file in sorted(source.iterdir()):
-        file.replace(target / file.name)
-        names.append(file.name)
-    source.rmdir()
-    return names
 
 
 def _write_summary(folder: Path, weights: int, verified: Verified, seconds: float) -> None:

@@ -30,6 +30,9 @@ from tandem.stages.sources import data_identity, source_specs
 from tandem.train.device import Runtime, choose_device
 from tandem.train.progress import phase, say
 
+# Held-out prompts are sampled with seeds of their own.
+_HELDOUT_SEED = 2**20
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -77,41 +80,32 @@ def run_pairs(
             return output_dir
         start_stage(output_dir, "pairs", inputs, {"model": model})
         device = choose_device(runtime.device, runtime.dtype)
-        tokenizer = load_tokenizer(folder)
-        loaded = load_model(folder, dtype=device.weights, device=device.torch_device)
-        summary: dict[str, Any] = {}
-        outputs = []
-        for name, specs, offset in (("pairs", sources, 0), ("heldout", heldout, 1)):
-            if not specs:
-                # An earlier start may have had some.
-                (output_dir / f"{name}.jsonl").unlink(missing_ok=True)
-                continue
-            prompts = read_prompts(specs, settings.keep)
-            rows, counts = _make(
-                loaded, tokenizer, prompts, settings, seed + offset * 2**20, console
-            )
-            if not rows:
-                raise UserError(
-                    f"pairs: none of {len(prompts)} prompts got a rejected answer "
-                    f"({counts['dropped']}); raise pairs.samples or pairs.temperature"
-                )
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            atomic_write_text(output_dir / f"{name}.jsonl", lines)
-            outputs.append(f"{name}.jsonl")
-            summary[name] = counts
-            say(
-                console,
-                f"pairs: {counts['kept']} {name} from {counts['prompts']} prompts, passed over "
-                + (", ".join(f"{n} {why}" for why, n in counts["dropped"].items()) or "none")
-                + f", {counts['seconds']:.1f} s",
-            )
-        atomic_write_json(output_dir / "summary.json", {**summary.pop("pairs"), **summary})
-        finish_stage(output_dir, [*outputs, "summary.json"])
+        maker = _Maker(
+            load_model(folder, dtype=device.weights, device=device.torch_device),
+            load_tokenizer(folder),
+            settings,
+            Ledger(output_dir / "data-ledger.jsonl"),
+            output_dir,
+            console,
+        )
+        summary = maker.write("pairs", sources, seed)
+        outputs = ["pairs.jsonl", "summary.json"]
+        if heldout:
+            summary["heldout"] = maker.write("heldout", heldout, seed + _HELDOUT_SEED)
+            outputs.append("heldout.jsonl")
+        else:  # an earlier start may have had some
+            (output_dir / "heldout.jsonl").unlink(missing_ok=True)
+        maker.ledger.write()
+        summary["ledger"] = maker.ledger.summary()
+        atomic_write_json(output_dir / "summary.json", summary)
+        finish_stage(output_dir, outputs)
     return output_dir
 
 
-def read_prompts(sources: Sequence[SourceSpec], keep: str) -> list[Prompt]:
+def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> list[Prompt]:
     """Prompts with their answers, from questions or from conversations' first exchanges.
+
+    Conversations that cannot be used go to the ledger.
 
     Raises UserError when keep is "wrong" and a source does not say what is right.
     """
@@ -127,54 +121,81 @@ def read_prompts(sources: Sequence[SourceSpec], keep: str) -> list[Prompt]:
                 f"{source.path}: pairs.keep is `wrong`, which needs rows of `question`, `answer` "
                 "and `accepted`; use keep: different for conversations"
             )
-        for conversation in read_conversations([source], Ledger(None)):
+        for conversation in read_conversations([source], ledger):
             turns = conversation.turns
             end = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
             prompts.append(Prompt(turns[:end], turns[end].content, ()))
+    ledger.trained(len(prompts))
     return prompts
 
 
-def _make(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    settings: Pairs,
-    seed: int,
-    console: Console,
-) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    began = time.perf_counter()
-    template = resolve_template(tokenizer, None)
-    asked = [prompt_ids(tokenizer, template, prompt.turns) for prompt in prompts]
-    with phase(console, "rejected answers", len(prompts) * settings.samples) as advance:
-        answers = generate_answers(
-            model,
-            [ids for ids in asked for _ in range(settings.samples)],
-            stop_ids=stop_ids(tokenizer, template),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
-            advance=advance,
+@dataclass(frozen=True)
+class _Maker:
+    """The loaded weaker model and where its pairs go."""
+
+    model: Any
+    tokenizer: Any
+    settings: Pairs
+    ledger: Ledger
+    folder: Path
+    console: Console
+
+    def write(self, name: str, sources: Sequence[SourceSpec], seed: int) -> dict[str, Any]:
+        """Write `name`.jsonl from some prompts; returns the counts for the summary."""
+        began = time.perf_counter()
+        prompts = read_prompts(sources, self.settings.keep, self.ledger)
+        candidates = self._generate(prompts, seed)
+        dropped: Counter[str] = Counter()
+        rows = []
+        for prompt, own in zip(prompts, candidates, strict=True):
+            rejected = choose_rejected(
+                prompt.answer, prompt.accepted, own, keep=self.settings.keep, dropped=dropped
+            )
+            if rejected is not None:
+                rows.append(_orca_row(prompt, rejected))
+        if not rows:
+            raise UserError(
+                f"pairs: none of {len(prompts)} prompts got a rejected answer "
+                f"({dict(dropped)}); raise pairs.samples or pairs.temperature"
+            )
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write_text(self.folder / f"{name}.jsonl", lines)
+        seconds = time.perf_counter() - began
+        say(
+            self.console,
+            f"pairs: {len(rows)} {name} from {len(prompts)} prompts, passed over "
+            + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none")
+            + f", {seconds:.1f} s",
         )
-    texts = tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True)
-    candidates = [Candidate(t, a.stopped) for t, a in zip(texts, answers, strict=True)]
-    dropped: Counter[str] = Counter()
-    rows = []
-    for number, prompt in enumerate(prompts):
-        own = candidates[number * settings.samples : (number + 1) * settings.samples]
-        rejected = choose_rejected(
-            prompt.answer, prompt.accepted, own, keep=settings.keep, dropped=dropped
+        return {
+            "prompts": len(prompts),
+            "generated": sum(len(own) for own in candidates),
+            "kept": len(rows),
+            "dropped": dict(dropped),
+            "seconds": seconds,
+        }
+
+    def _generate(self, prompts: Sequence[Prompt], seed: int) -> list[list[Candidate]]:
+        settings = self.settings
+        template = resolve_template(self.tokenizer, None)
+        asked = [prompt_ids(self.tokenizer, template, prompt.turns) for prompt in prompts]
+        with phase(self.console, "rejected answers", len(prompts) * settings.samples) as advance:
+            answers = generate_answers(
+                self.model,
+                [ids for ids in asked for _ in range(settings.samples)],
+                stop_ids=stop_ids(self.tokenizer, template),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=seed,
+                advance=advance,
+            )
+        texts = self.tokenizer.batch_decode(
+            [list(answer.ids) for answer in answers], skip_special_tokens=True
         )
-        if rejected is not None:
-            rows.append(_orca_row(prompt, rejected))
-    counts = {
-        "prompts": len(prompts),
-        "generated": len(answers),
-        "kept": len(rows),
-        "dropped": dict(dropped),
-        "seconds": time.perf_counter() - began,
-    }
-    return rows, counts
+        made = [Candidate(t, a.stopped) for t, a in zip(texts, answers, strict=True)]
+        count = settings.samples
+        return [made[i * count : (i + 1) * count] for i in range(len(prompts))]
 
 
 def _orca_row(prompt: Prompt, rejected: str) -> dict[str, str]:

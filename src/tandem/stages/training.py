@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.artifact.files import atomic_folder, atomic_write_json, read_jsonl
+from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import Opened, difference, finish_stage, open_stage, start_stage
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
@@ -23,13 +23,13 @@ from tandem.data.template import ChatTemplate, resolve_template
 from tandem.model.adapter import (
     add_adapter,
     checkpoint_activations,
-    save_adapter,
     trainable_parameters,
 )
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.recipe.schema import Training as TrainingSettings
+from tandem.stages.outcome import save_adapter_folder, training_summary
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import Device, Runtime, choose_device, token_budget
@@ -56,7 +56,7 @@ class Start:
     engine: Engine
     model: Any
     trees: Sequence[Tree]
-    weights_hash: str
+    model_hash: str
     backend: str
     budget: int
     console: Console
@@ -152,15 +152,7 @@ class _Stage:
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
         ledger, trees = self._data(sources)
         backend, why = choose_backend(self.runtime.attention, self.config)
-        schedule = opened.schedule or {
-            "base": self.base_name,
-            "tokens_per_microbatch": token_budget(
-                self.runtime.tokens_per_microbatch, self.device, self.config
-            ),
-            "threads": torch.get_num_threads(),
-            "device": self.device.kind,
-            "attention": backend,
-        }
+        schedule = self._schedule(opened.schedule, backend)
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
         say(
@@ -184,10 +176,36 @@ class _Stage:
         )
         engine.prepare(model, optimizer)
         made = self.kind.make_objective(
-            Start(engine, model, trees, inputs["model"]["weights"], backend, budget, self.console)
+            Start(engine, model, trees, hash_json(inputs["model"]), backend, budget, self.console)
         )
         progress = self._train(engine, model, trees, made.objective, budget)
-        self._finish(model, engine, trees, ledger, made, progress, schedule)
+        self._finish(model, trees, ledger, made, progress, schedule)
+
+    def _schedule(self, recorded: dict[str, Any], backend: str) -> dict[str, Any]:
+        """How the work is done; a resumed run repeats what it began with, unless told otherwise."""
+        requested = self.runtime.tokens_per_microbatch
+        now = {
+            "base": self.base_name,
+            "tokens_per_microbatch": token_budget(requested, self.device, self.config),
+            "threads": torch.get_num_threads(),
+            "device": self.device.kind,
+            "attention": backend,
+        }
+        if not recorded:
+            return now
+        if recorded["device"] == now["device"]:
+            now["threads"] = recorded["threads"]
+            if requested == "auto":
+                now["tokens_per_microbatch"] = recorded["tokens_per_microbatch"]
+        changes = difference(recorded, {**now, "base": recorded["base"]})
+        if changes:
+            listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
+            say(
+                self.console,
+                f"{self.kind.name}: going on with another schedule ({listing}): the same steps, "
+                "equal up to rounding instead of bit for bit",
+            )
+        return now
 
     def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, list[Tree]]:
         began = time.perf_counter()
@@ -288,74 +306,31 @@ class _Stage:
     def _finish(
         self,
         model: Any,
-        engine: Engine,
         trees: list[Tree],
         ledger: Ledger,
         made: Made,
         progress: Progress,
         schedule: dict[str, Any],
     ) -> None:
-        with atomic_folder(self.folder / "saving") as aside:
-            save_adapter(model, aside)
-            save_tokenizer(self.tokenizer, self.template, aside)
-        outputs = []
-        for file in sorted((self.folder / "saving").iterdir()):
-            file.replace(self.folder / file.name)
-            outputs.append(file.name)
-        (self.folder / "saving").rmdir()
+        outputs = save_adapter_folder(self.folder, model, self.tokenizer, self.template)
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
         for warning in warnings:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
-        lengths = [len(t.sequence(b).input_ids) for t in trees for b in range(len(t.branches))]
-        atomic_write_json(
-            self.folder / "summary.json",
-            {
-                "train_seconds": progress.seconds,
-                "compile_seconds": 0.0,
-                "reference_seconds": made.reference_seconds,
-                "reference_computed": made.reference_computed,
-                "examples": progress.examples,
-                "tokens": progress.tokens,
-                "padded_tokens": progress.padded_tokens,
-                "shared_tokens": progress.shared_tokens,
-                "steps": progress.step,
-                "peak_memory_bytes": engine.device.peak_memory(),
-                "warnings": warnings,
-                "attention": schedule["attention"],
-                "device": schedule["device"],
-                "dtype": str(self.device.weights).removeprefix("torch."),
-                "lengths": {
-                    "sequence": lengths,
-                    "prompt": [int((~t.sequence(0).trained).sum()) for t in trees],
-                },
-                "ledger": ledger.summary(),
-                "examples_hash": _examples_hash(trees),
-            },
-        )
+        summary = {
+            **training_summary(progress, trees),
+            "reference_seconds": made.reference_seconds,
+            "reference_computed": made.reference_computed,
+            "peak_memory_bytes": self.device.peak_memory(),
+            "warnings": warnings,
+            "attention": schedule["attention"],
+            "device": schedule["device"],
+            "dtype": str(self.device.weights).removeprefix("torch."),
+            "ledger": ledger.summary(),
+        }
+        atomic_write_json(self.folder / "summary.json", summary)
         finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
         say(
             self.console,
             f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
             f"{progress.seconds:.1f} s -> {self.folder}",
         )
-
-
-def save_tokenizer(tokenizer: Any, template: ChatTemplate, folder: Path) -> None:
-    """Save a tokenizer with its chat template, so that inference uses the one of training."""
-    tokenizer.chat_template = template.source
-    tokenizer.save_pretrained(str(folder))
-
-
-def _examples_hash(trees: Sequence[Tree]) -> str:
-    return hash_json(
-        [
-            hash_bytes(
-                *(
-                    part
-                    for b in (t.prefix, *t.branches)
-                    for part in (b.input_ids.tobytes(), b.trained.tobytes())
-                )
-            )
-            for t in trees
-        ]
-    )

@@ -1,0 +1,73 @@
+"""What a training stage leaves behind: the adapter folder and the summary's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.artifact.files import atomic_folder
+from tandem.artifact.hashing import hash_bytes, hash_json
+from tandem.data.records import Tree
+from tandem.data.template import ChatTemplate
+from tandem.model.adapter import save_adapter
+from tandem.train.checkpoint import Progress
+
+
+def save_adapter_folder(
+    folder: Path, model: Any, tokenizer: Any, template: ChatTemplate
+) -> list[str]:
+    """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
+
+    The template is saved with the tokenizer, so that inference uses the one of training.
+    """
+    with atomic_folder(folder / "saving") as aside:
+        save_adapter(model, aside)
+        tokenizer.chat_template = template.source
+        tokenizer.save_pretrained(str(aside))
+    return move_up(folder / "saving")
+
+
+def move_up(folder: Path) -> list[str]:
+    """Move a complete folder's files into its parent, and remove it; returns their names."""
+    names = []
+    for file in sorted(folder.iterdir()):
+        file.replace(folder.parent / file.name)
+        names.append(file.name)
+    folder.rmdir()
+    return names
+
+
+def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any]:
+    """Time, counts and lengths of a finished run, for summary.json.
+
+    `train_seconds` runs from the first collate to the last optimizer step, packing included.
+    """
+    return {
+        "train_seconds": progress.seconds,
+        "compile_seconds": 0.0,
+        "examples": progress.examples,
+        "tokens": progress.tokens,
+        "padded_tokens": progress.padded_tokens,
+        "shared_tokens": progress.shared_tokens,
+        "steps": progress.step,
+        "lengths": {
+            "sequence": [
+                len(tree.sequence(branch).input_ids)
+                for tree in trees
+                for branch in range(len(tree.branches))
+            ],
+            "prompt": [int((~tree.sequence(0).trained).sum()) for tree in trees],
+        },
+        "examples_hash": _examples_hash(trees),
+    }
+
+
+def _examples_hash(trees: Sequence[Tree]) -> str:
+    """One hash of everything that is trained on: token ids and targets."""
+
+    def parts(tree: Tree) -> list[bytes]:
+        branches = (tree.prefix, *tree.branches)
+        return [part for b in branches for part in (b.input_ids.tobytes(), b.trained.tobytes())]
+
+    return hash_json([hash_bytes(*parts(tree)) for tree in trees])
