@@ -245,9 +245,18 @@ def _some(trees: list[Tree], sources: Sequence[SourceSpec], ledger: Ledger) -> l
         reasons = "; ".join(f"{reason}: {n}" for reason, n in ledger.summary()["reasons"].items())
         raise UserError(
             f"data: none of the {ledger.counts['read']} records of {_names(sources)} can be "
-            f"trained ({reasons})."
+            f"trained ({reasons}). {_example(ledger)}"
         )
     return trees
+
+
+def _example(ledger: Ledger) -> str:
+    """What was wrong with the first record that was dropped."""
+    entry = next((entry for entry in ledger.entries if entry.outcome == "dropped"), None)
+    if entry is None:
+        return ""
+    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
+    return f"The first, {entry.file}, row {entry.row}: {why}. Correct the data or the limits."
 
 
 def _names(sources: Sequence[SourceSpec]) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tandem.artifact.files import read_json
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
+from tandem.model.whole import check_whole
 
 # What a model folder may hold besides weights; everything else on a Hub page stays there.
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
@@ -102,7 +103,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     Raises UserError for files that cannot be read, and for a model whose files lack a weight:
     transformers would fill it with random numbers.
     """
-    require_model(folder)
+    check_whole(folder, load_config(folder))
     # tandem draws its own progress.
     transformers_logging.disable_progress_bar()
     try:
@@ -110,9 +111,6 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             folder, dtype=dtype, output_loading_info=True
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        damaged = _damaged_shard(folder)
-        if damaged:
-            raise UserError(f"{damaged}. Copy or download the file again.") from None
         raise UserError(f"{folder} cannot be loaded as a model: {_first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(
@@ -172,17 +170,6 @@ def check_context(config: Any, max_length: int, folder: Path) -> None:
             f"max_length {max_length} exceeds the context of {folder}, {context} tokens "
             f"(max_position_embeddings). Set max_length to {context} or less."
         )
-
-
-def _damaged_shard(folder: Path) -> str | None:
-    """Which safetensors file of a folder is damaged, and how."""
-    for shard in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            return f"{shard} is damaged: {_first_line(error)}"
-    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,59 @@
+"""Do a model folder's files hold the model that its config.json describes?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+from tandem.artifact.hashing import weight_files
+from tandem.errors import UserError
+
+
+def check_whole(folder: Path, config: Any) -> None:
+    """Raise UserError when the files hold fewer numbers than config.json's model has.
+
+    Loading would allocate the model that config.json describes, whatever size it is, and fill
+    what is missing with random numbers. Only the files' headers are read. Quantised weights are
+    packed, so they are not counted.
+
+    Args:
+        folder: a local model folder with safetensors files.
+        config: its transformers configuration.
+    """
+    held: dict[str, int] = {}
+    for shard in weight_files(folder):
+        held |= _sizes(shard)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    try:
+        with torch.device("meta"):
+            described = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a strange config can lead a model's constructor anywhere
+        raise UserError(
+            f"{folder / 'config.json'} describes no causal language model that can be made "
+            f"({error}). Copy or download it again."
+        ) from None
+    wanted = {name: parameter.numel() for name, parameter in described.named_parameters()}
+    if sum(held.values()) < sum(wanted.values()):
+        missing = sorted(wanted.keys() - held.keys())
+        raise UserError(
+            f"{folder} is not a whole model: its config.json describes "
+            f"{sum(wanted.values()):,} parameters, its files hold {sum(held.values()):,}"
+            + (f" (without {', '.join(missing[:3])})" if missing else "")
+            + ". Copy or download it again, or correct config.json."
+        )
+
+
+def _sizes(shard: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file holds."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            names = list(file.keys())
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{shard} is damaged ({error}). Copy or download the file again.") from None

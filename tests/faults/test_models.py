@@ -1,0 +1,168 @@
+"""Bad models, adapters, tokenizers and templates: the message names the folder or file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .desk import Desk
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["./no-model", "no/such/model", "~nobody-here/model", "/" + "x" * 300]
+)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_model_path_that_is_not_there_is_never_looked_for_on_the_hub(
+    desk: Desk, stage: str, name: str
+) -> None:
+    desk.refused(desk.train(stage, model_name_or_path=name), f"model folder {name}")
+
+
+def test_a_folder_or_a_file_that_is_no_model(desk: Desk) -> None:
+    (desk.home / "none").mkdir()
+    nothing = desk.home / "none"
+    desk.refused(desk.train(model_name_or_path=nothing), "none is no model folder", "config.json")
+    desk.refused(desk.train(model_name_or_path=desk.pairs), "pairs.jsonl is a file")
+    desk.refused(desk.merge(nothing, nothing), "none is no model folder")
+    desk.refused(desk.merge(desk.model, nothing), "none is no adapter folder")
+    desk.refused(desk.merge(desk.model, desk.home / "gone"), "gone is no adapter folder")
+    desk.refused(["run", desk.recipe(model=str(nothing))], "none is no model folder")
+    pairs = {"prompts": str(desk.conversations), "model": str(nothing)}
+    desk.refused(["run", desk.recipe(pairs=pairs)], "none is no model folder")
+    desk.refused(["chat", str(nothing)], "none is no model folder")
+
+
+def test_an_adapter_given_as_model_is_told_to_be_merged(desk: Desk) -> None:
+    adapter = desk.home / "adapter"
+    desk.accepted(desk.train(output_dir=adapter))
+    for argv in (
+        desk.train(model_name_or_path=adapter),
+        desk.train("dpo", model_name_or_path=adapter),
+        ["run", desk.recipe(model=str(adapter))],
+        desk.merge(adapter, adapter),
+    ):
+        desk.refused(argv, "adapter holds an adapter, not a whole model", "tandem merge")
+
+
+def test_max_length_beyond_the_context_names_both(desk: Desk) -> None:
+    desk.refused(desk.train(max_length=300), "max_length 300", "256 tokens")
+    # The seed's own value, when the flag is left out.
+    desk.refused(desk.train("dpo", max_length=None), "max_length 1536", "256 tokens")
+    desk.refused(["run", desk.recipe(dpo__max_length=257)], "max_length 257", "256 tokens")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 500, None])
+def test_damaged_weights_are_named(desk: Desk, content: bytes | None) -> None:
+    path = desk.model / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    for argv in (desk.train(), desk.train("dpo"), ["chat", str(desk.model)]):
+        desk.refused(argv, f"{path} is damaged", "again")
+
+
+def test_a_weight_that_is_missing_is_not_made_up(desk: Desk) -> None:
+    weights = load_file(desk.model / WEIGHTS)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, desk.model / WEIGHTS, metadata={"format": "pt"})
+    desk.refused(desk.train(), "not a whole model", "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_shard_that_the_index_names_and_nobody_copied(desk: Desk) -> None:
+    index = {"metadata": {}, "weight_map": {"a": WEIGHTS, "b": "model-2.safetensors"}}
+    name = desk.model / "model.safetensors.index.json"
+    name.write_text(json.dumps(index))
+    desk.refused(desk.train(), "lacks model-2.safetensors")
+    name.write_text("{")
+    desk.refused(desk.train(), "index.json is damaged")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"a": 1}', '{"model_type": "of-no-kind"}', '{"model_type": "llama"}']
+)
+def test_a_config_that_cannot_be_used(desk: Desk, text: str) -> None:
+    (desk.model / "config.json").write_text(text)
+    desk.refused(desk.train(), str(desk.model))
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", '{"model": {"type": "Q"}}'])
+def test_a_tokenizer_that_is_missing_or_damaged(desk: Desk, text: str | None) -> None:
+    path = desk.model / "tokenizer.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    said = "has no tokenizer" if text is None else "has no usable tokenizer"
+    desk.refused(
+        desk.train(), f"{desk.model} {said}", "tokenizer.json" if text is None else "again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }", "cannot render"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("only this", "leaves out"),
+    ],
+)
+def test_a_template_that_cannot_be_used(desk: Desk, text: str, said: str) -> None:
+    desk.refused(desk.train(chat_template=desk.text(text, "t.jinja")), "t.jinja", said)
+
+
+@pytest.mark.parametrize("choice", ["neural-chta", "nowhere/t.jinja", "~nobody-here/t.jinja"])
+def test_a_template_that_is_not_there(desk: Desk, choice: str) -> None:
+    desk.refused(desk.train(chat_template=choice), choice, "neural-chat")
+
+
+def test_target_modules_that_fit_nothing_leave_no_trace(desk: Desk) -> None:
+    desk.refused(desk.train(lora_target_modules="wq"), "'wq' fits no module", "q_proj")
+
+
+class TestMerge:
+    """An adapter and its base that do not belong together, or are damaged."""
+
+    @pytest.fixture
+    def adapter(self, desk: Desk) -> Path:
+        """A trained adapter."""
+        desk.accepted(desk.train(output_dir=desk.home / "adapter"))
+        return desk.home / "adapter"
+
+    def test_another_base(self, desk: Desk, adapter: Path) -> None:
+        other = desk.home / "other"
+        shutil.copytree(desk.model, other)
+        weights = load_file(other / WEIGHTS)
+        weights["model.norm.weight"] += 0.1
+        save_file(weights, other / WEIGHTS, metadata={"format": "pt"})
+        desk.refused(desk.merge(other, adapter), "trained on other weights", "--force")
+        desk.accepted([*desk.merge(other, adapter), "--force"])
+
+    def test_damaged_files(self, desk: Desk, adapter: Path) -> None:
+        path = adapter / "adapter_model.safetensors"
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-9])
+        desk.refused(desk.merge(desk.model, adapter), f"{path} is damaged")
+        path.unlink()
+        desk.refused(desk.merge(desk.model, adapter), "has no adapter_model.safetensors")
+        path.write_bytes(sound)
+        for name in ("adapter_config.json", "manifest.json"):
+            text = (adapter / name).read_text()
+            (adapter / name).write_text("{")
+            desk.refused(desk.merge(desk.model, adapter), f"{adapter / name} cannot be")
+            (adapter / name).write_text(text)
+        (adapter / "manifest.json").unlink()
+        base = desk.model / WEIGHTS
+        base.write_bytes(base.read_bytes()[:-9])
+        desk.refused(desk.merge(desk.model, adapter), f"{base} is damaged")
+
+    def test_a_check_that_fails_leaves_nothing(self, desk: Desk, adapter: Path) -> None:
+        path = adapter / "adapter_model.safetensors"
+        weights = load_file(path)
+        for name, tensor in weights.items():
+            weights[name] = torch.full_like(tensor, float("nan"))
+        save_file(weights, path)
+        desk.refused(desk.merge(desk.model, adapter), "is not finite")
