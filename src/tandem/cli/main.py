@@ -40,6 +40,9 @@ _FOLDER_TROUBLE = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line, the program's name left out; returns the exit code."""
+    # Read when torch is imported. OpenMP's threads otherwise spin while they wait for each other;
+    # with another program on one of the cores, small models then train many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(list(argv))
     except SystemExit as stop:  # argparse after --help and --version
