@@ -1,0 +1,61 @@
+"""A built wheel, installed in an environment of its own outside the tree, runs the demo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `tandem` of a fresh environment that holds the wheel and sees the dependencies."""
+    work = tmp_path_factory.mktemp("wheel")
+    # Built from a copy: setuptools leaves its working files beside the sources.
+    source = work / "source"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copyfile(ROOT / name, source / name)
+    _run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist"),
+        str(source),
+    )  # fmt: skip
+    (wheel,) = (work / "dist").glob("tandem_tune-*.whl")
+    _run(sys.executable, "-m", "venv", str(work / "venv"))
+    (packages,) = (work / "venv").glob("lib/python*/site-packages")
+    # A folder named in a .pth file is searched, but its own .pth files are not read: the
+    # dependencies are found there, an editable tandem is not.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = work / "venv" / "bin" / "python"
+    _run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+    return work / "venv" / "bin" / "tandem"
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_installed_demo_runs_from_another_folder(command: Path, tmp_path: Path) -> None:
+    where = _run(
+        str(command.with_name("python")),
+        "-c",
+        "import tandem; print(tandem.__file__)",
+        cwd=tmp_path,
+    )
+    assert where.startswith(str(command.parents[1]))
+    assert "tandem run demo" in _run(str(command), "--help", cwd=tmp_path)
+    shortened = ["sft.epochs=0.1", "dpo.epochs=0.1", "pairs.max_new_tokens=8"]
+    out = _run(str(command), "run", "demo", *shortened, "evaluate.max_new_tokens=4", cwd=tmp_path)
+    assert "report.html" in out
+    assert (tmp_path / "runs" / "demo" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "demo" / "5-final" / "model.safetensors").exists()
