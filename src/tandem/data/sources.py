@@ -287,7 +287,9 @@ def _read_hub(source: SourceSpec) -> Iterator[Row | BadLine]:
     except Exception as error:  # the Hub's client raises a dozen unrelated types
         raise UserError(
             f"data: {source.path} is no file or folder here, and as a Hub data set (split "
-            f"{source.split!r}) it could not be loaded: {type(error).__name__}: {error}"
+            f"{source.split!r}) it could not be loaded: {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]} Check name, split, subset, revision and "
+            "the network; gated or private data needs `hf auth login`."
         ) from error
     yield from _number(table, f"{source.path}:{source.split}")
 

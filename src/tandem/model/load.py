@@ -37,8 +37,11 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return _fetched(name, revision)
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(
@@ -46,12 +49,20 @@ def model_folder(name: str, revision: str | None = None) -> Path:
                 name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"model {name} is neither a local folder nor could it be fetched from the Hub "
-            f"({_first_line(error)}). Check the name, the revision, the network and, for gated "
-            "models, your token."
-        ) from None
+    except errors.GatedRepoError:
+        why = "it is gated: accept its conditions on its page, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "the Hub has no model of that name that you may see; check the name and your token"
+    except errors.RevisionNotFoundError:
+        why = f"it has no revision {revision}; check model_revision"
+    except errors.LocalEntryNotFoundError as error:
+        why = (
+            f"it was never fetched before, and the Hub does not serve it ({_first_line(error)}); "
+            "check the network"
+        )
+    except (OSError, ValueError) as error:  # the client's other errors are OSErrors
+        why = f"{_first_line(error)}; try again, or name a local folder"
+    raise UserError(f"model {name} is no local folder, and cannot be fetched from the Hub: {why}.")
 
 
 def _local_folder(name: str) -> Path:
