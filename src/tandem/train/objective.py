@@ -74,7 +74,7 @@ class PreferenceObjective:
     """Sigmoid DPO (arXiv 2305.18290) averaged over the step's pairs.
 
     Args:
-        reference: log-probs of every example's two answers under the reference [n, 2] float32.
+        reference: log-probs of every example's two answers under the reference [n, 2] float64.
         beta: strength of the pull towards the reference.
         relative_tolerance: of the step-0 check, what the precision in use explains.
     """
@@ -82,7 +82,7 @@ class PreferenceObjective:
     _MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
     def __init__(
-        self, reference: NDArray[np.float32], *, beta: float, relative_tolerance: float
+        self, reference: NDArray[np.float64], *, beta: float, relative_tolerance: float
     ) -> None:
         self.reference = torch.from_numpy(reference)
         self.beta = beta

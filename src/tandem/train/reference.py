@@ -114,7 +114,7 @@ def reference_logps(
     identity: str,
     budget: int,
     advance: Callable[[int], None],
-) -> tuple[NDArray[np.float32], int]:
+) -> tuple[NDArray[np.float64], int]:
     """Log-probs of every tree's branches under the engine's model as it is now.
 
     Records are computed in units that depend on the data alone. A unit of which anything is
@@ -129,7 +129,7 @@ def reference_logps(
         advance: told how many more records are done.
 
     Returns:
-        [n, B] float32, and how many records had to be computed.
+        [n, B] float64, and how many records had to be computed.
     """
     keys = [
         [_key(identity, tree.sequence(branch)) for branch in range(len(tree.branches))]
@@ -146,7 +146,7 @@ def reference_logps(
             found.update(store.get(unit_keys))
             computed += len(unit)
         advance(len(unit))
-    return np.array([[found[key] for key in row] for row in keys], dtype=np.float32), computed
+    return np.array([[found[key] for key in row] for row in keys], dtype=np.float64), computed
 
 
 def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[float, int]]:
@@ -154,7 +154,7 @@ def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[
     with torch.no_grad():
         for members in pack([fed_tokens(tree) for tree in trees], budget):
             batch = collate([trees[i] for i in members])
-            values = engine.score(batch).float().tolist()
+            values = engine.score(batch).tolist()
             scored = iter(zip(values, batch.sequence_tokens, strict=True))
             for i in members:
                 results[i] = [next(scored) for _ in trees[i].branches]
