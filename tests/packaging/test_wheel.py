@@ -38,6 +38,25 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "venv" / "bin" / "tandem"
 
 
+def test_the_wheel_brings_its_data_and_nothing_else(command: Path, tmp_path: Path) -> None:
+    (package,) = command.parents[1].glob("lib/python*/site-packages/tandem")
+    for folder, pattern in (
+        ("recipes", "*.yaml"),
+        ("data/templates", "*.jinja"),
+        ("report", "*.jinja"),
+        ("demo/base", "*"),
+        (".", "py.typed"),
+    ):
+        ours = {path.name for path in (ROOT / "src" / "tandem" / folder).glob(pattern)}
+        assert ours
+        assert ours <= {path.name for path in (package / folder).iterdir()}, folder
+    assert not list(package.parent.glob("tests*"))
+    for recipe in ("demo", "neural-chat-7b-v3-1"):
+        shown = _run(str(command), "run", recipe, "--dry-run", cwd=tmp_path)
+        assert f"name: {recipe}\n" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
 def _run(*command: str, cwd: Path | None = None) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)

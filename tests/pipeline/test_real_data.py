@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def test_the_tutorial_in_its_own_flags(
     stories_path: Path,
     conversations: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sft, merged, dpo, final = (tmp_path / name for name in ("sft", "merged", "dpo", "final"))
@@ -78,6 +81,23 @@ def test_the_tutorial_in_its_own_flags(
     merge(merged, dpo, final)
     assert "error" not in capsys.readouterr().err
     _answers_with_its_template(final)
+    monkeypatch.setattr("sys.stdin", StringIO("Who are you?\n/quit\n"))
+    monkeypatch.setattr("sys.stdout", StringIO())
+    said = sys.stdout
+    assert main(["chat", str(final), "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    assert isinstance(said, StringIO)
+    assert "Chat with final" in said.getvalue()
+
+
+def test_the_tutorials_own_lengths_exceed_this_models_context(
+    stories_path: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model_name_or_path", stories_path, "--dataset_name", conversations]
+    for stage, length in (("sft", 2560), ("dpo", 1536)):
+        assert main([stage, *map(str, flags), "--output_dir", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert f"max_length {length} exceeds the context of {stories_path}, 512 tokens" in said
+    assert not (tmp_path / "out").exists()
 
 
 def _answers_with_its_template(folder: Path) -> None:
