@@ -87,12 +87,8 @@ class Desk:
         assert code == 0, said
         return said
 
-    def refused(self, argv: list[str], *needles: str) -> str:
-        """Run a command that must be refused in one message, with nothing written anywhere.
-
-        Every needle must be in the message, which is returned.
-        """
-        before = tree(self.home)
+    def stopped(self, argv: list[str], *needles: str) -> str:
+        """Run a command that must end with one message, which has every needle in it."""
         code = main(argv)
         captured = self.capsys.readouterr()
         assert "Traceback" not in captured.err
@@ -101,5 +97,11 @@ class Desk:
         message = captured.err[captured.err.index("error: ") :]
         for needle in needles:
             assert needle in message, f"{needle!r} is not in: {message}"
+        return message
+
+    def refused(self, argv: list[str], *needles: str) -> str:
+        """`stopped`, with nothing written anywhere."""
+        before = tree(self.home)
+        message = self.stopped(argv, *needles)
         assert tree(self.home) == before
         return message

@@ -173,9 +173,15 @@ def load_for_inference(path: str, device: str = "auto") -> tuple[Any, Any]:
     return model, load_tokenizer(folder)
 
 
+def context_length(config: Any) -> int | None:
+    """How many tokens a model was made for, None if its configuration does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
 def check_context(config: Any, max_length: int, folder: Path) -> None:
     """Raise UserError when `max_length` exceeds the positions the model was made for."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and max_length > context:
         raise UserError(
             f"max_length {max_length} exceeds the context of {folder}, {context} tokens "

@@ -27,14 +27,15 @@ from tandem.errors import UserError
 from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.generate import Answer, generate_answers
-from tandem.model.load import load_config, load_model, load_tokenizer, model_folder
+from tandem.model.load import context_length, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.score import sequence_logps
 from tandem.recipe.schema import Evaluate
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.device import Device, Runtime, choose_device, token_budget
 from tandem.train.objective import sequence_tokens, trained_tokens
-from tandem.train.progress import phase
+from tandem.train.progress import phase, say
 
+_NO_LIMIT = 2**31
 # A fall of this share of right answers from SFT to DPO is called a collapse.
 _COLLAPSE = 0.1
 
@@ -130,6 +131,7 @@ class _Examiner:
         self.device = device
         self.backend, _ = choose_backend(runtime.attention, config)
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
+        self.context = context_length(config)
 
     def ask(
         self, questions: Sequence[Question], pairs: Sequence[SourceSpec], settings: Evaluate
@@ -173,6 +175,8 @@ class _Examiner:
         self, questions: Sequence[Question], settings: Evaluate, results: dict[str, float | str]
     ) -> list[str]:
         prompts = [prompt_ids(self.tokenizer, self.template, q.turns) for q in questions]
+        for ids, question in zip(prompts, questions, strict=True):
+            self._check_room(question, len(ids), settings.max_new_tokens)
         answers = self._generate(prompts, settings, "answers")
         texts = self._decode(answers)
         right = [
@@ -191,6 +195,8 @@ class _Examiner:
         if not asked:
             return
         prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
+        for ids, question in zip(prompts, asked, strict=True):
+            self._check_room(question, len(ids), settings.max_new_tokens)
         texts = self._decode(self._generate(prompts, settings, "completions"))
         right = [
             contains_accepted(first_sentence(text), question.accepted)
@@ -205,18 +211,35 @@ class _Examiner:
         for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
                 raise UserError(f"{question.origin}: the question cannot be encoded: {one}")
+            self._check_room(question, len(one.ids), 0)
             trees.append(conversation_tree([one], question.origin))
         return trees
 
+    def _check_room(self, question: Question, tokens: int, answer: int) -> None:
+        if self.context is not None and tokens + answer > self.context:
+            raise UserError(
+                f"{question.origin}: {tokens} tokens"
+                + (f" and an answer of evaluate.max_new_tokens {answer}" if answer else "")
+                + f" exceed the model's context of {self.context}. Shorten or remove the question"
+                + (", or lower evaluate.max_new_tokens." if answer else ".")
+            )
+
     def _prefer(self, pairs: Sequence[SourceSpec], results: dict[str, float | str]) -> None:
-        context = int(self.model.config.get_text_config().max_position_embeddings)
+        ledger = Ledger(None)
         trees = prepare_pairs(
             pairs,
             tokenizer=self.tokenizer,
             template=self.template,
-            max_length=context,
-            ledger=Ledger(None),
+            max_length=self.context or _NO_LIMIT,
+            ledger=ledger,
         )
+        counts = ledger.counts
+        if counts["truncated"] or counts["dropped"]:
+            say(
+                self.console,
+                f"{self.label}: of {counts['read']} pairs, {counts['truncated']} were cut to the "
+                f"model's context of {self.context} and {counts['dropped']} cannot be compared",
+            )
         # Per token: summed log-probs would prefer the shorter answer whatever it says.
         lengths = torch.tensor([sequence_tokens(tree) for tree in trees])
         margins = (self._score(trees) / lengths).diff(dim=1).neg()[:, 0]

@@ -18,12 +18,12 @@ from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage
 from tandem.data.ledger import Ledger
 from tandem.data.prepare import read_conversations, read_questions
-from tandem.data.records import Turn
+from tandem.data.records import Origin, Turn
 from tandem.data.sources import Row, SourceSpec, read_rows
 from tandem.data.template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
 from tandem.model.generate import generate_answers
-from tandem.model.load import load_model, load_tokenizer, model_folder
+from tandem.model.load import context_length, load_model, load_tokenizer, model_folder
 from tandem.pairs.filter import Candidate, choose_rejected
 from tandem.recipe.schema import Pairs
 from tandem.stages.sources import data_identity, source_specs
@@ -41,6 +41,7 @@ class Prompt:
     turns: tuple[Turn, ...]
     answer: str
     accepted: tuple[str, ...]
+    origin: Origin
 
 
 def run_pairs(
@@ -114,7 +115,7 @@ def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> li
         first = next((row for row in read_rows(source) if isinstance(row, Row)), None)
         if first is not None and {"question", "answer"} <= first.fields.keys():
             questions = read_questions([source])
-            prompts += [Prompt(q.turns, q.answer, q.accepted) for q in questions]
+            prompts += [Prompt(q.turns, q.answer, q.accepted, q.origin) for q in questions]
             continue
         if keep == "wrong":
             raise UserError(
@@ -124,8 +125,7 @@ def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> li
         for conversation in read_conversations([source], ledger):
             turns = conversation.turns
             end = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
-            prompts.append(Prompt(turns[:end], turns[end].content, ()))
-    ledger.trained(len(prompts))
+            prompts.append(Prompt(turns[:end], turns[end].content, (), conversation.origin))
     return prompts
 
 
@@ -143,8 +143,9 @@ class _Maker:
     def write(self, name: str, sources: Sequence[SourceSpec], seed: int) -> dict[str, Any]:
         """Write `name`.jsonl from some prompts; returns the counts for the summary."""
         began = time.perf_counter()
-        prompts = read_prompts(sources, self.settings.keep, self.ledger)
-        candidates = self._generate(prompts, seed)
+        read = read_prompts(sources, self.settings.keep, self.ledger)
+        prompts, asked = self._fitting(read)
+        candidates = self._generate(asked, seed)
         dropped: Counter[str] = Counter()
         rows = []
         for prompt, own in zip(prompts, candidates, strict=True):
@@ -175,11 +176,41 @@ class _Maker:
             "seconds": seconds,
         }
 
-    def _generate(self, prompts: Sequence[Prompt], seed: int) -> list[list[Candidate]]:
+    def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
+        """The prompts that leave room for an answer, and their tokens; the ledger has the others.
+
+        Raises UserError when none is left.
+        """
+        template = resolve_template(self.tokenizer, None)
+        context = context_length(self.model.config)
+        kept, asked = [], []
+        for prompt in prompts:
+            ids = prompt_ids(self.tokenizer, template, prompt.turns)
+            if context is not None and len(ids) + self.settings.max_new_tokens > context:
+                detail = f"{len(ids)} tokens, of a context of {context}"
+                self.ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
+                continue
+            kept.append(prompt)
+            asked.append(ids)
+        self.ledger.trained(len(kept))
+        if len(kept) < len(prompts):
+            say(
+                self.console,
+                f"pairs: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for "
+                f"{self.settings.max_new_tokens} tokens in the model's context of {context} (each "
+                f"in {self.folder / 'data-ledger.jsonl'})",
+            )
+        if not kept:
+            raise UserError(
+                f"pairs: none of {len(prompts)} prompts can be asked; lower pairs.max_new_tokens "
+                "or give shorter prompts"
+            )
+        return kept, asked
+
+    def _generate(self, asked: Sequence[Sequence[int]], seed: int) -> list[list[Candidate]]:
         settings = self.settings
         template = resolve_template(self.tokenizer, None)
-        asked = [prompt_ids(self.tokenizer, template, prompt.turns) for prompt in prompts]
-        with phase(self.console, "rejected answers", len(prompts) * settings.samples) as advance:
+        with phase(self.console, "rejected answers", len(asked) * settings.samples) as advance:
             answers = generate_answers(
                 self.model,
                 [ids for ids in asked for _ in range(settings.samples)],
@@ -195,7 +226,7 @@ class _Maker:
         )
         made = [Candidate(t, a.stopped) for t, a in zip(texts, answers, strict=True)]
         count = settings.samples
-        return [made[i * count : (i + 1) * count] for i in range(len(prompts))]
+        return [made[i * count : (i + 1) * count] for i in range(len(asked))]
 
 
 def _orca_row(prompt: Prompt, rejected: str) -> dict[str, str]:
