@@ -35,6 +35,7 @@ def test_a_pair() -> None:
     # 4 is predicted for both answers from row 2; 5 and 7 from row 3; 6 from row 4.
     assert batch.target_row.tolist() == [2, 3, 4, 2, 3]
     assert batch.target_id.tolist() == [4, 5, 6, 4, 7]
+    assert batch.read_rows.tolist() == [2, 3, 4]
     assert batch.target_sequence.tolist() == [0, 0, 0, 1, 1]
     assert batch.sequence_tokens == (3, 2)
     assert batch.tokens == fed_tokens(PAIR) == 5

@@ -45,6 +45,7 @@ class MicroBatch:
         segments: cover the T rows in order, each row once.
         target_row, target_id, target_sequence: [N] int64; the hidden state that predicts, the
             token predicted, and the sequence whose log-probability it belongs to.
+        read_rows: [R] int64; the rows that predict anything, each once, ascending.
         sequences: S, the number of sequences; a tree's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
@@ -56,6 +57,7 @@ class MicroBatch:
     target_row: Tensor
     target_id: Tensor
     target_sequence: Tensor
+    read_rows: Tensor
     sequences: int
     sequence_tokens: tuple[int, ...]
     dropout_keys: Tensor | None = None
@@ -76,6 +78,7 @@ class MicroBatch:
             target_row=self.target_row.to(device, non_blocking=True),
             target_id=self.target_id.to(device, non_blocking=True),
             target_sequence=self.target_sequence.to(device, non_blocking=True),
+            read_rows=self.read_rows.to(device, non_blocking=True),
             dropout_keys=None
             if self.dropout_keys is None
             else self.dropout_keys.to(device, non_blocking=True),
@@ -112,6 +115,7 @@ def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) ->
         target_sequence=torch.repeat_interleave(
             torch.arange(len(parts.sequence_tokens)), torch.tensor(parts.sequence_tokens)
         ),
+        read_rows=torch.from_numpy(np.unique(np.concatenate(parts.target_rows))),
         sequences=len(parts.sequence_tokens),
         sequence_tokens=tuple(parts.sequence_tokens),
         dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,

@@ -51,6 +51,8 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     unwrap: Any = getattr(model, "get_base_model", None)
     causal: Any = model if unwrap is None else unwrap()
     set_dropout_keys(causal, batch.dropout_keys)
+    # Stays until the next micro-batch: activation checkpointing computes the layer once more.
+    causal.tandem_rows.rows = batch.read_rows
     layout = TreeLayout(batch.segments, batch.position_ids)
     decoder: Any = causal.get_decoder()
     hidden = decoder(

@@ -12,6 +12,7 @@ from tandem.errors import UserError
 from tandem.model.attention.dense import dense_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.segments import segments_attention
+from tandem.model.rows import skip_unread_rows
 
 __all__ = ["LAYOUT_KEYWORD", "TreeLayout", "choose_backend", "use_backend"]
 
@@ -44,7 +45,7 @@ def choose_backend(requested: str, config: Any) -> tuple[str, str]:
 
 
 def use_backend(model: nn.Module, backend: str) -> None:
-    """Make a transformers model attend over trees with `backend`.
+    """Make a transformers model attend over trees with `backend`, and skip rows nobody reads.
 
     Raises UserError for models that do not go through transformers' attention interface.
     """
@@ -58,6 +59,8 @@ def use_backend(model: nn.Module, backend: str) -> None:
     AttentionInterface.register(name, _BACKENDS[backend])
     AttentionMaskInterface.register(name, _no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
+    if not hasattr(model, "tandem_rows"):
+        model.tandem_rows = skip_unread_rows(model)  # type: ignore[assignment]
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
