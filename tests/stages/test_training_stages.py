@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.order import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
@@ -107,6 +109,30 @@ def test_a_stopped_run_ends_with_the_same_bits(
     steady = [{k: v for k, v in line.items() if k in ("loss", "grad_norm", "learning_rate")}
               for lines in metrics for line in lines]  # fmt: skip
     assert steady[:3] == steady[3:]
+
+
+def test_a_resumed_run_may_be_given_another_budget_and_says_so(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("dpo", tiny_model, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "run", _two_steps_then_crash)
+        with pytest.raises(ZeroDivisionError):
+            run("dpo", tiny_model, tmp_path / "changed")
+    said: list[str] = []
+    monkeypatch.setattr("tandem.stages.training.say", lambda _, text, **__: said.append(text))
+    resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
+    assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
+    assert distance(resumed, whole) < 5e-5
+
+
+def _two_steps_then_crash(self: Any) -> None:
+    for step in itertools.islice(
+        steps(len(self.trees), self.schedule.batch_size, seed=self.schedule.seed, count=8), 2
+    ):
+        self._take(step)
+    self.checkpoints.save(self.model, self.engine.optimizer, self.progress)
+    _crash()
 
 
 KILLED = """
