@@ -97,7 +97,11 @@ def test_the_example_records_can_be_read() -> None:
     ]  # fmt: skip
 
 
-def test_the_figures_have_their_places() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- demo figures -->") == 1
-    assert text.count("<!-- benchmark figures -->") == 1
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_the_readme_quotes_what_was_measured(stage: str) -> None:
+    results = (ROOT / "benchmarks" / "results" / f"training-{stage}-60m.md").read_text()
+    quoted = (ROOT / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
+    ratios = re.findall(r"^\| (?!tandem).*\| ([\d.]+)x \|", results, flags=re.MULTILINE)
+    assert len(ratios) >= 2
+    for ratio in ratios:
+        assert f"{float(ratio):.1f}x" in quoted
