@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.errors import UserError
+from tandem.model.products import product
 
 # Logits of one chunk. On CPU a few hundred rows let the products run at full rate (8 MB, which is
 # 65 rows of 32,000 tokens, cost 5 to 8% of a step); on GPUs the chunk has to fill the device.
@@ -108,7 +109,7 @@ def _logits(hidden: Tensor, head: Head, accumulate: torch.dtype) -> Tensor:
         # Accumulated and returned in float32: half-precision logits would round log-probs.
         logits = torch.mm(hidden, head.weight.T.to(hidden.dtype), out_dtype=accumulate)
     else:
-        logits = (hidden @ head.weight.T.to(hidden.dtype)).to(accumulate)
+        logits = product(hidden, head.weight.to(hidden.dtype)).to(accumulate)
     if head.bias is not None:
         logits += head.bias
     if head.scale != 1.0:
@@ -128,4 +129,4 @@ def _input_gradient(
         slope *= 1.0 - (logits / head.softcap) ** 2
     if head.scale != 1.0:
         slope *= head.scale
-    torch.mm(slope.to(out.dtype), head.weight.to(out.dtype), out=out)
+    out.copy_(product(slope.to(out.dtype), head.weight.to(out.dtype).T))

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from tandem.artifact.files import read_json
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
+from tandem.model.products import speed_up_frozen_products
 from tandem.model.whole import check_whole
 
 # What a model folder may hold besides weights; everything else on a Hub page stays there.
@@ -128,7 +129,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             f"{folder} is not a whole model: {len(missing)} of its weights are in none of its "
             f"files ({', '.join(missing[:3])}). Copy or download it again, or correct config.json."
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    speed_up_frozen_products(model)
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -20,7 +20,7 @@ from tandem.train.progress import phase, say
 from tandem.train.reference import ReferenceStore, reference_logps
 
 # Changes whenever the same weights and tokens would give another stored number.
-_NUMERICS = "sums in float64"
+_NUMERICS = "sums in float64, products of oneDNN"
 # Relative differences of log-probs that a dtype explains, of sums over whole answers.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 # A chosen answer that is this much less likely than before DPO has been unlearnt: e^-10 of its
