@@ -13,23 +13,35 @@ from typing import Any
 
 import numpy as np
 
+from tandem.data.codec import Codec, CodecParts, FastCodec, make_codec
 from tandem.data.records import Branch, Origin, Tree, Turn
-from tandem.data.template import ChatTemplate, Ending, render, require_ending, tokenize
+from tandem.data.template import ChatTemplate, Ending, require_ending
 from tandem.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A tokenizer with its template, and how that template ends an answer."""
+    """A tokenizer with its template, and how that template ends an answer.
 
-    tokenizer: Any
+    `parts` are the plain values that make the same chat in another process, if there are any.
+    """
+
+    codec: Codec
     template: ChatTemplate
     ending: Ending
+    parts: CodecParts | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate) -> Chat:
         """Raises `UserError` when the template ends answers with no token."""
-        return cls(tokenizer, template, require_ending(tokenizer, template))
+        ending = require_ending(tokenizer, template)
+        codec, parts = make_codec(tokenizer, template, ending)
+        return cls(codec, template, ending, parts)
+
+    @classmethod
+    def from_parts(cls, parts: CodecParts) -> Chat:
+        """The chat that `parts` came from."""
+        return cls(FastCodec(parts), parts.template, parts.ending, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ def encode_exchanges(chat: Chat, exchanges: Sequence[Exchange]) -> list[Encoded 
         if not isinstance(pair, Refused)
         for text in (pair[0], pair[0] + pair[1])
     )
-    ids = dict(zip(wanted, tokenize(chat.tokenizer, list(wanted)), strict=True))
+    ids = dict(zip(wanted, chat.codec.tokenize(list(wanted)), strict=True))
     return [
         pair
         if isinstance(pair, Refused)
@@ -145,7 +157,7 @@ def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
 
 def _render(chat: Chat, turns: tuple[Turn, ...], exchange: Exchange, *, prompt: bool) -> str:
     try:
-        return render(chat.tokenizer, chat.template, turns, prompt=prompt)
+        return chat.codec.render(turns, prompt=prompt)
     except UserError as error:
         raise UserError(f"{exchange.origin}: {error}") from error
 
@@ -164,7 +176,7 @@ def _delimit(chat: Chat, exchange: Exchange, prompt: str) -> str | Refused:
 
 
 def _join(chat: Chat, prompt: list[int], whole: list[int], answer: str) -> Encoded | Refused:
-    bos = chat.tokenizer.bos_token_id
+    bos = chat.codec.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
         return Refused("the prompt's text begins with a second BOS token")
     end = chat.ending.token_id
@@ -184,18 +196,12 @@ def _continuation(chat: Chat, prompt: list[int], whole: list[int], answer: str) 
     Tried: the text by itself (byte-level BPE), and behind a line break that is taken off again
     (SentencePiece puts a space before a text, but not inside one).
     """
-    alone, anchor, anchored = tokenize(chat.tokenizer, [answer, "\n", "\n" + answer])
+    alone, anchor, anchored = chat.codec.tokenize([answer, "\n", "\n" + answer])
     candidates = [alone]
     if _continues(anchored, anchor):
         candidates.append(anchored[len(anchor) :])
-    text = _decode(chat, whole)
-    return next((ids for ids in candidates if _decode(chat, prompt + ids) == text), None)
-
-
-def _decode(chat: Chat, ids: list[int]) -> str:
-    return str(
-        chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    text = chat.codec.decode(whole)
+    return next((ids for ids in candidates if chat.codec.decode(prompt + ids) == text), None)
 
 
 def _continues(ids: list[int], start: list[int]) -> bool:
@@ -205,5 +211,10 @@ def _continues(ids: list[int], start: list[int]) -> bool:
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the longest common prefix."""
     length = min(len(a), len(b))
-    differing = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
-    return int(differing[0]) if len(differing) else length
+    same = 0
+    # Blocks compare much faster than their elements, and prompts are long.
+    for step in (64, 1):
+        while same < length and a[same : same + step] == b[same : same + step]:
+            same += step
+        same = min(same, length)
+    return same

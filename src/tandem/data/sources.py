@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.records import Origin
+from tandem.data.chunks import (
+    SUFFIXES,
+    BadLine,
+    Chunk,
+    Row,
+    count_rows,
+    file_chunks,
+    table_chunks,
+)
 from tandem.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 # Descriptions that lie beside the data in saved and downloaded data sets.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _PATH_SUFFIXES = (*SUFFIXES, ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip", ".bz2")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
-_PARQUET_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +38,6 @@ class SourceSpec:
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record as it stands in its file."""
-
-    fields: dict[str, object]
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    """A record that could not be parsed, and why."""
-
-    origin: Origin
-    reason: str
 
 
 def looks_like_path(text: str) -> bool:
@@ -99,9 +89,39 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
 
     Raises `UserError` for a source that is missing or cannot be opened.
     """
+    for chunk in read_chunks(source):
+        yield from chunk.rows()
+
+
+def read_chunks(source: SourceSpec) -> Iterator[Chunk]:
+    """The pieces of a source in reading order; see `read_rows`."""
     if not looks_like_path(source.path):
-        yield from _read_hub(source)
+        yield from table_chunks(load_hub(source), f"{source.path}:{source.split}")
         return
+    root = _local_root(source)
+    if root.is_dir() and (saved := _saved_folder(root, source.split)):
+        yield from table_chunks(_load_saved(saved), str(saved))
+        return
+    for file in local_files(source.path, source.split):
+        yield from file_chunks(file)
+
+
+def count_source(source: SourceSpec) -> int | None:
+    """About how many rows a source has, or None when only reading it all can tell.
+
+    Blank lines count. Raises as `read_rows` does.
+    """
+    if not looks_like_path(source.path):
+        return len(load_hub(source))
+    root = _local_root(source)
+    if root.is_dir() and (saved := _saved_folder(root, source.split)):
+        return len(_load_saved(saved))
+    counts = [count_rows(file) for file in local_files(source.path, source.split)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _local_root(source: SourceSpec) -> Path:
     if source.subset is not None or source.revision is not None:
         raise UserError(
             f"data: {source.path} is local, so `subset` and `revision`, which choose within a Hub "
@@ -113,11 +133,7 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
             f"data: {source.path} is one file and has no split {source.split!r}. Name the file "
             "of that split instead."
         )
-    if root.is_dir() and (saved := _saved_folder(root, source.split)):
-        yield from _read_saved(saved)
-        return
-    for file in local_files(source.path, source.split):
-        yield from _read_file(file)
+    return root
 
 
 def _existing(path: str) -> Path:
@@ -158,130 +174,21 @@ def _saved_folder(root: Path, split: str) -> Path | None:
     return None
 
 
-def _read_file(file: Path) -> Iterator[Row | BadLine]:
-    suffix = file.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _read_parquet(file)
-        elif suffix in (".jsonl", ".ndjson"):
-            yield from _read_lines(file)
-        elif suffix == ".json":
-            yield from _read_json(file)
-        else:
-            raise UserError(
-                f"data: {file} is no kind of file that can be read here. Use one of "
-                f"{', '.join(SUFFIXES)}."
-            )
-    except OSError as error:
-        raise UserError(f"data: {file} cannot be read: {error}.") from error
-
-
-def _read_lines(file: Path) -> Iterator[Row | BadLine]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield _parse(line, Origin(str(file), number))
-
-
-def _parse(line: bytes, origin: Origin) -> Row | BadLine:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadLine(origin, f"is not valid UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return BadLine(origin, f"is not valid JSON ({error})")
-    return _row(value, origin)
-
-
-def _row(value: object, origin: Origin) -> Row | BadLine:
-    if not isinstance(value, dict):
-        return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
-    return Row(value, origin)
-
-
-def _read_json(file: Path) -> Iterator[Row | BadLine]:
-    """A .json file: an array of objects, or, as is common, JSON lines under that name."""
-    with file.open("rb") as start:
-        head = start.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        yield from _read_lines(file)
-        return
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield BadLine(Origin(str(file), 1), f"is not valid UTF-8 (byte {error.start + 1})")
-        return
-    yield from _parse_array(text, str(file))
-
-
-def _parse_array(text: str, file: str) -> Iterator[Row | BadLine]:
-    """The elements of a JSON array one by one; broken syntax ends it, for the rest is unknowable.
-
-    A broken array is one bad line: without its punctuation nobody can say where rows begin.
-    """
-    decoder = json.JSONDecoder()
-    gap = re.compile(r"\s*")
-
-    def skip(position: int) -> int:
-        match = gap.match(text, position)
-        return match.end() if match else position
-
-    position, row = skip(skip(0) + 1), 0
-    if text.startswith("]", position):
-        return
-    while True:
-        row += 1
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield BadLine(Origin(file, row), f"and what follows is not valid JSON ({error})")
-            return
-        yield _row(value, Origin(file, row))
-        position = skip(position)
-        if text.startswith("]", position):
-            return
-        if not text.startswith(",", position):
-            yield BadLine(Origin(file, row + 1), "is not reached: the JSON array is cut off")
-            return
-        position = skip(position + 1)
-
-
-def _read_parquet(file: Path) -> Iterator[Row | BadLine]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH):
-                for value in batch.to_pylist():
-                    row += 1
-                    yield Row(value, Origin(str(file), row))
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data: {file} is no sound Parquet file (after row {row}: {error}).") from (
-            error
-        )
-
-
-def _read_saved(folder: Path) -> Iterator[Row | BadLine]:
+def _load_saved(folder: Path) -> Any:
     import datasets
 
     try:
-        table = datasets.load_from_disk(str(folder))
+        return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data: {folder} is no sound saved data set: {error}.") from error
-    yield from _number(table, str(folder))
 
 
-def _read_hub(source: SourceSpec) -> Iterator[Row | BadLine]:
+def load_hub(source: SourceSpec) -> Any:
+    """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none."""
     import datasets
 
     try:
-        table = datasets.load_dataset(
+        return datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision
         )
     except Exception as error:  # the Hub's client raises a dozen unrelated types
@@ -291,9 +198,3 @@ def _read_hub(source: SourceSpec) -> Iterator[Row | BadLine]:
             f"{str(error).strip().partition(chr(10))[0]} Check name, split, subset, revision and "
             "the network; gated or private data needs `hf auth login`."
         ) from error
-    yield from _number(table, f"{source.path}:{source.split}")
-
-
-def _number(table: Iterable[Any], name: str) -> Iterator[Row]:
-    for row, fields in enumerate(table, start=1):
-        yield Row(dict(fields), Origin(name, row))

@@ -77,12 +77,17 @@ def render(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, pro
             add_generation_prompt=prompt,
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        roles = " ".join(turn.role for turn in turns)
-        raise UserError(
-            f"chat template {template.name!r} cannot render the turns ({roles}): {error}. "
-            "Choose another `chat_template`, or change the data."
-        ) from error
+        raise cannot_render(template, turns, error) from error
     return str(text)
+
+
+def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exception) -> UserError:
+    """What to say when a template refuses some turns."""
+    roles = " ".join(turn.role for turn in turns)
+    return UserError(
+        f"chat template {template.name!r} cannot render the turns ({roles}): {error}. "
+        "Choose another `chat_template`, or change the data."
+    )
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tandem.data.encode import Chat, Encoded, Exchange, Refused, encode_exchanges
 from tandem.data.records import Conversation, PreferencePair, Turn
-from tandem.data.template import prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +148,7 @@ def fit_prompt(
     reasons = []
 
     def excess() -> int:
-        return len(prompt_ids(chat.tokenizer, chat.template, turns)) - limit
+        return _prompt_tokens(chat, turns) - limit
 
     while excess() > 0 and sum(turn.role == "user" for turn in turns) > 1:
         turns = _without_oldest(turns)
@@ -160,7 +158,7 @@ def fit_prompt(
     question = turns[-1]
     shortened = _cut_turn(chat, turns, len(turns) - 1, limit, keep_end=True)
     if shortened is None and turns[0].role == "system":
-        question_tokens = _text_tokens(chat, question.content)
+        question_tokens = chat.codec.spans(question.content)
         room = limit - min(len(question_tokens), limit // 2)
         bare: tuple[Turn, ...] = (turns[0], replace(question, content=""))
         bare = _cut_turn(chat, bare, 0, room, keep_end=False) or bare
@@ -183,10 +181,10 @@ def _cut_turn(
     stay whole and counts are those of the real prompt.
     """
     text = turns[index].content
-    spans = _text_tokens(chat, text)
+    spans = chat.codec.spans(text)
     gone = 0
     while True:
-        over = len(prompt_ids(chat.tokenizer, chat.template, turns)) - limit
+        over = _prompt_tokens(chat, turns) - limit
         if over <= 0:
             return turns if turns[index].content.strip() else None
         gone += over
@@ -196,13 +194,8 @@ def _cut_turn(
         turns = (*turns[:index], replace(turns[index], content=kept), *turns[index + 1 :])
 
 
-def _text_tokens(chat: Chat, text: str) -> list[tuple[int, int]]:
-    """The character spans of a text's tokens; of single characters if they cannot be had."""
-    tokenizer: Any = chat.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        return [(index, index + 1) for index in range(len(text))]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+def _prompt_tokens(chat: Chat, turns: tuple[Turn, ...]) -> int:
+    return len(chat.codec.tokenize([chat.codec.render(turns, prompt=True)])[0])
 
 
 def _without_oldest(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -1,0 +1,296 @@
+"""What encoding needs of a tokenizer and a chat template: rendered texts, token ids, and back.
+
+`FastCodec` gives exactly what transformers' tokenizer gives, without its objects: it is made from
+plain values, so that another process can have it, and identified by them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+from tandem.artifact.hashing import hash_json
+from tandem.data.records import Turn
+from tandem.data.template import ChatTemplate, Ending, cannot_render, render, tokenize
+from tandem.errors import UserError
+
+# Turns that show whether a codec renders and encodes as transformers does.
+_PROBE = (
+    Turn("system", "Be brief. "),
+    Turn("user", " Two and two?\n\nAnd\tthree?"),
+    Turn("assistant", "Four, \u00e9\u4e16 ..."),
+    Turn("user", "\nMore"),
+)
+
+
+class Codec(Protocol):
+    """Renders turns, encodes texts with nothing added, decodes ids."""
+
+    bos_token_id: int | None
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        """The text of some turns; see `template.render`."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The character spans of a text's tokens; of single characters if they cannot be had."""
+        ...
+
+
+class TransformersCodec:
+    """Any tokenizer of transformers, through its own methods."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        """See `Codec.render`."""
+        return render(self._tokenizer, self._template, turns, prompt=prompt)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Codec.tokenize`."""
+        return tokenize(self._tokenizer, texts)
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Codec.decode`."""
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """See `Codec.spans`."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return [(index, index + 1) for index in range(len(text))]
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+
+@dataclass(frozen=True)
+class CodecParts:
+    """The plain values a `FastCodec` is made of.
+
+    Attributes:
+        tokenizer: the `tokenizers` library's JSON.
+        template: the chat template.
+        special: the special tokens a template may write, by name.
+        ending: how the template ends an answer.
+        bos_token_id: of the tokenizer, if it has one.
+        shown: what a few turns render as; a template may write today's date.
+    """
+
+    tokenizer: str
+    template: ChatTemplate
+    special: tuple[tuple[str, Any], ...]
+    ending: Ending
+    bos_token_id: int | None
+    shown: str
+
+    @property
+    def identity(self) -> str:
+        """A hash of everything that rendered texts and token ids depend on."""
+        import tokenizers
+
+        return hash_json(
+            {
+                "tokenizer": self.tokenizer,
+                "library": tokenizers.__version__,
+                "template": self.template.source,
+                "special": self.special,
+                "bos": self.bos_token_id,
+                "shown": self.shown,
+            }
+        )
+
+
+class FastCodec:
+    """A tokenizer of the `tokenizers` library with a compiled template."""
+
+    def __init__(self, parts: CodecParts) -> None:
+        from tokenizers import Tokenizer
+
+        self.bos_token_id = parts.bos_token_id
+        self._template = parts.template
+        self._special = dict(parts.special)
+        self._render = _compile(parts.template.source)
+        self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
+        self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        """See `Codec.render`."""
+        import jinja2
+
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return self._render(messages=messages, add_generation_prompt=prompt, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise cannot_render(self._template, turns, error) from error
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Codec.tokenize`.
+
+        Texts are cut at the end-of-turn token, and pieces that occur more than once (a prompt
+        alone and before its answer, a conversation's earlier turns) are encoded once. A tokenizer
+        takes such tokens out of a text before it looks at the rest, so the ids are the same;
+        each piece keeps the token before and behind it, so that its surroundings are, too.
+        """
+        if self._cut is None:
+            return [found.ids for found in self._encode(list(texts))]
+        pieces = [_cut(text, self._cut) for text in texts]
+        wanted = list(dict.fromkeys(chain.from_iterable(pieces)))
+        ids = {piece: found.ids for piece, found in zip(wanted, self._encode(wanted), strict=True)}
+        return [_assemble([ids[piece] for piece in some]) for some in pieces]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Codec.decode`."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """See `Codec.spans`."""
+        found = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [(int(start), int(end)) for start, end in found]
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        encoded: list[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return encoded
+
+
+def make_codec(
+    tokenizer: Any, template: ChatTemplate, ending: Ending
+) -> tuple[Codec, CodecParts | None]:
+    """The quickest codec of a tokenizer of transformers, and the values it is made of, if any.
+
+    There are none for tokenizers written in Python, and for one that renders or encodes a few
+    turns differently from what its values say.
+    """
+    theirs = TransformersCodec(tokenizer, template)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(tokenizer, "is_fast", False) or backend is None:
+        return theirs, None
+    if getattr(tokenizer, "split_special_tokens", False):
+        return theirs, None
+    shown = [_shown(theirs, prompt) for prompt in (False, True)]
+    parts = CodecParts(
+        tokenizer=_plain(backend),
+        template=ChatTemplate(template.name, template.source),
+        special=tuple(sorted(_special(tokenizer.special_tokens_map).items())),
+        ending=ending,
+        bos_token_id=tokenizer.bos_token_id,
+        shown=json.dumps(shown),
+    )
+    texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
+    ours = FastCodec(parts)
+    encoded = theirs.tokenize(texts)
+    same = (
+        shown == [_shown(ours, prompt) for prompt in (False, True)]
+        and encoded == ours.tokenize(texts)
+        and [theirs.decode(ids) for ids in encoded] == [ours.decode(ids) for ids in encoded]
+    )
+    return (ours, parts) if same else (theirs, None)
+
+
+def _shown(codec: Codec, prompt: bool) -> str:
+    """What the probe's turns render as; templates may refuse the system turn or an open end."""
+    turns = _PROBE if prompt else _PROBE[:3]
+    for start in (0, 1):
+        try:
+            return codec.render(turns[start:], prompt=prompt)
+        except UserError:
+            continue
+    return ""
+
+
+def _plain(backend: Any) -> str:
+    """A tokenizer's JSON without the truncation and padding of its last call."""
+    if backend.truncation is None and backend.padding is None:
+        return str(backend.to_str())
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())
+
+
+def _special(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in tokens.items()
+    }
+
+
+def _compile(source: str) -> Callable[..., str]:
+    """transformers' own environment for chat templates, entered without its costly call."""
+    from transformers.utils import chat_template_utils as theirs
+
+    compiler = getattr(theirs, "_compile_jinja_template", None)
+    if compiler is not None:
+        template = compiler(source)
+        return lambda **values: str(template.render(tools=None, documents=None, **values))
+
+    def through_the_front(messages: list[Any], **values: Any) -> str:
+        rendered: Any = theirs.render_jinja_template(
+            conversations=[messages], chat_template=source, **values
+        )
+        return str(rendered[0][0])
+
+    return through_the_front
+
+
+def _separates(tokenizer: Any, ending: Ending) -> bool:
+    """Whether the end token always splits a text, whatever stands beside it.
+
+    It must be taken out of the text as it stands (not normalised), be no part of a word, and
+    share no characters with another such token.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    own = added.get(ending.token_id)
+    if own is None or own.content != ending.token or own.normalized or own.single_word:
+        return False
+    token = ending.token
+    if token != token.strip():
+        return False
+    others = (one.content for one in added.values() if one.content != token)
+    return not any(_overlap(token, other) for other in others)
+
+
+def _overlap(a: str, b: str) -> bool:
+    if a in b or b in a:
+        return True
+    sizes = range(1, min(len(a), len(b)))
+    return any(a[-size:] == b[:size] or b[-size:] == a[:size] for size in sizes)
+
+
+def _cut(text: str, token: str) -> list[str]:
+    """The pieces of a text between its end tokens, each with the tokens around it."""
+    parts = text.split(token)
+    last = len(parts) - 1
+    pieces = [
+        (token if index else "") + part + (token if index < last else "")
+        for index, part in enumerate(parts)
+    ]
+    return pieces[:-1] if last and not parts[-1] else pieces
+
+
+def _assemble(pieces: list[list[int]]) -> list[int]:
+    """Ids of a text from those of its pieces; each but the first repeats the token before it."""
+    ids = list(pieces[0])
+    for piece in pieces[1:]:
+        ids += piece[1:]
+    return ids
