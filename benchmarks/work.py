@@ -146,7 +146,7 @@ def read_trees(stage: Stage, model: Path, data: Path) -> list[Tree]:
     counts = ledger.summary()
     if counts["truncated"] or counts["dropped"]:
         raise SystemExit(f"records do not fit whole: {counts['reasons']}; use fewer")
-    return trees
+    return list(trees)
 
 
 def sequence_tokens(trees: Sequence[Tree]) -> int:

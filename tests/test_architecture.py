@@ -25,7 +25,7 @@ ALLOWED = {
     "stages": {
         "artifact", "data", "demo", "evaluate", "model", "pairs", "recipe", "report", "train",
     },
-    "cli": {"chat", "recipe", "report", "stages", "train"},
+    "cli": {"artifact", "chat", "recipe", "report", "stages", "train"},
 }  # fmt: skip
 
 # Third-party packages with one home each.

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+import tandem.artifact.cache
 import tandem.report.html
 import tandem.stages.pipeline
-import tandem.train.reference
 from tandem.cli.main import main
 from tandem.errors import Stopped
 from tandem.recipe.load import load_recipe
@@ -138,8 +138,8 @@ def test_cache_shows_and_empties(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["cache"]) == 0
     assert capsys.readouterr().out == "   0 bytes  in all\n"
-    monkeypatch.setattr(tandem.train.reference, "cache_report", lambda: [("a", 1536), ("b", 512)])
-    monkeypatch.setattr(tandem.train.reference, "clear_cache", lambda: 3 * 2**20)
+    monkeypatch.setattr(tandem.artifact.cache, "cache_report", lambda: [("a", 1536), ("b", 512)])
+    monkeypatch.setattr(tandem.artifact.cache, "clear_cache", lambda: 3 * 2**20)
     assert main(["cache", "show"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown == "1.5 KiB a 512 bytes b 2.0 KiB in all"

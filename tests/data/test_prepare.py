@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import (
-    prepare_conversations,
-    prepare_pairs,
-    read_conversations,
-    read_pairs,
-    read_questions,
-)
+from tandem.data.prepare import prepare_conversations, prepare_pairs
+from tandem.data.reading import read_conversations, read_pairs, read_questions
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template

@@ -11,7 +11,7 @@ import pytest
 
 from tandem.data.formats import read_question
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import read_conversations
+from tandem.data.reading import read_conversations
 from tandem.data.records import Origin
 from tandem.data.sources import SourceSpec
 from tandem.demo.corpus import documents

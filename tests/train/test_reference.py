@@ -7,13 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tandem.artifact.cache import cache_report, clear_cache
 from tandem.data.records import Branch
-from tandem.train.reference import (
-    ReferenceStore,
-    _key,
-    cache_report,
-    clear_cache,
-)
+from tandem.train.reference import ReferenceStore, _key
 
 
 def _sequence(ids: list[int], trained: list[int]) -> Branch:

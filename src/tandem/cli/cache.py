@@ -10,12 +10,12 @@ def cache(argv: list[str]) -> int:
     parser = Parser(
         prog="tandem cache",
         usage="tandem cache [show|clear]",
-        description="The cache of reference log-probs; it is found again by content, and safe to "
-        "empty.",
+        description="What is kept between runs: encoded data and reference log-probs. Both are "
+        "found again by content, and safe to empty.",
     )
     parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")
     action = parser.parse(argv).action
-    from tandem.train.reference import cache_report, clear_cache
+    from tandem.artifact.cache import cache_report, clear_cache
 
     if action == "clear":
         print(f"freed {_size(clear_cache())}")

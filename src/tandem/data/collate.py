@@ -87,13 +87,7 @@ class MicroBatch:
 
 def fed_tokens(tree: Tree) -> int:
     """Rows that a tree takes in a micro-batch: all tokens up to each branch's last target."""
-    return len(tree.prefix.input_ids) + sum(_fed(branch) for branch in tree.branches)
-
-
-def _fed(branch: Branch) -> int:
-    """Tokens of a branch that predict a target; the last target itself is not fed."""
-    trained = np.flatnonzero(branch.trained)
-    return int(trained[-1]) if len(trained) else 0
+    return tree.fed
 
 
 def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
@@ -157,7 +151,7 @@ class _Parts:
         self.positions.append(np.arange(prefix))
         row += prefix
         for number, branch in enumerate(tree.branches):
-            fed = _fed(branch)
+            fed = branch.fed
             self.ids.append(branch.input_ids[:fed])
             self.positions.append(np.arange(prefix, prefix + fed))
             # The first branch follows its prefix directly: together they are one causal run.

@@ -64,6 +64,11 @@ def detect(fields: Fields) -> Format | None:
     return next((known for known in FORMATS if known.keys <= fields.keys()), None)
 
 
+def format_named(name: str) -> Format:
+    """The known format of that name."""
+    return next(known for known in FORMATS if known.name == name)
+
+
 def describe_formats(kind: Kind) -> str:
     """The known formats of a kind and their keys, for messages."""
     return "; ".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,16 @@ class Entry:
     reason: str
     detail: str
 
+    @classmethod
+    def dropped(cls, origin: Origin, reason: str, detail: str = "") -> Entry:
+        """A record that is not trained at all."""
+        return cls(origin.file, origin.row, "dropped", reason, detail)
+
+    @classmethod
+    def truncated(cls, origin: Origin, reason: str, detail: str = "") -> Entry:
+        """A record that is trained, but not whole."""
+        return cls(origin.file, origin.row, "truncated", reason, detail)
+
 
 class Ledger:
     """Collects what happened to the records of a stage; `write` puts it on disk.
@@ -42,13 +53,14 @@ class Ledger:
         """Count records that are trained, truncated ones included."""
         self._trained += count
 
-    def truncated(self, origin: Origin, reason: str, detail: str = "") -> None:
-        """Note a record that is trained, but not whole."""
-        self.entries.append(Entry(origin.file, origin.row, "truncated", reason, detail))
+    def add(self, entries: Iterable[Entry], trained: int) -> None:
+        """Note what became of some records, in reading order, and how many are trained."""
+        self.entries.extend(entries)
+        self._trained += trained
 
     def dropped(self, origin: Origin, reason: str, detail: str = "") -> None:
         """Note a record that is not trained at all."""
-        self.entries.append(Entry(origin.file, origin.row, "dropped", reason, detail))
+        self.entries.append(Entry.dropped(origin, reason, detail))
 
     def detected(self, source: str, format_name: str) -> None:
         """Note the format that a source was found to be in."""

@@ -61,6 +61,12 @@ class Branch:
     input_ids: TokenIds
     trained: TrainedMask
 
+    @property
+    def fed(self) -> int:
+        """Tokens that predict a target of the branch, the prefix's last one aside."""
+        trained = np.flatnonzero(self.trained)
+        return int(trained[-1]) if len(trained) else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -80,6 +86,14 @@ class Tree:
     def tokens(self) -> int:
         """Tokens of the tree, the shared prefix counted once."""
         return len(self.prefix.input_ids) + sum(len(b.input_ids) for b in self.branches)
+
+    @property
+    def fed(self) -> int:
+        """Rows that the tree takes in a micro-batch: all tokens up to each branch's last target.
+
+        The last target itself predicts nothing and is not fed.
+        """
+        return len(self.prefix.input_ids) + sum(branch.fed for branch in self.branches)
 
     def sequence(self, branch: int) -> Branch:
         """The whole path from the root through one branch."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,33 @@ def read_chunks(source: SourceSpec) -> Iterator[Chunk]:
     if not looks_like_path(source.path):
         yield from table_chunks(load_hub(source), f"{source.path}:{source.split}")
         return
-    root = _local_root(source)
-    if root.is_dir() and (saved := _saved_folder(root, source.split)):
+    if saved := _saved(source):
         yield from table_chunks(_load_saved(saved), str(saved))
         return
     for file in local_files(source.path, source.split):
         yield from file_chunks(file)
+
+
+def data_files(source: SourceSpec) -> tuple[bool, list[Path]]:
+    """A local source's files in reading order, and whether `datasets` saved them.
+
+    Raises as `read_rows` does.
+    """
+    return _saved(source) is not None, local_files(source.path, source.split)
+
+
+def origin_names(sources: Sequence[SourceSpec]) -> list[str]:
+    """What the origins of some sources' records may be called, in reading order."""
+    names: list[str] = []
+    for source in sources:
+        if not looks_like_path(source.path):
+            names.append(f"{source.path}:{source.split}")
+            continue
+        if saved := _saved(source):
+            names.append(str(saved))
+        else:
+            names.extend(map(str, local_files(source.path, source.split)))
+    return names
 
 
 def count_source(source: SourceSpec) -> int | None:
@@ -113,27 +134,29 @@ def count_source(source: SourceSpec) -> int | None:
     """
     if not looks_like_path(source.path):
         return len(load_hub(source))
-    root = _local_root(source)
-    if root.is_dir() and (saved := _saved_folder(root, source.split)):
+    if saved := _saved(source):
         return len(_load_saved(saved))
     counts = [count_rows(file) for file in local_files(source.path, source.split)]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
-def _local_root(source: SourceSpec) -> Path:
+def _saved(source: SourceSpec) -> Path | None:
+    """Where a local source was saved by `datasets`; None for files and other folders."""
     if source.subset is not None or source.revision is not None:
         raise UserError(
             f"data: {source.path} is local, so `subset` and `revision`, which choose within a Hub "
             "data set, cannot apply. Remove them."
         )
     root = _existing(source.path)
-    if root.is_file() and source.split != "train":
+    if not root.is_file():
+        return _saved_folder(root, source.split)
+    if source.split != "train":
         raise UserError(
             f"data: {source.path} is one file and has no split {source.split!r}. Name the file "
             "of that split instead."
         )
-    return root
+    return None
 
 
 def _existing(path: str) -> Path:

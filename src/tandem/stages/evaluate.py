@@ -19,7 +19,8 @@ from tandem.data.encode import Chat, Encoded, Exchange, conversation_tree, encod
 from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
 from tandem.data.packing import pack
-from tandem.data.prepare import prepare_pairs, read_questions
+from tandem.data.prepare import prepare_pairs
+from tandem.data.reading import read_questions
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate, prompt_ids, resolve_template, stop_ids

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tandem.artifact.files import atomic_folder
-from tandem.artifact.hashing import hash_bytes, hash_json
-from tandem.data.records import Tree
+from tandem.artifact.hashing import hash_bytes
 from tandem.data.template import ChatTemplate
+from tandem.data.trees import Trees
 from tandem.model.adapter import save_adapter
 from tandem.train.checkpoint import Progress
 
@@ -38,7 +37,7 @@ def move_up(folder: Path) -> list[str]:
     return names
 
 
-def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any]:
+def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.
@@ -52,22 +51,13 @@ def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any
         "shared_tokens": progress.shared_tokens,
         "steps": progress.step,
         "lengths": {
-            "sequence": [
-                len(tree.sequence(branch).input_ids)
-                for tree in trees
-                for branch in range(len(tree.branches))
-            ],
-            "prompt": [int((~tree.sequence(0).trained).sum()) for tree in trees],
+            "sequence": trees.sequence_lengths.tolist(),
+            "prompt": trees.prompt_lengths.tolist(),
         },
         "examples_hash": _examples_hash(trees),
     }
 
 
-def _examples_hash(trees: Sequence[Tree]) -> str:
+def _examples_hash(trees: Trees) -> str:
     """One hash of everything that is trained on: token ids and targets."""
-
-    def parts(tree: Tree) -> list[bytes]:
-        branches = (tree.prefix, *tree.branches)
-        return [part for b in branches for part in (b.input_ids.tobytes(), b.trained.tobytes())]
-
-    return hash_json([hash_bytes(*parts(tree)) for tree in trees])
+    return hash_bytes(trees.branches.tobytes(), *trees.all_digests())

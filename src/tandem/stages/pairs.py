@@ -16,10 +16,11 @@ from tandem.artifact.files import atomic_write_json, atomic_write_text
 from tandem.artifact.hashing import hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage
+from tandem.data.chunks import Row
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import read_conversations, read_questions
+from tandem.data.reading import read_conversations, read_questions
 from tandem.data.records import Origin, Turn
-from tandem.data.sources import Row, SourceSpec, read_rows
+from tandem.data.sources import SourceSpec, read_rows
 from tandem.data.template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
 from tandem.model.generate import generate_answers

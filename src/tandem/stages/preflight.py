@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import read_pairs, read_questions
+from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
 from tandem.recipe.schema import DataSource, Recipe, Training
 

@@ -19,7 +19,9 @@ from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
+from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate, resolve_template
+from tandem.data.trees import Trees
 from tandem.model.adapter import (
     add_adapter,
     checkpoint_activations,
@@ -37,7 +39,7 @@ from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
-from tandem.train.progress import StageProgress, say
+from tandem.train.progress import StageProgress, phase, say
 
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
@@ -80,7 +82,7 @@ class StageKind:
     """
 
     name: str
-    prepare: Callable[..., list[Tree]]
+    prepare: Callable[..., Trees]
     make_objective: Callable[[Start], Made]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]
@@ -207,7 +209,7 @@ class _Stage:
             )
         return now
 
-    def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, list[Tree]]:
+    def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
         began = time.perf_counter()
         ledger = Ledger(self.folder / "data-ledger.jsonl")
         trees = self.kind.prepare(
@@ -218,6 +220,8 @@ class _Stage:
             max_prompt_length=self.settings.max_prompt_length,
             on_bad_record=self.settings.on_bad_record,
             ledger=ledger,
+            store=EncodedStore(lambda text: say(self.console, f"{self.kind.name}: {text}")),
+            show=lambda text, total: phase(self.console, f"{self.kind.name}: {text}", total),
         )
         counts = ledger.summary()
         say(
@@ -261,7 +265,7 @@ class _Stage:
         return model
 
     def _train(
-        self, engine: Engine, model: Any, trees: list[Tree], objective: Objective, budget: int
+        self, engine: Engine, model: Any, trees: Sequence[Tree], objective: Objective, budget: int
     ) -> Progress:
         s = self.settings
         total = total_steps(len(trees), s.batch_size, epochs=s.epochs, max_steps=s.max_steps)
@@ -306,7 +310,7 @@ class _Stage:
     def _finish(
         self,
         model: Any,
-        trees: list[Tree],
+        trees: Trees,
         ledger: Ledger,
         made: Made,
         progress: Progress,

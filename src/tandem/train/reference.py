@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tandem.artifact.cache import cache_folder
 from tandem.data.collate import collate, fed_tokens
 from tandem.data.packing import pack
 from tandem.data.records import Branch, Tree
@@ -81,29 +81,6 @@ class ReferenceStore:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
             yield connection
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tandem"
-
-
-def cache_report() -> list[tuple[str, int]]:
-    """Names and sizes in bytes of what the cache holds."""
-    folder = cache_folder()
-    if not folder.exists():
-        return []
-    return [(file.name, file.stat().st_size) for file in sorted(folder.iterdir()) if file.is_file()]
-
-
-def clear_cache() -> int:
-    """Delete what the cache holds; returns the bytes freed."""
-    freed = 0
-    for name, size in cache_report():
-        (cache_folder() / name).unlink()
-        freed += size
-    return freed
 
 
 def reference_logps(

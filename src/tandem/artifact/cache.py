@@ -1,0 +1,89 @@
+"""What tandem keeps outside the runs' folders: where it is, how much, and how it is emptied."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+# A folder that was being written this long ago belongs to a process that is gone.
+_ABANDONED_SECONDS = 24 * 3600.0
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def cache_report() -> list[tuple[str, int]]:
+    """Names and sizes in bytes of what the cache holds; an entry of a store is one line."""
+    folder = cache_folder()
+    return [(str(entry.relative_to(folder)), size_of(entry)) for entry in _entries(folder)]
+
+
+def clear_cache() -> int:
+    """Delete what the cache holds; returns the bytes freed."""
+    freed = 0
+    for entry in list(_entries(cache_folder())):
+        freed += size_of(entry)
+        remove(entry)
+    return freed
+
+
+def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:
+    """Remove the longest unused folders in `folder` until it is within the limit.
+
+    A folder's last use is when it was last touched. `keep` stays, whatever its size. Returns how
+    many were removed; half-written ones that nobody works on any more go as well, uncounted.
+    """
+    entries = []
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            continue
+        with suppress(FileNotFoundError):  # another process removes, too
+            used = entry.stat().st_mtime
+            if not entry.name.startswith("."):
+                entries.append((used, entry, size_of(entry)))
+            elif time.time() - used > _ABANDONED_SECONDS:
+                remove(entry)
+    total = sum(size for _, _, size in entries)
+    removed = 0
+    for _, entry, size in sorted(entries):
+        if total > limit_bytes and entry != keep:
+            remove(entry)
+            total -= size
+            removed += 1
+    return removed
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(size_of(inner) for inner in path.iterdir())
+    return path.stat().st_size
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; a folder is renamed first, so that nobody finds half of it."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.gone")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Files of the cache, and the folders that its folders hold."""
+    if not folder.exists():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from sorted(path.iterdir())
+        else:
+            yield path

@@ -1,0 +1,202 @@
+"""Encoded data sets on disk: found again by what they were made from, checked, and bounded.
+
+An entry is a folder with one file a column, the ledger's lines, and `entry.json`, which has their
+sizes and checksums. It is written aside while records are still being encoded, and renamed when
+it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.artifact.cache import cache_folder, prune_folders, remove
+from tandem.artifact.files import atomic_folder, read_json
+from tandem.data.batch import Batch
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.trees import Bytes, Index, Trees
+
+# Everything an entry holds beside entry.json. Ids are little-endian, like everything here.
+_DTYPES = {
+    "parts": "<i4", "lengths": "<i4", "targets": "<i4", "fed": "<i4", "rows": "<i8", "files": "<i4",
+}  # fmt: skip
+_COLUMNS = (*_DTYPES, "ids", "trained", "digests")
+_LEDGER = "ledger"
+_BYTES_LIMIT = 20 * 2**30
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An entry that is there: its trees, and what the ledger is to be told."""
+
+    trees: Trees
+    entries: list[Entry]
+    formats: dict[int, str]
+
+
+class TreeWriter:
+    """Takes batches in reading order, and gives their trees back.
+
+    Args:
+        folder: where the columns go, or None for memory.
+        names: the files that records may come from.
+    """
+
+    def __init__(self, folder: Path | None, names: Sequence[str]) -> None:
+        self._folder = folder
+        self._names = tuple(names)
+        self._numbers = {name: number for number, name in reversed(list(enumerate(names)))}
+        self._sinks: dict[str, _Sink] = {
+            name: _Sink(None if folder is None else folder / name) for name in (*_COLUMNS, _LEDGER)
+        }
+        self._bits = np.zeros(0, dtype=np.bool_)
+        self.records = 0
+
+    def add(self, batch: Batch) -> None:
+        """Append a batch's trees and ledger lines."""
+        columns = batch.columns
+        count = len(columns.parts)
+        bits = np.concatenate([self._bits, columns.trained])
+        whole = len(bits) // 8 * 8
+        self._bits = bits[whole:]
+        self._put("trained", np.packbits(bits[:whole]))
+        self._put("files", np.full(count, self._numbers[batch.file]))
+        self._put("ids", columns.ids.astype("<i4", copy=False))
+        self._put("digests", columns.digests)
+        for name in ("parts", "lengths", "targets", "fed", "rows"):
+            self._put(name, getattr(columns, name))
+        for entry in batch.entries:
+            line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
+            self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.records += count
+
+    def finish(self, formats: dict[int, str]) -> None:
+        """Complete the columns; nothing may be added after that."""
+        self._put("trained", np.packbits(self._bits))
+        for sink in self._sinks.values():
+            sink.close()
+        if self._folder is not None:
+            about = {
+                "records": self.records,
+                "formats": {str(source): name for source, name in formats.items()},
+                "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
+            }
+            (self._folder / "entry.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def trees(self) -> Trees:
+        """What was added, of a writer to memory."""
+        memory = {name: sink.memory for name, sink in self._sinks.items()}
+        arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
+        index: Any = Index(**arrays, names=self._names)
+        return Trees(index, *(Bytes(memory[name]) for name in ("ids", "trained", "digests")))
+
+    def _put(self, name: str, values: NDArray[Any]) -> None:
+        dtype = _DTYPES.get(name)
+        self._sinks[name].write((values if dtype is None else values.astype(dtype)).tobytes())
+
+
+class EncodedStore:
+    """The encoded data sets in the cache folder.
+
+    Args:
+        say: told when an entry is damaged, or cannot be kept.
+        folder: where the entries are, the cache folder's `encoded` unless told otherwise.
+    """
+
+    def __init__(self, say: Callable[[str], None], folder: Path | None = None) -> None:
+        self.say = say
+        self.folder = folder or cache_folder() / "encoded"
+
+    def find(self, key: str, names: Sequence[str]) -> Found | None:
+        """The entry of that key, its files now called `names`; None when there is no sound one."""
+        entry = self.folder / key
+        if not entry.exists():
+            return None
+        try:
+            about = read_json(entry / "entry.json")
+            for name in (*_COLUMNS, _LEDGER):
+                _check(entry / name, *about["files"][name])
+            formats = {int(source): name for source, name in about["formats"].items()}
+            found = Found(_open(entry, names), _ledger_lines(entry, names), formats)
+            os.utime(entry)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
+            with suppress(OSError):
+                remove(entry)
+            return None
+        return found
+
+    @contextmanager
+    def writing(self, key: str, names: Sequence[str]) -> Iterator[TreeWriter]:
+        """A writer whose trees become the entry when the block ends without an error."""
+        with atomic_folder(self.folder / key) as aside:
+            yield TreeWriter(aside, names)
+
+    def trees(self, key: str, names: Sequence[str]) -> Trees:
+        """The trees of an entry that was just written."""
+        return _open(self.folder / key, names)
+
+    def prune(self, key: str, limit_bytes: int = _BYTES_LIMIT) -> int:
+        """Forget the longest unused entries beyond the limit, but not `key`'s; returns how many."""
+        return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
+
+
+def _open(entry: Path, names: Sequence[str]) -> Trees:
+    arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
+    index: Any = Index(**arrays, names=tuple(names))
+    return Trees(index, *(Bytes(entry / name) for name in ("ids", "trained", "digests")))
+
+
+def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
+    with (entry / _LEDGER).open(encoding="utf-8") as lines:
+        return [Entry(names[file], *rest) for file, *rest in (json.loads(line) for line in lines)]
+
+
+def _check(file: Path, size: int, crc: int) -> None:
+    if file.stat().st_size != size:
+        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, not {size}")
+    found = 0
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            found = zlib.crc32(block, found)
+    if found != crc:
+        raise ValueError(f"the checksum of {file.name} differs")
+
+
+class _Sink:
+    """A growing file, or bytes in memory, with its size and checksum."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.memory = bytearray()
+        self.size = 0
+        self.crc = 0
+        self._file: BinaryIO | None = None if path is None else path.open("wb")
+
+    def write(self, content: bytes) -> None:
+        if self._file is None:
+            self.memory += content
+            return
+        self._file.write(content)
+        self.size += len(content)
+        self.crc = zlib.crc32(content, self.crc)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def replay(found: Found, ledger: Ledger, sources: Sequence[str]) -> None:
+    """Tell the ledger what it was told when the entry was made."""
+    for number, name in found.formats.items():
+        ledger.detected(sources[number], name)
+    ledger.add(found.entries, len(found.trees))

@@ -1,0 +1,163 @@
+"""Encoded records as a sequence of trees that are made when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.columns import DIGEST_BYTES
+from tandem.data.records import Branch, Origin, Tree
+
+# Sequences whose digests are read at once.
+_DIGESTS = 2**16
+
+
+class Bytes:
+    """Bytes in memory or in a file; a file is read where it is asked for, and not mapped.
+
+    So what was read once is the system's cache, and not this process's memory. An open file
+    stays readable when it is deleted.
+    """
+
+    def __init__(self, source: bytes | bytearray | Path) -> None:
+        self._memory = None if isinstance(source, Path) else source
+        self._file = os.open(source, os.O_RDONLY) if isinstance(source, Path) else -1
+
+    def read(self, start: int, stop: int) -> bytes | bytearray:
+        """The bytes from `start` to `stop` - 1."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        parts = []
+        while start < stop:  # one call gives at most 2 GiB
+            part = os.pread(self._file, stop - start, start)
+            if not part:
+                raise OSError(f"an encoded data set ends at byte {start}, before {stop}")
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What is held in memory of n encoded trees with P parts and S sequences; see `Columns`.
+
+    Attributes:
+        files: [n] int32, the number of each record's file in `names`.
+        names: the names of the files.
+    """
+
+    parts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    fed: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    files: NDArray[np.int32]
+    names: tuple[str, ...]
+
+
+class Trees(Sequence[Tree]):
+    """n encoded records; their counts are arrays, and a `Tree` is made on each access.
+
+    Args:
+        index: lengths and origins.
+        ids: int32 tokens of all parts.
+        trained: a bit a token, whether it is a target, most significant bit first.
+        digests: `columns.sequence_digest` of each sequence.
+    """
+
+    def __init__(self, index: Index, ids: Bytes, trained: Bytes, digests: Bytes) -> None:
+        self._index = index
+        self._ids, self._trained, self._digests = ids, trained, digests
+        self._first_part = _starts(index.parts)
+        self._first_token = _starts(index.lengths)
+
+    def __len__(self) -> int:
+        return len(self._index.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [self._tree(number) for number in range(*index.indices(len(self)))]
+        number = int(index)
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(index)
+        return self._tree(number)
+
+    @property
+    def fed(self) -> NDArray[np.int32]:
+        """[n]: rows that each tree takes in a micro-batch."""
+        return self._index.fed
+
+    @property
+    def branches(self) -> NDArray[np.int32]:
+        """[n]: sequences of each tree."""
+        return self._index.parts - 1
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """[S]: tokens of each sequence, its prefix included, tree by tree."""
+        return self._per_sequence(self._index.lengths)
+
+    @property
+    def sequence_targets(self) -> NDArray[np.int32]:
+        """[S]: trained tokens of each sequence, those of its prefix included."""
+        return self._per_sequence(self._index.targets)
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """[n]: tokens of each tree's first sequence that are not trained."""
+        first = self._first_part[:-1] + 1 - np.arange(1, len(self) + 1)
+        return (self.sequence_lengths - self.sequence_targets)[first]
+
+    def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """[S', 32]: digests of the sequences of trees `start` to `stop` - 1."""
+        # Each tree has one part that is no sequence.
+        bounds = [int(self._first_part[tree]) - tree for tree in (start, stop)]
+        found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
+        return np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+
+    def all_digests(self) -> Iterator[bytes]:
+        """The digests of all sequences in order, in blocks."""
+        for start in range(0, len(self), _DIGESTS):
+            yield self.digests(start, min(start + _DIGESTS, len(self))).tobytes()
+
+    def _per_sequence(self, per_part: NDArray[np.int32]) -> NDArray[np.int32]:
+        prefix = per_part[self._first_part[:-1]]
+        of_branches = np.ones(len(per_part), dtype=np.bool_)
+        of_branches[self._first_part[:-1]] = False
+        return per_part[of_branches] + np.repeat(prefix, self.branches)
+
+    def _tree(self, number: int) -> Tree:
+        first, last = int(self._first_part[number]), int(self._first_part[number + 1])
+        bounds = self._first_token[first : last + 1]
+        start, stop = int(bounds[0]), int(bounds[-1])
+        ids = np.frombuffer(self._ids.read(4 * start, 4 * stop), dtype="<i4")
+        bits = np.frombuffer(self._trained.read(start // 8, -(-stop // 8)), dtype=np.uint8)
+        trained = np.unpackbits(bits)[start % 8 : start % 8 + stop - start].view(np.bool_)
+        cuts = (bounds[1:-1] - start).tolist()
+        parts: list[Any] = [
+            Branch(ids[a:b], trained[a:b])
+            for a, b in zip([0, *cuts], [*cuts, stop - start], strict=True)
+        ]
+        index = self._index
+        origin = Origin(index.names[index.files[number]], int(index.rows[number]))
+        return Tree(parts[0], tuple(parts[1:]), origin)
+
+
+def _starts(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
