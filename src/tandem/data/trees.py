@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ class Bytes:
 
     def __init__(self, source: bytes | bytearray | Path) -> None:
         self._memory = None if isinstance(source, Path) else source
-        self._file = os.open(source, os.O_RDONLY) if isinstance(source, Path) else -1
+        self._file = -1
+        if isinstance(source, Path):
+            self._file = os.open(source, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
 
     def read(self, start: int, stop: int) -> bytes | bytearray:
         """The bytes from `start` to `stop` - 1."""
@@ -41,10 +45,6 @@ class Bytes:
             parts.append(part)
             start += len(part)
         return b"".join(parts)
-
-    def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
 
 
 @dataclass(frozen=True, slots=True)
