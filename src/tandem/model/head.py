@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from tandem.errors import UserError
+from tandem.model.kernels.functions import softmax_block
+from tandem.model.kernels.library import kernels
 from tandem.model.products import product
 
-# Logits of one chunk. On CPU a few hundred rows let the products run at full rate (8 MB, which is
-# 65 rows of 32,000 tokens, cost 5 to 8% of a step); on GPUs the chunk has to fill the device.
-_CPU_CHUNK_BYTES = 32 * 2**20
-_GPU_CHUNK_BYTES = 256 * 2**20
+# Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they stay
+# in the last-level cache; on GPUs a block has to fill the device.
+_CPU_BLOCK_BYTES = 16 * 2**20
+_GPU_BLOCK_BYTES = 256 * 2**20
+_ROWS = 2048
+_GPU_ROWS = 16384
+_FEWEST_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
 
     log p_t depends on h_t alone and the head is frozen, so the forward also computes
     G_t = d log p_t / d h_t and the backward only scales it: 4NVH operations instead of the 6NVH
-    of recomputation, and never more than one chunk of logits.
+    of recomputation. The vocabulary comes in blocks under a running softmax (arXiv 1805.02867),
+    G_t among the running sums: a block's weights serve all rows of a chunk, and what is held of
+    the logits depends on neither rows nor vocabulary.
 
     Args:
         hidden: the hidden states that predict [N, H].
@@ -79,21 +86,14 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        rows, vocabulary = hidden.shape[0], head.weight.shape[0]
-        chunk_bytes = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
-        chunk = max(16, chunk_bytes // (vocabulary * accumulate.itemsize))
-        logp = torch.empty(rows, dtype=accumulate, device=hidden.device)
-        gradient = torch.empty_like(hidden) if needs_gradient else None
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[part], head, accumulate)
-            log_softmax = torch.log_softmax(logits, dim=-1)
-            picked = target[part, None]
-            logp[part] = log_softmax.gather(1, picked)[:, 0]
-            if gradient is not None:
-                _input_gradient(log_softmax, logits, picked, head, out=gradient[part])
+        logp = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = _ROWS if hidden.device.type == "cpu" else _GPU_ROWS
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            out = None if gradient is None else gradient[part]
+            logp[part] = _chunk(hidden[part], head, target[part], accumulate, out)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return logp
@@ -104,14 +104,52 @@ class _LinearLogprob(torch.autograd.Function):
         return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
 
 
-def _logits(hidden: Tensor, head: Head, accumulate: torch.dtype) -> Tensor:
+def _chunk(
+    hidden: Tensor, head: Head, target: Tensor, accumulate: torch.dtype, gradient: Tensor | None
+) -> Tensor:
+    """Log-probs [n] of a chunk of rows; their gradients go to `gradient` [n, H]."""
+    rows, vocabulary = hidden.shape[0], head.weight.shape[0]
+    peak = hidden.new_full((rows,), -torch.inf, dtype=accumulate)
+    total = torch.zeros_like(peak)
+    picked = torch.zeros_like(peak)
+    # sum over the vocabulary of exp(logit - peak) times the logit's slope in h_t
+    pulled = None if gradient is None else torch.zeros_like(hidden, dtype=accumulate)
+    columns = _block_columns(rows, hidden.device.type, accumulate)
+    for start in range(0, vocabulary, columns):
+        weight = head.weight[start : start + columns].to(hidden.dtype)
+        logits = _logits(hidden, weight, start, head, accumulate)
+        _pick(picked, logits, target - start)
+        slope = None
+        if pulled is not None and head.softcap is not None:
+            slope = 1.0 - (logits / head.softcap) ** 2
+        shrink = _softmax_block(logits, peak, total)  # logits are exp(logits - peak) from here on
+        if pulled is not None:
+            weights = logits if slope is None else logits.mul_(slope)
+            pulled.mul_(shrink[:, None]).add_(_narrow_product(weights, weight, hidden.dtype))
+    if gradient is not None and pulled is not None:
+        own = head.weight[target].to(accumulate)
+        if head.softcap is not None:
+            own *= (1.0 - (picked / head.softcap) ** 2)[:, None]
+        gradient.copy_((own - pulled.div_(total[:, None])).mul_(head.scale))
+    return picked - peak - total.log()
+
+
+def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
+    held = _CPU_BLOCK_BYTES if device == "cpu" else _GPU_BLOCK_BYTES
+    return max(_FEWEST_COLUMNS, held // (max(1, rows) * accumulate.itemsize) // 64 * 64)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, start: int, head: Head, accumulate: torch.dtype
+) -> Tensor:
+    """[n, columns] of the vocabulary's block that begins at `start`."""
     if hidden.device.type == "cuda" and hidden.dtype != accumulate:
         # Accumulated and returned in float32: half-precision logits would round log-probs.
-        logits = torch.mm(hidden, head.weight.T.to(hidden.dtype), out_dtype=accumulate)
+        logits = torch.mm(hidden, weight.T, out_dtype=accumulate)
     else:
-        logits = product(hidden, head.weight.to(hidden.dtype)).to(accumulate)
+        logits = product(hidden, weight).to(accumulate)
     if head.bias is not None:
-        logits += head.bias
+        logits += head.bias[start : start + weight.shape[0]]
     if head.scale != 1.0:
         logits *= head.scale
     if head.softcap is not None:
@@ -119,14 +157,28 @@ def _logits(hidden: Tensor, head: Head, accumulate: torch.dtype) -> Tensor:
     return logits
 
 
-def _input_gradient(
-    log_softmax: Tensor, logits: Tensor, target: Tensor, head: Head, *, out: Tensor
-) -> None:
-    """(onehot - softmax) through cap and scale, times the weight; overwrites `log_softmax`."""
-    slope = log_softmax.exp_().neg_()  # [n, V]
-    slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
-    if head.softcap is not None:
-        slope *= 1.0 - (logits / head.softcap) ** 2
-    if head.scale != 1.0:
-        slope *= head.scale
-    out.copy_(product(slope.to(out.dtype), head.weight.to(out.dtype).T))
+def _pick(picked: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Keep the targets' logits where the block holds them."""
+    inside = (target >= 0) & (target < logits.shape[1])
+    found = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, found, picked, out=picked)
+
+
+def _softmax_block(logits: Tensor, peak: Tensor, total: Tensor) -> Tensor:
+    """Take a block into the running softmax, in place; returns what earlier sums shrink by [n]."""
+    library = kernels()
+    if library is not None and logits.dtype == torch.float32 and logits.device.type == "cpu":
+        return softmax_block(library, logits, peak, total)
+    raised = torch.maximum(peak, logits.amax(dim=1))
+    logits.sub_(raised[:, None]).exp_()
+    shrink = (peak - raised).exp()
+    total.mul_(shrink).add_(logits.sum(dim=1))
+    peak.copy_(raised)
+    return shrink
+
+
+def _narrow_product(weights: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, columns] @ [columns, H], operands in the model's dtype, the result in the wide one."""
+    if weights.device.type == "cuda" and dtype != weights.dtype:
+        return torch.mm(weights.to(dtype), weight, out_dtype=weights.dtype)
+    return product(weights.to(dtype), weight.T).to(weights.dtype)

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from tandem.artifact.files import read_json
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
+from tandem.model.fused import fuse_elementwise
 from tandem.model.products import speed_up_frozen_products
 from tandem.model.whole import check_whole
 
@@ -131,6 +132,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         )
     model = model.to(device).eval()
     speed_up_frozen_products(model)
+    fuse_elementwise(model)
     return model
 
 

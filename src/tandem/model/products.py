@@ -45,9 +45,20 @@ def speed_up_frozen_products(model: nn.Module) -> None:
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
+def takes_frozen(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether `product` takes a layer's product to oneDNN: frozen float32 weights on CPU."""
+    weight = layer.weight
+    return (
+        _AVAILABLE
+        and not weight.requires_grad
+        and weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+    )
+
+
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = layer.weight
-    if weight.requires_grad or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if not takes_frozen(x, layer):
         return F.linear(x, weight, layer.bias)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, weight, layer.bias)
@@ -65,3 +76,68 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return product(grad_outputs[0], weight.T), None, None
+
+
+def low_rank_product(
+    x: Tensor, dropped: Tensor, frozen: nn.Linear, down: Tensor, up: Tensor, scale: float
+) -> Tensor:
+    """frozen(x) + scale * dropped @ down.T @ up.T with gradients for x, dropped, down and up.
+
+    The low-rank part is added inside its product, so nothing of the output's size is written but
+    the output; dropped [..., r] alone is kept beside what the layer's gradient needs.
+
+    Args:
+        x: [..., K], float32 on CPU like all others.
+        dropped: x, or x after dropout [..., K].
+        frozen: the frozen layer, weight [N, K].
+        down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685).
+        scale: alpha / r.
+
+    Returns:
+        [..., N].
+    """
+    result: Tensor = _LowRankProduct.apply(
+        x, None if dropped is x else dropped, frozen.weight, frozen.bias, down, up, scale
+    )
+    return result
+
+
+class _LowRankProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+    ) -> Tensor:
+        source = _rows(x if dropped is None else dropped)
+        inner = source @ down.T  # [T, r]
+        out = product(x, weight, bias)
+        _rows(out).addmm_(inner, up.T, alpha=scale)
+        ctx.save_for_backward(source, inner, weight, down, up)
+        ctx.scale, ctx.separate, ctx.shape = scale, dropped is not None, x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        source, inner, weight, down, up = ctx.saved_tensors
+        d_out = _rows(grad_outputs[0])
+        d_inner = (d_out @ up).mul_(ctx.scale)  # [T, r]
+        d_down, d_up = d_inner.T @ source, (d_out.T @ inner).mul_(ctx.scale)
+        d_x = d_dropped = None
+        if ctx.needs_input_grad[0]:
+            d_x = product(d_out, weight.T)
+            if not ctx.separate:
+                d_x.addmm_(d_inner, down)
+            d_x = d_x.view(ctx.shape)
+        if ctx.separate and ctx.needs_input_grad[1]:
+            d_dropped = (d_inner @ down).view(ctx.shape)
+        return d_x, d_dropped, None, None, d_down, d_up, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

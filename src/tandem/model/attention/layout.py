@@ -30,6 +30,7 @@ class TreeLayout:
     segments: tuple[Segment, ...]
     position_ids: Tensor
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _table: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def longest_path(self) -> int:
         """The longest sequence of the micro-batch in tokens."""
@@ -45,6 +46,18 @@ class TreeLayout:
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """The segments as numbers, for kernels: [n, 4] int64, and where each tree begins [t + 1].
+
+        A tree is a segment without a prefix and those after it whose prefix lies in it.
+        """
+        if not self._table:
+            rows = [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in self.segments]
+            roots = [i for i, (_, _, start, stop) in enumerate(rows) if start == stop]
+            trees = torch.tensor([*roots, len(rows)])
+            self._table.append((torch.tensor(rows, dtype=torch.int64), trees))
+        return self._table[0]
 
     def _build(self, window: int | None) -> Tensor:
         rows = self.position_ids.shape[0]

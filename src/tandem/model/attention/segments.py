@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tandem.data.collate import Segment
 from tandem.model.attention.layout import TreeLayout, refuse_sinks
+from tandem.model.kernels.functions import TreeAttention, usable
+from tandem.model.kernels.library import kernels
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -43,6 +45,11 @@ def segments_attention(
     window = sliding_window
     if window is not None and window >= tandem_layout.longest_path():
         window = None
+    library = kernels()
+    if usable(library, query, key, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        table = tandem_layout.table()
+        return TreeAttention.apply(library, query, key, value, *table, scale, window), None
     if query.device.type == "cpu" and window is None:
         output = _FlashSegments.apply(query, key, value, tandem_layout.segments, scaling)
     else:
