@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
@@ -49,6 +50,8 @@ def add_adapter(
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
+        # GPT-2's layers store their weights [in, out].
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     torch.manual_seed(seed)
     with _quiet():
@@ -120,9 +123,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft asks transformers for a property that transformers has renamed and warns about."""
+    """Without peft's warnings about what peft itself does.
+
+    It asks transformers for a property that was renamed, and for mixtures of experts it adds
+    patterns of its own, for experts that no target names.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did")
         yield
 
 

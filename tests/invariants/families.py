@@ -1,0 +1,81 @@
+"""Tiny models with random weights, one for each family that tandem says it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from .made import VOCABULARY
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GATED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+# Shorter than most of the sequences of `made.make_trees`, which have up to 45 tokens.
+WINDOW = 8
+ALTERNATING: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 8,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {**GATED, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration class, its options, and the backend that `auto` has to choose on CPU."""
+
+    config: str
+    options: dict[str, Any] = field(default_factory=lambda: GATED)
+    backend: str = "segments"
+
+    def make(self, dtype: torch.dtype = torch.float64) -> Any:
+        """The same random model whenever it is called, in evaluation mode."""
+        config = getattr(transformers, self.config)(**self.options)
+        torch.manual_seed(0)
+        # Grouped products of experts have no float64 kernel; one expert after the other has.
+        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+        return model.to(dtype).eval()
+
+
+TREES: dict[str, Family] = {
+    "llama": Family("LlamaConfig"),
+    "llama tied": Family("LlamaConfig", {**GATED, "tie_word_embeddings": True}),
+    "mistral": Family("MistralConfig", {**GATED, "sliding_window": WINDOW}),
+    "qwen2": Family("Qwen2Config"),
+    "qwen2 tied": Family("Qwen2Config", {**GATED, "tie_word_embeddings": True}),
+    "qwen3": Family("Qwen3Config", {**GATED, "head_dim": 8}),
+    "gemma2": Family(
+        "Gemma2Config", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}, "dense"
+    ),
+    "gemma3": Family("Gemma3TextConfig", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}),
+    "phi3": Family("Phi3Config"),
+    "gpt-neox": Family("GPTNeoXConfig", {**SIZES, "intermediate_size": 48}),
+    "gpt2": Family("GPT2Config", GPT2),
+    "gpt2 untied": Family("GPT2Config", {**GPT2, "tie_word_embeddings": False}),
+    "granite": Family("GraniteConfig", {**GATED, "logits_scaling": 3.0}),
+    "cohere": Family("CohereConfig"),
+    "cohere2": Family("Cohere2Config", {**GATED, **ALTERNATING}),
+    "olmo2": Family("Olmo2Config"),
+    "smollm3": Family("SmolLM3Config"),
+    "mixtral": Family("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
+    "qwen3-moe": Family(
+        "Qwen3MoeConfig",
+        {**EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
+    ),
+}
