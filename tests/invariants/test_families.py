@@ -44,7 +44,7 @@ def test_the_tree_path_equals_plain_transformers(family: str, layers_seen: Count
         (wanted * weights).sum().backward()
 
         plain = made.make()
-        assert choose_backend("auto", plain.config)[0] == made.backend
+        assert choose_backend("auto", plain)[0] == made.backend
         use_backend(plain, made.backend)
         model = adapt(plain)
         layers_seen.clear()

@@ -90,6 +90,12 @@ def fed_tokens(tree: Tree) -> int:
     return len(tree.prefix.input_ids) + sum(_fed(branch) for branch in tree.branches)
 
 
+def padded_shape(tree: Tree) -> tuple[int, int]:
+    """Sequences of a tree and the tokens of its longest, up to the last target."""
+    prefix = len(tree.prefix.input_ids)
+    return len(tree.branches), prefix + max(_fed(branch) for branch in tree.branches)
+
+
 def _fed(branch: Branch) -> int:
     """Tokens of a branch that predict a target; the last target itself is not fed."""
     trained = np.flatnonzero(branch.trained)

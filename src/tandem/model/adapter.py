@@ -94,8 +94,16 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in the backward instead of keeping them."""
+    """Recompute each layer's activations in the backward instead of keeping them.
+
+    Raises UserError for models that cannot.
+    """
     base = model.get_base_model()
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing: {type(base).__name__} cannot recompute its activations; "
+            "set it to false and lower tokens_per_microbatch instead"
+        )
     base.enable_input_require_grads()
     kwargs = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):

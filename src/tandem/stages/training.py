@@ -28,6 +28,7 @@ from tandem.model.adapter import (
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
+from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import save_adapter_folder, training_summary
 from tandem.stages.sources import data_identity, source_specs
@@ -151,7 +152,8 @@ class _Stage:
 
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
         ledger, trees = self._data(sources)
-        backend, why = choose_backend(self.runtime.attention, self.config)
+        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
+        backend, why = choose_backend(self.runtime.attention, model)
         schedule = self._schedule(opened.schedule, backend)
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
@@ -161,7 +163,7 @@ class _Stage:
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
         engine = Engine(self.device)
-        model = self._model(backend)
+        model = self._adapted(model, backend)
         # What can be refused has been; from here on the folder is this stage's.
         start_stage(self.folder, self.kind.name, inputs, schedule)
         ledger.write()
@@ -231,9 +233,9 @@ class _Stage:
             say(self.console, f"  {count} x {reason}")
         return ledger, trees
 
-    def _model(self, backend: str) -> Any:
-        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
+    def _adapted(self, model: Any, backend: str) -> Any:
         use_backend(model, backend)
+        check_head(model)
         if silenced := silence(model):
             say(
                 self.console,
