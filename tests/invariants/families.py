@@ -53,6 +53,22 @@ class Family:
         return model.to(dtype).eval()
 
 
+STATE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+JAMBA: dict[str, Any] = {
+    **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+}  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = {
+    **EXPERTS, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
 TREES: dict[str, Family] = {
     "llama": Family("LlamaConfig"),
     "llama tied": Family("LlamaConfig", {**GATED, "tie_word_embeddings": True}),
@@ -79,3 +95,44 @@ TREES: dict[str, Family] = {
         {**EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
     ),
 }
+
+# Models that cannot read packed trees, and a word of the reason that the run states.
+PADDED: dict[str, tuple[Family, str]] = {
+    "mamba": (Family("MambaConfig", STATE), "state"),
+    "mamba2": (
+        Family(
+            "Mamba2Config",
+            {**STATE, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+        ),
+        "state",
+    ),
+    "falcon-mamba": (Family("FalconMambaConfig", STATE), "state"),
+    "jamba": (Family("JambaConfig", JAMBA), "state"),
+    "qwen3-next": (Family("Qwen3NextConfig", QWEN3_NEXT), "state"),
+    # These two do not say that they carry tokens along; the examination finds out.
+    "lfm2": (
+        Family("Lfm2Config", {**GATED, "layer_types": ["conv", "full_attention"]}),
+        "outside of its attention layers",
+    ),
+    "minimax": (
+        Family("MiniMaxConfig", {**EXPERTS, "num_local_experts": 4, "head_dim": 8}),
+        "outside of its attention layers",
+    ),
+    "stablelm": (Family("StableLmConfig"), "attention interface"),
+    "bloom": (
+        Family("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2,
+                               "n_head": 4}),
+        "attention interface",
+    ),
+    "gpt-oss": (
+        Family("GptOssConfig", {**EXPERTS, **ALTERNATING, "num_local_experts": 4}), "sinks",
+    ),
+    "llama4": (
+        Family(
+            "Llama4TextConfig",
+            {**EXPERTS, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": WINDOW,
+             "intermediate_size_mlp": 48},
+        ),
+        "masked in a way that trees are not",
+    ),
+}  # fmt: skip

@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 
+# Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
+_FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
 
 def add_adapter(
     model: Any,
@@ -27,6 +30,7 @@ def add_adapter(
     target_modules: Sequence[str] | str,
     base_name: str,
     seed: int,
+    out_of_reach: Sequence[str] = (),
 ) -> Any:
     """Wrap a model with a fresh LoRA adapter (arXiv 2106.09685); B starts at zero.
 
@@ -37,17 +41,19 @@ def add_adapter(
         target_modules: endings of module names, or "all-linear".
         base_name: what the saved adapter names as its base.
         seed: seeds A.
+        out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
 
-    Raises UserError if a target fits no module of the model.
+    Raises UserError if a target fits no module of the model, or one out of reach.
     """
     targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     if isinstance(targets, list):
-        _check_targets(model, targets)
+        _check_targets(model, targets, out_of_reach)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        exclude_modules=list(out_of_reach) if out_of_reach and targets == "all-linear" else None,
         bias="none",
         task_type="CAUSAL_LM",
         # GPT-2's layers store their weights [in, out].
@@ -60,6 +66,41 @@ def add_adapter(
     if dropout > 0:
         _key_dropout(wrapped.get_base_model(), dropout)
     return wrapped
+
+
+def modules_out_of_reach(model: Any) -> list[str]:
+    """Linear layers whose weights a model reads without calling them, or whose kernels may.
+
+    An adapter on one of them would change nothing, and learn nothing. State-space mixers have
+    such layers: a projection of the time step that is multiplied by hand, and an output
+    projection that their fused kernels take in, which peft refuses to adapt. Routers that are a
+    linear layer and more cannot be adapted, either. Experts are not looked at, for a few tokens
+    do not reach them all.
+    """
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "expert" not in name
+    }
+    called: set[nn.Module] = {model.get_output_embeddings()}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # a router returns more than a product
+            called.add(module)
+
+    handles = [module.register_forward_hook(note) for module in linear.values()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    fused = model.config.model_type in _FUSED
+    return [
+        name
+        for name, module in linear.items()
+        if module not in called or (fused and name.endswith(".out_proj"))
+    ]
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -150,7 +191,7 @@ def _key_dropout(base: nn.Module, p: float) -> None:
         layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def _check_targets(model: nn.Module, targets: Sequence[str], out_of_reach: Sequence[str]) -> None:
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -163,3 +204,10 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
                 f"lora.target_modules: {target!r} fits no module of {type(model).__name__}; "
                 f"its linear layers are {', '.join(sorted(linear))}"
             )
+        for name in out_of_reach:
+            if name == target or name.endswith("." + target):
+                raise UserError(
+                    f"lora.target_modules: {target!r} fits {name}, whose weight "
+                    f"{type(model).__name__} reads without calling the layer, so that an adapter "
+                    "there would do nothing; leave it out"
+                )

@@ -23,9 +23,10 @@ from tandem.data.template import ChatTemplate, resolve_template
 from tandem.model.adapter import (
     add_adapter,
     checkpoint_activations,
+    modules_out_of_reach,
     trainable_parameters,
 )
-from tandem.model.attention import choose_backend, use_backend
+from tandem.model.attention import choose_backend, is_padded, use_backend
 from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.score import check_head
@@ -249,6 +250,14 @@ class _Stage:
                 f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
                 "so that policy and reference are the same function and prefixes can be shared",
             )
+        out_of_reach = modules_out_of_reach(model) if is_padded(model) else []
+        if out_of_reach and lora.target_modules == "all-linear":
+            names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
+            say(
+                self.console,
+                f"{self.kind.name}: all-linear leaves out {', '.join(names)}: the model reads "
+                "these weights without calling the layers, so an adapter there would do nothing",
+            )
         model = add_adapter(
             model,
             rank=lora.rank,
@@ -257,6 +266,7 @@ class _Stage:
             target_modules=lora.target_modules,
             base_name=self.base_name if not self.base_name.startswith("demo:") else str(self.base),
             seed=self.seed,
+            out_of_reach=out_of_reach,
         )
         if self.settings.gradient_checkpointing:
             checkpoint_activations(model)
