@@ -76,9 +76,7 @@ TREES: dict[str, Family] = {
     "qwen2": Family("Qwen2Config"),
     "qwen2 tied": Family("Qwen2Config", {**GATED, "tie_word_embeddings": True}),
     "qwen3": Family("Qwen3Config", {**GATED, "head_dim": 8}),
-    "gemma2": Family(
-        "Gemma2Config", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}, "dense"
-    ),
+    "gemma2": Family("Gemma2Config", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}, "dense"),
     "gemma3": Family("Gemma3TextConfig", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}),
     "phi3": Family("Phi3Config"),
     "gpt-neox": Family("GPTNeoXConfig", {**SIZES, "intermediate_size": 48}),

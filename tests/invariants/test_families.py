@@ -14,7 +14,7 @@ from tandem.model.adapter import checkpoint_activations
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.score import sequence_logps
 
-from .families import TREES, Family
+from .families import TREES
 from .made import adapt, gradients, largest_relative_error, make_trees, oracle_logps
 from .precision import everything_in_float64
 

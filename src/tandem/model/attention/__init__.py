@@ -70,8 +70,9 @@ def choose_backend(requested: str, model: Any) -> tuple[str, str]:
     if obstacles["varlen"] is None:
         return "varlen", "one kernel call a layer"
     if obstacles["segments"] is None:
-        why = "the fastest that computes this model"
-        return "segments", why if model.device.type == "cpu" else f"not varlen: {obstacles['varlen']}"
+        on_cuda = model.device.type == "cuda"
+        fastest = "the fastest that computes this model"
+        return "segments", f"not varlen: {obstacles['varlen']}" if on_cuda else fastest
     return "dense", obstacles["segments"]
 
 

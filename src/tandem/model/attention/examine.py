@@ -103,7 +103,11 @@ class _Seen:
     head_sizes: set[tuple[int, int]] = field(default_factory=set)
 
     def mask(
-        self, *_: Any, mask_function: Callable[..., Tensor], local_size: int | None = None, **__: Any
+        self,
+        *_: Any,
+        mask_function: Callable[..., Tensor],
+        local_size: int | None = None,
+        **__: Any,
     ) -> Tensor:
         """Stands for a mask: a tensor whose number tells the layer's mask from the others."""
         self.masks.append((mask_function, local_size))

@@ -120,9 +120,7 @@ def _key_paths(segments: tuple[Segment, ...], device: torch.device) -> KeyPaths:
     )
 
 
-def _add_to_a_round(
-    rounds: list[list[tuple[Segment, int]]], segment: Segment, place: int
-) -> None:
+def _add_to_a_round(rounds: list[list[tuple[Segment, int]]], segment: Segment, place: int) -> None:
     for members in rounds:
         if not any(_overlap(segment, other) for other, _ in members):
             members.append((segment, place))

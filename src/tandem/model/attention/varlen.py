@@ -87,7 +87,7 @@ def varlen_attention(
     q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))  # [T, heads, D]
     # A window of 1 is the token itself, which the kernel counts as none to the left.
     left = -1 if sliding_window is None else sliding_window - 1
-    output: Tensor = _varlen_attn(
+    output: Any = _varlen_attn(
         q,
         _gathered(k, paths),
         _gathered(v, paths),
