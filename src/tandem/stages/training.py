@@ -235,8 +235,8 @@ class _Stage:
         return ledger, trees
 
     def _adapted(self, model: Any, backend: str) -> Any:
-        use_backend(model, backend)
         check_head(model)
+        use_backend(model, backend)
         if silenced := silence(model):
             say(
                 self.console,
