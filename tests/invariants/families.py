@@ -94,6 +94,15 @@ TREES: dict[str, Family] = {
     ),
 }
 
+RWKV = Family("RwkvConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2,
+                             "context_length": 256})  # fmt: skip
+# Its soft-cap on logits has a name of its own, which the head does not know.
+RECURRENT_GEMMA = Family(
+    "RecurrentGemmaConfig",
+    {**SIZES, "num_hidden_layers": 3, "intermediate_size": 96, "num_key_value_heads": 1,
+     "lru_width": 32, "attention_window_size": WINDOW},
+)  # fmt: skip
+
 # Models that cannot read packed trees, and a word of the reason that the run states.
 PADDED: dict[str, tuple[Family, str]] = {
     "mamba": (Family("MambaConfig", STATE), "state"),
@@ -106,6 +115,7 @@ PADDED: dict[str, tuple[Family, str]] = {
     ),
     "falcon-mamba": (Family("FalconMambaConfig", STATE), "state"),
     "jamba": (Family("JambaConfig", JAMBA), "state"),
+    "rwkv": (RWKV, "state"),
     "qwen3-next": (Family("Qwen3NextConfig", QWEN3_NEXT), "state"),
     # These two do not say that they carry tokens along; the examination finds out.
     "lfm2": (

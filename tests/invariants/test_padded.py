@@ -15,7 +15,7 @@ from tandem.model.attention import choose_backend, use_backend
 from tandem.model.padded import padded_rows
 from tandem.model.score import check_head, micro_batches, sequence_logps, token_logps, tokens_fed
 
-from .families import PADDED, TREES
+from .families import PADDED, RECURRENT_GEMMA, TREES
 from .made import (
     adapt,
     gradients,
@@ -186,6 +186,10 @@ def test_the_head_is_the_models_own(family: str) -> None:
 
 
 def test_a_head_that_tandem_does_not_know_is_refused() -> None:
+    capped = RECURRENT_GEMMA.make()
+    capped.get_output_embeddings().weight.data *= 5
+    with pytest.raises(UserError, match="RecurrentGemmaForCausalLM does more to its logits"):
+        check_head(capped)
     model = make_model()
     whole = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 0.5 * whole(20.0 * hidden)

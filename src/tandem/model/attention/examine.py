@@ -107,11 +107,13 @@ class _Seen:
         *_: Any,
         mask_function: Callable[..., Tensor],
         local_size: int | None = None,
+        device: torch.device | None = None,
         **__: Any,
     ) -> Tensor:
         """Stands for a mask: a tensor whose number tells the layer's mask from the others."""
         self.masks.append((mask_function, local_size))
-        return torch.full((2, 1, _TOKENS, _TOKENS), float(len(self.masks) - 1))
+        number = float(len(self.masks) - 1)
+        return torch.full((2, 1, _TOKENS, _TOKENS), number, device=device)
 
     def attend(
         self,
