@@ -53,6 +53,11 @@ class Family:
         return model.to(dtype).eval()
 
 
+DEEPSEEK: dict[str, Any] = {
+    **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+}  # fmt: skip
 STATE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -61,6 +66,10 @@ JAMBA: dict[str, Any] = {
     **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
     "expert_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8,
     "mamba_dt_rank": 4,
+}  # fmt: skip
+BAMBA: dict[str, Any] = {
+    **GATED, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+    "mamba_chunk_size": 8, "attn_layer_indices": [1],
 }  # fmt: skip
 QWEN3_NEXT: dict[str, Any] = {
     **EXPERTS, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -87,6 +96,15 @@ TREES: dict[str, Family] = {
     "cohere2": Family("Cohere2Config", {**GATED, **ALTERNATING}),
     "olmo2": Family("Olmo2Config"),
     "smollm3": Family("SmolLM3Config"),
+    "opt": Family(
+        "OPTConfig",
+        {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    ),
+    "glm4": Family("Glm4Config", {**GATED, "head_dim": 8}),
+    # Its value heads are smaller than its query heads.
+    "deepseek-v3": Family("DeepseekV3Config", DEEPSEEK, "dense"),
+    # Its router is a linear layer that returns more than a product.
+    "phimoe": Family("PhimoeConfig", {**EXPERTS, "num_local_experts": 4}),
     "mixtral": Family("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
     "qwen3-moe": Family(
         "Qwen3MoeConfig",
@@ -117,6 +135,7 @@ PADDED: dict[str, tuple[Family, str]] = {
     "jamba": (Family("JambaConfig", JAMBA), "state"),
     "rwkv": (RWKV, "state"),
     "qwen3-next": (Family("Qwen3NextConfig", QWEN3_NEXT), "state"),
+    "bamba": (Family("BambaConfig", BAMBA), "state"),
     # These two do not say that they carry tokens along; the examination finds out.
     "lfm2": (
         Family("Lfm2Config", {**GATED, "layer_types": ["conv", "full_attention"]}),
@@ -126,6 +145,7 @@ PADDED: dict[str, tuple[Family, str]] = {
         Family("MiniMaxConfig", {**EXPERTS, "num_local_experts": 4, "head_dim": 8}),
         "outside of its attention layers",
     ),
+    "nemotron": (Family("NemotronConfig"), "hand keywords on"),
     "stablelm": (Family("StableLmConfig"), "attention interface"),
     "bloom": (
         Family("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2,

@@ -75,7 +75,7 @@ def modules_out_of_reach(model: Any) -> list[str]:
     such layers: a projection of the time step that is multiplied by hand, and an output
     projection that their fused kernels take in, which peft refuses to adapt. Routers that are a
     linear layer and more cannot be adapted, either. Experts are not looked at, for a few tokens
-    do not reach them all.
+    do not reach them all. The model still attends by itself.
     """
     linear = {
         name: module
@@ -207,7 +207,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str], out_of_reach: Seque
         for name in out_of_reach:
             if name == target or name.endswith("." + target):
                 raise UserError(
-                    f"lora.target_modules: {target!r} fits {name}, whose weight "
-                    f"{type(model).__name__} reads without calling the layer, so that an adapter "
-                    "there would do nothing; leave it out"
+                    f"lora.target_modules: {target!r} fits {name}, which {type(model).__name__} "
+                    "does not use as a plain product, so an adapter there would do nothing; leave "
+                    "it out"
                 )

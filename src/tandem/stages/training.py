@@ -26,7 +26,7 @@ from tandem.model.adapter import (
     modules_out_of_reach,
     trainable_parameters,
 )
-from tandem.model.attention import choose_backend, is_padded, use_backend
+from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.score import check_head
@@ -236,6 +236,7 @@ class _Stage:
 
     def _adapted(self, model: Any, backend: str) -> Any:
         check_head(model)
+        out_of_reach = modules_out_of_reach(model)
         use_backend(model, backend)
         if silenced := silence(model):
             say(
@@ -250,13 +251,12 @@ class _Stage:
                 f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
                 "so that policy and reference are the same function and prefixes can be shared",
             )
-        out_of_reach = modules_out_of_reach(model) if is_padded(model) else []
         if out_of_reach and lora.target_modules == "all-linear":
             names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
             say(
                 self.console,
-                f"{self.kind.name}: all-linear leaves out {', '.join(names)}: the model reads "
-                "these weights without calling the layers, so an adapter there would do nothing",
+                f"{self.kind.name}: all-linear leaves out {', '.join(names)}: the model does not "
+                "use these layers as plain products, so an adapter there would do nothing",
             )
         model = add_adapter(
             model,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tandem.model.attention.layout import LAYOUT_KEYWORD
+
 _NAME = "tandem_examination"
 _TOKENS = 4
 # What attention layers hand to transformers' interface that changes nothing about their scores,
@@ -18,7 +20,7 @@ _TOKENS = 4
 _KNOWN = {
     "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "cache_position", "dropout",
     "is_causal", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
-    "return_dict",
+    "return_dict", LAYOUT_KEYWORD,
 }  # fmt: skip
 
 
@@ -66,7 +68,9 @@ def examine(model: Any) -> Examined:
     ids[1, 0] = _TOKENS
     try:
         with torch.no_grad():
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [2, 4, H]
+            hidden = decoder(
+                input_ids=ids, use_cache=False, **{LAYOUT_KEYWORD: seen}
+            ).last_hidden_state  # [2, 4, H]
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         seen.obstacles.append(f"its layers cannot be examined ({type(error).__name__}: {error})")
     else:
@@ -126,6 +130,8 @@ class _Seen:
     ) -> tuple[Tensor, None]:
         """Stands for attention: every row gets its own value."""
         window = asked.get("sliding_window")
+        if asked.get(LAYOUT_KEYWORD) is not self:
+            self.obstacles.append("its layers do not hand keywords on to attention")
         if asked.get("s_aux") is not None:
             self.obstacles.append("its attention has sinks")
         if not getattr(module, "is_causal", True) or asked.get("is_causal") is False:
