@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLm
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import UserError
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.recipe.schema import DataSource, Dpo, Evaluate, Lora, Sft
 from tandem.stages.dpo import run_dpo
+from tandem.stages.evaluate import run_evaluation
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.train.device import Runtime
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
+from .test_pairs_and_evaluation import make_questions
 from .test_training_stages import distance
 
 SIZES: dict[str, Any] = {
@@ -123,6 +125,38 @@ def test_padded_and_packed_train_the_same_parameters(tiny_model: Path, tmp_path:
         packed = train(kind, tiny_model, tmp_path / f"{kind}-packed")
         padded = train(kind, tiny_model, tmp_path / f"{kind}-padded", attention="padded")
         assert distance(padded, packed) < 5e-5
+
+
+def test_evaluation_pads_what_it_cannot_pack(tiny_model: Path, tmp_path: Path) -> None:
+    mamba = make_model_folder(tmp_path / "mamba", config=MODELS["mamba"][0])
+    pairs = make_pairs(tmp_path / "pairs.jsonl", 10)
+    questions = make_questions(tmp_path / "questions.jsonl")
+    said = io.StringIO()
+
+    def evaluate(folder: str, attention: str) -> dict[str, Any]:
+        found = run_evaluation(
+            models={"mamba": str(mamba), "llama": str(tiny_model)},
+            settings=Evaluate(
+                questions=(DataSource(path=str(questions)),),
+                pairs=(DataSource(path=str(pairs)),),
+                max_new_tokens=4,
+            ),
+            output_dir=tmp_path / folder,
+            chat_template=None,
+            seed=1,
+            runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=300),
+            console=Console(file=said, width=400),
+        )
+        models: dict[str, Any] = found["models"]
+        return models
+
+    auto = evaluate("auto", "auto")
+    assert "mamba: attention padded (it keeps state across tokens)" in said.getvalue()
+    assert "llama: attention padded" not in said.getvalue()
+    padded = evaluate("padded", "padded")
+    for name in ("mamba", "llama"):
+        for key in ("loss", "preference_margin"):
+            assert padded[name][key] == pytest.approx(auto[name][key], rel=1e-5, abs=1e-6)
 
 
 def test_what_a_mamba_adapter_leaves_out_is_said(tmp_path: Path) -> None:

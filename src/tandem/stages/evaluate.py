@@ -128,7 +128,9 @@ class _Examiner:
         )
         self.model = load_model(folder, dtype=device.weights, device=device.torch_device)
         self.device = device
-        self.backend, _ = choose_backend(runtime.attention, self.model)
+        self.backend, why = choose_backend(runtime.attention, self.model)
+        if self.backend == "padded":
+            say(console, f"{label}: attention padded ({why})")
         check_head(self.model)
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
