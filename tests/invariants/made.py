@@ -69,7 +69,7 @@ def make_model(*, window: int | None = None, dtype: torch.dtype = torch.float64)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
 
 
-def adapt(model: Any, *, dropout: float = 0.0) -> Any:
+def adapt(model: Any, *, dropout: float = 0.0, out_of_reach: Sequence[str] = ()) -> Any:
     """Wrap a model with an adapter whose B is not zero."""
     wrapped = add_adapter(
         model,
@@ -79,6 +79,7 @@ def adapt(model: Any, *, dropout: float = 0.0) -> Any:
         target_modules="all-linear",
         base_name="made",
         seed=1,
+        out_of_reach=out_of_reach,
     )
     torch.manual_seed(3)
     for name, parameter in wrapped.named_parameters():

@@ -1,92 +1,85 @@
-"""Model families from tiny configs: the tree path gives plain transformers' log-probs."""
+"""Model families over packed trees: log-probs and gradients of plain transformers, in float64."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 from tandem.data.collate import collate
-from tandem.errors import UserError
+from tandem.model import attention
+from tandem.model.adapter import checkpoint_activations, modules_out_of_reach
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.score import sequence_logps
 
-from .made import VOCABULARY, make_trees, oracle_logps
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GATED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
-ALTERNATING: dict[str, Any] = {
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "head_dim": 8,
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama": ("LlamaConfig", GATED, "segments"),
-    "mistral": ("MistralConfig", {**GATED, "sliding_window": 8}, "segments"),
-    "qwen2 tied": ("Qwen2Config", {**GATED, "tie_word_embeddings": True}, "segments"),
-    "qwen3": ("Qwen3Config", {**GATED, "head_dim": 8}, "segments"),
-    "gemma2": ("Gemma2Config", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}, "dense"),
-    "gemma3": (
-        "Gemma3TextConfig", {**GATED, **ALTERNATING, "query_pre_attn_scalar": 8}, "segments",
-    ),
-    "phi3": ("Phi3Config", GATED, "segments"),
-    "gpt-neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 48}, "segments"),
-    "gpt2": ("GPT2Config", GPT2, "segments"),
-    "granite": ("GraniteConfig", {**GATED, "logits_scaling": 3.0}, "segments"),
-    "cohere": ("CohereConfig", GATED, "segments"),
-    "mixtral": ("MixtralConfig", {**GATED, "num_local_experts": 4}, "segments"),
-}  # fmt: skip
+from .families import TREES
+from .made import adapt, gradients, largest_relative_error, make_trees, oracle_logps
+from .precision import everything_in_float64
 
 
-def make(name: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
-    config = getattr(transformers, name)(**options)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return model.to(dtype).eval()
+@pytest.fixture
+def layers_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each attention layer went through one of tandem's backends."""
+    seen: Counter[int] = Counter()
+    for name, function in attention._BACKENDS.items():
+
+        def spy(module: Any, *arguments: Any, _f: Any = function, **keywords: Any) -> Any:
+            seen[id(module)] += 1
+            return _f(module, *arguments, **keywords)
+
+        monkeypatch.setitem(attention._BACKENDS, name, spy)
+    return seen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_tree_path_equals_plain_transformers(family: str) -> None:
-    name, options, backend = FAMILIES[family]
-    # Grouped expert products have no float64 kernel; norms pass float64 through float32.
-    dtype = torch.float32 if family == "mixtral" else torch.float64
-    model = make(name, options, dtype)
+@pytest.mark.parametrize("family", TREES)
+def test_the_tree_path_equals_plain_transformers(family: str, layers_seen: Counter[int]) -> None:
+    made = TREES[family]
     trees = make_trees()
-    with torch.no_grad():
-        wanted = oracle_logps(model, trees)
-        assert choose_backend("auto", model.config)[0] == backend
-        use_backend(model, backend)
+    with everything_in_float64():
+        left_out = modules_out_of_reach(made.make())
+        assert bool(left_out) == (family == "phimoe")
+        reference = adapt(made.make(), out_of_reach=left_out)
+        wanted = oracle_logps(reference, trees)
+        weights = torch.randn(len(wanted), generator=torch.manual_seed(2))
+        (wanted * weights).sum().backward()
+
+        plain = made.make()
+        assert choose_backend("auto", plain)[0] == made.backend
+        use_backend(plain, made.backend)
+        model = adapt(plain, out_of_reach=left_out)
+        layers_seen.clear()
         found = sequence_logps(model, collate(trees))
-    torch.testing.assert_close(
-        found, wanted, rtol=1e-5 if family == "mixtral" else 0, atol=1e-6, check_dtype=False
-    )
+        (found * weights).sum().backward()
+
+    assert found.dtype == wanted.dtype == torch.float64
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    expected = gradients(reference)
+    assert len(expected) >= 2 * 2 * plain.config.num_hidden_layers
+    assert largest_relative_error(gradients(model), expected) < 1e-9
+    # The tree path is what ran, once in every layer.
+    assert list(layers_seen.values()) == [1] * plain.config.num_hidden_layers
 
 
-def test_what_would_be_computed_wrongly_is_refused() -> None:
-    capped = make("Gemma2Config", {**GATED, **ALTERNATING}, torch.float32)
-    with pytest.raises(UserError, match="attn_logit_softcapping"):
-        choose_backend("segments", capped.config)
-    other = make("StableLmConfig", GATED, torch.float32)
-    with pytest.raises(UserError, match="attention interface"):
-        use_backend(other, "segments")
-    sinks = make("GptOssConfig", {**GATED, **ALTERNATING, "num_local_experts": 4}, torch.float32)
-    use_backend(sinks, "dense")
-    with pytest.raises(UserError, match="sinks"), torch.no_grad():
-        sequence_logps(sinks, collate(make_trees()))
+@pytest.mark.parametrize("family", TREES)
+def test_checkpointing_changes_nothing(family: str, layers_seen: Counter[int]) -> None:
+    results = []
+    for checkpointing in (False, True):
+        plain = TREES[family].make()
+        left_out = modules_out_of_reach(plain)
+        use_backend(plain, TREES[family].backend)
+        model = adapt(plain, out_of_reach=left_out)
+        if checkpointing:
+            checkpoint_activations(model)
+        model.train()
+        layers_seen.clear()
+        logps = sequence_logps(model, collate(make_trees()))
+        (logps * torch.arange(1.0, 1.0 + len(logps))).sum().backward()
+        # Each layer was computed once more, through tandem's attention again.
+        times = 2 if checkpointing else 1
+        assert list(layers_seen.values()) == [times] * plain.config.num_hidden_layers
+        results.append((logps, gradients(model)))
+    (kept, wanted), (recomputed, found) = results
+    assert torch.equal(kept, recomputed)
+    assert largest_relative_error(found, wanted) < 1e-12

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.load import load_recipe
-from tandem.recipe.schema import Training
+from tandem.recipe.schema import AttentionBackend, Training
 from tandem.recipe.seed_call import StageCall, stage_call
+from tandem.recipe.seed_flags import FLAGS
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]
@@ -201,3 +202,11 @@ def test_what_is_not_of_the_seed_arrives_too() -> None:
 )
 def test_an_impossible_value_is_named_by_its_flag(values: dict[str, Any], said: str) -> None:
     assert said in _message("dpo", **values)
+
+
+def test_flags_and_recipes_know_the_same_attention_backends() -> None:
+    (flag,) = [flag for flag in FLAGS if flag.name == "attention"]
+    assert flag.choices == get_args(AttentionBackend)
+    for backend in flag.choices:
+        assert _call("sft", attention=backend).attention == backend
+        assert load_recipe("demo", [f"attention={backend}"]).attention == backend

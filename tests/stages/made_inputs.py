@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,8 +13,13 @@ QUIET = Console(quiet=True)
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "sea"]
 
 
-def make_model_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """A random Llama of two layers with a word tokenizer, its vocabulary's size not round."""
+def make_model_folder(
+    folder: Path, *, dtype: torch.dtype = torch.float32, config: Any | None = None
+) -> Path:
+    """A random Llama of two layers with a word tokenizer, its vocabulary's size not round.
+
+    Another configuration, whose vocabulary size is set here, gives another model.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -31,8 +37,7 @@ def make_model_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Pa
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(str(folder))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+    config = config or LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -42,6 +47,7 @@ def make_model_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Pa
         bos_token_id=0,
         eos_token_id=1,
     )
+    config.vocab_size = tokenizer.get_vocab_size()
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(str(folder))
     return folder
 

@@ -90,6 +90,12 @@ def fed_tokens(tree: Tree) -> int:
     return tree.fed
 
 
+def padded_shape(tree: Tree) -> tuple[int, int]:
+    """Sequences of a tree and the tokens of its longest, up to the last target."""
+    prefix = len(tree.prefix.input_ids)
+    return len(tree.branches), prefix + max(branch.fed for branch in tree.branches)
+
+
 def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
     """Lay out trees one after the other; see `MicroBatch`.
 

@@ -33,3 +33,35 @@ def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
             bins.append([position])
             room.append(budget - size)
     return sorted(tuple(sorted(members)) for members in bins)
+
+
+def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[int, ...]]:
+    """Micro-batches of padded rows: sequences times the longest of them stays within the budget.
+
+    The longest tree that is left opens a micro-batch or joins the one whose rows are shortest, so
+    that neighbours in length share it. As in `pack`, no tree is cut.
+
+    Args:
+        shapes: for each tree, its sequences and the tokens of the longest.
+        budget: tokens, padding included, that a micro-batch should not exceed.
+
+    Returns:
+        Micro-batches in the order of their first tree, each a tuple of positions in `shapes`.
+    """
+    if budget < 1:
+        raise ValueError("budget must be positive")
+    bins: list[list[int]] = []
+    longest: list[int] = []  # of each micro-batch, which its first tree decides
+    rows: list[int] = []
+    for position in sorted(range(len(shapes)), key=lambda i: (-shapes[i][1], i)):
+        sequences, length = shapes[position]
+        fitting = [i for i in range(len(bins)) if (rows[i] + sequences) * longest[i] <= budget]
+        if fitting:
+            nearest = fitting[-1]
+            bins[nearest].append(position)
+            rows[nearest] += sequences
+        else:
+            bins.append([position])
+            longest.append(length)
+            rows.append(sequences)
+    return sorted(tuple(sorted(members)) for members in bins)

@@ -14,10 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
+
+# Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
+_FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def add_adapter(
@@ -29,6 +33,7 @@ def add_adapter(
     target_modules: Sequence[str] | str,
     base_name: str,
     seed: int,
+    out_of_reach: Sequence[str] = (),
 ) -> Any:
     """Wrap a model with a fresh LoRA adapter (arXiv 2106.09685); B starts at zero.
 
@@ -39,19 +44,23 @@ def add_adapter(
         target_modules: endings of module names, or "all-linear".
         base_name: what the saved adapter names as its base.
         seed: seeds A.
+        out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
 
-    Raises UserError if a target fits no module of the model.
+    Raises UserError if a target fits no module of the model, or one out of reach.
     """
     targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     if isinstance(targets, list):
-        _check_targets(model, targets)
+        _check_targets(model, targets, out_of_reach)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        exclude_modules=list(out_of_reach) if out_of_reach and targets == "all-linear" else None,
         bias="none",
         task_type="CAUSAL_LM",
+        # GPT-2's layers store their weights [in, out].
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     torch.manual_seed(seed)
     with _quiet():
@@ -61,6 +70,41 @@ def add_adapter(
         _key_dropout(wrapped.get_base_model(), dropout)
     _fuse(wrapped.get_base_model())
     return wrapped
+
+
+def modules_out_of_reach(model: Any) -> list[str]:
+    """Linear layers whose weights a model reads without calling them, or whose kernels may.
+
+    An adapter on one of them would change nothing, and learn nothing. State-space mixers have
+    such layers: a projection of the time step that is multiplied by hand, and an output
+    projection that their fused kernels take in, which peft refuses to adapt. Routers that are a
+    linear layer and more cannot be adapted, either. Experts are not looked at, for a few tokens
+    do not reach them all. The model still attends by itself.
+    """
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "expert" not in name
+    }
+    called: set[nn.Module] = {model.get_output_embeddings()}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # a router returns more than a product
+            called.add(module)
+
+    handles = [module.register_forward_hook(note) for module in linear.values()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    fused = model.config.model_type in _FUSED
+    return [
+        name
+        for name, module in linear.items()
+        if module not in called or (fused and name.endswith(".out_proj"))
+    ]
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -95,8 +139,16 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in the backward instead of keeping them."""
+    """Recompute each layer's activations in the backward instead of keeping them.
+
+    Raises UserError for models that cannot.
+    """
     base = model.get_base_model()
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing: {type(base).__name__} cannot recompute its activations; "
+            "set it to false and lower tokens_per_microbatch instead"
+        )
     base.enable_input_require_grads()
     kwargs = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
@@ -124,9 +176,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft asks transformers for a property that transformers has renamed and warns about."""
+    """Without peft's warnings about what peft itself does.
+
+    It asks transformers for a property that was renamed, and for mixtures of experts it adds
+    patterns of its own, for experts that no target names.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did")
         yield
 
 
@@ -165,7 +222,7 @@ def _key_dropout(base: nn.Module, p: float) -> None:
         layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def _check_targets(model: nn.Module, targets: Sequence[str], out_of_reach: Sequence[str]) -> None:
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -178,3 +235,10 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
                 f"lora.target_modules: {target!r} fits no module of {type(model).__name__}; "
                 f"its linear layers are {', '.join(sorted(linear))}"
             )
+        for name in out_of_reach:
+            if name == target or name.endswith("." + target):
+                raise UserError(
+                    f"lora.target_modules: {target!r} fits {name}, which {type(model).__name__} "
+                    "does not use as a plain product, so an adapter there would do nothing; leave "
+                    "it out"
+                )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tandem.errors import UserError
+
 
 @dataclass
 class DropoutKeys:
-    """The current micro-batch's key for each row [T] int64; set before each forward."""
+    """The key of each row that is fed, [T] or [S, L] int64; set before each forward."""
 
     keys: Tensor | None = None
 
@@ -36,14 +38,21 @@ class KeyedDropout(nn.Module):
         self._channels: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[1, T, C] -> [1, T, C]; the identity in evaluation mode."""
+        """[..., C] -> [..., C], a row for each key; the identity in evaluation mode."""
         if not self.training:
             return hidden
         keys = self.shared.keys
         if keys is None:
             raise ValueError("dropout is on but the micro-batch carries no dropout keys")
-        mask = keep_mask(keys, self._channel_constants(hidden), self.p)
-        return hidden * (mask.to(hidden.dtype) * (1.0 / (1.0 - self.p)))
+        if hidden.numel() != keys.numel() * hidden.shape[-1]:
+            raise UserError(
+                "lora.dropout: a module sees only some of the tokens, as the experts of a mixture "
+                "do, so its masks cannot follow the record. Set lora.dropout to 0, or leave the "
+                "experts out of lora.target_modules."
+            )
+        # Some models pass their tokens on as [S x L, C]; the order of rows stays the same.
+        mask = keep_mask(keys.flatten(), self._channel_constants(hidden), self.p)
+        return hidden * (mask.view(hidden.shape).to(hidden.dtype) * (1.0 / (1.0 - self.p)))
 
     def _channel_constants(self, hidden: Tensor) -> Tensor:
         channels = hidden.shape[-1]
@@ -60,10 +69,23 @@ def silence(model: nn.Module) -> int:
     Its masks would come from the device's random state, so they would depend on the schedule, and
     DPO's policy would differ from its reference.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    for module in found:
-        module.p = 0.0
-    return len(found)
+    found = 0
+    for module in model.modules():
+        # A module of its own, or a rate that a layer hands to functional dropout or attention.
+        names = ["p"] if isinstance(module, nn.Dropout) else _rates(module)
+        active = [name for name in names if getattr(module, name) > 0]
+        for name in active:
+            setattr(module, name, 0.0)
+        found += bool(active)
+        # Some layers look the rate up at every call.
+        config = getattr(module, "config", None)
+        for name in _rates(config) if config is not None else []:
+            setattr(config, name, 0.0)
+    return found
+
+
+def _rates(owner: object) -> list[str]:
+    return [name for name, v in vars(owner).items() if "drop" in name and isinstance(v, float)]
 
 
 def keep_mask(keys: Tensor, channels: Tensor, p: float) -> Tensor:

@@ -35,7 +35,7 @@ def fuse_elementwise(model: nn.Module) -> None:
         if kind not in verdicts:
             verdicts[kind] = _agree(module, fused)
         if verdicts[kind]:
-            module.forward = fused  # type: ignore[method-assign]
+            module.forward = fused
 
 
 def _fused_forward(module: nn.Module) -> Any:
@@ -75,7 +75,8 @@ def _epsilon(module: nn.Module) -> float | None:
 
 def _agree(module: nn.Module, fused: Any) -> bool:
     """Whether a module and its fused form give the same for a few random rows."""
-    weight: Any = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    anything: Any = module
+    weight = anything.weight if hasattr(module, "weight") else anything.gate_proj.weight
     if kernels() is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
     generator = torch.Generator().manual_seed(0)

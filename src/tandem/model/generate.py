@@ -35,7 +35,8 @@ def generate_answers(
     """One answer to each prompt, in the prompts' order.
 
     Prompts of similar length share a batch, padded on the left; batches are planned from the
-    lengths alone and seeded one by one.
+    lengths alone and seeded one by one. Models that keep state across tokens answer one prompt at
+    a time: not all of them keep padding, or each other's prompts, out of their state.
 
     Args:
         model: a causal language model in evaluation mode with transformers' own attention.
@@ -48,8 +49,9 @@ def generate_answers(
         advance: told how many more answers there are.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    rows = 1 if getattr(model, "_is_stateful", False) else _BATCH_ROWS
     answers: dict[int, Answer] = {}
-    for number, members in enumerate(_batches(order, prompts, max_new_tokens)):
+    for number, members in enumerate(_batches(order, prompts, max_new_tokens, rows)):
         torch.manual_seed(seed + number)
         outputs = _generate_batch(
             model,
@@ -65,13 +67,13 @@ def generate_answers(
 
 
 def _batches(
-    order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int
+    order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, rows: int
 ) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in order:
         # Prompts come shortest first, so the newest is the batch's longest.
         length = len(prompts[index]) + max_new_tokens
-        full = not batches or len(batches[-1]) >= _BATCH_ROWS
+        full = not batches or len(batches[-1]) >= rows
         if full or (len(batches[-1]) + 1) * length > _BATCH_TOKENS:
             batches.append([])
         batches[-1].append(index)

@@ -13,8 +13,8 @@ from tandem.model.kernels.functions import softmax_block
 from tandem.model.kernels.library import kernels
 from tandem.model.products import product
 
-# Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they stay
-# in the last-level cache; on GPUs a block has to fill the device.
+# Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
+# stay in the last-level cache; on GPUs a block has to fill the device.
 _CPU_BLOCK_BYTES = 16 * 2**20
 _GPU_BLOCK_BYTES = 256 * 2**20
 _ROWS = 2048

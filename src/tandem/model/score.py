@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tandem.data.collate import MicroBatch
-from tandem.model.attention import LAYOUT_KEYWORD, TreeLayout
+from tandem.data.collate import MicroBatch, fed_tokens, padded_shape
+from tandem.data.packing import pack, pack_padded
+from tandem.data.records import Tree
+from tandem.errors import UserError
+from tandem.model.attention import LAYOUT_KEYWORD, TreeLayout, decoder_of, is_padded
 from tandem.model.head import head_of, linear_logprob
+from tandem.model.padded import padded_hidden, padded_rows
 
 
 class Scorer(nn.Module):
@@ -27,14 +32,56 @@ class Scorer(nn.Module):
         return sequence_logps(self.model, batch)
 
 
+def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[int, ...]]:
+    """Which trees share a forward of this model under a token budget, as positions in `trees`.
+
+    A packed tree costs the rows it feeds. On the padded path a micro-batch costs its sequences
+    times the longest of them.
+    """
+    if is_padded(model):
+        return pack_padded([padded_shape(tree) for tree in trees], budget)
+    return pack([fed_tokens(tree) for tree in trees], budget)
+
+
+def tokens_fed(model: Any, batch: MicroBatch) -> int:
+    """Tokens of a micro-batch that go through the model, padding not counted."""
+    return padded_rows(batch).tokens if is_padded(model) else batch.tokens
+
+
+def check_head(model: Any) -> None:
+    """Raise UserError unless `head_of` describes how the model makes logits of hidden states.
+
+    A few tokens are scored both ways: a factor or a soft-cap that tandem does not know of would
+    otherwise train towards other log-probs than the model's own. The model still attends by
+    itself: `use_backend` comes afterwards.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        decoder = decoder_of(model)
+        if decoder is None:
+            raise UserError(f"{type(model).__name__} has no decoder that tandem can find")
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        tokens = logits.argsort(dim=-1)[:, [0, -1]].T.flatten()  # the least and the most likely
+        found = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens)
+        wanted = logits.double().log_softmax(-1).repeat(2, 1).gather(1, tokens[:, None])[:, 0]
+    rounding = 2 * torch.finfo(model.dtype).eps * float(logits.abs().max())
+    off = float((found - wanted).abs().max())
+    if not off <= rounding + 2e-4:
+        raise UserError(
+            f"{type(model).__name__} does more to its logits than tandem knows of (log-probs "
+            f"differ by {off:.3g}), so it cannot be trained or scored"
+        )
+
+
 def sequence_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Summed log-probability of each sequence's trained tokens.
 
     Only hidden states that predict a trained token meet the output head.
 
     Args:
-        model: a transformers causal language model, adapters injected or not, whose attention
-            backend is one of tandem's.
+        model: a transformers causal language model, adapters injected or not, that
+            `attention.use_backend` has prepared.
         batch: the micro-batch, on the model's device.
 
     Returns:
@@ -50,24 +97,37 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     # peft injects its layers into the model in place and wraps it; the plain model is inside.
     unwrap: Any = getattr(model, "get_base_model", None)
     causal: Any = model if unwrap is None else unwrap()
+    hidden = _padded(causal, batch) if is_padded(causal) else _packed(causal, batch)
+    return linear_logprob(hidden, head_of(causal), batch.target_id)
+
+
+def _packed(causal: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict, from one row of trees [N, H]."""
     set_dropout_keys(causal, batch.dropout_keys)
     # Stays until the next micro-batch: activation checkpointing computes the layer once more.
     causal.tandem_rows.rows = batch.read_rows
     layout = TreeLayout(batch.segments, batch.position_ids)
-    decoder: Any = causal.get_decoder()
+    decoder: Any = decoder_of(causal)
     hidden = decoder(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
         **{LAYOUT_KEYWORD: layout},
     ).last_hidden_state[0]  # [T, H]
-    return linear_logprob(
-        hidden.index_select(0, batch.target_row), head_of(causal), batch.target_id
-    )
+    picked: Tensor = hidden.index_select(0, batch.target_row)
+    return picked
+
+
+def _padded(causal: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict, from one row a sequence [N, H]."""
+    padded = padded_rows(batch)
+    keys = batch.dropout_keys
+    set_dropout_keys(causal, None if keys is None else keys[padded.rows])
+    return padded_hidden(decoder_of(causal), batch, padded)
 
 
 def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
-    """Hand the micro-batch's keys to the model's keyed dropout modules, if it has any."""
+    """Hand the keys of the rows that are fed, [T] or [S, L], to the keyed dropout modules."""
     state: Any = getattr(model, "tandem_dropout", None)
     if state is not None:
         state.keys = keys

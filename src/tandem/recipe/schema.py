@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-AttentionBackend = Literal["auto", "segments", "dense"]
+AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
@@ -254,7 +254,11 @@ class Recipe(Section):
     )
     attention: AttentionBackend = Field(
         default="auto",
-        description="`segments` computes shared prompts once; `dense` is the plain masked form.",
+        description=(
+            "`segments` and `varlen` (CUDA, half precision) compute shared prompts once, `dense` "
+            "too, under a plain mask; `padded` feeds one row a sequence to the model's own "
+            "attention."
+        ),
     )
     tokens_per_microbatch: Positive | Literal["auto"] = Field(
         default="auto",

@@ -39,6 +39,8 @@ def boolean(text: str) -> bool:
 
 _SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
+_ATTENTION = ("auto", "segments", "varlen", "dense", "padded")
+
 FLAGS: tuple[Flag, ...] = (
     Flag("model_name_or_path", str, "base model: a folder or a Hub id (required)"),
     Flag("model_revision", str, "commit, tag or branch of a Hub model"),
@@ -82,7 +84,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("bf16", boolean, "bfloat16 on CUDA; a CPU trains in float32 and says so"),
     Flag("device", str, "where to train", choices=("auto", "cpu", "cuda")),
     Flag("dtype", str, "of the weights", choices=("auto", "float32", "bfloat16", "float16")),
-    Flag("attention", str, "attention form", choices=("auto", "segments", "dense")),
+    Flag("attention", str, "attention form", choices=_ATTENTION),
     Flag("tokens_per_microbatch", str, "tokens fed at once, or auto; never changes the result"),
     Flag("use_habana", boolean, "accepted, see the note it prints"),
     Flag("use_lazy_mode", boolean, "accepted, see the note it prints"),

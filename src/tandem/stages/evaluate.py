@@ -14,11 +14,10 @@ from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage
-from tandem.data.collate import collate, fed_tokens
+from tandem.data.collate import collate
 from tandem.data.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
 from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
-from tandem.data.packing import pack
 from tandem.data.prepare import prepare_pairs
 from tandem.data.reading import read_questions
 from tandem.data.records import Tree
@@ -29,7 +28,7 @@ from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.generate import Answer, generate_answers
 from tandem.model.load import context_length, load_config, load_model, load_tokenizer, model_folder
-from tandem.model.score import sequence_logps
+from tandem.model.score import check_head, micro_batches, sequence_logps
 from tandem.recipe.schema import Evaluate
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.device import Device, Runtime, choose_device, token_budget
@@ -130,7 +129,10 @@ class _Examiner:
         )
         self.model = load_model(folder, dtype=device.weights, device=device.torch_device)
         self.device = device
-        self.backend, _ = choose_backend(runtime.attention, config)
+        self.backend, why = choose_backend(runtime.attention, self.model)
+        if self.backend == "padded":
+            say(console, f"{label}: attention padded ({why})")
+        check_head(self.model)
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
 
@@ -251,7 +253,7 @@ class _Examiner:
     def _score(self, trees: Sequence[Tree]) -> torch.Tensor:
         found = torch.zeros(len(trees), len(trees[0].branches), dtype=torch.float64)
         with torch.no_grad():
-            for members in pack([fed_tokens(tree) for tree in trees], self.budget):
+            for members in micro_batches(self.model, trees, self.budget):
                 batch = collate([trees[i] for i in members]).to(self.device.torch_device)
                 logps = sequence_logps(self.model, batch).double().cpu()
                 found[list(members)] = logps.view(len(members), -1)

@@ -25,11 +25,13 @@ from tandem.data.trees import Trees
 from tandem.model.adapter import (
     add_adapter,
     checkpoint_activations,
+    modules_out_of_reach,
     trainable_parameters,
 )
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
+from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import save_adapter_folder, training_summary
 from tandem.stages.sources import data_identity, source_specs
@@ -153,7 +155,8 @@ class _Stage:
 
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
         ledger, trees = self._data(sources)
-        backend, why = choose_backend(self.runtime.attention, self.config)
+        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
+        backend, why = choose_backend(self.runtime.attention, model)
         schedule = self._schedule(opened.schedule, backend)
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
@@ -163,7 +166,7 @@ class _Stage:
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
         engine = Engine(self.device)
-        model = self._model(backend)
+        model = self._adapted(model, backend)
         # What can be refused has been; from here on the folder is this stage's.
         start_stage(self.folder, self.kind.name, inputs, schedule)
         ledger.write()
@@ -235,8 +238,9 @@ class _Stage:
             say(self.console, f"  {count} x {reason}")
         return ledger, trees
 
-    def _model(self, backend: str) -> Any:
-        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
+    def _adapted(self, model: Any, backend: str) -> Any:
+        check_head(model)
+        out_of_reach = modules_out_of_reach(model)
         use_backend(model, backend)
         if silenced := silence(model):
             say(
@@ -251,6 +255,13 @@ class _Stage:
                 f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
                 "so that policy and reference are the same function and prefixes can be shared",
             )
+        if out_of_reach and lora.target_modules == "all-linear":
+            names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
+            say(
+                self.console,
+                f"{self.kind.name}: all-linear leaves out {', '.join(names)}: the model does not "
+                "use these layers as plain products, so an adapter there would do nothing",
+            )
         model = add_adapter(
             model,
             rank=lora.rank,
@@ -259,6 +270,7 @@ class _Stage:
             target_modules=lora.target_modules,
             base_name=self.base_name if not self.base_name.startswith("demo:") else str(self.base),
             seed=self.seed,
+            out_of_reach=out_of_reach,
         )
         if self.settings.gradient_checkpointing:
             checkpoint_activations(model)

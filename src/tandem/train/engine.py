@@ -37,11 +37,13 @@ class Engine:
                 f"this version trains in one process; it was launched in "
                 f"{self.accelerator.num_processes}. Start it without a launcher."
             )
+        self.model: Any = None
         self.scorer: Any = None
         self.optimizer: Any = None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Take over a model (adapters included) and its optimizer."""
+        self.model = model
         scorer = Scorer(model)
         if optimizer is None:
             self.scorer = self.accelerator.prepare(scorer)

@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
-from tandem.data.collate import collate, fed_tokens, record_key
+from tandem.data.collate import collate, record_key
 from tandem.data.order import Step, steps, steps_per_epoch
-from tandem.data.packing import pack
 from tandem.data.records import Tree
 from tandem.errors import Stopped, TandemError
+from tandem.model.attention import is_padded
+from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.engine import Engine
 from tandem.train.objective import Objective
@@ -126,7 +127,7 @@ class Training:
         denominator = self.objective.denominator(trees)
         sums: dict[str, float] = {"count": denominator, "steps": 1}
         tokens = 0
-        for members in pack([fed_tokens(tree) for tree in trees], self.schedule.budget):
+        for members in micro_batches(self.model, trees, self.schedule.budget):
             examples = [step.examples[i] for i in members]
             fed, part_sums = self._backward(
                 step, [trees[i] for i in members], examples, denominator
@@ -156,7 +157,7 @@ class Training:
         if not math.isfinite(part.sums["loss"]):
             raise _not_finite("loss", step.number, trees)
         self.engine.backward(part.loss / denominator)
-        return batch.tokens, part.sums
+        return tokens_fed(self.model, batch), part.sums
 
     def _account(
         self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
@@ -166,12 +167,8 @@ class Training:
         progress.seconds += sums["seconds"]
         progress.examples += len(trees)
         progress.tokens += int(sums["tokens"])
-        lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
-        progress.padded_tokens += _padded(lengths)
-        # What every branch after a tree's first would have fed again.
-        progress.shared_tokens += sum(
-            (len(tree.branches) - 1) * len(tree.prefix.input_ids) for tree in trees
-        )
+        if not is_padded(self.model):
+            _account_savings(progress, trees)
         for name, value in sums.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         logged: dict[str, float] = {}
@@ -206,6 +203,15 @@ class Training:
 
 def _sequence_length(tree: Tree, branch: int) -> int:
     return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
+
+
+def _account_savings(progress: Progress, trees: Sequence[Tree]) -> None:
+    lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
+    progress.padded_tokens += _padded(lengths)
+    # What every branch after a tree's first would have fed again.
+    progress.shared_tokens += sum(
+        (len(tree.branches) - 1) * len(tree.prefix.input_ids) for tree in trees
+    )
 
 
 def _padded(lengths: Sequence[int]) -> int:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from tandem.artifact.cache import cache_folder
-from tandem.data.collate import collate, fed_tokens
-from tandem.data.packing import pack
+from tandem.data.collate import collate
 from tandem.data.records import Branch, Tree
+from tandem.model.score import micro_batches
 from tandem.train.engine import Engine
 
 # Records of one unit: what an interruption redoes, and what one transaction stores.
@@ -129,7 +129,7 @@ def reference_logps(
 def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[float, int]]:
     results: list[list[tuple[float, int]]] = [[] for _ in trees]
     with torch.no_grad():
-        for members in pack([fed_tokens(tree) for tree in trees], budget):
+        for members in micro_batches(engine.model, trees, budget):
             batch = collate([trees[i] for i in members])
             values = engine.score(batch).tolist()
             scored = iter(zip(values, batch.sequence_tokens, strict=True))

@@ -41,18 +41,37 @@ def dense_attention(
     """
     refuse_sinks(s_aux)
     mask = tandem_layout.mask(sliding_window)
-    grouped = query.shape[1] != key.shape[1]
     if softcap is None:
         output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
-        if grouped:
-            groups = query.shape[1] // key.shape[1]
-            key = key.repeat_interleave(groups, dim=1)
-            value = value.repeat_interleave(groups, dim=1)
-        scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
-        scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-        output = weights.to(value.dtype) @ value
+        output = _capped(query, key, value, mask, scaling, softcap)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention whose scores are c * tanh(scores / c).
+
+    The query heads that share a key are rows of one product, so no key is ever repeated.
+    """
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    heads, rows = key.shape[1], query.shape[2]
+    stacked = query.unflatten(1, (heads, -1)).flatten(2, 3)  # [1, key_value_heads, groups * T, D]
+    scores = (stacked @ key.transpose(-1, -2) * scale).unflatten(2, (-1, rows))
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
+    return (weights.flatten(2, 3) @ value).unflatten(2, (-1, rows)).flatten(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,16 +22,40 @@ def refuse_sinks(sinks: Tensor | None) -> None:
 
 
 @dataclass(frozen=True)
+class KeyPaths:
+    """Keys by path: for each segment, its prefix's rows and its own.
+
+    Attributes:
+        rows: [K] int64; the row of the micro-batch at each of the K places.
+        own: [T] int64; the place where a row stands in its own segment's path.
+        shared: places of prefixes in the paths of other segments, as (rows, places), both [R]
+            int64, so that no row occurs twice in one of them; empty when nothing is shared.
+        query_starts, key_starts: [segments + 1] int32; where segments and paths begin.
+        longest_query, longest_path: in tokens.
+    """
+
+    rows: Tensor
+    own: Tensor
+    shared: tuple[tuple[Tensor, Tensor], ...]
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_path: int
+
+
+@dataclass(frozen=True)
 class TreeLayout:
     """The segments of a micro-batch and, for masks, its position ids [T].
 
-    Masks are built at most once for each sliding window and kept for the other layers.
+    Masks are built at most once for each sliding window, key paths at most once, and kept for the
+    other layers.
     """
 
     segments: tuple[Segment, ...]
     position_ids: Tensor
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _table: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _key_paths: list[KeyPaths] = field(default_factory=list)
 
     def longest_path(self) -> int:
         """The longest sequence of the micro-batch in tokens."""
@@ -59,6 +84,12 @@ class TreeLayout:
             self._table.append((torch.tensor(rows, dtype=torch.int64), trees))
         return self._table[0]
 
+    def key_paths(self) -> KeyPaths:
+        """Where each segment finds its keys, on the micro-batch's device."""
+        if not self._key_paths:
+            self._key_paths.append(_key_paths(self.segments, self.position_ids.device))
+        return self._key_paths[0]
+
     def _build(self, window: int | None) -> Tensor:
         rows = self.position_ids.shape[0]
         device = self.position_ids.device
@@ -73,3 +104,48 @@ class TreeLayout:
             distance = self.position_ids[:, None] - self.position_ids[None, :]
             visible &= distance < window
         return visible
+
+
+def _key_paths(segments: tuple[Segment, ...], device: torch.device) -> KeyPaths:
+    rows, own = [], []
+    queries, keys = [0], [0]
+    # Prefixes in rounds: within one, no row occurs twice.
+    rounds: list[list[tuple[Segment, int]]] = []
+    for segment in segments:
+        place = keys[-1]
+        prefix = segment.prefix_stop - segment.prefix_start
+        length = segment.stop - segment.start
+        if prefix:
+            rows.append(torch.arange(segment.prefix_start, segment.prefix_stop))
+            _add_to_a_round(rounds, segment, place)
+        rows.append(torch.arange(segment.start, segment.stop))
+        own.append(torch.arange(place + prefix, place + prefix + length))
+        queries.append(segment.stop)
+        keys.append(place + prefix + length)
+    return KeyPaths(
+        rows=torch.cat(rows).to(device),
+        own=torch.cat(own).to(device),
+        shared=tuple(_round(members, device) for members in rounds),
+        query_starts=torch.tensor(queries, dtype=torch.int32, device=device),
+        key_starts=torch.tensor(keys, dtype=torch.int32, device=device),
+        longest_query=max(s.stop - s.start for s in segments),
+        longest_path=max(b - a for a, b in pairwise(keys)),
+    )
+
+
+def _add_to_a_round(rounds: list[list[tuple[Segment, int]]], segment: Segment, place: int) -> None:
+    for members in rounds:
+        if not any(_overlap(segment, other) for other, _ in members):
+            members.append((segment, place))
+            return
+    rounds.append([(segment, place)])
+
+
+def _overlap(one: Segment, other: Segment) -> bool:
+    return one.prefix_start < other.prefix_stop and other.prefix_start < one.prefix_stop
+
+
+def _round(members: list[tuple[Segment, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.arange(s.prefix_start, s.prefix_stop) for s, _ in members]
+    places = [torch.arange(p, p + s.prefix_stop - s.prefix_start) for s, p in members]
+    return torch.cat(rows).to(device), torch.cat(places).to(device)

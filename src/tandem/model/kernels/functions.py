@@ -39,7 +39,7 @@ class _Attention(ctypes.Structure):
 
 
 def usable(kernels: Kernels | None, *tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: float32, on CPU, a last dimension of whole vectors."""
+    """Whether the kernels take these tensors: float32, on CPU, their last dimension in vectors."""
     return kernels is not None and all(
         t.dtype == torch.float32 and t.device.type == "cpu" and t.shape[-1] % kernels.lanes == 0
         for t in tensors

@@ -1,0 +1,130 @@
+"""Attention in one kernel call a layer: torch's variable-length flash attention, on CUDA."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tandem.model.attention.examine import Examined
+from tandem.model.attention.layout import KeyPaths, TreeLayout, refuse_sinks
+
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+except ImportError:  # before torch 2.10
+    _varlen_attn = None  # type: ignore[assignment]
+
+# torch 2.10 had the function without these.
+_KEYWORDS = {"scale", "window_size", "enable_gqa"}
+_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_HEAD_SIZE = 256
+# Larger heads have a backward on data centre GPUs alone.
+_EVERYWHERE_HEAD_SIZE = 192
+_LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
+
+
+def why_not_varlen(examined: Examined, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernel from computing a model's attention, None if nothing does.
+
+    Args:
+        examined: what the model's layers ask for.
+        device, dtype: of the model's weights, which its activations follow under autocast.
+    """
+    if device.type != "cuda":
+        return "its kernel runs on CUDA devices alone"
+    if _varlen_attn is None or not set(inspect.signature(_varlen_attn).parameters) >= _KEYWORDS:
+        return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(_KEYWORDS))}"
+    if dtype not in _DTYPES:
+        return f"its kernel takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if examined.softcap:
+        return "the model soft-caps attention scores"
+    return _why_not_heads(examined, torch.cuda.get_device_capability(device))
+
+
+def _why_not_heads(examined: Examined, capability: tuple[int, int]) -> str | None:
+    if capability < (8, 0):
+        return "its kernel needs a GPU of compute capability 8.0 or newer"
+    for query, value in sorted(examined.head_sizes):
+        if query != value:
+            return "the model's value heads have another size than its query heads"
+        if query % 8 or query > _MOST_HEAD_SIZE:
+            return f"its kernel takes heads of up to {_MOST_HEAD_SIZE} in eights, not {query}"
+        if query > _EVERYWHERE_HEAD_SIZE and capability not in _LARGE_HEADS:
+            return f"its kernel has no backward for heads of {query} on this GPU"
+    return None
+
+
+def varlen_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    tandem_layout: TreeLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Queries by segment, keys and values gathered as [prefix; segment].
+
+    The causal mask and sliding windows are aligned to the lower right, so that a branch's last
+    token sees its whole path. Grouped-query heads stay grouped.
+
+    Arguments and result as `dense.dense_attention`.
+    """
+    refuse_sinks(s_aux)
+    if softcap is not None:
+        raise ValueError("soft-capped attention takes the dense backend")
+    kind = query.device.type
+    # Rotary embeddings and norms may leave autocast's dtype, and the kernel is not on its list.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    paths = tandem_layout.key_paths()
+    q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))  # [T, heads, D]
+    # A window of 1 is the token itself, which the kernel counts as none to the left.
+    left = -1 if sliding_window is None else sliding_window - 1
+    output: Any = _varlen_attn(
+        q,
+        _gathered(k, paths),
+        _gathered(v, paths),
+        paths.query_starts,
+        paths.key_starts,
+        paths.longest_query,
+        paths.longest_path,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None].to(query.dtype), None
+
+
+def _gathered(packed: Tensor, paths: KeyPaths) -> Tensor:
+    if not paths.shared:
+        return packed  # nothing is shared: the paths are the rows as they stand
+    gathered: Tensor = _Gather.apply(packed, paths)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """[T, ...] to one copy of each row for every path through it [K, ...].
+
+    The backward adds copies up in a fixed order. That of index_select would add them atomically,
+    in whatever order they come, and a resumed run would not repeat its bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, paths: KeyPaths) -> Tensor:
+        ctx.paths = paths
+        return packed.index_select(0, paths.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        gradient, paths = grad_outputs[0], ctx.paths
+        total = gradient.index_select(0, paths.own)
+        for rows, places in paths.shared:  # no row twice in one of them
+            total.index_add_(0, rows, gradient.index_select(0, places))
+        return total, None
