@@ -59,7 +59,7 @@ def sweep_chart(panels: Sequence[tuple[str, str, Sequence[Series]]]) -> str:
         (
             title,
             line_chart(
-                lines, label=title, x_label=along, y_format=lambda y: f"{y:.2f}x", from_zero=True
+                lines, label=title, x_label=along, y_format=lambda y: f"{y:.2f} ×", from_zero=True
             ),
             HEIGHT,
         )

@@ -28,6 +28,8 @@ from .work import PADDED, Stage, Work, write_first_lines, write_model
 
 COMMAND = "python -m benchmarks.gpu"
 STAGES: tuple[Stage, ...] = ("dpo", "sft")
+_TITLE = "Mistral-7B's shape on one GPU"
+_DRY = "Dry run on CPU: a tiny shape, whose figures mean nothing"
 # Written last, so that a model folder with it is whole.
 _READY = "tokenizer_config.json"
 
@@ -63,11 +65,17 @@ def main(
             write_model(size, options.tokenizer, folder, dtype=base.dtype, device=device)
         for stage in STAGES:
             records[stage] = _measure(bench, options, replace(base, stage=stage), Path(name))
-    text = page(records)
+    text = page(records, _DRY if options.dry_run else _TITLE)
     print(text, flush=True)
     if options.save or options.resume:
-        (options.results / "gpu-7b.md").write_text(text, encoding="utf-8")
+        file = options.results / f"gpu-{_name(options)}.md"
+        file.write_text(text, encoding="utf-8")
     return text
+
+
+def _name(options: argparse.Namespace) -> str:
+    """A dry run's figures never stand where measured ones belong."""
+    return "dry-run" if options.dry_run else "7b"
 
 
 def _measure(bench: Any, options: argparse.Namespace, base: Work, scratch: Path) -> Record:
@@ -83,12 +91,10 @@ def _measure(bench: Any, options: argparse.Namespace, base: Work, scratch: Path)
         base,
         tasks,
         Environment.here(options.threads, base.device),
-        model="a tiny shape on CPU, whose figures mean nothing"
-        if options.dry_run
-        else "Mistral-7B's shape",
+        model="a tiny shape" if options.dry_run else "Mistral-7B's shape",
         command=COMMAND + (" --dry-run" if options.dry_run else ""),
     )
-    file = options.results / f"gpu-{base.stage}-7b.json"
+    file = options.results / f"gpu-{base.stage}-{_name(options)}.json"
     if options.resume:
         record = resumed(record, file)
     (runs := scratch / f"{base.stage}-runs").mkdir()
@@ -112,10 +118,10 @@ def _tasks(options: argparse.Namespace, base: Work) -> list[Task]:
     return tasks
 
 
-def page(records: dict[Stage, Record]) -> str:
+def page(records: dict[Stage, Record], title: str = _TITLE) -> str:
     """The results page: what is aimed at and found, then each stage's tables."""
     lines = [
-        "# Mistral-7B's shape on one GPU",
+        f"# {title}",
         "",
         "Random bfloat16 weights, the recipe's LoRA, orca pairs and SlimOrca conversations at "
         f"their real lengths. `{COMMAND} --save`; with `--dry-run` the same code runs on a CPU "

@@ -117,8 +117,8 @@ def take_turns(
 ) -> None:
     """Measure what the record lacks, repeat by repeat; it is saved to `path` on the way.
 
-    A side that fails on CUDA is noted and left out, because memory may not suffice and peers
-    may not install; elsewhere it ends the run.
+    A peer that fails on CUDA is noted and left out, because memory may not suffice and not all
+    install; elsewhere it ends the run.
     """
     for repeat in range(max(task.repeats for task in tasks)):
         if len(record.rates) <= repeat:
@@ -135,7 +135,7 @@ def take_turns(
                 measured = bench.measure(replace(task.work, scratch=str(folder)))
                 check(record.measured | {name: [*done, measured]}, task.work.stage)
             except SideError as failure:
-                if task.work.device != "cuda":
+                if task.work.device != "cuda" or task.work.side == "tandem":
                     raise SystemExit(f"{name} failed:\n{failure}") from failure
                 record.failed[name] = _reason(str(failure))
                 say(f"{name} failed: {failure}")
