@@ -132,7 +132,9 @@ def _tasks(options: argparse.Namespace, base: Work) -> list[Task]:
         works += [replace(base, side="trl", size=size) for size in options.trl_batches]
         if not dpo:
             works += [replace(base, side="trl-packed", size=size) for size in options.trl_packed]
-    tasks = [Task(work, options.repeats) for work in works]
+    slow = options.slow_repeats or options.repeats
+    padded = [work.side in ("plain", "trl") and work.size > 1 for work in works]
+    tasks = [Task(w, slow if p else options.repeats) for w, p in zip(works, padded, strict=True)]
     if "again" in options.sides and dpo:
         tasks.append(Task(replace(base, side="tandem-again"), options.again_repeats))
     if "default" in options.sides:
@@ -195,6 +197,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--default-conversations", type=int, default=2 * PADDED)
     add("--default-repeats", type=int, default=1)
     add("--again-repeats", type=int, default=1, help="runs with a warm reference store")
+    add("--slow-repeats", type=int, help="of sides that pad; as --repeats if not given")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--save", action="store_true", help="also write JSON, table and chart to --results")
     add("--resume", action="store_true", help="--save, without what the JSON already holds")

@@ -12,7 +12,8 @@ import pytest
 import torch
 import trl
 
-from benchmarks import apart, record, report, training, trl_side, work
+from benchmarks import __main__ as standard
+from benchmarks import apart, gpu, record, report, sweeps, training, trl_side, work
 
 from .conftest import Here
 
@@ -230,3 +231,36 @@ def test_the_readmes_table_is_made_of_the_results(tmp_path: Path) -> None:
     table = report.readme_table(tmp_path)
     assert table is not None
     assert re.findall(r"[\d.]+x", table) == ["3.0x", "2.7x", "0.50x", "4.0x"]
+
+
+def test_the_standard_set_is_understood(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+    for module in (training, sweeps, gpu):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "main", lambda words, name=name: asked.append((name, words)))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--resume"])
+    standard.main()
+    assert [name for name, _ in asked] == ["training"] * 3 + ["sweeps", "gpu"]
+    sizes = []
+    for name, words in asked:
+        options = {"training": training, "sweeps": sweeps, "gpu": gpu}[name]._parse(words)
+        assert options.resume
+        if name == "training":
+            sizes.append(options.size)
+            base = work.Work("tandem", "sft", "", str(tmp_path / "talks.jsonl"), "", 3, 1)
+            names = [task.work.name for task in training._tasks(options, base)]
+            assert names[:2] == ["tandem", "plain loop, 1 at a time"]
+    assert sizes == [60, 10, 150]
+
+
+def test_slow_sides_may_have_fewer_repeats(files: list[str], tmp_path: Path) -> None:
+    options = training._parse(["--slow-repeats=1", "--plain-batches", "1", "8"])
+    base = work.Work("tandem", "dpo", "", str(tmp_path / "pairs.jsonl"), "", 3, 1)
+    repeats = {task.work.name: task.repeats for task in training._tasks(options, base)}
+    assert repeats == {
+        "tandem": 3, "plain loop, 1 at a time": 3, "plain loop, 8 pairs padded": 1,
+        "TRL, 1 at a time": 3, "TRL, 2 pairs padded": 1, "tandem, second run": 1,
+        "TRL, its defaults": 1,
+    }  # fmt: skip
