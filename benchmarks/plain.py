@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from tandem.data.records import Branch, Tree
 
-from .work import ADAPTERS, BETA, LEARNING_RATE, SEED, Ran, Stage, Work, trained_tokens
+from .work import (
+    ADAPTERS,
+    BETA,
+    CHOSEN_WEIGHT,
+    LEARNING_RATE,
+    SEED,
+    Ran,
+    Stage,
+    Work,
+    trained_tokens,
+)
 
 
 def load_model(work: Work) -> Any:
@@ -71,7 +81,10 @@ def run_plain(work: Work, trees: Sequence[Tree]) -> Ran:
                 loss = -logps.sum() / targets
             loss.backward()  # type: ignore[no-untyped-call]
             if not start:
-                first.append((loss.detach(), logps.detach().sum(1)))
+                weights = logps.new_tensor(
+                    [CHOSEN_WEIGHT, 1.0] if work.stage == "dpo" else [1.0] * logps.shape[1]
+                )
+                first.append((loss.detach(), logps.detach() @ weights))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -29,6 +29,7 @@ from .roofline import gemm_rates
 from .work import (
     ADAPTERS,
     BETA,
+    CHOSEN_WEIGHT,
     LEARNING_RATE,
     MAX_LENGTH,
     SEED,
@@ -85,7 +86,7 @@ def _run_tandem(work: Work, trees: list[Tree]) -> Ran:
     count = min(work.batch_size, len(trees))
     logp = -float(first["loss"])
     if work.stage == "dpo":
-        answers = first["logps/chosen"] + first["logps/rejected"]
+        answers = CHOSEN_WEIGHT * first["logps/chosen"] + first["logps/rejected"]
         logp = answers * count / trained_tokens(trees[:count])
     return Ran(
         loop_seconds=float(summary["train_seconds"]),

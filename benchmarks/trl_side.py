@@ -13,7 +13,17 @@ import torch
 from tandem.data.records import Tree
 
 from .plain import load_model, lora_config
-from .work import ADAPTERS, BETA, LEARNING_RATE, MAX_LENGTH, SEED, Ran, Work, trained_tokens
+from .work import (
+    ADAPTERS,
+    BETA,
+    CHOSEN_WEIGHT,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    SEED,
+    Ran,
+    Work,
+    trained_tokens,
+)
 
 
 @dataclass
@@ -67,7 +77,7 @@ def _watched(trainer: Any, seen: _Seen) -> Any:
                 seen.losses.append(float(loss))
                 means = self._metrics["train"]
                 if "logps/chosen" in means:
-                    mean = means["logps/chosen"][-1] + means["logps/rejected"][-1]
+                    mean = CHOSEN_WEIGHT * means["logps/chosen"][-1] + means["logps/rejected"][-1]
                     seen.logps += mean * (inputs["input_ids"].shape[0] // 2)
             return loss
 

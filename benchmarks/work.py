@@ -25,6 +25,8 @@ SEED = 1
 MAX_LENGTH = 4096
 LEARNING_RATE = 5e-5
 BETA = 0.1
+# In the comparison of first steps, so that swapped answers are noticed.
+CHOSEN_WEIGHT = 2.0
 # Records of TRL's default step: per_device_train_batch_size 8, no accumulation, one device.
 PADDED = 8
 
@@ -110,7 +112,8 @@ class Ran:
         reference_seconds: DPO's reference log-probs, computed before the loop; otherwise 0.
         first_records: records of the first step; 0 when it held other records than tandem's.
         first_loss: the loss that the first step minimised.
-        first_logp: log-probability per trained token of the first step's records, before it.
+        first_logp: log-probability per trained token of the first step's records, before it;
+            chosen answers weigh CHOSEN_WEIGHT.
         logps: first_logp of the first 1, 2, ... records, from the side that the others are
             checked against.
         live_reference: the loop computes the reference as it goes.
