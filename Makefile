@@ -22,7 +22,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks
 
 setup: $(STAMP)
 

@@ -17,27 +17,30 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.artifact.files import read_json
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.records import Tree
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train.device import Runtime
 
 from .plain import run_plain
-from .roofline import gemm_rate
+from .roofline import gemm_rates
 from .work import (
-    ALPHA,
+    ADAPTERS,
     BETA,
+    CHOSEN_WEIGHT,
     LEARNING_RATE,
     MAX_LENGTH,
-    RANK,
     SEED,
-    TARGETS,
     TEMPLATE,
     Measured,
+    Ran,
     Work,
+    in_training_order,
     read_trees,
     sequence_tokens,
+    trained_tokens,
 )
 
 
@@ -45,47 +48,79 @@ def measure(work: Work) -> Measured:
     """Do the work once and say what it cost."""
     torch.set_num_threads(work.threads)
     transformers_logging.disable_progress_bar()
-    trees = read_trees(work.stage, Path(work.model), Path(work.data))
-    if work.side == "tandem":
-        loop, reference = _run_tandem(work)
+    trees = in_training_order(read_trees(work.stage, Path(work.model), Path(work.data)), work)
+    if work.side.startswith("tandem"):
+        ran = _run_tandem(work, trees)
     elif work.side == "plain":
-        loop, reference = run_plain(work.stage, work.model, trees, work.batch_size)
+        ran = run_plain(work, trees)
     else:
         from .trl_side import run_trl
 
         tokenizer = AutoTokenizer.from_pretrained(work.model, local_files_only=True)
-        loop, reference = run_trl(work, trees, tokenizer)
-    return Measured(loop, reference, len(trees), sequence_tokens(trees), _peak_bytes())
+        ran = run_trl(work, trees, tokenizer)
+    return Measured(
+        **asdict(ran),
+        records=len(trees),
+        tokens=sequence_tokens(trees),
+        peak_bytes=_peak_bytes(work.device),
+    )
 
 
-def _run_tandem(work: Work) -> tuple[float, float]:
+def _run_tandem(work: Work, trees: list[Tree]) -> Ran:
     """The stage as `tandem sft` and `tandem dpo` run it; the seconds are those of its summary."""
+    assert not work.records, "tandem's stages take the whole file"
+    computed = len(trees)
+    with _own_cache(Path(work.scratch)):
+        if work.side == "tandem-again":
+            # Another learning rate and one step: the reference pass is the same.
+            _stage(work, "before", max_steps=1, learning_rate=LEARNING_RATE / 2)
+            computed = 0
+        folder = _stage(work, "tandem", epochs=1.0, learning_rate=LEARNING_RATE)
+    summary = read_json(folder / "summary.json")
+    if work.stage == "dpo" and summary["reference_computed"] != computed:
+        raise SystemExit(
+            f"{summary['reference_computed']} reference log-probs were computed, not {computed}: "
+            "the table would not say what was measured"
+        )
+    first = read_jsonl(folder / "metrics.jsonl")[0]
+    count = min(work.batch_size, len(trees))
+    logp = -float(first["loss"])
+    if work.stage == "dpo":
+        answers = CHOSEN_WEIGHT * first["logps/chosen"] + first["logps/rejected"]
+        logp = answers * count / trained_tokens(trees[:count])
+    return Ran(
+        loop_seconds=float(summary["train_seconds"]),
+        reference_seconds=float(summary["reference_seconds"]),
+        first_records=count,
+        first_loss=float(first["loss"]),
+        first_logp=logp,
+        bfloat16=work.device == "cuda",
+    )
+
+
+def _stage(work: Work, name: str, **steps: Any) -> Path:
+    adapter = ADAPTERS[work.stage]
     common: dict[str, Any] = {
         "data": (DataSource(path=work.data),),
         "batch_size": work.batch_size,
-        "epochs": 1.0,
-        "learning_rate": LEARNING_RATE,
         "max_length": MAX_LENGTH,
-        "lora": Lora(rank=RANK, alpha=ALPHA, target_modules=TARGETS),
+        # The first step's metrics are compared with the peers'.
+        "logging_steps": 1,
+        "lora": Lora(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets),
+        **steps,
     }
     named: dict[str, Any] = {
         "model": work.model,
         "revision": None,
-        "output_dir": Path(work.scratch) / "tandem",
+        "output_dir": Path(work.scratch) / name,
         "chat_template": TEMPLATE,
         "seed": SEED,
-        "runtime": Runtime(device="cpu", dtype="float32"),
+        "runtime": Runtime(device=work.device),
         "console": Console(quiet=True),
     }
-    with _own_cache(Path(work.scratch)):
-        if work.stage == "dpo":
-            folder = run_dpo(settings=Dpo(**common, beta=BETA), **named)
-        else:
-            folder = run_sft(settings=Sft(**common), **named)
-    summary = read_json(folder / "summary.json")
-    if work.stage == "dpo" and summary["reference_computed"] != summary["examples"]:
-        raise SystemExit("reference log-probs were found in a store; the pass was not measured")
-    return float(summary["train_seconds"]), float(summary["reference_seconds"])
+    if work.stage == "dpo":
+        return run_dpo(settings=Dpo(**common, beta=BETA), **named)
+    return run_sft(settings=Sft(**common), **named)
 
 
 @contextmanager
@@ -101,7 +136,9 @@ def _own_cache(folder: Path) -> Iterator[None]:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-def _peak_bytes() -> int:
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
     # ru_maxrss would count what the parent held when it started this process.
     status = Path("/proc/self/status")
     if status.exists():
@@ -112,13 +149,13 @@ def _peak_bytes() -> int:
 
 
 def main() -> None:
-    """A measurement, or the product's rate when there is no side."""
+    """A measurement, or the product's rates when there is no side."""
     task = json.loads(sys.argv[1])
     if "side" in task:
         result = asdict(measure(Work(**task)))
     else:
         torch.set_num_threads(task["threads"])
-        result = {"gemm_rate": gemm_rate()}
+        result = gemm_rates(task["device"])
     print(json.dumps(result))
 
 

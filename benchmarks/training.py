@@ -1,73 +1,40 @@
 """tandem, TRL and a plain loop on the same records: `python -m benchmarks.training --help`.
 
 Every measurement runs in a process of its own, the sides take turns, and medians of the repeats
-are compared. Seconds exclude imports, loading and tokenising. All sides use float32, the same
-token ids, LoRA on q, k and v, the same number of threads and of records to an optimizer step
-(TRL's packed rows: about the same). TRL: no activation checkpointing, the reference computed
-once before training, packing best-fit with boundaries kept. The plain loop: transformers and
-peft, one sequence at a time, so without padding, and only trained rows meet the output head.
+are compared. Seconds exclude imports, loading and tokenising. All sides get the same token ids in
+the same order, the recipe's LoRA, the same number of threads and of records to an optimizer step
+(TRL's packed rows: about the same; TRL's defaults: their own), and their first steps must have
+the same loss and log-probs. docs/benchmarks.md says what each side is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from .report import Environment, Results, markdown
+from .apart import ROOT, Apart
+from .record import Environment, Record, Task, resumed, say, take_turns
+from .report import RESULTS, markdown, write
 from .roofline import needed_operations
 from .work import (
-    Measured,
+    PADDED,
     Stage,
     Work,
     read_trees,
+    sequence_tokens,
     write_first_lines,
     write_model,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-@dataclass(frozen=True)
-class Apart:
-    """Measures in a new process, with nothing left over from the one before."""
-
-    threads: int
-
-    def measure(self, work: Work) -> Measured:
-        """One side's measurement."""
-        return Measured(**self._run(work.as_dict()))
-
-    def gemm_rate(self) -> float:
-        """Operations a second of a float32 product."""
-        return float(self._run({"threads": self.threads})["gemm_rate"])
-
-    def _run(self, task: dict[str, Any]) -> dict[str, Any]:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "TQDM_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, "-m", "benchmarks.sides", json.dumps(task)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"{task.get('side', 'gemm')} failed:\n{done.stderr[-4000:]}")
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
+SIDES = ("tandem", "again", "plain", "trl", "default")
 
 
 def main(
@@ -75,62 +42,24 @@ def main(
 ) -> dict[str, str]:
     """Measure, print one table a stage, and return them; `apart` makes what measures."""
     options = _parse(arguments)
-    for path in (options.tokenizer, options.pairs_file, options.conversations_file):
-        if not path.exists():
-            raise SystemExit(
-                f"{path} is not here. The benchmark needs the data beside the repository, or name "
-                "other files with --tokenizer, --pairs-file and --conversations-file."
-            )
+    check_files(options)
     bench = apart(options.threads)
     tables: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as name:
         scratch = Path(name)
-        _say(f"writing a model of {options.size}M parameters")
+        say(f"writing a model of {options.size}M parameters")
         write_model(options.size, options.tokenizer, scratch / "model")
         stages: tuple[Stage, ...] = ("dpo", "sft") if options.stage == "both" else (options.stage,)
         for stage in stages:
-            results = _measure(bench, _works(options, stage, scratch), options, scratch)
-            tables[stage] = markdown(results, Environment.here(options.threads))
+            file = options.results / f"training-{stage}-{options.size}m.json"
+            tables[stage] = _measure(bench, options, stage, scratch, file)
             print(tables[stage], flush=True)
-            if options.save:
-                RESULTS.mkdir(exist_ok=True)
-                file = RESULTS / f"training-{stage}-{options.size}m.md"
-                file.write_text(tables[stage], encoding="utf-8")
-                _say(f"written to {file.relative_to(ROOT)}")
     return tables
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pairs = SHARED / "pairs" / "orca_dpo_pairs.jsonl"
-    conversations = SHARED / "conversations" / "slimorca_format.jsonl"
-    tokenizer = SHARED / "tokenizers" / "mistral_v1_32000"
-    add = parser.add_argument
-    add("--stage", choices=("dpo", "sft", "both"), default="both")
-    add("--size", type=int, choices=(1, 10, 60, 150), default=60, help="million parameters")
-    add("--repeats", type=int, default=3)
-    add("--pairs", type=int, default=32, help="records of DPO")
-    add("--conversations", type=int, default=64, help="records of SFT")
-    add("--batch-size", type=int, default=16, help="records of an optimizer step")
-    add(
-        "--sides", nargs="+", choices=("tandem", "plain", "trl"), default=("tandem", "plain", "trl")
-    )
-    add("--trl-batches", type=int, nargs="+", default=(1, 2), help="TRL's micro-batches to try")
-    add("--trl-packed", type=int, nargs="*", default=(2048,), help="TRL's packed rows to try")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--save", action="store_true", help="also write the tables to benchmarks/results/")
-    add("--pairs-file", type=Path, default=pairs)
-    add("--conversations-file", type=Path, default=conversations)
-    add("--tokenizer", type=Path, default=tokenizer)
-    return parser.parse_args(arguments)
-
-
-def _works(options: argparse.Namespace, stage: Stage, scratch: Path) -> list[Work]:
-    """What one round measures, in turn."""
+def _measure(
+    bench: Any, options: argparse.Namespace, stage: Stage, scratch: Path, file: Path
+) -> str:
     source = options.pairs_file if stage == "dpo" else options.conversations_file
     count = options.pairs if stage == "dpo" else options.conversations
     data = scratch / f"{stage}.jsonl"
@@ -144,43 +73,136 @@ def _works(options: argparse.Namespace, stage: Stage, scratch: Path) -> list[Wor
         batch_size=min(options.batch_size, count),
         threads=options.threads,
     )
-    works = [replace(base, side=side) for side in ("tandem", "plain") if side in options.sides]
-    if "trl" in options.sides:
-        works += [replace(base, side="trl", size=size) for size in options.trl_batches]
-        if stage == "sft":
-            works += [replace(base, side="trl-packed", size=size) for size in options.trl_packed]
-    return works
+    record = new_record(
+        base,
+        tasks := _tasks(options, base),
+        Environment.here(options.threads),
+        model=f"{options.size}M parameters",
+        command=_command(options, stage, count),
+    )
+    keep = options.save or options.resume
+    if options.resume:
+        record = resumed(record, file)
+    (runs := scratch / f"{stage}-runs").mkdir()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    take_turns(bench, tasks, record, runs, file if keep else None)
+    if not keep:
+        return markdown(record)
+    record.save(file)
+    say(f"written to {file.parent}")
+    return write(record, file)
 
 
-def _measure(bench: Any, works: list[Work], options: argparse.Namespace, scratch: Path) -> Results:
-    found: dict[str, list[Measured]] = {work.name: [] for work in works}
-    rates = []
-    for repeat in range(options.repeats):
-        rates.append(bench.gemm_rate())
-        # Whoever goes first meets another state of the machine each time.
-        shift = repeat % len(works)
-        for work in works[shift:] + works[:shift]:
-            folder = tempfile.mkdtemp(dir=scratch)
-            measured = bench.measure(replace(work, scratch=folder))
-            found[work.name].append(measured)
-            seconds = measured.loop_seconds + measured.reference_seconds
-            _say(f"{work.stage} {repeat + 1}/{options.repeats} {work.name}: {seconds:.1f} s")
-    first = works[0]
-    trees = read_trees(first.stage, Path(first.model), Path(first.data))
-    operations = needed_operations(trees, AutoConfig.from_pretrained(first.model), first.stage)
-    return Results(
-        stage=first.stage,
-        size=options.size,
-        batch_size=first.batch_size,
-        repeats=options.repeats,
-        measured=found,
-        operations=operations,
-        gemm_rate=max(rates),
+def new_record(
+    base: Work, tasks: Sequence[Task], environment: Environment, *, model: str, command: str
+) -> Record:
+    """A record without measurements: what is asked for, and the operations it needs."""
+    trees = read_trees(base.stage, Path(base.model), Path(base.data))
+    return Record(
+        settings={
+            "stage": base.stage,
+            "model": model,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "batch_size": base.batch_size,
+            "records": len(trees),
+            "tokens": sequence_tokens(trees),
+            "command": command,
+            "sides": {
+                task.work.name: {
+                    "side": task.work.side,
+                    "size": task.work.size,
+                    "records": task.work.records,
+                    "repeats": task.repeats,
+                }
+                for task in tasks
+            },
+        },
+        environment=environment,
+        needed=needed_operations(trees, AutoConfig.from_pretrained(base.model), base.stage),
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _tasks(options: argparse.Namespace, base: Work) -> list[Task]:
+    """What one round measures, in turn."""
+    dpo = base.stage == "dpo"
+    works = [base] if "tandem" in options.sides else []
+    if "plain" in options.sides:
+        works += [replace(base, side="plain", size=size) for size in options.plain_batches]
+    if "trl" in options.sides:
+        works += [replace(base, side="trl", size=size) for size in options.trl_batches]
+        if not dpo:
+            works += [replace(base, side="trl-packed", size=size) for size in options.trl_packed]
+    slow = options.slow_repeats or options.repeats
+    padded = [work.side in ("plain", "trl") and work.size > 1 for work in works]
+    tasks = [Task(w, slow if p else options.repeats) for w, p in zip(works, padded, strict=True)]
+    if "again" in options.sides and dpo:
+        tasks.append(Task(replace(base, side="tandem-again"), options.again_repeats))
+    if "default" in options.sides:
+        asked = options.default_pairs if dpo else options.default_conversations
+        count = Path(base.data).read_text(encoding="utf-8").count("\n")
+        default = replace(base, side="trl-default", records=asked if asked < count else 0)
+        tasks.append(Task(default, options.default_repeats))
+    if not tasks:
+        raise SystemExit(f"--sides {' '.join(options.sides)} leaves nothing to measure")
+    return tasks
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Raise SystemExit when the data are not where they are looked for."""
+    for path in (options.tokenizer, options.pairs_file, options.conversations_file):
+        if not path.exists():
+            raise SystemExit(
+                f"{path} is not here. The benchmark reads real records from {SHARED}; name "
+                "other files with --tokenizer, --pairs-file and --conversations-file."
+            )
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """The options that say where the data are."""
+    add = parser.add_argument
+    add("--pairs-file", type=Path, default=SHARED / "pairs" / "orca_dpo_pairs.jsonl")
+    conversations = SHARED / "conversations" / "slimorca_format.jsonl"
+    add("--conversations-file", type=Path, default=conversations)
+    add("--tokenizer", type=Path, default=SHARED / "tokenizers" / "mistral_v1_32000")
+    add("--results", type=Path, default=RESULTS, help="where --save and --resume write")
+
+
+def _command(options: argparse.Namespace, stage: Stage, count: int) -> str:
+    """The command line of a stage's table; sides and their sizes are in the table."""
+    records = "pairs" if stage == "dpo" else "conversations"
+    return (
+        f"python -m benchmarks.training --stage {stage} --size {options.size} --repeats "
+        f"{options.repeats} --{records} {count}"
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--stage", choices=("dpo", "sft", "both"), default="both")
+    add("--size", type=int, choices=(1, 10, 60, 150), default=60, help="million parameters")
+    add("--repeats", type=int, default=3)
+    add("--pairs", type=int, default=32, help="records of DPO")
+    add("--conversations", type=int, default=64, help="records of SFT")
+    add("--batch-size", type=int, default=16, help="records of an optimizer step")
+    add("--sides", nargs="+", choices=SIDES, default=SIDES)
+    add("--plain-batches", type=int, nargs="+", default=(1, 2, PADDED), help="micro-batches to try")
+    add("--trl-batches", type=int, nargs="+", default=(1, 2), help="TRL's micro-batches to try")
+    add("--trl-packed", type=int, nargs="*", default=(2048,), help="TRL's packed rows to try")
+    add("--default-pairs", type=int, default=PADDED, help="records of TRL's slow defaults")
+    add("--default-conversations", type=int, default=2 * PADDED)
+    add("--default-repeats", type=int, default=1)
+    add("--again-repeats", type=int, default=1, help="runs with a warm reference store")
+    add("--slow-repeats", type=int, help="of sides that pad; as --repeats if not given")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--save", action="store_true", help="also write JSON, table and chart to --results")
+    add("--resume", action="store_true", help="--save, without what the JSON already holds")
+    add_files(parser)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,117 +1,202 @@
-"""TRL's trainers, configured for speed on a CPU and fed tandem's token ids."""
+"""TRL's trainers, fed tandem's token ids in tandem's order: configured well, and as they come."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tandem.data.records import Tree
 
 from .plain import load_model, lora_config
-from .work import BETA, LEARNING_RATE, MAX_LENGTH, SEED, Work
+from .work import (
+    ADAPTERS,
+    BETA,
+    CHOSEN_WEIGHT,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    SEED,
+    Ran,
+    Work,
+    trained_tokens,
+)
 
 
-def run_trl(work: Work, trees: Sequence[Tree], tokenizer: Any) -> tuple[float, float]:
-    """One epoch; returns the seconds of the loop and of the reference pass."""
+@dataclass
+class _Seen:
+    """The clock of the reference pass, and the micro-batches of the first step."""
+
+    reference_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    logps: float = 0.0  # of all answers
+
+
+def run_trl(work: Work, trees: Sequence[Tree], tokenizer: Any) -> Ran:
+    """One epoch over the records."""
     import datasets
 
     datasets.disable_progress_bars()
-    if work.stage == "dpo":
-        return _dpo(work, trees, tokenizer)
-    trainer = _sft_trainer(work, trees, tokenizer)
-    return _train(trainer), 0.0
+    seen = _Seen()
+    trainer = (_dpo if work.stage == "dpo" else _sft)(work, trees, tokenizer, seen)
+    if work.side != "trl-default":
+        _check(trainer)
+    loop = float(trainer.train().metrics["train_runtime"])
+    arguments = trainer.args
+    micro_batches = len(trainer.get_train_dataloader())
+    records = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    if work.side == "trl-packed":
+        # Rows hold records in an order of their own.
+        records = len(trees) if micro_batches <= arguments.gradient_accumulation_steps else 0
+    records = min(records, len(trees))
+    loss = sum(seen.losses)
+    logps = seen.logps / max(1, trained_tokens(trees[:records]))
+    return Ran(
+        loop_seconds=loop,
+        reference_seconds=seen.reference_seconds,
+        first_records=records,
+        first_loss=loss,
+        first_logp=logps if work.stage == "dpo" else -loss,
+        live_reference=work.stage == "dpo" and work.side == "trl-default",
+        bfloat16=bool(arguments.bf16),
+    )
 
 
-def _arguments(work: Work, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    return {
-        "output_dir": str(Path(work.scratch) / "trl"),
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 1,
-        "learning_rate": LEARNING_RATE,
-        "max_grad_norm": 1.0,
-        "seed": SEED,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+def _watched(trainer: Any, seen: _Seen) -> Any:
+    """A trainer that takes tokens as they are, and notes what `_Seen` holds."""
+
+    class Watched(trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            loss = super().training_step(model, inputs, *rest, **named)
+            if len(seen.losses) < self.args.gradient_accumulation_steps and not (
+                self.state.global_step
+            ):
+                seen.losses.append(float(loss))
+                means = self._metrics["train"]
+                if "logps/chosen" in means:
+                    mean = CHOSEN_WEIGHT * means["logps/chosen"][-1] + means["logps/rejected"][-1]
+                    seen.logps += mean * (inputs["input_ids"].shape[0] // 2)
+            return loss
+
+        def _precompute_ref_logps(self, *arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            found = super()._precompute_ref_logps(*arguments, **named)
+            seen.reference_seconds = time.perf_counter() - began
+            return found
+
+    return Watched
 
 
-def _dpo(work: Work, trees: Sequence[Tree], tokenizer: Any) -> tuple[float, float]:
+def _dpo(work: Work, trees: Sequence[Tree], tokenizer: Any, seen: _Seen) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    reference_seconds = 0.0
-
-    class Fed(DPOTrainer):  # type: ignore[misc]
-        """Takes tokens as they are, and a clock to the reference pass."""
-
+    class Fed(_watched(DPOTrainer, seen)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-        def _precompute_ref_logps(self, *arguments: Any, **named: Any) -> Any:
-            nonlocal reference_seconds
-            began = time.perf_counter()
-            found = super()._precompute_ref_logps(*arguments, **named)
-            reference_seconds = time.perf_counter() - began
-            return found
-
-    arguments = _arguments(work, work.size, max(1, work.batch_size // work.size))
-    trainer = Fed(
-        model=load_model(work.model),
-        args=DPOConfig(
-            **arguments,
-            beta=BETA,
-            max_length=MAX_LENGTH,
-            precompute_ref_log_probs=True,
-            precompute_ref_batch_size=work.size,
-        ),
+    arguments = _arguments(work)
+    if work.side != "trl-default":
+        arguments |= {
+            "beta": BETA,
+            "precompute_ref_log_probs": True,
+            "precompute_ref_batch_size": work.size,
+        }
+    return Fed(
+        args=DPOConfig(**arguments, max_length=MAX_LENGTH),
         train_dataset=Dataset.from_list([_pair_row(tree) for tree in trees]),
         processing_class=tokenizer,
-        peft_config=lora_config(),
+        **_model(work),
     )
-    _check(trainer)
-    return _train(trainer), reference_seconds
 
 
-def _sft_trainer(work: Work, trees: Sequence[Tree], tokenizer: Any) -> Any:
+def _sft(work: Work, trees: Sequence[Tree], tokenizer: Any, seen: _Seen) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = [_labelled_row(tree) for tree in trees]
+    arguments = _arguments(work)
     if work.side == "trl-packed":
         # A shorter row would cut the longest record in two.
         length = max(work.size, *(len(row["input_ids"]) for row in rows))
         packs = -(-sum(len(row["input_ids"]) for row in rows) // length)
-        arguments = _arguments(work, 1, max(1, round(packs * work.batch_size / len(rows))))
-        arguments |= {"max_length": length, "packing": True, "packing_strategy": "bfd"}
+        arguments |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": max(1, round(packs * work.batch_size / len(rows))),
+            "max_length": length,
+            "packing": True,
+            "packing_strategy": "bfd",
+        }
     else:
-        arguments = _arguments(work, work.size, max(1, work.batch_size // work.size))
-        arguments |= {"max_length": MAX_LENGTH, "packing": False}
-    trainer = SFTTrainer(
-        model=load_model(work.model),
+        arguments |= {"max_length": MAX_LENGTH}
+    return _watched(SFTTrainer, seen)(
         args=SFTConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(),
+        **_model(work),
     )
-    _check(trainer)
-    return trainer
 
 
-def _train(trainer: Any) -> float:
-    return float(trainer.train().metrics["train_runtime"])
+def _arguments(work: Work) -> dict[str, Any]:
+    """What the same data on this device needs, and unless for `trl-default` what makes it fast."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(Path(work.scratch) / "trl"),
+        "use_cpu": work.device == "cpu",
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if work.side == "trl-default":
+        return arguments
+    return arguments | {
+        "bf16": work.dtype == torch.bfloat16,
+        "activation_checkpointing": False,
+        "use_liger_kernel": work.side == "trl-liger",
+        "per_device_train_batch_size": work.size,
+        "gradient_accumulation_steps": max(1, work.batch_size // max(1, work.size)),
+        "learning_rate": LEARNING_RATE,
+        "max_grad_norm": 1.0,
+        "seed": SEED,
+        "logging_strategy": "no",
+    }
+
+
+def _model(work: Work) -> dict[str, Any]:
+    if work.side == "unsloth":
+        return {"model": _unsloth_model(work)}
+    # A path is loaded in TRL's own dtype.
+    model = work.model if work.side == "trl-default" else load_model(work)
+    return {"model": model, "peft_config": lora_config(work.stage)}
+
+
+def _unsloth_model(work: Work) -> Any:
+    from unsloth import FastLanguageModel
+
+    adapter = ADAPTERS[work.stage]
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=work.model, max_seq_length=MAX_LENGTH, dtype=work.dtype, load_in_4bit=False
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=list(adapter.targets),
+        bias="none",
+        use_gradient_checkpointing=False,
+        random_state=SEED,
+    )
 
 
 def _check(trainer: Any) -> None:
     arguments = trainer.args
-    if arguments.gradient_checkpointing or arguments.bf16 or arguments.fp16:
+    low = arguments.bf16 and arguments.use_cpu
+    if arguments.gradient_checkpointing or low or arguments.fp16:
         raise SystemExit("TRL is not in the configuration that the table names")
 
 

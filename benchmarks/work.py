@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from tandem.data.ledger import Ledger
+from tandem.data.order import steps, steps_per_epoch
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
@@ -22,26 +23,47 @@ TEMPLATE = "neural-chat"
 SEED = 1
 # Longer than any record used, so that nothing is cut and all sides see the same tokens.
 MAX_LENGTH = 4096
-# The recipe's DPO adapter: rank 16 on the attention's projections.
-TARGETS = ("q_proj", "k_proj", "v_proj")
-RANK, ALPHA = 16, 16
 LEARNING_RATE = 5e-5
 BETA = 0.1
+# In the comparison of first steps, so that swapped answers are noticed.
+CHOSEN_WEIGHT = 2.0
+# Records of TRL's default step: per_device_train_batch_size 8, no accumulation, one device.
+PADDED = 8
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA without dropout, so that all sides compute the same function."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+
+# Those of the neural-chat-7b-v3-1 recipe.
+ADAPTERS: dict[Stage, Adapter] = {
+    "sft": Adapter(16, 64, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "dpo": Adapter(16, 16, ("q_proj", "k_proj", "v_proj")),
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One measurement: a side does a stage once over all records.
+    """One measurement: a side does a stage once over the records.
 
     Attributes:
-        side: tandem, plain, trl or trl-packed.
+        side: tandem, tandem-again (its reference store is warm), plain, trl, trl-default,
+            trl-packed, trl-liger or unsloth.
         stage: dpo or sft.
         model: folder of the model and its tokenizer.
         data: JSON lines.
         scratch: a folder for outputs, new for each measurement.
-        batch_size: records of an optimizer step.
+        batch_size: records of an optimizer step (TRL's default has its own).
         threads: torch's threads.
-        size: trl: sequences or pairs of a forward; trl-packed: tokens of a packed row.
+        size: records of a forward (one at a time is unpadded in the plain loop); trl-packed:
+            tokens of a packed row.
+        records: only the first so many in the order of training; 0 is all.
+        device: cpu (float32) or cuda (bfloat16).
     """
 
     side: str
@@ -52,6 +74,8 @@ class Work:
     batch_size: int
     threads: int
     size: int = 0
+    records: int = 0
+    device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a command line."""
@@ -60,31 +84,71 @@ class Work:
     @property
     def name(self) -> str:
         """How tables call the side."""
-        if self.side == "trl-packed":
-            return f"TRL, packed to {self.size} tokens"
-        if self.side == "trl":
-            unit = "pair" if self.stage == "dpo" else "sequence"
-            return f"TRL, {self.size} {unit}{'s' if self.size > 1 else ''} at a time"
-        return "plain loop" if self.side == "plain" else self.side
+        unit = "pair" if self.stage == "dpo" else "conversation"
+        batch = "1 at a time" if self.size == 1 else f"{self.size} {unit}s padded"
+        return {
+            "tandem": "tandem",
+            "tandem-again": "tandem, second run",
+            "plain": f"plain loop, {batch}",
+            "trl": f"TRL, {batch}",
+            "trl-default": "TRL, its defaults",
+            "trl-packed": f"TRL, packed to {self.size} tokens",
+            "trl-liger": f"TRL with Liger, {batch}",
+            "unsloth": f"Unsloth, {batch}",
+        }[self.side]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights, as tandem's `auto` has it; adapters are float32."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one measurement found; seconds exclude imports, loading and tokenising.
+class Ran:
+    """What a side says of its run.
 
     Attributes:
         loop_seconds: all optimizer steps.
         reference_seconds: DPO's reference log-probs, computed before the loop; otherwise 0.
-        records: pairs or conversations.
-        tokens: of all their sequences, prompts counted for each answer.
-        peak_bytes: most memory the process held, the interpreter and libraries included.
+        first_records: records of the first step; 0 when it held other records than tandem's.
+        first_loss: the loss that the first step minimised.
+        first_logp: log-probability per trained token of the first step's records, before it;
+            chosen answers weigh CHOSEN_WEIGHT.
+        logps: first_logp of the first 1, 2, ... records, from the side that the others are
+            checked against.
+        live_reference: the loop computes the reference as it goes.
+        bfloat16: products are not in float32.
     """
 
     loop_seconds: float
     reference_seconds: float
-    records: int
-    tokens: int
-    peak_bytes: int
+    first_records: int
+    first_loss: float
+    first_logp: float
+    logps: tuple[float, ...] = ()
+    live_reference: bool = False
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
+class Measured(Ran):
+    """What one measurement found; seconds exclude imports, loading and tokenising.
+
+    Attributes:
+        records: pairs or conversations.
+        tokens: of all their sequences, prompts counted for each answer.
+        peak_bytes: most memory held: by the process, the interpreter and libraries included; on
+            CUDA by torch on the device.
+    """
+
+    records: int = 0
+    tokens: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Loop and reference pass."""
+        return self.loop_seconds + self.reference_seconds
 
 
 def shape(size: int) -> dict[str, int]:
@@ -94,6 +158,7 @@ def shape(size: int) -> dict[str, int]:
         10: (128, 8, 4, 2),
         60: (512, 8, 8, 4),
         150: (768, 12, 12, 4),
+        7000: (4096, 32, 32, 8),
     }[size]
     return {
         "hidden_size": hidden,
@@ -104,8 +169,15 @@ def shape(size: int) -> dict[str, int]:
     }
 
 
-def write_model(size: int, tokenizer_folder: Path, folder: Path) -> None:
-    """A Mistral with random float32 weights, and the tokenizer, as a model folder."""
+def write_model(
+    size: int,
+    tokenizer_folder: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """A Mistral with random weights, drawn on `device`, and the tokenizer, as a model folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     torch.manual_seed(SEED)
     config = MistralConfig(
@@ -117,8 +189,11 @@ def write_model(size: int, tokenizer_folder: Path, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         **shape(size),
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
     resolve_template(tokenizer, TEMPLATE)
+    # Last: a folder without it was not written whole.
     tokenizer.save_pretrained(folder)
 
 
@@ -152,3 +227,16 @@ def read_trees(stage: Stage, model: Path, data: Path) -> list[Tree]:
 def sequence_tokens(trees: Sequence[Tree]) -> int:
     """Tokens of all sequences, nothing shared."""
     return sum(len(t.sequence(b).input_ids) for t in trees for b in range(len(t.branches)))
+
+
+def in_training_order(trees: Sequence[Tree], work: Work) -> list[Tree]:
+    """The records as tandem's steps take them, which is how the peers are given them."""
+    count = steps_per_epoch(len(trees), work.batch_size)
+    epoch = steps(len(trees), work.batch_size, seed=SEED, count=count)
+    order = [i for step in epoch for i in step.examples]
+    return [trees[i] for i in order[: work.records or len(order)]]
+
+
+def trained_tokens(trees: Sequence[Tree]) -> int:
+    """Trained tokens of all sequences."""
+    return sum(int(t.sequence(b).trained.sum()) for t in trees for b in range(len(t.branches)))
