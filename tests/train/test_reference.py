@@ -8,12 +8,25 @@ import numpy as np
 import pytest
 
 from tandem.artifact.cache import cache_report, clear_cache
-from tandem.data.records import Branch
+from tandem.data.columns import sequence_digest
+from tandem.data.records import Branch, TokenIds, TrainedMask
 from tandem.train.reference import ReferenceStore, _key
 
 
-def _sequence(ids: list[int], trained: list[int]) -> Branch:
-    return Branch(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+def _sequence(ids: list[int], trained: list[int]) -> bytes:
+    branch = Branch(ids_of(ids), mask_of(trained))
+    halves = [Branch(branch.input_ids[a:b], branch.trained[a:b]) for a, b in ((0, 1), (1, None))]
+    # Where a prefix ends is no part of what a sequence is.
+    assert sequence_digest(*halves) == sequence_digest(branch, Branch(ids_of([]), mask_of([])))
+    return sequence_digest(*halves)
+
+
+def ids_of(ids: list[int]) -> TokenIds:
+    return np.array(ids, dtype=np.int32)
+
+
+def mask_of(trained: list[int]) -> TrainedMask:
+    return np.array(trained, dtype=bool)
 
 
 def test_keys_follow_weights_tokens_and_targets_alone() -> None:
