@@ -25,18 +25,12 @@ def test_every_side_is_measured(
             for q in ("Hello there", "What?")
         ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = encoding.main(
-        [
-            "--records=20",
-            "--sample=10",
-            "--trl-sample=5",
-            f"--kind={kind}",
-            "--format=parquet",
-            f"--source={tmp_path / 'rows.jsonl'}",
-            f"--tokenizer={tmp_path / 'tokenizer'}",
-            f"--scratch={tmp_path}",
-        ]  # fmt: skip
-    )
+    options = [
+        "--records=20", "--sample=10", "--trl-sample=5", f"--kind={kind}", "--format=parquet",
+        f"--source={tmp_path / 'rows.jsonl'}", f"--tokenizer={tmp_path / 'tokenizer'}",
+        f"--scratch={tmp_path}",
+    ]  # fmt: skip
+    table = encoding.main(options)
     assert table in capsys.readouterr().out
     found = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert found == ["", "tandem", "the bare tokenizer", "TRL's preparation of a sample"]

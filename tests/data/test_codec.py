@@ -20,8 +20,9 @@ from tandem.errors import UserError
 
 # Pieces that tokenizers treat specially: blanks, line breaks, end tokens, halves of end tokens.
 PIECES = [
-    "Hello", " there", "  ", "\n", "\n\n", "\t", ".", "é", "世界", "🙂", "<", "</", "</s", "</s>", "s>",
-    "<s>", "<|im_end|>", "<|im_end", "|>", "<|im_start|>", "<|endoftext|>", "user", "▁", "a" * 40, "",
+    "Hello", " there", "  ", "\n", "\n\n", "\t", ".", "é", "世界", "🙂", "<", "</", "</s", "</s>",
+    "s>", "<s>", "<|im_end|>", "<|im_end", "|>", "<|im_start|>", "<|endoftext|>", "user", "▁",
+    "a" * 40, "",
 ]  # fmt: skip
 TOKENIZERS = ["mistral_tokenizer", "stories_tokenizer", "byte_tokenizer"]
 
