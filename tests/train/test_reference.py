@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from tandem.artifact.cache import cache_report, clear_cache
-from tandem.data.columns import sequence_digest
-from tandem.data.records import Branch, TokenIds, TrainedMask
-from tandem.train.reference import ReferenceStore, _key
+from tandem.data.batch import Batch
+from tandem.data.columns import sequence_digest, to_columns
+from tandem.data.records import Branch, Origin, TokenIds, TrainedMask, Tree
+from tandem.data.store import TreeWriter
+from tandem.train.reference import ReferenceStore, _key, _keys
 
 
 def _sequence(ids: list[int], trained: list[int]) -> bytes:
@@ -64,3 +66,21 @@ def test_the_cache_is_seen_and_emptied(tmp_path: Path, monkeypatch: pytest.Monke
     assert (name, size > 0) == ("reference.sqlite", True)
     assert clear_cache() == size
     assert cache_report() == []
+
+
+def test_keys_of_trees_on_disk_are_those_of_their_sequences() -> None:
+    def branch(*ids: int) -> Branch:
+        return Branch(ids_of(list(ids)), mask_of([token % 2 for token in ids]))
+
+    made = [
+        Tree(branch(), (branch(1, 2, 3),), Origin("f", 1)),
+        Tree(branch(4, 5), (branch(6), branch(7, 8)), Origin("f", 2)),
+        Tree(branch(9), (branch(3), branch(2, 1)), Origin("f", 3)),
+    ]
+    writer = TreeWriter(None, ["f"])
+    writer.add(Batch("f", to_columns(made), ()))
+    writer.finish({})
+    for block in (range(0, 3), range(1, 3), range(1, 2)):
+        assert _keys("x", writer.trees(), block) == _keys("x", made, block)
+    whole = [[_key("x", sequence_digest(t.prefix, b)) for b in t.branches] for t in made]
+    assert _keys("x", made, range(0, 3)) == whole
