@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     console = Console(stderr=True)
     limits = LIMITS[task["kind"]]
     ledger = Ledger(None)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _core_seconds()
     function = prepare_pairs if task["kind"] == "pairs" else prepare_conversations
     trees = function(
         [SourceSpec(task["data"])],
@@ -54,6 +55,7 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
+        "core_seconds": _core_seconds() - used,
         "records": ledger.counts["read"],
         "tokens": int(trees.sequence_lengths.sum()),
     }
@@ -68,11 +70,12 @@ def bare(task: dict[str, Any]) -> dict[str, float]:
         for messages in _sequences(record)
     ]
     backend, tokens = tokenizer.backend_tokenizer, 0
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _core_seconds()
     for start in range(0, len(texts), _BATCH):
         encoded = backend.encode_batch(texts[start : start + _BATCH], add_special_tokens=False)
         tokens += sum(len(one) for one in encoded)
-    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "core_seconds": _core_seconds() - used, "tokens": tokens}
 
 
 def trl(task: dict[str, Any]) -> dict[str, float]:
@@ -105,6 +108,12 @@ def trl(task: dict[str, Any]) -> dict[str, float]:
             processing_class=tokenizer,
         )
         return {"seconds": time.perf_counter() - began, "records": len(rows)}
+
+
+def _core_seconds() -> float:
+    """Processor time of this process and of those it started and that have ended."""
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 def _tokenizer(task: dict[str, Any]) -> tuple[Any, Any]:

@@ -8,12 +8,27 @@ import numpy as np
 import pytest
 
 from tandem.artifact.cache import cache_report, clear_cache
-from tandem.data.records import Branch
-from tandem.train.reference import ReferenceStore, _key
+from tandem.data.batch import Batch
+from tandem.data.columns import sequence_digest, to_columns
+from tandem.data.records import Branch, Origin, TokenIds, TrainedMask, Tree
+from tandem.data.store import TreeWriter
+from tandem.train.reference import ReferenceStore, _key, _keys
 
 
-def _sequence(ids: list[int], trained: list[int]) -> Branch:
-    return Branch(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+def _sequence(ids: list[int], trained: list[int]) -> bytes:
+    branch = Branch(ids_of(ids), mask_of(trained))
+    halves = [Branch(branch.input_ids[a:b], branch.trained[a:b]) for a, b in ((0, 1), (1, None))]
+    # Where a prefix ends is no part of what a sequence is.
+    assert sequence_digest(*halves) == sequence_digest(branch, Branch(ids_of([]), mask_of([])))
+    return sequence_digest(*halves)
+
+
+def ids_of(ids: list[int]) -> TokenIds:
+    return np.array(ids, dtype=np.int32)
+
+
+def mask_of(trained: list[int]) -> TrainedMask:
+    return np.array(trained, dtype=bool)
 
 
 def test_keys_follow_weights_tokens_and_targets_alone() -> None:
@@ -51,3 +66,21 @@ def test_the_cache_is_seen_and_emptied(tmp_path: Path, monkeypatch: pytest.Monke
     assert (name, size > 0) == ("reference.sqlite", True)
     assert clear_cache() == size
     assert cache_report() == []
+
+
+def test_keys_of_trees_on_disk_are_those_of_their_sequences() -> None:
+    def branch(*ids: int) -> Branch:
+        return Branch(ids_of(list(ids)), mask_of([token % 2 for token in ids]))
+
+    made = [
+        Tree(branch(), (branch(1, 2, 3),), Origin("f", 1)),
+        Tree(branch(4, 5), (branch(6), branch(7, 8)), Origin("f", 2)),
+        Tree(branch(9), (branch(3), branch(2, 1)), Origin("f", 3)),
+    ]
+    writer = TreeWriter(None, ["f"])
+    writer.add(Batch("f", to_columns(made), ()))
+    writer.finish({})
+    for block in (range(0, 3), range(1, 3), range(1, 2)):
+        assert _keys("x", writer.trees(), block) == _keys("x", made, block)
+    whole = [[_key("x", sequence_digest(t.prefix, b)) for b in t.branches] for t in made]
+    assert _keys("x", made, range(0, 3)) == whole

@@ -242,6 +242,8 @@ def _compile(source: str) -> Callable[..., str]:
     compiler = getattr(theirs, "_compile_jinja_template", None)
     if compiler is not None:
         template = compiler(source)
+        # A chain of mappings otherwise, gone through anew by every call.
+        template.globals = dict(template.globals)
         return lambda **values: str(template.render(tools=None, documents=None, **values))
 
     def through_the_front(messages: list[Any], **values: Any) -> str:

@@ -6,6 +6,7 @@ known by position, never by looking at ids.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -152,7 +153,7 @@ def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
     """A branch; the `first` token of a sequence has nothing before it to be predicted from."""
     if first and len(trained):
         trained[0] = False
-    return Branch(np.asarray(ids, dtype=np.int32), trained)
+    return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
 
 
 def _render(chat: Chat, turns: tuple[Turn, ...], exchange: Exchange, *, prompt: bool) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -124,14 +125,15 @@ class Pool:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
                 assert pipe is not None
-                pipe.close()
+                with suppress(BrokenPipeError):  # half a message to a worker that is gone
+                    pipe.close()
 
 
 def _start() -> subprocess.Popen[bytes]:
     package = str(Path(tandem.__file__).resolve().parents[1])
     found = os.environ.get("PYTHONPATH")
     return subprocess.Popen(
-        [sys.executable, "-m", "tandem.data.worker"],
+        [sys.executable, "-P", "-c", "from tandem.data.worker import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={

@@ -83,8 +83,7 @@ class TreeWriter:
     def finish(self, formats: dict[int, str]) -> None:
         """Complete the columns; nothing may be added after that."""
         self._put("trained", np.packbits(self._bits))
-        for sink in self._sinks.values():
-            sink.close()
+        self.close()
         if self._folder is not None:
             about = {
                 "records": self.records,
@@ -92,6 +91,11 @@ class TreeWriter:
                 "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
             }
             (self._folder / "entry.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close the columns' files, complete or not."""
+        for sink in self._sinks.values():
+            sink.close()
 
     def trees(self) -> Trees:
         """What was added, of a writer to memory."""
@@ -140,7 +144,11 @@ class EncodedStore:
     def writing(self, key: str, names: Sequence[str]) -> Iterator[TreeWriter]:
         """A writer whose trees become the entry when the block ends without an error."""
         with atomic_folder(self.folder / key) as aside:
-            yield TreeWriter(aside, names)
+            writer = TreeWriter(aside, names)
+            try:
+                yield writer
+            finally:
+                writer.close()
 
     def trees(self, key: str, names: Sequence[str]) -> Trees:
         """The trees of an entry that was just written."""

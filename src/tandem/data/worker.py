@@ -1,4 +1,4 @@
-"""A process that encodes pieces of a data set: `python -m tandem.data.worker`, started by `pool`.
+"""A process that encodes pieces of a data set: `main`, in an interpreter that `pool` starts.
 
 It reads tasks from its standard input and writes results to its standard output, as messages of
 `send` and `receive`, and ends with its input. Nothing here imports torch.
@@ -81,7 +81,3 @@ def main() -> None:
                 gc.collect()
     except (EOFError, BrokenPipeError):
         pass  # the process that wanted the results is done, or gone
-
-
-if __name__ == "__main__":
-    main()

@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 
 from tandem.artifact.cache import cache_folder
 from tandem.data.collate import collate
-from tandem.data.records import Branch, Tree
+from tandem.data.columns import sequence_digest
+from tandem.data.records import Tree
+from tandem.data.trees import Trees
 from tandem.model.score import micro_batches
 from tandem.train.engine import Engine
 
 # Records of one unit: what an interruption redoes, and what one transaction stores.
 _UNIT = 64
+# Records whose log-probs are looked up at once.
+_BLOCK = 64 * _UNIT
 _BYTES_LIMIT = 2 * 2**30
 _ROW_BYTES = 80
 
@@ -108,22 +112,23 @@ def reference_logps(
     Returns:
         [n, B] float64, and how many records had to be computed.
     """
-    keys = [
-        [_key(identity, tree.sequence(branch)) for branch in range(len(tree.branches))]
-        for tree in trees
-    ]
-    found = store.get([key for row in keys for key in row])
+    logps: list[NDArray[np.float64]] = []
     computed = 0
-    for start in range(0, len(trees), _UNIT):
-        unit = range(start, min(start + _UNIT, len(trees)))
-        if any(key not in found for i in unit for key in keys[i]):
-            fresh = _compute_unit(engine, [trees[i] for i in unit], budget)
-            unit_keys = [key for i in unit for key in keys[i]]
-            store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
-            found.update(store.get(unit_keys))
-            computed += len(unit)
-        advance(len(unit))
-    return np.array([[found[key] for key in row] for row in keys], dtype=np.float64), computed
+    for first in range(0, len(trees), _BLOCK):
+        block = range(first, min(first + _BLOCK, len(trees)))
+        keys = _keys(identity, trees, block)
+        found = store.get([key for row in keys for key in row])
+        for start in range(first, block.stop, _UNIT):
+            unit = range(start, min(start + _UNIT, block.stop))
+            unit_keys = [key for i in unit for key in keys[i - first]]
+            if any(key not in found for key in unit_keys):
+                fresh = _compute_unit(engine, [trees[i] for i in unit], budget)
+                store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
+                found.update(store.get(unit_keys))
+                computed += len(unit)
+            advance(len(unit))
+        logps.append(np.array([[found[key] for key in row] for row in keys], dtype=np.float64))
+    return np.concatenate(logps), computed
 
 
 def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[float, int]]:
@@ -138,9 +143,18 @@ def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[
     return [pair for row in results for pair in row]
 
 
-def _key(identity: str, sequence: Branch) -> bytes:
-    digest = hashlib.sha256(identity.encode())
-    digest.update(len(sequence.input_ids).to_bytes(8, "little"))
-    digest.update(sequence.input_ids.astype("<i4").tobytes())
-    digest.update(np.packbits(sequence.trained).tobytes())
-    return digest.digest()
+def _keys(identity: str, trees: Sequence[Tree], block: range) -> list[list[bytes]]:
+    """The keys of each tree's sequences in a block of `trees`."""
+    if isinstance(trees, Trees):
+        digests = iter(trees.digests(block.start, block.stop))
+        counts = trees.branches[block.start : block.stop].tolist()
+        return [[_key(identity, next(digests).tobytes()) for _ in range(n)] for n in counts]
+    return [
+        [_key(identity, sequence_digest(tree.prefix, branch)) for branch in tree.branches]
+        for tree in (trees[i] for i in block)
+    ]
+
+
+def _key(identity: str, sequence: bytes) -> bytes:
+    """The key of a sequence, given as its digest."""
+    return hashlib.sha256(identity.encode() + sequence).digest()
