@@ -25,8 +25,10 @@ from typing import Any
 
 import psutil
 
-from .report import Environment
-from .training import RESULTS, ROOT, SHARED
+from .apart import ROOT
+from .record import Environment
+from .report import RESULTS
+from .training import SHARED
 
 _SOURCES = {
     "conversations": SHARED / "conversations" / "slimorca_format.jsonl",

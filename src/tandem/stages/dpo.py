@@ -12,6 +12,7 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
+from tandem.model.kernels.library import numerics
 from tandem.recipe.schema import Dpo
 from tandem.stages.training import Made, StageKind, Start, run_training
 from tandem.train.device import Runtime
@@ -20,7 +21,7 @@ from tandem.train.progress import phase, say
 from tandem.train.reference import ReferenceStore, reference_logps
 
 # Changes whenever the same weights and tokens would give another stored number.
-_NUMERICS = "sums in float64, products of oneDNN"
+_NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"
 # Relative differences of log-probs that a dtype explains, of sums over whole answers.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 # A chosen answer that is this much less likely than before DPO has been unlearnt: e^-10 of its
@@ -75,6 +76,7 @@ def _objective(start: Start, beta: float) -> Made:
             "dtype": dtype,
             "attention": start.backend,
             "device": device.kind,
+            "kernels": numerics() if device.kind == "cpu" else "torch",
         }
     )
     store = ReferenceStore()

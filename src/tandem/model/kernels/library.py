@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.artifact.cache import cache_folder
+from tandem.errors import UserError
+
+# off: torch's own operators, for comparisons and where a compiler is broken.
+_VARIABLE = "TANDEM_KERNELS"
 
 _SOURCES = ("vectors.h", "attention.c", "elementwise.c")
 # No -ffast-math: infinities and NaN must stay what they are.
@@ -33,38 +35,27 @@ class Kernels:
     lanes: int
 
 
-@dataclass
-class _Switch:
-    on: bool = True
-
-
-_switch = _Switch()
-
-
 def kernels() -> Kernels | None:
-    """The library, or None where it is switched off or cannot be had; see `why_not`."""
-    return _load()[0] if _switch.on else None
+    """The library, or None where it cannot be had or `TANDEM_KERNELS=off`; see `why_not`."""
+    return None if _switched_off() else _load()[0]
 
 
 def why_not() -> str:
     """Why `kernels` is None here, in words; empty when it is not."""
-    return _load()[1] if _switch.on else "switched off"
+    return f"{_VARIABLE}=off" if _switched_off() else _load()[1]
 
 
-def switch(on: bool) -> None:
-    """Let this process use the kernels, or torch's own operators instead."""
-    _switch.on = on
+def numerics() -> str:
+    """What float32 on this CPU is computed with, for whoever compares bits."""
+    library = kernels()
+    return "torch" if library is None else f"C, {library.lanes} lanes"
 
 
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """Torch's own operators inside the block."""
-    before = _switch.on
-    switch(False)
-    try:
-        yield
-    finally:
-        switch(before)
+def _switched_off() -> bool:
+    value = os.environ.get(_VARIABLE, "on")
+    if value not in ("on", "off"):
+        raise UserError(f"{_VARIABLE} is {value!r}, but it must be on or off")
+    return value == "off"
 
 
 @functools.cache

@@ -37,11 +37,11 @@ INLINE float max_lanes(vec x) {
     return best;
 }
 
-/* exp to about one unit in the last place; exactly 0 below -87.3, where float32 ends. The
-   polynomial is Cephes' expf (Moshier, 1984). */
+/* exp to about one unit in the last place, between the ends of float32: exactly 0 below -87.3, and
+   2.4e38 from 88.37 on. The polynomial is Cephes' expf (Moshier, 1984). */
 INLINE vec exp_lanes(vec x) {
     ivec gone = x < splat(-87.3f); /* so that NaN stays */
-    x = choose(gone, splat(0.0f), x);
+    x = choose(gone, splat(0.0f), choose(x > splat(88.37f), splat(88.37f), x));
     vec shifted = x * splat(1.44269504f) + splat(12582912.0f); /* 1.5 * 2^23: rounds to integers */
     vec n = shifted - splat(12582912.0f);
     vec r = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
