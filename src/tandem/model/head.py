@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tandem.errors import UserError
 from tandem.model.kernels.functions import softmax_block
 from tandem.model.kernels.library import kernels
-from tandem.model.products import product
+from tandem.model.products import Ordered, Plain, can_order, product
 
 # Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
 # stay in the last-level cache; on GPUs a block has to fill the device.
@@ -20,6 +21,7 @@ _GPU_BLOCK_BYTES = 256 * 2**20
 _ROWS = 2048
 _GPU_ROWS = 16384
 _FEWEST_COLUMNS = 512
+_ORDERED_COLUMNS = 2048
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,35 @@ class Head:
         bias: [V] or None.
         scale: factor on the logits (Cohere, Granite).
         softcap: c of c * tanh(logits / c) (Gemma 2), or None.
+        ordered: the weight once more, in the order that is fastest on CPU, or None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    ordered: HeadBlocks | None = None
+
+    def blocks(self, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, Ordered | Plain]]:
+        """The weight's blocks of `columns` tokens in `dtype`, each with its first token."""
+        if self.ordered is not None and dtype == self.weight.dtype:
+            yield from self.ordered.blocks
+            return
+        for start in range(0, self.weight.shape[0], columns):
+            yield start, Plain(self.weight[start : start + columns].to(dtype))
+
+
+@dataclass(frozen=True)
+class HeadBlocks:
+    """A head's weight by blocks of the vocabulary in oneDNN's order, each with its first token."""
+
+    blocks: tuple[tuple[int, Ordered], ...]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> HeadBlocks:
+        """Blocks of one width, whatever the rows of a chunk."""
+        starts = range(0, weight.shape[0], _ORDERED_COLUMNS)
+        return cls(tuple((i, Ordered(weight[i : i + _ORDERED_COLUMNS])) for i in starts))
 
 
 def head_of(model: nn.Module) -> Head:
@@ -57,9 +82,19 @@ def head_of(model: nn.Module) -> Head:
         )
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
+    caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    softcap = next((float(cap) for cap in caps if cap is not None), None)
+    ordered = layer.__dict__.get("tandem_blocks")
+    return Head(layer.weight, layer.bias, scale, softcap, ordered)
+
+
+def order_head(model: Any) -> None:
+    """Keep a frozen head's weight in oneDNN's order as well; see `products.order_weights`."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, nn.Linear) and can_order(layer):
+        layer.tandem_blocks = HeadBlocks.of(layer.weight)  # type: ignore[assignment]
 
 
 def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -108,15 +143,14 @@ def _chunk(
     hidden: Tensor, head: Head, target: Tensor, accumulate: torch.dtype, gradient: Tensor | None
 ) -> Tensor:
     """Log-probs [n] of a chunk of rows; their gradients go to `gradient` [n, H]."""
-    rows, vocabulary = hidden.shape[0], head.weight.shape[0]
+    rows = hidden.shape[0]
     peak = hidden.new_full((rows,), -torch.inf, dtype=accumulate)
     total = torch.zeros_like(peak)
     picked = torch.zeros_like(peak)
     # sum over the vocabulary of exp(logit - peak) times the logit's slope in h_t
     pulled = None if gradient is None else torch.zeros_like(hidden, dtype=accumulate)
     columns = _block_columns(rows, hidden.device.type, accumulate)
-    for start in range(0, vocabulary, columns):
-        weight = head.weight[start : start + columns].to(hidden.dtype)
+    for start, weight in head.blocks(columns, hidden.dtype):
         logits = _logits(hidden, weight, start, head, accumulate)
         _pick(picked, logits, target - start)
         slope = None
@@ -140,16 +174,16 @@ def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, start: int, head: Head, accumulate: torch.dtype
+    hidden: Tensor, weight: Ordered | Plain, start: int, head: Head, accumulate: torch.dtype
 ) -> Tensor:
     """[n, columns] of the vocabulary's block that begins at `start`."""
     if hidden.device.type == "cuda" and hidden.dtype != accumulate:
         # Accumulated and returned in float32: half-precision logits would round log-probs.
-        logits = torch.mm(hidden, weight.T, out_dtype=accumulate)
+        logits = torch.mm(hidden, weight.backward, out_dtype=accumulate)
     else:
-        logits = product(hidden, weight).to(accumulate)
+        logits = product(hidden, weight.forward).to(accumulate)
     if head.bias is not None:
-        logits += head.bias[start : start + weight.shape[0]]
+        logits += head.bias[start : start + logits.shape[1]]
     if head.scale != 1.0:
         logits *= head.scale
     if head.softcap is not None:
@@ -177,8 +211,8 @@ def _softmax_block(logits: Tensor, peak: Tensor, total: Tensor) -> Tensor:
     return shrink
 
 
-def _narrow_product(weights: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _narrow_product(weights: Tensor, weight: Ordered | Plain, dtype: torch.dtype) -> Tensor:
     """[n, columns] @ [columns, H], operands in the model's dtype, the result in the wide one."""
     if weights.device.type == "cuda" and dtype != weights.dtype:
-        return torch.mm(weights.to(dtype), weight, out_dtype=weights.dtype)
-    return product(weights.to(dtype), weight.T).to(weights.dtype)
+        return torch.mm(weights.to(dtype), weight.forward, out_dtype=weights.dtype)
+    return product(weights.to(dtype), weight.backward).to(weights.dtype)
