@@ -77,7 +77,8 @@ def _objective(start: Start, beta: float) -> Made:
             "device": device.kind,
         }
     )
-    store = ReferenceStore()
+    processes = start.engine.processes
+    store = processes.main_first(ReferenceStore)
     with (
         adapter_off(start.model),
         phase(start.console, "reference log-probs", len(start.trees)) as advance,
@@ -90,7 +91,7 @@ def _objective(start: Start, beta: float) -> Made:
             budget=start.budget,
             advance=advance,
         )
-    store.prune()
+    processes.main(store.prune)
     seconds = time.perf_counter() - began
     say(
         start.console,

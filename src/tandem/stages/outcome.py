@@ -42,6 +42,8 @@ def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.
+    `fill` is the mean share of the token budget that micro-batches fill, `imbalance` the costliest
+    process's share of a step by the mean one.
     """
     return {
         "train_seconds": progress.seconds,
@@ -51,6 +53,9 @@ def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any
         "padded_tokens": progress.padded_tokens,
         "shared_tokens": progress.shared_tokens,
         "steps": progress.step,
+        "micro_batches": progress.micro_batches,
+        "fill": progress.fill / max(1, progress.step),
+        "imbalance": progress.imbalance / max(1, progress.step),
         "lengths": {
             "sequence": [
                 len(tree.sequence(branch).input_ids)
@@ -59,11 +64,11 @@ def training_summary(progress: Progress, trees: Sequence[Tree]) -> dict[str, Any
             ],
             "prompt": [int((~tree.sequence(0).trained).sum()) for tree in trees],
         },
-        "examples_hash": _examples_hash(trees),
+        "examples_hash": examples_hash(trees),
     }
 
 
-def _examples_hash(trees: Sequence[Tree]) -> str:
+def examples_hash(trees: Sequence[Tree]) -> str:
     """One hash of everything that is trained on: token ids and targets."""
 
     def parts(tree: Tree) -> list[bytes]:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +119,13 @@ def reference_logps(
     """Log-probs of every tree's branches under the engine's model as it is now.
 
     Records are computed in units that depend on the data alone. A unit of which anything is
-    missing is computed whole, so an interrupted pass repeats the arithmetic of a whole one.
+    missing is computed whole, so an interrupted pass repeats the arithmetic of a whole one. Several
+    processes share the units that are to be computed; rank 0 alone reads and writes the store.
 
     Args:
         engine: holds the reference (the policy with its adapter off).
         trees: all records, each with the same number of branches B.
-        store: where log-probs are looked up and kept.
+        store: where log-probs are looked up and kept; rank 0's is used.
         identity: hash of the reference weights and of what the numerics depend on.
         budget: tokens of a micro-batch.
         advance: told how many more records are done.
@@ -135,17 +137,28 @@ def reference_logps(
         [_key(identity, tree.sequence(branch)) for branch in range(len(tree.branches))]
         for tree in trees
     ]
-    found = store.get([key for row in keys for key in row])
-    computed = 0
-    for start in range(0, len(trees), _UNIT):
-        unit = range(start, min(start + _UNIT, len(trees)))
-        if any(key not in found for i in unit for key in keys[i]):
-            fresh = _compute_unit(engine, [trees[i] for i in unit], budget)
-            unit_keys = [key for i in unit for key in keys[i]]
-            store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
-            found.update(store.get(unit_keys))
-            computed += len(unit)
-        advance(len(unit))
+    processes = engine.processes
+    found = processes.main(lambda: store.get([key for row in keys for key in row]))
+    units = [range(start, min(start + _UNIT, len(trees))) for start in range(0, len(trees), _UNIT)]
+    missing = [u for u in units if any(key not in found for i in u for key in keys[i])]
+    computed = sum(len(unit) for unit in missing)
+    advance(len(trees) - computed)
+
+    def compute(round_: Sequence[range]) -> list[tuple[float, int]]:
+        unit = round_[processes.rank] if processes.rank < len(round_) else range(0)
+        return _compute_unit(engine, [trees[i] for i in unit], budget)
+
+    def keep(unit_keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
+        store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
+        return store.get(unit_keys)
+
+    for start in range(0, len(missing), processes.count):
+        round_ = missing[start : start + processes.count]
+        results = processes.exchange(partial(compute, round_))
+        fresh = [result for unit in results for result in unit]
+        round_keys = [key for unit in round_ for i in unit for key in keys[i]]
+        found.update(processes.main(partial(keep, round_keys, fresh)))
+        advance(sum(len(unit) for unit in round_))
     return np.array([[found[key] for key in row] for row in keys], dtype=np.float64), computed
 
 
