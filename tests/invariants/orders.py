@@ -90,7 +90,9 @@ def make_data(home: Path) -> None:
             chosen = words(2, 30)
             row = {"question": words(2, 30), "chosen": chosen, "rejected": words(1, 20)}
             # Answers that begin alike have targets in the shared prefix.
-            row["rejected"] = chosen[:8] + row["rejected"] if rng.random() < 0.3 else row["rejected"]
+            row["rejected"] = (
+                chosen[:8] + row["rejected"] if rng.random() < 0.3 else row["rejected"]
+            )
             file.write(json.dumps({"system": "", **row}) + "\n")
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (home / "other.jsonl").write_text("".join(lines[1:]))

@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
             _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("stopped by the keyboard; the same command again goes on")
+        if _speaks():
+            _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
     except BrokenPipeError:  # `tandem ... | head`
         # The interpreter flushes stdout once more at exit, into nothing now.
@@ -82,8 +83,10 @@ def _says_it() -> bool:
     Of several processes that a launcher started, all find the same until they are in contact, so
     that the first of a machine says it; from then on it is in the error, see `Processes`.
     """
-    if _in_contact():
-        return True
+    return _in_contact() or _speaks()
+
+
+def _speaks() -> bool:
     try:
         return launched().speaks
     except UserError:  # which is what went wrong

@@ -95,14 +95,15 @@ def choose_device(device: str, dtype: str) -> Device:
         # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
         dtype = "bfloat16" if kind == "cuda" else "float32"
     launch = launched()
-    if kind == "cuda" and launch.local_count > torch.cuda.device_count():
-        raise UserError(
-            f"{launch.local_count} processes were started on a machine with "
-            f"{torch.cuda.device_count()} CUDA devices; start one for each (torchrun "
-            "--nproc-per-node)"
-        )
-    where = f"cuda:{launch.local_rank}" if kind == "cuda" and launch.count > 1 else kind
-    return Device(torch.device(where), _DTYPES[dtype])
+    if kind == "cuda" and launch.count > 1:
+        there = torch.cuda.device_count()
+        if launch.local_count > there:
+            raise UserError(
+                f"{launch.local_count} processes were started on a machine with {there} CUDA "
+                f"device{'s' if there > 1 else ''}; start one for each"
+            )
+        kind = f"cuda:{launch.local_rank}"
+    return Device(torch.device(kind), _DTYPES[dtype])
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
