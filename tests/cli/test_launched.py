@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from tandem.cli.main import COMMANDS, main
 from tandem.errors import UserError
 from tandem.train.launch import Launch, launched
 
+from ..invariants.orders import TORCHRUN
 from ..stages.made_inputs import make_conversations, make_model_folder
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -72,8 +73,7 @@ def test_a_dry_run_is_printed_once(
 @contextmanager
 def _launch(argv: list[str], home: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + ["-m", "tandem", *argv],
+        [*TORCHRUN, "-m", "tandem", *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(home / "cache")},
         stderr=subprocess.PIPE,
         text=True,
@@ -123,9 +123,10 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
 
     with _launch(argv, tmp_path) as process:
         _await_checkpoint(out, step + 5, process)
-        process.send_signal(signal.SIGTERM)
+        _ranks(process)["1"].send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert said.count("stopped: stopped after step") == 1
+    assert set(re.findall(r"exitcode +: (-?\d+)", said)) == {"3"}
     assert "another schedule" not in said
     steps = [line["step"] for line in read_jsonl(out / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))

@@ -37,6 +37,10 @@ from tandem.train.engine import Engine
 from ..stages.made_inputs import WORDS
 from .made import double_precision
 
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "2"),
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -87,12 +91,10 @@ def make_data(home: Path) -> None:
             file.write(json.dumps({"conversations": turns}) + "\n")
     with (home / "dpo.jsonl").open("w") as file:
         for _ in range(73):
-            chosen = words(2, 30)
-            row = {"question": words(2, 30), "chosen": chosen, "rejected": words(1, 20)}
-            # Answers that begin alike have targets in the shared prefix.
-            row["rejected"] = (
-                chosen[:8] + row["rejected"] if rng.random() < 0.3 else row["rejected"]
-            )
+            chosen, rejected = words(2, 30), words(1, 20)
+            if rng.random() < 0.3:  # targets in the shared prefix
+                rejected = chosen[:8] + rejected
+            row = {"question": words(2, 30), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps({"system": "", **row}) + "\n")
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (home / "other.jsonl").write_text("".join(lines[1:]))
@@ -134,8 +136,7 @@ def carry_out_in_two(orders: Sequence[Order], home: Path) -> list[list[Outcome]]
     """Run orders in two processes of one launch; each one's outcomes by rank."""
     (home / "orders.json").write_text(json.dumps([asdict(order) for order in orders]))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        + ["--standalone", "-m", __name__, str(home)],
+        [*TORCHRUN, "-m", __name__, str(home)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

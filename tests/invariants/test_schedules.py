@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,7 +86,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     home = tmp_path_factory.mktemp("orders")
     make_model_folder(home / "model")
@@ -101,7 +100,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
         outcomes = carry_out_in_two(in_two, home)
     done.outcomes |= dict(zip(in_two, outcomes, strict=True))
     done.outcomes[TWO_FIRST] = [carry_out(TWO_FIRST, home)]
-    yield done
+    return done
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -172,8 +172,8 @@ class _Stage:
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
         engine, processes = self.engine, self.engine.processes
         ledger, trees = processes.together(lambda: self._data(sources))
-        # Each process has read and encoded by itself.
-        processes.require_same(data=examples_hash(trees))
+        if processes.count > 1:  # each has read and encoded by itself
+            processes.require_same(data=examples_hash(trees))
         backend, why = processes.together(
             lambda: choose_backend(self.runtime.attention, self.config)
         )

@@ -75,7 +75,16 @@ class Processes:
 
     def main(self, work: Callable[[], T]) -> T:
         """Run `work` in rank 0 alone; its result in every process."""
-        return self.exchange(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+        result: list[Any] = [None]
+
+        def only_here() -> None:
+            if self.is_main:
+                result[0] = work()
+
+        self.exchange(only_here)
+        if self.count > 1:
+            dist.broadcast_object_list(result, src=0, group=self._group)
+        return result[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` in rank 0 and then in all others, which find what it left on disk."""
