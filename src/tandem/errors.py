@@ -9,9 +9,13 @@ from __future__ import annotations
 
 
 class TandemError(Exception):
-    """Base of the errors that a command reports without a traceback."""
+    """Base of the errors that a command reports without a traceback.
+
+    `told` is set where another process of the same run reports it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UserError(TandemError):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from tandem.data.collate import fed_tokens
+from tandem.data.ledger import Ledger
 from tandem.data.order import steps, total_steps
-from tandem.data.packing import pack
+from tandem.data.packing import deal, pack, plan_step, tree_cost
+from tandem.data.prepare import prepare_conversations, prepare_pairs
+from tandem.data.records import Branch, Origin, Tree
+from tandem.data.sources import SourceSpec
+from tandem.data.template import resolve_template
 
 
 def test_an_epoch_shows_every_example_once_in_a_new_order() -> None:
@@ -52,3 +62,92 @@ def test_packing_fills_close_to_the_bound() -> None:
 
 def test_packing_of_a_known_step() -> None:
     assert pack([60, 50, 40, 150, 50], 100) == [(0, 2), (1, 4), (3,)]
+
+
+def test_the_plan_of_a_known_step() -> None:
+    # Costs 9 + 4 and 7 + 6 are even; neither rank's trees fit together.
+    plan = plan_step([90, 70, 60, 40], [9, 7, 6, 4], 129, 2)
+    assert plan.ranks == (((0,), (3,)), ((1,), (2,)))
+    assert (plan.micro_batches, plan.imbalance) == (2, 1.0)
+    assert plan.fill == pytest.approx((90 + 40 + 70 + 60) / 4 / 129)
+
+
+def test_a_rank_with_fewer_micro_batches_splits_its_own() -> None:
+    # The first rank's two trees do not fit together, those of the second would.
+    plan = plan_step([60, 60, 10, 10], [5.2, 4.8, 5.1, 4.9], 100, 2)
+    assert plan.ranks == (((0,), (1,)), ((2,), (3,)))
+    assert plan.fill == pytest.approx((0.6 + 0.6 + 0.1 + 0.1) / 4)
+    # Nothing to split: the third rank has no tree, and runs a micro-batch that counts nothing.
+    alone = plan_step([100, 50], [100, 50], 40, 3)
+    assert alone.ranks == (((0,),), ((1,),), ())
+    assert (alone.micro_batches, alone.fill, alone.imbalance) == (1, 1.0, 2.0)
+
+
+def test_every_tree_is_planned_once_within_the_budget_in_any_number_of_processes() -> None:
+    rng = random.Random(2)
+    for _ in range(100):
+        ranks = rng.randint(1, 5)
+        tokens = [rng.randint(1, 120) for _ in range(rng.randint(1, 40))]
+        costs = [n + n * n / 100 for n in tokens]
+        plan = plan_step(tokens, costs, 100, ranks)
+        flat = [i for own in plan.ranks for members in own for i in members]
+        assert sorted(flat) == list(range(len(tokens)))
+        for own in plan.ranks:
+            # Only a rank whose trees are all alone runs fewer.
+            assert len(own) == plan.micro_batches or all(len(members) == 1 for members in own)
+            for members in own:
+                assert len(members) == 1 or sum(tokens[i] for i in members) <= 100
+        assert plan == plan_step(list(tokens), list(costs), 100, ranks)
+
+
+def test_dealing_beats_the_costliest_first_alone() -> None:
+    # Costliest first, each to the rank with the least, ends at 14 to 10.
+    shares = deal([6, 6, 4, 4, 4], 2)
+    assert sorted(sum([6, 6, 4, 4, 4][i] for i in share) for share in shares) == [12, 12]
+
+
+def test_a_trees_cost_counts_what_is_seen() -> None:
+    def branch(length: int) -> Branch:
+        return Branch(np.zeros(length, np.int32), np.zeros(length, bool))
+
+    pair = Tree(branch(10), (branch(4), branch(2)), Origin("made", 1))
+    # Causal 10 x 10 / 2, then each branch on the prefix and itself.
+    assert tree_cost(pair, 0.0) == 16
+    assert tree_cost(pair, 1.0) == 16 + 50 + (40 + 8) + (20 + 2)
+
+
+@pytest.fixture(scope="module")
+def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
+    """Real pairs and conversations as trees."""
+    found = {}
+    for name, prepare, path in (
+        ("pairs", prepare_pairs, "pairs/orca_dpo_pairs.jsonl"),
+        ("conversations", prepare_conversations, "conversations/slimorca_format.jsonl"),
+    ):
+        found[name] = prepare(
+            [SourceSpec(str(shared_data / path))],
+            tokenizer=_mistral,
+            template=resolve_template(_mistral, "neural-chat"),
+            max_length=2048,
+            ledger=Ledger(None),
+        )[:640]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["pairs", "conversations"])
+def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
+    real: dict[str, list[Tree]], name: str, ranks: int
+) -> None:
+    trees, budget = real[name], 2048
+    for step in steps(len(trees), 64, seed=1, count=len(trees) // 64):
+        tokens = [fed_tokens(trees[i]) for i in step.examples]
+        costs = [tree_cost(trees[i], 4e-5) for i in step.examples]
+        plan = plan_step(tokens, costs, budget, ranks)
+        loads = [sum(costs[i] for members in own for i in members) for own in plan.ranks]
+        assert max(loads) <= max(1.05 * sum(costs) / ranks, max(costs))
+        assert plan.imbalance == pytest.approx(max(loads) * ranks / sum(costs))
+        bound = math.ceil(sum(tokens) / budget / ranks)
+        assert plan.micro_batches <= bound + 1
+        # With as many micro-batches as the bound they cannot be fuller; one more costs its share.
+        assert plan.fill > 0.97 * sum(tokens) / budget / ranks / (bound + 1)

@@ -41,12 +41,27 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def tandem_commands() -> list[tuple[str, list[str]]]:
-    """Every `tandem ...` command line of every page, with the page's name."""
+    """Every `tandem ...` command line of every page, with the page's name.
+
+    One that torchrun starts is what each of its processes runs.
+    """
     return [
-        (page.name, words)
+        (page.name, words[words.index("tandem") :])
         for page in PAGES
         for block in blocks(page, "", "sh")
-        if block.language or block.text.startswith("tandem ")
+        if block.language or block.text.startswith(("tandem ", "torchrun "))
         for words in commands(block)
-        if words[0] == "tandem"
+        if words[0] in ("tandem", "torchrun")
+    ]
+
+
+def launches() -> list[list[str]]:
+    """Every `torchrun ...` command line of every page."""
+    return [
+        words
+        for page in PAGES
+        for block in blocks(page, "", "sh")
+        if block.language or block.text.startswith("torchrun ")
+        for words in commands(block)
+        if words[0] == "torchrun"
     ]

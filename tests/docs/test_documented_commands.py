@@ -20,7 +20,7 @@ import tandem.stages.sft
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 
-from .pages import PAGES, ROOT, Block, blocks, commands, tandem_commands
+from .pages import PAGES, ROOT, Block, blocks, commands, launches, tandem_commands
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
@@ -86,6 +86,16 @@ def test_a_shown_command_is_understood(
     assert len(stages) == ("--dry-run" not in words and words[1] != "cache") + (
         words[1] == "run" and "--dry-run" not in words
     )
+
+
+def test_torchrun_understands_how_it_is_shown() -> None:
+    from torch.distributed.run import parse_args
+
+    assert launches()
+    for words in launches():
+        shown = parse_args(words[1:])
+        assert (shown.module, shown.training_script) == (True, "tandem")
+        assert int(shown.nproc_per_node) > 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

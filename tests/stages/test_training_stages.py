@@ -244,10 +244,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 
     plain, calls = Engine.score, 0
 
-    def score(self: Engine, batch: Any) -> Tensor:
+    def score(self: Engine, batch: Any, *, last: bool = True) -> Tensor:
         nonlocal calls
         calls += 1
-        return plain(self, batch) * (float("nan") if calls == 3 else 1.0)
+        return plain(self, batch, last=last) * (float("nan") if calls == 3 else 1.0)
 
     monkeypatch.setattr(Engine, "score", score)
     with pytest.raises(TandemError, match=r"loss of step 3 is not finite.*sft\.jsonl, row \d+"):

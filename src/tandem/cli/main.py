@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from importlib import import_module
 from tandem import __version__
 from tandem.cli.parsing import Parser
 from tandem.errors import Stopped, TandemError, UserError
+from tandem.train.launch import launched
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
@@ -29,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 """Name of each command: module, function and what it does."""
 
+_IN_SEVERAL = ("sft", "dpo")
 
 # Nothing that tandem could have done better, and the way out.
 _FOLDER_TROUBLE = {
@@ -47,14 +50,14 @@ def main(argv: Sequence[str]) -> int:
         return _dispatch(list(argv))
     except SystemExit as stop:  # argparse after --help and --version
         return stop.code if isinstance(stop.code, int) else 0
-    except Stopped as stopped:
-        _complain(f"stopped: {stopped}")
-        return stopped.exit_code
     except TandemError as error:
-        _complain(f"error: {error}")
+        _settle()
+        if not error.told and _says_it():
+            _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("stopped by the keyboard; the same command again goes on")
+        if _speaks():
+            _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
     except BrokenPipeError:  # `tandem ... | head`
         # The interpreter flushes stdout once more at exit, into nothing now.
@@ -74,12 +77,45 @@ def entry_point() -> int:
     return main(sys.argv[1:])
 
 
+def _says_it() -> bool:
+    """Whether it is this process's to say what went wrong.
+
+    Of several processes that a launcher started, all find the same until they are in contact, so
+    that the first of a machine says it; from then on it is in the error, see `Processes`.
+    """
+    return _in_contact() or _speaks()
+
+
+def _speaks() -> bool:
+    try:
+        return launched().speaks
+    except UserError:  # which is what went wrong
+        return True
+
+
+def _settle() -> None:
+    """Let a launcher's SIGTERM not cut short what is left to say: it ends all when one ends."""
+    if _in_contact():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _in_contact() -> bool:
+    # torch may not even have been imported.
+    return bool(getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)())
+
+
 def _dispatch(argv: list[str]) -> int:
     if not argv:
         _top_parser().print_help()
         return 0
     name, rest = argv[0], argv[1:]
     if name in COMMANDS:
+        if name not in _IN_SEVERAL and (count := launched().count) > 1:
+            raise UserError(
+                f"tandem {name} works in one process, and a launcher started {count}. Start it "
+                f"without the launcher; {' and '.join(f'tandem {n}' for n in _IN_SEVERAL)} train "
+                "in several."
+            )
         module, function, _ = COMMANDS[name]
         handler: Callable[[list[str]], int] = getattr(import_module(module), function)
         return handler(rest)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from tandem.train.launch import launched
+
 
 def notice_console() -> Console:
-    """The console for progress and notices."""
-    return Console(stderr=True, highlight=False)
+    """The console for progress and notices; of several processes, rank 0 alone has one."""
+    return Console(stderr=True, highlight=False, quiet=launched().rank > 0)
 
 
 def result_console() -> Console:

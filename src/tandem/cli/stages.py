@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
-from tandem.errors import UserError
 from tandem.recipe.seed_flags import Stage, flags_of
+from tandem.train.launch import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +28,7 @@ def sft(argv: list[str]) -> int:
 
         assert isinstance(call.settings, Sft)
         run_sft(settings=call.settings, **_common(call))
+        _leave()
     return 0
 
 
@@ -41,6 +41,7 @@ def dpo(argv: list[str]) -> int:
 
         assert isinstance(call.settings, Dpo)
         run_dpo(settings=call.settings, **_common(call))
+        _leave()
     return 0
 
 
@@ -63,14 +64,6 @@ def merge(argv: list[str]) -> int:
         **template,
     )
     return 0
-
-
-def device_count() -> int:
-    """How many devices take part: WORLD_SIZE as torchrun, deepspeed and accelerate set it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdigit() or int(text) == 0:
-        raise UserError(f"WORLD_SIZE is {text!r} in the environment; it must be above 0")
-    return int(text)
 
 
 def stage_parser(stage: Stage) -> Parser:
@@ -103,14 +96,21 @@ def _stage_call(stage: Stage, argv: list[str]) -> StageCall | None:
     from tandem.cli.notices import notice_console
     from tandem.recipe.seed_call import stage_call
 
-    call = stage_call(stage, values, devices=device_count())
+    call = stage_call(stage, values, devices=launched().count)
     console = notice_console()
     for notice in call.notices:
         console.print(notice, markup=False, soft_wrap=True)
     if not dry_run:
         return call
-    print(_call_text(call), end="")
+    if launched().speaks:
+        print(_call_text(call), end="")
     return None
+
+
+def _leave() -> None:
+    from tandem.train.processes import leave
+
+    leave()
 
 
 def _call_text(call: StageCall) -> str:

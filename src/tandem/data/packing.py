@@ -2,7 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tandem.data.records import Tree
+
+# A rank whose cost is within this share of the mean is not worth another exchange.
+_EVEN = 0.005
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who computes what in a step: a function of its trees, the budget and the ranks alone.
+
+    Attributes:
+        ranks: each rank's micro-batches in order, each a tuple of positions in the step.
+        micro_batches: what every rank runs; a rank with fewer of its own repeats a tree with
+            weight zero for the rest, because gradients are exchanged in the last.
+        fill: mean share of the budget that the step's own micro-batches fill; a tree that alone
+            exceeds the budget counts as full.
+        imbalance: the costliest rank's cost by the mean, 1 when all have the same.
+    """
+
+    ranks: tuple[tuple[tuple[int, ...], ...], ...]
+    micro_batches: int
+    fill: float
+    imbalance: float
+
+
+def plan_step(
+    tokens: Sequence[int],
+    costs: Sequence[float],
+    budget: int,
+    ranks: int = 1,
+    *,
+    pack_share: Callable[[Sequence[int]], list[tuple[int, ...]]] | None = None,
+) -> StepPlan:
+    """Deal a step's trees to ranks of about equal cost, and pack each rank's share.
+
+    A rank with fewer micro-batches than another splits its fullest ones; only one that has no
+    tree left to split gets less.
+
+    Args:
+        tokens: the number of tokens that each tree of the step feeds.
+        costs: the time each takes, in any unit; see `tree_cost`.
+        budget: tokens that a micro-batch should not exceed.
+        ranks: how many processes share the step.
+        pack_share: makes micro-batches of some of the step's trees, as positions among these;
+            `pack` by default.
+    """
+    if len(tokens) != len(costs):
+        raise ValueError("tokens and costs must be of the same trees")
+    shares = [tuple(range(len(tokens)))] if ranks == 1 else deal(costs, ranks)
+    plans = []
+    for share in shares:
+        packed = (
+            pack([tokens[i] for i in share], budget) if pack_share is None else pack_share(share)
+        )
+        plans.append([tuple(share[i] for i in members) for members in packed])
+    most = max(len(plan) for plan in plans)
+    plans = [_split(plan, tokens, most) for plan in plans]
+    own = [sum(tokens[i] for i in members) for plan in plans for members in plan]
+    loads = [sum(costs[i] for i in share) for share in shares]
+    mean = sum(loads) / ranks
+    return StepPlan(
+        tuple(tuple(plan) for plan in plans),
+        most,
+        sum(min(1.0, size / budget) for size in own) / len(own) if own else 0.0,
+        max(loads) / mean if mean else 1.0,
+    )
 
 
 def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
@@ -65,3 +133,79 @@ def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[in
             longest.append(length)
             rows.append(sequences)
     return sorted(tuple(sorted(members)) for members in bins)
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
+    """Positions of the trees that each rank computes, with costs as even as they get.
+
+    The costliest first, each to the rank with the least so far; then trees move from the costliest
+    rank to another, or change places with one of its trees, as long as that lowers the costlier
+    of the two.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = min(range(ranks), key=lambda r: (loads[r], r))
+        shares[least].append(position)
+        loads[least] += costs[position]
+    while _exchange(costs, shares, loads):
+        pass
+    return [tuple(sorted(share)) for share in shares]
+
+
+def tree_cost(tree: Tree, attention_weight: float) -> float:
+    """What a tree costs: its tokens, and how many pairs of them see each other, weighted.
+
+    Args:
+        tree: a record.
+        attention_weight: attention over one visible pair, by all that a token costs elsewhere.
+    """
+    prefix = len(tree.prefix.input_ids)
+    visible = prefix * prefix / 2
+    for branch in tree.branches:
+        length = len(branch.input_ids)
+        visible += length * prefix + length * length / 2
+    return tree.tokens + attention_weight * visible
+
+
+def _exchange(costs: Sequence[float], shares: list[list[int]], loads: list[float]) -> bool:
+    """Make the best move or swap away from the costliest rank; False when none lowers it."""
+    top = max(range(len(loads)), key=lambda r: (loads[r], -r))
+    mean = sum(loads) / len(loads)
+    if loads[top] <= mean * (1 + _EVEN):
+        return False
+    best: tuple[float, int, int, int | None] | None = None
+    for rank, share in enumerate(shares):
+        if rank == top:
+            continue
+        for mine in shares[top]:
+            for theirs in (None, *share):
+                moved = costs[mine] - (0.0 if theirs is None else costs[theirs])
+                worse = max(loads[top] - moved, loads[rank] + moved)
+                if best is None or worse < best[0]:
+                    best = (worse, rank, mine, theirs)
+    # A gain below rounding would go to and fro for ever.
+    if best is None or best[0] >= loads[top] * (1 - 1e-9):
+        return False
+    _, rank, mine, theirs = best
+    shares[top].remove(mine)
+    shares[rank].append(mine)
+    if theirs is not None:
+        shares[rank].remove(theirs)
+        shares[top].append(theirs)
+    for changed in (top, rank):
+        loads[changed] = sum(costs[i] for i in shares[changed])
+    return True
+
+
+def _split(plan: list[tuple[int, ...]], tokens: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """The same trees in `count` micro-batches, or as near to it as their number allows."""
+    while len(plan) < count:
+        divisible = [members for members in plan if len(members) > 1]
+        if not divisible:
+            break
+        fullest = max(divisible, key=lambda members: (sum(tokens[i] for i in members), members))
+        halves = deal([tokens[i] for i in fullest], 2)
+        plan = [members for members in plan if members != fullest]
+        plan += [tuple(fullest[i] for i in half) for half in halves]
+    return sorted(plan)

@@ -94,8 +94,9 @@ def speed_up_frozen_products(model: nn.Module) -> None:
 
 
 def bytes_to_order(model: nn.Module) -> int:
-    """Memory that `order_weights` will take, 0 where it can do nothing."""
-    return 2 * sum(layer.weight.nbytes for layer in _orderable(model))
+    """Memory that `order_weights` will take once the model is frozen, 0 where it can do nothing."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _multiplied(m.weight)]
+    return 2 * sum(layer.weight.nbytes for layer in layers)
 
 
 def order_weights(model: nn.Module) -> None:
@@ -116,13 +117,7 @@ def weights_of(layer: nn.Linear) -> Ordered | Plain:
 
 def can_order(layer: nn.Linear) -> bool:
     """Whether a layer's weight is one that oneDNN multiplies with: frozen, float32, on CPU."""
-    weight = layer.weight
-    return (
-        _AVAILABLE
-        and not weight.requires_grad
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-    )
+    return not layer.weight.requires_grad and _multiplied(layer.weight)
 
 
 def takes_frozen(x: Tensor, layer: nn.Linear) -> bool:
@@ -152,6 +147,10 @@ def low_rank_product(
         x, None if dropped is x else dropped, weights_of(frozen), frozen.bias, down, up, scale
     )
     return result
+
+
+def _multiplied(weight: Tensor) -> bool:
+    return _AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _orderable(model: nn.Module) -> list[nn.Linear]:

@@ -43,9 +43,11 @@ def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[
     return pack([fed_tokens(tree) for tree in trees], budget)
 
 
-def tokens_fed(model: Any, batch: MicroBatch) -> int:
-    """Tokens of a micro-batch that go through the model, padding not counted."""
-    return padded_rows(batch).tokens if is_padded(model) else batch.tokens
+def tokens_fed(model: Any, tree: Tree) -> int:
+    """Tokens of a tree that go through the model: shared ones once, padding not counted."""
+    if not is_padded(model):
+        return fed_tokens(tree)
+    return sum(len(tree.prefix.input_ids) + branch.fed for branch in tree.branches)
 
 
 def check_head(model: Any) -> None:

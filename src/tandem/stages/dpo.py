@@ -12,7 +12,6 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
-from tandem.model.kernels.library import numerics
 from tandem.recipe.schema import Dpo
 from tandem.stages.training import Made, StageKind, Start, run_training
 from tandem.train.device import Runtime
@@ -76,10 +75,11 @@ def _objective(start: Start, beta: float) -> Made:
             "dtype": dtype,
             "attention": start.backend,
             "device": device.kind,
-            "kernels": numerics() if device.kind == "cpu" else "torch",
+            "kernels": start.numerics,
         }
     )
-    store = ReferenceStore()
+    processes = start.engine.processes
+    store = processes.main_first(ReferenceStore)
     with (
         adapter_off(start.model),
         phase(start.console, "reference log-probs", len(start.trees)) as advance,
@@ -92,7 +92,7 @@ def _objective(start: Start, beta: float) -> Made:
             budget=start.budget,
             advance=advance,
         )
-    store.prune()
+    processes.main(store.prune)
     seconds = time.perf_counter() - began
     say(
         start.console,

@@ -41,6 +41,8 @@ def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.
+    `fill` is the mean share of the token budget that micro-batches fill, `imbalance` the costliest
+    process's share of a step by the mean one.
     """
     return {
         "train_seconds": progress.seconds,
@@ -50,14 +52,17 @@ def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
         "padded_tokens": progress.padded_tokens,
         "shared_tokens": progress.shared_tokens,
         "steps": progress.step,
+        "micro_batches": progress.micro_batches,
+        "fill": progress.fill / max(1, progress.step),
+        "imbalance": progress.imbalance / max(1, progress.step),
         "lengths": {
             "sequence": trees.sequence_lengths.tolist(),
             "prompt": trees.prompt_lengths.tolist(),
         },
-        "examples_hash": _examples_hash(trees),
+        "examples_hash": examples_hash(trees),
     }
 
 
-def _examples_hash(trees: Trees) -> str:
+def examples_hash(trees: Trees) -> str:
     """One hash of everything that is trained on: token ids and targets."""
     return hash_bytes(trees.branches.tobytes(), *trees.all_digests())

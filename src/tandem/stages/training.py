@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,24 @@ from tandem.model.adapter import (
 )
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
+from tandem.model.head import order_head
+from tandem.model.kernels.library import numerics, why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
+from tandem.model.products import bytes_to_order, order_weights
 from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
-from tandem.stages.outcome import save_adapter_folder, training_summary
+from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
-from tandem.train.device import Device, Runtime, choose_device, token_budget
+from tandem.train.device import Runtime, attention_weight, choose_device, token_budget
 from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.progress import StageProgress, phase, say
 
+# Of the free memory, what copies of the frozen weights in a faster order may take.
+_COPIES_SHARE = 0.25
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
     "data",
@@ -62,6 +69,7 @@ class Start:
     trees: Sequence[Tree]
     model_hash: str
     backend: str
+    numerics: str
     budget: int
     console: Console
 
@@ -104,32 +112,50 @@ def run_training(
 ) -> Path:
     """Run, resume or recognise as finished one training stage; returns its folder.
 
+    Where a launcher started several processes, all of them call it, and rank 0 alone writes.
+
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
-    base = model_folder(model, revision)
-    config = load_config(base)
-    check_context(config, settings.max_length, base)
-    tokenizer = load_tokenizer(base)
-    template = resolve_template(tokenizer, chat_template)
-    sources = source_specs(settings.data, output_dir.parent, seed)
-    device = choose_device(runtime.device, runtime.dtype)
-    inputs = {
-        "model": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
-        "data": data_identity(sources),
-        "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
-        "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
-        "seed": seed,
-        "dtype": str(device.weights).removeprefix("torch."),
-    }
-    with folder_lock(output_dir):
-        opened = open_stage(output_dir, kind.name, inputs)
+    engine = Engine(choose_device(runtime.device, runtime.dtype))
+    processes, device = engine.processes, engine.device
+    if not processes.is_main:
+        console = Console(quiet=True)
+    with processes.shared_fate(), ExitStack() as held:
+        base = processes.main_first(lambda: model_folder(model, revision))
+        sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
+
+        def prepared() -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
+            config = load_config(base)
+            check_context(config, settings.max_length, base)
+            tokenizer = load_tokenizer(base)
+            template = resolve_template(tokenizer, chat_template)
+            inputs = {
+                "model": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
+                "data": data_identity(sources),
+                "chat_template": {
+                    "name": template.name,
+                    "hash": hash_bytes(template.source.encode()),
+                },
+                "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+                "seed": seed,
+                "dtype": str(device.weights).removeprefix("torch."),
+            }
+            return config, tokenizer, template, inputs
+
+        config, tokenizer, template, inputs = processes.together(prepared)
+        processes.require_same(
+            model=hash_json(inputs["model"]),
+            settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
+        )
+        processes.main(lambda: held.enter_context(folder_lock(output_dir)))
+        opened = processes.main(lambda: open_stage(output_dir, kind.name, inputs))
         if opened.state == "finished":
             say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         for notice in template.notices:
             say(console, f"{kind.name}: {notice}")
         stage = _Stage(
-            kind, settings, output_dir, seed, runtime, device, console, base, config, model,
+            kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template,
         )  # fmt: skip
         stage.run(opened, inputs, sources)
@@ -145,7 +171,7 @@ class _Stage:
     folder: Path
     seed: int
     runtime: Runtime
-    device: Device
+    engine: Engine
     console: Console
     base: Path
     config: Any
@@ -154,22 +180,33 @@ class _Stage:
     template: ChatTemplate
 
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
-        ledger, trees = self._data(sources)
-        model = load_model(self.base, dtype=self.device.weights, device=self.device.torch_device)
-        backend, why = choose_backend(self.runtime.attention, model)
-        schedule = self._schedule(opened.schedule, backend)
+        engine, processes = self.engine, self.engine.processes
+        device = engine.device
+        # The others find what the first has encoded, where they share its cache.
+        ledger, trees = processes.main_first(lambda: self._data(sources))
+        if processes.count > 1:
+            processes.require_same(data=examples_hash(trees))
+        model = processes.together(
+            lambda: load_model(self.base, dtype=device.weights, device=device.torch_device)
+        )
+        backend, why = processes.together(lambda: choose_backend(self.runtime.attention, model))
+        schedule = self._schedule(opened.schedule, model, backend)
         torch.set_num_threads(schedule["threads"])
         budget = schedule["tokens_per_microbatch"]
         say(
             self.console,
-            f"{self.kind.name}: {self.device.kind}, {inputs['dtype']}, "
+            f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
-        engine = Engine(self.device)
-        model = self._adapted(model, backend)
+        if device.kind == "cpu" and (reason := why_not()):
+            say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
+        model = processes.together(lambda: self._adapted(model, backend))
+        if schedule["ordered_weights"]:
+            order_weights(model)
+            order_head(model.get_base_model())
         # What can be refused has been; from here on the folder is this stage's.
-        start_stage(self.folder, self.kind.name, inputs, schedule)
-        ledger.write()
+        processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
+        processes.main(ledger.write)
         parameters = trainable_parameters(model)
         s = self.settings
         optimizer = make_optimizer(
@@ -181,25 +218,51 @@ class _Stage:
         )
         engine.prepare(model, optimizer)
         made = self.kind.make_objective(
-            Start(engine, model, trees, hash_json(inputs["model"]), backend, budget, self.console)
+            Start(
+                engine,
+                model,
+                trees,
+                hash_json(inputs["model"]),
+                backend,
+                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}",
+                budget,
+                self.console,
+            )
         )
         progress = self._train(engine, model, trees, made.objective, budget)
-        self._finish(model, trees, ledger, made, progress, schedule)
+        processes.main(lambda: self._finish(model, trees, ledger, made, progress, schedule))
 
-    def _schedule(self, recorded: dict[str, Any], backend: str) -> dict[str, Any]:
-        """How the work is done; a resumed run repeats what it began with, unless told otherwise."""
-        requested = self.runtime.tokens_per_microbatch
+    def _schedule(self, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
+        """How the work is done; a resumed run repeats what it began with, unless told otherwise.
+
+        The process with the least memory and the fewest threads says what all do.
+        """
+        requested, device = self.runtime.tokens_per_microbatch, self.engine.device
+        copies = bytes_to_order(model)
+        found = self.engine.processes.exchange(
+            lambda: (
+                token_budget(requested, device, self.config),
+                torch.get_num_threads(),
+                0 < copies <= device.free_memory() * _COPIES_SHARE / self.engine.processes.count,
+            )
+        )
         now = {
             "base": self.base_name,
-            "tokens_per_microbatch": token_budget(requested, self.device, self.config),
-            "threads": torch.get_num_threads(),
-            "device": self.device.kind,
+            "tokens_per_microbatch": min(budget for budget, _, _ in found),
+            "threads": min(threads for _, threads, _ in found),
+            "kernels": numerics() if device.kind == "cpu" else "torch",
+            "ordered_weights": all(fits for _, _, fits in found),
+            "processes": len(found),
+            "device": device.kind,
             "attention": backend,
         }
         if not recorded:
             return now
-        if recorded["device"] == now["device"]:
+        # What was begun before there were several processes does not say that it was one.
+        recorded = {"processes": 1, **recorded}
+        if (recorded["device"], recorded["processes"]) == (now["device"], now["processes"]):
             now["threads"] = recorded["threads"]
+            now["ordered_weights"] = recorded["ordered_weights"] and copies > 0
             if requested == "auto":
                 now["tokens_per_microbatch"] = recorded["tokens_per_microbatch"]
         changes = difference(recorded, {**now, "base": recorded["base"]})
@@ -286,13 +349,16 @@ class _Stage:
             batch_size=s.batch_size,
             seed=self.seed,
             budget=budget,
+            attention_weight=attention_weight(self.config),
             logging_steps=s.logging_steps,
             save_steps=s.save_steps or max(1, -(-total // 10)),
         )
         checkpoints = CheckpointStore(self.folder / "checkpoints", keep=s.save_total_limit)
-        newest, progress = checkpoints.newest(), Progress()
+        newest, progress = engine.processes.main(checkpoints.newest), Progress()
         if newest is not None:
-            progress = checkpoints.load(newest, model, engine.optimizer)
+            progress = engine.processes.together(
+                partial(checkpoints.load, newest, model, engine.optimizer)
+            )
             say(
                 self.console,
                 f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})",
@@ -336,11 +402,12 @@ class _Stage:
             **training_summary(progress, trees),
             "reference_seconds": made.reference_seconds,
             "reference_computed": made.reference_computed,
-            "peak_memory_bytes": self.device.peak_memory(),
+            "peak_memory_bytes": self.engine.device.peak_memory(),
+            "processes": schedule["processes"],
             "warnings": warnings,
             "attention": schedule["attention"],
             "device": schedule["device"],
-            "dtype": str(self.device.weights).removeprefix("torch."),
+            "dtype": str(self.engine.device.weights).removeprefix("torch."),
             "ledger": ledger.summary(),
         }
         atomic_write_json(self.folder / "summary.json", summary)
@@ -348,5 +415,19 @@ class _Stage:
         say(
             self.console,
             f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
-            f"{progress.seconds:.1f} s -> {self.folder}",
+            f"{progress.seconds:.1f} s, {_packing(summary)} -> {self.folder}",
         )
+
+
+def _place(engine: Engine) -> str:
+    """Where a run computes, in words."""
+    count = engine.processes.count
+    return f"{count} processes on {engine.device.kind}" if count > 1 else engine.device.kind
+
+
+def _packing(summary: dict[str, Any]) -> str:
+    """How well the work was packed and dealt, in words."""
+    text = f"micro-batches {summary['fill']:.0%} full"
+    if summary["processes"] > 1:
+        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
+    return text

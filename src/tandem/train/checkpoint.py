@@ -26,7 +26,8 @@ class Progress:
 
     `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
     rest is what the summary reports at the end. `padded_tokens` counts what padded batches of a
-    usual size would have fed, `shared_tokens` what sharing prefixes saved.
+    usual size would have fed, `shared_tokens` what sharing prefixes saved; `fill` and `imbalance`
+    sum up each step's, see `data.packing.StepPlan`.
     """
 
     step: int = 0
@@ -36,6 +37,9 @@ class Progress:
     tokens: int = 0
     padded_tokens: int = 0
     shared_tokens: int = 0
+    micro_batches: int = 0
+    fill: float = 0.0
+    imbalance: float = 0.0
 
 
 class CheckpointStore:

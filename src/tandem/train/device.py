@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from tandem.errors import UserError
+from tandem.train.launch import launched
 
 _DTYPES = {
     "float32": torch.float32,
@@ -46,6 +47,11 @@ class Device:
     weights: torch.dtype
 
     @property
+    def backend(self) -> str:
+        """What carries gradients between processes on it."""
+        return "nccl" if self.kind == "cuda" else "gloo"
+
+    @property
     def kind(self) -> str:
         """cpu or cuda."""
         return self.torch_device.type
@@ -56,10 +62,10 @@ class Device:
             torch.cuda.synchronize()
 
     def free_memory(self) -> int:
-        """Bytes that are free now."""
+        """Bytes that are free now; on CPU, this process's share of them."""
         if self.kind == "cuda":
             return int(torch.cuda.mem_get_info(self.torch_device)[0])
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // launched().local_count
 
     def peak_memory(self) -> int:
         """Most bytes this process has held at once: on CPU resident, on CUDA allocated."""
@@ -88,12 +94,35 @@ def choose_device(device: str, dtype: str) -> Device:
     if dtype == "auto":
         # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
         dtype = "bfloat16" if kind == "cuda" else "float32"
+    launch = launched()
+    if kind == "cuda" and launch.count > 1:
+        there = torch.cuda.device_count()
+        if launch.local_count > there:
+            raise UserError(
+                f"{launch.local_count} processes were started on a machine with {there} CUDA "
+                f"device{'s' if there > 1 else ''}; start one for each"
+            )
+        kind = f"cuda:{launch.local_rank}"
     return Device(torch.device(kind), _DTYPES[dtype])
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a recipe's name, None for auto."""
     return None if name == "auto" else _DTYPES[name]
+
+
+def attention_weight(config: Any) -> float:
+    """What attention over one visible pair of tokens costs, by all that a token costs elsewhere.
+
+    Two products of hidden size each, by the multiplications of a layer's projections and gated
+    MLP. Only balance depends on it, never a result.
+    """
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    heads = int(text.num_attention_heads)
+    kept = int(getattr(text, "num_key_value_heads", None) or heads) / heads
+    return 2 * hidden / ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
 
 
 def token_budget(requested: int | Literal["auto"], device: Device, config: Any) -> int:

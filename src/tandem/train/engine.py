@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from tandem.data.collate import MicroBatch
-from tandem.errors import UserError
+from tandem.errors import TandemError, UserError
 from tandem.model.score import Scorer
 from tandem.train.device import Device
+from tandem.train.launch import Launch, launched
+from tandem.train.processes import Processes
+
+# Longer than one process may keep the others waiting: hashing weights, preparing data, saving.
+_PATIENCE = timedelta(hours=1)
 
 
 class Engine:
-    """Runs forward, backward and clipping for one scorer on one device.
+    """Runs forward, backward and clipping for one scorer on this process's device.
 
     Losses come divided by the step's own denominators, so accumulation is the sum of backwards
-    and accelerate's own accumulation stays at one.
+    and accelerate's own accumulation stays at one. Where a launcher started several processes,
+    each backward adds to this process's gradients, and the step's last one exchanges them (DDP).
+    DDP averages, so losses are multiplied by the number of processes.
     """
 
     def __init__(self, device: Device) -> None:
@@ -31,33 +42,52 @@ class Engine:
                 "use bfloat16 (or float32)"
             )
         precision = "bf16" if device.weights == torch.bfloat16 else "no"
-        self.accelerator = Accelerator(cpu=device.kind == "cpu", mixed_precision=precision)
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"this version trains in one process; it was launched in "
-                f"{self.accelerator.num_processes}. Start it without a launcher."
-            )
+        launch = launched()
+        handlers = (
+            [InitProcessGroupKwargs(backend=device.backend, timeout=_PATIENCE)]
+            if launch.count > 1
+            else []
+        )
+        self.accelerator = Accelerator(
+            cpu=device.kind == "cpu", mixed_precision=precision, kwargs_handlers=handlers
+        )
+        self.processes = _processes(self.accelerator, launch, device)
         self.model: Any = None
         self.scorer: Any = None
         self.optimizer: Any = None
+        self._plain: Any = None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Take over a model (adapters included) and its optimizer."""
         self.model = model
-        scorer = Scorer(model)
+        self._plain = Scorer(model)
+        # Frozen weights and buffers come from the same files on every rank; DDP would send the
+        # first at the start and the second with every forward.
+        self._plain._ddp_params_and_buffers_to_ignore = [
+            *(name for name, p in self._plain.named_parameters() if not p.requires_grad),
+            *(name for name, _ in self._plain.named_buffers()),
+        ]
         if optimizer is None:
-            self.scorer = self.accelerator.prepare(scorer)
+            self.scorer = self.accelerator.prepare(self._plain)
         else:
-            self.scorer, self.optimizer = self.accelerator.prepare(scorer, optimizer)
+            self.scorer, self.optimizer = self.accelerator.prepare(self._plain, optimizer)
 
-    def score(self, batch: MicroBatch) -> Tensor:
-        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off."""
-        logps: Tensor = self.scorer(batch.to(self.device.torch_device))
-        return logps
+    def score(self, batch: MicroBatch, *, last: bool = True) -> Tensor:
+        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
+
+        With gradients, all ranks call it equally often, and `last` says which micro-batch is the
+        step's last: its backward exchanges the gradients.
+        """
+        here = batch.to(self.device.torch_device)
+        if not torch.is_grad_enabled():
+            return self._plain(here)
+        # DDP decides in the forward whether the backward that follows exchanges.
+        with nullcontext() if last else self.accelerator.no_sync(self.scorer):
+            return self.scorer(here)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a part of the step's loss."""
-        self.accelerator.backward(loss)
+        """Accumulate the gradients of a part of the step's loss, after its own `score`."""
+        self.accelerator.backward(loss * self.processes.count if self.processes.count > 1 else loss)
 
     def step(
         self, parameters: Iterable[Tensor], learning_rate: float, max_grad_norm: float | None
@@ -74,3 +104,23 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _processes(accelerator: Accelerator, launch: Launch, device: Device) -> Processes:
+    """The processes that accelerate joined, which must be those that were launched."""
+    obtained = (accelerator.process_index, accelerator.num_processes)
+    if obtained != (launch.rank, launch.count):
+        raise TandemError(
+            f"launched as process {launch.rank} of {launch.count}, but accelerate takes part as "
+            f"{obtained[0]} of {obtained[1]}"
+        )
+    if launch.count == 1:
+        return Processes(launch)
+    # Plain values travel on the CPU, whatever carries gradients.
+    group = dist.group.WORLD if device.backend == "gloo" else _control_group()
+    return Processes(launch, group)
+
+
+@cache
+def _control_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -17,13 +17,14 @@ from torch import Tensor
 from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
 from tandem.data.collate import collate, record_key
 from tandem.data.order import Step, steps, steps_per_epoch
+from tandem.data.packing import StepPlan, plan_step, tree_cost
 from tandem.data.records import Tree
 from tandem.errors import Stopped, TandemError
 from tandem.model.attention import is_padded
 from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.engine import Engine
-from tandem.train.objective import Objective
+from tandem.train.objective import Objective, Part
 
 # Sequences of a padded batch in the comparison that the summary reports.
 _PADDED_BATCH = 8
@@ -31,12 +32,16 @@ _PADDED_BATCH = 8
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, by step number; nothing here changes a parameter."""
+    """When things happen, by step number, and how a step is packed.
+
+    `attention_weight` is for balance between processes, see `data.packing.tree_cost`.
+    """
 
     total_steps: int
     batch_size: int
     seed: int
     budget: int
+    attention_weight: float
     logging_steps: int
     save_steps: int
 
@@ -94,11 +99,11 @@ class Training:
     def run(self) -> Progress:
         """Take all remaining steps.
 
-        Raises Stopped after a checkpoint when the process is asked to end, and TandemError before
+        Raises Stopped after a checkpoint when a process is asked to end, and TandemError before
         a step that is not finite.
         """
-        schedule, progress = self.schedule, self.progress
-        self._forget_metrics_after(progress.step)
+        schedule, progress, processes = self.schedule, self.progress, self.engine.processes
+        processes.main(lambda: self._forget_metrics_after(progress.step))
         self.model.train()
         remaining = steps(
             len(self.trees),
@@ -111,12 +116,15 @@ class Training:
             for step in remaining:
                 self._take(step)
                 last = progress.step == schedule.total_steps
-                if progress.step % schedule.save_steps == 0 or last or stop.requested:
-                    self.checkpoints.save(self.model, self.engine.optimizer, progress)
-                if stop.requested and not last:
-                    raise Stopped(
-                        f"stopped after step {progress.step} of {schedule.total_steps}; a "
-                        "checkpoint is written. The same command goes on from there."
+                stopping = processes.any_of(stop.requested)
+                if progress.step % schedule.save_steps == 0 or last or stopping:
+                    processes.main(self._save)
+                if stopping and not last:
+                    processes.end_alike(
+                        Stopped(
+                            f"stopped after step {progress.step} of {schedule.total_steps}; a "
+                            "checkpoint is written. The same command goes on from there."
+                        )
                     )
         self.model.eval()
         return progress
@@ -125,39 +133,68 @@ class Training:
         began = time.perf_counter()
         trees = [self.trees[i] for i in step.examples]
         denominator = self.objective.denominator(trees)
-        sums: dict[str, float] = {"count": denominator, "steps": 1}
-        tokens = 0
-        for members in micro_batches(self.model, trees, self.schedule.budget):
-            examples = [step.examples[i] for i in members]
-            fed, part_sums = self._backward(
-                step, [trees[i] for i in members], examples, denominator
-            )
-            tokens += fed
-            for name, value in part_sums.items():
-                sums[name] = sums.get(name, 0.0) + value
+        tokens = [tokens_fed(self.model, tree) for tree in trees]
+        costs = [tree_cost(tree, self.schedule.attention_weight) for tree in trees]
+        processes = self.engine.processes
+        budget = self.schedule.budget
+        plan = plan_step(
+            tokens, costs, budget, processes.count,
+            pack_share=lambda share: micro_batches(self.model, [trees[i] for i in share], budget),
+        )  # fmt: skip
+        held: list[Tensor] = []
+        mine = _own_work(plan, processes.rank, tokens)
+        parts = processes.exchange(lambda: self._run(step, mine, denominator, held))
+        # All ranks know by now that every loss is finite; this backward exchanges the gradients.
+        self.engine.backward(held.pop())
+        sums = {"count": float(denominator), "steps": 1.0, **_added(parts)}
         rate = self.learning_rate(step.number)
         norm = self.engine.step(self.parameters, rate, self.max_grad_norm)
         if not math.isfinite(norm):
-            raise _not_finite("gradient", step.number, trees)
+            # The norm is of exchanged gradients, so that all ranks find the same.
+            processes.end_alike(_not_finite("gradient", step.number, trees))
         self.engine.device.synchronize()
-        sums |= {"grad_norm": norm, "tokens": tokens, "examples": len(trees)}
+        sums |= {"grad_norm": norm, "tokens": sum(tokens), "examples": len(trees)}
         sums["seconds"] = time.perf_counter() - began
+        self.progress.micro_batches += sum(len(own) for own in plan.ranks)
+        self.progress.fill += plan.fill
+        self.progress.imbalance += plan.imbalance
         self._account(step, trees, sums, rate)
 
-    def _backward(
-        self, step: Step, trees: Sequence[Tree], examples: Sequence[int], denominator: int
-    ) -> tuple[int, dict[str, float]]:
+    def _run(
+        self, step: Step, work: Sequence[_Work], denominator: int, held: list[Tensor]
+    ) -> dict[str, float]:
+        """Forward and backward of this rank's micro-batches; the last one's loss is only `held`."""
+        sums: dict[str, float] = {}
+        for number, (members, weight) in enumerate(work):
+            last = number == len(work) - 1
+            examples = [step.examples[i] for i in members]
+            part = self._score(step, examples, last=last)
+            loss = part.loss / denominator
+            if not weight:
+                loss = loss * 0.0
+            if last:
+                held.append(loss)
+            else:
+                self.engine.backward(loss)
+            for name, value in part.sums.items():
+                sums[name] = sums.get(name, 0.0) + weight * value
+        return sums
+
+    def _score(self, step: Step, examples: Sequence[int], *, last: bool) -> Part:
+        trees = [self.trees[i] for i in examples]
         keys = (
             [record_key(self.schedule.seed, step.number, i) for i in examples]
             if self.dropout
             else None
         )
-        batch = collate(trees, keys)
-        part = self.objective.part(self.engine.score(batch), examples, first_step=step.number == 0)
+        logps = self.engine.score(collate(trees, keys), last=last)
+        part = self.objective.part(logps, examples, first_step=step.number == 0)
         if not math.isfinite(part.sums["loss"]):
             raise _not_finite("loss", step.number, trees)
-        self.engine.backward(part.loss / denominator)
-        return tokens_fed(self.model, batch), part.sums
+        return part
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.model, self.engine.optimizer, self.progress)
 
     def _account(
         self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
@@ -174,8 +211,9 @@ class Training:
         logged: dict[str, float] = {}
         last = progress.step == self.schedule.total_steps
         if progress.step % self.schedule.logging_steps == 0 or last:
-            logged = self._metrics(rate)
-            append_jsonl(self.metrics_path, logged)
+            memory = max(self.engine.processes.exchange(self.engine.device.peak_memory))
+            logged = {**self._metrics(rate), "memory_bytes": memory}
+            self.engine.processes.main(lambda: append_jsonl(self.metrics_path, logged))
             progress.sums = {}
         self.advance(progress.step, logged)
 
@@ -192,13 +230,34 @@ class Training:
             "tokens": sums["tokens"],
             "examples": sums["examples"],
             "tokens_per_second": sums["tokens"] / sums["seconds"],
-            "memory_bytes": self.engine.device.peak_memory(),
         }
 
     def _forget_metrics_after(self, step: int) -> None:
         # A killed run may have logged steps beyond its last checkpoint; they are taken again.
         kept = [line for line in read_jsonl(self.metrics_path) if line["step"] <= step]
         atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+# A micro-batch: positions in the step, and what its loss counts, 1 or 0.
+_Work = tuple[Sequence[int], int]
+
+
+def _own_work(plan: StepPlan, rank: int, tokens: Sequence[int]) -> list[_Work]:
+    """A rank's micro-batches, as many as any rank's; what it lacks are trees that count nothing."""
+    own: list[_Work] = [(members, 1) for members in plan.ranks[rank]]
+    trees = [i for members, _ in own for i in members] or range(len(tokens))
+    smallest = min(trees, key=lambda i: (tokens[i], i))
+    # First, so that a micro-batch that counts is the last, whose loss is held.
+    return [((smallest,), 0)] * (plan.micro_batches - len(own)) + own
+
+
+def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums over ranks, in the order of ranks, so that every rank has the same."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def _sequence_length(tree: Tree, branch: int) -> int:

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +100,13 @@ def reference_logps(
     """Log-probs of every tree's branches under the engine's model as it is now.
 
     Records are computed in units that depend on the data alone. A unit of which anything is
-    missing is computed whole, so an interrupted pass repeats the arithmetic of a whole one.
+    missing is computed whole, so an interrupted pass repeats the arithmetic of a whole one. Several
+    processes share the units that are to be computed; rank 0 alone reads and writes the store.
 
     Args:
         engine: holds the reference (the policy with its adapter off).
         trees: all records, each with the same number of branches B.
-        store: where log-probs are looked up and kept.
+        store: where log-probs are looked up and kept; rank 0's is used.
         identity: hash of the reference weights and of what the numerics depend on.
         budget: tokens of a micro-batch.
         advance: told how many more records are done.
@@ -112,21 +114,33 @@ def reference_logps(
     Returns:
         [n, B] float64, and how many records had to be computed.
     """
+    processes = engine.processes
+
+    def compute(part: Sequence[range]) -> list[tuple[float, int]]:
+        unit = part[processes.rank] if processes.rank < len(part) else range(0)
+        return _compute_unit(engine, [trees[i] for i in unit], budget)
+
+    def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
+        store.put(keys, [logp for logp, _ in fresh], [count for _, count in fresh])
+        return store.get(keys)
+
     logps: list[NDArray[np.float64]] = []
     computed = 0
     for first in range(0, len(trees), _BLOCK):
         block = range(first, min(first + _BLOCK, len(trees)))
         keys = _keys(identity, trees, block)
-        found = store.get([key for row in keys for key in row])
-        for start in range(first, block.stop, _UNIT):
-            unit = range(start, min(start + _UNIT, block.stop))
-            unit_keys = [key for i in unit for key in keys[i - first]]
-            if any(key not in found for key in unit_keys):
-                fresh = _compute_unit(engine, [trees[i] for i in unit], budget)
-                store.put(unit_keys, [logp for logp, _ in fresh], [count for _, count in fresh])
-                found.update(store.get(unit_keys))
-                computed += len(unit)
-            advance(len(unit))
+        found = processes.main(partial(store.get, [key for row in keys for key in row]))
+        units = [range(i, min(i + _UNIT, block.stop)) for i in range(first, block.stop, _UNIT)]
+        missing = [u for u in units if any(key not in found for i in u for key in keys[i - first])]
+        advance(len(block) - sum(map(len, missing)))
+        for start in range(0, len(missing), processes.count):
+            part = missing[start : start + processes.count]
+            results = processes.exchange(partial(compute, part))
+            fresh = [result for unit in results for result in unit]
+            part_keys = [key for unit in part for i in unit for key in keys[i - first]]
+            found.update(processes.main(partial(keep, part_keys, fresh)))
+            computed += sum(map(len, part))
+            advance(sum(map(len, part)))
         logps.append(np.array([[found[key] for key in row] for row in keys], dtype=np.float64))
     return np.concatenate(logps), computed
 

@@ -1,0 +1,143 @@
+"""Commands that a launcher starts in several processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import COMMANDS, main
+from tandem.errors import UserError
+from tandem.train.launch import Launch, launched
+
+from ..invariants.orders import TORCHRUN
+from ..stages.made_inputs import make_conversations, make_model_folder
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, *values: object) -> None:
+    for name, value in zip(_ENVIRONMENT, values, strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == Launch(0, 1, 0, 1)
+    _pretend(monkeypatch, 3, 4, 1, 2)
+    assert launched() == Launch(rank=3, count=4, local_rank=1, local_count=2)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(UserError, match="RANK is 4 and WORLD_SIZE 4"):
+        launched()
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    with pytest.raises(UserError, match="LOCAL_RANK is '-1'"):
+        launched()
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"sft", "dpo"}))
+def test_what_does_not_train_is_refused_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend(monkeypatch, 0, 2, 0, 2)
+    assert main([name, "demo"]) == 2
+    error = capsys.readouterr().err
+    assert f"tandem {name} works in one process, and a launcher started 2" in error
+    assert "tandem sft and tandem dpo train in several" in error
+    _pretend(monkeypatch, 1, 2, 1, 2)
+    assert main([name, "demo"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+    _pretend(monkeypatch, 1, 2, 1, 2)
+    assert main([*argv, "--dry_run"]) == 0
+    assert capsys.readouterr() == ("", "")
+    _pretend(monkeypatch, 0, 2, 0, 2)
+    assert main([*argv, "--dry_run"]) == 0
+    assert "batch_size: 16" in capsys.readouterr().out
+
+
+@contextmanager
+def _launch(argv: list[str], home: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "tandem", *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(home / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def _ranks(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return {child.environ()["RANK"]: child for child in children if "tandem" in child.cmdline()}
+
+
+def _await_checkpoint(folder: Path, beyond: int, process: subprocess.Popen[str]) -> int:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = [int(p.name[-6:]) for p in folder.glob("checkpoints/step-*")]
+        if steps and max(steps) > beyond:
+            return max(steps)
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint was written")
+
+
+def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model_folder(tmp_path / "model")
+    make_conversations(tmp_path / "data.jsonl")
+    out = tmp_path / "out"
+    argv = ["sft", "--model_name_or_path", f"{tmp_path}/model", "--output_dir", f"{out}"]
+    argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "5", "--max_steps", "300"]
+    argv += ["--max_length", "128", "--save_steps", "5", "--logging_steps", "1"]
+
+    with _launch(argv, tmp_path) as process:
+        step = _await_checkpoint(out, 0, process)
+        _ranks(process)["1"].kill()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count("process 0 of 2 lost contact with another one") == 1
+    assert said.count("sft: 24 of 24 records to train on") == 1
+    assert not (out / ".lock").exists()
+
+    with _launch(argv, tmp_path) as process:
+        _await_checkpoint(out, step + 5, process)
+        _ranks(process)["1"].send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert said.count("stopped: stopped after step") == 1
+    assert set(re.findall(r"exitcode +: (-?\d+)", said)) == {"3"}
+    assert "another schedule" not in said
+    steps = [line["step"] for line in read_jsonl(out / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (out / "checkpoints" / f"step-{steps[-1]:06d}").is_dir()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in _ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    assert "processes 2 -> 1" in said
+    assert f"(step {steps[-1]} of 300)" in said
+    assert read_json(out / "summary.json")["processes"] == 1
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 301))

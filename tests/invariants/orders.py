@@ -1,0 +1,295 @@
+"""Training stages to order, in this process or in two: one launch carries out many.
+
+As a script under torchrun it takes a folder with `orders.json` and leaves, for each rank, how each
+order ended.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
+from tandem.data.records import Tree
+from tandem.errors import TandemError
+from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.stages.dpo import run_dpo
+from tandem.stages.sft import run_sft
+from tandem.train import loop, reference
+from tandem.train.device import Runtime
+from tandem.train.engine import Engine
+
+from ..stages.made_inputs import WORDS
+from .made import double_precision
+
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "2"),
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One training stage: what is computed, and how; `trouble` is what befalls rank 1 (or 0 of 1).
+
+    `folder` is where the result goes, below the home of all orders. Orders with the same folder
+    go on with each other's work.
+    """
+
+    kind: str
+    folder: str
+    dtype: str = "float32"
+    budget: int = 4096
+    checkpointing: bool = False
+    sharing: bool = True
+    fault: str = ""
+    trouble: str = ""
+    data: str = ""
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an order ended in one process: the error's class, if any, and what the console got."""
+
+    said: str
+    error: str = ""
+    message: str = ""
+    code: int = 0
+    told: bool = False
+
+
+def make_data(home: Path) -> None:
+    """Records of very different lengths; the third step of an epoch has a single one."""
+    rng = random.Random(4)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+    with (home / "sft.jsonl").open("w") as file:
+        for _ in range(25):
+            turns = [
+                {"from": "human", "value": words(2, 30)},
+                {"from": "gpt", "value": words(1, 40)},
+            ]
+            file.write(json.dumps({"conversations": turns}) + "\n")
+    with (home / "dpo.jsonl").open("w") as file:
+        for _ in range(73):
+            chosen, rejected = words(2, 30), words(1, 20)
+            if rng.random() < 0.3:  # targets in the shared prefix
+                rejected = chosen[:8] + rejected
+            row = {"question": words(2, 30), "chosen": chosen, "rejected": rejected}
+            file.write(json.dumps({"system": "", **row}) + "\n")
+    lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
+    (home / "other.jsonl").write_text("".join(lines[1:]))
+
+
+def carry_out(order: Order, home: Path) -> Outcome:
+    """Run a stage as ordered, through its public entry point."""
+    rank = int(os.environ.get("RANK", "0"))
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    text = io.StringIO()
+    stage: Any = run_sft if order.kind == "sft" else run_dpo
+    data = order.data if order.data and rank == last else f"{order.kind}.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home / order.folder / ".." / f"{order.folder}.cache"))
+        if order.dtype == "float64":
+            double_precision(patch)
+        _lay_out(patch, order)
+        _record_gradients(patch, home / f"{order.folder}.rank{rank}")
+        if order.trouble and rank == last:
+            TROUBLES[order.trouble](patch)
+        try:
+            stage(
+                model=str(home / "model"),
+                revision=None,
+                settings=_settings(order, home / data),
+                output_dir=home / order.folder,
+                chat_template=None,
+                seed=order.seed,
+                runtime=Runtime("cpu", order.dtype, "segments", order.budget),
+                console=Console(file=text, width=300),
+            )
+        except TandemError as error:
+            kind = type(error).__name__
+            return Outcome(text.getvalue(), kind, str(error), error.exit_code, error.told)
+    return Outcome(text.getvalue())
+
+
+def carry_out_in_two(orders: Sequence[Order], home: Path) -> list[list[Outcome]]:
+    """Run orders in two processes of one launch; each one's outcomes by rank."""
+    (home / "orders.json").write_text(json.dumps([asdict(order) for order in orders]))
+    done = subprocess.run(
+        [*TORCHRUN, "-m", __name__, str(home)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = [json.loads((home / f"outcomes.rank{rank}.json").read_text()) for rank in (0, 1)]
+    return [[Outcome(**outcome) for outcome in pair] for pair in zip(*found, strict=True)]
+
+
+def adapter(home: Path, folder: str) -> dict[str, Tensor]:
+    """The trained adapter of an order."""
+    return load_file(home / folder / "adapter_model.safetensors")
+
+
+def first_gradients(home: Path, folder: str, rank: int = 0) -> dict[str, Tensor]:
+    """The gradients of the first step that an order took."""
+    return load_file(home / f"{folder}.rank{rank}" / "gradients.safetensors")
+
+
+def _settings(order: Order, data: Path) -> Sft | Dpo:
+    values: dict[str, Any] = {
+        "data": (DataSource(path=str(data)),),
+        "batch_size": 12 if order.kind == "sft" else 36,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "max_length": 200,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "lora": Lora(
+            rank=4,
+            alpha=8,
+            dropout=0.1 if order.kind == "sft" else 0.0,
+            target_modules=("wq",) if order.trouble == "no such module" else "all-linear",
+        ),
+        "gradient_checkpointing": order.checkpointing,
+    }
+    return Sft(**values) if order.kind == "sft" else Dpo(**values)
+
+
+def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:
+    """Lay out micro-batches without sharing, or with a seeded fault, in training and reference."""
+
+    def laid_out(trees: Sequence[Tree], keys: Sequence[int] | None = None) -> MicroBatch:
+        fed = trees if order.sharing else [part for tree in trees for part in without_sharing(tree)]
+        batch = collate(fed, keys)
+        return FAULTS[order.fault](batch) if order.fault else batch
+
+    patch.setattr(loop, "collate", laid_out)
+    patch.setattr(reference, "collate", laid_out)
+
+
+def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    plain = Engine.step
+
+    def step(self: Engine, parameters: Any, rate: float, limit: float | None) -> float:
+        kept = list(parameters)
+        if not (folder / "gradients.safetensors").exists():
+            folder.mkdir(exist_ok=True)
+            gradients = {str(n): p.grad.clone() for n, p in enumerate(kept)}
+            save_file(gradients, folder / "gradients.safetensors")
+        norm = plain(self, kept, rate, limit)
+        with (folder / "norms.txt").open("a") as file:
+            file.write(f"{norm!r}\n")
+        return norm
+
+    patch.setattr(Engine, "step", step)
+
+
+def leak_to_the_neighbour(batch: MicroBatch) -> MicroBatch:
+    """A branch also sees its neighbour's first row, and a record the one before it."""
+    segments: list[Segment] = []
+    for s in batch.segments:
+        if s.prefix_stop > s.prefix_start:
+            segments.append(replace(s, prefix_stop=s.prefix_stop + 1))
+        elif segments and segments[-1].prefix_stop == segments[-1].prefix_start:
+            segments[-1] = Segment(segments[-1].start, s.stop)
+        else:
+            segments.append(s)
+    return replace(batch, segments=tuple(segments))
+
+
+def running_positions(batch: MicroBatch) -> MicroBatch:
+    """Positions that run on over branches instead of starting anew."""
+    return replace(batch, position_ids=torch.arange(batch.tokens))
+
+
+def forgotten_prefix(batch: MicroBatch) -> MicroBatch:
+    """Second branches that do not see their prompt."""
+    segments = tuple(Segment(s.start, s.stop) for s in batch.segments)
+    return replace(batch, segments=segments)
+
+
+FAULTS: dict[str, Callable[[MicroBatch], MicroBatch]] = {
+    function.__name__: function
+    for function in (leak_to_the_neighbour, running_positions, forgotten_prefix)
+}
+
+
+def _after_two_steps(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    plain = loop.Training._take
+
+    def take(self: Any, step: Any) -> None:
+        plain(self, step)
+        if step.number == 1:
+            act()
+
+    patch.setattr(loop.Training, "_take", take)
+
+
+def _stop(patch: pytest.MonkeyPatch) -> None:
+    _after_two_steps(patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _not_a_number(patch: pytest.MonkeyPatch) -> None:
+    plain, calls = Engine.score, 0
+
+    def score(self: Engine, batch: MicroBatch, *, last: bool = True) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(self, batch, last=last) * (float("nan") if calls == 2 else 1.0)
+
+    patch.setattr(Engine, "score", score)
+
+
+def _bug(patch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    patch.setattr("tandem.stages.training.choose_backend", crash)
+
+
+TROUBLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "SIGTERM": _stop,
+    "not finite": _not_a_number,
+    "bug": _bug,
+    "no such module": lambda _: None,
+}
+
+
+def _main(home: Path) -> None:
+    rank = os.environ["RANK"]
+    orders = [Order(**values) for values in json.loads((home / "orders.json").read_text())]
+    outcomes = []
+    for order in orders:
+        try:
+            outcomes.append(carry_out(order, home))
+        except ZeroDivisionError as error:
+            outcomes.append(Outcome("", "ZeroDivisionError", str(error), 1))
+    text = json.dumps([asdict(outcome) for outcome in outcomes])
+    (home / f"outcomes.rank{rank}.json").write_text(text)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
