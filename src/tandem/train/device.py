@@ -120,7 +120,9 @@ def attention_weight(config: Any) -> float:
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    heads = int(text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # a model without attention
+        return 0.0
     kept = int(getattr(text, "num_key_value_heads", None) or heads) / heads
     return 2 * hidden / ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
 
