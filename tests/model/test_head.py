@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tandem.model.head import Head, linear_logprob
+from tandem.model import head as head_module
+from tandem.model.head import Head, HeadBlocks, linear_logprob
 
 
 def oracle(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -38,6 +39,37 @@ def test_equals_full_logits(bias: bool, scale: float, softcap: float | None) -> 
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_of_the_vocabulary_add_up(
+    ordered: bool, softcap: float | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 1)
+    monkeypatch.setattr(head_module, "_FEWEST_COLUMNS", 100)
+    monkeypatch.setattr(head_module, "_ORDERED_COLUMNS", 100)
+    monkeypatch.setattr(head_module, "_ROWS", 40)
+    if not compiled:
+        monkeypatch.setenv("TANDEM_KERNELS", "off")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(950, 32), torch.randn(950)
+    weight[700] *= 20  # where a late block's peak leaves nothing of the earlier ones
+    blocks = HeadBlocks.of(weight) if ordered else None
+    head = Head(weight, bias, 0.7, softcap, blocks)
+    hidden = torch.randn(90, 32, requires_grad=True)
+    target = torch.randint(0, 950, (90,))
+    wide = Head(weight.double(), bias.double(), 0.7, softcap)
+    double = hidden.detach().double().requires_grad_()
+    expected = oracle(double, wide, target)
+    found = linear_logprob(hidden, head, target)
+    found.sum().backward()
+    expected.sum().backward()
+    assert hidden.grad is not None
+    assert double.grad is not None
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    assert float((hidden.grad - double.grad).norm() / double.grad.norm()) < 2e-6
+
+
 def test_very_unlikely_tokens_keep_their_log_prob() -> None:
     head = Head(torch.tensor([[200.0], [0.0]]))
     found = linear_logprob(torch.ones(1, 1), head, torch.tensor([1]))
@@ -64,3 +96,14 @@ def test_nothing_of_rows_times_vocabulary_is_ever_allocated() -> None:
     with _Largest() as largest:
         linear_logprob(hidden, head, torch.zeros(rows, dtype=torch.int64)).sum().backward()
     assert largest.elements <= rows * vocabulary / 16
+
+
+def test_a_larger_vocabulary_takes_no_more_memory() -> None:
+    found = []
+    for vocabulary in (20_000, 80_000):
+        head = Head(torch.randn(vocabulary, 4))
+        hidden = torch.randn(2048, 4, requires_grad=True)
+        with _Largest() as largest:
+            linear_logprob(hidden, head, torch.arange(2048)).sum().backward()
+        found.append(largest.elements)
+    assert found[0] == found[1] < 2048 * 20_000 / 8

@@ -20,6 +20,7 @@ from torch import Tensor
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.data.order import steps
 from tandem.errors import Stopped, TandemError, UserError
+from tandem.model.kernels.library import numerics
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
@@ -124,6 +125,30 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
     resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
     assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
     assert distance(resumed, whole) < 5e-5
+
+
+def test_kernels_and_order_are_recorded_and_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("tandem.stages.training.say", lambda _, text, **__: said.append(text))
+    whole = run("dpo", tiny_model, tmp_path / "whole")
+    schedule = read_json(tmp_path / "whole" / "manifest.json")["schedule"]
+    assert schedule["kernels"] == numerics()
+    assert schedule["ordered_weights"] == torch.backends.mkldnn.is_available()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "run", _two_steps_then_crash)
+        with pytest.raises(ZeroDivisionError):
+            run("dpo", tiny_model, tmp_path / "crashed")
+    # Less memory than at the first start changes nothing, for the order was recorded.
+    monkeypatch.setattr("tandem.stages.training._COPIES_SHARE", 0.0)
+    resumed = run("dpo", tiny_model, tmp_path / "crashed")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not any("another schedule" in line for line in said)
+    monkeypatch.setenv("TANDEM_KERNELS", "off")
+    plain = run("dpo", tiny_model, tmp_path / "plain")
+    assert distance(plain, whole) < 5e-5
+    assert any("no C kernels: TANDEM_KERNELS=off" in line for line in said)
 
 
 def _two_steps_then_crash(self: Any) -> None:
