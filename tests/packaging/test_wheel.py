@@ -44,6 +44,7 @@ def test_the_wheel_brings_its_data_and_nothing_else(command: Path, tmp_path: Pat
         ("recipes", "*.yaml"),
         ("data/templates", "*.jinja"),
         ("report", "*.jinja"),
+        ("model/kernels", "*.[ch]"),
         ("demo/base", "*"),
         (".", "py.typed"),
     ):
