@@ -141,7 +141,7 @@ def test_kernels_and_order_are_recorded_and_kept(
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "crashed")
     # Less memory than at the first start changes nothing, for the order was recorded.
-    monkeypatch.setattr("tandem.stages.training._COPIES_SHARE", 0.0)
+    monkeypatch.setattr("tandem.stages.schedule._COPIES_SHARE", 0.0)
     resumed = run("dpo", tiny_model, tmp_path / "crashed")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert not any("another schedule" in line for line in said)

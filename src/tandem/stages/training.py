@@ -16,7 +16,7 @@ from rich.console import Console
 from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import Opened, difference, finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
@@ -33,23 +33,22 @@ from tandem.model.adapter import (
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.head import order_head
-from tandem.model.kernels.library import numerics, why_not
+from tandem.model.kernels.library import why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
-from tandem.model.products import bytes_to_order, order_weights
+from tandem.model.products import order_weights
 from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
+from tandem.stages.schedule import repeat_schedule, resolve_schedule
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
-from tandem.train.device import Runtime, attention_weight, choose_device, token_budget
+from tandem.train.device import Runtime, attention_weight, choose_device
 from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.progress import StageProgress, phase, say
 
-# Of the free memory, what copies of the frozen weights in a faster order may take.
-_COPIES_SHARE = 0.25
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
     "data",
@@ -233,39 +232,13 @@ class _Stage:
         processes.main(lambda: self._finish(model, trees, ledger, made, progress, schedule))
 
     def _schedule(self, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
-        """How the work is done; a resumed run repeats what it began with, unless told otherwise.
-
-        The process with the least memory and the fewest threads says what all do.
-        """
-        requested, device = self.runtime.tokens_per_microbatch, self.engine.device
-        copies = bytes_to_order(model)
-        found = self.engine.processes.exchange(
-            lambda: (
-                token_budget(requested, device, self.config),
-                torch.get_num_threads(),
-                0 < copies <= device.free_memory() * _COPIES_SHARE / self.engine.processes.count,
-            )
-        )
-        now = {
-            "base": self.base_name,
-            "tokens_per_microbatch": min(budget for budget, _, _ in found),
-            "threads": min(threads for _, threads, _ in found),
-            "kernels": numerics() if device.kind == "cpu" else "torch",
-            "ordered_weights": all(fits for _, _, fits in found),
-            "processes": len(found),
-            "device": device.kind,
-            "attention": backend,
-        }
+        now = resolve_schedule(
+            self.engine, model, self.config,
+            requested=self.runtime.tokens_per_microbatch, backend=backend, base=self.base_name,
+        )  # fmt: skip
         if not recorded:
             return now
-        # What was begun before there were several processes does not say that it was one.
-        recorded = {"processes": 1, **recorded}
-        if (recorded["device"], recorded["processes"]) == (now["device"], now["processes"]):
-            now["threads"] = recorded["threads"]
-            now["ordered_weights"] = recorded["ordered_weights"] and copies > 0
-            if requested == "auto":
-                now["tokens_per_microbatch"] = recorded["tokens_per_microbatch"]
-        changes = difference(recorded, {**now, "base": recorded["base"]})
+        now, changes = repeat_schedule(recorded, now, self.runtime.tokens_per_microbatch)
         if changes:
             listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
             say(
