@@ -22,7 +22,7 @@ from tandem.data.records import Tree
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train.device import Runtime
+from tandem.train.runtime import Runtime
 
 from .plain import run_plain
 from .roofline import gemm_rates

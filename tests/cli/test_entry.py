@@ -138,7 +138,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         (["dpo", "--max_seq_length", "9"], "unknown flag --max_seq_length; did you mean --max_"),
         (["sft", "--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
         (["sft", "--bf16", "perhaps"], "argument --bf16: invalid boolean value: 'perhaps'"),
-        (["sft", "--device", "hpu"], "argument --device: invalid choice: 'hpu'"),
+        (["sft", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["sft", "--seed", "1", "--seed", "2"], "--seed is given twice; keep one"),
         (["sft", "--max-length=1", "--max_length=1"], "--max_length is given twice; keep one"),
         (["sft"], "tandem sft needs --model_name_or_path, --dataset_name, --output_dir"),

@@ -15,7 +15,7 @@ import tandem.stages.sft
 from tandem.cli.main import main
 from tandem.recipe.schema import Dpo, Sft
 from tandem.recipe.seed_flags import Stage, boolean, flags_of
-from tandem.train import device as devices
+from tandem.train.runtime import Runtime
 
 SEED_SFT = """
 model_name_or_path dataset_name output_dir per_device_train_batch_size
@@ -48,6 +48,7 @@ SAMPLES = {
     "on_bad_record": "drop",
     "device": "cpu",
     "dtype": "float32",
+    "quantization": "nf4",
     "attention": "dense",
     "max_seq_length": "1400",
     "max_length": "1400",
@@ -152,7 +153,7 @@ def test_the_seeds_own_command_line_runs(
 def test_bf16_is_bfloat16_on_cuda(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert main(["sft", *REQUIRED, "--bf16"]) == 0
-    assert calls[0]["runtime"] == devices.Runtime("auto", "bfloat16", "auto", "auto")
+    assert calls[0]["runtime"] == Runtime("auto", "bfloat16", "auto", "auto")
     assert main(["sft", *REQUIRED, "--bf16", "--device", "cpu"]) == 0
     assert calls[1]["runtime"].dtype == "float32"
 
@@ -163,7 +164,7 @@ def test_sft_passes_its_flags_on(calls: Calls) -> None:
     (call,) = calls
     assert isinstance(call["settings"], Sft)
     assert (call["chat_template"], call["seed"], call["revision"]) == ("t.jinja", 7, None)
-    assert call["runtime"] == devices.Runtime("cpu", "auto", "dense", 512)
+    assert call["runtime"] == Runtime("cpu", "auto", "dense", 512)
 
 
 def test_several_data_sets_are_read_in_turn(calls: Calls) -> None:

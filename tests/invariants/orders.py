@@ -31,8 +31,8 @@ from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import loop, reference
-from tandem.train.device import Runtime
 from tandem.train.engine import Engine
+from tandem.train.runtime import Runtime
 
 from ..stages.made_inputs import WORDS
 from .made import double_precision

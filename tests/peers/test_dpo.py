@@ -19,8 +19,8 @@ from tandem.data.records import Tree
 from tandem.model.adapter import adapter_off
 from tandem.recipe.schema import DataSource, Dpo, Lora
 from tandem.stages.dpo import run_dpo
-from tandem.train.device import Runtime
 from tandem.train.objective import PreferenceObjective
+from tandem.train.runtime import Runtime
 
 from . import ours, plain
 

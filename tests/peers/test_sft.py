@@ -17,8 +17,8 @@ from tandem.data import order
 from tandem.data.prepare import prepare_conversations
 from tandem.recipe.schema import DataSource, Lora, Sft
 from tandem.stages.sft import run_sft
-from tandem.train.device import Runtime
 from tandem.train.objective import SupervisedObjective
+from tandem.train.runtime import Runtime
 
 from . import ours, plain
 

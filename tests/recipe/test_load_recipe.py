@@ -147,7 +147,10 @@ def test_an_unknown_key_like_no_other_is_answered_with_the_valid_ones(small: str
         ("sft.batch_size=0", "sft.batch_size is 0, but it must be greater than 0"),
         ("sft.learning_rate=.inf", "sft.learning_rate is inf, but it must be a finite number"),
         ("seed=-1", "seed is -1, but it must be greater than or equal to 0"),
-        ("device=hpu", "device is 'hpu', but it must be 'auto', 'cpu' or 'cuda'"),
+        (
+            "device=tpu",
+            "device is 'tpu', but it must be 'auto', 'cpu', 'cuda', 'hpu', 'xpu' or 'mps'",
+        ),
         ("model=null", "model is null, but it must be a valid string"),
         ("tokens_per_microbatch=few", "'few', but it must be a valid integer or 'auto'"),
         ("sft=3", "sft must be a mapping of keys to values, not 3"),

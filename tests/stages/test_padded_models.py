@@ -18,7 +18,7 @@ from tandem.stages.dpo import run_dpo
 from tandem.stages.evaluate import run_evaluation
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.train.device import Runtime
+from tandem.train.runtime import Runtime
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_pairs_and_evaluation import make_questions

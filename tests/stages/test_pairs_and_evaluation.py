@@ -20,7 +20,7 @@ from tandem.pairs.filter import Candidate, choose_rejected
 from tandem.recipe.schema import DataSource, Evaluate, Pairs
 from tandem.stages.evaluate import run_evaluation
 from tandem.stages.pairs import run_pairs
-from tandem.train.device import Runtime
+from tandem.train.runtime import Runtime
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs
 

@@ -25,7 +25,7 @@ from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import loop
-from tandem.train.device import Runtime
+from tandem.train.runtime import Runtime
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 

@@ -127,6 +127,10 @@ def _call_text(call: StageCall) -> str:
             "dtype": "bfloat16 on CUDA, float32 on a CPU" if call.bf16 else call.dtype,
             "attention": call.attention,
             "tokens_per_microbatch": call.tokens_per_microbatch,
+            "engine": call.engine,
+            "timeout_minutes": call.timeout_minutes,
+            "quantization": call.quantization,
+            "compile": call.compile,
             "settings": call.settings.model_dump(mode="json"),
         }
     )
@@ -135,7 +139,7 @@ def _call_text(call: StageCall) -> str:
 def _common(call: StageCall) -> dict[str, Any]:
     """What both stages' functions take besides their settings."""
     from tandem.cli.notices import notice_console
-    from tandem.train.device import Runtime
+    from tandem.train.runtime import Runtime
 
     console = notice_console()
     return {
@@ -149,6 +153,10 @@ def _common(call: StageCall) -> dict[str, Any]:
             dtype=_dtype(call, console),
             attention=call.attention,
             tokens_per_microbatch=call.tokens_per_microbatch,
+            engine=call.engine,
+            timeout_minutes=call.timeout_minutes,
+            quantization=call.quantization,
+            compile=call.compile,
         ),
         "console": console,
     }

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from tandem.recipe.load import recipe_names
-from tandem.recipe.schema import DataSource, Dpo, Evaluate, Lora, Merge, Pairs, Recipe, Sft
+from tandem.recipe.schema import DataSource, Dpo, Evaluate, Hpu, Lora, Merge, Pairs, Recipe, Sft
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("recipe", Recipe),
+    ("hpu", Hpu),
     ("data", DataSource),
     ("sft", Sft),
     ("lora", Lora),

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "hpu", "xpu", "mps"]
+Quantization = Literal["nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
@@ -230,6 +231,20 @@ class Evaluate(Section):
     )
 
 
+class Hpu(Section):
+    """What only Gaudi cards heed."""
+
+    lazy_mode: bool = Field(
+        default=False, description="Gather graphs and launch them at step boundaries."
+    )
+    buckets: tuple[Positive, ...] | Literal["auto"] = Field(
+        default="auto",
+        description="Lengths in tokens that micro-batches are filled up to; each is compiled once.",
+    )
+    fused_attention: bool = Field(default=False, description="Habana's FusedSDPA.")
+    fused_optimizer: bool = Field(default=False, description="Habana's FusedAdamW.")
+
+
 class Recipe(Section):
     """A whole run: base model -> SFT -> merge -> (pairs) -> DPO -> merge -> evaluation."""
 
@@ -264,6 +279,23 @@ class Recipe(Section):
         default="auto",
         description="Tokens fed at once; changes memory and speed, never the result.",
     )
+    engine: str = Field(
+        default="auto",
+        description=(
+            "How processes share the work: `single`, `ddp`, `deepspeed-zero2`, `deepspeed-zero3`, "
+            "`fsdp2`, or a DeepSpeed JSON file; auto: `single`, or `ddp` for several processes."
+        ),
+    )
+    timeout_minutes: Positive = Field(
+        default=60, description="How long a process waits for the others."
+    )
+    quantization: Quantization | None = Field(
+        default=None, description="The frozen base in 4 bits (QLoRA); null: in `dtype`."
+    )
+    compile: bool = Field(
+        default=False, description="Compile the decoder's layers with torch.compile."
+    )
+    hpu: Hpu = Field(default=Hpu(), description="Settings of Gaudi cards; others do without.")
     sft: Sft | None = Field(
         default=None, description="Supervised fine-tuning; null leaves the stage out."
     )

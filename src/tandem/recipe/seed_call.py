@@ -82,6 +82,10 @@ class StageCall:
     bf16: bool | None
     attention: str
     tokens_per_microbatch: int | Literal["auto"]
+    engine: str
+    timeout_minutes: int
+    quantization: str | None
+    compile: bool
     notices: tuple[str, ...]
 
 
@@ -126,6 +130,10 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1) -> StageCall:
         bf16=values.get("bf16"),
         attention=values.get("attention", "auto"),
         tokens_per_microbatch=_token_budget(values),
+        engine=values.get("engine", "auto"),
+        timeout_minutes=_positive("timeout_minutes", values.get("timeout_minutes", 60)),
+        quantization=values.get("quantization"),
+        compile=values.get("compile", False),
         notices=(*_ineffective(stage, values), *batch_notice, *length_notice),
     )
 

@@ -14,10 +14,10 @@ from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
 from tandem.recipe.schema import Dpo
 from tandem.stages.training import Made, StageKind, Start, run_training
-from tandem.train.device import Runtime
 from tandem.train.objective import PreferenceObjective
 from tandem.train.progress import phase, say
 from tandem.train.reference import ReferenceStore, reference_logps
+from tandem.train.runtime import Runtime
 
 # Changes whenever the same weights and tokens would give another stored number.
 _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"

@@ -31,9 +31,10 @@ from tandem.model.load import context_length, load_config, load_model, load_toke
 from tandem.model.score import check_head, micro_batches, sequence_logps
 from tandem.recipe.schema import Evaluate
 from tandem.stages.sources import data_identity, source_specs
-from tandem.train.device import Device, Runtime, choose_device, token_budget
+from tandem.train.device import Device, choose_device, token_budget
 from tandem.train.objective import sequence_tokens, trained_tokens
 from tandem.train.progress import phase, say
+from tandem.train.runtime import Runtime
 
 _NO_LIMIT = 2**31
 # A fall of this share of right answers from SFT to DPO is called a collapse.

@@ -28,8 +28,9 @@ from tandem.model.load import context_length, load_model, load_tokenizer, model_
 from tandem.pairs.filter import Candidate, choose_rejected
 from tandem.recipe.schema import Pairs
 from tandem.stages.sources import data_identity, source_specs
-from tandem.train.device import Runtime, choose_device
+from tandem.train.device import choose_device
 from tandem.train.progress import phase, say
+from tandem.train.runtime import Runtime
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20

@@ -259,13 +259,19 @@ class _Ride:
         return settings.model_copy(update={"data": (DataSource(path=str(made)),)})
 
     def _runtime(self) -> Any:
-        from tandem.train.device import Runtime
+        from tandem.train.runtime import Hpu, Runtime
 
+        recipe = self.recipe
         return Runtime(
-            device=self.recipe.device,
-            dtype=self.recipe.dtype,
-            attention=self.recipe.attention,
-            tokens_per_microbatch=self.recipe.tokens_per_microbatch,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            attention=recipe.attention,
+            tokens_per_microbatch=recipe.tokens_per_microbatch,
+            engine=recipe.engine,
+            timeout_minutes=recipe.timeout_minutes,
+            quantization=recipe.quantization,
+            compile=recipe.compile,
+            hpu=Hpu(**recipe.hpu.model_dump()),
         )
 
 

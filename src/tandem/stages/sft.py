@@ -10,8 +10,8 @@ from rich.console import Console
 from tandem.data.prepare import prepare_conversations
 from tandem.recipe.schema import Sft
 from tandem.stages.training import Made, StageKind, Start, run_training
-from tandem.train.device import Runtime
 from tandem.train.objective import SupervisedObjective
+from tandem.train.runtime import Runtime
 
 
 def run_sft(

@@ -42,12 +42,13 @@ from tandem.stages.outcome import examples_hash, save_adapter_folder, training_s
 from tandem.stages.schedule import repeat_schedule, resolve_schedule
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
-from tandem.train.device import Runtime, attention_weight, choose_device
+from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.progress import StageProgress, phase, say
+from tandem.train.runtime import Runtime
 
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {

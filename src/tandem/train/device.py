@@ -26,16 +26,6 @@ _GPU_ROWS = 32768
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """What a recipe or a command line says about the machine; `auto` is resolved later."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "auto"
-    tokens_per_microbatch: int | Literal["auto"] = "auto"
-
-
-@dataclass(frozen=True)
 class Device:
     """A resolved device.
 

@@ -1,0 +1,46 @@
+"""What a recipe or a command line says about machines; none of it changes what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Hpu:
+    """What only Gaudi cards heed.
+
+    Attributes:
+        lazy_mode: graphs are gathered and launched at step boundaries, instead of eagerly.
+        buckets: lengths in tokens that micro-batches are filled up to, so that only so many shapes
+            are compiled.
+        fused_attention, fused_optimizer: Habana's own kernels.
+    """
+
+    lazy_mode: bool = False
+    buckets: tuple[int, ...] | Literal["auto"] = "auto"
+    fused_attention: bool = False
+    fused_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes; `auto` is resolved when it starts.
+
+    Attributes:
+        device, dtype, attention, tokens_per_microbatch, engine: the recipe's keys of these names.
+        timeout_minutes: how long a process waits for the others.
+        quantization: number format of the frozen base, None for `dtype`.
+        compile: whether torch.compile takes the decoder's layers.
+        hpu: what only Gaudi cards heed.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    tokens_per_microbatch: int | Literal["auto"] = "auto"
+    engine: str = "auto"
+    timeout_minutes: int = 60
+    quantization: str | None = None
+    compile: bool = False
+    hpu: Hpu = Hpu()
