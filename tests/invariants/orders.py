@@ -30,9 +30,11 @@ from tandem.errors import TandemError
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train import loop, reference
+from tandem.train import micro_batches, reference
 from tandem.train.engine import Engine
+from tandem.train.loop import Training
 from tandem.train.runtime import Runtime
+from tandem.train.strategies.state import whole
 
 from ..stages.made_inputs import WORDS
 from .made import double_precision
@@ -41,6 +43,7 @@ TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run"),
     *("--standalone", "--nproc-per-node", "2"),
 )
+ENGINES = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,6 +65,7 @@ class Order:
     trouble: str = ""
     data: str = ""
     seed: int = 1
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def carry_out(order: Order, home: Path) -> Outcome:
                 output_dir=home / order.folder,
                 chat_template=None,
                 seed=order.seed,
-                runtime=Runtime("cpu", order.dtype, "segments", order.budget),
+                runtime=Runtime("cpu", order.dtype, "segments", order.budget, order.engine),
                 console=Console(file=text, width=300),
             )
         except TandemError as error:
@@ -132,19 +136,20 @@ def carry_out(order: Order, home: Path) -> Outcome:
     return Outcome(text.getvalue())
 
 
-def carry_out_in_two(orders: Sequence[Order], home: Path) -> list[list[Outcome]]:
-    """Run orders in two processes of one launch; each one's outcomes by rank."""
+def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[list[Outcome]]:
+    """Run orders in processes of one launch; each one's outcomes by rank."""
     (home / "orders.json").write_text(json.dumps([asdict(order) for order in orders]))
     done = subprocess.run(
-        [*TORCHRUN, "-m", __name__, str(home)],
+        [*TORCHRUN[:-1], str(processes), "-m", __name__, str(home)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = [json.loads((home / f"outcomes.rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert done.returncode == 0, done.stderr[:6000]
+    ranks = range(processes)
+    found = [json.loads((home / f"outcomes.rank{rank}.json").read_text()) for rank in ranks]
     return [[Outcome(**outcome) for outcome in pair] for pair in zip(*found, strict=True)]
 
 
@@ -186,25 +191,34 @@ def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:
         batch = collate(fed, keys)
         return FAULTS[order.fault](batch) if order.fault else batch
 
-    patch.setattr(loop, "collate", laid_out)
+    patch.setattr(micro_batches, "collate", laid_out)
     patch.setattr(reference, "collate", laid_out)
 
 
 def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    plain = Engine.step
-
-    def step(self: Engine, parameters: Any, rate: float, limit: float | None) -> float:
-        kept = list(parameters)
+    def step(self: Engine, rate: float) -> float:
+        self.strategy.reduce()
+        gradients = whole_gradients(self.strategy)
         if not (folder / "gradients.safetensors").exists():
             folder.mkdir(exist_ok=True)
-            gradients = {str(n): p.grad.clone() for n, p in enumerate(kept)}
             save_file(gradients, folder / "gradients.safetensors")
-        norm = plain(self, kept, rate, limit)
+        norm: float = self.strategy.apply(rate)
         with (folder / "norms.txt").open("a") as file:
             file.write(f"{norm!r}\n")
         return norm
 
     patch.setattr(Engine, "step", step)
+
+
+def whole_gradients(strategy: Any) -> dict[str, Tensor]:
+    """A step's gradients, summed over processes and whole, before they are applied."""
+    if strategy.name in ("single", "ddp"):
+        return {n: g.clone() for n, g in zip(strategy.parameters, strategy.gradients.views, strict=True)}
+    if strategy.name == "fsdp2":
+        return {n: whole(p.grad).clone() for n, p in strategy.parameters.items()}
+    from deepspeed.utils import safe_get_full_grad
+
+    return {n: safe_get_full_grad(p).clone() for n, p in strategy.parameters.items()}
 
 
 def leak_to_the_neighbour(batch: MicroBatch) -> MicroBatch:
@@ -238,14 +252,14 @@ FAULTS: dict[str, Callable[[MicroBatch], MicroBatch]] = {
 
 
 def _after_two_steps(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    plain = loop.Training._take
+    plain = Training._take
 
     def take(self: Any, step: Any) -> None:
         plain(self, step)
         if step.number == 1:
             act()
 
-    patch.setattr(loop.Training, "_take", take)
+    patch.setattr(Training, "_take", take)
 
 
 def _stop(patch: pytest.MonkeyPatch) -> None:
@@ -255,10 +269,10 @@ def _stop(patch: pytest.MonkeyPatch) -> None:
 def _not_a_number(patch: pytest.MonkeyPatch) -> None:
     plain, calls = Engine.score, 0
 
-    def score(self: Engine, batch: MicroBatch, *, last: bool = True) -> Tensor:
+    def score(self: Engine, batch: MicroBatch) -> Tensor:
         nonlocal calls
         calls += 1
-        return plain(self, batch, last=last) * (float("nan") if calls == 2 else 1.0)
+        return plain(self, batch) * (float("nan") if calls == 2 else 1.0)
 
     patch.setattr(Engine, "score", score)
 

@@ -25,7 +25,7 @@ from .orders import (
     Outcome,
     adapter,
     carry_out,
-    carry_out_in_two,
+    carry_out_in,
     first_gradients,
     make_data,
 )
@@ -97,7 +97,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     in_two = [*IN_TWO, *FAULTY, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]
     with folder_lock(home / LOCKED.folder):
-        outcomes = carry_out_in_two(in_two, home)
+        outcomes = carry_out_in(2, in_two, home)
     done.outcomes |= dict(zip(in_two, outcomes, strict=True))
     done.outcomes[TWO_FIRST] = [carry_out(TWO_FIRST, home)]
     return done

@@ -21,6 +21,7 @@ from tandem.model.load import load_model
 from tandem.train.device import choose_device
 from tandem.train.engine import Engine
 from tandem.train.objective import Objective
+from tandem.train.strategies.choose import choose_strategy
 
 from .plain import ALPHA, RANK
 
@@ -60,7 +61,8 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "se
 def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     engine = Engine(choose_device("cpu", str(model.dtype).removeprefix("torch.")))
-    engine.prepare(model, None)
+    engine.take(choose_strategy("single", device="cpu", processes=1))
+    engine.prepare(model, torch.optim.SGD, None)
     return engine
 
 
@@ -89,7 +91,11 @@ def accumulate(engine: Engine, trees: Sequence[Tree], objective: Objective) -> d
     for members in micro_batches(trees):
         logps = engine.score(collate([trees[i] for i in members]))
         part = objective.part(logps, members, first_step=False)
-        engine.backward(part.loss / denominator)
+        engine.backward(part.loss / denominator, last=False)
         for name, value in part.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0.0) + float(value)
+    for parameter, gradient in zip(
+        engine.strategy.parameters.values(), engine.strategy.gradients.views, strict=True
+    ):
+        parameter.grad = gradient
     return objective.metrics(sums)

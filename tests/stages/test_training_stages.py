@@ -156,7 +156,7 @@ def _two_steps_then_crash(self: Any) -> None:
         steps(len(self.trees), self.schedule.batch_size, seed=self.schedule.seed, count=8), 2
     ):
         self._take(step)
-    self.checkpoints.save(self.model, self.engine.optimizer, self.progress)
+    self._save()
     _crash()
 
 
@@ -269,10 +269,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 
     plain, calls = Engine.score, 0
 
-    def score(self: Engine, batch: Any, *, last: bool = True) -> Tensor:
+    def score(self: Engine, batch: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return plain(self, batch, last=last) * (float("nan") if calls == 3 else 1.0)
+        return plain(self, batch) * (float("nan") if calls == 3 else 1.0)
 
     monkeypatch.setattr(Engine, "score", score)
     with pytest.raises(TandemError, match=r"loss of step 3 is not finite.*sft\.jsonl, row \d+"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -119,9 +119,16 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def save_adapter(model: Any, folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into `folder`.
+
+    Args:
+        model: adapter-wrapped; its own weights may be spread over processes.
+        folder: is there.
+        trained: the adapter's weights, whole, by the names of `trainable_parameters`.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     # peft adds a model card made of placeholders.
     (folder / "README.md").unlink(missing_ok=True)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tandem.artifact.files import atomic_folder
 from tandem.artifact.hashing import hash_bytes
@@ -14,14 +17,18 @@ from tandem.train.checkpoint import Progress
 
 
 def save_adapter_folder(
-    folder: Path, model: Any, tokenizer: Any, template: ChatTemplate
+    folder: Path,
+    model: Any,
+    trained: Mapping[str, Tensor],
+    tokenizer: Any,
+    template: ChatTemplate,
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
     The template is saved with the tokenizer, so that inference uses the one of training.
     """
     with atomic_folder(folder / "saving") as aside:
-        save_adapter(model, aside)
+        save_adapter(model, aside, trained)
         tokenizer.chat_template = template.source
         tokenizer.save_pretrained(str(aside))
     return move_up(folder / "saving")

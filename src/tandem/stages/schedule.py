@@ -36,7 +36,7 @@ def resolve_schedule(
         base: what the run calls the model.
     """
     device, processes = engine.device, engine.processes
-    copies = bytes_to_order(model)
+    copies = 0 if engine.sharded else bytes_to_order(model)
     found = processes.exchange(
         lambda: (
             token_budget(requested, device, config),
@@ -51,6 +51,7 @@ def resolve_schedule(
         "kernels": numerics() if device.kind == "cpu" else "torch",
         "ordered_weights": all(fits for _, _, fits in found),
         "processes": len(found),
+        "engine": engine.strategy.name,
         "device": device.kind,
         "attention": backend,
     }
@@ -64,8 +65,9 @@ def repeat_schedule(
     Returns the schedule and what differs from the recorded one: name, before, now.
     """
     recorded = {**_ONCE, **recorded}
+    recorded.setdefault("engine", "single" if recorded["processes"] == 1 else "ddp")
     repeated = dict(now)
-    if (recorded["device"], recorded["processes"]) == (now["device"], now["processes"]):
+    if all(recorded[key] == now[key] for key in ("device", "processes", "engine")):
         repeated["threads"] = recorded["threads"]
         repeated["ordered_weights"] = recorded["ordered_weights"]
         if requested == "auto":

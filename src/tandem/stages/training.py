@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from tandem.artifact.files import atomic_write_json, read_jsonl
+from tandem.artifact.files import atomic_write_json, read_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
@@ -28,7 +30,6 @@ from tandem.model.adapter import (
     add_adapter,
     checkpoint_activations,
     modules_out_of_reach,
-    trainable_parameters,
 )
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
@@ -45,10 +46,12 @@ from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
+from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.progress import StageProgress, phase, say
 from tandem.train.runtime import Runtime
+from tandem.train.strategies.choose import choose_strategy
 
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
@@ -70,7 +73,7 @@ class Start:
     model_hash: str
     backend: str
     numerics: str
-    budget: int
+    budget: TokenBudget
     console: Console
 
 
@@ -116,11 +119,19 @@ def run_training(
 
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
-    engine = Engine(choose_device(runtime.device, runtime.dtype))
+    engine = Engine(
+        choose_device(runtime.device, runtime.dtype),
+        patience=timedelta(minutes=runtime.timeout_minutes),
+    )
     processes, device = engine.processes, engine.device
     if not processes.is_main:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
+        processes.together(
+            lambda: engine.take(
+                choose_strategy(runtime.engine, device=device.kind, processes=processes.count)
+            )
+        )
         base = processes.main_first(lambda: model_folder(model, revision))
         sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
 
@@ -187,16 +198,21 @@ class _Stage:
         if processes.count > 1:
             processes.require_same(data=examples_hash(trees))
         model = processes.together(
-            lambda: load_model(self.base, dtype=device.weights, device=device.torch_device)
+            lambda: load_model(
+                self.base,
+                dtype=device.weights,
+                # Whole models may not fit on a device; what is spread goes there in parts.
+                device=torch.device("cpu") if engine.sharded else device.torch_device,
+            )
         )
         backend, why = processes.together(lambda: choose_backend(self.runtime.attention, model))
         schedule = self._schedule(opened.schedule, model, backend)
         torch.set_num_threads(schedule["threads"])
-        budget = schedule["tokens_per_microbatch"]
+        budget = self._budget(schedule)
         say(
             self.console,
             f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
-            f"attention {backend} ({why}), {budget} tokens a micro-batch",
+            f"attention {backend} ({why}), {budget.tokens} tokens a micro-batch",
         )
         if device.kind == "cpu" and (reason := why_not()):
             say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
@@ -207,16 +223,27 @@ class _Stage:
         # What can be refused has been; from here on the folder is this stage's.
         processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
         processes.main(ledger.write)
-        parameters = trainable_parameters(model)
-        s = self.settings
-        optimizer = make_optimizer(
-            parameters.values(),
-            learning_rate=s.learning_rate,
-            weight_decay=s.weight_decay,
-            betas=(s.adam_beta1, s.adam_beta2),
-            epsilon=s.adam_epsilon,
+        total = total_steps(
+            len(trees),
+            self.settings.batch_size,
+            epochs=self.settings.epochs,
+            max_steps=self.settings.max_steps,
         )
-        engine.prepare(model, optimizer)
+        progress, state = self._begin(model, total)
+        s = self.settings
+        engine.prepare(
+            model,
+            partial(
+                make_optimizer,
+                learning_rate=s.learning_rate,
+                weight_decay=s.weight_decay,
+                betas=(s.adam_beta1, s.adam_beta2),
+                epsilon=s.adam_epsilon,
+            ),
+            s.max_grad_norm,
+        )
+        if state:
+            engine.strategy.load_optimizer(state)
         made = self.kind.make_objective(
             Start(
                 engine,
@@ -229,8 +256,44 @@ class _Stage:
                 self.console,
             )
         )
-        progress = self._train(engine, model, trees, made.objective, budget)
-        processes.main(lambda: self._finish(model, trees, ledger, made, progress, schedule))
+        progress = self._train(trees, model, made.objective, budget, progress, total)
+        trained = engine.strategy.trained()
+        processes.main(
+            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule)
+        )
+
+    def _budget(self, schedule: dict[str, Any]) -> TokenBudget:
+        """The schedule's token budget, or less if more did not fit in memory before."""
+        engine, path = self.engine, self.folder / "memory.json"
+        key = "tokens_per_microbatch"
+        fitting = engine.processes.main(lambda: read_json(path)[key] if path.exists() else None)
+
+        def remember(tokens: int) -> None:
+            atomic_write_json(path, {key: tokens})
+            say(
+                self.console,
+                f"{self.kind.name}: out of memory; going on with {tokens} tokens a micro-batch, "
+                "the steps stay the same",
+            )
+
+        tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
+        return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
+
+    def _begin(self, model: Any, total: int) -> tuple[Progress, dict[str, Tensor]]:
+        """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
+        checkpoints, processes = self._checkpoints(), self.engine.processes
+        newest = processes.main(checkpoints.newest)
+        if newest is None:
+            return Progress(), {}
+        progress, state = processes.together(partial(checkpoints.load, newest, model))
+        say(
+            self.console,
+            f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})",
+        )
+        return progress, state
+
+    def _checkpoints(self) -> CheckpointStore:
+        return CheckpointStore(self.folder / "checkpoints", keep=self.settings.save_total_limit)
 
     def _schedule(self, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
         now = resolve_schedule(
@@ -314,47 +377,43 @@ class _Stage:
         return model
 
     def _train(
-        self, engine: Engine, model: Any, trees: Sequence[Tree], objective: Objective, budget: int
+        self,
+        trees: Sequence[Tree],
+        model: Any,
+        objective: Objective,
+        budget: TokenBudget,
+        progress: Progress,
+        total: int,
     ) -> Progress:
         s = self.settings
-        total = total_steps(len(trees), s.batch_size, epochs=s.epochs, max_steps=s.max_steps)
         schedule = Schedule(
             total_steps=total,
             batch_size=s.batch_size,
             seed=self.seed,
-            budget=budget,
             attention_weight=attention_weight(self.config),
             logging_steps=s.logging_steps,
             save_steps=s.save_steps or max(1, -(-total // 10)),
         )
-        checkpoints = CheckpointStore(self.folder / "checkpoints", keep=s.save_total_limit)
-        newest, progress = engine.processes.main(checkpoints.newest), Progress()
-        if newest is not None:
-            progress = engine.processes.together(
-                partial(checkpoints.load, newest, model, engine.optimizer)
-            )
-            say(
-                self.console,
-                f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})",
-            )
         warmup_steps = warmup(total, steps=s.warmup_steps, ratio=s.warmup_ratio)
         with StageProgress(
             self.console, self.kind.name, total_steps=total, start_step=progress.step
         ) as display:
             return Training(
-                engine=engine,
+                engine=self.engine,
                 model=model,
-                parameters=list(trainable_parameters(model).values()),
                 trees=trees,
                 objective=objective,
                 learning_rate=make_schedule(
-                    engine.optimizer, s.lr_scheduler, warmup_steps=warmup_steps, total_steps=total
+                    s.lr_scheduler,
+                    learning_rate=s.learning_rate,
+                    warmup_steps=warmup_steps,
+                    total_steps=total,
                 ),
                 schedule=schedule,
-                max_grad_norm=s.max_grad_norm,
+                budget=budget,
                 dropout=self.kind.dropout and s.lora.dropout > 0,
                 folder=self.folder,
-                checkpoints=checkpoints,
+                checkpoints=self._checkpoints(),
                 progress=progress,
                 advance=display.advance,
             ).run()
@@ -362,13 +421,14 @@ class _Stage:
     def _finish(
         self,
         model: Any,
+        trained: dict[str, Tensor],
         trees: Trees,
         ledger: Ledger,
         made: Made,
         progress: Progress,
         schedule: dict[str, Any],
     ) -> None:
-        outputs = save_adapter_folder(self.folder, model, self.tokenizer, self.template)
+        outputs = save_adapter_folder(self.folder, model, trained, self.tokenizer, self.template)
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
         for warning in warnings:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
@@ -395,8 +455,9 @@ class _Stage:
 
 def _place(engine: Engine) -> str:
     """Where a run computes, in words."""
-    count = engine.processes.count
-    return f"{count} processes on {engine.device.kind}" if count > 1 else engine.device.kind
+    count, kind = engine.processes.count, engine.device.kind
+    place = f"{count} processes on {kind}" if count > 1 else kind
+    return place if engine.strategy.name == "single" else f"{place} ({engine.strategy.name})"
 
 
 def _packing(summary: dict[str, Any]) -> str:

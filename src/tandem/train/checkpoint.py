@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
 from tandem.artifact.hashing import hash_file
-from tandem.errors import UserError
-from tandem.model.adapter import load_adapter_weights, save_adapter, trainable_parameters
+from tandem.model.adapter import load_adapter_weights, save_adapter
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -54,12 +53,25 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
 
-    def save(self, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write one checkpoint aside, sync it, move it into place, remove the oldest."""
+    def save(
+        self,
+        model: Any,
+        trained: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        progress: Progress,
+    ) -> Path:
+        """Write one checkpoint aside, sync it, move it into place, remove the oldest.
+
+        Args:
+            model: adapter-wrapped, for the adapter's configuration.
+            trained: the adapter's weights, whole, by the model's names.
+            optimizer: its tensors, whole, by name.
+            progress: where the run stands.
+        """
         path = self.folder / f"step-{progress.step:06d}"
         with atomic_folder(path) as aside:
-            save_adapter(model, aside)
-            save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER)
+            save_adapter(model, aside, trained)
+            save_file(dict(optimizer), aside / _OPTIMIZER)
             digests = {f.name: hash_file(f) for f in sorted(aside.iterdir()) if f.is_file()}
             mark = {"progress": asdict(progress), "files": digests}
             atomic_write_json(aside / _MARK, mark)
@@ -74,11 +86,14 @@ class CheckpointStore:
                 return path
         return None
 
-    def load(self, path: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
-        """Put model and optimizer back to where `save` found them, bit for bit."""
+    def load(self, path: Path, model: Any) -> tuple[Progress, dict[str, Tensor]]:
+        """Put the adapter's weights back to where `save` found them, bit for bit.
+
+        Returns the progress and the optimizer's tensors.
+        """
         load_adapter_weights(model, path)
-        _restore_optimizer(model, optimizer, load_file(path / _OPTIMIZER))
-        return Progress(**read_json(path / _MARK)["progress"])
+        progress = Progress(**read_json(path / _MARK)["progress"])
+        return progress, load_file(path / _OPTIMIZER)
 
     def _complete(self) -> list[Path]:
         if not self.folder.exists():
@@ -95,26 +110,3 @@ def _intact(path: Path) -> bool:
         (path / name).exists() and hash_file(path / name) == digest
         for name, digest in files.items()
     )
-
-
-def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    tensors = {}
-    for number, name in enumerate(trainable_parameters(model)):
-        for key, value in state.get(number, {}).items():
-            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
-def _restore_optimizer(
-    model: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    numbers = {name: number for number, name in enumerate(trainable_parameters(model))}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, key = name.rsplit("|", 1)
-        if parameter not in numbers:
-            raise UserError(f"the checkpoint's optimizer moves {parameter}, this model does not")
-        state.setdefault(numbers[parameter], {})[key] = tensor
-    current = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

@@ -51,6 +51,11 @@ class Device:
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
+    def release_memory(self) -> None:
+        """Give memory that is cached but not used back to the device."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
     def free_memory(self) -> int:
         """Bytes that are free now; on CPU, this process's share of them."""
         if self.kind == "cuda":

@@ -1,13 +1,12 @@
-"""The device and process side of training, on accelerate."""
+"""The device and process side of training: accelerate's processes and mixed precision."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,21 +19,27 @@ from tandem.model.score import Scorer
 from tandem.train.device import Device
 from tandem.train.launch import Launch, launched
 from tandem.train.processes import Processes
+from tandem.train.strategies.strategy import MakeOptimizer, Strategy
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Longer than one process may keep the others waiting: hashing weights, preparing data, saving.
 _PATIENCE = timedelta(hours=1)
 
 
 class Engine:
-    """Runs forward, backward and clipping for one scorer on this process's device.
+    """Runs forward, backward and optimizer steps for one scorer on this process's device.
 
-    Losses come divided by the step's own denominators, so accumulation is the sum of backwards
-    and accelerate's own accumulation stays at one. Where a launcher started several processes,
-    each backward adds to this process's gradients, and the step's last one exchanges them (DDP).
-    DDP averages, so losses are multiplied by the number of processes.
+    Losses come divided by the step's own denominators, and gradients are summed over micro-batches
+    and processes. How the processes share weights and optimizer is the strategy's.
+
+    Args:
+        device: of this process.
+        patience: how long a process waits for the others.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, patience: timedelta = _PATIENCE) -> None:
         self.device = device
         if device.weights == torch.float16:
             raise UserError(
@@ -44,69 +49,82 @@ class Engine:
         precision = "bf16" if device.weights == torch.bfloat16 else "no"
         launch = launched()
         handlers = (
-            [InitProcessGroupKwargs(backend=device.backend, timeout=_PATIENCE)]
+            [InitProcessGroupKwargs(backend=device.backend, timeout=patience)]
             if launch.count > 1
             else []
         )
         self.accelerator = Accelerator(
             cpu=device.kind == "cpu", mixed_precision=precision, kwargs_handlers=handlers
         )
-        self.processes = _processes(self.accelerator, launch, device)
+        self.processes = _processes(self.accelerator, launch, patience)
         self.model: Any = None
-        self.scorer: Any = None
-        self.optimizer: Any = None
-        self._plain: Any = None
+        self.strategy: Any = None
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take over a model (adapters included) and its optimizer."""
+    @property
+    def sharded(self) -> bool:
+        """Whether every forward and backward waits for the other processes."""
+        sharded: bool = self.strategy.sharded
+        return sharded
+
+    def take(self, strategy: Strategy) -> None:
+        """Choose how the processes share the work, before there is a model."""
+        if self.processes.count == 1 and not dist.is_initialized() and strategy.needs_group:
+            # Of one process; DeepSpeed and FSDP2 know no other way.
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(self.device.backend, store=store, rank=0, world_size=1)
+        self.strategy = strategy
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
+    ) -> None:
+        """Take over a model, adapter included.
+
+        Args:
+            model: on the CPU where `sharded`, else on the device.
+            make_optimizer: called with the parameters that it moves.
+            max_grad_norm: gradients are clipped to it; None leaves them alone.
+        """
         self.model = model
-        self._plain = Scorer(model)
-        # Frozen weights and buffers come from the same files on every rank; DDP would send the
-        # first at the start and the second with every forward.
-        self._plain._ddp_params_and_buffers_to_ignore = [
-            *(name for name, p in self._plain.named_parameters() if not p.requires_grad),
-            *(name for name, _ in self._plain.named_buffers()),
-        ]
-        if optimizer is None:
-            self.scorer = self.accelerator.prepare(self._plain)
-        else:
-            self.scorer, self.optimizer = self.accelerator.prepare(self._plain, optimizer)
+        self.strategy.prepare(Scorer(model), make_optimizer, max_grad_norm)
 
-    def score(self, batch: MicroBatch, *, last: bool = True) -> Tensor:
-        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
-
-        With gradients, all ranks call it equally often, and `last` says which micro-batch is the
-        step's last: its backward exchanges the gradients.
-        """
+    def score(self, batch: MicroBatch) -> Tensor:
+        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off."""
         here = batch.to(self.device.torch_device)
-        if not torch.is_grad_enabled():
-            return self._plain(here)
-        # DDP decides in the forward whether the backward that follows exchanges.
-        with nullcontext() if last else self.accelerator.no_sync(self.scorer):
-            return self.scorer(here)
+        with self.accelerator.autocast() if self._mixed else nullcontext():
+            logps: Tensor = self.strategy.score(here)
+        return logps
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a part of the step's loss, after its own `score`."""
-        self.accelerator.backward(loss * self.processes.count if self.processes.count > 1 else loss)
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a part of the step's loss; `last` where no more will follow."""
+        self.strategy.backward(loss, last=last)
 
-    def step(
-        self, parameters: Iterable[Tensor], learning_rate: float, max_grad_norm: float | None
-    ) -> float:
-        """Clip, apply and clear the gradients; returns their norm before clipping.
+    def step(self, learning_rate: float) -> float:
+        """Sum the gradients over the processes, clip, apply and clear them.
 
-        A norm that is not finite is returned without touching the parameters.
+        Returns their norm before clipping. If it is not finite, nothing may be kept of the model.
         """
-        limit = float("inf") if max_grad_norm is None else max_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(list(parameters), limit))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.strategy.reduce()
+        norm: float = self.strategy.apply(learning_rate)
+        return norm if norm >= 0 else float("nan")
+
+    def exchange(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
+        """Run `finish(compute())` in every process; all results by rank, in every process.
+
+        `compute` is where the model runs. What fails there in one process alone ends them all, see
+        `Processes.exchange`; but where weights are spread, the others wait inside the model, and
+        find out when that process has gone.
+        """
+        if self.sharded:
+            computed = compute()
+            return self.processes.exchange(lambda: finish(computed))
+        return self.processes.exchange(lambda: finish(compute()))
+
+    @property
+    def _mixed(self) -> bool:
+        return bool(self.accelerator.mixed_precision != "no")
 
 
-def _processes(accelerator: Accelerator, launch: Launch, device: Device) -> Processes:
+def _processes(accelerator: Accelerator, launch: Launch, patience: timedelta) -> Processes:
     """The processes that accelerate joined, which must be those that were launched."""
     obtained = (accelerator.process_index, accelerator.num_processes)
     if obtained != (launch.rank, launch.count):
@@ -116,11 +134,10 @@ def _processes(accelerator: Accelerator, launch: Launch, device: Device) -> Proc
         )
     if launch.count == 1:
         return Processes(launch)
-    # Plain values travel on the CPU, whatever carries gradients.
-    group = dist.group.WORLD if device.backend == "gloo" else _control_group()
-    return Processes(launch, group)
+    # Plain values travel on the CPU, whatever carries gradients, and in a group of their own.
+    return Processes(launch, _control_group(patience))
 
 
 @cache
-def _control_group() -> Any:
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+def _control_group(patience: timedelta) -> Any:
+    return dist.new_group(backend="gloo", timeout=patience)

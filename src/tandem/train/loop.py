@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
-from tandem.data.collate import collate, record_key
 from tandem.data.order import Step, steps, steps_per_epoch
-from tandem.data.packing import StepPlan, plan_step, tree_cost
+from tandem.data.packing import plan_step, tree_cost
 from tandem.data.records import Tree
-from tandem.errors import Stopped, TandemError
+from tandem.errors import Stopped
 from tandem.model.attention import is_padded
 from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.engine import Engine
-from tandem.train.objective import Objective, Part
+from tandem.train.memory import TokenBudget
+from tandem.train.micro_batches import MicroBatches, StepWork, not_finite, own_work
+from tandem.train.objective import Objective
 
 # Sequences of a padded batch in the comparison that the summary reports.
 _PADDED_BATCH = 8
@@ -40,7 +39,6 @@ class Schedule:
     total_steps: int
     batch_size: int
     seed: int
-    budget: int
     attention_weight: float
     logging_steps: int
     save_steps: int
@@ -52,12 +50,11 @@ class Training:
     Args:
         engine: prepared with the model and its optimizer.
         model: the adapter-wrapped model, for checkpoints.
-        parameters: what the optimizer moves.
         trees: all records.
         objective: what a step minimises.
         learning_rate: a step's rate by its number from 0.
         schedule: step counts.
-        max_grad_norm: clipping threshold, none when None.
+        budget: tokens of a micro-batch.
         dropout: whether records need dropout keys.
         folder: the stage's folder, for metrics.jsonl.
         checkpoints: where checkpoints go.
@@ -70,12 +67,11 @@ class Training:
         *,
         engine: Engine,
         model: Any,
-        parameters: Sequence[Tensor],
         trees: Sequence[Tree],
         objective: Objective,
         learning_rate: Callable[[int], float],
         schedule: Schedule,
-        max_grad_norm: float | None,
+        budget: TokenBudget,
         dropout: bool,
         folder: Path,
         checkpoints: CheckpointStore,
@@ -84,13 +80,14 @@ class Training:
     ) -> None:
         self.engine = engine
         self.model = model
-        self.parameters = parameters
         self.trees = trees
         self.objective = objective
         self.learning_rate = learning_rate
         self.schedule = schedule
-        self.max_grad_norm = max_grad_norm
-        self.dropout = dropout
+        self.budget = budget
+        self.micro_batches = MicroBatches(
+            engine, objective, budget, seed=schedule.seed, dropout=dropout
+        )
         self.metrics_path = folder / "metrics.jsonl"
         self.checkpoints = checkpoints
         self.progress = progress
@@ -118,7 +115,7 @@ class Training:
                 last = progress.step == schedule.total_steps
                 stopping = processes.any_of(stop.requested)
                 if progress.step % schedule.save_steps == 0 or last or stopping:
-                    processes.main(self._save)
+                    self._save()
                 if stopping and not last:
                     processes.end_alike(
                         Stopped(
@@ -135,24 +132,27 @@ class Training:
         denominator = self.objective.denominator(trees)
         tokens = [tokens_fed(self.model, tree) for tree in trees]
         costs = [tree_cost(tree, self.schedule.attention_weight) for tree in trees]
-        processes = self.engine.processes
-        budget = self.schedule.budget
+        engine, processes = self.engine, self.engine.processes
+        budget = self.budget.tokens
         plan = plan_step(
             tokens, costs, budget, processes.count,
             pack_share=lambda share: micro_batches(self.model, [trees[i] for i in share], budget),
         )  # fmt: skip
-        held: list[Tensor] = []
-        mine = _own_work(plan, processes.rank, tokens)
-        parts = processes.exchange(lambda: self._run(step, mine, denominator, held))
-        # All ranks know by now that every loss is finite; this backward exchanges the gradients.
-        self.engine.backward(held.pop())
+        work = StepWork(step, trees, tokens, denominator)
+        mine = own_work(plan, processes.rank, tokens, equally_many=engine.sharded)
+        # Gradients are exchanged once all processes know that none has failed.
+        parts = engine.exchange(
+            lambda: self.micro_batches.run(work, mine),
+            lambda found: self.micro_batches.sums_of(work, found),
+        )
+        self.budget.settle([int(part.pop("budget")) for part in parts], processes)
         sums = {"count": float(denominator), "steps": 1.0, **_added(parts)}
         rate = self.learning_rate(step.number)
-        norm = self.engine.step(self.parameters, rate, self.max_grad_norm)
+        norm = engine.step(rate)
         if not math.isfinite(norm):
             # The norm is of exchanged gradients, so that all ranks find the same.
-            processes.end_alike(_not_finite("gradient", step.number, trees))
-        self.engine.device.synchronize()
+            processes.end_alike(not_finite("gradient", step.number, trees))
+        engine.device.synchronize()
         sums |= {"grad_norm": norm, "tokens": sum(tokens), "examples": len(trees)}
         sums["seconds"] = time.perf_counter() - began
         self.progress.micro_batches += sum(len(own) for own in plan.ranks)
@@ -160,41 +160,12 @@ class Training:
         self.progress.imbalance += plan.imbalance
         self._account(step, trees, sums, rate)
 
-    def _run(
-        self, step: Step, work: Sequence[_Work], denominator: int, held: list[Tensor]
-    ) -> dict[str, float]:
-        """Forward and backward of this rank's micro-batches; the last one's loss is only `held`."""
-        sums: dict[str, float] = {}
-        for number, (members, weight) in enumerate(work):
-            last = number == len(work) - 1
-            examples = [step.examples[i] for i in members]
-            part = self._score(step, examples, last=last)
-            loss = part.loss / denominator
-            if not weight:
-                loss = loss * 0.0
-            if last:
-                held.append(loss)
-            else:
-                self.engine.backward(loss)
-            for name, value in part.sums.items():
-                sums[name] = sums.get(name, 0.0) + weight * value
-        return sums
-
-    def _score(self, step: Step, examples: Sequence[int], *, last: bool) -> Part:
-        trees = [self.trees[i] for i in examples]
-        keys = (
-            [record_key(self.schedule.seed, step.number, i) for i in examples]
-            if self.dropout
-            else None
-        )
-        logps = self.engine.score(collate(trees, keys), last=last)
-        part = self.objective.part(logps, examples, first_step=step.number == 0)
-        if not math.isfinite(part.sums["loss"]):
-            raise _not_finite("loss", step.number, trees)
-        return part
-
     def _save(self) -> None:
-        self.checkpoints.save(self.model, self.engine.optimizer, self.progress)
+        strategy, progress = self.engine.strategy, self.progress
+        trained, state = strategy.trained(), strategy.optimizer_state()
+        self.engine.processes.main(
+            lambda: self.checkpoints.save(self.model, trained, state, progress)
+        )
 
     def _account(
         self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
@@ -238,19 +209,6 @@ class Training:
         atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-# A micro-batch: positions in the step, and what its loss counts, 1 or 0.
-_Work = tuple[Sequence[int], int]
-
-
-def _own_work(plan: StepPlan, rank: int, tokens: Sequence[int]) -> list[_Work]:
-    """A rank's micro-batches, as many as any rank's; what it lacks are trees that count nothing."""
-    own: list[_Work] = [(members, 1) for members in plan.ranks[rank]]
-    trees = [i for members, _ in own for i in members] or range(len(tokens))
-    smallest = min(trees, key=lambda i: (tokens[i], i))
-    # First, so that a micro-batch that counts is the last, whose loss is held.
-    return [((smallest,), 0)] * (plan.micro_batches - len(own)) + own
-
-
 def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sums over ranks, in the order of ranks, so that every rank has the same."""
     sums: dict[str, float] = {}
@@ -277,15 +235,6 @@ def _padded(lengths: Sequence[int]) -> int:
     """Tokens that padded batches of a usual size would have fed for the same sequences."""
     batches = [lengths[i : i + _PADDED_BATCH] for i in range(0, len(lengths), _PADDED_BATCH)]
     return sum(max(batch) * len(batch) for batch in batches)
-
-
-def _not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
-    origins = "; ".join(str(tree.origin) for tree in trees[:8])
-    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
-    return TandemError(
-        f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
-        f"{origins}{more}. Lower the learning rate, or look at these records."
-    )
 
 
 @dataclass

@@ -19,10 +19,14 @@ from tandem.losses.sft import negative_log_likelihood
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch's share of a step: the loss to differentiate, not yet divided, and sums."""
+    """A micro-batch's share of a step: the loss to differentiate, not yet divided, and sums.
+
+    The sums are scalars of one dtype that stay on the device, the loss among them: reading one
+    would wait for all that is queued there.
+    """
 
     loss: Tensor
-    sums: dict[str, float]
+    sums: dict[str, Tensor]
 
 
 class Objective(Protocol):
@@ -63,7 +67,7 @@ class SupervisedObjective:
         """Sum of negative log-probs; see `Objective.part`."""
         del examples, first_step
         loss = negative_log_likelihood(logps)
-        return Part(loss, {"loss": float(loss.detach())})
+        return Part(loss, {"loss": loss.detach()})
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss per trained token."""
@@ -106,13 +110,13 @@ class PreferenceObjective:
         return Part(
             loss,
             {
-                "loss": float(loss.detach()),
-                "rewards/chosen": float(result.chosen_rewards.sum()),
-                "rewards/rejected": float(result.rejected_rewards.sum()),
-                "rewards/margins": float(margins.sum()),
-                "rewards/accuracies": float((margins > 0).sum()),
-                "logps/chosen": float(policy[:, 0].detach().sum()),
-                "logps/rejected": float(policy[:, 1].detach().sum()),
+                "loss": loss.detach(),
+                "rewards/chosen": result.chosen_rewards.sum(),
+                "rewards/rejected": result.rejected_rewards.sum(),
+                "rewards/margins": margins.sum(),
+                "rewards/accuracies": (margins > 0).to(margins.dtype).sum(),
+                "logps/chosen": policy[:, 0].detach().sum(),
+                "logps/rejected": policy[:, 1].detach().sum(),
             },
         )
 

@@ -25,14 +25,16 @@ def make_optimizer(
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: int, total_steps: int
+    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
 ) -> Callable[[int], float]:
     """transformers' schedule `name` as a function from a step's number, from 0, to its rate.
 
     A function of the number alone has no state to save, and a resumed run cannot be off by one.
     """
+    # It asks for an optimizer, and reads only the peak rate from it.
+    peak_only = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     schedule = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+        name, peak_only, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
     (factor,), (peak,) = schedule.lr_lambdas, schedule.base_lrs
     return lambda step: float(peak * factor(step))

@@ -19,8 +19,9 @@ from tandem.data.collate import collate
 from tandem.data.columns import sequence_digest
 from tandem.data.records import Tree
 from tandem.data.trees import Trees
-from tandem.model.score import micro_batches
+from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.engine import Engine
+from tandem.train.memory import TokenBudget, no_room
 
 # Records of one unit: what an interruption redoes, and what one transaction stores.
 _UNIT = 64
@@ -94,7 +95,7 @@ def reference_logps(
     *,
     store: ReferenceStore,
     identity: str,
-    budget: int,
+    budget: TokenBudget,
     advance: Callable[[int], None],
 ) -> tuple[NDArray[np.float64], int]:
     """Log-probs of every tree's branches under the engine's model as it is now.
@@ -108,7 +109,7 @@ def reference_logps(
         trees: all records, each with the same number of branches B.
         store: where log-probs are looked up and kept; rank 0's is used.
         identity: hash of the reference weights and of what the numerics depend on.
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch; lowered when memory runs out.
         advance: told how many more records are done.
 
     Returns:
@@ -118,7 +119,8 @@ def reference_logps(
 
     def compute(part: Sequence[range]) -> list[tuple[float, int]]:
         unit = part[processes.rank] if processes.rank < len(part) else range(0)
-        return _compute_unit(engine, [trees[i] for i in unit], budget)
+        # A process without records of its own still has to keep the others company.
+        return _compute_unit(engine, [trees[i] for i in unit], trees[part[0].start], budget)
 
     def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
         store.put(keys, [logp for logp, _ in fresh], [count for _, count in fresh])
@@ -135,7 +137,8 @@ def reference_logps(
         advance(len(block) - sum(map(len, missing)))
         for start in range(0, len(missing), processes.count):
             part = missing[start : start + processes.count]
-            results = processes.exchange(partial(compute, part))
+            results = engine.exchange(partial(compute, part), lambda found: found)
+            budget.settle(processes.exchange(lambda: budget.tokens), processes)
             fresh = [result for unit in results for result in unit]
             part_keys = [key for unit in part for i in unit for key in keys[i - first]]
             found.update(processes.main(partial(keep, part_keys, fresh)))
@@ -145,16 +148,39 @@ def reference_logps(
     return np.concatenate(logps), computed
 
 
-def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[float, int]]:
+def _compute_unit(
+    engine: Engine, trees: list[Tree], filler: Tree, budget: TokenBudget
+) -> list[tuple[float, int]]:
+    """Log-probs and trained tokens of a unit's sequences, in order.
+
+    Where every forward waits for the other processes, `filler` is scored until all have done.
+    """
+    pieces = micro_batches(engine.model, trees, budget.tokens) if trees else []
+    rounds = len(pieces)
+    if engine.sharded:
+        rounds = max(engine.processes.exchange(lambda: len(pieces)))
+    tokens = [tokens_fed(engine.model, tree) for tree in trees]
+    done = budget.run(
+        pieces,
+        tokens,
+        lambda members, _: _scored(engine, [trees[i] for i in members]),
+        lambda i: no_room(trees[i], tokens[i]),
+    )
+    for _ in range(rounds - len(pieces)):
+        _scored(engine, [filler])
     results: list[list[tuple[float, int]]] = [[] for _ in trees]
-    with torch.no_grad():
-        for members in micro_batches(engine.model, trees, budget):
-            batch = collate([trees[i] for i in members])
-            values = engine.score(batch).tolist()
-            scored = iter(zip(values, batch.sequence_tokens, strict=True))
-            for i in members:
-                results[i] = [next(scored) for _ in trees[i].branches]
+    for members, scored in done:
+        each = iter(scored)
+        for i in members:
+            results[i] = [next(each) for _ in trees[i].branches]
     return [pair for row in results for pair in row]
+
+
+def _scored(engine: Engine, trees: list[Tree]) -> list[tuple[float, int]]:
+    batch = collate(trees)
+    with torch.no_grad():
+        values: list[float] = engine.score(batch).tolist()
+    return list(zip(values, batch.sequence_tokens, strict=True))
 
 
 def _keys(identity: str, trees: Sequence[Tree], block: range) -> list[list[bytes]]:

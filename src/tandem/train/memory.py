@@ -1,0 +1,184 @@
+"""Running out of memory: what it looks like, and the token budget that it leaves."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from tandem.data.records import Tree
+from tandem.errors import Stopped, UserError
+from tandem.train.processes import Processes
+
+T = TypeVar("T")
+
+Members = tuple[int, ...]
+"""A micro-batch: positions of trees."""
+
+RESTART_FILE = "TANDEM_RESTART_FILE"
+"""Names a file; what is written into it is why all processes should be started again."""
+
+# What devices' allocators say, where they have no error of their own.
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "allocation failed",
+    "failed to allocate",
+)
+
+
+class TokenBudget:
+    """Tokens that a micro-batch should not exceed: less after running out of memory.
+
+    Args:
+        tokens: to begin with.
+        release: gives the device's unused memory back.
+        remember: keeps a smaller budget for whoever goes on with this run.
+        alone: whether this process can go on with smaller micro-batches by itself. Where weights
+            are spread, the others wait inside the one that failed, and all must begin anew.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        release: Callable[[], None],
+        remember: Callable[[int], None],
+        *,
+        alone: bool,
+    ) -> None:
+        self.tokens = tokens
+        self._settled = tokens
+        self._release = release
+        self._remember = remember
+        self._alone = alone
+
+    def run(
+        self,
+        pieces: Sequence[Members],
+        tokens: Sequence[int],
+        compute: Callable[[Members, bool], T],
+        no_room: Callable[[int], Exception],
+    ) -> list[tuple[Members, T]]:
+        """Compute micro-batches one after the other, in smaller ones where memory runs out.
+
+        One that does not fit is split, and so is all that is still to do and as large. A single
+        tree is tried a second time, when all that can be freed is.
+
+        Args:
+            pieces: micro-batches, as positions of trees.
+            tokens: of every tree.
+            compute: called with a micro-batch and whether it is the last; it must leave nothing
+                behind if it fails.
+            no_room: the error of a tree that does not fit even alone.
+
+        Returns:
+            The micro-batches that were computed in the end, each with what `compute` returned.
+
+        Raises Stopped where this process cannot go on by itself.
+        """
+        done: list[tuple[Members, T]] = []
+        pending = deque(pieces)
+        again = False
+        while pending:
+            members = pending.popleft()
+            result = self._attempt(lambda: compute(members, not pending))  # noqa: B023
+            if result is not None:
+                done.append((members, result))
+                again = False
+                continue
+            size = sum(tokens[i] for i in members)
+            if len(members) > 1 or not self._alone:
+                self._lower(size)
+            elif again:
+                raise no_room(members[0])
+            again = len(members) == 1
+            pending = deque(_finer([members, *pending], tokens, self.tokens))
+        return done
+
+    def settle(self, budgets: Sequence[int], processes: Processes) -> bool:
+        """Go on with the smallest budget that any process has; whether it is smaller than before.
+
+        All processes call it.
+        """
+        self.tokens = min(budgets)
+        if self.tokens >= self._settled:
+            return False
+        self._settled = self.tokens
+        processes.main(lambda: self._remember(self.tokens))
+        return True
+
+    def _attempt(self, compute: Callable[[], T]) -> T | None:
+        """What `compute` returns, or None if it ran out of memory, whose remains are then freed."""
+        try:
+            return compute()
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+        # Out here the error is gone, and with it the frames that held on to tensors.
+        gc.collect()
+        self._release()
+        return None
+
+    def _lower(self, failed: int) -> None:
+        """Take it that so many tokens at once were too many."""
+        self.tokens = min(self.tokens, max(1, failed // 2))
+        if not self._alone:
+            self._remember(self.tokens)
+            reason = (
+                f"out of memory with {failed} tokens at once; the run goes on from its last "
+                f"checkpoint with {self.tokens} tokens a micro-batch"
+            )
+            _ask_for_a_restart(reason)
+            raise Stopped(f"{reason}, by the same command")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
+
+
+def _finer(pieces: Sequence[Members], tokens: Sequence[int], budget: int) -> list[Members]:
+    """The same trees in micro-batches that fit the budget, or hold a single tree."""
+    fine: list[Members] = []
+    todo = deque(pieces)
+    while todo:
+        members = todo.popleft()
+        if len(members) > 1 and sum(tokens[i] for i in members) > budget:
+            todo.extendleft(reversed(_halves(members, tokens)))
+        else:
+            fine.append(members)
+    return fine
+
+
+def _halves(members: Members, tokens: Sequence[int]) -> list[Members]:
+    """Two parts with about equally many tokens, in order, of at least two trees."""
+    total = sum(tokens[i] for i in members)
+    running, cut = 0, 0
+    while cut < len(members) - 1 and running * 2 < total:
+        running += tokens[members[cut]]
+        cut += 1
+    return [members[:cut], members[cut:]]
+
+
+def _ask_for_a_restart(reason: str) -> None:
+    """Tell the parent process, where there is one that can start all processes again."""
+    if path := os.environ.get(RESTART_FILE):
+        Path(path).write_text(reason)
+
+
+def no_room(tree: Tree, tokens: int) -> UserError:
+    """The error of a record that does not fit in memory even alone."""
+    return UserError(
+        f"out of memory: {tree.origin}, {tokens} tokens, does not fit even alone. Lower "
+        "max_length, set gradient_checkpointing: true, or spread the model over several devices "
+        "(engine: fsdp2 or deepspeed-zero3)."
+    )

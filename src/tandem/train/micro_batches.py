@@ -1,0 +1,147 @@
+"""A step's micro-batches in this process: forward and backward, finer when memory runs out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tandem.data.collate import collate, record_key
+from tandem.data.order import Step
+from tandem.data.packing import StepPlan
+from tandem.data.records import Tree
+from tandem.errors import TandemError
+from tandem.train.engine import Engine
+from tandem.train.memory import Members, TokenBudget, no_room
+from tandem.train.objective import Objective
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step computes.
+
+    Attributes:
+        step: its number and examples.
+        trees, tokens: of each example, the tokens that it feeds.
+        denominator: what the summed loss is divided by.
+    """
+
+    step: Step
+    trees: Sequence[Tree]
+    tokens: Sequence[int]
+    denominator: int
+
+
+@dataclass(frozen=True)
+class OwnWork:
+    """What one process computes of a step.
+
+    Attributes:
+        pieces: its micro-batches.
+        fillers: so many more, of the `smallest` tree, that count nothing, to keep others company.
+    """
+
+    pieces: Sequence[Members]
+    fillers: int
+    smallest: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A micro-batch that is done: its positions in the step, and sums still on the device."""
+
+    members: Members
+    sums: dict[str, Tensor]
+
+
+class MicroBatches:
+    """Computes micro-batches of any step; nothing waits for the device before `sums_of`.
+
+    Args:
+        engine: prepared.
+        objective: what a step minimises.
+        budget: lowered when memory runs out.
+        seed: of dropout masks.
+        dropout: whether records need keys for them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        budget: TokenBudget,
+        *,
+        seed: int,
+        dropout: bool,
+    ) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.budget = budget
+        self.seed = seed
+        self.dropout = dropout
+
+    def run(self, work: StepWork, own: OwnWork) -> list[Found]:
+        """Forward and backward of this process's micro-batches; see `TokenBudget.run`."""
+        for number in range(own.fillers):
+            last = not own.pieces and number == own.fillers - 1
+            self._one(work, (own.smallest,), 0.0, last=last)
+        found = self.budget.run(
+            own.pieces,
+            work.tokens,
+            lambda members, last: self._one(work, members, 1.0, last=last),
+            lambda i: no_room(work.trees[i], work.tokens[i]),
+        )
+        return [Found(members, sums) for members, sums in found]
+
+    def sums_of(self, work: StepWork, found: Sequence[Found]) -> dict[str, float]:
+        """The micro-batches' sums on the host, added up, and the `budget` that is left.
+
+        Raises TandemError naming the records of a loss that is not finite.
+        """
+        sums: dict[str, float] = {}
+        if found:
+            names = list(found[0].sums)
+            values = [one.sums[name] for one in found for name in names]
+            numbers = iter(torch.stack(values).tolist())  # the step's only wait
+            for one in found:
+                parts = dict(zip(names, numbers, strict=False))
+                if not math.isfinite(parts["loss"]):
+                    trees = [work.trees[i] for i in one.members]
+                    raise not_finite("loss", work.step.number, trees)
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return {**sums, "budget": self.budget.tokens}
+
+    def _one(
+        self, work: StepWork, members: Members, weight: float, *, last: bool
+    ) -> dict[str, Tensor]:
+        trees = [work.trees[i] for i in members]
+        examples = [work.step.examples[i] for i in members]
+        number = work.step.number
+        keys = [record_key(self.seed, number, i) for i in examples] if self.dropout else None
+        logps = self.engine.score(collate(trees, keys))
+        part = self.objective.part(logps, examples, first_step=number == 0)
+        loss = part.loss / work.denominator
+        self.engine.backward(loss * weight if weight != 1.0 else loss, last=last)
+        return part.sums
+
+
+def own_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: bool) -> OwnWork:
+    """A rank's micro-batches; fillers where all ranks must run `equally_many`."""
+    pieces = plan.ranks[rank]
+    trees = [i for members in pieces for i in members] or range(len(tokens))
+    smallest = min(trees, key=lambda i: (tokens[i], i))
+    return OwnWork(pieces, plan.micro_batches - len(pieces) if equally_many else 0, smallest)
+
+
+def not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
+    """The error of a step whose loss or gradient is no number, or beyond all bounds."""
+    origins = "; ".join(str(tree.origin) for tree in trees[:8])
+    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
+    return TandemError(
+        f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
+        f"{origins}{more}. Lower the learning rate, or look at these records."
+    )

@@ -1,0 +1,185 @@
+"""A DeepSpeed configuration: tandem's own, or a user's that must agree with the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+# Keys that go to DeepSpeed as they are. `zero_optimization` has offloading, bucket sizes, overlap.
+_PASSED = {
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+# Keys that say what the recipe says as well.
+_COMPARED = {
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+}
+_SCHEDULERS = {
+    "WarmupCosineLR": ("cosine",),
+    "WarmupDecayLR": ("linear",),
+    "WarmupLR": ("constant", "constant_with_warmup"),
+}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the recipe says of things that a DeepSpeed configuration may also say."""
+
+    batch_size: int
+    processes: int
+    max_grad_norm: float | None
+    dtype: str
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    scheduler: str
+    warmup_steps: int | None
+
+
+def own_config(stage: int) -> dict[str, Any]:
+    """What DeepSpeed is told when the recipe only names a stage."""
+    return _for_deepspeed({"zero_optimization": {"stage": stage}})
+
+
+def read_config(path: Path, settled: Settled) -> dict[str, Any]:
+    """A user's configuration for DeepSpeed, which must agree with the recipe.
+
+    Batch sizes, clipping, precision, optimizer and schedule are the recipe's; the file may leave
+    them out, say `auto`, or say the same.
+
+    Raises UserError for a file that cannot be read, keys that would do nothing, and conflicts,
+    naming both values.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine: {path} is no DeepSpeed configuration: not a JSON object")
+    if unknown := sorted(config.keys() - _PASSED - _COMPARED):
+        raise UserError(
+            f"engine: {path}: tandem has no use for {', '.join(unknown)}; remove "
+            f"{'it' if len(unknown) == 1 else 'them'}. It takes "
+            f"{', '.join(sorted(_PASSED | _COMPARED))}."
+        )
+    if conflicts := list(_conflicts(config, settled)):
+        raise UserError(
+            f"engine: {path} and the recipe contradict each other:\n"
+            + "\n".join(f"  {line}" for line in conflicts)
+            + '\nMake them equal, or write "auto" in the file.'
+        )
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise UserError(
+            f"engine: {path}: zero_optimization.stage must be 1, 2 or 3; for training without ZeRO "
+            "say engine: ddp"
+        )
+    return _for_deepspeed({key: config[key] for key in config.keys() & _PASSED})
+
+
+def _for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        # Micro-batches are tandem's; DeepSpeed sees whole steps, or sums that are divided already.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        # The optimizer is tandem's AdamW, also where its state is on the CPU.
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+        # Its own guess whether it knows an optimizer.
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _conflicts(config: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+    batch = {
+        key: config[key]
+        for key in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+        )
+        if config.get(key, "auto") != "auto"
+    }
+    yield from _batch_conflicts(batch, settled)
+    for key, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = config.get(key, {}).get("enabled", "auto")
+        if enabled != "auto" and bool(enabled) != (settled.dtype == wanted):
+            yield f"{key}.enabled {str(enabled).lower()}, dtype {settled.dtype}"
+    clipping = config.get("gradient_clipping", "auto")
+    if clipping != "auto" and float(clipping) != (settled.max_grad_norm or 0.0):
+        yield f"gradient_clipping {clipping}, max_grad_norm {settled.max_grad_norm}"
+    yield from _optimizer_conflicts(config.get("optimizer", {}), settled)
+    yield from _scheduler_conflicts(config.get("scheduler", {}), settled)
+
+
+def _batch_conflicts(batch: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+    total = batch.get("train_batch_size")
+    if total is not None and total != settled.batch_size:
+        yield f"train_batch_size {total}, batch_size {settled.batch_size}"
+    each = batch.get("train_micro_batch_size_per_gpu")
+    steps = batch.get("gradient_accumulation_steps")
+    if each is not None and steps is not None:
+        product = each * steps * settled.processes
+        if product != settled.batch_size:
+            yield (
+                f"train_micro_batch_size_per_gpu {each} x gradient_accumulation_steps {steps} x "
+                f"{settled.processes} processes = {product}, batch_size {settled.batch_size}"
+            )
+
+
+def _optimizer_conflicts(optimizer: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+    kind = optimizer.get("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        yield f"optimizer.type {kind}, the recipe's AdamW"
+    recipe = {
+        "lr": ("learning_rate", settled.learning_rate),
+        "betas": ("adam_beta1, adam_beta2", list(settled.betas)),
+        "eps": ("adam_epsilon", settled.epsilon),
+        "weight_decay": ("weight_decay", settled.weight_decay),
+    }
+    yield from _differences("optimizer.params", optimizer.get("params", {}), recipe)
+
+
+def _scheduler_conflicts(scheduler: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+    kind = scheduler.get("type")
+    if kind is not None and settled.scheduler not in _SCHEDULERS.get(kind, ()):
+        yield f"scheduler.type {kind}, lr_scheduler {settled.scheduler}"
+    recipe: dict[str, tuple[str, Any]] = {"warmup_max_lr": ("learning_rate", settled.learning_rate)}
+    if settled.warmup_steps is not None:
+        recipe["warmup_num_steps"] = ("warmup_steps", settled.warmup_steps)
+    # Its other numbers (where warm-up begins, all steps) have no key in a recipe.
+    known = {key: value for key, value in scheduler.get("params", {}).items() if key in recipe}
+    yield from _differences("scheduler.params", known, recipe)
+
+
+def _differences(
+    place: str, params: Mapping[str, Any], recipe: Mapping[str, tuple[str, Any]]
+) -> Iterator[str]:
+    for key, value in params.items():
+        name, wanted = recipe.get(key, (None, None))
+        if name is None:
+            yield f"{place}.{key} {value}, which no key of the recipe sets"
+        elif value not in ("auto", wanted):
+            yield f"{place}.{key} {value}, {name} {wanted}"
