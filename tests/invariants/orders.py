@@ -7,6 +7,7 @@ order ended.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from torch import Tensor
 from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
 from tandem.data.records import Tree
 from tandem.errors import TandemError
+from tandem.model.score import Scorer
 from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
@@ -34,7 +36,7 @@ from tandem.train import micro_batches, reference
 from tandem.train.engine import Engine
 from tandem.train.loop import Training
 from tandem.train.runtime import Runtime
-from tandem.train.strategies.state import whole
+from tandem.train.strategies.state import whole as in_one_piece
 
 from ..stages.made_inputs import WORDS
 from .made import double_precision
@@ -44,7 +46,13 @@ TORCHRUN = (
     *("--standalone", "--nproc-per-node", "2"),
 )
 ENGINES = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
+KINDS = ("sft", "dpo")
+DTYPES = ("float64", "float32")
+# Of one step's gradients, of parameters after four AdamW steps, and of their mean drift.
+LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
 ROOT = Path(__file__).resolve().parents[2]
+# DeepSpeed compiles a small extension where there is none yet; orders have caches of their own.
+EXTENSIONS = Path.home() / ".cache" / "torch_extensions"
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class Order:
     data: str = ""
     seed: int = 1
     engine: str = "auto"
+
+
+BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[li
     done = subprocess.run(
         [*TORCHRUN[:-1], str(processes), "-m", __name__, str(home)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -161,6 +172,24 @@ def adapter(home: Path, folder: str) -> dict[str, Tensor]:
 def first_gradients(home: Path, folder: str, rank: int = 0) -> dict[str, Tensor]:
     """The gradients of the first step that an order took."""
     return load_file(home / f"{folder}.rank{rank}" / "gradients.safetensors")
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """max over tensors of norm(a - b) / norm(b); a tensor of zeros must be met exactly."""
+    assert a.keys() == b.keys()
+    errors = [float((a[n] - b[n]).norm()) / max(float(b[n].norm()), 1e-30) for n in b]
+    return max(errors)
+
+
+def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The mean of a - b over all elements, by their mean size: rounding has no direction."""
+    difference = torch.cat([(a[n] - b[n]).flatten() for n in b]).mean()
+    return abs(float(difference / torch.cat([b[n].flatten() for n in b]).abs().mean()))
+
+
+def whole(order: Order) -> str:
+    """The folder of what an order must be like: one process, everything in few micro-batches."""
+    return f"{order.kind}-{order.dtype}-whole"
 
 
 def _settings(order: Order, data: Path) -> Sft | Dpo:
@@ -213,9 +242,11 @@ def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
 def whole_gradients(strategy: Any) -> dict[str, Tensor]:
     """A step's gradients, summed over processes and whole, before they are applied."""
     if strategy.name in ("single", "ddp"):
-        return {n: g.clone() for n, g in zip(strategy.parameters, strategy.gradients.views, strict=True)}
+        return {
+            n: g.clone() for n, g in zip(strategy.parameters, strategy.gradients.views, strict=True)
+        }
     if strategy.name == "fsdp2":
-        return {n: whole(p.grad).clone() for n, p in strategy.parameters.items()}
+        return {n: in_one_piece(p.grad).clone() for n, p in strategy.parameters.items()}
     from deepspeed.utils import safe_get_full_grad
 
     return {n: safe_get_full_grad(p).clone() for n, p in strategy.parameters.items()}
@@ -284,11 +315,46 @@ def _bug(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("tandem.stages.training.choose_backend", crash)
 
 
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor) -> Tensor:
+        return logps.view_as(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def _out_of_memory(*calls: int, where: str = "forward") -> Callable[[pytest.MonkeyPatch], None]:
+    """The calls of the model that fail, counted over training, or over the reference pass."""
+
+    def inject(patch: pytest.MonkeyPatch) -> None:
+        plain, count = Scorer.forward, itertools.count(1)
+
+        def forward(self: Scorer, batch: MicroBatch) -> Tensor:
+            if torch.is_grad_enabled() == (where == "reference") or next(count) not in calls:
+                return plain(self, batch)
+            if where == "backward":
+                failing: Tensor = _Fails.apply(plain(self, batch))
+                return failing
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+        patch.setattr(Scorer, "forward", forward)
+
+    return inject
+
+
 TROUBLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "SIGTERM": _stop,
     "not finite": _not_a_number,
     "bug": _bug,
     "no such module": lambda _: None,
+    "no memory at first": _out_of_memory(1),
+    "no memory in between": _out_of_memory(2, 3),
+    "no memory backward": _out_of_memory(1, 3, 6, where="backward"),
+    "no memory for long": _out_of_memory(*range(2, 7), where="backward"),
+    "no memory for ever": _out_of_memory(*range(1, 1000)),
+    "no memory in the reference": _out_of_memory(1, 2, where="reference"),
 }
 
 

@@ -13,28 +13,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.artifact.lock import folder_lock
 
 from ..stages.made_inputs import make_model_folder
 from .orders import (
+    BASE,
+    DTYPES,
     FAULTS,
+    KINDS,
+    LIMITS,
     Order,
     Outcome,
     adapter,
     carry_out,
     carry_out_in,
+    distance,
+    drift,
     first_gradients,
     make_data,
+    whole,
 )
-
-# Of one step's gradients, of parameters after four AdamW steps, and of their mean drift.
-LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
-KINDS = ("sft", "dpo")
-DTYPES = ("float64", "float32")
-BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
 
 
 def _variants(processes: int) -> list[Order]:
@@ -103,24 +103,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return done
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """max over tensors of norm(a - b) / norm(b); a tensor of zeros must be met exactly."""
-    assert a.keys() == b.keys()
-    errors = [float((a[n] - b[n]).norm()) / max(float(b[n].norm()), 1e-30) for n in b]
-    return max(errors)
-
-
-def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The mean of a - b over all elements, by their mean size: rounding has no direction."""
-    difference = torch.cat([(a[n] - b[n]).flatten() for n in b]).mean()
-    return abs(float(difference / torch.cat([b[n].flatten() for n in b]).abs().mean()))
-
-
-def whole(order: Order) -> str:
-    """The folder of what an order must be like: one process, everything in few micro-batches."""
-    return f"{order.kind}-{order.dtype}-whole"
-
-
 @pytest.mark.parametrize("order", [*IN_ONE, *IN_TWO], ids=lambda order: order.folder)
 def test_the_schedule_changes_neither_gradients_nor_parameters(done: Done, order: Order) -> None:
     assert [outcome.error for outcome in done.outcomes[order]] == [""] * len(done.outcomes[order])
@@ -173,7 +155,7 @@ def test_two_processes_write_what_one_does(done: Done, kind: str) -> None:
     # One of the four steps has a single record, which one process computes: 2 instead of 1.
     assert 1.25 <= summaries[1]["imbalance"] < 1.3
     said = done.outcomes[Order(kind, two.name, "float64", 512)][0].said
-    assert f"{kind}: 2 processes on cpu, float64" in said
+    assert f"{kind}: 2 processes on cpu (ddp), float64" in said
     assert "% full, the busiest process 2" in said
 
 
@@ -204,7 +186,10 @@ def test_a_stop_asked_of_any_process_ends_all_after_the_same_step(done: Done) ->
 
 
 def test_it_goes_on_in_another_number_of_processes_and_says_so(done: Done) -> None:
-    for order, change in ((ONE_FIRST, "processes 1 -> 2"), (TWO_FIRST, "processes 2 -> 1")):
+    for order, change in (
+        (ONE_FIRST, "engine single -> ddp, processes 1 -> 2"),
+        (TWO_FIRST, "engine ddp -> single, processes 2 -> 1"),
+    ):
         first = done.outcomes[order][0]
         assert not first.error, first.message
         assert f"going on with another schedule ({change})" in first.said

@@ -438,6 +438,7 @@ class _Stage:
             "reference_computed": made.reference_computed,
             "peak_memory_bytes": self.engine.device.peak_memory(),
             "processes": schedule["processes"],
+            "engine": schedule["engine"],
             "warnings": warnings,
             "attention": schedule["attention"],
             "device": schedule["device"],

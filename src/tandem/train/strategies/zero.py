@@ -151,6 +151,13 @@ class Zero3:
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Strategy.load_optimizer`."""
+        # Zeros to be filled, because DeepSpeed makes the state with the first step.
+        keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
+        for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
+            self.engine.optimizer.optimizer.state[flat] = {
+                key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
+                for key, like in keys.items()
+            }
         load_state(self.engine, self.parameters, tensors)
 
 

@@ -1,0 +1,201 @@
+"""The same parameters under every engine, in two processes and in three, whatever befalls them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandem.artifact.files import read_json, read_jsonl
+
+from ..stages.made_inputs import make_model_folder
+from .orders import (
+    BASE,
+    ENGINES,
+    KINDS,
+    LIMITS,
+    Order,
+    Outcome,
+    adapter,
+    carry_out,
+    carry_out_in,
+    distance,
+    drift,
+    first_gradients,
+    make_data,
+    whole,
+)
+
+SPREAD = ("deepspeed-zero3", "fsdp2")
+LOCAL = ("single", "ddp", "deepspeed-zero2")
+
+
+def _orders(processes: int) -> list[Order]:
+    found = []
+    for engine in ENGINES:
+        for kind in KINDS:
+            order = Order(kind, f"{kind}-float32-{processes}-{engine}", budget=512, engine=engine)
+            found.append(order)
+            if processes == 2 and engine != "ddp":  # which test_schedules has
+                found.append(replace(order, folder=f"{order.folder}-alone", budget=1))
+    if processes == 2:
+        for kind in KINDS:
+            found.append(Order(kind, f"{kind}-float64-2-fsdp2", "float64", 512, engine="fsdp2"))
+        found.append(
+            Order("sft", "checkpointing-fsdp2", budget=512, checkpointing=True, engine="fsdp2")
+        )
+    return found
+
+
+IN_TWO, IN_THREE = _orders(2), _orders(3)
+# Stopped after two of four steps under one engine, finished under another.
+MOVES = [
+    (Order("sft", "zero2-single", engine="deepspeed-zero2"), "single"),
+    (Order("dpo", "zero3-single", engine="deepspeed-zero3"), "single"),
+    (Order("sft", "fsdp2-single", engine="fsdp2"), "single"),
+    (Order("dpo", "single-zero2", engine="single"), "deepspeed-zero2"),
+    (Order("sft", "single-zero3", engine="single"), "deepspeed-zero3"),
+    (Order("dpo", "single-fsdp2", engine="single"), "fsdp2"),
+]
+STOPPED = {order: replace(order, trouble="SIGTERM") for order, _ in MOVES}
+AGAIN = [
+    Order("sft", f"again-{engine}", engine=engine, budget=512)
+    for engine in ("deepspeed-zero2", *SPREAD)
+]
+# Memory runs out in the last rank alone.
+NO_MEMORY = [
+    Order(kind, f"{kind}-{engine}-{trouble}", engine=engine, trouble=f"no memory {trouble}")
+    for engine in LOCAL
+    for kind, trouble in (
+        ("sft", "at first"),
+        ("dpo", "in between"),
+        ("sft", "backward"),
+        ("dpo", "for long"),
+        ("dpo", "in the reference"),
+    )
+]
+NO_MEMORY_SPREAD = [
+    Order("sft", f"memory-{engine}", engine=engine, trouble="no memory in between")
+    for engine in SPREAD
+]
+NO_ROOM = [
+    Order("sft", f"room-{engine}", engine=engine, trouble="no memory for ever") for engine in LOCAL
+]
+
+
+@dataclass
+class Done:
+    """What was carried out, and where."""
+
+    home: Path
+    outcomes: dict[Order, list[Outcome]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """All orders of this module, carried out in three launches."""
+    home = tmp_path_factory.mktemp("engines")
+    make_model_folder(home / "model")
+    make_data(home)
+    done = Done(home)
+
+    def alone(orders: list[Order]) -> None:
+        done.outcomes |= {order: [carry_out(order, home)] for order in orders}
+
+    def launched(processes: int, orders: list[Order]) -> None:
+        outcomes = carry_out_in(processes, orders, home)
+        done.outcomes |= dict(zip(orders, outcomes, strict=True))
+
+    local = [order for order in (*NO_MEMORY, *NO_ROOM) if order.engine == "single"]
+    alone([*BASE, *local, *(STOPPED[o] for o, _ in MOVES if o.engine == "single")])
+    first = [STOPPED[o] for o, _ in MOVES if o.engine != "single"]
+    then = [replace(o, engine=engine) for o, engine in MOVES if engine != "single"]
+    again = [replace(order, trouble="SIGTERM") for order in AGAIN]
+    rest = [order for order in (*NO_MEMORY, *NO_ROOM) if order.engine != "single"]
+    launched(2, [*IN_TWO, *first, *then, *again, *AGAIN, *rest])
+    launched(3, IN_THREE)
+    for order in NO_MEMORY_SPREAD:  # which ends all processes
+        done.outcomes[order] = carry_out_in(2, [order], home)[0]
+        after = replace(order, trouble="")
+        done.outcomes[after] = carry_out_in(2, [after], home)[0]
+    alone([replace(o, engine=engine) for o, engine in MOVES if engine == "single"])
+    return done
+
+
+def same_as_whole(done: Done, order: Order) -> None:
+    """An order's adapter is what one process makes with everything in few micro-batches."""
+    assert [outcome.message for outcome in done.outcomes[order]] == [""] * len(done.outcomes[order])
+    _, of_parameters, of_drift = LIMITS[order.dtype]
+    parameters = [adapter(done.home, folder) for folder in (order.folder, whole(order))]
+    assert distance(*parameters) < of_parameters
+    assert drift(*parameters) < of_drift
+
+
+@pytest.mark.parametrize("order", [*IN_TWO, *IN_THREE], ids=lambda order: order.folder)
+def test_every_engine_computes_the_same(done: Done, order: Order) -> None:
+    same_as_whole(done, order)
+    of_gradients = LIMITS[order.dtype][0]
+    gradients = [first_gradients(done.home, folder) for folder in (order.folder, whole(order))]
+    assert distance(*gradients) < of_gradients
+    processes = 3 if order in IN_THREE else 2
+    engine = order.engine
+    summary = read_json(done.home / order.folder / "summary.json")
+    assert (summary["processes"], summary["engine"]) == (processes, engine)
+    assert f"{processes} processes on cpu ({engine})" in done.outcomes[order][0].said
+
+
+@pytest.mark.parametrize(("order", "engine"), MOVES, ids=lambda v: getattr(v, "folder", v))
+def test_a_checkpoint_goes_on_under_another_engine(done: Done, order: Order, engine: str) -> None:
+    assert done.outcomes[STOPPED[order]][0].error == "Stopped"
+    after = replace(order, engine=engine)
+    same_as_whole(done, after)
+    said = done.outcomes[after][0].said
+    assert f"engine {order.engine} -> {engine}" in said
+    assert "(step 2 of 4)" in said
+    steps = [line["step"] for line in read_jsonl(done.home / order.folder / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("order", AGAIN, ids=lambda order: order.folder)
+def test_a_stopped_run_ends_with_the_same_bits(done: Done, order: Order) -> None:
+    same_as_whole(done, order)
+    never = adapter(done.home, f"sft-float32-2-{order.engine}")
+    resumed = adapter(done.home, order.folder)
+    assert all(torch.equal(resumed[name], never[name]) for name in never)
+
+
+@pytest.mark.parametrize("order", NO_MEMORY, ids=lambda order: order.folder)
+def test_a_step_that_runs_out_of_memory_is_done_finer(done: Done, order: Order) -> None:
+    same_as_whole(done, order)
+    said = done.outcomes[order][0].said
+    remembered = json.loads((done.home / order.folder / "memory.json").read_text())
+    assert remembered["tokens_per_microbatch"] < order.budget
+    tokens = remembered["tokens_per_microbatch"]
+    assert said.count(f"out of memory; going on with {tokens} tokens a micro-batch") == 1
+    assert [outcome.said for outcome in done.outcomes[order][1:]] == [""] * (
+        len(done.outcomes[order]) - 1
+    )
+
+
+@pytest.mark.parametrize("order", NO_ROOM, ids=lambda order: order.folder)
+def test_a_record_that_does_not_fit_alone_is_named(done: Done, order: Order) -> None:
+    for outcome in done.outcomes[order]:
+        assert outcome.code == 2
+        assert "does not fit even alone. Lower max_length" in outcome.message
+        assert "sft.jsonl, row" in outcome.message
+
+
+@pytest.mark.parametrize("order", NO_MEMORY_SPREAD, ids=lambda order: order.folder)
+def test_spread_weights_begin_anew_with_less(done: Done, order: Order) -> None:
+    failed = done.outcomes[order][1]
+    assert (failed.error, failed.code) == ("Stopped", 3)
+    assert "out of memory with" in failed.message
+    lost = done.outcomes[order][0]
+    assert "lost contact" in lost.message
+    after = replace(order, trouble="")
+    same_as_whole(done, after)
+    tokens = json.loads((done.home / order.folder / "memory.json").read_text())
+    assert f"{tokens['tokens_per_microbatch']} tokens a micro-batch" in done.outcomes[after][0].said
