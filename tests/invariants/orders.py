@@ -352,7 +352,7 @@ TROUBLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no memory at first": _out_of_memory(1),
     "no memory in between": _out_of_memory(2, 3),
     "no memory backward": _out_of_memory(1, 3, 6, where="backward"),
-    "no memory for long": _out_of_memory(*range(2, 7), where="backward"),
+    "no memory for long": _out_of_memory(*range(2, 5), where="backward"),
     "no memory for ever": _out_of_memory(*range(1, 1000)),
     "no memory in the reference": _out_of_memory(1, 2, where="reference"),
 }

@@ -111,7 +111,8 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
             "train_seconds": 25.4, "reference_seconds": 0.0, "examples": 1920, "tokens": 141_600,
             "padded_tokens": 243_800, "shared_tokens": 0, "steps": steps,
             "peak_memory_bytes": 812_646_400, "warnings": [], "attention": "segments",
-            "device": "cpu", "dtype": "float32",
+            "device": "cpu", "dtype": "float32", "fill": 0.874, "imbalance": 1.023,
+            "processes": 2, "engine": "deepspeed-zero2",
             "lengths": {"sequence": lengths, "prompt": [round(n * 0.6) for n in lengths]},
             "ledger": {
                 "read": 652, "trained": 640, "truncated": 9, "dropped": 12,

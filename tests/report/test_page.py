@@ -12,6 +12,7 @@ from tandem.errors import UserError
 from tandem.report.facts import read_run
 from tandem.report.findings import evaluation_findings, find
 from tandem.report.html import write_report
+from tandem.report.training import tiles
 
 from .made_runs import NASTY, dpo_stage, evaluation, run_folder, sft_stage, write
 
@@ -154,3 +155,11 @@ def test_loss_of_accuracy_beyond_chance_is_named() -> None:
     assert [f.name for f in evaluation_findings(value)] == ["DPO lost answer accuracy"]
     value["warnings"] = ["collapse: DPO lost right answers"]
     assert [f.text for f in evaluation_findings(value)] == value["warnings"]
+
+
+def test_how_several_processes_shared_the_work(tmp_path: Path) -> None:
+    sft_stage(tmp_path)
+    found = dict(tiles(read_run(tmp_path).stages[0]))
+    assert found["micro-batches"] == "87% full"
+    assert found["engine"] == "deepspeed-zero2, 2 processes"
+    assert found["busiest process"] == "2.3% above the mean"

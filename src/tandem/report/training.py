@@ -103,8 +103,21 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
         ("peak memory", size(s.get("peak_memory_bytes") or None)),
         ("device", " ".join(str(s[k]) for k in ("device", "dtype") if s.get(k))),
         ("attention", str(s.get("attention") or "")),
+        ("micro-batches", f"{s['fill']:.0%} full" if is_number(s.get("fill")) else ""),
+        *_sharing(s),
     ]
     return [(title, value) for title, value in found if value and value != "–"]
+
+
+def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How several processes shared the work."""
+    processes, imbalance = summary.get("processes"), summary.get("imbalance")
+    if not is_number(processes) or processes < 2:
+        return []
+    found = [("engine", f"{summary.get('engine', 'ddp')}, {processes} processes")]
+    if is_number(imbalance):
+        found.append(("busiest process", f"{imbalance - 1:.1%} above the mean"))
+    return found
 
 
 def curves(stage: StageFacts) -> list[Figure]:
