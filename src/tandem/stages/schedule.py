@@ -9,8 +9,10 @@ import torch
 from tandem.artifact.manifest import difference
 from tandem.model.kernels.library import numerics
 from tandem.model.products import bytes_to_order
-from tandem.train.device import token_budget
+from tandem.recipe.schema import Training
+from tandem.train.device import Device, token_budget
 from tandem.train.engine import Engine
+from tandem.train.strategies.deepspeed_config import Settled
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
@@ -55,6 +57,23 @@ def resolve_schedule(
         "device": device.kind,
         "attention": backend,
     }
+
+
+def settled_by(settings: Training, device: Device, processes: int) -> Settled:
+    """What the recipe says that a DeepSpeed file of the user's own may not contradict."""
+    return Settled(
+        batch_size=settings.batch_size,
+        processes=processes,
+        max_grad_norm=settings.max_grad_norm,
+        dtype=str(device.weights).removeprefix("torch."),
+        learning_rate=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        epsilon=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        scheduler=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps,
+    )
 
 
 def repeat_schedule(

@@ -40,7 +40,7 @@ from tandem.model.products import order_weights
 from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
-from tandem.stages.schedule import repeat_schedule, resolve_schedule
+from tandem.stages.schedule import repeat_schedule, resolve_schedule, settled_by
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
@@ -129,7 +129,12 @@ def run_training(
     with processes.shared_fate(), ExitStack() as held:
         processes.together(
             lambda: engine.take(
-                choose_strategy(runtime.engine, device=device.kind, processes=processes.count)
+                choose_strategy(
+                    runtime.engine,
+                    device=device.kind,
+                    processes=processes.count,
+                    settled=settled_by(settings, device, processes.count),
+                )
             )
         )
         base = processes.main_first(lambda: model_folder(model, revision))

@@ -55,6 +55,7 @@ class Settled:
     weight_decay: float
     scheduler: str
     warmup_steps: int | None
+    max_steps: int | None
 
 
 def own_config(stage: int) -> dict[str, Any]:
@@ -166,12 +167,14 @@ def _scheduler_conflicts(scheduler: Mapping[str, Any], settled: Settled) -> Iter
     kind = scheduler.get("type")
     if kind is not None and settled.scheduler not in _SCHEDULERS.get(kind, ()):
         yield f"scheduler.type {kind}, lr_scheduler {settled.scheduler}"
-    recipe: dict[str, tuple[str, Any]] = {"warmup_max_lr": ("learning_rate", settled.learning_rate)}
-    if settled.warmup_steps is not None:
-        recipe["warmup_num_steps"] = ("warmup_steps", settled.warmup_steps)
-    # Its other numbers (where warm-up begins, all steps) have no key in a recipe.
-    known = {key: value for key, value in scheduler.get("params", {}).items() if key in recipe}
-    yield from _differences("scheduler.params", known, recipe)
+    recipe: dict[str, tuple[str, Any]] = {
+        "warmup_max_lr": ("learning_rate", settled.learning_rate),
+        "warmup_min_lr": ("warm-up from", 0),
+        "warmup_type": ("warm-up", "linear"),
+        "warmup_num_steps": ("warmup_steps", settled.warmup_steps),
+        "total_num_steps": ("max_steps", settled.max_steps),
+    }
+    yield from _differences("scheduler.params", scheduler.get("params", {}), recipe)
 
 
 def _differences(
