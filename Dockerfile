@@ -18,10 +18,10 @@ RUN python -m build --wheel --no-isolation --outdir /wheels
 
 # What cpu and cuda share. The locked versions were tested with this Python.
 FROM python:3.11-slim-trixie AS runtime
-# The compiler is for the run: tandem compiles its CPU kernels for the processor that it finds, and
-# torch.compile what it generates.
+# The compilers are for the run: tandem compiles its CPU kernels (C) for the processor that it finds,
+# and torch.compile what it generates (C++, and the launchers of GPU kernels).
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends g++ gcc \
     && rm -rf /var/lib/apt/lists/*
 # Sticky and open like /tmp, for users given by `docker run --user` as well. USER is what torch names its
 # folders after where the user has no name.

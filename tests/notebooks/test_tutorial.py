@@ -21,7 +21,7 @@ from ..docs.pages import ROOT, Block, commands
 
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 # What a reader would put into SETTINGS; the cells are those of the file.
-SHORTENED = "sft.epochs=0.2 dpo.epochs=0.2 pairs.max_new_tokens=4 evaluate.max_new_tokens=4"
+SHORTENED = "sft.epochs=0.1 dpo.epochs=0.2 pairs.max_new_tokens=4 evaluate.max_new_tokens=4"
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _ABSOLUTE = re.compile(r"(?<![\w.~/<])/[a-z]+/")
@@ -140,10 +140,9 @@ def test_every_stage_ran_once(outputs: dict[str, str], folder: Path) -> None:
     assert outputs["dry-run"].splitlines()[0] == "# stages"
     assert len(outputs["dry-run"].splitlines()) == 7
     assert "sft: 660 of 660 records to train on" in outputs["run-sft"]
-    assert re.search(r"merge: \d+ weights, log-probs within \S+ nats", outputs["run-pairs"])
-    assert "sft is finished with these inputs" in outputs["run-pairs"]
-    assert re.search(r"pairs: \d+ pairs from \d+ prompts", outputs["run-pairs"])
     assert "1-sft is finished with these inputs" in outputs["run-dpo"]
+    assert re.search(r"merge: \d+ weights, log-probs within \S+ nats", outputs["run-dpo"])
+    assert re.search(r"pairs: \d+ pairs from \d+ prompts", outputs["run-dpo"])
     finished = re.findall(r"(\S+) is finished with these inputs", outputs["run-evaluate"])
     assert [Path(stage).name for stage in finished] == ["1-sft", "2-sft-merged", "3-pairs", "4-dpo"]
     for model in ("2-sft-merged", "5-final"):
