@@ -37,7 +37,16 @@ def commands(block: Block) -> list[list[str]]:
     """The words of each command line of a shell block; here-documents are no commands."""
     text = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block.text, flags=re.MULTILINE | re.DOTALL)
     lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [inside(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inside(words: list[str]) -> list[str]:
+    """What a `docker run` of one of our images runs in it; other commands as they are."""
+    if words[:2] != ["docker", "run"]:
+        return words
+    entry = words[words.index("--entrypoint") + 1] if "--entrypoint" in words else "tandem"
+    (image,) = (i for i, word in enumerate(words) if re.fullmatch(r"tandem:(cpu|cuda|hpu)", word))
+    return [entry, *words[image + 1 :]]
 
 
 def tandem_commands() -> list[tuple[str, list[str]]]:
