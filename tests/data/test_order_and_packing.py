@@ -134,7 +134,7 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["pairs", "conversations"])
 def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
     real: dict[str, list[Tree]], name: str, ranks: int
