@@ -51,8 +51,6 @@ DTYPES = ("float64", "float32")
 # Of one step's gradients, of parameters after four AdamW steps, and of their mean drift.
 LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
 ROOT = Path(__file__).resolve().parents[2]
-# DeepSpeed compiles a small extension where there is none yet; orders have caches of their own.
-EXTENSIONS = Path.home() / ".cache" / "torch_extensions"
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[li
     done = subprocess.run(
         [*TORCHRUN[:-1], str(processes), "-m", __name__, str(home)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

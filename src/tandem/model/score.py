@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,15 +22,24 @@ class Scorer(nn.Module):
     """A causal language model seen as a function from micro-batches to sequence log-probs.
 
     A module of its own, so that whatever wraps modules for several devices wraps this one.
+
+    Args:
+        model: see `sequence_logps`.
+        precision: makes the context of mixed precision that the model runs in. Here, because some
+            wrappers switch off what is around them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
         super().__init__()
         self.model = model
+        self.precision = precision
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probability of the trained tokens of each sequence [S], summed in float64."""
-        return sequence_logps(self.model, batch)
+        with self.precision():
+            return sequence_logps(self.model, batch)
 
 
 def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[int, ...]]:

@@ -85,13 +85,13 @@ class Engine:
             max_grad_norm: gradients are clipped to it; None leaves them alone.
         """
         self.model = model
-        self.strategy.prepare(Scorer(model), make_optimizer, max_grad_norm)
+        mixed = self.accelerator.mixed_precision != "no"
+        scorer = Scorer(model, self.accelerator.autocast if mixed else nullcontext)
+        self.strategy.prepare(scorer, make_optimizer, max_grad_norm)
 
     def score(self, batch: MicroBatch) -> Tensor:
         """Sequence log-probs [S] of a micro-batch, with gradients unless they are off."""
-        here = batch.to(self.device.torch_device)
-        with self.accelerator.autocast() if self._mixed else nullcontext():
-            logps: Tensor = self.strategy.score(here)
+        logps: Tensor = self.strategy.score(batch.to(self.device.torch_device))
         return logps
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -118,10 +118,6 @@ class Engine:
             computed = compute()
             return self.processes.exchange(lambda: finish(computed))
         return self.processes.exchange(lambda: finish(compute()))
-
-    @property
-    def _mixed(self) -> bool:
-        return bool(self.accelerator.mixed_precision != "no")
 
 
 def _processes(accelerator: Accelerator, launch: Launch, patience: timedelta) -> Processes:

@@ -181,6 +181,8 @@ def start_engine(
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
     import deepspeed
 
+    # It would compile shared-memory collectives for CPUs at the first start, for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = make_optimizer(parameters.values())
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
     for group in optimizer.param_groups:
