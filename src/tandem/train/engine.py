@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from tandem.data.buckets import Buckets, fill_up
 from tandem.data.collate import MicroBatch
 from tandem.errors import TandemError, UserError
 from tandem.model.score import Scorer
@@ -36,6 +37,8 @@ class Engine:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        # Where the device has static shapes, those that a stage declares.
+        self.buckets: Buckets | None = None
         if device.weights == torch.float16:
             raise UserError(
                 "dtype: float16 has too narrow a range to train in without loss scaling; "
@@ -49,7 +52,7 @@ class Engine:
             else []
         )
         self.accelerator = Accelerator(
-            cpu=device.kind == "cpu", mixed_precision=precision, kwargs_handlers=handlers
+            cpu=device.is_host, mixed_precision=precision, kwargs_handlers=handlers
         )
         self.processes = _processes(self.accelerator, launch, device)
         self.model: Any = None
@@ -60,7 +63,7 @@ class Engine:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Take over a model (adapters included) and its optimizer."""
         self.model = model
-        self._plain = Scorer(model)
+        self._plain = Scorer(model, self.device.sums)
         # Frozen weights and buffers come from the same files on every rank; DDP would send the
         # first at the start and the second with every forward.
         self._plain._ddp_params_and_buffers_to_ignore = [
@@ -75,9 +78,14 @@ class Engine:
     def score(self, batch: MicroBatch, *, last: bool = True) -> Tensor:
         """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
 
+        Where shapes are declared, the micro-batch is filled up first, and zeros of sequences that
+        do not exist follow the others.
+
         With gradients, all ranks call it equally often, and `last` says which micro-batch is the
         step's last: its backward exchanges the gradients.
         """
+        if self.buckets is not None:
+            batch = fill_up(batch, self.buckets.bucket_for(batch))
         here = batch.to(self.device.torch_device)
         if not torch.is_grad_enabled():
             return self._plain(here)
@@ -88,6 +96,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a part of the step's loss, after its own `score`."""
         self.accelerator.backward(loss * self.processes.count if self.processes.count > 1 else loss)
+        self.device.step_boundary()
 
     def step(
         self, parameters: Iterable[Tensor], learning_rate: float, max_grad_norm: float | None
@@ -103,6 +112,7 @@ class Engine:
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.device.step_boundary()
         return norm
 
 

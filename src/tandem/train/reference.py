@@ -150,7 +150,8 @@ def _compute_unit(engine: Engine, trees: list[Tree], budget: int) -> list[tuple[
     with torch.no_grad():
         for members in micro_batches(engine.model, trees, budget):
             batch = collate([trees[i] for i in members])
-            values = engine.score(batch).tolist()
+            # Zeros follow where the micro-batch was filled up to a declared shape.
+            values = engine.score(batch).tolist()[: batch.sequences]
             scored = iter(zip(values, batch.sequence_tokens, strict=True))
             for i in members:
                 results[i] = [next(scored) for _ in trees[i].branches]

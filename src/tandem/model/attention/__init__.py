@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from tandem.errors import UserError
 from tandem.model.attention.dense import dense_attention
 from tandem.model.attention.examine import Examined, decoder_of, examine
+from tandem.model.attention.fused import fused_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.segments import segments_attention
 from tandem.model.attention.varlen import varlen_attention, why_not_varlen
@@ -29,22 +30,30 @@ _BACKENDS: dict[str, Callable[..., Any]] = {
     "segments": segments_attention,
     "varlen": varlen_attention,
     "dense": dense_attention,
+    "fused": fused_attention,
 }
+_ONE_GRAPH_A_SHAPE = "this device compiles a graph for every shape"
 
 
-def choose_backend(requested: str, model: Any) -> tuple[str, str]:
+def choose_backend(
+    requested: str, model: Any, *, static_shapes: bool = False, fused: bool = False
+) -> tuple[str, str]:
     """The attention backend for a model where it is, and the reason for it.
 
     Args:
         requested: auto, segments, varlen, dense or padded.
         model: a loaded transformers causal language model, on its device, without an adapter.
+        static_shapes: whether its device may meet declared shapes alone.
+        fused: whether Habana's kernel is asked for, in place of dense.
 
     Returns:
-        segments, varlen or dense, which read packed trees, or padded: one row a sequence under
-        the model's own attention.
+        segments, varlen, dense or fused, which read packed trees, or padded: one row a sequence
+        under the model's own attention.
 
     Raises UserError when the requested backend cannot compute this model.
     """
+    if static_shapes:
+        return _static_backend(requested, model, fused)
     if requested == "padded":
         return requested, "asked for"
     examined = examine(model)
@@ -74,6 +83,27 @@ def choose_backend(requested: str, model: Any) -> tuple[str, str]:
         fastest = "the fastest that computes this model"
         return "segments", f"not varlen: {obstacles['varlen']}" if on_cuda else fastest
     return "dense", obstacles["segments"]
+
+
+def _static_backend(requested: str, model: Any, fused: bool) -> tuple[str, str]:
+    """dense, or fused: one call under a mask, the only forms whose shapes records do not decide."""
+    if requested not in ("auto", "dense") or (requested == "dense" and fused):
+        other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
+        raise UserError(
+            f"attention: {requested} cannot be used here: {_ONE_GRAPH_A_SHAPE}. Use {other}."
+        )
+    examined = examine(model)
+    if examined.obstacle is not None:
+        raise UserError(
+            f"{type(model).__name__} cannot read packed trees ({examined.obstacle}), and padded "
+            f"rows have no declared shapes, while {_ONE_GRAPH_A_SHAPE}. Use another device."
+        )
+    if fused and examined.softcap:
+        raise UserError(
+            "hpu.fused_attention: the model soft-caps attention scores, which FusedSDPA cannot. "
+            "Set it to false."
+        )
+    return ("fused", "asked for") if fused else ("dense", _ONE_GRAPH_A_SHAPE)
 
 
 def use_backend(model: nn.Module, backend: str) -> None:
