@@ -20,8 +20,8 @@ SYNCS = {
     "unique_consecutive", "equal", "is_nonzero", "item", "tolist", "cpu", "numpy",
 }  # fmt: skip
 SETTINGS = {
-    "batch_size": 6, "max_steps": 4, "learning_rate": 1e-3, "max_length": 128,
-    "logging_steps": 1, "lora": {"rank": 4, "alpha": 8},
+    "batch_size": 7, "max_steps": 4, "learning_rate": 1e-3, "max_length": 128,
+    "logging_steps": 1, "adam_epsilon": 1e-6, "lora": {"rank": 4, "alpha": 8},
 }  # fmt: skip
 # Lengths of the eager run, and of its token budget.
 LENGTHS = (128, 256)

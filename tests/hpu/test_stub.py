@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tandem.artifact.files import read_jsonl
 from tandem.train.runtime import Runtime
 
 from ..stages.made_inputs import make_model_folder
@@ -96,12 +97,11 @@ def test_only_declared_shapes_reach_the_model(done: Done, mode: str) -> None:
     assert {rows for rows, _, _ in seen["inputs"]} == lengths
     # SFT's records and DPO's differ in density, so each stage declares its own.
     assert len(seen["inputs"]) <= 2 * len(lengths)
-    # Every operator and every result's shape is the same for every micro-batch of a shape; a
-    # step's first backward sets gradients where the others add to them.
-    stages = 2
+    # Every operator and every result's shape is the same for every micro-batch of a shape, in
+    # SFT, in DPO and in its reference pass. But dropout makes its constants in the first forward,
+    # and a step's first backward sets gradients where the others add to them.
     for name, count in seen["streams"].items():
-        most = {"forward": 1, "backward": 2, "reference": 1}[name.split()[0]]
-        assert count <= most * stages, name
+        assert count <= {"forward": 3, "backward": 4, "reference": 1}[name.split()[0]], name
     assert {name.split()[0] for name in seen["streams"]} == {"forward", "backward", "reference"}
 
 
@@ -128,10 +128,7 @@ def test_results_equal_an_ordinary_run_on_the_cpu(done: Done, mode: str, stage: 
     for name, tensor in wanted.items():
         off = float((found[name] - tensor).norm() / tensor.norm())
         assert off < 5e-5, name
-    metrics = [
-        [json.loads(line) for line in (done.home / run / stage / "metrics.jsonl").open()]
-        for run in (mode, "cpu")
-    ]
+    metrics = [read_jsonl(done.home / run / stage / "metrics.jsonl") for run in (mode, "cpu")]
     for ours, theirs in zip(*metrics, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -174,8 +171,8 @@ def test_a_record_beyond_the_declared_lengths_stops_before_the_first_step(done: 
         "--max_length", "128", "--max_steps", "1",
     )  # fmt: skip
     assert ran.returncode == 2, ran.stderr
-    assert f"hpu.buckets: {data}, row 4 feeds" in ran.stderr.replace("\n", " ")
-    assert "the lengths are 8, 16" in ran.stderr
+    assert f"hpu.buckets: {data}, row " in ran.stderr
+    assert "and the lengths are 8, 16. Add a length of at least" in ran.stderr
     assert not (done.home / "too-long" / "metrics.jsonl").exists()
 
 

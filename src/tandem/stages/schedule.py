@@ -48,7 +48,7 @@ def resolve_schedule(
         "base": base,
         "tokens_per_microbatch": min(budget for budget, _, _ in found),
         "threads": min(threads for _, threads, _ in found),
-        "kernels": numerics() if device.is_host else "torch",
+        "kernels": numerics() if device.is_host else device.graphs,
         "ordered_weights": all(fits for _, _, fits in found),
         "processes": len(found),
         "device": device.kind,

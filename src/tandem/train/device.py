@@ -108,6 +108,11 @@ class Device:
         )
         return found
 
+    @property
+    def graphs(self) -> str:
+        """How operations become kernels on it, in a word: other graphs round differently."""
+        return "torch, lazy graphs" if self.lazy else "torch"
+
     def step_boundary(self) -> None:
         """After each backward and each optimizer step: in lazy mode, launch what was gathered."""
         if self.lazy:

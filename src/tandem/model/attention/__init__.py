@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from tandem.errors import UserError
 from tandem.model.attention.dense import dense_attention
@@ -122,8 +122,10 @@ def use_backend(model: nn.Module, backend: str) -> None:
             "read packed trees. Use attention: padded (or auto)."
         )
     name = f"tandem_{backend}"
+    # transformers makes no masks for an attention without an AttentionMaskInterface of its name,
+    # which is right: from position ids it would take a pair's second branch for a new document,
+    # and it would wait for the device to look at them. The layout says what is visible instead.
     AttentionInterface.register(name, _BACKENDS[backend])
-    AttentionMaskInterface.register(name, _no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
     if not hasattr(model, "tandem_rows"):
         model.tandem_rows = skip_unread_rows(model)  # type: ignore[assignment]
@@ -140,10 +142,4 @@ def _why_not_segments(examined: Examined) -> str | None:
         return "the model soft-caps attention scores"
     if any(query != value for query, value in examined.head_sizes):
         return "the model's value heads have another size than its query heads"
-    return None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    # transformers would derive packed masks from position ids and take a pair's second branch
-    # for a new document; the layout says what is visible instead.
     return None
