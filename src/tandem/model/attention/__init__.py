@@ -14,6 +14,7 @@ from tandem.model.attention.examine import Examined, decoder_of, examine
 from tandem.model.attention.fused import fused_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.segments import segments_attention
+from tandem.model.attention.static import choose_static
 from tandem.model.attention.varlen import varlen_attention, why_not_varlen
 from tandem.model.rows import skip_unread_rows
 
@@ -32,7 +33,6 @@ _BACKENDS: dict[str, Callable[..., Any]] = {
     "dense": dense_attention,
     "fused": fused_attention,
 }
-_ONE_GRAPH_A_SHAPE = "this device compiles a graph for every shape"
 
 
 def choose_backend(
@@ -53,7 +53,7 @@ def choose_backend(
     Raises UserError when the requested backend cannot compute this model.
     """
     if static_shapes:
-        return _static_backend(requested, model, fused)
+        return choose_static(requested, model, fused=fused)
     if requested == "padded":
         return requested, "asked for"
     examined = examine(model)
@@ -83,27 +83,6 @@ def choose_backend(
         fastest = "the fastest that computes this model"
         return "segments", f"not varlen: {obstacles['varlen']}" if on_cuda else fastest
     return "dense", obstacles["segments"]
-
-
-def _static_backend(requested: str, model: Any, fused: bool) -> tuple[str, str]:
-    """dense, or fused: one call under a mask, the only forms whose shapes records do not decide."""
-    if requested not in ("auto", "dense") or (requested == "dense" and fused):
-        other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
-        raise UserError(
-            f"attention: {requested} cannot be used here: {_ONE_GRAPH_A_SHAPE}. Use {other}."
-        )
-    examined = examine(model)
-    if examined.obstacle is not None:
-        raise UserError(
-            f"{type(model).__name__} cannot read packed trees ({examined.obstacle}), and padded "
-            f"rows have no declared shapes, while {_ONE_GRAPH_A_SHAPE}. Use another device."
-        )
-    if fused and examined.softcap:
-        raise UserError(
-            "hpu.fused_attention: the model soft-caps attention scores, which FusedSDPA cannot. "
-            "Set it to false."
-        )
-    return ("fused", "asked for") if fused else ("dense", _ONE_GRAPH_A_SHAPE)
 
 
 def use_backend(model: nn.Module, backend: str) -> None:
