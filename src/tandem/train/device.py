@@ -230,14 +230,15 @@ def _numbered(kind: str) -> str:
             f"{launch.count} processes were started, but torch has nothing that carries gradients "
             "between processes on MPS. Start one, or use device: cpu."
         )
+    if kind == "hpu":  # the bridge gives each process a card of its own, always the current one
+        return kind
     there = getattr(torch, kind).device_count()
     if launch.local_count > there:
         raise UserError(
             f"{launch.local_count} processes were started on a machine with {there} "
             f"{kind.upper()} device{'s' if there != 1 else ''}; start one for each"
         )
-    # Habana's bridge gives each process a card of its own, which is always the current one.
-    return kind if kind == "hpu" else f"{kind}:{launch.local_rank}"
+    return f"{kind}:{launch.local_rank}"
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.train.launch import launched
 
 _MODE = "PT_HPU_LAZY_MODE"
 
@@ -59,6 +60,8 @@ def load_bridge(*, lazy: bool | None) -> None:
         )
     import_module("habana_frameworks.torch")
     import_module("habana_frameworks.torch.core")
+    if launched().count > 1:  # gives each process its card
+        import_module("habana_frameworks.torch.distributed.hccl")
     from transformers.utils import is_torch_hpu_available
 
     is_torch_hpu_available()
