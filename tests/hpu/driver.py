@@ -122,14 +122,16 @@ def install(watch: Watch) -> None:
         watch.inputs.add((batch.tokens, len(batch.target_id), batch.sequences))
         if not torch.is_grad_enabled():
             return watch.during("reference", lambda: forward(self, batch))
-        watch.loop = True
+        watch.loop = getattr(self.model, "tandem_steps", 0) > 0
         return watch.during("forward", lambda: forward(self, batch))
 
-    def went_back(self: Any, loss: Any) -> None:
-        watch.during("backward", lambda: backward(self, loss))
+    def went_back(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch.during("backward", lambda: backward(self, *args, **kwargs))
 
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch.loop = False
+        # The step-0 check of DPO may wait; from the second step on nothing has a reason to.
+        self.model.tandem_steps = 1
         return step(self, *args, **kwargs)
 
     Scorer.forward = scored  # type: ignore[method-assign]
