@@ -60,6 +60,7 @@ class Watch:
     def __init__(self) -> None:
         self.region = ""
         self.loop = False
+        self.pending = 0
         self.shape = 0
         self.syncs: dict[str, int] = {}
         self.streams: dict[str, set[str]] = {}
@@ -73,9 +74,9 @@ class Watch:
 
         base = name.split(".")[0]
         if base in SYNCS:
-            place = self.region or ("loop" if self.loop else "")
-            if place:
-                self.syncs[place] = self.syncs.get(place, 0) + 1
+            if self.region:
+                self.syncs[self.region] = self.syncs.get(self.region, 0) + 1
+            self.pending += self.loop
         if self._ops is not None:
             outs = out if isinstance(out, tuple | list) else (out,)
             shapes = [tuple(o.shape) for o in outs if isinstance(o, torch.Tensor)]
@@ -83,6 +84,9 @@ class Watch:
 
     def during(self, region: str, work: Callable[[], Any]) -> Any:
         """Run work in a region, and keep the digest of its operators for the current shape."""
+        # Another forward or backward of the step follows what was waited for.
+        self.syncs["between"] = self.syncs.get("between", 0) + self.pending
+        self.pending = 0
         self.region, self._ops = region, hashlib.sha256()
         try:
             return work()
@@ -129,7 +133,7 @@ def install(watch: Watch) -> None:
         watch.during("backward", lambda: backward(self, *args, **kwargs))
 
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch.loop = False
+        watch.loop, watch.pending = False, 0
         # The step-0 check of DPO may wait; from the second step on nothing has a reason to.
         self.model.tandem_steps = 1
         return step(self, *args, **kwargs)

@@ -206,6 +206,9 @@ def _merge_parser() -> Parser:
         "--chat_template", metavar="NAME|FILE", help="default: the one in the adapter's folder"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the check computes"
+        "--device",
+        choices=("auto", "cpu", "cuda", "hpu", "xpu", "mps"),
+        default="auto",
+        help="where the check computes",
     )
     return parser
