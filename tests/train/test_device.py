@@ -13,6 +13,7 @@ import torch
 from tandem.errors import UserError
 from tandem.train import gaudi
 from tandem.train.device import Device, choose_device, token_budget
+from tandem.train.engine import Engine
 from tandem.train.runtime import Hpu
 
 
@@ -119,6 +120,13 @@ def test_what_each_can(
     assert device.is_host is (kind == "cpu")
     assert (device.lazy, device.fused_adamw, device.fused_attention) == (False, False, False)
     assert device.adamw is torch.optim.AdamW
+
+
+def test_a_device_that_accelerate_does_not_take_is_refused(machine: Machine) -> None:
+    taken = types.SimpleNamespace(device=torch.device("cuda"))
+    machine.patch.setattr("tandem.train.engine.Accelerator", lambda **_: taken)
+    with pytest.raises(UserError, match="device: xpu was asked for, but accelerate prefers cuda"):
+        Engine(Device(torch.device("xpu"), torch.float32))
 
 
 def test_float64_is_refused_where_there_is_none(machine: Machine) -> None:

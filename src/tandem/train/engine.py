@@ -54,6 +54,7 @@ class Engine:
         self.accelerator = Accelerator(
             cpu=device.is_host, mixed_precision=precision, kwargs_handlers=handlers
         )
+        _same_device(self.accelerator, device)
         self.processes = _processes(self.accelerator, launch, device)
         self.model: Any = None
         self.scorer: Any = None
@@ -114,6 +115,16 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         self.device.step_boundary()
         return norm
+
+
+def _same_device(accelerator: Accelerator, device: Device) -> None:
+    """accelerate chooses a device by itself; autocast and gradients must be on tandem's."""
+    taken = accelerator.device.type
+    if taken != device.kind:
+        raise UserError(
+            f"device: {device.kind} was asked for, but accelerate prefers {taken} on this machine. "
+            f"Hide that device, or set ACCELERATE_TORCH_DEVICE={device.kind}."
+        )
 
 
 def _processes(accelerator: Accelerator, launch: Launch, device: Device) -> Processes:
