@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,16 @@ ALLOWED = {
 
 # Third-party packages with one home each.
 HOMES = {
-    "torch": {"data/collate.py", "losses", "model", "train", "stages", "chat", "demo"},
+    "torch": {
+        "data/collate.py",
+        "data/buckets.py",
+        "losses",
+        "model",
+        "train",
+        "stages",
+        "chat",
+        "demo",
+    },
     "peft": {"model/adapter.py", "model/merge.py"},
     "accelerate": {"train/engine.py"},
 }
@@ -71,6 +81,19 @@ def test_third_parties_stay_at_home(path: Path) -> None:
     for package, homes in HOMES.items():
         if any(name.split(".")[0] == package for name in imports(path)):
             assert any(relative == home or relative.startswith(home + "/") for home in homes)
+
+
+def test_vendors_have_one_home() -> None:
+    """Which device there is, is asked in one place; models choose kernels by it."""
+    homes = {"train/device.py", "train/gaudi.py"}
+    named = re.compile(r"torch\.(cuda|xpu|hpu|mps)\b|habana_frameworks|torch\.backends\.(cuda|mps)")
+    found = {
+        relative
+        for path in modules()
+        if named.search(path.read_text())
+        and not (relative := str(path.relative_to(PACKAGE))).startswith("model/")
+    }
+    assert found == homes
 
 
 def test_stages_do_not_import_each_other() -> None:

@@ -307,7 +307,7 @@ def _not_a_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def _bug(patch: pytest.MonkeyPatch) -> None:
-    def crash(*_: Any) -> None:
+    def crash(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     patch.setattr("tandem.stages.training.choose_backend", crash)

@@ -9,7 +9,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.load import load_recipe
-from tandem.recipe.schema import AttentionBackend, Training
+from tandem.recipe.schema import AttentionBackend, Hpu, Training
 from tandem.recipe.seed_call import StageCall, stage_call
 from tandem.recipe.seed_flags import FLAGS
 
@@ -142,7 +142,10 @@ def test_dropout_acts_in_sft_and_is_reported_in_dpo() -> None:
     assert "--lora_dropout is 1.5" in _message("dpo", lora_dropout=1.5)
 
 
-@pytest.mark.parametrize("flag", ["use_habana", "use_lazy_mode", "pad_max"])
+@pytest.mark.parametrize(
+    "flag",
+    ["use_habana", "use_lazy_mode", "pad_max", "hpu_fused_attention", "hpu_fused_optimizer"],
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_flag_that_cannot_act_is_accepted_and_reported_once(stage: Stage, flag: str) -> None:
     plain = _call(stage)
@@ -151,6 +154,34 @@ def test_a_flag_that_cannot_act_is_accepted_and_reported_once(stage: Stage, flag
     lines = [notice for notice in call.notices if f"--{flag} does nothing here: " in notice]
     assert len(lines) == 1
     assert _call(stage, **{flag: False}).notices == plain.notices
+
+
+def test_on_gaudi_the_seeds_flags_act() -> None:
+    values = {**REQUIRED, "use_habana": True, "use_lazy_mode": True, "pad_max": True}
+    call = stage_call("dpo", values, gaudi=True)
+    assert (call.device, call.hpu) == ("hpu", Hpu(lazy_mode=True, buckets="max"))
+    assert not any("does nothing" in notice for notice in call.notices)
+    plain = stage_call("dpo", REQUIRED, gaudi=True)
+    assert (plain.device, plain.hpu) == ("auto", Hpu())
+    kernels = {"hpu_fused_attention": True, "hpu_fused_optimizer": True}
+    given = {**REQUIRED, "hpu_buckets": ["512", "1024"], **kernels}
+    assert stage_call("sft", given, gaudi=True).hpu == Hpu(
+        buckets=(512, 1024), fused_attention=True, fused_optimizer=True
+    )
+    assert stage_call("sft", given).hpu == Hpu()
+
+
+def test_flags_about_gaudi_that_contradict_each_other() -> None:
+    def message(**values: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            stage_call("sft", {**REQUIRED, **values}, gaudi=True)
+        return str(caught.value)
+
+    assert "--use_habana and --device cpu" in message(use_habana=True, device="cpu")
+    assert "--use_habana false and --device hpu" in message(use_habana=False, device="hpu")
+    assert "--pad_max" in message(pad_max=True, hpu_buckets=["64"])
+    assert "--hpu_buckets is 'a b'" in message(hpu_buckets=["a", "b"])
+    assert stage_call("sft", {**REQUIRED, "use_habana": False}, gaudi=True).device == "cpu"
 
 
 def test_bf16_and_another_dtype_contradict_each_other() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tandem.cli.environment import prepare_gaudi
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
 from tandem.errors import UserError
@@ -25,9 +26,12 @@ def run(argv: list[str]) -> int:
         print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0
     from tandem.cli.notices import notice_console
-    from tandem.stages.pipeline import run_pipeline
 
     console = notice_console()
+    for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
+        console.print(notice, markup=False, soft_wrap=True)
+    from tandem.stages.pipeline import run_pipeline
+
     found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
     _finish(run_dir, found)
     return 0

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tandem.cli.environment import prepare_gaudi
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
 from tandem.recipe.seed_flags import Stage, flags_of
+from tandem.train.gaudi import bridge_installed
 from tandem.train.launch import launched
 
 if TYPE_CHECKING:
@@ -96,9 +98,9 @@ def _stage_call(stage: Stage, argv: list[str]) -> StageCall | None:
     from tandem.cli.notices import notice_console
     from tandem.recipe.seed_call import stage_call
 
-    call = stage_call(stage, values, devices=launched().count)
+    call = stage_call(stage, values, devices=launched().count, gaudi=bridge_installed())
     console = notice_console()
-    for notice in call.notices:
+    for notice in (*prepare_gaudi(lazy=call.hpu.lazy_mode), *call.notices):
         console.print(notice, markup=False, soft_wrap=True)
     if not dry_run:
         return call
@@ -124,13 +126,14 @@ def _call_text(call: StageCall) -> str:
             "chat_template": call.chat_template,
             "seed": call.seed,
             "device": call.device,
-            "dtype": "bfloat16 on CUDA, float32 on a CPU" if call.bf16 else call.dtype,
+            "dtype": "bfloat16, but float32 on a CPU or MPS" if call.bf16 else call.dtype,
             "attention": call.attention,
             "tokens_per_microbatch": call.tokens_per_microbatch,
             "engine": call.engine,
             "timeout_minutes": call.timeout_minutes,
             "quantization": call.quantization,
             "compile": call.compile,
+            "hpu": call.hpu.model_dump(mode="json"),
             "settings": call.settings.model_dump(mode="json"),
         }
     )
@@ -139,7 +142,7 @@ def _call_text(call: StageCall) -> str:
 def _common(call: StageCall) -> dict[str, Any]:
     """What both stages' functions take besides their settings."""
     from tandem.cli.notices import notice_console
-    from tandem.train.runtime import Runtime
+    from tandem.train.runtime import Hpu, Runtime
 
     console = notice_console()
     return {
@@ -157,6 +160,7 @@ def _common(call: StageCall) -> dict[str, Any]:
             timeout_minutes=call.timeout_minutes,
             quantization=call.quantization,
             compile=call.compile,
+            hpu=Hpu(**call.hpu.model_dump()),
         ),
         "console": console,
     }
@@ -168,11 +172,11 @@ def _dtype(call: StageCall, console: Console) -> str:
         return call.dtype
     from tandem.train.device import choose_device
 
-    if choose_device(call.device, "auto").kind != "cpu":
+    if choose_device(call.device, "auto").autocast is not None:
         return "bfloat16"
     console.print(
-        "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
-        "(--dtype bfloat16 insists)",
+        "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs and "
+        "not on every MPS (--dtype bfloat16 insists)",
         markup=False,
         soft_wrap=True,
     )
@@ -202,6 +206,9 @@ def _merge_parser() -> Parser:
         "--chat_template", metavar="NAME|FILE", help="default: the one in the adapter's folder"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the check computes"
+        "--device",
+        choices=("auto", "cpu", "cuda", "hpu", "xpu", "mps"),
+        default="auto",
+        help="where the check computes",
     )
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class MicroBatch:
         sequences: S, the number of sequences; a tree's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
+        spans: `row_spans` of the segments, in a micro-batch that was filled up to a declared shape.
     """
 
     input_ids: Tensor
@@ -61,6 +63,7 @@ class MicroBatch:
     sequences: int
     sequence_tokens: tuple[int, ...]
     dropout_keys: Tensor | None = None
+    spans: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,18 +74,12 @@ class MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         if self.input_ids.device == device:
             return self
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            target_row=self.target_row.to(device, non_blocking=True),
-            target_id=self.target_id.to(device, non_blocking=True),
-            target_sequence=self.target_sequence.to(device, non_blocking=True),
-            read_rows=self.read_rows.to(device, non_blocking=True),
-            dropout_keys=None
-            if self.dropout_keys is None
-            else self.dropout_keys.to(device, non_blocking=True),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def fed_tokens(tree: Tree) -> int:
@@ -120,6 +117,17 @@ def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) ->
         sequence_tokens=tuple(parts.sequence_tokens),
         dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,
     )
+
+
+def row_spans(segments: Sequence[Segment]) -> Tensor:
+    """[3, T] int64: where each row's segment starts, and where its prefix starts and stops.
+
+    Row i sees rows j with start <= j <= i, and those of the prefix. Two comparisons of these make
+    a mask on any device, whatever the segments are.
+    """
+    spans = [(s.start, s.prefix_start, s.prefix_stop) for s in segments]
+    lengths = torch.tensor([s.stop - s.start for s in segments])
+    return torch.tensor(spans, dtype=torch.int64).T.repeat_interleave(lengths, dim=1)
 
 
 def without_sharing(tree: Tree) -> list[Tree]:

@@ -30,16 +30,20 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        model: nn.Module,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        sums: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
+        self.sums = sums
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Log-probability of the trained tokens of each sequence [S], summed in float64."""
+        """Log-probability of the trained tokens of each sequence [S], in `sums`."""
         with self.precision():
-            return sequence_logps(self.model, batch)
+            return sequence_logps(self.model, batch, self.sums)
 
 
 def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[int, ...]]:
@@ -70,13 +74,14 @@ def check_head(model: Any) -> None:
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
+        exact = logits.cpu().double()  # not every device has float64
         decoder = decoder_of(model)
         if decoder is None:
             raise UserError(f"{type(model).__name__} has no decoder that tandem can find")
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-        tokens = logits.argsort(dim=-1)[:, [0, -1]].T.flatten()  # the least and the most likely
-        found = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens)
-        wanted = logits.double().log_softmax(-1).repeat(2, 1).gather(1, tokens[:, None])[:, 0]
+        tokens = exact.argsort(dim=-1)[:, [0, -1]].T.flatten()  # the least and the most likely
+        found = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens.to(model.device)).cpu()
+        wanted = exact.log_softmax(-1).repeat(2, 1).gather(1, tokens[:, None])[:, 0]
     rounding = 2 * torch.finfo(model.dtype).eps * float(logits.abs().max())
     off = float((found - wanted).abs().max())
     if not off <= rounding + 2e-4:
@@ -86,7 +91,9 @@ def check_head(model: Any) -> None:
         )
 
 
-def sequence_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
+def sequence_logps(
+    model: nn.Module, batch: MicroBatch, sums: torch.dtype = torch.float64
+) -> Tensor:
     """Summed log-probability of each sequence's trained tokens.
 
     Only hidden states that predict a trained token meet the output head.
@@ -95,13 +102,25 @@ def sequence_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
         model: a transformers causal language model, adapters injected or not, that
             `attention.use_backend` has prepared.
         batch: the micro-batch, on the model's device.
+        sums: float64, or float32 for devices without it.
 
     Returns:
-        [S] float64: in float32 a long answer's sum is off by 1e-4, and DPO's gradient follows it.
+        [S] in `sums`: added up plainly in float32 a long answer's sum is off by 1e-4, and DPO's
+        gradient follows it. There, it is rounded once.
     """
     logps = token_logps(model, batch)
-    sums = torch.zeros(batch.sequences, dtype=torch.float64, device=logps.device)
-    return sums.index_add(0, batch.target_sequence, logps.double())
+    # One slot more than sequences, for targets that only fill a declared shape up.
+    empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
+    if sums == torch.float64:
+        found = empty.index_add(0, batch.target_sequence, logps.double())
+    else:
+        # Multiples of 2^-10 add up exactly up to 2^14 nats; what remains of each is too small
+        # for its sum's rounding to matter.
+        coarse = (logps.detach() * 2**10).round() / 2**10
+        found = empty.index_add(0, batch.target_sequence, coarse) + empty.index_add(
+            0, batch.target_sequence, logps - coarse
+        )
+    return found[: batch.sequences]
 
 
 def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -118,7 +137,7 @@ def _packed(causal: Any, batch: MicroBatch) -> Tensor:
     set_dropout_keys(causal, batch.dropout_keys)
     # Stays until the next micro-batch: activation checkpointing computes the layer once more.
     causal.tandem_rows.rows = batch.read_rows
-    layout = TreeLayout(batch.segments, batch.position_ids)
+    layout = TreeLayout(batch.segments, batch.position_ids, batch.spans)
     decoder: Any = decoder_of(causal)
     hidden = decoder(
         input_ids=batch.input_ids[None],

@@ -85,5 +85,5 @@ def _token_logps(model: Any, probes: Sequence[Sequence[int]]) -> Tensor:
         for probe in probes:
             ids = torch.tensor([list(probe[:_MAX_TOKENS])], device=model.device)
             logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-            found.append(logps[:-1].gather(1, ids[0, 1:, None])[:, 0].double().cpu())
+            found.append(logps[:-1].gather(1, ids[0, 1:, None])[:, 0].cpu().double())
     return torch.cat(found)

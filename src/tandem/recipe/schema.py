@@ -237,9 +237,10 @@ class Hpu(Section):
     lazy_mode: bool = Field(
         default=False, description="Gather graphs and launch them at step boundaries."
     )
-    buckets: tuple[Positive, ...] | Literal["auto"] = Field(
+    buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["auto", "max"] = Field(
         default="auto",
-        description="Lengths in tokens that micro-batches are filled up to; each is compiled once.",
+        description="Lengths in tokens that micro-batches are filled up to, each compiled once; "
+        "`max`: one, of the longest.",
     )
     fused_attention: bool = Field(default=False, description="Habana's FusedSDPA.")
     fused_optimizer: bool = Field(default=False, description="Habana's FusedAdamW.")
@@ -265,14 +266,15 @@ class Recipe(Section):
     )
     device: Device = Field(default="auto", description="Where to train.")
     dtype: Dtype = Field(
-        default="auto", description="Of the frozen weights; auto: bfloat16 on CUDA, float32 on CPU."
+        default="auto",
+        description="Of the frozen weights; auto: float32 on CPU and MPS, bfloat16 elsewhere.",
     )
     attention: AttentionBackend = Field(
         default="auto",
         description=(
             "`segments` and `varlen` (CUDA, half precision) compute shared prompts once, `dense` "
-            "too, under a plain mask; `padded` feeds one row a sequence to the model's own "
-            "attention."
+            "too, under a plain mask, and alone on Gaudi; `padded` feeds one row a sequence to the "
+            "model's own attention."
         ),
     )
     tokens_per_microbatch: Positive | Literal["auto"] = Field(

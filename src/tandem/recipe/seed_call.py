@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.explain import explain
-from tandem.recipe.schema import Dpo, Sft
+from tandem.recipe.schema import Dpo, Hpu, Sft
 from tandem.recipe.seed_flags import FLAGS, Stage, flags_of
 from tandem.recipe.yaml_source import Location
 
@@ -56,11 +56,16 @@ _SEED_LORA: dict[Stage, tuple[float, float, tuple[str, ...]]] = {  # alpha, drop
     "dpo": (16.0, 0.0, ("k_proj", "q_proj", "v_proj")),
 }
 
+# What only Gaudi cards heed, and why it does nothing elsewhere.
 _NOTICES = {
-    "use_habana": "this version has no Gaudi backend; --device chooses among auto, cpu and cuda",
-    "use_lazy_mode": "lazy mode belongs to Gaudi, which this version does not train on",
+    "use_habana": "there is no Gaudi card in use (Habana's bridge to torch is not installed, or "
+    "another device was asked for)",
+    "use_lazy_mode": "lazy mode belongs to Gaudi cards",
     "pad_max": "sequences are packed by length; padding them would only cost time, "
     "the result is the same",
+    "hpu_buckets": "shapes are free on this device",
+    "hpu_fused_attention": "the kernel belongs to Gaudi cards",
+    "hpu_fused_optimizer": "the kernel belongs to Gaudi cards",
 }
 
 
@@ -86,16 +91,18 @@ class StageCall:
     timeout_minutes: int
     quantization: str | None
     compile: bool
+    hpu: Hpu
     notices: tuple[str, ...]
 
 
-def stage_call(stage: Stage, values: Values, *, devices: int = 1) -> StageCall:
+def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = False) -> StageCall:
     """Turn the flags that were given into a stage's settings.
 
     Args:
         stage: sft or dpo.
         values: the flags given, by name with underscores; absent ones take the seed's values.
         devices: how many devices take part; a factor of the global batch.
+        gaudi: whether Habana's bridge is installed, so that `auto` may find Gaudi cards.
 
     Raises UserError naming the flags for missing, contradicting or impossible values.
     """
@@ -116,6 +123,8 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1) -> StageCall:
         "lora": _lora(stage, values),
     }
     section["max_length"], section["max_prompt_length"], length_notice = _lengths(stage, values)
+    device = _device(values, gaudi)
+    on_gaudi = device == "hpu" or (device == "auto" and gaudi)
     if "max_grad_norm" in values:
         section["max_grad_norm"] = values["max_grad_norm"] or None
     return StageCall(
@@ -125,7 +134,7 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1) -> StageCall:
         chat_template=values.get("chat_template"),
         seed=_seed(values),
         settings=_validated(stage, section, values),
-        device=values.get("device", "auto"),
+        device=device,
         dtype=_dtype(values),
         bf16=values.get("bf16"),
         attention=values.get("attention", "auto"),
@@ -134,7 +143,8 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1) -> StageCall:
         timeout_minutes=_positive("timeout_minutes", values.get("timeout_minutes", 60)),
         quantization=values.get("quantization"),
         compile=values.get("compile", False),
-        notices=(*_ineffective(stage, values), *batch_notice, *length_notice),
+        hpu=_hpu(values) if on_gaudi else Hpu(),
+        notices=(*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice),
     )
 
 
@@ -224,6 +234,41 @@ def _lengths(stage: Stage, values: Values) -> tuple[int, int, tuple[str, ...]]:
     return length, half, (notice,)
 
 
+def _device(values: Values, gaudi: bool) -> str:
+    """The device, as --device and --use_habana say it together."""
+    device, habana = str(values.get("device", "auto")), values.get("use_habana")
+    if device == "hpu" and habana is False:
+        raise UserError("--use_habana false and --device hpu contradict each other; keep one")
+    if not gaudi or habana is None:
+        return device
+    if device not in ("auto", "hpu") and habana:
+        raise UserError(f"--use_habana and --device {device} contradict each other; keep one")
+    if device != "auto":
+        return device
+    return "hpu" if habana else "cpu"
+
+
+def _hpu(values: Values) -> Hpu:
+    """The hpu section that the flags stand for."""
+    lengths = list(values.get("hpu_buckets", ["auto"]))
+    if values.get("pad_max"):
+        if "hpu_buckets" in values:
+            raise UserError("--pad_max is one length, and --hpu_buckets says others; keep one")
+        lengths = ["max"]
+    if lengths not in (["auto"], ["max"]) and not all(
+        text.isdigit() and int(text) > 0 for text in lengths
+    ):
+        raise UserError(
+            f"--hpu_buckets is {' '.join(lengths)!r}, but it must be numbers above 0, or auto"
+        )
+    return Hpu(
+        lazy_mode=values.get("use_lazy_mode", False),
+        buckets=lengths[0] if lengths[0] in ("auto", "max") else tuple(map(int, lengths)),
+        fused_attention=values.get("hpu_fused_attention", False),
+        fused_optimizer=values.get("hpu_fused_optimizer", False),
+    )
+
+
 def _dtype(values: Values) -> str:
     dtype, bf16 = str(values.get("dtype", "auto")), values.get("bf16")
     if bf16 and dtype not in ("auto", "bfloat16"):
@@ -256,9 +301,9 @@ def _positive(name: str, value: int) -> int:
     return int(value)
 
 
-def _ineffective(stage: Stage, values: Values) -> Iterable[str]:
+def _ineffective(stage: Stage, values: Values, on_gaudi: bool) -> Iterable[str]:
     for name, reason in _NOTICES.items():
-        if values.get(name):
+        if values.get(name) and not on_gaudi:
             yield f"--{name} does nothing here: {reason}"
     if stage == "dpo" and values.get("lora_dropout"):
         yield (

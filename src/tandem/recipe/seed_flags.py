@@ -81,7 +81,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
-    Flag("bf16", boolean, "bfloat16 on CUDA; a CPU trains in float32 and says so"),
+    Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),
     Flag("device", str, "where to train", choices=("auto", "cpu", "cuda", "hpu", "xpu", "mps")),
     Flag("dtype", str, "of the weights", choices=("auto", "float32", "bfloat16", "float16")),
     Flag("attention", str, "attention form", choices=_ATTENTION),
@@ -90,9 +90,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("timeout_minutes", int, "how long a process waits for the others (60)"),
     Flag("quantization", str, "the frozen base in 4 bits", choices=("nf4",)),
     Flag("compile", boolean, "compile the decoder's layers with torch.compile"),
-    Flag("use_habana", boolean, "accepted, see the note it prints"),
-    Flag("use_lazy_mode", boolean, "accepted, see the note it prints"),
-    Flag("pad_max", boolean, "accepted, see the note it prints"),
+    Flag("use_habana", boolean, "train on Gaudi cards, where there are some"),
+    Flag("use_lazy_mode", boolean, "Gaudi's lazy mode"),
+    Flag("pad_max", boolean, "on Gaudi: one length for every micro-batch"),
+    Flag("hpu_buckets", str, "on Gaudi: lengths of micro-batches, or auto", many=True),
+    Flag("hpu_fused_attention", boolean, "on Gaudi: Habana's FusedSDPA"),
+    Flag("hpu_fused_optimizer", boolean, "on Gaudi: Habana's FusedAdamW"),
 )
 
 

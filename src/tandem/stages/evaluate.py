@@ -87,7 +87,7 @@ def run_evaluation(
             return found
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
         asked_questions = read_questions(questions) if questions else []
-        device = choose_device(runtime.device, runtime.dtype)
+        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         asked = {}
         for label, folder in folders.items():
             examiner = _Examiner(folder, chat_template, device, runtime, console, label)
@@ -130,7 +130,9 @@ class _Examiner:
         )
         self.model = load_model(folder, dtype=device.weights, device=device.torch_device)
         self.device = device
-        self.backend, why = choose_backend(runtime.attention, self.model)
+        self.backend, why = choose_backend(
+            runtime.attention, self.model, static_shapes=device.static_shapes
+        )
         if self.backend == "padded":
             say(console, f"{label}: attention padded ({why})")
         check_head(self.model)
@@ -256,7 +258,7 @@ class _Examiner:
         with torch.no_grad():
             for members in micro_batches(self.model, trees, self.budget):
                 batch = collate([trees[i] for i in members]).to(self.device.torch_device)
-                logps = sequence_logps(self.model, batch).double().cpu()
+                logps = sequence_logps(self.model, batch, self.device.sums).cpu().double()
                 found[list(members)] = logps.view(len(members), -1)
         return found
 

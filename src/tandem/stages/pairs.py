@@ -82,7 +82,7 @@ def run_pairs(
             say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "pairs", inputs, {"model": model})
-        device = choose_device(runtime.device, runtime.dtype)
+        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         maker = _Maker(
             load_model(folder, dtype=device.weights, device=device.torch_device),
             load_tokenizer(folder),

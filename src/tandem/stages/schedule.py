@@ -43,14 +43,14 @@ def resolve_schedule(
         lambda: (
             token_budget(requested, device, config),
             torch.get_num_threads(),
-            0 < copies <= device.free_memory() * _COPIES_SHARE / processes.count,
+            device.is_host and 0 < copies <= device.free_memory() * _COPIES_SHARE / processes.count,
         )
     )
     return {
         "base": base,
         "tokens_per_microbatch": min(budget for budget, _, _ in found),
         "threads": min(threads for _, threads, _ in found),
-        "kernels": numerics() if device.kind == "cpu" else "torch",
+        "kernels": numerics() if device.is_host else device.graphs,
         "ordered_weights": all(fits for _, _, fits in found),
         "processes": len(found),
         "engine": engine.strategy.name,

@@ -41,6 +41,7 @@ from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, settled_by
+from tandem.stages.shapes import declared_shapes
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
@@ -120,7 +121,7 @@ def run_training(
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
     engine = Engine(
-        choose_device(runtime.device, runtime.dtype),
+        choose_device(runtime.device, runtime.dtype, runtime.hpu),
         patience=timedelta(minutes=runtime.timeout_minutes),
     )
     processes, device = engine.processes, engine.device
@@ -210,8 +211,14 @@ class _Stage:
                 device=torch.device("cpu") if engine.sharded else device.torch_device,
             )
         )
-        backend, why = processes.together(lambda: choose_backend(self.runtime.attention, model))
+        backend, why = processes.together(
+            lambda: choose_backend(
+                self.runtime.attention, model,
+                static_shapes=device.static_shapes, fused=device.fused_attention,
+            )
+        )  # fmt: skip
         schedule = self._schedule(opened.schedule, model, backend)
+        self._declare_shapes(trees, schedule)
         torch.set_num_threads(schedule["threads"])
         budget = self._budget(schedule)
         say(
@@ -219,7 +226,7 @@ class _Stage:
             f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
             f"attention {backend} ({why}), {budget.tokens} tokens a micro-batch",
         )
-        if device.kind == "cpu" and (reason := why_not()):
+        if device.is_host and (reason := why_not()):
             say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
         model = processes.together(lambda: self._adapted(model, backend))
         if schedule["ordered_weights"]:
@@ -244,6 +251,7 @@ class _Stage:
                 weight_decay=s.weight_decay,
                 betas=(s.adam_beta1, s.adam_beta2),
                 epsilon=s.adam_epsilon,
+                kind=device.adamw,
             ),
             s.max_grad_norm,
         )
@@ -316,6 +324,16 @@ class _Stage:
                 "equal up to rounding instead of bit for bit",
             )
         return now
+
+    def _declare_shapes(self, trees: Trees, schedule: dict[str, Any]) -> None:
+        self.engine.buckets, schedule["tokens_per_microbatch"] = self.engine.processes.together(
+            lambda: declared_shapes(
+                trees, self.settings,
+                device=self.engine.device, runtime=self.runtime,
+                budget=schedule["tokens_per_microbatch"], seed=self.seed,
+                tell=lambda text: say(self.console, f"{self.kind.name}: {text}"),
+            )
+        )  # fmt: skip
 
     def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
         began = time.perf_counter()

@@ -1,16 +1,20 @@
-"""Which device, number formats and token budget a run uses, and what they mean there."""
+"""The device a run uses: the only place that tells vendors apart, kernels in `model` aside."""
 
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
 import torch
 
 from tandem.errors import UserError
+from tandem.model.attention.fused import fused_kernel
+from tandem.train import gaudi
 from tandem.train.launch import launched
+from tandem.train.runtime import Hpu
 
 _DTYPES = {
     "float32": torch.float32,
@@ -18,11 +22,19 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# What carries gradients between processes; gloo elsewhere.
+_BACKENDS = {"hpu": "hccl", "cuda": "nccl", "xpu": "xccl"}
+# In this order `auto` takes the first that is there.
+_AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
+# Without AMX, bfloat16 products are slower than float32 ones on CPUs.
+_HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
 # Share of the free memory that a micro-batch's activations may take.
 _ACTIVATION_SHARE = 0.4
 # Past this many rows, larger products gain nothing on CPU but leave the caches.
 _CPU_ROWS = 2048
 _GPU_ROWS = 32768
+# Where attention runs under an explicit mask, its scores grow with the square of the rows.
+_MASKED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -30,75 +42,187 @@ class Device:
     """A resolved device.
 
     `weights` is the dtype of the frozen weights; adapters are float32 and, where the weights are
-    narrower, work under autocast to `weights`.
+    narrower, work under autocast to `weights`. `lazy` is Gaudi's lazy mode, `fused_adamw` and
+    `fused_attention` whether Habana's own kernels were asked for, and are there.
     """
 
     torch_device: torch.device
     weights: torch.dtype
+    lazy: bool = False
+    fused_adamw: bool = False
+    fused_attention: bool = False
 
     @property
     def backend(self) -> str:
-        """What carries gradients between processes on it."""
-        return "nccl" if self.kind == "cuda" else "gloo"
+        """What carries gradients between processes on it: hccl, nccl, xccl or gloo."""
+        return _BACKENDS.get(self.kind, "gloo")
 
     @property
     def kind(self) -> str:
-        """cpu or cuda."""
+        """hpu, cuda, xpu, mps or cpu."""
         return self.torch_device.type
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What operations are cast to, None where weights are as wide as the adapters."""
+        return self.weights if self.weights.itemsize < torch.float32.itemsize else None
+
+    @property
+    def sums(self) -> torch.dtype:
+        """What log-probs are summed in: float64 where there is such a thing.
+
+        MPS and Gaudi have none, and of Intel's GPUs the Arc A series has none.
+        """
+        if self.kind in ("cpu", "cuda"):
+            return torch.float64
+        if self.kind == "xpu" and torch.xpu.get_device_properties(self.torch_device).has_fp64:
+            return torch.float64
+        return torch.float32
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether every new shape compiles a graph, so that only declared ones may be met."""
+        return self.kind == "hpu"
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is the processor itself, which has kernels and weight orders of its own."""
+        return self.kind == "cpu"
+
+    @property
+    def adamw(self) -> type[torch.optim.Optimizer]:
+        """The AdamW that steps on it."""
+        found: type[torch.optim.Optimizer] = (
+            gaudi.fused_adamw() if self.fused_adamw else torch.optim.AdamW
+        )
+        return found
+
+    @property
+    def graphs(self) -> str:
+        """How operations become kernels on it, in a word: other graphs round differently."""
+        return "torch, lazy graphs" if self.lazy else "torch"
+
+    def step_boundary(self) -> None:
+        """After each backward and each optimizer step: in lazy mode, launch what was gathered."""
+        if self.lazy:
+            gaudi.mark_step()
 
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that a clock means something."""
-        if self.kind == "cuda":
-            torch.cuda.synchronize()
+        if self.kind != "cpu":
+            self._module.synchronize()
 
     def release_memory(self) -> None:
         """Give memory that is cached but not used back to the device."""
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
+        empty = None if self.kind == "cpu" else getattr(self._module, "empty_cache", None)
+        if empty is not None:
+            empty()
 
     def free_memory(self) -> int:
         """Bytes that are free now; on CPU, this process's share of them."""
-        if self.kind == "cuda":
-            return int(torch.cuda.mem_get_info(self.torch_device)[0])
-        return int(psutil.virtual_memory().available) // launched().local_count
+        if self.kind == "cpu":
+            return int(psutil.virtual_memory().available) // launched().local_count
+        if self.kind == "mps":
+            held = torch.mps.driver_allocated_memory()
+            return max(0, torch.mps.recommended_max_memory() - held)
+        return int(self._module.mem_get_info(self.torch_device)[0])
 
     def peak_memory(self) -> int:
-        """Most bytes this process has held at once: on CPU resident, on CUDA allocated."""
-        if self.kind == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.torch_device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """Most bytes this process has held at once: on CPU resident, elsewhere allocated.
+
+        MPS keeps no record of its most; there it is what the driver holds now.
+        """
+        if self.kind == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.kind == "mps":
+            return int(torch.mps.driver_allocated_memory())
+        return int(self._module.max_memory_allocated(self.torch_device))
+
+    @property
+    def _module(self) -> Any:
+        return getattr(torch, self.kind)
 
 
-def choose_device(device: str, dtype: str) -> Device:
+def choose_device(device: str, dtype: str, hpu: Hpu | None = None) -> Device:
     """Resolve `auto`; an explicit choice wins and fails when it is not there.
 
     Args:
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, hpu, xpu or mps.
         dtype: auto, float32, bfloat16, float16 (float64 for tests).
+        hpu: the mode that Gaudi cards run in, and the kernels of Habana's that are asked for; None
+            takes the mode that is set, and none of the kernels.
 
-    Raises UserError for a device this machine lacks.
+    Raises UserError with the reason for a device this machine lacks, for a dtype that it lacks,
+    and for more processes than it has.
     """
+    lazy = None if hpu is None else hpu.lazy_mode
     kind = device
     if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda was asked for, but torch sees no CUDA device here. "
-            "Use device: auto or cpu, or install a CUDA build of torch."
-        )
+        kind = next(k for k in _AUTO if _why_not(k, lazy) is None)
+    elif reason := _why_not(device, lazy):
+        raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
     if dtype == "auto":
-        # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
-        dtype = "bfloat16" if kind == "cuda" else "float32"
+        dtype = "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
+    chosen = Device(torch.device(_numbered(kind)), _DTYPES[dtype])
+    if chosen.weights == torch.float64 and chosen.sums != torch.float64:
+        raise UserError(f"dtype: float64 does not exist on {kind}; use device: cpu")
+    return _with_kernels(chosen, hpu or Hpu()) if kind == "hpu" else chosen
+
+
+def _with_kernels(device: Device, hpu: Hpu) -> Device:
+    """A Gaudi card with what its section asks for; raises UserError for what is missing."""
+    if hpu.fused_optimizer:
+        gaudi.fused_adamw()
+    if hpu.fused_attention:
+        fused_kernel()
+    return replace(
+        device,
+        lazy=gaudi.lazy_mode(),
+        fused_adamw=hpu.fused_optimizer,
+        fused_attention=hpu.fused_attention,
+    )
+
+
+def _why_not(kind: str, lazy: bool | None) -> str | None:
+    """What keeps a kind of device from being used here, None if nothing does."""
+    if kind == "hpu":
+        if not gaudi.bridge_installed():
+            return "Habana's bridge (habana_frameworks) is not installed; its containers have it"
+        gaudi.load_bridge(lazy=lazy)
+        there = hasattr(torch, "hpu") and torch.hpu.is_available()
+        return None if there else "the bridge sees no Gaudi card here"
+    found: dict[str, tuple[Callable[[], bool], str]] = {
+        "cuda": (torch.cuda.is_available, "torch sees no CUDA device here (is it a CUDA build?)"),
+        "xpu": (torch.xpu.is_available, "torch sees no Intel GPU here (is it an XPU build?)"),
+        "mps": (torch.backends.mps.is_available, "torch sees no Metal device here"),
+        "cpu": (lambda: True, ""),
+    }
+    available, reason = found[kind]
+    return None if available() else reason
+
+
+def _numbered(kind: str) -> str:
+    """The device of this process among those of its machine.
+
+    Raises UserError for more processes than devices.
+    """
     launch = launched()
-    if kind == "cuda" and launch.count > 1:
-        there = torch.cuda.device_count()
-        if launch.local_count > there:
-            raise UserError(
-                f"{launch.local_count} processes were started on a machine with {there} CUDA "
-                f"device{'s' if there > 1 else ''}; start one for each"
-            )
-        kind = f"cuda:{launch.local_rank}"
-    return Device(torch.device(kind), _DTYPES[dtype])
+    if kind == "cpu" or launch.count == 1:
+        return kind
+    if kind == "mps":
+        raise UserError(
+            f"{launch.count} processes were started, but torch has nothing that carries gradients "
+            "between processes on MPS. Start one, or use device: cpu."
+        )
+    if kind == "hpu":  # the bridge gives each process a card of its own, always the current one
+        return kind
+    there = getattr(torch, kind).device_count()
+    if launch.local_count > there:
+        raise UserError(
+            f"{launch.local_count} processes were started on a machine with {there} "
+            f"{kind.upper()} device{'s' if there != 1 else ''}; start one for each"
+        )
+    return f"{kind}:{launch.local_rank}"
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -137,4 +261,6 @@ def token_budget(requested: int | Literal["auto"], device: Device, config: Any) 
     per_token = layers * (16 * hidden + 5 * inner) * 4
     fitting = int(device.free_memory() * _ACTIVATION_SHARE / per_token)
     limit = _CPU_ROWS if device.kind == "cpu" else _GPU_ROWS
+    if device.static_shapes:
+        limit = _MASKED_ROWS
     return max(256, min(limit, fitting))

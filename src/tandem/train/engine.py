@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from tandem.data.buckets import Buckets, fill_up
 from tandem.data.collate import MicroBatch
 from tandem.errors import TandemError, UserError
 from tandem.model.score import Scorer
@@ -41,6 +42,8 @@ class Engine:
 
     def __init__(self, device: Device, *, patience: timedelta = _PATIENCE) -> None:
         self.device = device
+        # Where the device has static shapes, those that a stage declares.
+        self.buckets: Buckets | None = None
         if device.weights == torch.float16:
             raise UserError(
                 "dtype: float16 has too narrow a range to train in without loss scaling; "
@@ -54,8 +57,9 @@ class Engine:
             else []
         )
         self.accelerator = Accelerator(
-            cpu=device.kind == "cpu", mixed_precision=precision, kwargs_handlers=handlers
+            cpu=device.is_host, mixed_precision=precision, kwargs_handlers=handlers
         )
+        _same_device(self.accelerator, device)
         self.processes = _processes(self.accelerator, launch, patience)
         self.model: Any = None
         self.strategy: Any = None
@@ -86,17 +90,25 @@ class Engine:
         """
         self.model = model
         mixed = self.accelerator.mixed_precision != "no"
-        scorer = Scorer(model, self.accelerator.autocast if mixed else nullcontext)
+        precision = self.accelerator.autocast if mixed else nullcontext
+        scorer = Scorer(model, precision, self.device.sums)
         self.strategy.prepare(scorer, make_optimizer, max_grad_norm)
 
     def score(self, batch: MicroBatch) -> Tensor:
-        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off."""
+        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
+
+        Where shapes are declared, the micro-batch is filled up first, and zeros of sequences that
+        do not exist follow the others.
+        """
+        if self.buckets is not None:
+            batch = fill_up(batch, self.buckets.bucket_for(batch))
         logps: Tensor = self.strategy.score(batch.to(self.device.torch_device))
         return logps
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a part of the step's loss; `last` where no more will follow."""
         self.strategy.backward(loss, last=last)
+        self.device.step_boundary()
 
     def step(self, learning_rate: float) -> float:
         """Sum the gradients over the processes, clip, apply and clear them.
@@ -105,6 +117,7 @@ class Engine:
         """
         self.strategy.reduce()
         norm: float = self.strategy.apply(learning_rate)
+        self.device.step_boundary()
         return norm if norm >= 0 else float("nan")
 
     def exchange(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
@@ -118,6 +131,16 @@ class Engine:
             computed = compute()
             return self.processes.exchange(lambda: finish(computed))
         return self.processes.exchange(lambda: finish(compute()))
+
+
+def _same_device(accelerator: Accelerator, device: Device) -> None:
+    """accelerate chooses a device by itself; autocast and gradients must be on tandem's."""
+    taken = accelerator.device.type
+    if taken != device.kind:
+        raise UserError(
+            f"device: {device.kind} was asked for, but accelerate prefers {taken} on this machine. "
+            f"Hide that device, or set ACCELERATE_TORCH_DEVICE={device.kind}."
+        )
 
 
 def _processes(accelerator: Accelerator, launch: Launch, patience: timedelta) -> Processes:

@@ -99,14 +99,15 @@ class PreferenceObjective:
     def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
         """Sum of the pairs' losses; in the first step, the step-0 check as well."""
         policy = logps.view(-1, 2)  # [P, 2] chosen, rejected
-        reference = self.reference[list(examples)].to(policy)
+        reference, real = self._rows(examples, policy)
         if first_step:
             self._check_start(policy.detach(), reference)
         result = sigmoid_loss(
             policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=self.beta
         )
         margins = result.chosen_rewards - result.rejected_rewards
-        loss = result.loss.sum()
+        # Pairs that only fill a declared shape up have zeros everywhere, and so a loss of ln 2.
+        loss = (result.loss * real).sum()
         return Part(
             loss,
             {
@@ -119,6 +120,14 @@ class PreferenceObjective:
                 "logps/rejected": policy[:, 1].detach().sum(),
             },
         )
+
+    def _rows(self, examples: Sequence[int], policy: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference of the policy's rows [P, 2], and which of them are pairs [P], 1 or 0."""
+        reference = torch.zeros(policy.shape, dtype=policy.dtype)
+        reference[: len(examples)] = self.reference[list(examples)].to(policy.dtype)
+        real = torch.zeros(len(policy), dtype=policy.dtype)
+        real[: len(examples)] = 1.0
+        return reference.to(policy.device), real.to(policy.device)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over pairs, under TRL's names."""

@@ -17,11 +17,10 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     epsilon: float,
-) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the trainable parameters."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon
-    )
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over the trainable parameters, in torch's or a device's own form."""
+    return kind(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon)
 
 
 def make_schedule(

@@ -179,7 +179,8 @@ def _compute_unit(
 def _scored(engine: Engine, trees: list[Tree]) -> list[tuple[float, int]]:
     batch = collate(trees)
     with torch.no_grad():
-        values: list[float] = engine.score(batch).tolist()
+        # Zeros follow where the micro-batch was filled up to a declared shape.
+        values: list[float] = engine.score(batch).tolist()[: batch.sequences]
     return list(zip(values, batch.sequence_tokens, strict=True))
 
 

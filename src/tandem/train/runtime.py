@@ -13,12 +13,12 @@ class Hpu:
     Attributes:
         lazy_mode: graphs are gathered and launched at step boundaries, instead of eagerly.
         buckets: lengths in tokens that micro-batches are filled up to, so that only so many shapes
-            are compiled.
+            are compiled; `max`: one length, which holds the longest.
         fused_attention, fused_optimizer: Habana's own kernels.
     """
 
     lazy_mode: bool = False
-    buckets: tuple[int, ...] | Literal["auto"] = "auto"
+    buckets: tuple[int, ...] | Literal["auto", "max"] = "auto"
     fused_attention: bool = False
     fused_optimizer: bool = False
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from tandem.errors import UserError
 from tandem.model.attention.dense import dense_attention
 from tandem.model.attention.examine import Examined, decoder_of, examine
+from tandem.model.attention.fused import fused_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.segments import segments_attention
+from tandem.model.attention.static import choose_static
 from tandem.model.attention.varlen import varlen_attention, why_not_varlen
 from tandem.model.rows import skip_unread_rows
 
@@ -29,22 +31,29 @@ _BACKENDS: dict[str, Callable[..., Any]] = {
     "segments": segments_attention,
     "varlen": varlen_attention,
     "dense": dense_attention,
+    "fused": fused_attention,
 }
 
 
-def choose_backend(requested: str, model: Any) -> tuple[str, str]:
+def choose_backend(
+    requested: str, model: Any, *, static_shapes: bool = False, fused: bool = False
+) -> tuple[str, str]:
     """The attention backend for a model where it is, and the reason for it.
 
     Args:
         requested: auto, segments, varlen, dense or padded.
         model: a loaded transformers causal language model, on its device, without an adapter.
+        static_shapes: whether its device may meet declared shapes alone.
+        fused: whether Habana's kernel is asked for, in place of dense.
 
     Returns:
-        segments, varlen or dense, which read packed trees, or padded: one row a sequence under
-        the model's own attention.
+        segments, varlen, dense or fused, which read packed trees, or padded: one row a sequence
+        under the model's own attention.
 
     Raises UserError when the requested backend cannot compute this model.
     """
+    if static_shapes:
+        return choose_static(requested, model, fused=fused)
     if requested == "padded":
         return requested, "asked for"
     examined = examine(model)
@@ -92,8 +101,10 @@ def use_backend(model: nn.Module, backend: str) -> None:
             "read packed trees. Use attention: padded (or auto)."
         )
     name = f"tandem_{backend}"
+    # transformers makes no masks for an attention without an AttentionMaskInterface of its name,
+    # which is right: from position ids it would take a pair's second branch for a new document,
+    # and it would wait for the device to look at them. The layout says what is visible instead.
     AttentionInterface.register(name, _BACKENDS[backend])
-    AttentionMaskInterface.register(name, _no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
     if not hasattr(model, "tandem_rows"):
         model.tandem_rows = skip_unread_rows(model)  # type: ignore[assignment]
@@ -110,10 +121,4 @@ def _why_not_segments(examined: Examined) -> str | None:
         return "the model soft-caps attention scores"
     if any(query != value for query, value in examined.head_sizes):
         return "the model's value heads have another size than its query heads"
-    return None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    # transformers would derive packed masks from position ids and take a pair's second branch
-    # for a new document; the layout says what is visible instead.
     return None

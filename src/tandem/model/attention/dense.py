@@ -40,7 +40,7 @@ def dense_attention(
         [1, T, heads, D] and no weights, as transformers' attention interface wants it.
     """
     refuse_sinks(s_aux)
-    mask = tandem_layout.mask(sliding_window)
+    mask = tandem_layout.mask(sliding_window)[None, None]
     if softcap is None:
         output = F.scaled_dot_product_attention(
             query,
@@ -59,7 +59,7 @@ def _capped(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor,  # [1, 1, T, T]
     scaling: float | None,
     softcap: float,
 ) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tandem.data.collate import Segment
+from tandem.data.collate import Segment, row_spans
 from tandem.errors import UserError
 
 # The keyword under which the layout travels through a transformers model's forward.
@@ -47,13 +47,18 @@ class KeyPaths:
 class TreeLayout:
     """The segments of a micro-batch and, for masks, its position ids [T].
 
+    `spans` are there in micro-batches of a declared shape: masks then come of the same operations
+    for every micro-batch of that shape.
+
     Masks are built at most once for each sliding window, key paths at most once, and kept for the
     other layers.
     """
 
     segments: tuple[Segment, ...]
     position_ids: Tensor
+    spans: Tensor | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _table: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _key_paths: list[KeyPaths] = field(default_factory=list)
 
@@ -66,11 +71,24 @@ class TreeLayout:
 
         A sliding window counts positions on the path, not rows of the micro-batch.
         """
-        if window is not None and window >= self.longest_path():
+        if window is not None and window >= self._longest():
             window = None
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[1, 1, T, T] in `dtype`: what to add to scores, 0 or the least number there is."""
+        if (window, dtype) not in self._biases:
+            mask = self.mask(window)[None, None]
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            least = torch.finfo(dtype).min
+            self._biases[window, dtype] = zeros.masked_fill(~mask, least)
+        return self._biases[window, dtype]
+
+    def _longest(self) -> int:
+        # What a micro-batch holds decides nothing where its shape alone may.
+        return self.longest_path() if self.spans is None else self.position_ids.shape[0]
 
     def table(self) -> tuple[Tensor, Tensor]:
         """The segments as numbers, for kernels: [n, 4] int64, and where each tree begins [t + 1].
@@ -91,15 +109,12 @@ class TreeLayout:
         return self._key_paths[0]
 
     def _build(self, window: int | None) -> Tensor:
-        rows = self.position_ids.shape[0]
         device = self.position_ids.device
-        visible = torch.zeros(rows, rows, dtype=torch.bool, device=device)
-        for segment in self.segments:
-            queries = slice(segment.start, segment.stop)
-            length = segment.stop - segment.start
-            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            visible[queries, queries] = causal
-            visible[queries, segment.prefix_start : segment.prefix_stop] = True
+        spans = row_spans(self.segments).to(device) if self.spans is None else self.spans
+        start, prefix_start, prefix_stop = spans[:, :, None]  # each [T, 1]
+        rows = torch.arange(self.position_ids.shape[0], device=device)
+        visible = (rows >= start) & (rows <= rows[:, None])
+        visible |= (rows >= prefix_start) & (rows < prefix_stop)
         if window is not None:
             distance = self.position_ids[:, None] - self.position_ids[None, :]
             visible &= distance < window

@@ -1,0 +1,179 @@
+"""Micro-batches in declared shapes, for devices that compile a graph for every shape they meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tandem.data.collate import MicroBatch, Segment, row_spans
+from tandem.data.trees import Trees
+from tandem.errors import UserError
+
+# Lengths that are not asked for are multiples of this, as matrix engines like them.
+_GRAIN = 128
+# How many of them `auto` makes: each half of the one before, and each a set of graphs to compile.
+_AUTO = 4
+# Targets and sequences are rounded up to multiples of this.
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One declared shape: rows T, targets N and sequences S of a filled micro-batch."""
+
+    rows: int
+    targets: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The declared shapes of a run, by rows; there is nothing else that a device meets.
+
+    How many targets and sequences fit into T rows follows from the run's densest records, so that
+    the rows decide the whole shape.
+    """
+
+    shapes: tuple[Bucket, ...]
+
+    @property
+    def longest(self) -> int:
+        """Rows of the largest shape, which no micro-batch may exceed."""
+        return self.shapes[-1].rows
+
+    def bucket_for(self, batch: MicroBatch) -> Bucket:
+        """The smallest shape that holds a micro-batch."""
+        for shape in self.shapes:
+            if shape.rows >= batch.tokens:
+                return shape
+        raise ValueError(f"{batch.tokens} rows in one micro-batch, but at most {self.longest} fit")
+
+
+def declare_buckets(
+    asked: Sequence[int] | Literal["auto", "max"], trees: Trees, *, budget: int, max_length: int
+) -> Buckets:
+    """The shapes of a run over these records.
+
+    Args:
+        asked: lengths in tokens; `max`: one, which holds `max_length` and the longest record;
+            `auto`: up to four, the largest of which holds the token budget and the longest record,
+            each other half of the next, so that filling a micro-batch up never doubles it.
+        trees: the run's records.
+        budget: tokens of a micro-batch.
+        max_length: tokens of a sequence.
+
+    Raises UserError naming the record and the lengths when a record exceeds the largest that was
+    asked for.
+    """
+    fed = trees.fed
+    longest = int(fed.argmax())
+    most = int(fed[longest])
+    if asked == "auto":
+        lengths = _halves(max(budget, most))
+    elif asked == "max":
+        lengths = (_grained(max(max_length, most)),)
+    else:
+        lengths = tuple(sorted(set(asked)))
+        if most > lengths[-1]:
+            raise UserError(
+                f"hpu.buckets: {trees[longest].origin} feeds {most} tokens at once, and the "
+                f"lengths are {', '.join(map(str, lengths))}. Add a length of at least {most}, or "
+                "lower max_length."
+            )
+    sequences = np.add.reduceat(trees.sequence_targets, _first_sequences(trees.branches))
+    targets = _densest(sequences, fed)
+    branches = int(trees.branches.max())
+    return Buckets(
+        tuple(
+            Bucket(
+                rows,
+                _aligned(math.ceil(targets * rows), _ALIGNED),
+                _aligned(
+                    math.ceil(_densest(trees.branches, fed) * rows), math.lcm(_ALIGNED, branches)
+                ),
+            )
+            for rows in lengths
+        )
+    )
+
+
+def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
+    """The same micro-batch in a declared shape; no result depends on what fills it up.
+
+    A filler row sees itself alone and nothing reads it. Filler targets are summed into a slot
+    behind the last sequence, which is thrown away, and filler sequences have no targets, so that
+    their log-prob is 0.
+
+    Args:
+        batch: on the CPU, where all of this happens.
+        bucket: its shape, not smaller in anything.
+
+    Returns:
+        T, N and S as declared, `spans` in place of a mask, and every row in `read_rows`: how many
+        are really read would be one more shape.
+    """
+    rows = bucket.rows - batch.tokens
+    targets = bucket.targets - len(batch.target_id)
+    sequences = bucket.sequences - batch.sequences
+    if min(rows, targets, sequences) < 0:
+        raise ValueError(f"{batch.tokens} rows, {len(batch.target_id)} targets and "
+                         f"{batch.sequences} sequences do not fit into {bucket}")  # fmt: skip
+    alone = tuple(Segment(row, row + 1) for row in range(batch.tokens, bucket.rows))
+    segments = (*batch.segments, *alone)
+    keys = batch.dropout_keys
+    return replace(
+        batch,
+        input_ids=_filled(batch.input_ids, rows, 0),
+        position_ids=_filled(batch.position_ids, rows, 0),
+        segments=segments,
+        target_row=_filled(batch.target_row, targets, 0),
+        target_id=_filled(batch.target_id, targets, 0),
+        target_sequence=_filled(batch.target_sequence, targets, bucket.sequences),
+        read_rows=torch.arange(bucket.rows),
+        sequences=bucket.sequences,
+        sequence_tokens=(*batch.sequence_tokens, *[0] * sequences),
+        dropout_keys=None if keys is None else _filled(keys, rows, 0),
+        spans=row_spans(segments),
+    )
+
+
+def padding_share(rows: Sequence[int], buckets: Buckets) -> float:
+    """The share of the rows fed that is padding, for micro-batches of these many real rows."""
+    lengths = [shape.rows for shape in buckets.shapes]
+    fed = sum(next(length for length in lengths if length >= real) for real in rows)
+    return 1 - sum(rows) / fed if fed else 0.0
+
+
+def _halves(tokens: int) -> tuple[int, ...]:
+    lengths = [_grained(tokens)]
+    while len(lengths) < _AUTO and lengths[0] > _GRAIN:
+        lengths.insert(0, _grained(lengths[0] / 2))
+    return tuple(lengths)
+
+
+def _grained(tokens: float) -> int:
+    return _aligned(math.ceil(tokens), _GRAIN)
+
+
+def _aligned(count: int, grain: int) -> int:
+    return -(-count // grain) * grain
+
+
+def _first_sequences(branches: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(branches[:-1], dtype=np.int64)])
+
+
+def _densest(counts: NDArray[np.int32], fed: NDArray[np.int32]) -> float:
+    """The most of something that a row of any record stands for."""
+    return float((counts / np.maximum(fed, 1)).max())
+
+
+def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_full((count,), value)])

@@ -1,0 +1,61 @@
+"""Dense attention by Habana's FusedSDPA, on Gaudi cards where it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from tandem.errors import UserError
+from tandem.model.attention.layout import TreeLayout, refuse_sinks
+
+_HOME = "habana_frameworks.torch.hpex.kernels"
+
+
+def fused_kernel() -> Any:
+    """Habana's FusedSDPA, an autograd function. Raises UserError where it cannot be imported."""
+    try:
+        return import_module(_HOME).FusedSDPA
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"hpu.fused_attention needs FusedSDPA of {_HOME}, which cannot be imported ({error}). "
+            "Set it to false."
+        ) from None
+
+
+def fused_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    tandem_layout: TreeLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One kernel call over the whole micro-batch under its additive [1, 1, T, T] mask.
+
+    Keys and values are repeated for the query heads that share them: the kernel was seen to be
+    called in no other way.
+
+    Arguments and result as `dense.dense_attention`.
+    """
+    refuse_sinks(s_aux)
+    if softcap is not None:
+        raise ValueError("soft-capped attention takes the dense backend")
+    groups = query.shape[1] // key.shape[1]
+    output: Tensor = fused_kernel().apply(
+        query,
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        tandem_layout.bias(sliding_window, query.dtype),
+        0.0,  # dropout
+        False,  # causal: the mask says what is seen
+        scaling,
+    )
+    return output.transpose(1, 2).contiguous(), None

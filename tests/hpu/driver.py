@@ -1,0 +1,189 @@
+"""What runs under the stub bridge, in a process of its own: stages, watched; prints JSON.
+
+`python -m tests.hpu.driver FOLDER MODE` with the stub on PYTHONPATH. Only the standard library is
+imported before `prepare_gaudi`, as in a command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# What a host must wait for, as operators and as functions on tensors.
+SYNCS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "unique_consecutive", "equal", "is_nonzero", "item", "tolist", "cpu", "numpy",
+}  # fmt: skip
+SETTINGS = {
+    "batch_size": 7, "max_steps": 4, "learning_rate": 1e-3, "max_length": 128,
+    "logging_steps": 1, "adam_epsilon": 1e-6, "lora": {"rank": 4, "alpha": 8},
+}  # fmt: skip
+# Lengths of the eager run, and of its token budget.
+LENGTHS = (128, 256)
+
+
+def run_stages(folder: Path, runtime: Any, model: Path) -> None:
+    """SFT and DPO on small made data, into FOLDER/sft and FOLDER/dpo."""
+    from rich.console import Console
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "said.txt").open("w") as said:
+        _run(folder, runtime, model, Console(file=said, width=200))
+
+
+def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
+    from tandem.recipe.schema import Dpo, Sft
+    from tandem.stages.dpo import run_dpo
+    from tandem.stages.sft import run_sft
+
+    from ..stages.made_inputs import make_conversations, make_pairs
+
+    common: dict[str, Any] = {
+        "model": str(model), "revision": None, "chat_template": None, "seed": 3,
+        "runtime": runtime, "console": console,
+    }  # fmt: skip
+    conversations = str(make_conversations(folder / "conversations.jsonl", 24))
+    pairs = str(make_pairs(folder / "pairs.jsonl", 24))
+    sft = {**SETTINGS, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
+    run_sft(settings=Sft(data=conversations, **sft), output_dir=folder / "sft", **common)  # type: ignore[arg-type]
+    run_dpo(settings=Dpo(data=pairs, **SETTINGS), output_dir=folder / "dpo", **common)  # type: ignore[arg-type]
+
+
+class Watch:
+    """Operators by region: forward, backward, and the whole of a step's micro-batches."""
+
+    def __init__(self) -> None:
+        self.region = ""
+        self.loop = False
+        self.pending = 0
+        self.shape = 0
+        self.syncs: dict[str, int] = {}
+        self.streams: dict[str, set[str]] = {}
+        self.inputs: set[tuple[int, ...]] = set()
+        self.marks: dict[str, int] = {}
+        self._ops: Any = None
+
+    def saw(self, name: str, out: Any) -> None:
+        """An operator or function, and what it gave."""
+        import torch
+
+        base = name.split(".")[0]
+        if base in SYNCS:
+            if self.region:
+                self.syncs[self.region] = self.syncs.get(self.region, 0) + 1
+            self.pending += self.loop
+        if self._ops is not None:
+            outs = out if isinstance(out, tuple | list) else (out,)
+            shapes = [tuple(o.shape) for o in outs if isinstance(o, torch.Tensor)]
+            self._ops.update(f"{name}{shapes}".encode())
+
+    def during(self, region: str, work: Callable[[], Any]) -> Any:
+        """Run work in a region, and keep the digest of its operators for the current shape."""
+        # Another forward or backward of the step follows what was waited for.
+        self.syncs["between"] = self.syncs.get("between", 0) + self.pending
+        self.pending = 0
+        self.region, self._ops = region, hashlib.sha256()
+        try:
+            return work()
+        finally:
+            self.streams.setdefault(f"{region} {self.shape}", set()).add(self._ops.hexdigest())
+            self.region, self._ops = "", None
+
+
+def install(watch: Watch) -> None:
+    """Watch every operator, and wrap the engine's methods."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tandem.model.score import Scorer
+    from tandem.train.engine import Engine
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if f.__name__ in ("tolist", "cpu", "numpy"):  # the others dispatch an operator
+                watch.saw(f.__name__, None)
+            return f(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = f(*args, **(kwargs or {}))
+            watch.saw(f.__name__, out)
+            return out
+
+    Functions().__enter__()
+    Operators().__enter__()
+    forward, backward, step = Scorer.forward, Engine.backward, Engine.step
+
+    def scored(self: Any, batch: Any) -> Any:
+        import torch
+
+        watch.shape = batch.tokens
+        watch.inputs.add((batch.tokens, len(batch.target_id), batch.sequences))
+        if not torch.is_grad_enabled():
+            return watch.during("reference", lambda: forward(self, batch))
+        watch.loop = getattr(self.model, "tandem_steps", 0) > 0
+        return watch.during("forward", lambda: forward(self, batch))
+
+    def went_back(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch.during("backward", lambda: backward(self, *args, **kwargs))
+
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch.loop, watch.pending = False, 0
+        # The step-0 check of DPO may wait; from the second step on nothing has a reason to.
+        self.model.tandem_steps = 1
+        return step(self, *args, **kwargs)
+
+    Scorer.forward = scored  # type: ignore[method-assign]
+    Engine.backward = went_back  # type: ignore[method-assign]
+    Engine.step = stepped  # type: ignore[method-assign]
+
+
+def main(folder: Path, mode: str) -> dict[str, Any]:
+    """Run both stages on the stub's HPU, eager or lazy."""
+    from tandem.cli.environment import prepare_gaudi
+
+    lazy = mode == "lazy"
+    notices = prepare_gaudi(lazy=lazy)
+    early = "torch" not in sys.modules
+    from tandem.train.device import choose_device
+    from tandem.train.runtime import Hpu, Runtime
+
+    hpu = Hpu(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
+    device = choose_device("auto", "auto", hpu)
+    import torch
+    from accelerate.utils import is_hpu_available
+    from habana_frameworks.torch import MODES, core  # type: ignore[import-not-found]
+    from transformers.utils import is_torch_hpu_available
+
+    patched = torch.compile.__name__
+    watch = Watch()
+    install(watch)
+    runtime = Runtime("hpu", "float32", hpu=hpu)
+    run_stages(folder / mode, runtime, folder / "model")
+    from habana_frameworks.torch.hpex import kernels, optimizers  # type: ignore[import-not-found]
+
+    return {
+        "notices": notices,
+        "early": early,
+        "kind": device.kind,
+        "weights": str(device.weights),
+        "lazy": device.lazy,
+        "modes": MODES,
+        "found": [is_hpu_available(), is_torch_hpu_available(), patched],
+        "marks": len(core.marks),
+        "syncs": watch.syncs,
+        "streams": {name: len(found) for name, found in watch.streams.items()},
+        "inputs": sorted(watch.inputs),
+        "fused": [len(kernels.calls), sorted({shape[-1] for shape in kernels.calls})],
+        "optimizers": len(optimizers.made),
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TANDEM_KERNELS", "off")
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,1 @@
+"""Stands for Habana's bridge: torch reports an HPU whose tensors stay on the CPU."""
