@@ -115,7 +115,7 @@ def test_sums_without_float64_are_rounded_once() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tandem.model.score.token_logps", lambda *_: logps.requires_grad_())
         exact = Scorer(torch.nn.Identity())(long)
-        found = Scorer(torch.nn.Identity(), torch.float32)(long)
+        found = Scorer(torch.nn.Identity(), sums=torch.float32)(long)
     assert (exact.dtype, found.dtype) == (torch.float64, torch.float32)
     wanted = exact.detach()
     unit = torch.finfo(torch.float32).eps * float(wanted.abs().max())
