@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from tandem.errors import TandemError, UserError
+from tandem.train.heartbeat import await_end, beating
 from tandem.train.launch import Launch
 
 T = TypeVar("T")
+
+# Seconds between two signs of life of a process that works alone.
+_BEAT = 5.0
+_turns = count()
+_control: Any = None
 
 
 @dataclass(frozen=True)
@@ -34,14 +44,18 @@ class Processes:
     Args:
         launch: this process's place among them.
         group: for plain values, on the CPU; None where there is one process.
+        patience: how long `alone` waits for a sign of life.
     """
 
-    def __init__(self, launch: Launch, group: Any = None) -> None:
+    def __init__(
+        self, launch: Launch, group: Any = None, patience: timedelta = timedelta(hours=1)
+    ) -> None:
         self.rank = launch.rank
         self.count = launch.count
         self.local_count = launch.local_count
         self.is_main = launch.rank == 0
         self._group = group
+        self._patience = patience
         self._agreed = False
 
     def exchange(self, work: Callable[[], T]) -> list[T]:
@@ -85,6 +99,49 @@ class Processes:
         if self.count > 1:
             dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """Run `work` in rank 0 while the others wait, however long it takes.
+
+        No collective is open meanwhile, so that no timeout runs; a rank 0 that ends or freezes is
+        noticed.
+
+        Returns:
+            The result in rank 0, None in the others.
+        """
+        if self.count == 1:
+            return work()
+        # A store of its own, for a wait keeps others from using the same one.
+        shared: Any = _get_default_store()
+        store, name = shared.clone(), f"alone/{next(_turns)}"
+        done: list[T] = []
+        failed: list[Exception] = []
+        if self.is_main:
+            with beating(store, name, min(_BEAT, self._patience.total_seconds() / 4)):
+                try:
+                    done.append(work())
+                except Exception as error:
+                    failed.append(error)
+        else:
+            self._await_main(store, name)
+
+        def outcome() -> None:
+            if failed:
+                raise failed[0]
+
+        self.exchange(outcome)
+        return done[0] if done else None
+
+    def _await_main(self, store: Store, name: str) -> None:
+        try:
+            await_end(store, name, self._patience)
+        except dist.DistStoreError as error:
+            message = (
+                f"process 0 of {self.count} gave no sign of life for {in_words(self._patience)} "
+                "(timeout_minutes) while the others waited for it. The same command goes on."
+            )
+            # All that wait find the same; the first of them says it.
+            raise (TandemError(message) if self.rank == 1 else _told(message, 1)) from error
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` in rank 0 and then in all others, which find what it left on disk."""
@@ -131,6 +188,12 @@ class Processes:
             if self._agreed and self.count > 1:
                 with suppress(RuntimeError):
                     dist.barrier(group=self._group)
+            elif _timed_out(error):
+                raise TandemError(
+                    f"process {self.rank} of {self.count} waited for another one as long as "
+                    "timeout_minutes allows: it hangs, or is slower than that. The same command "
+                    "goes on from the last checkpoint."
+                ) from error
             elif _contact_lost(error):
                 raise TandemError(
                     f"process {self.rank} of {self.count} lost contact with another one, which "
@@ -140,10 +203,69 @@ class Processes:
             raise
 
 
+def join(launch: Launch, backend: str, timeout: timedelta) -> Processes:
+    """Get in contact with the other processes; those that are already are left as they are.
+
+    Args:
+        launch: this process's place among them.
+        backend: what carries tensors between them: gloo, nccl or another of torch's.
+        timeout: how long any process waits for another one.
+
+    Raises UserError where the port that they should meet at is taken, and TandemError when they do
+    not meet in time.
+    """
+    global _control
+    if launch.count == 1:
+        return Processes(launch)
+    if not dist.is_initialized():
+        _control = None
+        _meet(launch, backend, timeout)
+    obtained = (dist.get_rank(), dist.get_world_size())
+    if obtained != (launch.rank, launch.count):
+        raise TandemError(
+            f"launched as process {launch.rank} of {launch.count}, but in contact as {obtained[0]} "
+            f"of {obtained[1]}"
+        )
+    if dist.get_backend() == "gloo":
+        return Processes(launch, dist.group.WORLD, timeout)
+    if _control is None:
+        # Plain values travel on the CPU, whatever carries gradients.
+        _control = dist.new_group(backend="gloo", timeout=timeout)
+    return Processes(launch, _control, timeout)
+
+
 def leave() -> None:
     """Part from the other processes at the end of a command."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def in_words(timeout: timedelta) -> str:
+    """A timeout as a person would say it."""
+    seconds = timeout.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+
+
+def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, timeout=timeout, rank=launch.rank, world_size=launch.count)
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, by an "
+                "earlier run perhaps. Name another one (deepspeed --master_port, torchrun "
+                "--master-port, accelerate launch --main_process_port); --nproc finds a free one"
+            ) from error
+        raise TandemError(
+            f"process {launch.rank} of {launch.count} did not meet the others at {place} (MASTER_"
+            f"ADDR, MASTER_PORT) within {in_words(timeout)}: {str(error).splitlines()[0]}"
+        ) from error
+    except ValueError as error:  # torch says which variable is missing
+        raise UserError(
+            f"WORLD_SIZE is {launch.count} in the environment, but: {error}. Start the processes "
+            "with torchrun, deepspeed, accelerate launch or --nproc"
+        ) from error
 
 
 def _told(message: str, exit_code: int) -> TandemError:
@@ -151,6 +273,11 @@ def _told(message: str, exit_code: int) -> TandemError:
     error.exit_code = exit_code
     error.told = True
     return error
+
+
+def _timed_out(error: Exception) -> bool:
+    text = str(error).lower()
+    return _contact_lost(error) and ("timed out" in text or "timeout" in text)
 
 
 def _contact_lost(error: Exception) -> bool:
