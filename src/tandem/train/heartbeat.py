@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -44,11 +45,31 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 def await_end(store: Store, name: str, patience: timedelta) -> None:
     """Wait until the body of `beating` is through, however long that takes.
 
-    Raises DistStoreError when there was no sign of life for `patience`, and another DistError when
-    the store is gone.
+    Raises TimeoutError when there was no sign of life for `patience`, and DistError when contact to
+    the store is lost.
     """
-    for beat in count():
-        key = f"{name}/{beat}"
-        store.wait([key], patience)
-        if store.get(key) == _OVER:
-            return
+    heard: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+    def listen() -> None:
+        word = _ALIVE
+        try:
+            for beat in count():
+                if word == _OVER:
+                    return
+                store.wait([f"{name}/{beat}"], patience)
+                heard.put(word := store.get(f"{name}/{beat}"))
+        except dist.DistError as error:
+            heard.put(error)
+
+    # In a thread, because a store that froze lets go of nobody, whatever the timeout.
+    threading.Thread(target=listen, daemon=True).start()
+    word: bytes | Exception = _ALIVE
+    while word != _OVER:
+        try:
+            word = heard.get(timeout=patience.total_seconds())
+        except Empty:
+            raise TimeoutError(name) from None
+        if isinstance(word, dist.DistStoreError):
+            raise TimeoutError(name) from word
+        if isinstance(word, Exception):
+            raise word

@@ -135,7 +135,7 @@ class Processes:
     def _await_main(self, store: Store, name: str) -> None:
         try:
             await_end(store, name, self._patience)
-        except dist.DistStoreError as error:
+        except TimeoutError as error:
             message = (
                 f"process 0 of {self.count} gave no sign of life for {in_words(self._patience)} "
                 "(timeout_minutes) while the others waited for it. The same command goes on."
