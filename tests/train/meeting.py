@@ -73,12 +73,12 @@ def _caught(work: Callable[[], Any]) -> dict[str, Any]:
 
 
 def together(processes: Processes) -> dict[str, Any]:
-    """Works longer than the timeout alone, fails alone, is asked for another recipe, and hangs."""
+    """Work longer than the timeout, in turn; fail alone; be asked for another recipe; hang."""
     found: dict[str, Any] = {}
 
     def work() -> str:
-        time.sleep(TIMEOUT.total_seconds() + 1)
-        return "done"
+        time.sleep(TIMEOUT.total_seconds() + 0.5)
+        return f"done by {processes.rank}"
 
     def mistake() -> None:
         raise UserError("there is no such model")
@@ -88,6 +88,7 @@ def together(processes: Processes) -> dict[str, Any]:
             time.sleep(600)
 
     found["alone"] = _caught(lambda: processes.alone(work))
+    found["in turn"] = _caught(lambda: processes.main_first(work))
     found["mistake"] = _caught(lambda: processes.alone(mistake))
     found["again"] = _caught(lambda: join(launched(), "gloo", TIMEOUT).main(lambda: "same group"))
     found["recipes"] = _caught(lambda: processes.require_same(recipe=f"seed {processes.rank}"))

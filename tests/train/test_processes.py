@@ -31,7 +31,7 @@ def test_waiting_has_no_limit_but_hanging_has_one(tmp_path: Path) -> None:
             process.kill()
             process.communicate()
 
-    assert main["alone"] == {"result": "done"}
+    assert main["alone"] == main["in turn"] == {"result": "done by 0"}
     assert main["mistake"]["message"] == "there is no such model"
     assert (main["mistake"]["code"], main["mistake"]["told"]) == (2, False)
     assert main["again"] == {"result": "same group"}

@@ -36,8 +36,8 @@ def check_devices(count: int, device: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and count > (there := torch.cuda.device_count()):
         raise UserError(
-            f"--nproc {count}: this machine has {there} CUDA device{'' if there == 1 else 's'}, "
-            "and each process needs one of its own"
+            f"--nproc {count}: this machine has {_counted(there, 'CUDA device')}, and each process "
+            "needs one of its own"
         )
 
 
@@ -60,7 +60,7 @@ def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], No
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        say(f"{count} processes of {threads} thread{'' if threads == 1 else 's'} each")
+        say(f"{_counted(count, 'process')}, each of {_counted(threads, 'thread')}")
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         word = Path(folder) / "restart"
         os.environ[RESTART_FILE] = str(word)
@@ -79,6 +79,10 @@ def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], No
         for line in end.killed():
             say(line)
         return end.code
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tandem.errors import UserError
 
-RESTART_FILE = "TANDEMRESTART_FILE"
+RESTART_FILE = "TANDEM_RESTART_FILE"
 
 # What `accelerate launch` hands on of its own settings, and which value asks for nothing.
 _ACCELERATE = {

@@ -44,7 +44,7 @@ class Processes:
     Args:
         launch: this process's place among them.
         group: for plain values, on the CPU; None where there is one process.
-        patience: how long `alone` waits for a sign of life.
+        patience: how long `alone` and `main_first` wait for a sign of life.
     """
 
     def __init__(
@@ -103,52 +103,64 @@ class Processes:
     def alone(self, work: Callable[[], T]) -> T | None:
         """Run `work` in rank 0 while the others wait, however long it takes.
 
-        No collective is open meanwhile, so that no timeout runs; a rank 0 that ends or freezes is
-        noticed.
-
         Returns:
             The result in rank 0, None in the others.
         """
+        done = self._turn(work, range(1))
+        return done[0] if done else None
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` in rank 0 and then in all others, which find what it left on disk.
+
+        However long each takes, as in `alone`.
+        """
+        done = [*self._turn(work, range(1)), *self._turn(work, range(1, self.count))]
+        return done[0]
+
+    def _turn(self, work: Callable[[], T], workers: range) -> list[T]:
+        """Run `work` in some of the processes; the own result, in a list.
+
+        No collective is open meanwhile, so that no timeout runs. Those who work show that they are
+        alive, and one that ended or froze is noticed.
+        """
+        here = self.rank in workers
         if self.count == 1:
-            return work()
+            return [work()] if here else []
         # A store of its own, for a wait keeps others from using the same one.
         shared: Any = _get_default_store()
-        store, name = shared.clone(), f"alone/{next(_turns)}"
+        store, name = shared.clone(), f"turn/{next(_turns)}"
         done: list[T] = []
         failed: list[Exception] = []
-        if self.is_main:
-            with beating(store, name, min(_BEAT, self._patience.total_seconds() / 4)):
+        if here:
+            every = min(_BEAT, self._patience.total_seconds() / 4)
+            with beating(store, f"{name}/{self.rank}", every):
                 try:
                     done.append(work())
                 except Exception as error:
                     failed.append(error)
-        else:
-            self._await_main(store, name)
+        for other in workers:
+            if other != self.rank:
+                self._await(other, store, f"{name}/{other}")
 
         def outcome() -> None:
             if failed:
                 raise failed[0]
 
         self.exchange(outcome)
-        return done[0] if done else None
+        return done
 
-    def _await_main(self, store: Store, name: str) -> None:
+    def _await(self, other: int, store: Store, name: str) -> None:
         try:
             await_end(store, name, self._patience)
         except TimeoutError as error:
             message = (
-                f"process 0 of {self.count} gave no sign of life for {in_words(self._patience)} "
-                "(timeout_minutes) while the others waited for it. The same command goes on."
+                f"process {other} of {self.count} gave no sign of life for "
+                f"{in_words(self._patience)} (timeout_minutes) while others waited for it. The "
+                "same command goes on."
             )
             # All that wait find the same; the first of them says it.
-            raise (TandemError(message) if self.rank == 1 else _told(message, 1)) from error
-
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in rank 0 and then in all others, which find what it left on disk."""
-        result: list[T] = []
-        for turn in (self.is_main, not self.is_main):
-            self.exchange(lambda turn=turn: result.append(work()) if turn else None)  # type: ignore[misc]
-        return result[0]
+            speaks = self.rank == (1 if other == 0 else 0)
+            raise (TandemError(message) if speaks else _told(message, 1)) from error
 
     def any_of(self, value: bool) -> bool:
         """Whether it is true in any process."""
