@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import COMMANDS, main
@@ -113,6 +114,22 @@ def test_what_does_not_train_is_refused_once(
     _pretend(monkeypatch, 1, 2, 1, 2)
     assert main([name, "demo"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_more_processes_than_devices_are_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    argv = ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--device", "cuda"]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    for rank, count in ((0, 1), (1, 0)):
+        _pretend(monkeypatch, rank, 2, rank, 2)
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.count("2 processes were started on a machine with 1 CUDA device") == count
+    assert main(["run", "demo", "device=cuda", f"output_dir={tmp_path / 'run'}"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_is_printed_once(

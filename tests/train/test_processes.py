@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tandem.errors import UserError
+from tandem.errors import TandemError, UserError
 from tandem.train.launch import Launch
 from tandem.train.processes import in_words, join
 
@@ -54,6 +54,20 @@ def test_a_port_in_use_is_the_users_to_change(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(UserError, match=r"MASTER_PORT \d+ is in use on this machine"):
             join(Launch(0, 2, 0, 2), "gloo", timedelta(seconds=10))
+    assert not dist.is_initialized()
+
+
+def test_a_stranger_at_the_port_is_not_waited_for_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(TandemError, match=rf"process 1 of 2 did not meet .* 127.0.0.1:{port}"):
+            join(Launch(1, 2, 1, 2), "gloo", timedelta(seconds=0.5))
     assert not dist.is_initialized()
 
 

@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
             _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        _settle()
         if _speaks():
             _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
             way_out = _FOLDER_TROUBLE[error.errno]
             _complain(f"error: {error.filename or 'a file'}: {error.strerror}; {way_out}")
             return UserError.exit_code
+        _settle()
         traceback.print_exc()
         return TandemError.exit_code
 

@@ -106,8 +106,7 @@ class _End:
 
 
 def _stopped(end: _End, asked: signal.Signals, say: Callable[[str], None]) -> int:
-    codes = set(end.codes.values())
-    if Stopped.exit_code in codes or -asked not in codes:
+    if not end.codes or any(code > 0 for code in end.codes.values()):
         return end.code
     # It came where a process has no way to end well but at once.
     say(f"stopped by {asked.name}; the same command again goes on")

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 _ALIVE, _OVER = b"alive", b"over"
+# Seconds between two looks for a sign of life, at first and later.
+_SHORT, _LONG = 0.001, 0.5
 
 
 @contextmanager
@@ -49,27 +51,40 @@ def await_end(store: Store, name: str, patience: timedelta) -> None:
     the store is lost.
     """
     heard: SimpleQueue[bytes | Exception] = SimpleQueue()
-
-    def listen() -> None:
-        word = _ALIVE
-        try:
-            for beat in count():
-                if word == _OVER:
-                    return
-                store.wait([f"{name}/{beat}"], patience)
-                heard.put(word := store.get(f"{name}/{beat}"))
-        except dist.DistError as error:
-            heard.put(error)
-
+    left = threading.Event()
     # In a thread, because a store that froze lets go of nobody, whatever the timeout.
-    threading.Thread(target=listen, daemon=True).start()
-    word: bytes | Exception = _ALIVE
-    while word != _OVER:
-        try:
-            word = heard.get(timeout=patience.total_seconds())
-        except Empty:
-            raise TimeoutError(name) from None
-        if isinstance(word, dist.DistStoreError):
-            raise TimeoutError(name) from word
-        if isinstance(word, Exception):
-            raise word
+    listener = threading.Thread(target=_listen, args=(store, name, heard, left), daemon=True)
+    listener.start()
+    try:
+        word: bytes | Exception = _ALIVE
+        while word != _OVER:
+            try:
+                word = heard.get(timeout=patience.total_seconds())
+            except Empty:
+                raise TimeoutError(name) from None
+            if isinstance(word, Exception):
+                raise word
+    finally:
+        left.set()
+        # torch aborts an interpreter that ends while one of its threads is in the store.
+        listener.join(timeout=1.0)
+
+
+def _listen(
+    store: Store, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
+) -> None:
+    """Hand on each sign of life as it comes, up to the last one."""
+    pause, beats = _SHORT, count()
+    key = f"{name}/{next(beats)}"
+    try:
+        while not left.wait(pause):
+            if not store.check([key]):
+                pause = min(2 * pause, _LONG)
+                continue
+            word = store.get(key)
+            heard.put(word)
+            if word == _OVER:
+                return
+            key = f"{name}/{next(beats)}"
+    except dist.DistError as error:
+        heard.put(error)

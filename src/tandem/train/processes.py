@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 # Seconds between two signs of life of a process that works alone.
 _BEAT = 5.0
+# What torch gets to report by itself that a timeout is over.
+_SLACK = timedelta(seconds=2)
 _turns = count()
 _control: Any = None
 
@@ -259,25 +262,47 @@ def in_words(timeout: timedelta) -> str:
 
 
 def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        dist.init_process_group(backend, timeout=timeout, rank=launch.rank, world_size=launch.count)
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, by an "
-                "earlier run perhaps. Name another one (deepspeed --master_port, torchrun "
-                "--master-port, accelerate launch --main_process_port); --nproc finds a free one"
-            ) from error
-        raise TandemError(
-            f"process {launch.rank} of {launch.count} did not meet the others at {place} (MASTER_"
-            f"ADDR, MASTER_PORT) within {in_words(timeout)}: {str(error).splitlines()[0]}"
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            dist.init_process_group(
+                backend, timeout=timeout, rank=launch.rank, world_size=launch.count
+            )
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread, because torch waits without a limit for a stranger at the port to answer.
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join((timeout + _SLACK).total_seconds())
+    if meeting.is_alive():
+        raise _not_met(launch, timeout, "what listens there does not answer")
+    if not failed:
+        return
+    error = failed[0]
+    if "EADDRINUSE" in str(error):
+        raise UserError(
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, by an earlier "
+            "run perhaps. Name another one (deepspeed --master_port, torchrun --master-port, "
+            "accelerate launch --main_process_port); --nproc finds a free one"
         ) from error
-    except ValueError as error:  # torch says which variable is missing
+    if isinstance(error, ValueError):  # torch says which variable is missing
         raise UserError(
             f"WORLD_SIZE is {launch.count} in the environment, but: {error}. Start the processes "
             "with torchrun, deepspeed, accelerate launch or --nproc"
         ) from error
+    if isinstance(error, dist.DistError):
+        raise _not_met(launch, timeout, str(error).splitlines()[0]) from error
+    raise error
+
+
+def _not_met(launch: Launch, timeout: timedelta, why: str) -> TandemError:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return TandemError(
+        f"process {launch.rank} of {launch.count} did not meet the others at {place} (MASTER_ADDR, "
+        f"MASTER_PORT) within {in_words(timeout)}: {why}"
+    )
 
 
 def _told(message: str, exit_code: int) -> TandemError:
