@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import COMMANDS, main
 from tandem.errors import UserError
-from tandem.train.launch import Launch, launched
+from tandem.train.launch import (
+    Launch,
+    ask_for_restart,
+    forget_accelerates_settings,
+    launched,
+    without_local_rank,
+)
 
 from ..invariants.orders import TORCHRUN
 from ..stages.made_inputs import make_conversations, make_model_folder
@@ -42,9 +48,61 @@ def test_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "-1")
     with pytest.raises(UserError, match="LOCAL_RANK is '-1'"):
         launched()
+    _pretend(monkeypatch, 3, 4, 1, 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # as deepspeed calls it
+    assert launched() == Launch(rank=3, count=4, local_rank=1, local_count=2)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"sft", "dpo"}))
+def test_deepspeeds_argument_before_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend(monkeypatch, 1, 2, 1, 2)
+    argv = ["sft", "--help"]
+    assert without_local_rank(["--local_rank=1", *argv]) == argv
+    assert without_local_rank(["--local-rank=1", *argv]) == argv
+    assert without_local_rank(argv) == argv
+    assert main(["--local_rank=0", *argv]) == 2
+    monkeypatch.delenv("LOCAL_RANK")
+    _pretend(monkeypatch, 0, 2, 0, 2)
+    assert main(["--local_rank=1", *argv]) == 2
+    assert "--local_rank=1 is for launchers, and LOCAL_RANK is 0" in capsys.readouterr().err
+
+
+def test_what_accelerate_launch_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    assert forget_accelerates_settings() == []
+    _pretend(monkeypatch, 0, 2, 0, 2)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    said = forget_accelerates_settings()
+    assert "ACCELERATE_MIXED_PRECISION=bf16 is not heeded: the recipe's dtype is" in said[0]
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 is not heeded" in said[1]
+    assert len(said) == 2
+    assert not [name for name in os.environ if name.startswith("ACCELERATE_")]
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="engine: deepspeed-zero2"):
+        forget_accelerates_settings()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UserError, match="asked for several processes and started one"):
+        forget_accelerates_settings()
+
+
+def test_word_to_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TANDEM_RESTART_FILE", raising=False)
+    assert not ask_for_restart("a smaller budget")
+    monkeypatch.setenv("TANDEM_RESTART_FILE", str(tmp_path / "word"))
+    assert ask_for_restart("a smaller budget")
+    assert (tmp_path / "word").read_text() == "a smaller budget"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"run", "sft", "dpo"}))
 def test_what_does_not_train_is_refused_once(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,10 +110,26 @@ def test_what_does_not_train_is_refused_once(
     assert main([name, "demo"]) == 2
     error = capsys.readouterr().err
     assert f"tandem {name} works in one process, and a launcher started 2" in error
-    assert "tandem sft and tandem dpo train in several" in error
+    assert "tandem run and tandem sft and tandem dpo work in several" in error
     _pretend(monkeypatch, 1, 2, 1, 2)
     assert main([name, "demo"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_more_processes_than_devices_are_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    argv = ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--device", "cuda"]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    for rank, count in ((0, 1), (1, 0)):
+        _pretend(monkeypatch, rank, 2, rank, 2)
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.count("2 processes were started on a machine with 1 CUDA device") == count
+    assert main(["run", "demo", "device=cuda", f"output_dir={tmp_path / 'run'}"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_is_printed_once(
@@ -71,9 +145,9 @@ def test_a_dry_run_is_printed_once(
 
 
 @contextmanager
-def _launch(argv: list[str], home: Path) -> Iterator[subprocess.Popen[str]]:
+def _launch(command: Sequence[str], home: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*TORCHRUN, "-m", "tandem", *argv],
+        command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(home / "cache")},
         stderr=subprocess.PIPE,
         text=True,
@@ -112,7 +186,8 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "5", "--max_steps", "300"]
     argv += ["--max_length", "128", "--save_steps", "5", "--logging_steps", "1"]
 
-    with _launch(argv, tmp_path) as process:
+    tandem = ("-m", "tandem")
+    with _launch([*TORCHRUN, *tandem, *argv], tmp_path) as process:
         step = _await_checkpoint(out, 0, process)
         _ranks(process)["1"].kill()
         _, said = process.communicate(timeout=60)
@@ -121,12 +196,13 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     assert said.count("sft: 24 of 24 records to train on") == 1
     assert not (out / ".lock").exists()
 
-    with _launch(argv, tmp_path) as process:
+    with _launch([sys.executable, *tandem, *argv, "--nproc", "2"], tmp_path) as process:
         _await_checkpoint(out, step + 5, process)
-        _ranks(process)["1"].send_signal(signal.SIGTERM)
+        process.terminate()
         _, said = process.communicate(timeout=60)
-    assert said.count("stopped: stopped after step") == 1
-    assert set(re.findall(r"exitcode +: (-?\d+)", said)) == {"3"}
+    assert process.returncode == 3
+    assert said.count("stopped") == 2, said  # "stopped: stopped after step"
+    assert "Traceback" not in said
     assert "another schedule" not in said
     steps = [line["step"] for line in read_jsonl(out / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))

@@ -44,6 +44,7 @@ STAGES: tuple[Stage, ...] = ("sft", "dpo")
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 # A value that differs from what the flag has when it is left out.
 SAMPLES = {
+    "engine": "fsdp2",
     "lr_scheduler_type": "linear",
     "on_bad_record": "drop",
     "device": "cpu",

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
+LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,25 +53,27 @@ def inside(words: list[str]) -> list[str]:
 def tandem_commands() -> list[tuple[str, list[str]]]:
     """Every `tandem ...` command line of every page, with the page's name.
 
-    One that torchrun starts is what each of its processes runs.
+    One that a launcher starts is what each of its processes runs.
     """
     return [
         (page.name, words[words.index("tandem") :])
         for page in PAGES
-        for block in blocks(page, "", "sh")
-        if block.language or block.text.startswith(("tandem ", "torchrun "))
-        for words in commands(block)
-        if words[0] in ("tandem", "torchrun")
+        for words in _shown(page)
+        if words[0] in ("tandem", *LAUNCHERS)
     ]
 
 
 def launches() -> list[list[str]]:
-    """Every `torchrun ...` command line of every page."""
+    """Every command line of every page that a launcher is called with."""
+    return [words for page in PAGES for words in _shown(page) if words[0] in LAUNCHERS]
+
+
+def _shown(page: Path) -> list[list[str]]:
+    """The command lines of a page's shell blocks, and of plain blocks that begin with one."""
+    first = tuple(f"{name} " for name in ("tandem", *LAUNCHERS))
     return [
         words
-        for page in PAGES
         for block in blocks(page, "", "sh")
-        if block.language or block.text.startswith("torchrun ")
+        if block.language or block.text.startswith(first)
         for words in commands(block)
-        if words[0] == "torchrun"
     ]

@@ -17,10 +17,11 @@ import tandem.stages.dpo
 import tandem.stages.merge
 import tandem.stages.pipeline
 import tandem.stages.sft
+import tandem.train.agent
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 
-from .pages import PAGES, ROOT, Block, blocks, commands, launches, tandem_commands
+from .pages import LAUNCHERS, PAGES, ROOT, Block, blocks, commands, launches, tandem_commands
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
@@ -38,6 +39,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.pipeline, "run_pipeline", None),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
+        (tandem.train.agent, "run_processes", 0),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:
@@ -47,6 +49,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, stage)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(tandem.train.agent, "check_devices", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return called
 
@@ -83,19 +86,38 @@ def test_a_shown_command_is_understood(
         (tmp_path / words[2]).mkdir(parents=True)
     code = main([word.replace("$BASE", "demo:base") for word in words[1:]])
     assert code == 0, capsys.readouterr().err
+    if "--nproc" in words:
+        assert stages == ["run_processes"]
+        return
     assert len(stages) == ("--dry-run" not in words and words[1] != "cache") + (
         words[1] == "run" and "--dry-run" not in words
     )
 
 
-def test_torchrun_understands_how_it_is_shown() -> None:
-    from torch.distributed.run import parse_args
+@pytest.mark.parametrize("words", launches(), ids=lambda words: " ".join(words)[:70])
+def test_a_launcher_understands_how_it_is_shown(words: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from deepspeed.launcher.runner import parse_args as deepspeed_arguments
+    from torch.distributed.run import parse_args as torchrun_arguments
 
-    assert launches()
-    for words in launches():
-        shown = parse_args(words[1:])
-        assert (shown.module, shown.training_script) == (True, "tandem")
-        assert int(shown.nproc_per_node) > 1
+    if words[0] == "torchrun":
+        shown, count = torchrun_arguments(words[1:]), "nproc_per_node"
+        script = shown.training_script
+    elif words[0] == "deepspeed":
+        shown, count = deepspeed_arguments(words[1:]), ""
+        script = shown.user_script
+        assert shown.include.startswith("localhost:0,1") or shown.hostfile == "hostfile"
+    else:
+        assert words[1] == "launch"
+        shown, count = launch_command_parser().parse_args(words[2:]), "num_processes"
+        script = shown.training_script
+        assert shown.multi_gpu
+    assert (shown.module, script) == (True, "tandem")
+    assert not count or int(getattr(shown, count)) > 1
+
+
+def test_every_launcher_is_shown() -> None:
+    assert {words[0] for words in launches()} == set(LAUNCHERS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

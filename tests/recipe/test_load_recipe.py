@@ -165,6 +165,28 @@ def test_a_wrong_value_is_named_with_what_it_must_be(small: str, override: str, 
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("deepspeed_zero3", "unknown engine 'deepspeed_zero3'; did you mean deepspeed-zero3?"),
+        ("fsdp", "unknown engine 'fsdp'; did you mean fsdp2?"),
+        ("horovod", "unknown engine 'horovod'; it may be auto, single, ddp, deepspeed-zero2"),
+        ("missing.json", "there is no DeepSpeed configuration missing.json; check the path"),
+    ],
+)
+def test_an_unknown_engine_is_answered_with_the_nearest_one(
+    small: str, engine: str, said: str
+) -> None:
+    assert f"override engine={engine}: engine: {said}" in _message(small, f"engine={engine}")
+
+
+def test_an_engine_may_be_a_deepspeed_configuration(small: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text("{}")
+    assert load_recipe(small, [f"engine={path}"]).engine == str(path)
+    assert load_recipe(small, ["engine=deepspeed-zero3"]).engine == "deepspeed-zero3"
+
+
 def test_a_wrong_value_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = _file_with(tmp_path, SMALL + "  beta: strong\n")
     assert _message(path) == (f"{path}:12: dpo.beta is 'strong', but it must be a valid number")

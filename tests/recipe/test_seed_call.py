@@ -224,6 +224,7 @@ def test_what_is_not_of_the_seed_arrives_too() -> None:
         ({"tokens_per_microbatch": "few"}, "--tokens_per_microbatch is 'few'"),
         ({"tokens_per_microbatch": "0"}, "--tokens_per_microbatch is '0'"),
         ({"seed": -1}, "--seed is -1"),
+        ({"engine": "zero3"}, "--engine: unknown engine 'zero3'; did you mean deepspeed-zero3?"),
         ({"learning_rate": 0.0}, "--learning_rate: learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "--learning_rate: learning_rate is nan"),
         ({"lora_rank": 0}, "--lora_rank: lora.rank is 0, but it must be greater than 0"),

@@ -18,7 +18,7 @@ from importlib import import_module
 from tandem import __version__
 from tandem.cli.parsing import Parser
 from tandem.errors import Stopped, TandemError, UserError
-from tandem.train.launch import launched
+from tandem.train.launch import forget_accelerates_settings, launched, without_local_rank
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 """Name of each command: module, function and what it does."""
 
-_IN_SEVERAL = ("sft", "dpo")
+_IN_SEVERAL = ("run", "sft", "dpo")
 
 # Nothing that tandem could have done better, and the way out.
 _FOLDER_TROUBLE = {
@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
             _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        _settle()
         if _speaks():
             _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
             way_out = _FOLDER_TROUBLE[error.errno]
             _complain(f"error: {error.filename or 'a file'}: {error.strerror}; {way_out}")
             return UserError.exit_code
+        _settle()
         traceback.print_exc()
         return TandemError.exit_code
 
@@ -105,6 +107,7 @@ def _in_contact() -> bool:
 
 
 def _dispatch(argv: list[str]) -> int:
+    argv = without_local_rank(argv)
     if not argv:
         _top_parser().print_help()
         return 0
@@ -113,9 +116,12 @@ def _dispatch(argv: list[str]) -> int:
         if name not in _IN_SEVERAL and (count := launched().count) > 1:
             raise UserError(
                 f"tandem {name} works in one process, and a launcher started {count}. Start it "
-                f"without the launcher; {' and '.join(f'tandem {n}' for n in _IN_SEVERAL)} train "
-                "in several."
+                f"without the launcher; {' and '.join(f'tandem {n}' for n in _IN_SEVERAL)} work in "
+                "several."
             )
+        for notice in forget_accelerates_settings():
+            if launched().rank == 0:
+                _complain(notice)
         module, function, _ = COMMANDS[name]
         handler: Callable[[list[str]], int] = getattr(import_module(module), function)
         return handler(rest)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_gaudi
+from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
 from tandem.errors import UserError
+from tandem.train.launch import launched
 
 if TYPE_CHECKING:
     from tandem.recipe.schema import Recipe
@@ -23,8 +25,11 @@ def run(argv: list[str]) -> int:
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     recipe = recipe.model_copy(update={"output_dir": str(run_dir)})
     if arguments.dry_run:
-        print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
+        if launched().speaks:
+            print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0
+    if arguments.nproc is not None:
+        return in_processes(arguments.nproc, "run", argv, device=recipe.device)
     from tandem.cli.notices import notice_console
 
     console = notice_console()
@@ -33,7 +38,11 @@ def run(argv: list[str]) -> int:
     from tandem.stages.pipeline import run_pipeline
 
     found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
-    _finish(run_dir, found)
+    if launched().rank == 0:
+        _finish(run_dir, found)
+    from tandem.train.processes import leave
+
+    leave()
     return 0
 
 
@@ -81,7 +90,8 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="tandem run",
-        usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE]",
+        usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE] "
+        "[--nproc N]",
         description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation.\n"
         "The same command again skips finished stages and goes on with an interrupted one.",
         unknown_hint=" (recipe keys are written key=value, without dashes)",
@@ -106,4 +116,5 @@ def _parser() -> Parser:
         metavar="STAGE",
         help="the first stage to run; those before it must be finished",
     )
+    add_nproc(parser)
     return parser

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_gaudi
+from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
 from tandem.recipe.seed_flags import Stage, flags_of
@@ -23,28 +24,12 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def sft(argv: list[str]) -> int:
     """Supervised fine-tuning of a LoRA adapter."""
-    call = _stage_call("sft", argv)
-    if call is not None:
-        from tandem.recipe.schema import Sft
-        from tandem.stages.sft import run_sft
-
-        assert isinstance(call.settings, Sft)
-        run_sft(settings=call.settings, **_common(call))
-        _leave()
-    return 0
+    return _train("sft", argv)
 
 
 def dpo(argv: list[str]) -> int:
     """Direct Preference Optimization of a LoRA adapter."""
-    call = _stage_call("dpo", argv)
-    if call is not None:
-        from tandem.recipe.schema import Dpo
-        from tandem.stages.dpo import run_dpo
-
-        assert isinstance(call.settings, Dpo)
-        run_dpo(settings=call.settings, **_common(call))
-        _leave()
-    return 0
+    return _train("dpo", argv)
 
 
 def merge(argv: list[str]) -> int:
@@ -88,31 +73,42 @@ def stage_parser(stage: Stage) -> Parser:
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved settings and stop"
     )
+    add_nproc(parser)
     return parser
 
 
-def _stage_call(stage: Stage, argv: list[str]) -> StageCall | None:
-    """The call that the flags stand for, after its notices; None after a dry run."""
+def _train(stage: Stage, argv: list[str]) -> int:
+    """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
-    dry_run = values.pop("dry_run", False)
-    from tandem.cli.notices import notice_console
+    dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
+    from tandem.recipe.schema import Sft
     from tandem.recipe.seed_call import stage_call
 
-    call = stage_call(stage, values, devices=launched().count, gaudi=bridge_installed())
+    devices = nproc or launched().count
+    call = stage_call(stage, values, devices=devices, gaudi=bridge_installed())
+    if nproc is not None and not dry_run:
+        return in_processes(nproc, stage, argv, device=call.device)
+    from tandem.cli.notices import notice_console
+
     console = notice_console()
     for notice in (*prepare_gaudi(lazy=call.hpu.lazy_mode), *call.notices):
         console.print(notice, markup=False, soft_wrap=True)
-    if not dry_run:
-        return call
-    if launched().speaks:
-        print(_call_text(call), end="")
-    return None
+    if dry_run:
+        if launched().speaks:
+            print(_call_text(call), end="")
+        return 0
+    if isinstance(call.settings, Sft):
+        from tandem.stages.sft import run_sft
 
+        run_sft(settings=call.settings, **_common(call))
+    else:
+        from tandem.stages.dpo import run_dpo
 
-def _leave() -> None:
+        run_dpo(settings=call.settings, **_common(call))
     from tandem.train.processes import leave
 
     leave()
+    return 0
 
 
 def _call_text(call: StageCall) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Device = Literal["auto", "cpu", "cuda", "hpu", "xpu", "mps"]
 Quantization = Literal["nf4"]
@@ -12,6 +14,24 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+ENGINES = ("auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
+
+
+def checked_engine(engine: str) -> str:
+    """An engine's name, or the path of a DeepSpeed configuration, `~` resolved.
+
+    Raises ValueError for a name that is none, with the nearest one, and a file that is not there.
+    """
+    if engine in ENGINES:
+        return engine
+    if engine.endswith(".json"):
+        path = Path(engine).expanduser()
+        if path.is_file():
+            return str(path)
+        raise ValueError(f"there is no DeepSpeed configuration {path}; check the path")
+    close = difflib.get_close_matches(engine.lower().replace("_", "-"), ENGINES, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"it may be {', '.join(ENGINES)}"
+    raise ValueError(f"unknown engine {engine!r}; {hint} (or a DeepSpeed file, NAME.json)")
 
 
 def _as_sources(value: object) -> object:
@@ -281,7 +301,7 @@ class Recipe(Section):
         default="auto",
         description="Tokens fed at once; changes memory and speed, never the result.",
     )
-    engine: str = Field(
+    engine: Annotated[str, AfterValidator(checked_engine)] = Field(
         default="auto",
         description=(
             "How processes share the work: `single`, `ddp`, `deepspeed-zero2`, `deepspeed-zero3`, "

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.explain import explain
-from tandem.recipe.schema import Dpo, Hpu, Sft
+from tandem.recipe.schema import Dpo, Hpu, Sft, checked_engine
 from tandem.recipe.seed_flags import FLAGS, Stage, flags_of
 from tandem.recipe.yaml_source import Location
 
@@ -139,7 +139,7 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         bf16=values.get("bf16"),
         attention=values.get("attention", "auto"),
         tokens_per_microbatch=_token_budget(values),
-        engine=values.get("engine", "auto"),
+        engine=_engine(values),
         timeout_minutes=_positive("timeout_minutes", values.get("timeout_minutes", 60)),
         quantization=values.get("quantization"),
         compile=values.get("compile", False),
@@ -286,6 +286,13 @@ def _token_budget(values: Values) -> int | Literal["auto"]:
     if not given.isdigit() or int(given) == 0:
         raise UserError(f"--tokens_per_microbatch is {given!r}, but it must be a number or auto")
     return int(given)
+
+
+def _engine(values: Values) -> str:
+    try:
+        return checked_engine(str(values.get("engine", "auto")))
+    except ValueError as error:
+        raise UserError(f"--engine: {error}") from error
 
 
 def _seed(values: Values) -> int:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text, read_json
+from tandem.artifact.hashing import hash_json
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import read_manifest, versions
 from tandem.errors import UserError
 from tandem.recipe.schema import DataSource, Dpo, Recipe
 from tandem.stages.preflight import check_inputs
 
+if TYPE_CHECKING:
+    from tandem.train.processes import Processes
+
 STAGES = ("sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate")
+# Those that all processes of a run take part in.
+_TRAINING = ("sft", "dpo")
 # What a run writes beside its stages' folders.
 _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 _FOLDERS = {
@@ -75,14 +83,17 @@ def run_pipeline(
     Returns:
         What the evaluation found, if the recipe has one and it was reached.
 
+    Where a launcher started several processes, all of them call it. They train together; rank 0
+    alone does the rest, and is alone in having a result.
+
     Raises UserError for stages that the recipe lacks, and what the stages raise.
     """
+    processes = _joined(recipe)
+    if not processes.is_main:
+        console = Console(quiet=True)
     planned = describe_pipeline(recipe)
-    wanted = _select(planned, until=until, start=start)
     root = Path(recipe.output_dir)
-    _check_root(root)
     ride = _Ride(recipe, root, console)
-    check_inputs(recipe, wanted)
     runners: dict[str, Callable[[Path], Any]] = {
         "sft": ride.sft,
         "sft-merge": ride.sft_merge,
@@ -92,18 +103,45 @@ def run_pipeline(
         "evaluate": ride.evaluate,
     }
     result = None
-    for number, stage in enumerate(planned, start=1):
-        if stage.name not in wanted:
-            continue
-        console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
-        finished_before = _is_finished(stage)
-        result = runners[stage.name](stage.folder)
-        # The chain first: it marks the folder as a run's, whose recipe may be replaced.
-        _write_chain(planned, root)
-        if not finished_before:
-            # Only a stage that really ran makes this recipe the folder's own.
-            _write_recipe(recipe, root)
+    with processes.shared_fate():
+        asked = {"recipe": recipe.model_dump(mode="json"), "until": until, "from": start}
+        processes.require_same(recipe=hash_json(asked))
+        wanted = processes.main(lambda: _select(planned, until=until, start=start))
+        processes.main(lambda: _check_root(root))
+        processes.alone(lambda: check_inputs(recipe, wanted))
+        for number, stage in enumerate(planned, start=1):
+            if stage.name not in wanted:
+                continue
+            console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
+            finished_before = processes.main(partial(_is_finished, stage))
+            run = partial(runners[stage.name], stage.folder)
+            # All train; what else there is to do, one does while the others wait.
+            result = run() if stage.name in _TRAINING else processes.alone(run)
+            processes.main(partial(_record, recipe, planned, new=not finished_before))
     return result if isinstance(result, dict) else None
+
+
+def _joined(recipe: Recipe) -> Processes:
+    """The processes that a launcher started, in contact with each other."""
+    from tandem.train.device import choose_device
+    from tandem.train.launch import launched
+    from tandem.train.processes import Processes, join
+
+    launch = launched()
+    if launch.count == 1:
+        return Processes(launch)
+    backend = choose_device(recipe.device, recipe.dtype).backend
+    return join(launch, backend, timedelta(minutes=recipe.timeout_minutes))
+
+
+def _record(recipe: Recipe, planned: list[PlannedStage], *, new: bool) -> None:
+    """What the run's folder says about itself after a stage."""
+    root = Path(recipe.output_dir)
+    # The chain first: it marks the folder as a run's, whose recipe may be replaced.
+    _write_chain(planned, root)
+    if new:
+        # Only a stage that really ran makes this recipe the folder's own.
+        _write_recipe(recipe, root)
 
 
 def _select(planned: list[PlannedStage], *, until: str | None, start: str | None) -> set[str]:

@@ -1,0 +1,68 @@
+"""`--nproc N`: the same command in N processes on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tandem.errors import UserError
+from tandem.train.launch import launched, started_by_launcher
+
+_FLAG = "--nproc"
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    """Declare the flag."""
+    parser.add_argument(
+        _FLAG,
+        type=_count,
+        metavar="N",
+        help="start N processes on this machine, one for each device, which share the work",
+    )
+
+
+def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> int:
+    """Run a command in several processes, and return the exit code that it ends with.
+
+    Args:
+        count: how many.
+        name: the command.
+        argv: its arguments, `--nproc` among them.
+        device: where it is to train.
+
+    Raises UserError inside of a process that a launcher has started, and for more processes than
+    devices.
+    """
+    if started_by_launcher():
+        here = launched()
+        raise UserError(
+            f"{_FLAG} starts processes itself, but a launcher has started this one (process "
+            f"{here.rank} of {here.count}); leave one of the two out"
+        )
+    from tandem.train.agent import check_devices, run_processes
+
+    check_devices(count, device)
+    command = [sys.executable, "-m", "tandem", name, *_without_flag(argv)]
+    return run_processes(count, command, say=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _without_flag(argv: Sequence[str]) -> list[str]:
+    """The arguments without the flag and its value."""
+    kept: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            return [*kept, argument, *arguments]
+        if argument == _FLAG:
+            next(arguments)
+        elif not argument.startswith(f"{_FLAG}="):
+            kept.append(argument)
+    return kept
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
