@@ -33,6 +33,7 @@ HOMES = {
     "torch": {"data/collate.py", "losses", "model", "train", "stages", "chat", "demo"},
     "peft": {"model/adapter.py", "model/merge.py"},
     "accelerate": {"train/engine.py"},
+    "bitsandbytes": {"model/quantization.py"},
 }
 
 

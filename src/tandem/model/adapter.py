@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
+from tandem.model.quantization import load_bitsandbytes, write_record
+
+load_bitsandbytes()  # peft would import it less quietly
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 
 # Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -120,10 +124,14 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
+    """Write adapter_config.json and adapter_model.safetensors into `folder`.
+
+    Where the base is quantised, quantization.json says so.
+    """
     model.save_pretrained(str(folder), save_embedding_layers=False)
     # peft adds a model card made of placeholders.
     (folder / "README.md").unlink(missing_ok=True)
+    write_record(model, folder)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

@@ -36,6 +36,7 @@ from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.products import order_weights
+from tandem.model.quantization import check_quantization
 from tandem.model.score import check_head
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
@@ -118,6 +119,9 @@ def run_training(
     """
     engine = Engine(choose_device(runtime.device, runtime.dtype))
     processes, device = engine.processes, engine.device
+    check_quantization(
+        runtime.quantization, device=device.kind, sharded=getattr(engine, "sharded", False)
+    )
     if not processes.is_main:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
@@ -130,7 +134,11 @@ def run_training(
             tokenizer = load_tokenizer(base)
             template = resolve_template(tokenizer, chat_template)
             inputs = {
-                "model": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
+                "model": {
+                    "weights": hash_weights(base),
+                    "config": hash_file(base / "config.json"),
+                    **({"quantization": runtime.quantization} if runtime.quantization else {}),
+                },
                 "data": data_identity(sources),
                 "chat_template": {
                     "name": template.name,
@@ -187,7 +195,12 @@ class _Stage:
         if processes.count > 1:
             processes.require_same(data=examples_hash(trees))
         model = processes.together(
-            lambda: load_model(self.base, dtype=device.weights, device=device.torch_device)
+            lambda: load_model(
+                self.base,
+                dtype=device.weights,
+                device=device.torch_device,
+                quantization=self.runtime.quantization,
+            )
         )
         backend, why = processes.together(lambda: choose_backend(self.runtime.attention, model))
         schedule = self._schedule(opened.schedule, model, backend)
@@ -198,6 +211,12 @@ class _Stage:
             f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
             f"attention {backend} ({why}), {budget} tokens a micro-batch",
         )
+        if self.runtime.quantization and device.kind == "cpu":
+            say(
+                self.console,
+                f"{self.kind.name}: 4-bit weights are unpacked at every use, which is slow on a "
+                "CPU and made for memory that is short",
+            )
         if device.kind == "cpu" and (reason := why_not()):
             say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
         model = processes.together(lambda: self._adapted(model, backend))
@@ -382,6 +401,7 @@ class _Stage:
             "attention": schedule["attention"],
             "device": schedule["device"],
             "dtype": str(self.engine.device.weights).removeprefix("torch."),
+            "quantization": self.runtime.quantization,
             "ledger": ledger.summary(),
         }
         atomic_write_json(self.folder / "summary.json", summary)
