@@ -198,8 +198,18 @@ def _quiet() -> Iterator[None]:
 def _fuse(base: nn.Module) -> None:
     """Let adapted linear layers add the low-rank part inside its product where that is faster."""
     for layer in base.modules():
+        if isinstance(layer, LoraLayer):
+            layer._cast_input_dtype = partial(_as_it_is, layer._cast_input_dtype)
         if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
             layer.forward = partial(_adapted, layer, layer.forward)
+
+
+def _as_it_is(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's input without peft's cast to its float32, which autocast would take back."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    result: Tensor = cast(x, dtype)
+    return result
 
 
 def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:

@@ -11,11 +11,17 @@ from tandem.model.kernels.library import numerics
 from tandem.model.products import bytes_to_order
 from tandem.train.device import token_budget
 from tandem.train.engine import Engine
+from tandem.train.precision import float32_products
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
 # What a schedule that was recorded before these were known had.
-_ONCE = {"processes": 1, "kernels": "torch", "ordered_weights": False}
+_ONCE = {
+    "processes": 1,
+    "kernels": "torch",
+    "ordered_weights": False,
+    "float32_products": "ieee",
+}
 
 Budget = int | Literal["auto"]
 
@@ -53,6 +59,7 @@ def resolve_schedule(
         "processes": len(found),
         "device": device.kind,
         "attention": backend,
+        "float32_products": float32_products(),
     }
 
 

@@ -48,6 +48,7 @@ from tandem.train.engine import Engine
 from tandem.train.loop import Schedule, Training
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
+from tandem.train.precision import exact_float32
 from tandem.train.progress import StageProgress, phase, say
 from tandem.train.runtime import Runtime
 
@@ -118,6 +119,7 @@ def run_training(
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
     engine = Engine(choose_device(runtime.device, runtime.dtype))
+    exact_float32()
     processes, device = engine.processes, engine.device
     check_quantization(
         runtime.quantization, device=device.kind, sharded=getattr(engine, "sharded", False)
@@ -402,6 +404,7 @@ class _Stage:
             "device": schedule["device"],
             "dtype": str(self.engine.device.weights).removeprefix("torch."),
             "quantization": self.runtime.quantization,
+            "float32_products": schedule["float32_products"],
             "ledger": ledger.summary(),
         }
         atomic_write_json(self.folder / "summary.json", summary)
