@@ -21,13 +21,21 @@ _ONCE = {
     "kernels": "torch",
     "ordered_weights": False,
     "float32_products": "ieee",
+    "compiled": False,
 }
 
 Budget = int | Literal["auto"]
 
 
 def resolve_schedule(
-    engine: Engine, model: Any, config: Any, *, requested: Budget, backend: str, base: str
+    engine: Engine,
+    model: Any,
+    config: Any,
+    *,
+    requested: Budget,
+    backend: str,
+    base: str,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """What a run that starts here and now does.
 
@@ -40,6 +48,7 @@ def resolve_schedule(
         requested: tokens_per_microbatch of the recipe.
         backend: the attention backend.
         base: what the run calls the model.
+        compiled: whether torch.compile takes norms and gated MLPs.
     """
     device, processes = engine.device, engine.processes
     copies = bytes_to_order(model)
@@ -60,6 +69,7 @@ def resolve_schedule(
         "device": device.kind,
         "attention": backend,
         "float32_products": float32_products(),
+        "compiled": compiled,
     }
 
 

@@ -17,6 +17,7 @@ from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.data.collate import collate, record_key
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
@@ -31,13 +32,14 @@ from tandem.model.adapter import (
     trainable_parameters,
 )
 from tandem.model.attention import choose_backend, use_backend
+from tandem.model.compiled import Compiling, check_compile, compile_elementwise
 from tandem.model.dropout import silence
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.products import order_weights
 from tandem.model.quantization import check_quantization
-from tandem.model.score import check_head
+from tandem.model.score import check_head, sequence_logps
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
 from tandem.stages.schedule import repeat_schedule, resolve_schedule
@@ -124,6 +126,7 @@ def run_training(
     check_quantization(
         runtime.quantization, device=device.kind, sharded=getattr(engine, "sharded", False)
     )
+    check_compile(runtime.compile, device=device.kind, sharded=getattr(engine, "sharded", False))
     if not processes.is_main:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
@@ -238,6 +241,7 @@ class _Stage:
             epsilon=s.adam_epsilon,
         )
         engine.prepare(model, optimizer)
+        compiled = processes.together(lambda: self._warm_up(model, trees, schedule))
         made = self.kind.make_objective(
             Start(
                 engine,
@@ -245,18 +249,22 @@ class _Stage:
                 trees,
                 hash_json(inputs["model"]),
                 backend,
-                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}",
+                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
+                + (", compiled" if schedule["compiled"] else ""),
                 budget,
                 self.console,
             )
         )
         progress = self._train(engine, model, trees, made.objective, budget)
-        processes.main(lambda: self._finish(model, trees, ledger, made, progress, schedule))
+        processes.main(
+            lambda: self._finish(model, trees, ledger, made, progress, schedule, compiled)
+        )
 
     def _schedule(self, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
         now = resolve_schedule(
             self.engine, model, self.config,
             requested=self.runtime.tokens_per_microbatch, backend=backend, base=self.base_name,
+            compiled=self.runtime.compile,
         )  # fmt: skip
         if not recorded:
             return now
@@ -299,6 +307,8 @@ class _Stage:
     def _adapted(self, model: Any, backend: str) -> Any:
         check_head(model)
         out_of_reach = modules_out_of_reach(model)
+        if self.runtime.compile:
+            compile_elementwise(model)
         use_backend(model, backend)
         if silenced := silence(model):
             say(
@@ -333,6 +343,25 @@ class _Stage:
         if self.settings.gradient_checkpointing:
             checkpoint_activations(model)
         return model
+
+    def _warm_up(self, model: Any, trees: Sequence[Tree], schedule: dict[str, Any]) -> Compiling:
+        """Compile what the run will need, on two records, before a clock runs."""
+        compiling = Compiling()
+        if not schedule["compiled"]:
+            return compiling
+        device = self.engine.device
+        batches = [
+            collate([trees[i]], [record_key(self.seed, 0, i)]).to(device.torch_device)
+            for i in (0, len(trees) - 1)
+        ]
+        narrow = device.weights in (torch.bfloat16, torch.float16)
+        with torch.autocast(device.kind, device.weights, enabled=narrow):
+            compiling.warm_up(model, partial(sequence_logps, model), batches)
+        say(
+            self.console,
+            f"{self.kind.name}: {compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s",
+        )
+        return compiling
 
     def _train(
         self, engine: Engine, model: Any, trees: Sequence[Tree], objective: Objective, budget: int
@@ -388,6 +417,7 @@ class _Stage:
         made: Made,
         progress: Progress,
         schedule: dict[str, Any],
+        compiled: Compiling,
     ) -> None:
         outputs = save_adapter_folder(self.folder, model, self.tokenizer, self.template)
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
@@ -395,6 +425,8 @@ class _Stage:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
         summary = {
             **training_summary(progress, trees),
+            "compile_seconds": compiled.seconds,
+            "compiled_graphs": compiled.graphs(),
             "reference_seconds": made.reference_seconds,
             "reference_computed": made.reference_computed,
             "peak_memory_bytes": self.engine.device.peak_memory(),
