@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tandem.stages.sft import run_sft
 from tandem.train import loop
 from tandem.train.runtime import Runtime
 
+from ..invariants.orders import ROOT, TORCHRUN
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_training_stages import distance, settings
 
@@ -236,3 +238,29 @@ def test_a_quantised_folder_is_refused(tiny_model: Path, tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantised already"):
         run("sft", folder, tmp_path / "sft")
+
+
+def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    one = run("sft", tiny_model, tmp_path / "one", budget=60)
+    data, two = tmp_path / "sft.jsonl", tmp_path / "two"
+    script = (
+        "from pathlib import Path; from tests.stages.test_quantized_base import run; "
+        f"run('sft', Path({str(tiny_model)!r}), Path({str(two)!r}), budget=60)"
+    )
+    assert data.exists()
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+        },
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_json(two / "summary.json")["processes"] == 2
+    assert distance(load_file(two / "adapter_model.safetensors"), one) < 5e-5
+    record = (two / FILE).read_bytes()
+    assert record == (tmp_path / "one" / FILE).read_bytes()
