@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as name:
         scratch = Path(name)
+        # Nothing that an earlier run has compiled.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
         seconds: dict[str, list[float]] = {run: [] for run in RUNS}
         compiling: list[float] = []
         for repeat in range(options.repeats):
@@ -189,21 +191,22 @@ def _page(
     options: argparse.Namespace,
 ) -> str:
     environment = Environment.here(options.threads, "cpu")
-    usual = median(seconds["whole"])
+
+    def times(found: Sequence[float]) -> str:
+        ratios = [one / usual for one, usual in zip(found, seconds["whole"], strict=True)]
+        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
     lines = [
         "# Number formats and compiling, on a CPU",
         "",
         f"The demo model, {options.steps} SFT steps of 32 conversations in float32; medians of "
         f"{options.repeats} runs that took turns. `{COMMAND} --steps {options.steps} --repeats "
-        f"{options.repeats}`. {environment.processor}, {options.threads} threads; "
-        f"{environment.versions}.",
+        f"{options.repeats} --threads {options.threads}`. {environment.processor}, "
+        f"{options.threads} threads; {environment.versions}.",
         "",
-        "| run | seconds in the loop | times whole |",
+        "| run | seconds in the loop | times whole, within a turn (lowest to highest) |",
         "|---|---|---|",
-        *(
-            f"| {name} | {median(found):.1f} | {median(found) / usual:.2f} |"
-            for name, found in seconds.items()
-        ),
+        *(f"| {name} | {median(found):.1f} | {times(found)} |" for name, found in seconds.items()),
         "",
         f"Compiling took {compiling:.1f} s more, before the loop. Uncompiled, norms and gated MLPs "
         "are C.",
