@@ -3,7 +3,9 @@
 Random bfloat16 weights, the recipe's LoRA, orca pairs and SlimOrca conversations at their real
 lengths. The sides are those of `benchmarks.training`, and Liger and Unsloth where they are
 installed. The model is written once (14 GB in --scratch) and loaded by every side.
-Without CUDA it prints one line and ends; --dry-run takes the same way on CPU with a tiny shape.
+tandem is measured with its base in 4 bits and compiled as well. --smoke takes one step of each of
+these and no peer. Without CUDA it prints one line and ends; --dry-run takes the same way on CPU
+with a tiny shape.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .work import PADDED, Stage, Work, write_first_lines, write_model
 COMMAND = "python -m benchmarks.gpu"
 STAGES: tuple[Stage, ...] = ("dpo", "sft")
 _TITLE = "Mistral-7B's shape on one GPU"
+_SMOKE = "Smoke run: one step of each, for whether it works and what memory it takes"
 _DRY = "Dry run on CPU: a tiny shape, whose figures mean nothing"
 # Written last, so that a model folder with it is whole.
 _READY = "tokenizer_config.json"
@@ -65,7 +68,8 @@ def main(
             write_model(size, options.tokenizer, folder, dtype=base.dtype, device=device)
         for stage in STAGES:
             records[stage] = _measure(bench, options, replace(base, stage=stage), Path(name))
-    text = page(records, _DRY if options.dry_run else _TITLE)
+    title = _DRY if options.dry_run else _SMOKE if options.smoke else _TITLE
+    text = page(records, title)
     print(text, flush=True)
     if options.save or options.resume:
         file = options.results / f"gpu-{_name(options)}.md"
@@ -74,8 +78,8 @@ def main(
 
 
 def _name(options: argparse.Namespace) -> str:
-    """A dry run's figures never stand where measured ones belong."""
-    return "dry-run" if options.dry_run else "7b"
+    """Figures of a dry or smoke run never stand where measured ones belong."""
+    return ("smoke-" if options.smoke else "") + ("dry-run" if options.dry_run else "7b")
 
 
 def _measure(bench: Any, options: argparse.Namespace, base: Work, scratch: Path) -> Record:
@@ -92,7 +96,9 @@ def _measure(bench: Any, options: argparse.Namespace, base: Work, scratch: Path)
         tasks,
         Environment.here(options.threads, base.device),
         model="a tiny shape" if options.dry_run else "Mistral-7B's shape",
-        command=COMMAND + (" --dry-run" if options.dry_run else ""),
+        command=COMMAND
+        + (" --smoke" if options.smoke else "")
+        + (" --dry-run" if options.dry_run else ""),
     )
     file = options.results / f"gpu-{base.stage}-{_name(options)}.json"
     if options.resume:
@@ -103,7 +109,9 @@ def _measure(bench: Any, options: argparse.Namespace, base: Work, scratch: Path)
 
 
 def _tasks(options: argparse.Namespace, base: Work) -> list[Task]:
-    works = [base]
+    works = [base, *(replace(base, side=side) for side in ("tandem-nf4", "tandem-compiled"))]
+    if options.smoke:
+        return [Task(work, 1) for work in works]
     works += [replace(base, side="plain", size=size) for size in options.plain_batches]
     works += [replace(base, side="trl", size=size) for size in options.trl_batches]
     if base.stage == "sft":
@@ -203,14 +211,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    dry = "--dry-run" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    dry, smoke = "--dry-run" in given, "--smoke" in given
+    few = dry or smoke
     add = parser.add_argument
     add("--dry-run", action="store_true", help="a tiny shape on CPU: shows that it works")
-    add("--repeats", type=int, default=1 if dry else 3)
+    add("--smoke", action="store_true", help="one step of tandem, plain, in 4 bits and compiled")
+    add("--repeats", type=int, default=1 if few else 3)
     add("--default-repeats", type=int, default=1)
-    add("--pairs", type=int, default=8 if dry else 128)
-    add("--conversations", type=int, default=8 if dry else 512)
-    add("--batch-size", type=int, default=8 if dry else 64, help="records of an optimizer step")
+    add("--pairs", type=int, default=8 if few else 128)
+    add("--conversations", type=int, default=8 if few else 512)
+    add("--batch-size", type=int, default=8 if few else 64, help="records of an optimizer step")
     add("--plain-batches", type=int, nargs="+", default=(1, PADDED) if dry else (1, 2, 4, PADDED))
     add("--trl-batches", type=int, nargs="+", default=(2,) if dry else (1, 2, 4, 8))
     add("--trl-packed", type=int, default=4096, help="TRL's packed rows")

@@ -91,7 +91,8 @@ def _run_tandem(work: Work, trees: list[Tree]) -> Ran:
     return Ran(
         loop_seconds=float(summary["train_seconds"]),
         reference_seconds=float(summary["reference_seconds"]),
-        first_records=count,
+        # Weights that were rounded to 4 bits give log-probs of their own.
+        first_records=0 if work.side == "tandem-nf4" else count,
         first_loss=float(first["loss"]),
         first_logp=logp,
         bfloat16=work.device == "cuda",
@@ -115,7 +116,11 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         "output_dir": Path(work.scratch) / name,
         "chat_template": TEMPLATE,
         "seed": SEED,
-        "runtime": Runtime(device=work.device),
+        "runtime": Runtime(
+            device=work.device,
+            quantization="nf4" if work.side == "tandem-nf4" else None,
+            compile=work.side == "tandem-compiled",
+        ),
         "console": Console(quiet=True),
     }
     if work.stage == "dpo":

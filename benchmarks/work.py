@@ -52,8 +52,8 @@ class Work:
     """One measurement: a side does a stage once over the records.
 
     Attributes:
-        side: tandem, tandem-again (its reference store is warm), plain, trl, trl-default,
-            trl-packed, trl-liger or unsloth.
+        side: tandem, tandem-again (its reference store is warm), tandem-nf4 (the base in 4 bits),
+            tandem-compiled, plain, trl, trl-default, trl-packed, trl-liger or unsloth.
         stage: dpo or sft.
         model: folder of the model and its tokenizer.
         data: JSON lines.
@@ -89,6 +89,8 @@ class Work:
         return {
             "tandem": "tandem",
             "tandem-again": "tandem, second run",
+            "tandem-nf4": "tandem, base in 4 bits",
+            "tandem-compiled": "tandem, compiled",
             "plain": f"plain loop, {batch}",
             "trl": f"TRL, {batch}",
             "trl-default": "TRL, its defaults",
@@ -110,7 +112,8 @@ class Ran:
     Attributes:
         loop_seconds: all optimizer steps.
         reference_seconds: DPO's reference log-probs, computed before the loop; otherwise 0.
-        first_records: records of the first step; 0 when it held other records than tandem's.
+        first_records: records of the first step; 0 when it held other records than tandem's, or
+            the base's weights were others.
         first_loss: the loss that the first step minimised.
         first_logp: log-probability per trained token of the first step's records, before it;
             chosen answers weigh CHOSEN_WEIGHT.

@@ -43,6 +43,7 @@ HOMES = {
     },
     "peft": {"model/adapter.py", "model/merge.py"},
     "accelerate": {"train/engine.py"},
+    "bitsandbytes": {"model/quantization.py"},
 }
 
 

@@ -33,13 +33,26 @@ def test_the_dry_run_takes_the_same_way(files: list[str], tmp_path: Path) -> Non
     # Liger and Unsloth alone may be missing.
     lines = [line for line in text.splitlines() if "not measured" in line]
     assert all("Liger" in line or "Unsloth" in line for line in lines)
-    for stage, count in (("dpo", 6), ("sft", 6)):
+    for stage, count in (("dpo", 8), ("sft", 8)):
         kept = record.load(tmp_path / "results" / f"gpu-{stage}-dry-run.json")
         assert len([ones for ones in kept.measured.values() if ones]) >= count
     assert not list((tmp_path / "results").glob("*-7b*"))
     written = (tmp_path / "model-1m" / "config.json").stat().st_mtime_ns
     gpu.main([*options[:-1], "--resume", f"--scratch={tmp_path}"], apart=Here)
     assert (tmp_path / "model-1m" / "config.json").stat().st_mtime_ns == written
+
+
+def test_the_smoke_run_has_tandem_alone(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    options = [*files, "--smoke", "--dry-run", "--pairs=2", "--conversations=2", "--save"]
+    assert gpu.main([*options, f"--scratch={tmp_path}"], apart=Here) is not None
+    for stage in gpu.STAGES:
+        kept = record.load(tmp_path / "results" / f"gpu-{stage}-smoke-dry-run.json")
+        assert not kept.failed
+        assert {name: len(ones) for name, ones in kept.measured.items()} == {
+            "tandem": 1, "tandem, base in 4 bits": 1, "tandem, compiled": 1,
+        }  # fmt: skip
+    assert not list((tmp_path / "results").glob("*-7b*"))
 
 
 def test_the_page_is_that_of_its_measurements(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_card(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in text, expected
     assert str(tmp_path) not in text
+
+
+def test_card_says_that_the_base_was_quantised(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    file = run / "1-sft" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization": "nf4"}))
+    text = write_card(run, run / "5-final").read_text(encoding="utf-8")
+    assert text.count("The base was in 4 bits (nf4)") == 1
 
 
 @pytest.mark.parametrize("model", ["demo:base", "/abs/model", "./base"])

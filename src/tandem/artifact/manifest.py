@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -143,6 +144,8 @@ def versions() -> dict[str, str]:
     found = {"tandem": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "tokenizers"):
         found[name] = metadata.version(name)
+    with suppress(metadata.PackageNotFoundError):  # an extra
+        found["bitsandbytes"] = metadata.version("bitsandbytes")
     return found
 
 

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
+from tandem.model.quantization import load_bitsandbytes, write_record
+
+load_bitsandbytes()  # peft would import it less quietly
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 
 # Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -122,6 +126,8 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 def save_adapter(model: Any, folder: Path, trained: Mapping[str, Tensor]) -> None:
     """Write adapter_config.json and adapter_model.safetensors into `folder`.
 
+    Where the base is quantised, quantization.json says so.
+
     Args:
         model: adapter-wrapped; its own weights may be spread over processes.
         folder: is there.
@@ -131,6 +137,7 @@ def save_adapter(model: Any, folder: Path, trained: Mapping[str, Tensor]) -> Non
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     # peft adds a model card made of placeholders.
     (folder / "README.md").unlink(missing_ok=True)
+    write_record(model, folder)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
@@ -197,8 +204,18 @@ def _quiet() -> Iterator[None]:
 def _fuse(base: nn.Module) -> None:
     """Let adapted linear layers add the low-rank part inside its product where that is faster."""
     for layer in base.modules():
+        if isinstance(layer, LoraLayer):
+            layer._cast_input_dtype = partial(_as_it_is, layer._cast_input_dtype)
         if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
             layer.forward = partial(_adapted, layer, layer.forward)
+
+
+def _as_it_is(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's input without peft's cast to its float32, which autocast would take back."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    result: Tensor = cast(x, dtype)
+    return result
 
 
 def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:

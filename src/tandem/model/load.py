@@ -15,6 +15,7 @@ from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
 from tandem.model.fused import fuse_elementwise
 from tandem.model.products import speed_up_frozen_products
+from tandem.model.quantization import quantize, read_record
 from tandem.model.whole import check_whole
 
 # What a model folder may hold besides weights; everything else on a Hub page stays there.
@@ -110,13 +111,32 @@ def load_config(folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantization: str | None = None,
+    rounded_from: torch.dtype | None = None,
+) -> Any:
     """A causal language model in evaluation mode, its weights in `dtype` on `device`.
+
+    Args:
+        folder: a model folder.
+        dtype: of the weights, and of the products with quantised ones.
+        device: where the weights go.
+        quantization: nf4 puts its linear layers in 4 bits, see `quantization.quantize`.
+        rounded_from: what they are rounded from, if not from `dtype`.
 
     Raises UserError for files that cannot be read, and for a model whose files lack a weight:
     transformers would fill it with random numbers.
     """
-    check_whole(folder, load_config(folder))
+    config = load_config(folder)
+    check_whole(folder, config)
+    if quantization and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"quantization: {folder} is quantised already; name the model that it was made of"
+        )
     # tandem draws its own progress.
     transformers_logging.disable_progress_bar()
     try:
@@ -130,10 +150,37 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             f"{folder} is not a whole model: {len(missing)} of its weights are in none of its "
             f"files ({', '.join(missing[:3])}). Copy or download it again, or correct config.json."
         )
-    model = model.to(device).eval()
+    model = model.eval()
+    if quantization is not None:
+        from tandem.model.adapter import modules_out_of_reach
+
+        quantize(
+            model,
+            source=rounded_from or dtype,
+            compute=dtype,
+            device=torch.device(device),
+            whole=modules_out_of_reach(model),
+        )
+    model = model.to(device)
     speed_up_frozen_products(model)
     fuse_elementwise(model)
     return model
+
+
+def load_base(
+    base: Path, adapter: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Any:
+    """The base as a saved adapter saw it: quantised, if it was."""
+    record = read_record(adapter)
+    if record is None:
+        return load_model(base, dtype=dtype, device=device)
+    return load_model(
+        base,
+        dtype=dtype,
+        device=device,
+        quantization=record.format,
+        rounded_from=record.torch_dtype,
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -172,7 +219,7 @@ def load_for_inference(path: str, device: str = "auto") -> tuple[Any, Any]:
         base = model_folder(
             str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
         )
-        model = load_adapter(load_model(base, dtype=dtype, device=where), folder)
+        model = load_adapter(load_base(base, folder, dtype=dtype, device=where), folder)
     else:
         model = load_model(folder, dtype=dtype, device=where)
     return model, load_tokenizer(folder)

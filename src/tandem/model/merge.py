@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +18,12 @@ from torch import Tensor
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
+from tandem.model.quantization import FILE as QUANTIZATION
+from tandem.model.quantization import Quantized, load_bitsandbytes, read_record
+
+load_bitsandbytes()  # peft would import it less quietly
+
+from peft import PeftConfig  # noqa: E402
 
 _PREFIX = "base_model.model."
 
@@ -57,6 +62,7 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
             "copied in part"
         )
     updates = {}
+    record = read_record(adapter)
     with _opened(path) as file:
         names = set(file.keys())
         for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
@@ -69,7 +75,10 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
             rank = a.shape[0]
             alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-            updates[f"{target}.weight"] = LowRankUpdate(a, b, scaling, bool(config.fan_in_fan_out))
+            weight = f"{target}.weight"
+            # peft sees a quantised layer [out, in] even where its weight is stored turned.
+            turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
+            updates[weight] = LowRankUpdate(a, b, scaling, bool(turned))
             names -= {name, partner}
     if names:
         raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
@@ -77,7 +86,13 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
 
 
 def merge_shards(
-    base: Path, updates: dict[str, LowRankUpdate], output: Path, *, dtype: torch.dtype | None
+    base: Path,
+    updates: dict[str, LowRankUpdate],
+    output: Path,
+    *,
+    dtype: torch.dtype | None,
+    quantized: Quantized | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[str]:
     """Write the base's shards with the updates added; at most one shard is in memory.
 
@@ -86,6 +101,9 @@ def merge_shards(
         updates: from `read_updates`.
         output: an existing folder; gets the shards under the base's names, and their index.
         dtype: of the floating-point weights written; None keeps each weight's own.
+        quantized: which of the weights the adapter saw in 4 bits. Those, changed by an update or
+            not, are written as it saw them.
+        device: where they are rounded.
 
     Returns:
         The names of the files written.
@@ -93,21 +111,25 @@ def merge_shards(
     Raises UserError if an update finds no weight, shapes disagree, or a sum is not finite.
     """
     remaining = dict(updates)
+    unseen = set(quantized.weights) if quantized else set()
     index: dict[str, str] = {}
     total_bytes = 0
     written = []
     for shard in weight_files(base):
         tensors: dict[str, Tensor] = {}
         for name, weight in _tensors(shard):
-            merged = _add(name, weight, remaining.pop(name, None), dtype)
+            seen = quantized.rounded(name, weight, torch.device(device)) if quantized else weight
+            unseen.discard(name)
+            kept = dtype or weight.dtype
+            merged = _add(name, seen, remaining.pop(name, None), kept)
             tensors[name] = merged
             index[name] = shard.name
             total_bytes += merged.numel() * merged.element_size()
         save_file(tensors, output / shard.name, metadata={"format": "pt"})
         written.append(shard.name)
-    if remaining:
+    if missing := sorted(remaining.keys() | unseen):
         raise UserError(
-            f"{base} has no weight named {sorted(remaining)[0]} (and {len(remaining) - 1} more "
+            f"{base} has no weight named {missing[0]} (and {len(missing) - 1} more "
             "that the adapter changes): is this the model it was trained on?"
         )
     if len(written) > 1:
@@ -141,6 +163,7 @@ def _belongs_to_stage(name: str) -> bool:
         "manifest.json",
         "summary.json",
         "adapter_config.json",
+        QUANTIZATION,
         "model.safetensors.index.json",
     }
 
@@ -180,12 +203,10 @@ def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _add(
-    name: str, weight: Tensor, update: LowRankUpdate | None, dtype: torch.dtype | None
-) -> Tensor:
-    target = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+def _add(name: str, weight: Tensor, update: LowRankUpdate | None, dtype: torch.dtype) -> Tensor:
+    target = dtype if weight.is_floating_point() else weight.dtype
     if update is None:
-        return weight.to(target)
+        return weight.to(target).contiguous()
     if not weight.is_floating_point():
         raise UserError(f"{name} is stored as {weight.dtype}; merge into unquantised weights")
     delta = update.delta()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
-from tandem.model.load import load_model
+from tandem.model.load import load_base, load_model
+from tandem.model.quantization import read_record
 
 # Mean absolute difference of a token's log-prob that the stored dtype explains.
 _ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -49,6 +50,8 @@ def verify_merge(
 ) -> Verified:
     """Compare token log-probs of the merged model with base + adapter; one is loaded at a time.
 
+    The base is quantised here where it was in training.
+
     Args:
         base, adapter, merged: model folders.
         probes: token ids of the probe texts.
@@ -58,7 +61,10 @@ def verify_merge(
     Raises UserError when they differ by more than `dtype` explains.
     """
     compute = torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
-    plain = load_model(base, dtype=compute, device=device)
+    record = read_record(adapter)
+    # A base that was rounded from bfloat16 was bfloat16 again wherever the adapter saw it.
+    formats = {dtype, record.torch_dtype} if record else {dtype}
+    plain = load_base(base, adapter, dtype=compute, device=device)
     before = _token_logps(plain, probes)
     together = _token_logps(load_adapter(plain, adapter), probes)
     del plain
@@ -67,7 +73,7 @@ def verify_merge(
     difference = float((after - together).abs().mean())
     effect = float((together - before).abs().mean())
     # A merge into a narrow dtype may not cost most of what was learnt, either.
-    allowed = max(min(_ALLOWED[dtype], 0.8 * effect), 1e-4)
+    allowed = max(min(max(_ALLOWED[d] for d in formats), 0.8 * effect), 1e-4)
     if not difference <= allowed:
         raise UserError(
             f"the merged model does not say what base and adapter say: token log-probs differ by "

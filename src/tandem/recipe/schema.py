@@ -315,7 +315,7 @@ class Recipe(Section):
         default=None, description="The frozen base in 4 bits (QLoRA); null: in `dtype`."
     )
     compile: bool = Field(
-        default=False, description="Compile the decoder's layers with torch.compile."
+        default=False, description="Compile norms and gated MLPs with torch.compile."
     )
     hpu: Hpu = Field(default=Hpu(), description="Settings of Gaudi cards; others do without.")
     sft: Sft | None = Field(

@@ -89,7 +89,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("engine", str, "single, ddp, deepspeed-zero2, deepspeed-zero3, fsdp2 or a DeepSpeed JSON"),
     Flag("timeout_minutes", int, "how long a process waits for the others (60)"),
     Flag("quantization", str, "the frozen base in 4 bits", choices=("nf4",)),
-    Flag("compile", boolean, "compile the decoder's layers with torch.compile"),
+    Flag("compile", boolean, "compile norms and gated MLPs with torch.compile"),
     Flag("use_habana", boolean, "train on Gaudi cards, where there are some"),
     Flag("use_lazy_mode", boolean, "Gaudi's lazy mode"),
     Flag("pad_max", boolean, "on Gaudi: one length for every micro-batch"),

@@ -93,6 +93,7 @@ def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "examples": stage.summary.get("examples"),
         "steps": stage.summary.get("steps"),
         "ledger": mapping(stage.summary.get("ledger")),
+        "quantization": stage.summary.get("quantization"),
     }
 
 
@@ -139,6 +140,12 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
     ]
     if figures:
         lines += ["", "; ".join(figures) + "."]
+    if stage.get("quantization"):
+        lines += [
+            "",
+            f"The base was in 4 bits ({_line(stage['quantization'])}) while the adapter was "
+            "trained; it was merged into what the weights had rounded to.",
+        ]
     if stage["settings"]:
         rows = [(k.replace("_", " "), _value(v)) for k, v in stage["settings"].items()]
         lines += ["", *_table(("setting", "value"), rows)]

@@ -18,6 +18,8 @@ from tandem.data.template import resolve_template
 from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import copy_surroundings, merge_shards, read_updates
+from tandem.model.quantization import FILE as QUANTIZATION
+from tandem.model.quantization import Quantized, read_record
 from tandem.model.verify import Verified, verify_merge
 from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
@@ -63,7 +65,8 @@ def run_merge(
     require_model(base_folder)
     if not (adapter / "adapter_config.json").exists():
         raise UserError(f"{adapter} is no adapter folder: it has no adapter_config.json")
-    updates = read_updates(adapter)
+    updates, quantized = read_updates(adapter), read_record(adapter)
+    place = choose_device(device, "auto").torch_device
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -71,6 +74,7 @@ def run_merge(
         "adapter": hash_weights(adapter),
         "dtype": dtype,
         "chat_template": chat_template,
+        **({"quantization": hash_file(adapter / QUANTIZATION)} if quantized else {}),
     }
     with folder_lock(output_dir):
         opened = open_stage(output_dir, "merge", inputs)
@@ -78,14 +82,22 @@ def run_merge(
             say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
+        if quantized is not None:
+            say(
+                console,
+                f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
+                f"({quantized.format}); it is added to what these rounded to",
+            )
         began = time.perf_counter()
         target = torch_dtype(dtype)
         try:
             with atomic_folder(output_dir / "saving") as aside:
-                merge_shards(base_folder, updates, aside, dtype=target)
+                merge_shards(
+                    base_folder, updates, aside, dtype=target, quantized=quantized, device=place
+                )
                 copy_surroundings(base_folder, adapter, aside, target)
                 _save_template(aside, chat_template, console)
-                verified = _verify(base_folder, adapter, aside, target, device)
+                verified = _verify(base_folder, adapter, aside, target, place)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (output_dir / MANIFEST).unlink()
@@ -100,7 +112,7 @@ def run_merge(
                 "token); merge in float32 to keep it",
                 style="yellow",
             )
-        _write_summary(output_dir, len(updates), verified, seconds)
+        _write_summary(output_dir, len(updates), verified, seconds, quantized)
         finish_stage(output_dir, [*outputs, "summary.json"])
         say(
             console,
@@ -126,7 +138,13 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
     manifest = None if force else read_manifest(adapter)
     if manifest is None:
         return
-    trained_on = manifest["inputs"].get("model", {}).get("weights")
+    model = manifest["inputs"].get("model", {})
+    if model.get("quantization") and not (adapter / QUANTIZATION).exists():
+        raise UserError(
+            f"{adapter} was trained on a quantised base, but has no {QUANTIZATION}, which says "
+            "what was rounded: copy the whole folder again"
+        )
+    trained_on = model.get("weights")
     if trained_on is not None and trained_on != weights:
         raise UserError(
             f"{adapter} was trained on other weights than those of {base} (hash "
@@ -136,7 +154,7 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
 
 
 def _verify(
-    base: Path, adapter: Path, merged: Path, target: torch.dtype | None, device: str
+    base: Path, adapter: Path, merged: Path, target: torch.dtype | None, device: torch.device
 ) -> Verified:
     tokenizer = load_tokenizer(merged)
     probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
@@ -146,7 +164,7 @@ def _verify(
         merged,
         probes,
         dtype=target or _stored_dtype(merged),
-        device=choose_device(device, "auto").torch_device,
+        device=device,
     )
 
 
@@ -158,11 +176,14 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return narrow[0] if narrow else torch.float32
 
 
-def _write_summary(folder: Path, weights: int, verified: Verified, seconds: float) -> None:
+def _write_summary(
+    folder: Path, weights: int, verified: Verified, seconds: float, quantized: Quantized | None
+) -> None:
     atomic_write_json(
         folder / "summary.json",
         {
             "merged_weights": weights,
+            "quantization": quantized.format if quantized else None,
             "logp_difference": verified.difference,
             "adapter_effect": verified.effect,
             "probe_tokens": verified.tokens,

@@ -12,18 +12,32 @@ from tandem.model.products import bytes_to_order
 from tandem.recipe.schema import Training
 from tandem.train.device import Device, token_budget
 from tandem.train.engine import Engine
+from tandem.train.precision import float32_products
 from tandem.train.strategies.deepspeed_config import Settled
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
 # What a schedule that was recorded before these were known had.
-_ONCE = {"processes": 1, "kernels": "torch", "ordered_weights": False}
+_ONCE = {
+    "processes": 1,
+    "kernels": "torch",
+    "ordered_weights": False,
+    "float32_products": "ieee",
+    "compiled": False,
+}
 
 Budget = int | Literal["auto"]
 
 
 def resolve_schedule(
-    engine: Engine, model: Any, config: Any, *, requested: Budget, backend: str, base: str
+    engine: Engine,
+    model: Any,
+    config: Any,
+    *,
+    requested: Budget,
+    backend: str,
+    base: str,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """What a run that starts here and now does.
 
@@ -36,6 +50,7 @@ def resolve_schedule(
         requested: tokens_per_microbatch of the recipe.
         backend: the attention backend.
         base: what the run calls the model.
+        compiled: whether torch.compile takes norms and gated MLPs.
     """
     device, processes = engine.device, engine.processes
     copies = 0 if engine.sharded else bytes_to_order(model)
@@ -56,6 +71,8 @@ def resolve_schedule(
         "engine": engine.strategy.name,
         "device": device.kind,
         "attention": backend,
+        "float32_products": float32_products(),
+        "compiled": compiled,
     }
 
 

@@ -19,6 +19,7 @@ from tandem.artifact.files import atomic_write_json, read_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.data.collate import collate, record_key
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
@@ -32,12 +33,14 @@ from tandem.model.adapter import (
     modules_out_of_reach,
 )
 from tandem.model.attention import choose_backend, use_backend
+from tandem.model.compiled import Compiling, check_compile, compile_elementwise
 from tandem.model.dropout import silence
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.products import order_weights
-from tandem.model.score import check_head
+from tandem.model.quantization import check_quantization
+from tandem.model.score import check_head, sequence_logps
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, settled_by
@@ -50,6 +53,7 @@ from tandem.train.loop import Schedule, Training
 from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
+from tandem.train.precision import exact_float32
 from tandem.train.progress import StageProgress, phase, say
 from tandem.train.runtime import Runtime
 from tandem.train.strategies.choose import choose_strategy
@@ -124,7 +128,12 @@ def run_training(
         choose_device(runtime.device, runtime.dtype, runtime.hpu),
         patience=timedelta(minutes=runtime.timeout_minutes),
     )
+    exact_float32()
     processes, device = engine.processes, engine.device
+    check_quantization(
+        runtime.quantization, device=device.kind, sharded=getattr(engine, "sharded", False)
+    )
+    check_compile(runtime.compile, device=device.kind, sharded=getattr(engine, "sharded", False))
     if not processes.is_main:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
@@ -147,7 +156,11 @@ def run_training(
             tokenizer = load_tokenizer(base)
             template = resolve_template(tokenizer, chat_template)
             inputs = {
-                "model": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
+                "model": {
+                    "weights": hash_weights(base),
+                    "config": hash_file(base / "config.json"),
+                    **({"quantization": runtime.quantization} if runtime.quantization else {}),
+                },
                 "data": data_identity(sources),
                 "chat_template": {
                     "name": template.name,
@@ -209,6 +222,7 @@ class _Stage:
                 dtype=device.weights,
                 # Whole models may not fit on a device; what is spread goes there in parts.
                 device=torch.device("cpu") if engine.sharded else device.torch_device,
+                quantization=self.runtime.quantization,
             )
         )
         backend, why = processes.together(
@@ -226,6 +240,12 @@ class _Stage:
             f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
             f"attention {backend} ({why}), {budget.tokens} tokens a micro-batch",
         )
+        if self.runtime.quantization and device.is_host:
+            say(
+                self.console,
+                f"{self.kind.name}: 4-bit weights are unpacked at every use, which is slow on a "
+                "CPU and made for memory that is short",
+            )
         if device.is_host and (reason := why_not()):
             say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
         model = processes.together(lambda: self._adapted(model, backend))
@@ -257,6 +277,7 @@ class _Stage:
         )
         if state:
             engine.strategy.load_optimizer(state)
+        compiled = processes.together(lambda: self._warm_up(model, trees, schedule))
         made = self.kind.make_objective(
             Start(
                 engine,
@@ -264,7 +285,8 @@ class _Stage:
                 trees,
                 hash_json(inputs["model"]),
                 backend,
-                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}",
+                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
+                + (", compiled" if schedule["compiled"] else ""),
                 budget,
                 self.console,
             )
@@ -272,7 +294,7 @@ class _Stage:
         progress = self._train(trees, model, made.objective, budget, progress, total)
         trained = engine.strategy.trained()
         processes.main(
-            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule)
+            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
         )
 
     def _budget(self, schedule: dict[str, Any]) -> TokenBudget:
@@ -312,6 +334,7 @@ class _Stage:
         now = resolve_schedule(
             self.engine, model, self.config,
             requested=self.runtime.tokens_per_microbatch, backend=backend, base=self.base_name,
+            compiled=self.runtime.compile,
         )  # fmt: skip
         if not recorded:
             return now
@@ -364,6 +387,8 @@ class _Stage:
     def _adapted(self, model: Any, backend: str) -> Any:
         check_head(model)
         out_of_reach = modules_out_of_reach(model)
+        if self.runtime.compile:
+            compile_elementwise(model)
         use_backend(model, backend)
         if silenced := silence(model):
             say(
@@ -398,6 +423,25 @@ class _Stage:
         if self.settings.gradient_checkpointing:
             checkpoint_activations(model)
         return model
+
+    def _warm_up(self, model: Any, trees: Sequence[Tree], schedule: dict[str, Any]) -> Compiling:
+        """Compile what the run will need, on two records, before a clock runs."""
+        compiling = Compiling()
+        if not schedule["compiled"]:
+            return compiling
+        device = self.engine.device
+        batches = [
+            collate([trees[i]], [record_key(self.seed, 0, i)]).to(device.torch_device)
+            for i in (0, len(trees) - 1)
+        ]
+        narrow = device.weights in (torch.bfloat16, torch.float16)
+        with torch.autocast(device.kind, device.weights, enabled=narrow):
+            compiling.warm_up(model, partial(sequence_logps, model), batches)
+        say(
+            self.console,
+            f"{self.kind.name}: {compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s",
+        )
+        return compiling
 
     def _train(
         self,
@@ -450,6 +494,7 @@ class _Stage:
         made: Made,
         progress: Progress,
         schedule: dict[str, Any],
+        compiled: Compiling,
     ) -> None:
         outputs = save_adapter_folder(self.folder, model, trained, self.tokenizer, self.template)
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
@@ -457,6 +502,8 @@ class _Stage:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
         summary = {
             **training_summary(progress, trees),
+            "compile_seconds": compiled.seconds,
+            "compiled_graphs": compiled.graphs(),
             "reference_seconds": made.reference_seconds,
             "reference_computed": made.reference_computed,
             "peak_memory_bytes": self.engine.device.peak_memory(),
@@ -466,6 +513,8 @@ class _Stage:
             "attention": schedule["attention"],
             "device": schedule["device"],
             "dtype": str(self.engine.device.weights).removeprefix("torch."),
+            "quantization": self.runtime.quantization,
+            "float32_products": schedule["float32_products"],
             "ledger": ledger.summary(),
         }
         atomic_write_json(self.folder / "summary.json", summary)

@@ -1,4 +1,4 @@
-"""What a recipe or a command line says about machines; none of it changes what is computed."""
+"""What a recipe or a command line says about machines; only formats change what is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Runtime:
         device, dtype, attention, tokens_per_microbatch, engine: the recipe's keys of these names.
         timeout_minutes: how long a process waits for the others.
         quantization: number format of the frozen base, None for `dtype`.
-        compile: whether torch.compile takes the decoder's layers.
+        compile: whether torch.compile takes norms and gated MLPs.
         hpu: what only Gaudi cards heed.
     """
 
