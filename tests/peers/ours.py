@@ -20,7 +20,9 @@ from tandem.model.attention import use_backend
 from tandem.model.load import load_model
 from tandem.train.device import choose_device
 from tandem.train.engine import Engine
+from tandem.train.launch import Launch
 from tandem.train.objective import Objective
+from tandem.train.processes import Processes
 from tandem.train.strategies.choose import choose_strategy
 
 from .plain import ALPHA, RANK
@@ -60,8 +62,9 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "se
 
 def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
-    engine = Engine(choose_device("cpu", str(model.dtype).removeprefix("torch.")))
-    engine.take(choose_strategy("single", device="cpu", processes=1))
+    device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
+    single = choose_strategy("single", device="cpu", processes=1)
+    engine = Engine(device, Processes(Launch()), single)
     engine.prepare(model, torch.optim.SGD, None)
     return engine
 

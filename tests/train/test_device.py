@@ -14,7 +14,10 @@ from tandem.errors import UserError
 from tandem.train import gaudi
 from tandem.train.device import Device, choose_device, token_budget
 from tandem.train.engine import Engine
+from tandem.train.launch import Launch
+from tandem.train.processes import Processes
 from tandem.train.runtime import Hpu
+from tandem.train.strategies.replicated import Replicated
 
 
 class Machine:
@@ -123,7 +126,9 @@ def test_a_device_that_accelerate_does_not_take_is_refused(machine: Machine) -> 
     taken = types.SimpleNamespace(device=torch.device("cuda"))
     machine.patch.setattr("tandem.train.engine.Accelerator", lambda **_: taken)
     with pytest.raises(UserError, match="device: xpu was asked for, but accelerate prefers cuda"):
-        Engine(Device(torch.device("xpu"), torch.float32))
+        Engine(
+            Device(torch.device("xpu"), torch.float32), Processes(Launch()), Replicated("single", 1)
+        )
 
 
 def test_float64_is_refused_where_there_is_none(machine: Machine) -> None:

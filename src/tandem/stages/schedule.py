@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.manifest import difference
 from tandem.model.kernels.library import numerics
 from tandem.model.products import bytes_to_order
-from tandem.recipe.schema import Training
-from tandem.train.device import Device, token_budget
+from tandem.train.device import token_budget
 from tandem.train.engine import Engine
+from tandem.train.memory import TokenBudget
 from tandem.train.precision import float32_products
-from tandem.train.strategies.deepspeed_config import Settled
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
@@ -76,23 +78,6 @@ def resolve_schedule(
     }
 
 
-def settled_by(settings: Training, device: Device, processes: int) -> Settled:
-    """What the recipe says that a DeepSpeed file of the user's own may not contradict."""
-    return Settled(
-        batch_size=settings.batch_size,
-        processes=processes,
-        max_grad_norm=settings.max_grad_norm,
-        dtype=str(device.weights).removeprefix("torch."),
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        scheduler=settings.lr_scheduler,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-    )
-
-
 def repeat_schedule(
     recorded: dict[str, Any], now: dict[str, Any], requested: Budget
 ) -> tuple[dict[str, Any], list[tuple[str, Any, Any]]]:
@@ -109,3 +94,25 @@ def repeat_schedule(
         if requested == "auto":
             repeated["tokens_per_microbatch"] = recorded["tokens_per_microbatch"]
     return repeated, difference(recorded, {**repeated, "base": recorded["base"]})
+
+
+def token_budget_of(
+    engine: Engine, folder: Path, schedule: dict[str, Any], tell: Callable[[str], None]
+) -> TokenBudget:
+    """The schedule's token budget, or less if more did not fit in memory before.
+
+    Args:
+        engine: knows the other processes.
+        folder: the stage's, which remembers a smaller budget.
+        schedule: resolved.
+        tell: told when the budget gets smaller.
+    """
+    path, key = folder / "memory.json", "tokens_per_microbatch"
+    fitting = engine.processes.main(lambda: read_json(path)[key] if path.exists() else None)
+
+    def remember(tokens: int) -> None:
+        atomic_write_json(path, {key: tokens})
+        tell(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
+
+    tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
+    return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)

@@ -15,11 +15,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tandem.artifact.files import atomic_write_json, read_json, read_jsonl
+from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
-from tandem.data.collate import collate, record_key
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
@@ -27,36 +26,30 @@ from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate, resolve_template
 from tandem.data.trees import Trees
-from tandem.model.adapter import (
-    add_adapter,
-    checkpoint_activations,
-    modules_out_of_reach,
-)
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.compiled import Compiling, check_compile, compile_elementwise
-from tandem.model.dropout import silence
+from tandem.model.attention import choose_backend
+from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
 from tandem.model.products import order_weights
-from tandem.model.quantization import check_quantization
-from tandem.model.score import check_head, sequence_logps
 from tandem.recipe.schema import Training as TrainingSettings
+from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
-from tandem.stages.schedule import repeat_schedule, resolve_schedule, settled_by
+from tandem.stages.placement import in_words, start_engine
+from tandem.stages.schedule import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.shapes import declared_shapes
 from tandem.stages.sources import data_identity, source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
+from tandem.train.launch import launched
 from tandem.train.loop import Schedule, Training
 from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
-from tandem.train.precision import exact_float32
+from tandem.train.processes import join
 from tandem.train.progress import StageProgress, phase, say
 from tandem.train.runtime import Runtime
-from tandem.train.strategies.choose import choose_strategy
 
 # Settings that say when to look or save, not what is computed.
 _NOT_MATHEMATICS = {
@@ -124,29 +117,12 @@ def run_training(
 
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
-    engine = Engine(
-        choose_device(runtime.device, runtime.dtype, runtime.hpu),
-        patience=timedelta(minutes=runtime.timeout_minutes),
-    )
-    exact_float32()
-    processes, device = engine.processes, engine.device
-    check_quantization(
-        runtime.quantization, device=device.kind, sharded=getattr(engine, "sharded", False)
-    )
-    check_compile(runtime.compile, device=device.kind, sharded=getattr(engine, "sharded", False))
+    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    processes = join(launched(), device.backend, timedelta(minutes=runtime.timeout_minutes))
     if not processes.is_main:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
-        processes.together(
-            lambda: engine.take(
-                choose_strategy(
-                    runtime.engine,
-                    device=device.kind,
-                    processes=processes.count,
-                    settled=settled_by(settings, device, processes.count),
-                )
-            )
-        )
+        engine = processes.together(lambda: start_engine(device, processes, settings, runtime))
         base = processes.main_first(lambda: model_folder(model, revision))
         sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
 
@@ -234,21 +210,30 @@ class _Stage:
         schedule = self._schedule(opened.schedule, model, backend)
         self._declare_shapes(trees, schedule)
         torch.set_num_threads(schedule["threads"])
-        budget = self._budget(schedule)
-        say(
-            self.console,
-            f"{self.kind.name}: {_place(engine)}, {inputs['dtype']}, "
-            f"attention {backend} ({why}), {budget.tokens} tokens a micro-batch",
+        budget = token_budget_of(engine, self.folder, schedule, self._tell)
+        self._tell(
+            f"{in_words(engine)}, {inputs['dtype']}, attention {backend} ({why}), "
+            f"{budget.tokens} tokens a micro-batch"
         )
         if self.runtime.quantization and device.is_host:
-            say(
-                self.console,
-                f"{self.kind.name}: 4-bit weights are unpacked at every use, which is slow on a "
-                "CPU and made for memory that is short",
+            self._tell(
+                "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
+                "memory that is short"
             )
         if device.is_host and (reason := why_not()):
-            say(self.console, f"{self.kind.name}: torch's own operators, no C kernels: {reason}")
-        model = processes.together(lambda: self._adapted(model, backend))
+            self._tell(f"torch's own operators, no C kernels: {reason}")
+        model = processes.together(
+            lambda: adapted(
+                model,
+                self.settings,
+                backend=backend,
+                dropout=self.kind.dropout,
+                compiled=schedule["compiled"],
+                base_name=str(self.base) if self.base_name.startswith("demo:") else self.base_name,
+                seed=self.seed,
+                tell=self._tell,
+            )
+        )
         if schedule["ordered_weights"]:
             order_weights(model)
             order_head(model.get_base_model())
@@ -261,6 +246,7 @@ class _Stage:
             epochs=self.settings.epochs,
             max_steps=self.settings.max_steps,
         )
+        compiled = self._compiled(model, trees, schedule)
         progress, state = self._begin(model, total)
         s = self.settings
         engine.prepare(
@@ -277,7 +263,6 @@ class _Stage:
         )
         if state:
             engine.strategy.load_optimizer(state)
-        compiled = processes.together(lambda: self._warm_up(model, trees, schedule))
         made = self.kind.make_objective(
             Start(
                 engine,
@@ -297,22 +282,17 @@ class _Stage:
             lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
         )
 
-    def _budget(self, schedule: dict[str, Any]) -> TokenBudget:
-        """The schedule's token budget, or less if more did not fit in memory before."""
-        engine, path = self.engine, self.folder / "memory.json"
-        key = "tokens_per_microbatch"
-        fitting = engine.processes.main(lambda: read_json(path)[key] if path.exists() else None)
+    def _tell(self, text: str) -> None:
+        say(self.console, f"{self.kind.name}: {text}")
 
-        def remember(tokens: int) -> None:
-            atomic_write_json(path, {key: tokens})
-            say(
-                self.console,
-                f"{self.kind.name}: out of memory; going on with {tokens} tokens a micro-batch, "
-                "the steps stay the same",
-            )
-
-        tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
-        return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
+    def _compiled(self, model: Any, trees: Trees, schedule: dict[str, Any]) -> Compiling:
+        if not schedule["compiled"]:
+            return Compiling()
+        compiling = self.engine.processes.together(
+            lambda: warm_up(model, trees, self.engine.device, seed=self.seed)
+        )
+        self._tell(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
+        return compiling
 
     def _begin(self, model: Any, total: int) -> tuple[Progress, dict[str, Tensor]]:
         """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
@@ -321,10 +301,7 @@ class _Stage:
         if newest is None:
             return Progress(), {}
         progress, state = processes.together(partial(checkpoints.load, newest, model))
-        say(
-            self.console,
-            f"{self.kind.name}: going on from {newest} (step {progress.step} of {total})",
-        )
+        self._tell(f"going on from {newest} (step {progress.step} of {total})")
         return progress, state
 
     def _checkpoints(self) -> CheckpointStore:
@@ -383,65 +360,6 @@ class _Stage:
         for reason, count in counts["reasons"].items():
             say(self.console, f"  {count} x {reason}")
         return ledger, trees
-
-    def _adapted(self, model: Any, backend: str) -> Any:
-        check_head(model)
-        out_of_reach = modules_out_of_reach(model)
-        if self.runtime.compile:
-            compile_elementwise(model)
-        use_backend(model, backend)
-        if silenced := silence(model):
-            say(
-                self.console,
-                f"{self.kind.name}: the base model's own dropout ({silenced} modules) is off; "
-                "only lora.dropout acts, with masks that do not depend on the schedule",
-            )
-        lora = self.settings.lora
-        if lora.dropout > 0 and not self.kind.dropout:
-            say(
-                self.console,
-                f"{self.kind.name}: lora.dropout {lora.dropout} does nothing here: dropout is off, "
-                "so that policy and reference are the same function and prefixes can be shared",
-            )
-        if out_of_reach and lora.target_modules == "all-linear":
-            names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
-            say(
-                self.console,
-                f"{self.kind.name}: all-linear leaves out {', '.join(names)}: the model does not "
-                "use these layers as plain products, so an adapter there would do nothing",
-            )
-        model = add_adapter(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout if self.kind.dropout else 0.0,
-            target_modules=lora.target_modules,
-            base_name=self.base_name if not self.base_name.startswith("demo:") else str(self.base),
-            seed=self.seed,
-            out_of_reach=out_of_reach,
-        )
-        if self.settings.gradient_checkpointing:
-            checkpoint_activations(model)
-        return model
-
-    def _warm_up(self, model: Any, trees: Sequence[Tree], schedule: dict[str, Any]) -> Compiling:
-        """Compile what the run will need, on two records, before a clock runs."""
-        compiling = Compiling()
-        if not schedule["compiled"]:
-            return compiling
-        device = self.engine.device
-        batches = [
-            collate([trees[i]], [record_key(self.seed, 0, i)]).to(device.torch_device)
-            for i in (0, len(trees) - 1)
-        ]
-        narrow = device.weights in (torch.bfloat16, torch.float16)
-        with torch.autocast(device.kind, device.weights, enabled=narrow):
-            compiling.warm_up(model, partial(sequence_logps, model), batches)
-        say(
-            self.console,
-            f"{self.kind.name}: {compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s",
-        )
-        return compiling
 
     def _train(
         self,
@@ -524,13 +442,6 @@ class _Stage:
             f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
             f"{progress.seconds:.1f} s, {_packing(summary)} -> {self.folder}",
         )
-
-
-def _place(engine: Engine) -> str:
-    """Where a run computes, in words."""
-    count, kind = engine.processes.count, engine.device.kind
-    place = f"{count} processes on {kind}" if count > 1 else kind
-    return place if engine.strategy.name == "single" else f"{place} ({engine.strategy.name})"
 
 
 def _packing(summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -163,6 +164,8 @@ def choose_device(device: str, dtype: str, hpu: Hpu | None = None) -> Device:
         raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
     if dtype == "auto":
         dtype = "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
+    # transformers imports DeepSpeed where it is installed, which would look for a device by itself.
+    os.environ.setdefault("DS_ACCELERATOR", kind)
     chosen = Device(torch.device(_numbered(kind)), _DTYPES[dtype])
     if chosen.weights == torch.float64 and chosen.sums != torch.float64:
         raise UserError(f"dtype: float64 does not exist on {kind}; use device: cpu")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tandem.data.buckets import Buckets, fill_up
@@ -18,15 +16,11 @@ from tandem.data.collate import MicroBatch
 from tandem.errors import TandemError, UserError
 from tandem.model.score import Scorer
 from tandem.train.device import Device
-from tandem.train.launch import Launch, launched
 from tandem.train.processes import Processes
 from tandem.train.strategies.strategy import MakeOptimizer, Strategy
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-# Longer than one process may keep the others waiting: hashing weights, preparing data, saving.
-_PATIENCE = timedelta(hours=1)
 
 
 class Engine:
@@ -37,46 +31,38 @@ class Engine:
 
     Args:
         device: of this process.
-        patience: how long a process waits for the others.
+        processes: that are in contact.
+        strategy: how they share the work.
+
+    Raises UserError for a number format that cannot be trained in, and a device that accelerate
+    does not take.
     """
 
-    def __init__(self, device: Device, *, patience: timedelta = _PATIENCE) -> None:
+    def __init__(self, device: Device, processes: Processes, strategy: Strategy) -> None:
         self.device = device
+        self.processes = processes
+        self.strategy = strategy
         # Where the device has static shapes, those that a stage declares.
         self.buckets: Buckets | None = None
+        self.model: Any = None
         if device.weights == torch.float16:
             raise UserError(
                 "dtype: float16 has too narrow a range to train in without loss scaling; "
                 "use bfloat16 (or float32)"
             )
+        if processes.count == 1 and strategy.needs_group and not dist.is_initialized():
+            # Of one process; DeepSpeed and FSDP2 know no other way.
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
         precision = "bf16" if device.weights == torch.bfloat16 else "no"
-        launch = launched()
-        handlers = (
-            [InitProcessGroupKwargs(backend=device.backend, timeout=patience)]
-            if launch.count > 1
-            else []
-        )
-        self.accelerator = Accelerator(
-            cpu=device.is_host, mixed_precision=precision, kwargs_handlers=handlers
-        )
+        self.accelerator = Accelerator(cpu=device.is_host, mixed_precision=precision)
         _same_device(self.accelerator, device)
-        self.processes = _processes(self.accelerator, launch, patience)
-        self.model: Any = None
-        self.strategy: Any = None
+        _same_processes(self.accelerator, processes)
 
     @property
     def sharded(self) -> bool:
         """Whether every forward and backward waits for the other processes."""
-        sharded: bool = self.strategy.sharded
-        return sharded
-
-    def take(self, strategy: Strategy) -> None:
-        """Choose how the processes share the work, before there is a model."""
-        if self.processes.count == 1 and not dist.is_initialized() and strategy.needs_group:
-            # Of one process; DeepSpeed and FSDP2 know no other way.
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(self.device.backend, store=store, rank=0, world_size=1)
-        self.strategy = strategy
+        return self.strategy.sharded
 
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
@@ -143,20 +129,11 @@ def _same_device(accelerator: Accelerator, device: Device) -> None:
         )
 
 
-def _processes(accelerator: Accelerator, launch: Launch, patience: timedelta) -> Processes:
-    """The processes that accelerate joined, which must be those that were launched."""
+def _same_processes(accelerator: Accelerator, processes: Processes) -> None:
+    """accelerate takes part in what it finds, which must be what was launched."""
     obtained = (accelerator.process_index, accelerator.num_processes)
-    if obtained != (launch.rank, launch.count):
+    if obtained != (processes.rank, processes.count):
         raise TandemError(
-            f"launched as process {launch.rank} of {launch.count}, but accelerate takes part as "
-            f"{obtained[0]} of {obtained[1]}"
+            f"launched as process {processes.rank} of {processes.count}, but accelerate takes part "
+            f"as {obtained[0]} of {obtained[1]}"
         )
-    if launch.count == 1:
-        return Processes(launch)
-    # Plain values travel on the CPU, whatever carries gradients, and in a group of their own.
-    return Processes(launch, _control_group(patience))
-
-
-@cache
-def _control_group(patience: timedelta) -> Any:
-    return dist.new_group(backend="gloo", timeout=patience)

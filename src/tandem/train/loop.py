@@ -27,6 +27,8 @@ from tandem.train.objective import Objective
 
 # Sequences of a padded batch in the comparison that the summary reports.
 _PADDED_BATCH = 8
+# Seconds within which two different signals are one request to stop.
+_SAME_REQUEST = 5.0
 
 
 @dataclass(frozen=True)
@@ -240,17 +242,24 @@ def _padded(lengths: Sequence[int]) -> int:
 @dataclass
 class _StopRequest:
     requested: bool = False
+    number: int = 0
+    at: float = 0.0
 
 
 @contextmanager
 def _stop_requests() -> Iterator[_StopRequest]:
-    """SIGINT and SIGTERM ask for an end after the current step; a second one interrupts at once."""
+    """SIGINT and SIGTERM ask for an end after the current step; a second one interrupts at once.
+
+    A SIGTERM right after a SIGINT counts as the same request: so DeepSpeed's launcher passes on a
+    Ctrl-C.
+    """
     request = _StopRequest()
 
-    def ask(_number: int, _frame: Any) -> None:
-        if request.requested:
+    def ask(number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if request.requested and (number == request.number or now - request.at > _SAME_REQUEST):
             raise KeyboardInterrupt
-        request.requested = True
+        request.requested, request.number, request.at = True, number, now
 
     try:
         previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from tandem.data.records import Tree
 from tandem.errors import Stopped, UserError
+from tandem.train.launch import ask_for_restart
 from tandem.train.processes import Processes
 
 T = TypeVar("T")
 
 Members = tuple[int, ...]
 """A micro-batch: positions of trees."""
-
-RESTART_FILE = "TANDEM_RESTART_FILE"
-"""Names a file; what is written into it is why all processes should be started again."""
 
 # What devices' allocators say, where they have no error of their own.
 _WORDS = (
@@ -134,8 +130,9 @@ class TokenBudget:
                 f"out of memory with {failed} tokens at once; the run goes on from its last "
                 f"checkpoint with {self.tokens} tokens a micro-batch"
             )
-            _ask_for_a_restart(reason)
-            raise Stopped(f"{reason}, by the same command")
+            if not ask_for_restart(reason):
+                reason += ", by the same command"
+            raise Stopped(reason)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -167,12 +164,6 @@ def _halves(members: Members, tokens: Sequence[int]) -> list[Members]:
         running += tokens[members[cut]]
         cut += 1
     return [members[:cut], members[cut:]]
-
-
-def _ask_for_a_restart(reason: str) -> None:
-    """Tell the parent process, where there is one that can start all processes again."""
-    if path := os.environ.get(RESTART_FILE):
-        Path(path).write_text(reason)
 
 
 def no_room(tree: Tree, tokens: int) -> UserError:

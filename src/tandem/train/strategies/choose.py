@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tandem.errors import UserError
 from tandem.train.strategies.deepspeed_config import Settled, own_config, read_config
+from tandem.train.strategies.packages import require
 from tandem.train.strategies.replicated import Replicated
 from tandem.train.strategies.strategy import Strategy
 
@@ -24,8 +25,8 @@ def choose_strategy(
         processes: how many there are.
         settled: what such a configuration must agree with.
 
-    Raises UserError for a strategy that does not fit the number of processes, and a configuration
-    that does not agree.
+    Raises UserError for a strategy that does not fit the number of processes, a package that is not
+    there, and a configuration that does not agree.
     """
     if engine == "auto":
         engine = "ddp" if processes > 1 else "single"
@@ -40,6 +41,7 @@ def choose_strategy(
         from tandem.train.strategies.fsdp2 import Fsdp2
 
         return Fsdp2(device, processes)
+    require("deepspeed", "deepspeed", f"engine: {engine}")
     from tandem.train.strategies.zero import Zero2, Zero3
 
     if engine in _STAGES:
