@@ -19,6 +19,8 @@ from tandem.train.processes import Processes
 from tandem.train.runtime import Hpu
 from tandem.train.strategies.replicated import Replicated
 
+ALONE = Processes(Launch())
+
 
 class Machine:
     """What torch and Habana's bridge see; nothing but the CPU unless told otherwise."""

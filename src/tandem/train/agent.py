@@ -14,30 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tandem.errors import Stopped, TandemError, UserError
+from tandem.train.device import count_devices
 from tandem.train.launch import RESTART_FILE
 
 _RESTARTS = 8
 
 
 def check_devices(count: int, device: str) -> None:
-    """Raise UserError unless there is a CUDA device for each process, where they are to use them.
+    """Raise UserError unless there is a device for each process, where each needs its own.
 
     Args:
         count: how many processes are to be started.
-        device: the recipe's; `auto` is CUDA where there is any.
+        device: the recipe's.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and count > (there := torch.cuda.device_count()):
+    there = count_devices(device)
+    if there is not None and count > there:
+        kind = "GPU" if device == "auto" else f"{device.upper()} device"
         raise UserError(
-            f"--nproc {count}: this machine has {_counted(there, 'CUDA device')}, and each process "
-            "needs one of its own"
+            f"--nproc {count}: this machine has {_counted(there, kind)}, and each process needs one "
+            "of its own"
         )
 
 

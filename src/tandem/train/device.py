@@ -219,13 +219,26 @@ def _numbered(kind: str) -> str:
         )
     if kind == "hpu":  # the bridge gives each process a card of its own, always the current one
         return kind
-    there = getattr(torch, kind).device_count()
-    if launch.local_count > there:
+    there = count_devices(kind)
+    if there is not None and launch.local_count > there:
         raise UserError(
             f"{launch.local_count} processes were started on a machine with {there} "
             f"{kind.upper()} device{'s' if there != 1 else ''}; start one for each"
         )
     return f"{kind}:{launch.local_rank}"
+
+
+def count_devices(device: str) -> int | None:
+    """How many there are of a kind of which each process needs one of its own; None of others.
+
+    Args:
+        device: a recipe's; `auto` is the kind that would be taken.
+    """
+    if device == "auto":
+        device = next((kind for kind in ("cuda", "xpu") if _why_not(kind, None) is None), "cpu")
+    if device not in ("cuda", "xpu"):
+        return None
+    return int(getattr(torch, device).device_count())
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
