@@ -47,7 +47,7 @@ def test_mistakes_are_found_before_anything_starts(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main([*SFT, "--nproc=3", "--device", "cuda"]) == 2
     assert "--nproc 3: this machine has 2 CUDA devices" in capsys.readouterr().err
-    with pytest.raises(UserError, match="2 CUDA devices"):
+    with pytest.raises(UserError, match="2 GPUs"):
         check_devices(3, "auto")
     check_devices(2, "auto")
     check_devices(3, "cpu")

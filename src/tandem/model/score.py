@@ -120,7 +120,8 @@ def sequence_logps(
         found = empty.index_add(0, batch.target_sequence, coarse) + empty.index_add(
             0, batch.target_sequence, logps - coarse
         )
-    return found[: batch.sequences]
+    # No view: what a module returns may be hooked by who spreads its weights.
+    return found[: batch.sequences].clone()
 
 
 def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -36,8 +36,8 @@ def check_devices(count: int, device: str) -> None:
     if there is not None and count > there:
         kind = "GPU" if device == "auto" else f"{device.upper()} device"
         raise UserError(
-            f"--nproc {count}: this machine has {_counted(there, kind)}, and each process needs one "
-            "of its own"
+            f"--nproc {count}: this machine has {_counted(there, kind)}, and each process "
+            "needs one of its own"
         )
 
 
@@ -69,7 +69,8 @@ def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], No
             if end.asked is not None:
                 return _stopped(end, end.asked, say)
             reason = word.read_text().strip() if word.exists() else ""
-            if end.code != Stopped.exit_code or not reason:
+            # The others may have ended with another code, for want of contact.
+            if end.code == 0 or not reason:
                 break
             if turn == _RESTARTS:
                 say(f"started again {_RESTARTS} times and asked once more: {reason}")
