@@ -109,7 +109,18 @@ def test_chat_passes_on_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> No
     session = pytest.importorskip("tandem.chat.session")
     made: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(session, "run_chat", lambda models, **rest: made.append((models, rest)))
-    argv = ["chat", "a", "--max-new-tokens", "9", "b", "--chat_template=t", "--system", "Be brief."]
+    argv = [
+        "chat",
+        "a",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "9",
+        "b",
+        "--chat_template=t",
+        "--system",
+        "Be brief.",
+    ]
     assert main(argv) == 0
     ((models, options),) = made
     assert list(models) == ["a", "b"]
@@ -121,7 +132,7 @@ def test_chat_passes_on_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> No
         "temperature": 0.7,
         "top_p": 0.95,
         "seed": None,
-        "device": "auto",
+        "device": "cpu",
     }
 
 

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from tandem.data.collate import collate
 from tandem.errors import UserError
 from tandem.model import quantization
-from tandem.model.adapter import adapter_off, modules_out_of_reach, save_adapter
+from tandem.model.adapter import (
+    adapter_off,
+    modules_out_of_reach,
+    save_adapter,
+    trainable_parameters,
+)
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.dropout import silence
 from tandem.model.products import order_weights
@@ -171,13 +176,14 @@ def test_weights_take_little_more_than_half_a_byte() -> None:
 
 def test_the_record_goes_with_the_adapter(tmp_path: Path) -> None:
     model = adapt(quantized(make_model(dtype=torch.float32)))
-    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, trainable_parameters(model))
     assert read_record(tmp_path) == quantized_of(model)
     (tmp_path / "quantization.json").write_text('{"format": "int3"}')
     with pytest.raises(UserError, match=r"quantization\.json cannot be used"):
         read_record(tmp_path)
     (tmp_path / "quantization.json").unlink()
-    save_adapter(adapt(make_model(dtype=torch.float32)), tmp_path)
+    plain = adapt(make_model(dtype=torch.float32))
+    save_adapter(plain, tmp_path, trainable_parameters(plain))
     assert read_record(tmp_path) is None
 
 

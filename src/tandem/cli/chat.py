@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tandem.cli.parsing import Parser
+from tandem.recipe.seed_flags import DEVICES
 
 
 def chat(argv: list[str]) -> int:
@@ -12,7 +13,9 @@ def chat(argv: list[str]) -> int:
     arguments = _chat_parser().parse(argv)
     from tandem.chat.session import run_chat
     from tandem.cli.notices import result_console
+    from tandem.train.device import choose_device
 
+    device = choose_device(arguments.device, "auto")
     run_chat(
         arguments.models,
         system=arguments.system,
@@ -21,7 +24,7 @@ def chat(argv: list[str]) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        device=arguments.device,
+        device=str(device.torch_device),
         console=result_console(),
     )
     return 0
@@ -53,7 +56,7 @@ def _chat_parser() -> Parser:
         "--top_p", type=_share, default=0.95, metavar="X", help="nucleus sampling (0.95)"
     )
     parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to answer")
     return parser
 
 

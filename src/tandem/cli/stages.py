@@ -10,7 +10,7 @@ from tandem.cli.environment import prepare_gaudi
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
-from tandem.recipe.seed_flags import Stage, flags_of
+from tandem.recipe.seed_flags import DEVICES, Stage, flags_of
 from tandem.train.gaudi import bridge_installed
 from tandem.train.launch import launched
 
@@ -203,7 +203,7 @@ def _merge_parser() -> Parser:
     )
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda", "hpu", "xpu", "mps"),
+        choices=DEVICES,
         default="auto",
         help="where the check computes",
     )

@@ -202,26 +202,23 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def load_for_inference(path: str, device: str = "auto") -> tuple[Any, Any]:
+def load_for_inference(path: str, device: str) -> tuple[Any, Any]:
     """Model and tokenizer for generation, from a model folder, an adapter folder or a Hub id.
 
     An adapter is loaded on top of the base its adapter_config.json names. Weights are float32 on
-    CPU and as stored elsewhere.
+    CPU and MPS, bfloat16 elsewhere.
     """
-    where = device
-    if device == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if torch.device(device).type in ("cpu", "mps") else torch.bfloat16
     folder = model_folder(path)
-    dtype = torch.float32 if where == "cpu" else torch.bfloat16
     if (folder / "adapter_config.json").exists():
         from tandem.model.adapter import load_adapter
 
         base = model_folder(
             str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
         )
-        model = load_adapter(load_base(base, folder, dtype=dtype, device=where), folder)
+        model = load_adapter(load_base(base, folder, dtype=dtype, device=device), folder)
     else:
-        model = load_model(folder, dtype=dtype, device=where)
+        model = load_model(folder, dtype=dtype, device=device)
     return model, load_tokenizer(folder)
 
 

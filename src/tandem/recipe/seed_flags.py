@@ -41,6 +41,8 @@ _SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _ATTENTION = ("auto", "segments", "varlen", "dense", "padded")
 
+DEVICES = ("auto", "cpu", "cuda", "hpu", "xpu", "mps")
+
 FLAGS: tuple[Flag, ...] = (
     Flag("model_name_or_path", str, "base model: a folder or a Hub id (required)"),
     Flag("model_revision", str, "commit, tag or branch of a Hub model"),
@@ -82,7 +84,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),
-    Flag("device", str, "where to train", choices=("auto", "cpu", "cuda", "hpu", "xpu", "mps")),
+    Flag("device", str, "where to train", choices=DEVICES),
     Flag("dtype", str, "of the weights", choices=("auto", "float32", "bfloat16", "float16")),
     Flag("attention", str, "attention form", choices=_ATTENTION),
     Flag("tokens_per_microbatch", str, "tokens fed at once, or auto; never changes the result"),
