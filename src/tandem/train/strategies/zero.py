@@ -183,6 +183,8 @@ def start_engine(
 
     # It would compile shared-memory collectives for CPUs at the first start, for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
     optimizer = make_optimizer(parameters.values())
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
     for group in optimizer.param_groups:
