@@ -55,6 +55,7 @@ SAMPLES = {
     "max_length": "1400",
     "max_prompt_length": "300",
     "warmup_ratio": "0.25",
+    "max_dropped": "0.25",
     "lora_dropout": "0.25",
     "adam_beta1": "0.25",
     "adam_beta2": "0.25",

@@ -60,6 +60,25 @@ def test_a_malformed_row_stops_the_run_or_goes_to_the_ledger(
     assert read_json(desk.home / "out" / "summary.json")["ledger"]["read"] == 24
 
 
+def test_too_many_dropped_records_stop_the_run(desk: Desk) -> None:
+    rows = desk.conversations.read_text().splitlines()
+    empty = '{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": ""}]}'
+    lone = '{"conversations": [{"from": "human", "value": "Why?"}]}'
+    data = desk.text("\n".join([*rows[:16], empty, *[lone] * 4, *rows[16:]]), "gaps.jsonl")
+    message = desk.refused(
+        desk.train(dataset_name=data),
+        "5 of 29 records would be dropped, 17.2%; max_dropped allows 5.0%",
+        "(gaps.jsonl, row 18; gaps.jsonl, row 19; gaps.jsonl, row 20; ...)",
+        "Mend the data, or set max_dropped",
+    )
+    assert "4 x " in message
+    assert "(gaps.jsonl, row 17)" in message
+    said = desk.accepted(desk.train(dataset_name=data, max_dropped=0.18))
+    assert "24 of 29 records to train on" in said
+    # It is no part of what a finished stage depends on.
+    desk.accepted(desk.train(dataset_name=data, max_dropped=0.2))
+
+
 def test_the_other_stages_data_is_recognised(desk: Desk) -> None:
     desk.refused(desk.train(dataset_name=desk.pairs), "preference pairs", "this stage trains on")
     desk.refused(desk.train("dpo", dataset_name=desk.conversations), "holds conversations")

@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 from tandem.artifact.files import atomic_write_text
 from tandem.data.records import Origin
+from tandem.errors import UserError
+
+# Rows that an error names of each reason.
+_SHOWN = 3
 
 Outcome = Literal["truncated", "dropped"]
 
@@ -81,6 +85,32 @@ class Ledger:
         """The counts, the number of records per reason, and the format of every source."""
         reasons = Counter(entry.reason for entry in self.entries)
         return {**self.counts, "reasons": dict(reasons.most_common()), "formats": self.formats}
+
+    def check_share(self, most: float) -> None:
+        """Raise UserError when more than a share of the records was dropped.
+
+        Args:
+            most: the share that may be dropped, of all that were read.
+        """
+        counts = self.counts
+        if counts["dropped"] <= most * counts["read"]:
+            return
+        rows: dict[str, list[str]] = {}
+        for entry in self.entries:
+            if entry.outcome == "dropped":
+                rows.setdefault(entry.reason, []).append(
+                    f"{Path(entry.file).name}, row {entry.row}"
+                )
+        listing = "\n".join(
+            f"  {len(found)} x {reason} ({'; '.join(found[:_SHOWN])}"
+            + ("; ...)" if len(found) > _SHOWN else ")")
+            for reason, found in sorted(rows.items(), key=lambda item: -len(item[1]))
+        )
+        raise UserError(
+            f"{counts['dropped']} of {counts['read']} records would be dropped, "
+            f"{counts['dropped'] / counts['read']:.1%}; max_dropped allows {most:.1%}:\n{listing}\n"
+            "Mend the data, or set max_dropped to what you can do without."
+        )
 
     def write(self) -> None:
         """Write one JSON object a line to `path`, whole or not at all."""

@@ -150,6 +150,10 @@ class Training(Section):
     save_total_limit: Positive | None = Field(
         default=None, description="How many checkpoints are kept; null keeps all."
     )
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05,
+        description="Share of records that may be dropped; more stops the run before it trains.",
+    )
     on_bad_record: Literal["stop", "drop"] = Field(
         default="stop",
         description="What an unparsable line does: stop the run, or drop into the ledger.",

@@ -81,6 +81,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "on_bad_record", str, "on an unparsable line", choices=("stop", "drop"), key="on_bad_record"
     ),
+    Flag("max_dropped", float, "share of records that may be dropped (0.05)", key="max_dropped"),
     Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),

@@ -58,6 +58,7 @@ _NOT_MATHEMATICS = {
     "save_steps",
     "save_total_limit",
     "gradient_checkpointing",
+    "max_dropped",
 }
 
 
@@ -359,6 +360,7 @@ class _Stage:
         )
         for reason, count in counts["reasons"].items():
             say(self.console, f"  {count} x {reason}")
+        ledger.check_share(self.settings.max_dropped)
         return ledger, trees
 
     def _train(
