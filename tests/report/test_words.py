@@ -30,6 +30,8 @@ def test_numbers() -> None:
         "0.693", "12.35", "1.00e-4", "0", "120", "–",
     ]  # fmt: skip
     assert wording.number(math.nan) == "–"
+    # The learning rates of an axis stay apart.
+    assert [wording.number(x, 3) for x in (0.0015, 0.002, 0.0245)] == ["0.0015", "0.0020", "0.02"]
     assert [wording.duration(s) for s in (0.25, 12.34, 185, 7800)] == [
         "250 ms", "12.3 s", "3 min 05 s", "2 h 10 min",
     ]  # fmt: skip

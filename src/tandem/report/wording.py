@@ -24,7 +24,10 @@ def number(value: float | None, significant: int = 4) -> str:
         mantissa, exponent = f"{x:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     whole = len(str(int(abs(x))))
-    return f"{x:.{max(0, significant - whole)}f}"
+    places = max(0, significant - whole)
+    if abs(x) < 0.01:  # two digits that say something: 0.0015, and not 0.002
+        places = max(places, 1 - math.floor(math.log10(abs(x))))
+    return f"{x:.{places}f}"
 
 
 def count(value: float | None) -> str:
