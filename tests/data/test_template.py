@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,60 @@ def test_prompt_ids_are_what_plain_transformers_feeds(
 
 @pytest.mark.parametrize("name", template_names())
 def test_every_packaged_template_ends_answers(name: str, byte_tokenizer: Any) -> None:
-    template = resolve_template(byte_tokenizer, name)
-    token = "<|im_end|>" if name == "chatml" else "<|endoftext|>"
-    trailer = "\n" if name in ("chatml", "zephyr") else ""
-    ending = find_ending(byte_tokenizer, template)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": headers})
+    template = resolve_template(tokenizer, name)
+    token = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}.get(name, "<|endoftext|>")
+    trailer = {"chatml": "\n", "zephyr": "\n", "alpaca": "\n\n"}.get(name, "")
+    ending = find_ending(tokenizer, template)
     assert ending is not None
     assert (ending.token, ending.trailer) == (token, trailer)
-    eos = byte_tokenizer.eos_token_id
-    assert stop_ids(byte_tokenizer, template) == list(dict.fromkeys([ending.token_id, eos]))
+    eos = tokenizer.eos_token_id
+    assert stop_ids(tokenizer, template) == list(dict.fromkeys([ending.token_id, eos]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "llama-2",
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhy? [/INST] So. </s><s>[INST] And? [/INST]",
+        ),
+        ("mistral", "<s>[INST] Be brief.\n\nWhy? [/INST]So.</s>[INST] And? [/INST]"),
+        (
+            "llama-3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nSo.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "alpaca",
+            "<s>Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.</s>\n\n"
+            "### Instruction:\nAnd?\n\n### Response:\n",
+        ),
+    ],
+)
+def test_what_named_templates_render(name: str, text: str, mistral_tokenizer: Any) -> None:
+    source = (files("tandem.data") / "templates" / f"{name}.jinja").read_text()
+    turns = [Turn("system", "Be brief."), Turn("user", "Why?")]
+    turns += [Turn("assistant", "So."), Turn("user", "And?")]
+    template = ChatTemplate(name, source)
+    assert render(mistral_tokenizer, template, turns, prompt=True) == text
+    without = render(mistral_tokenizer, template, turns[1:2], prompt=True)
+    assert "Be brief." not in without
+    assert "<<SYS>>" not in without
+    if name in ("llama-2", "mistral", "alpaca"):
+        with pytest.raises(UserError, match=f"{name} knows the roles"):
+            render(mistral_tokenizer, template, [Turn("tool", "x")], prompt=True)
+
+
+def test_headers_that_are_no_tokens_are_refused(mistral_tokenizer: Any) -> None:
+    template = resolve_template(mistral_tokenizer, "llama-3")
+    with pytest.raises(UserError, match="'llama-3' does not end an answer"):
+        require_ending(mistral_tokenizer, template)
 
 
 def test_a_template_file(mistral_tokenizer: Any, tmp_path: Path) -> None:
