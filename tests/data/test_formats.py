@@ -101,9 +101,80 @@ def test_explicit_preference(
     assert read(row) == PreferencePair(turns, "C", "R", ORIGIN)
 
 
+Q_AND_A = (Turn("user", "Q"), Turn("assistant", "A"))
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"instruction": "Q", "input": "", "output": "A"}, Q_AND_A),
+        ({"instruction": "Q", "output": "A", "text": "all of it"}, Q_AND_A),
+        (
+            {"system": "S", "instruction": "Q", "input": "given", "output": "A"},
+            (Turn("system", "S"), Turn("user", "Q\n\ngiven"), Turn("assistant", "A")),
+        ),
+        ({"prompt": "Q", "completion": "A"}, Q_AND_A),
+        ({"prompt": [said("user", "Q")], "completion": [said("assistant", "A")]}, Q_AND_A),
+        (
+            {"prompt": [said("system", "S"), said("user", "Q")], "completion": "A"},
+            (Turn("system", "S"), *Q_AND_A),
+        ),
+    ],
+)
+def test_one_question_and_its_answer(row: dict[str, Any], turns: tuple[Turn, ...]) -> None:
+    assert read(row) == Conversation(turns, ORIGIN)
+
+
+HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: More?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {
+                "chosen": [said("user", "Q"), said("assistant", "C")],
+                "rejected": [said("user", "Q"), said("assistant", "R")],
+                "score_chosen": 8.0,
+            },
+            (Turn("user", "Q"),),
+        ),
+        ({"chosen": f"{HH} C", "rejected": f"{HH} R"}, (*Q_AND_A, Turn("user", "More?"))),
+        (
+            {"chosen": "Human: a\nb\n\nAssistant: C", "rejected": "Human: a\nb\n\nAssistant: R"},
+            (Turn("user", "a\nb"),),
+        ),
+    ],
+)
+def test_preference_whose_prompt_is_in_both(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
+    assert read(row) == PreferencePair(prompt, "C", "R", ORIGIN)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"instruction": "Q", "output": " "}, "empty answer"),
+        ({"instruction": None, "output": "A"}, "`instruction` is null or missing"),
+        ({"instruction": "Q", "input": 3, "output": "A"}, "`input` is not a text"),
+        ({"prompt": "Q", "completion": ""}, "empty answer"),
+        ({"prompt": [said("assistant", "Q")], "completion": "A"}, "roles out of order"),
+        (
+            {"chosen": "C", "rejected": "R"},
+            "`chosen` is neither messages nor a transcript (Human: ... Assistant: ...)",
+        ),
+        (
+            {"chosen": "\n\nHuman: Q\n\nAssistant: C", "rejected": "\n\nHuman: P\n\nAssistant: R"},
+            "chosen and rejected follow different prompts",
+        ),
+        (
+            {"chosen": "\n\nHuman: Q", "rejected": "\n\nHuman: Q"},
+            "`chosen` does not end with an assistant turn",
+        ),
+        (
+            {"chosen": [said("assistant", "C")], "rejected": [said("assistant", "R")]},
+            "`chosen` holds an answer without a question",
+        ),
+        ({"chosen": f"{HH} C", "rejected": HH}, "empty answer"),
         (sharegpt(("human", "Q")), "no assistant turn"),
         (sharegpt(("system", "")), "no assistant turn"),
         (sharegpt(("human", "Q"), ("gpt", " \n")), "empty answer"),
@@ -148,7 +219,7 @@ def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> N
 
 def test_rows_of_no_known_format_are_not_guessed_at() -> None:
     assert detect({"text": "hello"}) is None
-    assert detect({"chosen": "C", "rejected": "R"}) is None
+    assert detect({"instruction": "Q", "response": "A"}) is None
 
 
 def test_questions() -> None:

@@ -93,8 +93,8 @@ def test_the_example_records_can_be_read() -> None:
             known.read(fields, origin)
             found.append(known.name)
     assert found == [
-        "ShareGPT", "messages", "orca_dpo_pairs", "explicit preference", "explicit preference",
-        "question",
+        "ShareGPT", "messages", "Alpaca", "prompt and completion", "orca_dpo_pairs",
+        "explicit preference", "explicit preference", "implicit preference", "question",
     ]  # fmt: skip
 
 

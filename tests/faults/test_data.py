@@ -85,8 +85,8 @@ def test_the_other_stages_data_is_recognised(desk: Desk) -> None:
 
 
 def test_rows_of_no_known_format_show_their_keys(desk: Desk) -> None:
-    data = desk.text('{"instruction": "a", "output": "b"}\n', "alpaca.jsonl")
-    desk.refused(desk.train(dataset_name=data), "alpaca.jsonl, row 1", "instruction, output")
+    data = desk.text('{"ask": "a", "reply": "b"}\n', "odd.jsonl")
+    desk.refused(desk.train(dataset_name=data), "odd.jsonl, row 1", "ask, reply")
 
 
 def test_rows_that_cannot_be_trained_are_counted_by_reason(desk: Desk) -> None:

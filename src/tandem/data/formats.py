@@ -6,6 +6,7 @@ Formats are told apart by their keys; extra keys are fine. A row that cannot be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,11 @@ _ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "assistant": "assistant",
 }
+
+_ANSWERS = ("chosen", "rejected", "output", "completion")
+# How Anthropic's HH-RLHF marks who speaks.
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
 class Unusable(ValueError):  # noqa: N818  (not an error of the program: a verdict on a record)
@@ -100,22 +106,79 @@ def _read_messages(fields: Fields, origin: Origin) -> Conversation:
     return _conversation(fields.get("messages"), "messages", origin, "role", "content")
 
 
+def _read_alpaca(fields: Fields, origin: Origin) -> Conversation:
+    question = _text(fields, "instruction")
+    given = fields.get("input")
+    if given is not None and not isinstance(given, str):
+        raise Unusable("`input` is not a text")
+    if given and given.strip():
+        question = f"{question}\n\n{_sound(given)}"
+    turns = _prompt(fields.get("system"), question)
+    return _answered(turns, _text(fields, "output"), origin)
+
+
+def _read_completion(fields: Fields, origin: Origin) -> Conversation:
+    prompt, answer = _answer(fields, "completion", _prompt_in(fields))
+    return _answered(prompt, answer, origin)
+
+
+def _answered(prompt: tuple[Turn, ...], answer: str, origin: Origin) -> Conversation:
+    turns = (*prompt, Turn("assistant", answer))
+    _check_order(turns)
+    return Conversation(turns, origin)
+
+
 def _read_orca_pair(fields: Fields, origin: Origin) -> PreferencePair:
     prompt = _prompt(fields.get("system"), _text(fields, "question"))
     return _pair(prompt, _text(fields, "chosen"), _text(fields, "rejected"), origin)
 
 
 def _read_explicit_pair(fields: Fields, origin: Origin) -> PreferencePair:
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list):
-        turns = _turns(prompt, "prompt", "role", "content")
-    else:
-        turns = _prompt(fields.get("system"), _text(fields, "prompt"))
+    turns = _prompt_in(fields)
     chosen_prompt, chosen = _answer(fields, "chosen", turns)
     rejected_prompt, rejected = _answer(fields, "rejected", turns)
     if chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected follow different prompts")
     return _pair(chosen_prompt, chosen, rejected, origin)
+
+
+def _read_implicit_pair(fields: Fields, origin: Origin) -> PreferencePair:
+    chosen, rejected = (_dialogue(fields, key) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("chosen and rejected follow different prompts")
+    return _pair(chosen[:-1], chosen[-1].content, rejected[-1].content, origin)
+
+
+def _dialogue(fields: Fields, key: str) -> tuple[Turn, ...]:
+    """The turns in `key`, messages or a transcript of HH-RLHF's kind, the answer last."""
+    value = fields.get(key)
+    if isinstance(value, list):
+        turns = _turns(value, key, "role", "content")
+    else:
+        turns = _transcript(_text(fields, key), key)
+    if turns[-1].role != "assistant":
+        raise Unusable(f"`{key}` does not end with an assistant turn")
+    if len(turns) == 1:
+        raise Unusable(f"`{key}` holds an answer without a question")
+    return turns
+
+
+def _transcript(text: str, key: str) -> tuple[Turn, ...]:
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise Unusable(f"`{key}` is neither messages nor a transcript (Human: ... Assistant: ...)")
+    return tuple(
+        Turn(_SPEAKERS[speaker], said.strip())
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _prompt_in(fields: Fields) -> tuple[Turn, ...]:
+    """The turns in `prompt`, a text beside an optional system text, or messages."""
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        return _turns(prompt, "prompt", "role", "content")
+    return _prompt(fields.get("system"), _text(fields, "prompt"))
 
 
 def _answer(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
@@ -148,8 +211,22 @@ FORMATS: tuple[Format, ...] = (
         frozenset({"prompt", "chosen", "rejected"}),
         _read_explicit_pair,
     ),
+    # Without a prompt of its own: what both have in common.
+    Format(
+        "implicit preference",
+        "preference pairs",
+        frozenset({"chosen", "rejected"}),
+        _read_implicit_pair,
+    ),
     Format("ShareGPT", "conversations", frozenset({"conversations"}), _read_sharegpt),
     Format("messages", "conversations", frozenset({"messages"}), _read_messages),
+    Format(
+        "prompt and completion",
+        "conversations",
+        frozenset({"prompt", "completion"}),
+        _read_completion,
+    ),
+    Format("Alpaca", "conversations", frozenset({"instruction", "output"}), _read_alpaca),
 )
 
 
@@ -245,7 +322,7 @@ def _text(fields: Fields, key: str) -> str:
     if not isinstance(value, str):
         raise Unusable(f"`{key}` is not a text")
     if not value.strip():
-        raise Unusable("empty answer" if key in ("chosen", "rejected") else f"empty `{key}`", key)
+        raise Unusable("empty answer" if key in _ANSWERS else f"empty `{key}`", key)
     return _sound(value)
 
 
