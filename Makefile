@@ -37,4 +37,4 @@ $(STAMP): $(LOCK) $(DEEPSPEED) pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist runs .hypothesis .pytest_cache .mypy_cache .ruff_cache
