@@ -33,7 +33,7 @@ VALUES = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(KEYS), VALUES)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(ROWS)
 def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
     known = detect(row)
@@ -66,7 +66,10 @@ LINES = st.one_of(
 
 @pytest.mark.parametrize("read", [read_conversations, read_pairs])
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(lines=st.lists(LINES, max_size=8))
 def test_a_file_is_read_or_refused(read: Any, lines: list[bytes], tmp_path: Path) -> None:
