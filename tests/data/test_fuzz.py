@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tandem.data.records import Conversation, Origin, PreferencePair
 from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
 
+BOM = codecs.BOM_UTF8
 ORIGIN = Origin("made.jsonl", 1)
 KEYS = sorted({key for known in FORMATS for key in known.keys} | {"system", "input"})
 WORDS = ["", " ", "Q", "\n\nHuman: Q\n\nAssistant: A", "user", "assistant", "system", "\ud800"]
@@ -85,6 +87,7 @@ def test_a_file_is_read_or_refused(read: Any, lines: list[bytes], tmp_path: Path
             assert "made.jsonl" in said
             continue
         rows = [record.origin.row for record in records] + [e.row for e in ledger.entries]
-        filled = [n for n, line in enumerate(lines, start=1) if line.strip()]
+        text = b"\n".join(lines).removeprefix(BOM).split(b"\n")
+        filled = [n for n, line in enumerate(text, start=1) if line.strip()]
         # No row is lost, and none counted twice.
         assert sorted(rows) == filled
