@@ -42,7 +42,12 @@ def test_waiting_has_no_limit_but_hanging_has_one(tmp_path: Path) -> None:
 
     assert "process 0 of 2 gave no sign of life for 2 seconds" in frozen["message"]
     assert (frozen["code"], frozen["told"]) == (1, False)
-    assert "process 1 of 2 lost contact with another one" in dead["message"]
+    # Whichever it notices first: that nobody answers, or that nothing was heard.
+    noticed = (
+        "process 1 of 2 lost contact with another one",
+        "process 0 of 2 gave no sign of life",
+    )
+    assert any(words in dead["message"] for words in noticed)
 
 
 def test_a_port_in_use_is_the_users_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -47,6 +48,11 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 def await_end(store: Store, name: str, patience: timedelta) -> None:
     """Wait until the body of `beating` is through, however long that takes.
 
+    Args:
+        store: what the processes share; it is used through a copy.
+        name: of the piece of work.
+        patience: how long to wait for a sign of life.
+
     Raises TimeoutError when there was no sign of life for `patience`, and DistError when contact to
     the store is lost.
     """
@@ -71,12 +77,15 @@ def await_end(store: Store, name: str, patience: timedelta) -> None:
 
 
 def _listen(
-    store: Store, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
+    shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
 ) -> None:
     """Hand on each sign of life as it comes, up to the last one."""
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:
+        # A store of its own, for a wait keeps others from using the same one; and here, because
+        # one that froze lets nobody in, either.
+        store: Any = shared.clone()
         while not left.wait(pause):
             if not store.check([key]):
                 pause = min(2 * pause, _LONG)

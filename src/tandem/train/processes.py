@@ -129,21 +129,21 @@ class Processes:
         here = self.rank in workers
         if self.count == 1:
             return [work()] if here else []
-        # A store of its own, for a wait keeps others from using the same one.
         shared: Any = _get_default_store()
-        store, name = shared.clone(), f"turn/{next(_turns)}"
+        name = f"turn/{next(_turns)}"
         done: list[T] = []
         failed: list[Exception] = []
         if here:
             every = min(_BEAT, self._patience.total_seconds() / 4)
-            with beating(store, f"{name}/{self.rank}", every):
+            # A store of its own, for a wait keeps others from using the same one.
+            with beating(shared.clone(), f"{name}/{self.rank}", every):
                 try:
                     done.append(work())
                 except Exception as error:
                     failed.append(error)
         for other in workers:
             if other != self.rank:
-                self._await(other, store, f"{name}/{other}")
+                self._await(other, shared, f"{name}/{other}")
 
         def outcome() -> None:
             if failed:
