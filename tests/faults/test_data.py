@@ -116,6 +116,8 @@ def test_a_later_stages_bad_row_is_found_before_the_first_stage(desk: Desk) -> N
     desk.text(PAIR + "{\n", "late.jsonl")
     recipe = desk.recipe(dpo__data="late.jsonl")
     desk.refused(["run", recipe], "late.jsonl, row 2", "not valid JSON")
+    desk.text(PAIR * 9 + PAIR.replace('"b"', '"a"'), "late.jsonl")
+    desk.refused(["run", recipe], "1 of 10 records would be dropped", "(late.jsonl, row 10)")
     desk.refused(["run", desk.recipe(dpo__data="./late2.jsonl")], "no file or folder ./late2.jsonl")
     questions = desk.text('{"question": "what?"}\n', "questions.jsonl")
     recipe = desk.recipe(evaluate={"questions": questions})

@@ -14,8 +14,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from tandem.train.loop import Training
 from tandem.train.runtime import Runtime
 from tandem.train.strategies.state import whole as in_one_piece
 
-from ..stages.made_inputs import WORDS
+from ..stages.made_inputs import WORDS, make_model_folder
 from .made import double_precision
 
 TORCHRUN = (
@@ -136,7 +136,7 @@ def carry_out(order: Order, home: Path) -> Outcome:
                 output_dir=home / order.folder,
                 chat_template=None,
                 seed=order.seed,
-                runtime=Runtime("cpu", order.dtype, "segments", order.budget, order.engine),
+                runtime=Runtime("cpu", order.dtype, "segments", order.budget, _engine(order, home)),
                 console=Console(file=text, width=300),
             )
         except TandemError as error:
@@ -160,6 +160,30 @@ def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[li
     ranks = range(processes)
     found = [json.loads((home / f"outcomes.rank{rank}.json").read_text()) for rank in ranks]
     return [[Outcome(**outcome) for outcome in pair] for pair in zip(*found, strict=True)]
+
+
+@dataclass
+class Done:
+    """What was carried out below `home`: the outcomes of each order, by rank."""
+
+    home: Path
+    outcomes: dict[Order, list[Outcome]] = field(default_factory=dict)
+
+    def alone(self, orders: Iterable[Order]) -> None:
+        """Carry orders out in this process."""
+        self.outcomes |= {order: [carry_out(order, self.home)] for order in orders}
+
+    def launched(self, processes: int, orders: Sequence[Order]) -> None:
+        """Carry orders out in processes of one launch."""
+        outcomes = carry_out_in(processes, orders, self.home)
+        self.outcomes |= dict(zip(orders, outcomes, strict=True))
+
+
+def started(home: Path) -> Done:
+    """A model and data below `home`, and nothing done yet."""
+    make_model_folder(home / "model")
+    make_data(home)
+    return Done(home)
 
 
 def adapter(home: Path, folder: str) -> dict[str, Tensor]:
@@ -188,6 +212,11 @@ def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def whole(order: Order) -> str:
     """The folder of what an order must be like: one process, everything in few micro-batches."""
     return f"{order.kind}-{order.dtype}-whole"
+
+
+def _engine(order: Order, home: Path) -> str:
+    """An engine's name, or where its file is."""
+    return str(home / order.engine) if order.engine.endswith(".json") else order.engine
 
 
 def _settings(order: Order, data: Path) -> Sft | Dpo:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,22 +16,19 @@ import torch
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.artifact.lock import folder_lock
 
-from ..stages.made_inputs import make_model_folder
 from .orders import (
     BASE,
     DTYPES,
     FAULTS,
     KINDS,
     LIMITS,
+    Done,
     Order,
-    Outcome,
     adapter,
-    carry_out,
-    carry_out_in,
     distance,
     drift,
     first_gradients,
-    make_data,
+    started,
     whole,
 )
 
@@ -77,29 +73,16 @@ LOCKED = replace(_SFT, folder="locked")
 OTHER_DATA = replace(_SFT, folder="other-data", data="other.jsonl")
 
 
-@dataclass
-class Done:
-    """What was carried out, and where."""
-
-    home: Path
-    outcomes: dict[Order, list[Outcome]] = field(default_factory=dict)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
-    home = tmp_path_factory.mktemp("orders")
-    make_model_folder(home / "model")
-    make_data(home)
-    done = Done(home)
-    for order in (*BASE, *IN_ONE, replace(ONE_FIRST, trouble="SIGTERM")):
-        done.outcomes[order] = [carry_out(order, home)]
+    done = started(tmp_path_factory.mktemp("orders"))
+    done.alone([*BASE, *IN_ONE, replace(ONE_FIRST, trouble="SIGTERM")])
     in_two = [*IN_TWO, *FAULTY, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]
-    with folder_lock(home / LOCKED.folder):
-        outcomes = carry_out_in(2, in_two, home)
-    done.outcomes |= dict(zip(in_two, outcomes, strict=True))
-    done.outcomes[TWO_FIRST] = [carry_out(TWO_FIRST, home)]
+    with folder_lock(done.home / LOCKED.folder):
+        done.launched(2, in_two)
+    done.alone([TWO_FIRST])
     return done
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,11 @@ def test_the_record_goes_with_the_adapter(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'tandem-tune\[quant\]'"):
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("tandem.model.packages.version", missing)
+    with pytest.raises(UserError, match=r"pip install '\.\[quant\]'"):
         quantized(make_model(dtype=torch.float32))
     with pytest.raises(UserError, match="bitsandbytes, which is not installed"):
         quantization.check_quantization("nf4", device="cpu", sharded=False)

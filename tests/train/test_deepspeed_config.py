@@ -90,6 +90,15 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
             "train_micro_batch_size_per_gpu 1 x gradient_accumulation_steps 4 x 8 processes = 32, "
             "batch_size 64",
         ),
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            "train_micro_batch_size_per_gpu 3 x 8 processes = 24, batch_size 64",
+        ),
+        (
+            {"gradient_accumulation_steps": "8"},
+            "gradient_accumulation_steps 8, which must be whole numbers above 0",
+        ),
+        ({"gradient_clipping": "high"}, "gradient_clipping high, max_grad_norm 1.0"),
         ({"gradient_clipping": 0.3}, "gradient_clipping 0.3, max_grad_norm 1.0"),
         ({"bf16": {"enabled": False}}, "bf16.enabled false, dtype bfloat16"),
         ({"fp16": {"enabled": True}}, "fp16.enabled true, dtype bfloat16"),
@@ -132,6 +141,9 @@ def test_no_clipping_is_zero_for_deepspeed(tmp_path: Path) -> None:
         ({**SEED, "zero_optimization": {"stage": 0}}, "must be 1, 2 or 3"),
         ({"bf16": {"enabled": True}}, "must be 1, 2 or 3"),
         ([1], "not a JSON object"),
+        ({**SEED, "bf16": True}, "bf16 is True, but it must be an object"),
+        ({**SEED, "optimizer": "AdamW"}, "optimizer is 'AdamW', but it must be an object"),
+        ({**SEED, "zero_optimization": 2}, "zero_optimization is 2, but it must be an object"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, config: Any, words: str) -> None:

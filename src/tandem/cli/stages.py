@@ -138,7 +138,7 @@ def _call_text(call: StageCall) -> str:
 def _common(call: StageCall) -> dict[str, Any]:
     """What both stages' functions take besides their settings."""
     from tandem.cli.notices import notice_console
-    from tandem.train.runtime import Hpu, Runtime
+    from tandem.train.runtime import runtime_of
 
     console = notice_console()
     return {
@@ -147,17 +147,7 @@ def _common(call: StageCall) -> dict[str, Any]:
         "output_dir": output_folder(call.output_dir, "--output_dir"),
         "chat_template": call.chat_template,
         "seed": call.seed,
-        "runtime": Runtime(
-            device=call.device,
-            dtype=_dtype(call, console),
-            attention=call.attention,
-            tokens_per_microbatch=call.tokens_per_microbatch,
-            engine=call.engine,
-            timeout_minutes=call.timeout_minutes,
-            quantization=call.quantization,
-            compile=call.compile,
-            hpu=Hpu(**call.hpu.model_dump()),
-        ),
+        "runtime": runtime_of(call, dtype=_dtype(call, console)),
         "console": console,
     }
 

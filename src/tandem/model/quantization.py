@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.errors import UserError
+from tandem.model.packages import require
 
 FILE = "quantization.json"
 _BLOCK = 64
@@ -201,13 +202,8 @@ def load_bitsandbytes() -> Any:
 
 
 def _bitsandbytes() -> Any:
-    library = load_bitsandbytes()
-    if library is None:
-        raise UserError(
-            "quantization: nf4 needs the package bitsandbytes, which is not installed; "
-            "pip install 'tandem-tune[quant]'"
-        )
-    return library
+    require("bitsandbytes", "quant", "quantization: nf4")
+    return load_bitsandbytes()
 
 
 def _layer(

@@ -13,7 +13,8 @@ from tandem.artifact.hashing import hash_json
 from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
 from tandem.recipe.schema import Dpo
-from tandem.stages.training import Made, StageKind, Start, run_training
+from tandem.stages.kind import Made, StageKind, Start
+from tandem.stages.training import run_training
 from tandem.train.objective import PreferenceObjective
 from tandem.train.progress import phase, say
 from tandem.train.reference import ReferenceStore, reference_logps
@@ -67,7 +68,7 @@ def run_dpo(
 def _objective(start: Start, beta: float) -> Made:
     began = time.perf_counter()
     device = start.engine.device
-    dtype = str(device.weights).removeprefix("torch.")
+    dtype = device.dtype_name
     identity = hash_json(
         {
             "numerics": _NUMERICS,

@@ -66,7 +66,6 @@ def run_merge(
     if not (adapter / "adapter_config.json").exists():
         raise UserError(f"{adapter} is no adapter folder: it has no adapter_config.json")
     updates, quantized = read_updates(adapter), read_record(adapter)
-    place = choose_device(device, "auto").torch_device
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -89,6 +88,7 @@ def run_merge(
                 f"({quantized.format}); it is added to what these rounded to",
             )
         began = time.perf_counter()
+        place = choose_device(device, "auto").torch_device
         target = torch_dtype(dtype)
         try:
             with atomic_folder(output_dir / "saving") as aside:
@@ -104,16 +104,10 @@ def run_merge(
             raise
         outputs = move_up(output_dir / "saving")
         seconds = time.perf_counter() - began
-        if verified.lossy:
-            say(
-                console,
-                f"merge: rounding to {dtype if target else 'the stored dtype'} took a part of the "
-                f"adapter's effect ({verified.difference:.2g} of {verified.effect:.2g} nats a "
-                "token); merge in float32 to keep it",
-                style="yellow",
-            )
         _write_summary(output_dir, len(updates), verified, seconds, quantized)
         finish_stage(output_dir, [*outputs, "summary.json"])
+        if verified.lossy:
+            say(console, _loss(verified, dtype if target else "the stored dtype"), style="yellow")
         say(
             console,
             f"merge: {len(updates)} weights, log-probs within {verified.difference:.2g} nats of "
@@ -121,6 +115,14 @@ def run_merge(
             f"-> {output_dir}",
         )
     return output_dir
+
+
+def _loss(verified: Verified, dtype: str) -> str:
+    return (
+        f"merge: rounding to {dtype} took a part of the adapter's effect "
+        f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 to "
+        "keep it"
+    )
 
 
 def _save_template(folder: Path, choice: str | None, console: Console) -> None:

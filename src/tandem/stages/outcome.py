@@ -53,7 +53,6 @@ def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
     """
     return {
         "train_seconds": progress.seconds,
-        "compile_seconds": 0.0,
         "examples": progress.examples,
         "tokens": progress.tokens,
         "padded_tokens": progress.padded_tokens,

@@ -189,6 +189,7 @@ class _Ride:
     console: Console
 
     def sft(self, folder: Path) -> None:
+        """Fine-tune the base."""
         from tandem.stages.sft import run_sft
 
         assert self.recipe.sft is not None
@@ -204,9 +205,11 @@ class _Ride:
         )
 
     def sft_merge(self, folder: Path) -> None:
+        """Merge the first adapter."""
         self._merge(self.recipe.model, self.root / _FOLDERS["sft"], folder)
 
     def pairs(self, folder: Path) -> None:
+        """Make preference pairs."""
         from tandem.stages.pairs import run_pairs
 
         assert self.recipe.pairs is not None
@@ -220,6 +223,7 @@ class _Ride:
         )
 
     def dpo(self, folder: Path) -> None:
+        """Align the merged model, or the base."""
         from tandem.stages.dpo import run_dpo
 
         base = self._dpo_base()
@@ -236,12 +240,14 @@ class _Ride:
         )
 
     def dpo_merge(self, folder: Path) -> None:
+        """Merge the second adapter: the final model, with its card."""
         from tandem.report.card import write_card
 
         self._merge(self._dpo_base(), self.root / _FOLDERS["dpo"], folder)
         write_card(self.root, folder)
 
     def evaluate(self, folder: Path) -> dict[str, Any]:
+        """Ask all models of the run the same; returns what was found."""
         from tandem.report.card import write_card
         from tandem.stages.evaluate import run_evaluation
 
@@ -297,20 +303,9 @@ class _Ride:
         return settings.model_copy(update={"data": (DataSource(path=str(made)),)})
 
     def _runtime(self) -> Any:
-        from tandem.train.runtime import Hpu, Runtime
+        from tandem.train.runtime import runtime_of
 
-        recipe = self.recipe
-        return Runtime(
-            device=recipe.device,
-            dtype=recipe.dtype,
-            attention=recipe.attention,
-            tokens_per_microbatch=recipe.tokens_per_microbatch,
-            engine=recipe.engine,
-            timeout_minutes=recipe.timeout_minutes,
-            quantization=recipe.quantization,
-            compile=recipe.compile,
-            hpu=Hpu(**recipe.hpu.model_dump()),
-        )
+        return runtime_of(self.recipe)
 
 
 def _write_recipe(recipe: Recipe, root: Path) -> None:

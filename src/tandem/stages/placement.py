@@ -46,7 +46,7 @@ def _settled(settings: Training, device: Device, processes: int) -> Settled:
         batch_size=settings.batch_size,
         processes=processes,
         max_grad_norm=settings.max_grad_norm,
-        dtype=str(device.weights).removeprefix("torch."),
+        dtype=device.dtype_name,
         learning_rate=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         epsilon=settings.adam_epsilon,

@@ -43,8 +43,10 @@ def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
 def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
     """Read what comes after the first training stage; that one reads its own data at once."""
     if recipe.dpo is not None and {"sft", "dpo"} <= wanted:
-        for _ in read_pairs(_specs(recipe.dpo.data), Ledger(None), recipe.dpo.on_bad_record):
-            pass
+        ledger = Ledger(None)
+        for _ in read_pairs(_specs(recipe.dpo.data), ledger, recipe.dpo.on_bad_record):
+            ledger.trained()
+        ledger.check_share(recipe.dpo.max_dropped)
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
             read_questions(questions)

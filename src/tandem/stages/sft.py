@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tandem.data.prepare import prepare_conversations
 from tandem.recipe.schema import Sft
-from tandem.stages.training import Made, StageKind, Start, run_training
+from tandem.stages.kind import Made, StageKind, Start
+from tandem.stages.training import run_training
 from tandem.train.objective import SupervisedObjective
 from tandem.train.runtime import Runtime
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,29 +15,31 @@ from rich.console import Console
 from torch import Tensor
 
 from tandem.artifact.files import atomic_write_json, read_jsonl
-from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
+from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
 from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
-from tandem.data.store import EncodedStore
-from tandem.data.template import ChatTemplate, resolve_template
+from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
-from tandem.model.load import check_context, load_config, load_model, load_tokenizer, model_folder
+from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
+from tandem.stages.inputs import resolved_inputs
+from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
 from tandem.stages.placement import in_words, start_engine
+from tandem.stages.records import prepared_records
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.shapes import declared_shapes
-from tandem.stages.sources import data_identity, source_specs
+from tandem.stages.sources import source_specs
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
@@ -48,56 +49,11 @@ from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
 from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.processes import join
-from tandem.train.progress import StageProgress, phase, say
+from tandem.train.progress import StageProgress, say
 from tandem.train.runtime import Runtime
 
-# Settings that say when to look or save, not what is computed.
-_NOT_MATHEMATICS = {
-    "data",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "gradient_checkpointing",
-    "max_dropped",
-}
-
-
-@dataclass(frozen=True)
-class Start:
-    """What an objective may need when it is made: the engine holds the untrained policy."""
-
-    engine: Engine
-    model: Any
-    trees: Sequence[Tree]
-    model_hash: str
-    backend: str
-    numerics: str
-    budget: TokenBudget
-    console: Console
-
-
-@dataclass(frozen=True)
-class Made:
-    """An objective and what making it cost."""
-
-    objective: Objective
-    reference_seconds: float = 0.0
-    reference_computed: int = 0
-
-
-@dataclass(frozen=True)
-class StageKind:
-    """How one training stage differs from the other.
-
-    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
-    whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
-    """
-
-    name: str
-    prepare: Callable[..., Trees]
-    make_objective: Callable[[Start], Made]
-    dropout: bool
-    warnings: Callable[[list[dict[str, Any]]], list[str]]
+# What the summary repeats of the schedule.
+_OF_THE_SCHEDULE = ("processes", "engine", "attention", "device", "float32_products")
 
 
 def run_training(
@@ -124,32 +80,13 @@ def run_training(
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
         engine = processes.together(lambda: start_engine(device, processes, settings, runtime))
+        processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
         base = processes.main_first(lambda: model_folder(model, revision))
         sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
 
-        def prepared() -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
-            config = load_config(base)
-            check_context(config, settings.max_length, base)
-            tokenizer = load_tokenizer(base)
-            template = resolve_template(tokenizer, chat_template)
-            inputs = {
-                "model": {
-                    "weights": hash_weights(base),
-                    "config": hash_file(base / "config.json"),
-                    **({"quantization": runtime.quantization} if runtime.quantization else {}),
-                },
-                "data": data_identity(sources),
-                "chat_template": {
-                    "name": template.name,
-                    "hash": hash_bytes(template.source.encode()),
-                },
-                "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
-                "seed": seed,
-                "dtype": str(device.weights).removeprefix("torch."),
-            }
-            return config, tokenizer, template, inputs
-
-        config, tokenizer, template, inputs = processes.together(prepared)
+        config, tokenizer, template, inputs = processes.together(
+            lambda: resolved_inputs(base, sources, settings, chat_template, seed, runtime, device)
+        )
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -187,13 +124,73 @@ class _Stage:
     template: ChatTemplate
 
     def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
-        engine, processes = self.engine, self.engine.processes
-        device = engine.device
+        """Load, adapt, train and write; what can be refused is, before anything is written."""
+        engine, processes, settings = self.engine, self.engine.processes, self.settings
         # The others find what the first has encoded, where they share its cache.
-        ledger, trees = processes.main_first(lambda: self._data(sources))
+        ledger, trees = processes.main_first(lambda: self._records(sources))
         if processes.count > 1:
             processes.require_same(data=examples_hash(trees))
-        model = processes.together(
+        model, schedule, budget = self._model(trees, opened.schedule)
+        # From here on the folder is this stage's.
+        processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
+        processes.main(ledger.write)
+        total = total_steps(
+            len(trees), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
+        )
+        compiled = self._compiled(model, trees, schedule)
+        progress, state = self._begin(model, total)
+        engine.prepare(
+            model,
+            partial(
+                make_optimizer,
+                learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                epsilon=settings.adam_epsilon,
+                kind=engine.device.adamw,
+            ),
+            settings.max_grad_norm,
+        )
+        if state:
+            engine.strategy.load_optimizer(state)
+        made = self.kind.make_objective(
+            Start(
+                engine,
+                model,
+                trees,
+                hash_json(inputs["model"]),
+                schedule["attention"],
+                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
+                + (", compiled" if schedule["compiled"] else ""),
+                budget,
+                self.console,
+            )
+        )
+        progress = self._train(trees, model, made.objective, budget, progress, total)
+        trained = engine.strategy.trained()
+        processes.main(
+            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
+        )
+
+    def _records(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
+        return prepared_records(
+            self.kind.prepare,
+            sources,
+            self.settings,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            folder=self.folder,
+            name=self.kind.name,
+            console=self.console,
+        )
+
+    def _model(
+        self, trees: Trees, recorded: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any], TokenBudget]:
+        """The base with its adapter, the schedule and the budget; says how it will compute."""
+        engine, processes = self.engine, self.engine.processes
+        device = engine.device
+        base = processes.together(
             lambda: load_model(
                 self.base,
                 dtype=device.weights,
@@ -204,16 +201,16 @@ class _Stage:
         )
         backend, why = processes.together(
             lambda: choose_backend(
-                self.runtime.attention, model,
+                self.runtime.attention, base,
                 static_shapes=device.static_shapes, fused=device.fused_attention,
             )
         )  # fmt: skip
-        schedule = self._schedule(opened.schedule, model, backend)
+        schedule = self._schedule(recorded, base, backend)
         self._declare_shapes(trees, schedule)
         torch.set_num_threads(schedule["threads"])
         budget = token_budget_of(engine, self.folder, schedule, self._tell)
         self._tell(
-            f"{in_words(engine)}, {inputs['dtype']}, attention {backend} ({why}), "
+            f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
             f"{budget.tokens} tokens a micro-batch"
         )
         if self.runtime.quantization and device.is_host:
@@ -225,7 +222,7 @@ class _Stage:
             self._tell(f"torch's own operators, no C kernels: {reason}")
         model = processes.together(
             lambda: adapted(
-                model,
+                base,
                 self.settings,
                 backend=backend,
                 dropout=self.kind.dropout,
@@ -238,50 +235,7 @@ class _Stage:
         if schedule["ordered_weights"]:
             order_weights(model)
             order_head(model.get_base_model())
-        # What can be refused has been; from here on the folder is this stage's.
-        processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
-        processes.main(ledger.write)
-        total = total_steps(
-            len(trees),
-            self.settings.batch_size,
-            epochs=self.settings.epochs,
-            max_steps=self.settings.max_steps,
-        )
-        compiled = self._compiled(model, trees, schedule)
-        progress, state = self._begin(model, total)
-        s = self.settings
-        engine.prepare(
-            model,
-            partial(
-                make_optimizer,
-                learning_rate=s.learning_rate,
-                weight_decay=s.weight_decay,
-                betas=(s.adam_beta1, s.adam_beta2),
-                epsilon=s.adam_epsilon,
-                kind=device.adamw,
-            ),
-            s.max_grad_norm,
-        )
-        if state:
-            engine.strategy.load_optimizer(state)
-        made = self.kind.make_objective(
-            Start(
-                engine,
-                model,
-                trees,
-                hash_json(inputs["model"]),
-                backend,
-                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
-                + (", compiled" if schedule["compiled"] else ""),
-                budget,
-                self.console,
-            )
-        )
-        progress = self._train(trees, model, made.objective, budget, progress, total)
-        trained = engine.strategy.trained()
-        processes.main(
-            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
-        )
+        return model, schedule, budget
 
     def _tell(self, text: str) -> None:
         say(self.console, f"{self.kind.name}: {text}")
@@ -319,10 +273,9 @@ class _Stage:
         now, changes = repeat_schedule(recorded, now, self.runtime.tokens_per_microbatch)
         if changes:
             listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-            say(
-                self.console,
-                f"{self.kind.name}: going on with another schedule ({listing}): the same steps, "
-                "equal up to rounding instead of bit for bit",
+            self._tell(
+                f"going on with another schedule ({listing}): the same steps, equal up to rounding "
+                "instead of bit for bit"
             )
         return now
 
@@ -332,36 +285,9 @@ class _Stage:
                 trees, self.settings,
                 device=self.engine.device, runtime=self.runtime,
                 budget=schedule["tokens_per_microbatch"], seed=self.seed,
-                tell=lambda text: say(self.console, f"{self.kind.name}: {text}"),
+                tell=self._tell,
             )
         )  # fmt: skip
-
-    def _data(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
-        began = time.perf_counter()
-        ledger = Ledger(self.folder / "data-ledger.jsonl")
-        trees = self.kind.prepare(
-            sources,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.settings.max_length,
-            max_prompt_length=self.settings.max_prompt_length,
-            on_bad_record=self.settings.on_bad_record,
-            ledger=ledger,
-            store=EncodedStore(lambda text: say(self.console, f"{self.kind.name}: {text}")),
-            show=lambda text, total: phase(self.console, f"{self.kind.name}: {text}", total),
-        )
-        counts = ledger.summary()
-        say(
-            self.console,
-            f"{self.kind.name}: {counts['trained']} of {counts['read']} records to train on, "
-            f"{counts['truncated']} truncated, {counts['dropped']} dropped"
-            + (f" (each in {self.folder / 'data-ledger.jsonl'})" if counts["reasons"] else "")
-            + f", encoded in {time.perf_counter() - began:.1f} s",
-        )
-        for reason, count in counts["reasons"].items():
-            say(self.console, f"  {count} x {reason}")
-        ledger.check_share(self.settings.max_dropped)
-        return ledger, trees
 
     def _train(
         self,
@@ -427,22 +353,17 @@ class _Stage:
             "reference_seconds": made.reference_seconds,
             "reference_computed": made.reference_computed,
             "peak_memory_bytes": self.engine.device.peak_memory(),
-            "processes": schedule["processes"],
-            "engine": schedule["engine"],
             "warnings": warnings,
-            "attention": schedule["attention"],
-            "device": schedule["device"],
-            "dtype": str(self.engine.device.weights).removeprefix("torch."),
+            "dtype": self.engine.device.dtype_name,
             "quantization": self.runtime.quantization,
-            "float32_products": schedule["float32_products"],
             "ledger": ledger.summary(),
+            **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
         atomic_write_json(self.folder / "summary.json", summary)
         finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
-        say(
-            self.console,
-            f"{self.kind.name}: {progress.step} steps, {progress.examples} examples in "
-            f"{progress.seconds:.1f} s, {_packing(summary)} -> {self.folder}",
+        self._tell(
+            f"{progress.step} steps, {progress.examples} examples in {progress.seconds:.1f} s, "
+            f"{_packing(summary)} -> {self.folder}"
         )
 
 

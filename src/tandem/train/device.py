@@ -64,6 +64,11 @@ class Device:
         return self.torch_device.type
 
     @property
+    def dtype_name(self) -> str:
+        """The name of `weights`, as recipes have it."""
+        return str(self.weights).removeprefix("torch.")
+
+    @property
     def autocast(self) -> torch.dtype | None:
         """What operations are cast to, None where weights are as wide as the adapters."""
         return self.weights if self.weights.itemsize < torch.float32.itemsize else None

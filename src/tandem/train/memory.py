@@ -89,25 +89,22 @@ class TokenBudget:
                 again = False
                 continue
             size = sum(tokens[i] for i in members)
-            if len(members) > 1 or not self._alone:
-                self._lower(size)
-            elif again:
+            single = len(members) == 1
+            # Beyond the budget already, or tried again: no smaller schedule helps.
+            if single and (again or (size > self.tokens and not self._alone)):
                 raise no_room(members[0])
-            again = len(members) == 1
+            if not single or not self._alone:
+                self._lower(size)
+            again = single
             pending = deque(_finer([members, *pending], tokens, self.tokens))
         return done
 
-    def settle(self, budgets: Sequence[int], processes: Processes) -> bool:
-        """Go on with the smallest budget that any process has; whether it is smaller than before.
-
-        All processes call it.
-        """
+    def settle(self, budgets: Sequence[int], processes: Processes) -> None:
+        """Go on with the smallest budget that any process has; all processes call it."""
         self.tokens = min(budgets)
-        if self.tokens >= self._settled:
-            return False
-        self._settled = self.tokens
-        processes.main(lambda: self._remember(self.tokens))
-        return True
+        if self.tokens < self._settled:
+            self._settled = self.tokens
+            processes.main(lambda: self._remember(self.tokens))
 
     def _attempt(self, compute: Callable[[], T]) -> T | None:
         """What `compute` returns, or None if it ran out of memory, whose remains are then freed."""

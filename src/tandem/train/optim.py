@@ -1,12 +1,14 @@
-"""AdamW and its learning rates."""
+"""AdamW, its steps and its learning rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 
@@ -21,6 +23,34 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over the trainable parameters, in torch's or a device's own form."""
     return kind(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon)
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    *,
+    max_norm: float | None,
+    learning_rate: float,
+) -> float:
+    """Clip, apply and clear gradients; returns their norm before clipping.
+
+    A norm that is not finite is returned without touching the parameters. Spread parameters make
+    it collective.
+    """
+    limit = math.inf if max_norm is None else max_norm
+    total = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    if math.isfinite(norm):
+        set_rate(optimizer, learning_rate)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def set_rate(optimizer: Any, learning_rate: float) -> None:
+    """Give all of an optimizer's parameters one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 def make_schedule(

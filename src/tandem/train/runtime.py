@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,15 @@ class Runtime:
     quantization: str | None = None
     compile: bool = False
     hpu: Hpu = Hpu()
+
+
+def runtime_of(source: Any, **changes: Any) -> Runtime:
+    """The runtime that a recipe or a command line asks for.
+
+    Args:
+        source: has an attribute for each of the runtime's fields, `hpu` with its own.
+        changes: fields that are not as the source says.
+    """
+    values = {field.name: getattr(source, field.name) for field in fields(Runtime)} | changes
+    hpu = {field.name: getattr(source.hpu, field.name) for field in fields(Hpu)}
+    return Runtime(**{**values, "hpu": Hpu(**hpu)})

@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tandem.model.attention.layout import TreeLayout, refuse_sinks
+from tandem.model.attention.entry import entry
+from tandem.model.attention.layout import TreeLayout
 
 
+@entry(soft_caps=True)
 def dense_attention(
-    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    layout: TreeLayout,
     *,
-    tandem_layout: TreeLayout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """One attention call over the whole micro-batch under its [T, T] mask.
 
     Args:
         query: [1, heads, T, D]; key, value: [1, key_value_heads, T, D].
-        tandem_layout: the micro-batch's segments.
+        layout: the micro-batch's segments.
         scaling: factor on the scores, 1 / sqrt(D) when None.
-        sliding_window: how many positions back a query sees, itself included.
+        window: how many positions back a query sees, itself included; all when None.
         softcap: c of c * tanh(scores / c).
-        s_aux: attention sinks, which no backend has yet.
 
     Returns:
-        [1, T, heads, D] and no weights, as transformers' attention interface wants it.
+        [1, T, heads, D].
     """
-    refuse_sinks(s_aux)
-    mask = tandem_layout.mask(sliding_window)[None, None]
+    mask = layout.mask(window)[None, None]
     if softcap is None:
         output = F.scaled_dot_product_attention(
             query,
@@ -52,7 +47,7 @@ def dense_attention(
         )
     else:
         output = _capped(query, key, value, mask, scaling, softcap)
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 def _capped(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.model.attention.layout import TreeLayout, refuse_sinks
+from tandem.model.attention.entry import entry
+from tandem.model.attention.layout import TreeLayout
 
 _HOME = "habana_frameworks.torch.hpex.kernels"
 
@@ -24,20 +25,16 @@ def fused_kernel() -> Any:
         ) from None
 
 
+@entry()
 def fused_attention(
-    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    layout: TreeLayout,
     *,
-    tandem_layout: TreeLayout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
     """One kernel call over the whole micro-batch under its additive [1, 1, T, T] mask.
 
     Keys and values are repeated for the query heads that share them: the kernel was seen to be
@@ -45,17 +42,14 @@ def fused_attention(
 
     Arguments and result as `dense.dense_attention`.
     """
-    refuse_sinks(s_aux)
-    if softcap is not None:
-        raise ValueError("soft-capped attention takes the dense backend")
     groups = query.shape[1] // key.shape[1]
     output: Tensor = fused_kernel().apply(
         query,
         key.repeat_interleave(groups, dim=1),
         value.repeat_interleave(groups, dim=1),
-        tandem_layout.bias(sliding_window, query.dtype),
+        layout.bias(window, query.dtype),
         0.0,  # dropout
         False,  # causal: the mask says what is seen
         scaling,
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from tandem.data.collate import Segment, row_spans
-from tandem.errors import UserError
 
 # The keyword under which the layout travels through a transformers model's forward.
 LAYOUT_KEYWORD = "tandem_layout"
-
-
-def refuse_sinks(sinks: Tensor | None) -> None:
-    """Raise UserError for models whose softmax has learnt sinks: ignoring them would be wrong."""
-    if sinks is not None:
-        raise UserError("models with attention sinks (such as gpt-oss) cannot be trained yet")
 
 
 @dataclass(frozen=True)

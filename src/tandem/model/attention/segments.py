@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tandem.data.collate import Segment
-from tandem.model.attention.layout import TreeLayout, refuse_sinks
+from tandem.model.attention.entry import entry
+from tandem.model.attention.layout import TreeLayout
 from tandem.model.kernels.functions import TreeAttention, usable
 from tandem.model.kernels.library import kernels
 
@@ -17,20 +18,16 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+@entry()
 def segments_attention(
-    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    layout: TreeLayout,
     *,
-    tandem_layout: TreeLayout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
     """Each segment attends to its prefix and, causally, to itself.
 
     On CPU, without an effective sliding window, both blocks are flash calls on views of the
@@ -39,22 +36,20 @@ def segments_attention(
 
     Arguments and result as `dense.dense_attention`.
     """
-    refuse_sinks(s_aux)
-    if softcap is not None:
-        raise ValueError("soft-capped attention takes the dense backend")
-    window = sliding_window
-    if window is not None and window >= tandem_layout.longest_path():
+    if window is not None and window >= layout.longest_path():
         window = None
     library = kernels()
     if usable(library, query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        table = tandem_layout.table()
-        return TreeAttention.apply(library, query, key, value, *table, scale, window), None
+        attended: Tensor = TreeAttention.apply(
+            library, query, key, value, *layout.table(), scale, window
+        )
+        return attended
     if query.device.type == "cpu" and window is None:
-        output = _FlashSegments.apply(query, key, value, tandem_layout.segments, scaling)
+        output = _FlashSegments.apply(query, key, value, layout.segments, scaling)
     else:
-        output = _gathered(query, key, value, tandem_layout, scaling, window)
-    return output.transpose(1, 2).contiguous(), None
+        output = _gathered(query, key, value, layout, scaling, window)
+    return output.transpose(1, 2).contiguous()
 
 
 class _FlashSegments(torch.autograd.Function):

@@ -6,10 +6,11 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tandem.model.attention.entry import entry
 from tandem.model.attention.examine import Examined
-from tandem.model.attention.layout import KeyPaths, TreeLayout, refuse_sinks
+from tandem.model.attention.layout import KeyPaths, TreeLayout
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn
@@ -56,20 +57,16 @@ def _why_not_heads(examined: Examined, capability: tuple[int, int]) -> str | Non
     return None
 
 
+@entry()
 def varlen_attention(
-    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    layout: TreeLayout,
     *,
-    tandem_layout: TreeLayout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
     """Queries by segment, keys and values gathered as [prefix; segment].
 
     The causal mask and sliding windows are aligned to the lower right, so that a branch's last
@@ -77,16 +74,13 @@ def varlen_attention(
 
     Arguments and result as `dense.dense_attention`.
     """
-    refuse_sinks(s_aux)
-    if softcap is not None:
-        raise ValueError("soft-capped attention takes the dense backend")
     kind = query.device.type
     # Rotary embeddings and norms may leave autocast's dtype, and the kernel is not on its list.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    paths = tandem_layout.key_paths()
+    paths = layout.key_paths()
     q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))  # [T, heads, D]
     # A window of 1 is the token itself, which the kernel counts as none to the left.
-    left = -1 if sliding_window is None else sliding_window - 1
+    left = -1 if window is None else window - 1
     output: Any = _varlen_attn(
         q,
         _gathered(k, paths),
@@ -99,7 +93,8 @@ def varlen_attention(
         window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[None].to(query.dtype), None
+    attended: Tensor = output[None].to(query.dtype)
+    return attended
 
 
 def _gathered(packed: Tensor, paths: KeyPaths) -> Tensor:

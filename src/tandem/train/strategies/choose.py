@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.errors import UserError
+from tandem.model.packages import require
 from tandem.train.strategies.deepspeed_config import Settled, own_config, read_config
-from tandem.train.strategies.packages import require
 from tandem.train.strategies.replicated import Replicated
 from tandem.train.strategies.strategy import Strategy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _PASSED = {
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 }
+_SECTIONS = {"bf16", "fp16", "optimizer", "scheduler", "zero_optimization"}
 # Keys that say what the recipe says as well.
 _COMPARED = {
     "bf16",
@@ -78,6 +80,9 @@ def read_config(path: Path, settled: Settled) -> dict[str, Any]:
         raise UserError(f"engine: {path} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"engine: {path} is no DeepSpeed configuration: not a JSON object")
+    for key in _SECTIONS & config.keys():
+        if not isinstance(config[key], dict):
+            raise UserError(f"engine: {path}: {key} is {config[key]!r}, but it must be an object")
     if unknown := sorted(config.keys() - _PASSED - _COMPARED):
         raise UserError(
             f"engine: {path}: tandem has no use for {', '.join(unknown)}; remove "
@@ -90,8 +95,7 @@ def read_config(path: Path, settled: Settled) -> dict[str, Any]:
             + "\n".join(f"  {line}" for line in conflicts)
             + '\nMake them equal, or write "auto" in the file.'
         )
-    zero = config.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise UserError(
             f"engine: {path}: zero_optimization.stage must be 1, 2 or 3; for training without ZeRO "
             "say engine: ddp"
@@ -114,40 +118,38 @@ def _for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conflicts(config: Mapping[str, Any], settled: Settled) -> Iterator[str]:
-    batch = {
-        key: config[key]
-        for key in (
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-        )
-        if config.get(key, "auto") != "auto"
-    }
-    yield from _batch_conflicts(batch, settled)
+    yield from _batch_conflicts(config, settled)
     for key, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = config.get(key, {}).get("enabled", "auto")
         if enabled != "auto" and bool(enabled) != (settled.dtype == wanted):
             yield f"{key}.enabled {str(enabled).lower()}, dtype {settled.dtype}"
     clipping = config.get("gradient_clipping", "auto")
-    if clipping != "auto" and float(clipping) != (settled.max_grad_norm or 0.0):
+    if clipping not in ("auto", settled.max_grad_norm or 0.0):
         yield f"gradient_clipping {clipping}, max_grad_norm {settled.max_grad_norm}"
     yield from _optimizer_conflicts(config.get("optimizer", {}), settled)
     yield from _scheduler_conflicts(config.get("scheduler", {}), settled)
 
 
-def _batch_conflicts(batch: Mapping[str, Any], settled: Settled) -> Iterator[str]:
-    total = batch.get("train_batch_size")
-    if total is not None and total != settled.batch_size:
+def _batch_conflicts(config: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+    total = config.get("train_batch_size", "auto")
+    if total not in ("auto", settled.batch_size):
         yield f"train_batch_size {total}, batch_size {settled.batch_size}"
-    each = batch.get("train_micro_batch_size_per_gpu")
-    steps = batch.get("gradient_accumulation_steps")
-    if each is not None and steps is not None:
-        product = each * steps * settled.processes
-        if product != settled.batch_size:
-            yield (
-                f"train_micro_batch_size_per_gpu {each} x gradient_accumulation_steps {steps} x "
-                f"{settled.processes} processes = {product}, batch_size {settled.batch_size}"
-            )
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    factors = {key: config[key] for key in keys if config.get(key, "auto") != "auto"}
+    if any(not isinstance(factor, int) or factor < 1 for factor in factors.values()):
+        yield f"{_listed(factors)}, which must be whole numbers above 0"
+        return
+    product = math.prod(factors.values()) * settled.processes
+    fits = product == settled.batch_size if len(factors) == 2 else not settled.batch_size % product
+    if factors and not fits:
+        yield (
+            f"{_listed(factors)} x {settled.processes} processes = {product}, "
+            f"batch_size {settled.batch_size}"
+        )
+
+
+def _listed(factors: Mapping[str, Any]) -> str:
+    return " x ".join(f"{key} {factor}" for key, factor in factors.items())
 
 
 def _optimizer_conflicts(optimizer: Mapping[str, Any], settled: Settled) -> Iterator[str]:

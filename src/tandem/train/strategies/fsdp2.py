@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -16,6 +14,7 @@ from tandem.errors import TandemError
 from tandem.model.adapter import trainable_parameters
 from tandem.model.attention import decoder_of
 from tandem.model.score import Scorer
+from tandem.train.optim import clip_and_step
 from tandem.train.strategies.state import load_state, state_of, whole
 from tandem.train.strategies.strategy import MakeOptimizer
 
@@ -37,6 +36,7 @@ class Fsdp2:
     def __init__(self, device: str, processes: int) -> None:
         self.device = device
         self.processes = processes
+        self.config: Mapping[str, Any] = {}
         self.parameters: Mapping[str, Tensor] = {}
 
     def prepare(
@@ -49,7 +49,7 @@ class Fsdp2:
         self._spread(scorer, mesh)
         self.scorer: Any = scorer
         self.parameters = trainable_parameters(scorer.model)
-        self.limit = float("inf") if max_grad_norm is None else max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self.optimizer = make_optimizer(self.parameters.values())
 
     def score(self, batch: MicroBatch) -> Tensor:
@@ -67,13 +67,12 @@ class Fsdp2:
 
     def apply(self, learning_rate: float) -> float:
         """See `Strategy.apply`."""
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.limit)))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return clip_and_step(
+            self.optimizer,
+            self.parameters.values(),
+            max_norm=self.max_grad_norm,
+            learning_rate=learning_rate,
+        )
 
     def trained(self) -> dict[str, Tensor]:
         """See `Strategy.trained`."""

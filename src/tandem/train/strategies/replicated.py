@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tandem.data.collate import MicroBatch
 from tandem.model.adapter import trainable_parameters
 from tandem.model.score import Scorer
+from tandem.train.optim import clip_and_step
 from tandem.train.strategies.gradients import FlatGradients
 from tandem.train.strategies.state import load_state, state_of
 from tandem.train.strategies.strategy import MakeOptimizer
@@ -37,6 +37,7 @@ class Replicated:
     def __init__(self, name: str, processes: int) -> None:
         self.name = name
         self.processes = processes
+        self.config: Mapping[str, Any] = {}
         self.parameters: Mapping[str, Tensor] = {}
 
     def prepare(
@@ -45,7 +46,7 @@ class Replicated:
         """See `Strategy.prepare`."""
         self.scorer = scorer
         self.parameters = trainable_parameters(scorer.model)
-        self.limit = float("inf") if max_grad_norm is None else max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self.gradients = FlatGradients(list(self.parameters.values()))
         self.optimizer = make_optimizer(self.parameters.values())
 
@@ -69,12 +70,12 @@ class Replicated:
         """See `Strategy.apply`."""
         for parameter, gradient in zip(self.parameters.values(), self.gradients.views, strict=True):
             parameter.grad = gradient
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.limit))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = clip_and_step(
+            self.optimizer,
+            self.parameters.values(),
+            max_norm=self.max_grad_norm,
+            learning_rate=learning_rate,
+        )
         self.gradients.clear()
         return norm
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Strategy(Protocol):
         sharded: whether weights are spread over the processes, so that every forward and backward
             waits for the others: all then run equally many, and none can fail alone.
         needs_group: whether even a single process needs a process group.
+        config: what else decides how the work is shared, the same in all processes.
         parameters: what the optimizer moves, by name; after `prepare`.
     """
 
     name: str
     sharded: bool
     needs_group: bool
+    config: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
 
     def prepare(

@@ -16,6 +16,7 @@ from tandem.data.collate import MicroBatch
 from tandem.errors import TandemError
 from tandem.model.adapter import trainable_parameters
 from tandem.model.score import Scorer
+from tandem.train.optim import set_rate
 from tandem.train.strategies.gradients import FlatGradients, HandOver
 from tandem.train.strategies.state import by_parameter
 from tandem.train.strategies.strategy import MakeOptimizer
@@ -69,7 +70,7 @@ class Zero2:
     def reduce(self) -> None:
         """See `Strategy.reduce`."""
         # DeepSpeed averages over the processes.
-        loss = self.engine(self.gradients.views) + 0.0
+        loss = self.engine(self.gradients.views)
         self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def apply(self, learning_rate: float) -> float:
@@ -187,8 +188,7 @@ def start_engine(
     deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
     optimizer = make_optimizer(parameters.values())
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -210,8 +210,7 @@ def start_engine(
 
 def take_step(engine: Any, learning_rate: float) -> float:
     """Clip, apply and clear by DeepSpeed; see `Strategy.apply`."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rate(engine.optimizer, learning_rate)
     engine.step()
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)

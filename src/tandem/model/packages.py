@@ -1,4 +1,4 @@
-"""Packages that only some engines need: there, or a message that says how to get them."""
+"""Packages that only some runs need: there, or a message that says how to get them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,54 @@
+"""What the result of a training stage depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tandem.artifact.hashing import hash_bytes, hash_file, hash_weights
+from tandem.data.sources import SourceSpec
+from tandem.data.template import ChatTemplate, resolve_template
+from tandem.model.load import check_context, load_config, load_tokenizer
+from tandem.recipe.schema import Training
+from tandem.stages.sources import data_identity
+from tandem.train.device import Device
+from tandem.train.runtime import Runtime
+
+# Settings that say when to look or save, not what is computed.
+_NOT_MATHEMATICS = {
+    "data",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+    "max_dropped",
+}
+
+
+def resolved_inputs(
+    base: Path,
+    sources: list[SourceSpec],
+    settings: Training,
+    chat_template: str | None,
+    seed: int,
+    runtime: Runtime,
+    device: Device,
+) -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
+    """The model's configuration, tokenizer and template, and all that the result depends on."""
+    config = load_config(base)
+    check_context(config, settings.max_length, base)
+    tokenizer = load_tokenizer(base)
+    template = resolve_template(tokenizer, chat_template)
+    inputs = {
+        "model": {
+            "weights": hash_weights(base),
+            "config": hash_file(base / "config.json"),
+            **({"quantization": runtime.quantization} if runtime.quantization else {}),
+        },
+        "data": data_identity(sources),
+        "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
+        "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+        "seed": seed,
+        "dtype": device.dtype_name,
+    }
+    return config, tokenizer, template, inputs
