@@ -15,7 +15,9 @@ ORIGIN = Origin("made.jsonl", 7)
 def read(fields: dict[str, Any]) -> Conversation | PreferencePair:
     known = detect(fields)
     assert known is not None
-    return known.read(fields, ORIGIN)
+    (record,) = known.read(fields, ORIGIN)
+    assert not isinstance(record, Unusable)
+    return record
 
 
 def sharegpt(*turns: tuple[Any, ...]) -> dict[str, Any]:

@@ -43,16 +43,19 @@ def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
     if known is None:
         return
     try:
-        record = known.read(row, ORIGIN)
+        found = known.read(row, ORIGIN)
     except Unusable:
         return
-    if isinstance(record, Conversation):
-        assert record.turns[-1].role == "assistant"
-        assert record.turns[-1].content.strip()
-    else:
-        assert isinstance(record, PreferencePair)
-        assert record.chosen.strip() != record.rejected.strip()
-        assert record.prompt[-1].role == "user"
+    assert found
+    for record in found:
+        if isinstance(record, Conversation):
+            assert record.turns[-1].role == "assistant"
+            assert record.turns[-1].content.strip()
+        elif isinstance(record, PreferencePair):
+            assert record.chosen.strip() != record.rejected.strip()
+            assert record.prompt[-1].role == "user"
+        else:
+            assert record.reason
 
 
 LINES = st.one_of(

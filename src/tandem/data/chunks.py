@@ -1,28 +1,22 @@
 """A data set in pieces that another process can read: each knows its file and its first row.
 
-A piece of a JSON lines file is a place in it, one of a Parquet file a compact copy of its rows, and
-one of anything else the rows themselves. `rows` gives the same wherever it is called.
+A piece of a JSON lines file is a place in it, one of a compressed file its lines, one of a Parquet
+or Arrow file a compact copy of its rows, and one of anything else the rows themselves. `rows` gives
+the same wherever it is called.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from tandem.data.formats.mapping import Renaming
 from tandem.data.records import Origin
 from tandem.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-# Rows of a piece: enough for a tokenizer call, little enough to stay in cache.
-_ROWS = 256
-# Bytes that are read at once from a JSON lines file; a piece ends where one of both is reached.
-_BLOCK = 2**20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +53,24 @@ class LineChunk:
         try:
             with Path(self.file).open("rb") as file:
                 file.seek(self.start)
-                lines = file.read(self.stop - self.start).split(b"\n")
+                content = file.read(self.stop - self.start)
         except OSError as error:
             raise cannot_read(self.file, error) from error
-        if self.start == 0:
-            lines[0] = lines[0].removeprefix(_BOM)
-        for number, line in enumerate(lines, start=self.first):
-            if line.strip():
-                yield _parse(line, Origin(self.file, number))
+        yield from _parsed(content, self.file, self.first, bom=self.start == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """`count` lines as bytes, of a file that cannot be read from the middle."""
+
+    file: str
+    first: int
+    count: int
+    content: bytes
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """Parse the lines; blank ones are no rows, but counted."""
+        yield from _parsed(self.content, self.file, self.first, bom=self.first == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class ArrowChunk:
 
 @dataclass(frozen=True, slots=True)
 class RowChunk:
-    """Rows that were read already."""
+    """Rows that were read already; `count` is how far they advance in the file."""
 
     file: str
     count: int
@@ -101,75 +105,38 @@ class RowChunk:
         return iter(self.read)
 
 
-Chunk = LineChunk | ArrowChunk | RowChunk
+@dataclass(frozen=True, slots=True)
+class RenamedChunk:
+    """A piece whose rows are given under the names of their format."""
+
+    inner: LineChunk | TextChunk | ArrowChunk | RowChunk
+    renaming: Renaming
+
+    @property
+    def file(self) -> str:
+        """The file of the rows."""
+        return self.inner.file
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.inner.count
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """The rows, renamed."""
+        for row in self.inner.rows():
+            if isinstance(row, Row):
+                yield Row(self.renaming.apply(row.fields), row.origin)
+            else:
+                yield row
 
 
-def file_chunks(file: Path) -> Iterator[Chunk]:
-    """The pieces of one data file, in order.
-
-    Raises `UserError` for a file of no known kind, or one that cannot be read.
-    """
-    suffix = file.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_chunks(file)
-        elif suffix in (".jsonl", ".ndjson"):
-            yield from _line_chunks(file)
-        elif suffix == ".json":
-            yield from _json_chunks(file)
-        else:
-            raise UserError(
-                f"data: {file} is no kind of file that can be read here. Use one of "
-                f"{', '.join(SUFFIXES)}."
-            )
-    except OSError as error:
-        raise cannot_read(str(file), error) from error
+Plain = LineChunk | TextChunk | ArrowChunk | RowChunk
+Chunk = Plain | RenamedChunk
 
 
-def table_chunks(table: Iterable[Any], name: str) -> Iterator[Chunk]:
-    """The pieces of a table of `datasets`."""
-    rows = (Row(dict(fields), Origin(name, row)) for row, fields in enumerate(table, start=1))
-    return _row_chunks(rows, name)
-
-
-def count_rows(file: Path) -> int | None:
-    """How many rows a file has, its blank lines included, or None when only reading can tell."""
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return int(pyarrow.parquet.read_metadata(file).num_rows)
-        except (OSError, pyarrow.ArrowException):
-            return None
-    if suffix == ".json" and _is_array(file):
-        return None
-    count, last = 0, b"\n"
-    with file.open("rb") as lines:
-        while block := lines.read(8 * _BLOCK):
-            count += block.count(b"\n")
-            last = block[-1:]
-    return count + (last != b"\n")
-
-
-def cannot_read(file: str, error: OSError) -> UserError:
-    """What to say about a file that the system does not give."""
-    return UserError(f"data: {file} cannot be read: {error}.")
-
-
-def _line_chunks(file: Path) -> Iterator[Chunk]:
-    first, start, size = 1, 0, _ROWS
-    with file.open("rb") as lines:
-        while block := lines.readlines(_BLOCK):
-            for at in range(0, len(block), size):
-                part = block[at : at + size]
-                stop = start + sum(map(len, part))
-                yield LineChunk(str(file), first, len(part), start, stop)
-                first, start = first + len(part), stop
-
-
-def _parse(line: bytes, origin: Origin) -> Row | BadLine:
+def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
+    """The JSON object in a line of UTF-8."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -178,91 +145,25 @@ def _parse(line: bytes, origin: Origin) -> Row | BadLine:
         return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadLine(origin, f"is not valid JSON ({error})")
-    return _row(value, origin)
+    return object_row(value, origin)
 
 
-def _row(value: object, origin: Origin) -> Row | BadLine:
+def object_row(value: object, origin: Origin) -> Row | BadLine:
+    """A row, if a JSON value is an object."""
     if not isinstance(value, dict):
         return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
     return Row(value, origin)
 
 
-def _is_array(file: Path) -> bool:
-    with file.open("rb") as start:
-        return start.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+def cannot_read(file: str, error: OSError) -> UserError:
+    """What to say about a file that the system does not give."""
+    return UserError(f"data: {file} cannot be read: {error}.")
 
 
-def _json_chunks(file: Path) -> Iterator[Chunk]:
-    """A .json file: an array of objects, or, as is common, JSON lines under that name."""
-    if not _is_array(file):
-        yield from _line_chunks(file)
-        return
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = BadLine(Origin(str(file), 1), f"is not valid UTF-8 (byte {error.start + 1})")
-        yield RowChunk(str(file), 1, (bad,))
-        return
-    yield from _row_chunks(_parse_array(text, str(file)), str(file))
-
-
-def _row_chunks(rows: Iterator[Row | BadLine], name: str) -> Iterator[Chunk]:
-    while some := tuple(islice(rows, _ROWS)):
-        yield RowChunk(name, len(some), some)
-
-
-def _parse_array(text: str, file: str) -> Iterator[Row | BadLine]:
-    """The elements of a JSON array one by one; broken syntax ends it, for the rest is unknowable.
-
-    A broken array is one bad line: without its punctuation nobody can say where rows begin.
-    """
-    decoder = json.JSONDecoder()
-    gap = re.compile(r"\s*")
-
-    def skip(position: int) -> int:
-        match = gap.match(text, position)
-        return match.end() if match else position
-
-    position, row = skip(skip(0) + 1), 0
-    if text.startswith("]", position):
-        return
-    while True:
-        row += 1
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield BadLine(Origin(file, row), f"and what follows is not valid JSON ({error})")
-            return
-        yield _row(value, Origin(file, row))
-        position = skip(position)
-        if text.startswith("]", position):
-            return
-        if not text.startswith(",", position):
-            yield BadLine(Origin(file, row + 1), "is not reached: the JSON array is cut off")
-            return
-        position = skip(position + 1)
-
-
-def _parquet_chunks(file: Path) -> Iterator[Chunk]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_ROWS):
-                yield ArrowChunk(str(file), row + 1, batch.num_rows, _serialised(batch))
-                row += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data: {file} is no sound Parquet file (after row {row}: {error}).") from (
-            error
-        )
-
-
-def _serialised(batch: Any) -> bytes:
-    import pyarrow
-
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    return bytes(sink.getvalue())
+def _parsed(content: bytes, file: str, first: int, *, bom: bool) -> Iterator[Row | BadLine]:
+    lines = content.split(b"\n")
+    if bom:
+        lines[0] = lines[0].removeprefix(BOM)
+    for number, line in enumerate(lines, start=first):
+        if line.strip():
+            yield parse_line(line, Origin(file, number))

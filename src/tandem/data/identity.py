@@ -9,17 +9,19 @@ from typing import Any
 from tandem.artifact.hashing import hash_file, hash_json
 from tandem.data.batch import Plan
 from tandem.data.codec import CodecParts
+from tandem.data.compressed import is_compressed, kind_of
 from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_path
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries.
-_ENCODER = 1
+_ENCODER = 2
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:
     """The key of what a plan makes of some sources, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
-    of them. Raises `UserError` as reading the sources would.
+    of them, and both by what the recipe says of their formats and names.
+    Raises `UserError` as reading the sources would.
     """
     contents = [_content(source) for source in sources]
     if any(content is None for content in contents):
@@ -32,6 +34,7 @@ def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -
             "limits": [plan.limits.sequence, plan.limits.prompt],
             "on_bad_record": plan.on_bad_record,
             "sources": contents,
+            "meanings": [source.meaning for source in sources],
         }
     )
 
@@ -40,7 +43,7 @@ def _content(source: SourceSpec) -> list[Any] | None:
     if looks_like_path(source.path):
         saved, files = data_files(source)
         try:
-            return [saved, [[file.suffix.lower(), hash_file(file)] for file in files]]
+            return [saved, [[_kind(file), hash_file(file)] for file in files]]
         except OSError:  # reading says what is wrong with it
             return None
     table = load_hub(source)
@@ -48,3 +51,8 @@ def _content(source: SourceSpec) -> list[Any] | None:
     if not files:
         return None
     return [source.split, len(table), [hash_file(Path(file)) for file in files]]
+
+
+def _kind(file: Path) -> str:
+    """What a file's name says about how it is read."""
+    return kind_of(file) + (file.suffix.lower() if is_compressed(file) else "")

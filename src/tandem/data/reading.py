@@ -8,16 +8,23 @@ from typing import Literal
 
 from tandem.data.chunks import BadLine, Chunk, Row
 from tandem.data.formats import (
+    JOINED,
+    Fields,
     Format,
     Kind,
     Question,
+    Record,
     Unusable,
     describe_formats,
     detect,
+    format_called,
     format_named,
     read_question,
+    variant,
 )
+from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.meaning import check_meaning, check_question_meaning
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
 from tandem.errors import UserError
@@ -51,6 +58,7 @@ def read_questions(sources: Sequence[SourceSpec]) -> list[Question]:
     questions: list[Question] = []
     for source in sources:
         before = len(questions)
+        check_question_meaning(source)
         for row in read_rows(source):
             if isinstance(row, BadLine):
                 raise _bad_line(row)
@@ -70,7 +78,7 @@ def read_questions(sources: Sequence[SourceSpec]) -> list[Question]:
 
 def _read(
     sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
-) -> Iterator[Conversation | PreferencePair]:
+) -> Iterator[Record]:
     for chunk, known in formatted_chunks(sources, kind, ledger, on_bad_record):
         for record in records_of(chunk, known, on_bad_record):
             if isinstance(record, Entry):
@@ -91,31 +99,52 @@ def formatted_chunks(
         chunks = read_chunks(source)
         seen: list[Chunk] = []
         known = _look(chunks, seen, source, kind, on_bad_record)
+        pieces = chain(seen, chunks)
         if known is not None:
+            check_meaning(source, known)
             ledger.detected(source.path, known.name)
-        for chunk in chain(seen, chunks):
+            pieces = joined(pieces) if known.name == JOINED else pieces
+        for chunk in pieces:
             yield chunk, known.name if known else ""
 
 
-def records_of(
-    chunk: Chunk, known: str, on_bad_record: OnBadRecord
-) -> Iterator[Conversation | PreferencePair | Entry]:
+def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:
     """A piece's records in the format named `known`; an entry for each one that is dropped.
 
-    Raises `UserError` for a row that cannot be parsed, unless such rows are dropped.
+    A row may hold several of both. Raises `UserError` for a row that cannot be parsed, unless such
+    rows are dropped.
     """
-    read = format_named(known).read if known else None
+    layout = format_named(known) if known else None
     for row in chunk.rows():
         if isinstance(row, BadLine):
             if on_bad_record == "stop":
                 raise _bad_line(row)
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
-        assert read is not None
+        assert layout is not None
         try:
-            yield read(row.fields, row.origin)
-        except Unusable as reason:
-            yield Entry.dropped(row.origin, reason.reason, reason.detail)
+            found = layout.read(row.fields, row.origin)
+        except Unusable as verdict:
+            found = [_another_format(row.fields, layout) or verdict]
+        for one in found:
+            if isinstance(one, Unusable):
+                yield Entry.dropped(row.origin, one.reason, one.detail)
+            else:
+                yield one
+
+
+def _another_format(fields: Fields, known: Format) -> Unusable | None:
+    """The reason of a row that lacks its source's keys, but has those of another format."""
+    given = {key: value for key, value in fields.items() if value is not None}
+    if known.keys <= given.keys():
+        return None
+    other = detect(given)
+    if other is None or other.keys == known.keys:
+        return None
+    return Unusable(
+        f"a row of another format than its source's first ({other.name}, not {known.name})",
+        f"without {', '.join(sorted(known.keys - given.keys()))}",
+    )
 
 
 def names_of(sources: Sequence[SourceSpec]) -> str:
@@ -149,21 +178,28 @@ def _look(
                     raise _bad_line(row)
                 continue
             first, tried = first or row, tried + 1
-            if known := _detect(row, source, kind, tried):
+            if known := _detect(row, source, kind):
                 return known
+            if tried == _UNKNOWN_ROWS:
+                raise _unknown(row, source, kind)
     if empty:
         raise UserError(f"data: {source.path} is empty.")
     if first is not None:
-        raise _unknown(first, kind)
+        raise _unknown(first, source, kind)
     return None
 
 
-def _detect(row: Row, source: SourceSpec, kind: Kind, tried: int) -> Format | None:
-    known = detect(row.fields)
+def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
+    """The format of a row, the one that the source is said to be in if it is."""
+    if source.format is None:
+        known = detect(row.fields)
+    else:
+        known = format_called(source.format)
+        if known.kind == kind and not known.keys <= row.fields.keys():
+            return None
     if known is None:
-        if tried >= _UNKNOWN_ROWS:
-            raise _unknown(row, kind)
         return None
+    known = variant(known, kind, source.completions)
     if known.kind != kind:
         raise UserError(
             f"data: {source.path} holds {known.kind} ({known.name}: "
@@ -173,9 +209,17 @@ def _detect(row: Row, source: SourceSpec, kind: Kind, tried: int) -> Format | No
     return known
 
 
-def _unknown(row: Row, kind: Kind) -> UserError:
+def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
     keys = ", ".join(map(str, row.fields)) or "none"
+    if source.format is not None:
+        known = format_called(source.format)
+        return UserError(
+            f"{row.origin}: the recipe says that {source.path} is {known.name}, which needs "
+            f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
+            "with `fields: {key of the format: key of the data}`, or correct `format`."
+        )
     return UserError(
         f"{row.origin}: a record of no known format; its keys are: {keys}. Known formats of "
-        f"{kind}: {describe_formats(kind)}."
+        f"{kind}: {describe_formats(kind)}. If only names differ, say so in the recipe: "
+        "`fields: {key of the format: key of the data}`."
     )

@@ -12,32 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.chunks import (
-    SUFFIXES,
-    BadLine,
-    Chunk,
-    Row,
-    count_rows,
-    file_chunks,
-    table_chunks,
-)
+from tandem.data.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
+from tandem.data.files import KINDS, count_rows, file_chunks, is_data, table_chunks
+from tandem.data.formats.mapping import Renaming
 from tandem.errors import UserError
 
 # Descriptions that lie beside the data in saved and downloaded data sets.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_PATH_SUFFIXES = (*SUFFIXES, ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip", ".bz2")
+_PATH_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow",
+    ".gz", ".zst", ".zip", ".bz2", ".xz",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """A data set to read: a file, a folder or a Hub id, and which part of it."""
+    """A data set to read: a file, a folder or a Hub id, which part of it, and what it means.
+
+    Attributes:
+        path, split, subset, revision: where the rows are.
+        format: its format's name; None: told by the keys of the first rows.
+        fields: keys of the format, each with the data's own name for it.
+        roles: the data's own names of roles, each with the role it means.
+        completions: which pairs scored answers make, `best_vs_worst` (also None) or `best_vs_rest`.
+    """
 
     path: str
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
+    format: str | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
+    completions: str | None = None
+
+    @property
+    def renaming(self) -> Renaming:
+        """The data's own names."""
+        return Renaming(self.fields, self.roles)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Whatever the recipe says about the rows' meaning, for keys that depend on it."""
+        said = {
+            "format": self.format,
+            "fields": [list(one) for one in self.fields],
+            "roles": [list(one) for one in self.roles],
+            "completions": self.completions,
+        }
+        return {name: value for name, value in said.items() if value}
 
 
 def looks_like_path(text: str) -> bool:
@@ -68,12 +93,12 @@ def local_files(path: str, split: str = "train") -> list[Path]:
         file
         for file in root.rglob("*")
         if file.is_file()
-        and file.suffix.lower() in SUFFIXES
+        and is_data(file)
         and file.name not in _NOT_DATA
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
     if not files:
-        raise UserError(f"data: the folder {path} holds no {', '.join(SUFFIXES)} file.")
+        raise UserError(f"data: the folder {path} holds no {KINDS} file.")
     chosen = [file for file in files if _split_of(file.relative_to(root)) == split]
     if not chosen:
         found = sorted({_split_of(file.relative_to(root)) for file in files})
@@ -95,6 +120,20 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
 
 def read_chunks(source: SourceSpec) -> Iterator[Chunk]:
     """The pieces of a source in reading order; see `read_rows`."""
+    renaming = source.renaming
+    for chunk in _chunks_as_they_are(source):
+        yield RenamedChunk(chunk, renaming) if renaming else chunk
+
+
+def unrenamed_rows(source: SourceSpec) -> Iterator[Row]:
+    """The rows of a source under the data's own names; see `read_rows`."""
+    for chunk in _chunks_as_they_are(source):
+        for row in chunk.rows():
+            if isinstance(row, Row):
+                yield row
+
+
+def _chunks_as_they_are(source: SourceSpec) -> Iterator[Plain]:
     if not looks_like_path(source.path):
         yield from table_chunks(load_hub(source), f"{source.path}:{source.split}")
         return

@@ -98,6 +98,8 @@ def _type(entry: dict[str, Any]) -> str:
     if "enum" in entry or "const" in entry:
         return ", ".join(f"`{choice}`" for choice in entry.get("enum", [entry.get("const")]))
     kind = entry["type"]
+    if kind == "object":
+        return f"mapping of texts to {_type(entry['additionalProperties'])}"
     if kind == "array":
         inner = _type(entry["items"])
         return "[data](#data) sets" if "#data" in inner else f"list of {inner}"

@@ -13,6 +13,7 @@ Quantization = Literal["nf4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
+Role = Literal["system", "user", "assistant", "tool"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 ENGINES = ("auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 
@@ -55,7 +56,8 @@ class DataSource(Section):
     """One data set: a file, a folder, a Hub id, or `demo:NAME` for the embedded data."""
 
     path: str = Field(
-        description="A file (JSON, JSONL, Parquet), a folder, a Hub id, or `demo:NAME`."
+        description="A file (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, a Hub id, or "
+        "`demo:NAME`."
     )
     split: str = Field(
         default="train", description="Which split of a Hub data set or `datasets` folder."
@@ -63,6 +65,19 @@ class DataSource(Section):
     subset: str | None = Field(default=None, description="Which configuration of a Hub data set.")
     revision: str | None = Field(
         default=None, description="A commit, tag or branch of a Hub data set."
+    )
+    format: str | None = Field(
+        default=None, description="A known format's name; null: told by the keys of the first rows."
+    )
+    fields: dict[str, str] = Field(
+        default={}, description="Keys of the format, each with the data's own name for it."
+    )
+    roles: dict[str, Role] = Field(
+        default={}, description="The data's own names of roles, each with the role it means."
+    )
+    completions: Literal["best_vs_worst", "best_vs_rest"] | None = Field(
+        default=None,
+        description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
     )
 
 

@@ -8,6 +8,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
 from tandem.recipe.schema import DataSource, Recipe, Training
+from tandem.stages.sources import source_spec
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
@@ -23,6 +24,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     folder that is no model, and lengths beyond the base model's context.
     """
     for source in _data(recipe, wanted):
+        source_spec(source, source.path)
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
@@ -55,7 +57,7 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
 
 
 def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
-    return [SourceSpec(s.path, s.split, s.subset, s.revision) for s in sources if _is_local(s.path)]
+    return [source_spec(source, source.path) for source in sources if _is_local(source.path)]
 
 
 def _is_local(name: str) -> bool:

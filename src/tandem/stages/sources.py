@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_files
+from tandem.data.formats import format_called
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
 from tandem.recipe.schema import DataSource
 
@@ -26,15 +27,34 @@ def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> 
             from tandem.demo.embedded import materialise
 
             path = str(materialise(path, run_folder / "data", seed))
-        specs.append(SourceSpec(path, source.split, source.subset, source.revision))
+        specs.append(source_spec(source, path))
     return specs
 
 
+def source_spec(source: DataSource, path: str) -> SourceSpec:
+    """One source for the readers, at `path`; raises UserError for a format that is none."""
+    if source.format is not None:
+        format_called(source.format)
+    return SourceSpec(
+        path,
+        source.split,
+        source.subset,
+        source.revision,
+        source.format,
+        tuple(source.fields.items()),
+        tuple(source.roles.items()),
+        source.completions,
+    )
+
+
 def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
-    """What the data is: hashes of local files; name, subset, split and revision on the Hub."""
+    """What the data is: hashes of local files; name, subset, split and revision on the Hub.
+
+    What the recipe says of formats and names is part of it, where it says something.
+    """
     found: list[dict[str, Any]] = []
     for spec in specs:
-        where = {"split": spec.split, "subset": spec.subset}
+        where = {"split": spec.split, "subset": spec.subset, **spec.meaning}
         if looks_like_path(spec.path):
             found.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
         else:

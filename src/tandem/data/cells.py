@@ -1,0 +1,91 @@
+"""Tables of texts: CSV, and TSV, with a header that names the columns."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tandem.data.chunks import BOM, BadLine, Row
+from tandem.data.compressed import BrokenStream, read_blocks
+from tandem.data.records import Origin
+from tandem.errors import UserError
+
+# Characters of a cell; more is a quote that was never closed rather than a text.
+_LONGEST_CELL = 2**28
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
+    """The rows under the header, counted from 1; every cell is a text, an empty one too.
+
+    Raises `UserError` for a header that does not name each column once.
+    """
+    csv.field_size_limit(_LONGEST_CELL)  # the module's own limit is 128 KiB, for all readers
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    numbers = count(1)
+    columns: list[str] | None = None
+    while True:
+        begins = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if columns is None:
+                raise UserError(f"data: {file} has no CSV header: {error}.") from error
+            lines = f"lines {begins} to {reader.line_num} of the file"
+            bad = f"is not valid CSV ({error}; {lines})"
+            yield BadLine(Origin(str(file), next(numbers)), bad)
+            continue
+        except BrokenStream as error:
+            bad = f"and what follows cannot be read: {error}"
+            yield BadLine(Origin(str(file), next(numbers)), bad)
+            return
+        if cells is None:
+            return
+        if not cells:  # an empty line
+            continue
+        if columns is None:
+            columns = _checked_header(cells, file)
+            continue
+        yield _row(cells, columns, Origin(str(file), next(numbers)))
+
+
+def _row(cells: list[str], columns: list[str], origin: Origin) -> Row | BadLine:
+    if any(_ESCAPED.search(cell) for cell in cells):
+        return BadLine(origin, "is not valid UTF-8")
+    if len(cells) != len(columns):
+        return BadLine(origin, f"has {len(cells)} cells, while the header has {len(columns)}")
+    return Row(dict[str, Any](zip(columns, cells, strict=True)), origin)
+
+
+def _checked_header(cells: list[str], file: Path) -> list[str]:
+    if any(_ESCAPED.search(cell) for cell in cells):
+        raise UserError(f"data: the header of {file} is not valid UTF-8. Save it as UTF-8.")
+    twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+    if twice:
+        raise UserError(
+            f"data: the header of {file} has {', '.join(map(repr, twice))} more than once. Give "
+            "each column a name of its own; the first line of the file is the header."
+        )
+    return cells
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines with their ends; bytes that are no UTF-8 become what no UTF-8 can spell."""
+    rest = [b""]
+    first = True
+    for block in read_blocks(file):
+        if first:
+            block, first = block.removeprefix(BOM), False
+        if b"\n" not in block:
+            rest.append(block)
+            continue
+        *whole, after = b"".join([*rest, block]).split(b"\n")
+        for line in whole:
+            yield (line + b"\n").decode("utf-8", "surrogateescape")
+        rest = [after]
+    if last := b"".join(rest):
+        yield last.decode("utf-8", "surrogateescape")

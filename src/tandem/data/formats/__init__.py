@@ -1,0 +1,163 @@
+"""From a row to a conversation, preference pairs or a question.
+
+Formats are told apart by their keys; extra keys are fine. A row that cannot be used raises
+`Unusable` with a short reason, the same for all rows with the same fault, so that reasons count.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from tandem.data.formats.conversations import (
+    read_alpaca,
+    read_completion,
+    read_messages,
+    read_sharegpt,
+)
+from tandem.data.formats.preferences import (
+    read_alpaca_pair,
+    read_explicit_pair,
+    read_implicit_pair,
+    read_orca_pair,
+    read_sharegpt_pair,
+)
+from tandem.data.formats.questions import (
+    QUESTION_KEYS,
+    QUESTION_OPTIONS,
+    Question,
+    read_question,
+)
+from tandem.data.formats.rows import Fields, Format, Kind, Reader, Record, Unusable
+from tandem.data.formats.scored import read_best_vs_rest, read_best_vs_worst
+from tandem.data.formats.unpaired import read_good_answer, read_joined_pair
+from tandem.errors import UserError
+
+__all__ = [
+    "FORMATS",
+    "JOINED",
+    "QUESTION_KEYS",
+    "QUESTION_OPTIONS",
+    "Fields",
+    "Format",
+    "Kind",
+    "Question",
+    "Reader",
+    "Record",
+    "Unusable",
+    "describe_formats",
+    "detect",
+    "format_called",
+    "format_named",
+    "read_question",
+    "variant",
+]
+
+
+# Two ways of reading the same keys; not for recipes, which say it in other keys.
+JOINED = "unpaired preference, joined"
+_EACH = "UltraFeedback, best against each"
+
+
+def _known(
+    name: str, kind: Kind, keys: str, read: Reader, optional: str = "", *, turns: bool = False
+) -> Format:
+    return Format(name, kind, frozenset(keys.split()), read, frozenset(optional.split()), turns)
+
+
+# The first whose keys are all there is the format, so what needs more keys comes first.
+# `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
+FORMATS: tuple[Format, ...] = (
+    _known(
+        "orca_dpo_pairs", "preference pairs", "question chosen rejected", read_orca_pair, "system"
+    ),
+    _known(
+        "explicit preference", "preference pairs", "prompt chosen rejected", read_explicit_pair,
+        "system", turns=True,
+    ),
+    _known(
+        "ShareGPT preference", "preference pairs", "conversations chosen rejected",
+        read_sharegpt_pair, "system", turns=True,
+    ),
+    _known(
+        "Alpaca preference", "preference pairs", "instruction chosen rejected", read_alpaca_pair,
+        "input system history", turns=True,
+    ),
+    # Without a prompt of its own: what both have in common.
+    _known(
+        "implicit preference", "preference pairs", "chosen rejected", read_implicit_pair, "system",
+        turns=True,
+    ),
+    _known(
+        "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_worst,
+        "system",
+    ),
+    _known(
+        _EACH, "preference pairs", "instruction completions",
+        read_best_vs_rest, "system",
+    ),
+    _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
+    _known("messages", "conversations", "messages", read_messages, "system", turns=True),
+    _known(
+        "unpaired preference", "conversations", "prompt completion label", read_good_answer,
+        "system", turns=True,
+    ),
+    _known(
+        JOINED, "preference pairs", "prompt completion label",
+        read_joined_pair, "system", turns=True,
+    ),
+    _known(
+        "prompt and completion", "conversations", "prompt completion", read_completion, "system",
+        turns=True,
+    ),
+    _known(
+        "Alpaca", "conversations", "instruction output", read_alpaca, "input system history"
+    ),
+)  # fmt: skip
+
+
+def detect(fields: Fields) -> Format | None:
+    """The format of a row by its keys, or None."""
+    return next((known for known in FORMATS if known.keys <= fields.keys()), None)
+
+
+def variant(known: Format, kind: Kind, completions: str | None) -> Format:
+    """The format of the same keys that makes records of a kind, if there is one.
+
+    `completions` chooses between those of scored answers (`best_vs_worst`, `best_vs_rest`).
+    """
+    same = [one for one in FORMATS if one.keys == known.keys and one.kind == kind]
+    if len(same) > 1:
+        return next(one for one in same if (one.name == _EACH) == (completions == "best_vs_rest"))
+    return same[0] if same else known
+
+
+def format_named(name: str) -> Format:
+    """The known format of that name."""
+    return next(known for known in FORMATS if known.name == name)
+
+
+def format_called(name: str) -> Format:
+    """The format that a recipe calls so, in any case and with `_` or `-` for spaces.
+
+    Raises `UserError` for a name that is none, with the nearest one.
+    """
+    names = {_plain(known.name): known for known in FORMATS if "," not in known.name}
+    if _plain(name) in names:
+        return names[_plain(name)]
+    close = difflib.get_close_matches(_plain(name), names, n=1, cutoff=0.5)
+    hint = f"Did you mean {names[close[0]].name!r}? " if close else ""
+    known = ", ".join(one.name for one in names.values())
+    raise UserError(f"data: there is no format {name!r}. {hint}Known formats: {known}.")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def describe_formats(kind: Kind) -> str:
+    """The known formats of a kind and their keys, for messages."""
+    return "; ".join(
+        f"{known.name.partition(',')[0]} ({', '.join(sorted(known.keys))})"
+        for known in FORMATS
+        if known.kind == kind and known.name != _EACH
+    )

@@ -1,0 +1,94 @@
+"""The data's own names for keys and roles, as a recipe states them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tandem.data.formats.rows import Fields
+
+# Keys that a turn's own names can be given for, and the columns that turns may be in.
+TURN_KEYS = frozenset({"role", "content"})
+_ROLE_NAMES = ("role", "from")
+_TURN_COLUMNS = ("conversations", "messages", "prompt", "completion", "chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """What a source's names mean.
+
+    `fields` are keys of a format, each with the data's name for it (`a.b` is `b` within `a`);
+    `roles` are the data's names of roles, each with the role it means.
+    """
+
+    fields: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.fields or self.roles)
+
+    def apply(self, fields: Fields) -> dict[str, object]:
+        """A row under the format's names; what was renamed is no longer there under its old one.
+
+        A key that is renamed is only ever what the recipe says: a row without it lacks it.
+        """
+        moved = [(key, name) for key, name in self.fields if key not in TURN_KEYS]
+        gone = {key for key, _ in moved} | {name for _, name in moved}
+        row = {key: value for key, value in fields.items() if key not in gone}
+        for key, name in moved:
+            found, value = reach(fields, name)
+            if found:
+                row[key] = value
+        names = {name: key for key, name in self.fields if key in TURN_KEYS}
+        roles = dict(self.roles)
+        if names or roles:
+            for column in _TURN_COLUMNS:
+                if column in row:
+                    row[column] = _renamed(row[column], names, roles)
+        return row
+
+    def unused(self, fields: Fields) -> tuple[set[str], set[str]]:
+        """The data's names of keys, and of roles, that a row does not have."""
+        keys = {name for key, name in self.fields if key not in TURN_KEYS}
+        missing = {name for name in keys if not reach(fields, name)[0]}
+        row = Renaming(tuple(one for one in self.fields if one[0] not in TURN_KEYS)).apply(fields)
+        turns = [turn for column in _TURN_COLUMNS for turn in _turns(row.get(column))]
+        own = {name for key, name in self.fields if key in TURN_KEYS}
+        missing |= {name for name in own if not any(name in turn for turn in turns)}
+        role_names = [name for key, name in self.fields if key == "role"] or _ROLE_NAMES
+        said = {str(turn[name]) for turn in turns for name in role_names if name in turn}
+        return missing, {role for role, _ in self.roles} - said
+
+
+def reach(fields: Fields, name: str) -> tuple[bool, object]:
+    """Whether a row has something under a name, and what; dots lead into nested objects."""
+    if name in fields:
+        return True, fields[name]
+    head, dot, rest = name.partition(".")
+    inner = fields.get(head)
+    return reach(inner, rest) if dot and isinstance(inner, Mapping) else (False, None)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """A hint that names the nearest of some names, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _turns(value: object) -> list[Fields]:
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, Mapping)]
+
+
+def _renamed(value: object, names: Mapping[str, str], roles: Mapping[str, str]) -> object:
+    if isinstance(value, list):
+        return [_renamed(item, names, roles) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    turn = {names.get(str(key), key): said for key, said in value.items()}
+    for key in _ROLE_NAMES:
+        role = turn.get(key)
+        if isinstance(role, str) and role in roles:
+            turn[key] = roles[role]
+    return turn

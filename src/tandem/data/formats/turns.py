@@ -1,0 +1,192 @@
+"""Turns of a conversation: from lists of objects, from transcripts, from single texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tandem.data.formats.rows import Fields, Unusable, sound, text
+from tandem.data.records import Role, Turn
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+}
+
+# How Anthropic's HH-RLHF marks who speaks.
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+
+def known_role(name: str) -> Role | None:
+    """The role that a name means in every data set, if it has a meaning."""
+    return _ROLES.get(name.lower())
+
+
+def turns_in(value: object, key: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
+    """The turns of a list of objects; an empty system turn is none."""
+    if not isinstance(value, list) or not value:
+        raise Unusable(f"`{key}` is not a list of turns")
+    turns = [_turn(item, key, role_key, text_key) for item in value]
+    if turns[0].role == "system" and not turns[0].content.strip():
+        del turns[0]
+    if not turns:
+        raise Unusable("no assistant turn")
+    return tuple(turns)
+
+
+def after_system(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns, behind the text in `system` if there is one."""
+    before = system_turn(fields.get("system"))
+    if not before or turns[0] == before[0]:
+        return turns
+    return (*before, *turns)
+
+
+def system_turn(system: object) -> tuple[Turn, ...]:
+    """A system turn; an empty text means that there is none."""
+    if system is None or system == "":
+        return ()
+    if not isinstance(system, str):
+        raise Unusable("`system` is not a text")
+    return (Turn("system", sound(system)),)
+
+
+def prompt_of(system: object, question: str) -> tuple[Turn, ...]:
+    """System and user turn."""
+    return (*system_turn(system), Turn("user", question))
+
+
+def prompt_in(fields: Fields) -> tuple[Turn, ...]:
+    """The turns in `prompt`, a text or messages, beside an optional system text."""
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        return after_system(fields, turns_in(prompt, "prompt", "role", "content"))
+    return prompt_of(fields.get("system"), text(fields, "prompt"))
+
+
+def instruction_in(fields: Fields) -> tuple[Turn, ...]:
+    """The turns of Alpaca's keys: `instruction` and `input`, after `system` and `history`."""
+    question = text(fields, "instruction")
+    given = fields.get("input")
+    if given is not None and not isinstance(given, str):
+        raise Unusable("`input` is not a text")
+    if given and given.strip():
+        question = f"{question}\n\n{sound(given)}"
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise Unusable("`history` is not a list of question and answer")
+    before = [turn for pair in history for turn in _exchange(pair)]
+    return (*system_turn(fields.get("system")), *before, Turn("user", question))
+
+
+def _exchange(pair: object) -> tuple[Turn, Turn]:
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        asked, said = pair
+        if isinstance(asked, str) and isinstance(said, str):
+            return Turn("user", sound(asked)), Turn("assistant", sound(said))
+    raise Unusable("`history` is not a list of question and answer")
+
+
+def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+    """The answer in `key` and its prompt.
+
+    It is a text, a turn, or messages that may repeat the prompt.
+    """
+    value = fields.get(key)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        return prompt, text(fields, key)
+    turns = turns_in(value, key, "role", "content")
+    if turns[-1].role != "assistant":
+        raise Unusable(f"`{key}` does not end with an assistant turn")
+    before = turns[:-1]
+    # A repeated prompt may add a system turn or history that a prompt given as text cannot hold.
+    shorter, longer = sorted((before, prompt), key=len)
+    if shorter and longer[-len(shorter) :] != shorter:
+        raise Unusable(f"`{key}` repeats another prompt than `prompt`")
+    return longer, turns[-1].content
+
+
+def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
+    """The turns in `key`, messages or a transcript of HH-RLHF's kind, the answer last."""
+    value = fields.get(key)
+    if isinstance(value, list):
+        turns = turns_in(value, key, "role", "content")
+    else:
+        turns = _transcript(text(fields, key), key)
+    if turns[-1].role != "assistant":
+        raise Unusable(f"`{key}` does not end with an assistant turn")
+    if len(turns) == 1:
+        raise Unusable(f"`{key}` holds an answer without a question")
+    return after_system(fields, turns)
+
+
+def check_order(turns: tuple[Turn, ...]) -> None:
+    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts."""
+    spoken = turns[1:] if turns[0].role == "system" else turns
+    for index, turn in enumerate(spoken):
+        if turn.role != ("user", "assistant")[index % 2]:
+            order = " ".join(t.role for t in turns)
+            if turn.role == "system" and len(spoken) < len(turns):
+                raise Unusable("more than one system turn", order)
+            raise Unusable("roles out of order", order)
+        if not turn.content.strip():
+            raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")
+
+
+def _transcript(said: str, key: str) -> tuple[Turn, ...]:
+    before, *parts = _SPEAKER.split(said)
+    if before.strip() or not parts:
+        raise Unusable(f"`{key}` is neither messages nor a transcript (Human: ... Assistant: ...)")
+    return tuple(
+        Turn(_SPEAKERS[speaker], words.strip())
+        for speaker, words in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
+    if not isinstance(item, Mapping):
+        raise Unusable(f"`{key}` holds a turn that is not an object")
+    # Some sets use role/content where others have from/value, and the other way round.
+    for role_name, text_name in (("role", "content"), ("from", "value")):
+        if role_key not in item and role_name in item:
+            role_key, text_key = role_name, text_name
+    role = known_role(str(item.get(role_key)))
+    if role is None:
+        raise Unusable("unknown role", f"{item.get(role_key)!r}")
+    content = item.get(text_key)
+    if content is None and role == "system":
+        content = ""
+    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item))
+
+
+def _trained(item: Mapping[str, object]) -> bool:
+    """Whether an answer's weight says it is trained; without a weight it is."""
+    weight = item.get("weight")
+    if weight is None:
+        return True
+    if weight not in (0, 1):
+        raise Unusable("an answer's weight is neither 0 nor 1", repr(weight))
+    return bool(weight)
+
+
+def _content(content: object, key: str) -> str:
+    """A turn's text, also when given as a list of text parts."""
+    if isinstance(content, list) and content:
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+            for part in content
+        ]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(str(part) for part in parts)
+    if content is None:
+        raise Unusable(f"a turn's `{key}` is null or missing")
+    if not isinstance(content, str):
+        raise Unusable(f"a turn's `{key}` is not a text")
+    return sound(content)

@@ -1,0 +1,102 @@
+"""Rows with one labelled answer each, put together to pairs by their prompts.
+
+A row waits until one with the same prompt and the other label comes. Waiting rows are kept in a
+temporary file beyond 64 MiB, so that memory holds a digest and a place of each, and no texts.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from itertools import groupby, islice
+from tempfile import SpooledTemporaryFile
+
+from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
+from tandem.data.formats.conversations import read_completion
+from tandem.data.formats.rows import Fields, Unusable
+from tandem.data.formats.unpaired import label_of
+
+_IN_MEMORY = 2**26
+_KEPT = ("prompt", "completion", "label", "system")
+_ROWS = 256
+
+
+def joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The pieces with each good answer beside a bad one to the same prompt, first come first.
+
+    A pair is a row with `prompt`, `chosen` and `rejected` whose origin is the later of the two.
+    Rows that stay alone come last, as they are; rows that cannot be told, in their place.
+    """
+    with _Waiting() as waiting:
+        for chunk in chunks:
+            rows = [row for row in map(waiting.meet, chunk.rows()) if row is not None]
+            yield RowChunk(chunk.file, chunk.count, tuple(rows))
+        for file, alone in groupby(waiting.left(), key=lambda row: row.origin.file):
+            while some := tuple(islice(alone, _ROWS)):
+                yield RowChunk(file, 0, some)
+
+
+class _Waiting:
+    """Rows without a partner, as a context manager; its file ends with it."""
+
+    def __init__(self) -> None:
+        self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  (closed by exit)
+        # By prompt and label, places in the file, the first come first.
+        self._places: defaultdict[tuple[bytes, bool], deque[int]] = defaultdict(deque)
+        self._end = 0
+
+    def __enter__(self) -> _Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def meet(self, row: Row | BadLine) -> Row | BadLine | None:
+        """A row's pair, the row itself if it can have none, or None when it now waits."""
+        if isinstance(row, BadLine):
+            return row
+        try:
+            label = label_of(row.fields)
+            read_completion(row.fields, row.origin)  # or its partner would be lost with it
+        except Unusable:
+            return row
+        prompt = _digest(row.fields)
+        others = self._places.get((prompt, not label))
+        if others is None:
+            self._places[prompt, label].append(self._keep(row))
+            return None
+        other = self._read(others.popleft())
+        if not others:
+            del self._places[prompt, not label]
+        good, bad = (row, other) if label else (other, row)
+        fields = {key: row.fields[key] for key in ("prompt", "system") if key in row.fields}
+        answers = {"chosen": good.fields["completion"], "rejected": bad.fields["completion"]}
+        return Row(fields | answers, row.origin)
+
+    def left(self) -> Iterator[Row]:
+        """The rows that wait at the end, in reading order."""
+        for place in sorted(place for places in self._places.values() for place in places):
+            yield self._read(place)
+
+    def _keep(self, row: Row) -> int:
+        place = self._end
+        self._file.seek(place)
+        kept = {key: row.fields[key] for key in _KEPT if key in row.fields}
+        pickle.dump(Row(kept, row.origin), self._file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._end = self._file.tell()
+        return place
+
+    def _read(self, place: int) -> Row:
+        self._file.seek(place)
+        row: Row = pickle.load(self._file)
+        return row
+
+
+def _digest(fields: Fields) -> bytes:
+    """Of the prompt, whatever it is made of."""
+    prompt = [fields.get("prompt"), fields.get("system") or None]
+    text = json.dumps(prompt, sort_keys=True, default=repr)
+    return blake2b(text.encode(), digest_size=16).digest()
