@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats import Unusable, detect, read_question
+from tandem.data.formats import (
+    Unusable,
+    detect,
+    format_called,
+    format_named,
+    read_question,
+    variant,
+)
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.errors import UserError
 
 ORIGIN = Origin("made.jsonl", 7)
 
@@ -104,6 +112,7 @@ def test_explicit_preference(
 
 
 Q_AND_A = (Turn("user", "Q"), Turn("assistant", "A"))
+TALK = [said("user", "Q"), said("assistant", "A")]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,22 @@ Q_AND_A = (Turn("user", "Q"), Turn("assistant", "A"))
             {"system": "S", "instruction": "Q", "input": "given", "output": "A"},
             (Turn("system", "S"), Turn("user", "Q\n\ngiven"), Turn("assistant", "A")),
         ),
+        (
+            {"instruction": "More?", "output": "B", "history": [["Q", "A"]]},
+            (*Q_AND_A, Turn("user", "More?"), Turn("assistant", "B")),
+        ),
         ({"prompt": "Q", "completion": "A"}, Q_AND_A),
+        ({"prompt": "Q", "completion": "A", "label": True}, Q_AND_A),
+        ({"prompt": "Q", "completion": "A", "label": "True"}, Q_AND_A),
+        (
+            {**sharegpt(("human", "Q"), ("gpt", "A")), "system": "S"},
+            (Turn("system", "S"), *Q_AND_A),
+        ),
+        ({**sharegpt(("human", "Q"), ("gpt", "A")), "system": ""}, Q_AND_A),
+        (
+            {"messages": [said("system", "S"), *TALK], "system": "S"},
+            (Turn("system", "S"), *Q_AND_A),
+        ),
         ({"prompt": [said("user", "Q")], "completion": [said("assistant", "A")]}, Q_AND_A),
         (
             {"prompt": [said("system", "S"), said("user", "Q")], "completion": "A"},
@@ -153,9 +177,144 @@ def test_preference_whose_prompt_is_in_both(row: dict[str, Any], prompt: tuple[T
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        # As LLaMA-Factory keeps pairs.
+        {
+            **sharegpt(("human", "Q"), ("gpt", "A"), ("human", "More?")),
+            "chosen": {"from": "gpt", "value": "C"},
+            "rejected": {"from": "gpt", "value": "R"},
+        },
+        {
+            "instruction": "More?",
+            "input": "",
+            "history": [["Q", "A"]],
+            "chosen": "C",
+            "rejected": "R",
+        },
+        {"prompt": [*TALK, said("user", "More?")], "chosen": "C", "rejected": "R"},
+    ],
+)
+def test_pairs_behind_a_conversation(row: dict[str, Any]) -> None:
+    assert read(row) == PreferencePair((*Q_AND_A, Turn("user", "More?")), "C", "R", ORIGIN)
+
+
+def answers(*scores: object, key: str = "overall_score") -> dict[str, Any]:
+    """An UltraFeedback row whose first answer is A1."""
+    completions = [{"response": f"A{i}", key: score} for i, score in enumerate(scores, start=1)]
+    return {"source": "made", "instruction": "Q", "completions": completions}
+
+
+def rated(*ratings: str) -> dict[str, Any]:
+    """An answer as UltraFeedback's annotations rate it, a number for each aspect."""
+    aspects = zip("abcd", ratings, strict=False)
+    return {name: {"Rating": rating, "Rationale": "so"} for name, rating in aspects}
+
+
+@pytest.mark.parametrize(
+    ("row", "choice", "pairs"),
+    [
+        (answers(2.0, 9.0, 5.0), None, ["A2 A1"]),
+        (answers(2.0, 9.0, 5.0), "best_vs_worst", ["A2 A1"]),
+        (answers(2.0, 9.0, 5.0), "best_vs_rest", ["A2 A1", "A2 A3"]),
+        (answers("3", "9.5"), None, ["A2 A1"]),
+        (answers(2, 9, key="fine-grained_score"), None, ["A2 A1"]),
+        (answers(rated("1", "N/A", "5"), rated("4"), key="annotations"), None, ["A2 A1"]),
+        # Of equal ones the first is best, and the last worst.
+        (answers(9, 9, 1, 1), None, ["A1 A4"]),
+        (
+            answers(9, 9, 1),
+            "best_vs_rest",
+            ["both answers have the same score: answers 1 and 2: 9", "A1 A3"],
+        ),
+        (answers(4, 4), None, ["both answers have the same score: answers 1 and 2: 4"]),
+        (
+            answers(None, 9, "N/A", 5),
+            "best_vs_rest",
+            [
+                "an answer without a score: answer 1",
+                "an answer without a score: answer 3",
+                "A2 A4",
+            ],
+        ),
+        # All of a row by one measure, the one that most answers have.
+        (
+            {
+                "instruction": "Q",
+                "completions": [
+                    {"response": "A1", "overall_score": 9, "annotations": rated("1")},
+                    {"response": "A2", "annotations": rated("4")},
+                ],
+            },
+            None,
+            ["A2 A1"],
+        ),
+    ],
+)
+def test_scored_answers(row: dict[str, Any], choice: str | None, pairs: list[str]) -> None:
+    known = detect(row)
+    assert known is not None
+    found = variant(known, "preference pairs", choice).read(row, ORIGIN)
+    described = []
+    for one in found:
+        if isinstance(one, Unusable):
+            described.append(f"{one.reason}: {one.detail}")
+        else:
+            assert isinstance(one, PreferencePair)
+            assert (one.prompt, one.origin) == ((Turn("user", "Q"),), ORIGIN)
+            described.append(f"{one.chosen} {one.rejected}")
+    assert described == pairs
+
+
+def test_an_empty_or_equal_scored_answer_costs_its_own_pair_alone() -> None:
+    row = answers(9, 5, 3, 1)
+    row["completions"][1]["response"] = ""
+    row["completions"][2]["response"] = "A1"
+    empty, same, pair = format_named("UltraFeedback, best against each").read(row, ORIGIN)
+    assert str(empty) == "empty answer"
+    assert str(same) == "identical answers"
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen, pair.rejected) == ("A1", "A4")
+
+
+def test_formats_have_names_for_recipes() -> None:
+    assert format_called("ultrafeedback").name == "UltraFeedback"
+    assert format_called("prompt_and_completion").name == "prompt and completion"
+    assert format_called("orca-dpo-pairs").name == "orca_dpo_pairs"
+    with pytest.raises(UserError, match=r"no format 'sharegtp'. Did you mean 'ShareGPT'\?"):
+        format_called("sharegtp")
+    with pytest.raises(UserError, match="Known formats: orca_dpo_pairs"):
+        format_called("?")
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"instruction": "Q", "output": " "}, "empty answer"),
+        (
+            {"instruction": "Q", "output": "A", "history": [["Q"]]},
+            "`history` is not a list of question and answer",
+        ),
+        ({**sharegpt(("human", "Q"), ("gpt", "A")), "system": 5}, "`system` is not a text"),
+        (
+            {"messages": [said("system", "S"), *TALK], "system": "T"},
+            "more than one system turn",
+        ),
+        (
+            sharegpt(("system", "S"), ("system", "T"), ("human", "Q"), ("gpt", "A")),
+            "more than one system turn",
+        ),
+        ({"prompt": "Q", "completion": "A", "label": False}, "the answer is labelled false"),
+        ({"prompt": "Q", "completion": "A", "label": None}, "`label` is neither true nor false"),
+        ({"prompt": "Q", "completion": "A", "label": 2}, "`label` is neither true nor false"),
+        ({"instruction": "Q", "completions": []}, "`completions` is not a list of answers"),
+        (
+            {"instruction": "Q", "completions": ["A"]},
+            "`completions` holds an answer that is not an object",
+        ),
+        (answers(5, None), "fewer than two answers have a score"),
+        (answers(float("nan"), float("inf"), 3), "fewer than two answers have a score"),
+        (answers(True, 3), "fewer than two answers have a score"),
         ({"instruction": None, "output": "A"}, "`instruction` is null or missing"),
         ({"instruction": "Q", "input": 3, "output": "A"}, "`input` is not a text"),
         ({"prompt": "Q", "completion": ""}, "empty answer"),

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
+import random
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +22,40 @@ from tandem.errors import UserError
 ROWS: list[dict[str, object]] = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
 
 
+def content(kind: str, rows: list[dict[str, object]]) -> bytes:
+    """What a file of a kind holds."""
+    if kind == ".json":
+        return json.dumps(rows, indent=1).encode()
+    if kind in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]), delimiter="," if kind == ".csv" else "\t")
+        table.writeheader()
+        table.writerows(rows)
+        return text.getvalue().encode()
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    table = pyarrow.Table.from_pylist(rows)
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
+        pyarrow.parquet.write_table(table, path)
+    elif path.suffix == ".arrow":
+        new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as out:
+            out.write_table(table)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content(path.with_suffix("").suffix, rows)))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstd(content(path.with_suffix("").suffix, rows)))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_bytes(content(path.suffix, rows))
     return path
 
 
@@ -30,7 +63,25 @@ def read(path: Path | str, **options: Any) -> list[Row | BadLine]:
     return list(read_rows(SourceSpec(str(path), **options)))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.ndjson",
+        "a.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.arrow",
+        "stream.arrow",
+        "a.jsonl.gz",
+        "a.json.gz",
+        "a.csv.gz",
+        "a.jsonl.zst",
+        "a.json.zst",
+        "a.tsv.zst",
+    ],
+)
 def test_each_kind_of_file_gives_rows_with_their_origin(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, ROWS)
     rows = read(file)
@@ -76,7 +127,13 @@ def test_a_bad_line_is_reported_and_the_next_is_read(
 
 def test_a_broken_array_ends_with_one_bad_line(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    for text, bad_row in (('[{"a": 1}, {"a": ', 2), ('[{"a": 1}', 2), ("[", 1)):
+    for text, bad_row in (
+        ('[{"a": 1}, {"a": ', 2),
+        ('[{"a": 1}', 2),
+        ("[", 1),
+        ("[]]", 1),
+        ('[{"a": 1}] [2]', 2),
+    ):
         file.write_text(text)
         last = read(file)[-1]
         assert isinstance(last, BadLine)
@@ -186,3 +243,173 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a\.docx is no kind of file"):
         read(tmp_path / "a.docx")
+    for arrow in (b"", b"ARROW1 and no more", b"no stream of Arrow's"):
+        (tmp_path / "a.arrow").write_bytes(arrow)
+        with pytest.raises(UserError, match=r"a\.arrow is no sound Arrow file"):
+            read(tmp_path / "a.arrow")
+    (tmp_path / "a.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a\.gz is no kind of file"):
+        read(tmp_path / "a.gz")
+
+
+def bad(rows: list[Row | BadLine]) -> list[tuple[int, str]]:
+    return [(row.origin.row, row.reason) for row in rows if isinstance(row, BadLine)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_a_compressed_file_that_breaks_off_is_read_up_to_there(
+    tmp_path: Path, kind: str, suffix: str
+) -> None:
+    noise = random.Random(1)
+    rows: list[dict[str, object]] = [
+        {"question": f"q{i}", "answer": noise.randbytes(300).hex()} for i in range(2000)
+    ]
+    file = write(tmp_path / f"a{kind}{suffix}", rows)
+    whole = file.read_bytes()
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == rows
+    for size in (len(whole) // 2, len(whole) - 3, 5):
+        file.write_bytes(whole[:size])
+        found = read(file)
+        sound = [row.fields for row in found if isinstance(row, Row)]
+        assert sound == rows[: len(sound)]
+        assert len(sound) > size / len(whole) * 1800 - 100
+        ((row, reason),) = bad(found)
+        assert row == len(sound) + 1
+        assert "cut off" in reason
+        assert f"the {'gzip' if suffix == '.gz' else 'zstd'} data is" in reason
+    file.write_bytes(b"neither of both")
+    assert "damaged" in bad(read(file))[0][1]
+    file.write_bytes(b"")
+    assert read(file) == []
+
+
+def test_gzip_may_have_parts_and_padding_but_no_rubbish(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    parts = [gzip.compress(content(".jsonl", ROWS[i : i + 1])) for i in range(3)]
+    file.write_bytes(b"".join(parts) + bytes(100))
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == ROWS
+    file.write_bytes(b"".join(parts) + b"rubbish")
+    assert len(read(file)) == 4
+    ((row, reason),) = bad(read(file))
+    assert (row, "the gzip data is damaged" in reason) == (4, True)
+
+
+def test_compressed_lines_have_the_bad_ones_in_their_place(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    lines = [b"\xef\xbb\xbf" + b'{"a": 1}', b"", b'{"a": "\xff"}', b"{", b'{"a": 5}']
+    file.write_bytes(gzip.compress(b"\r\n".join(lines)))
+    found = read(file)
+    assert [(row.origin.row, isinstance(row, Row)) for row in found] == [
+        (1, True), (3, False), (4, False), (5, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (b'a,b\r\n"x, ""y""","1\n2\r\n3"\r\n', [{"a": 'x, "y"', "b": "1\n2\r\n3"}]),
+        (b"\xef\xbb\xbfa,b\n\n1,\n", [{"a": "1", "b": ""}]),
+        (b"a\nNone\n7", [{"a": "None"}, {"a": "7"}]),
+        (b"a,b\n", []),
+        (b"", []),
+    ],
+)
+def test_cells_are_texts(tmp_path: Path, text: bytes, rows: list[dict[str, object]]) -> None:
+    (tmp_path / "a.csv").write_bytes(text)
+    assert [row.fields for row in read(tmp_path / "a.csv") if isinstance(row, Row)] == rows
+
+
+def test_bad_rows_of_a_table_are_told_and_the_next_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'a,b\n1,2\n1\n1,2,3\n\xff,2\n"x"y,2\n3,4\n5,"6\n7,8\n')
+    found = read(file)
+    assert [row.origin.row for row in found if isinstance(row, Row)] == [1, 6]
+    assert bad(found) == [
+        (2, "has 1 cells, while the header has 2"),
+        (3, "has 3 cells, while the header has 2"),
+        (4, "is not valid UTF-8"),
+        (5, "is not valid CSV (',' expected after '\"'; lines 6 to 6 of the file)"),
+        (7, "is not valid CSV (unexpected end of data; lines 8 to 9 of the file)"),
+    ]
+
+
+def test_a_header_names_each_column_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"a,b,a\n1,2,3\n")
+    with pytest.raises(UserError, match=r"header of .*a\.csv has 'a' more than once"):
+        read(file)
+    file.write_bytes(b"a,\xff\n1,2\n")
+    with pytest.raises(UserError, match="is not valid UTF-8"):
+        read(file)
+    file.write_bytes(b'"a')
+    with pytest.raises(UserError, match="has no CSV header"):
+        read(file)
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}]', '[\n{"a": 1},\n{"a": 2}\n]\n'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz"])
+def test_an_array_under_a_name_of_lines_is_an_array(tmp_path: Path, name: str, text: str) -> None:
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found = read(tmp_path / name)
+    assert [row.fields for row in found if isinstance(row, Row)] == [{"a": 1}, {"a": 2}]
+
+
+def test_lines_that_begin_with_a_list_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[1, 2]\n{"a": 1}\n')
+    found = read(tmp_path / "a.jsonl")
+    assert bad(found) == [(1, "is a JSON list, not an object")]
+    assert len(found) == 2
+
+
+def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    rows: list[dict[str, object]] = [{"a": "\u4e16" * 3000, "n": i} for i in range(3000)]
+    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8-sig")
+    size = file.stat().st_size
+    tracemalloc.start()
+    try:
+        numbers = [row.fields["n"] for row in read_rows(SourceSpec(str(file)))
+                   if isinstance(row, Row)]  # fmt: skip
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert numbers == list(range(3000))
+    assert peak < size / 2
+    broken = file.read_bytes()
+    file.write_bytes(broken[: size // 2] + b"\xff" + broken[size // 2 :])
+    found = read(file)
+    ((row, reason),) = bad(found)
+    assert row == len(found) > 1490
+    place = re.search(r"is not valid UTF-8 \(byte (\d+)\)", reason)
+    assert place is not None
+    assert size // 2 - 2 < int(place[1]) <= size // 2 + 1
+
+
+def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandem.data import compressed
+
+    values: list[Any] = [{"a": [1, "\u4e16"]}, {}, {"b": 12.5e3}, 123, "x", {"c": None}]
+    file = tmp_path / "a.json"
+    file.write_bytes(json.dumps(values, ensure_ascii=False, indent=1).encode())
+    whole = read(file)
+    assert [row.fields for row in whole if isinstance(row, Row)] == [
+        value for value in values if isinstance(value, dict)
+    ]
+    assert [number for number, _ in bad(whole)] == [4, 5]
+    for size in (1, 2, 3, 7):
+        monkeypatch.setattr(compressed, "_BLOCK", size)
+        # What the file is said to be is seen in its first block.
+        from tandem.data.arrays import array_rows
+
+        assert list(array_rows(file)) == whole
+
+
+def test_folders_hold_arrow_and_compressed_files(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.arrow", ROWS)
+    write(tmp_path / "train-1.jsonl.gz", ROWS)
+    write(tmp_path / "test.csv.zst", ROWS[:1])
+    (tmp_path / "notes.gz").write_bytes(b"not data")
+    assert len(read(tmp_path)) == 6
+    assert len(read(tmp_path, split="test")) == 1

@@ -23,9 +23,7 @@ def array_rows(file: Path) -> Iterator[Row | BadLine]:
     reader = _Elements(file)
     reader.skip(1)
     row = 1
-    if reader.at("]"):
-        return
-    while True:
+    while not (row == 1 and reader.at("]")):
         origin = Origin(str(file), row)
         try:
             value = reader.value()
@@ -35,14 +33,18 @@ def array_rows(file: Path) -> Iterator[Row | BadLine]:
             return
         yield object_row(value, origin)
         reader.skip(0)
-        if reader.at("]"):
-            return
         row += 1
+        if reader.at("]"):
+            break
         if not reader.at(","):
             why = reader.broken or "the JSON array is cut off"
             yield BadLine(Origin(str(file), row), f"is not reached: {why}")
             return
         reader.skip(1)
+    reader.skip(1)
+    if reader.broken or not reader.ended:
+        why = reader.broken or "it is text behind the end of the JSON array"
+        yield BadLine(Origin(str(file), row), f"is not reached: {why}")
 
 
 class _Elements:
@@ -62,6 +64,11 @@ class _Elements:
     def at(self, character: str) -> bool:
         """Whether the text goes on with a character."""
         return self._text.startswith(character, self._place)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the file has nothing more."""
+        return self._ended and self._place == len(self._text)
 
     def skip(self, count: int) -> None:
         """Pass some characters, and the space after them."""
@@ -98,8 +105,10 @@ class _Elements:
             except BrokenStream as error:
                 self.broken, block, part = f"cannot be read: {error}", b"", ""
             except UnicodeDecodeError as error:
-                place = self._bytes + error.start + 1
-                self.broken, block, part = f"is not valid UTF-8 (byte {place})", b"", ""
+                sound = error.object[: error.start]  # begins with what the last block left over
+                place = self._bytes + len(block) - len(error.object) + len(sound) + 1
+                self.broken = f"is not valid UTF-8 (byte {place})"
+                block, part = b"", sound.decode("utf-8-sig")
             self._bytes += len(block)
             self._ended = not block
             grown += len(part)

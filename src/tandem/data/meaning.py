@@ -31,7 +31,7 @@ def check_meaning(source: SourceSpec, known: Format) -> None:
                 f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
                 f"{name!r} means that anyway. Remove it."
             )
-    _check_use(source)
+    check_use(source)
 
 
 def check_question_meaning(source: SourceSpec) -> None:
@@ -43,7 +43,7 @@ def check_question_meaning(source: SourceSpec) -> None:
             "Remove it."
         )
     _check_keys(source, QUESTION_KEYS | QUESTION_OPTIONS, "a question")
-    _check_use(source)
+    check_use(source)
 
 
 def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
@@ -59,7 +59,7 @@ def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
             )
 
 
-def _check_use(source: SourceSpec) -> None:
+def check_use(source: SourceSpec) -> None:
     """Every name that is given is in some row; usually the first has them all."""
     renaming = source.renaming
     if not renaming:

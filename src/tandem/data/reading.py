@@ -24,7 +24,7 @@ from tandem.data.formats import (
 )
 from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.meaning import check_meaning, check_question_meaning
+from tandem.data.meaning import check_meaning, check_question_meaning, check_use
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
 from tandem.errors import UserError
@@ -99,7 +99,7 @@ def formatted_chunks(
         chunks = read_chunks(source)
         seen: list[Chunk] = []
         known = _look(chunks, seen, source, kind, on_bad_record)
-        pieces = chain(seen, chunks)
+        pieces: Iterator[Chunk] = chain(seen, chunks)
         if known is not None:
             check_meaning(source, known)
             ledger.detected(source.path, known.name)
@@ -210,6 +210,7 @@ def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
 
 
 def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
+    check_use(source)  # a misspelt name of the data's is the likelier reason
     keys = ", ".join(map(str, row.fields)) or "none"
     if source.format is not None:
         known = format_called(source.format)

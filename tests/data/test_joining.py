@@ -1,0 +1,142 @@
+"""Labelled answers become pairs: an oracle that holds everything, and memory that does not."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.data import joining
+from tandem.data.chunks import Chunk, Row, RowChunk
+from tandem.data.joining import joined
+from tandem.data.ledger import Ledger
+from tandem.data.reading import read_conversations, read_pairs
+from tandem.data.records import Origin
+from tandem.data.sources import SourceSpec
+
+Rows = list[dict[str, Any]]
+
+
+def answer(prompt: Any, completion: Any, label: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def write(path: Path, rows: Rows) -> SourceSpec:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceSpec(str(path))
+
+
+def naive(rows: Rows) -> tuple[list[tuple[str, str, int]], list[int]]:
+    """Chosen, rejected and row of every pair, and the rows that stay alone."""
+    waiting: dict[str, dict[bool, list[int]]] = {}
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        own = waiting.setdefault(row["prompt"], {True: [], False: []})
+        if own[not row["label"]]:
+            other = rows[own[not row["label"]].pop(0) - 1]
+            good, bad = (row, other) if row["label"] else (other, row)
+            pairs.append((good["completion"], bad["completion"], number))
+        else:
+            own[row["label"]].append(number)
+    alone = [n for own in waiting.values() for numbers in own.values() for n in numbers]
+    return pairs, sorted(alone)
+
+
+@pytest.mark.parametrize("in_memory", [2**26, 1])
+def test_every_good_answer_meets_a_bad_one_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
+    monkeypatch.setattr(joining, "_IN_MEMORY", in_memory)
+    random_ = random.Random(3)
+    rows = [
+        answer(f"Q{random_.randrange(150)}", f"A{i}", random_.random() < 0.6) for i in range(1000)
+    ]
+    ledger = Ledger()
+    found = list(read_pairs([write(tmp_path / "kto.jsonl", rows)], ledger))
+    pairs, alone = naive(rows)
+    assert [(one.chosen, one.rejected, one.origin.row) for one in found] == pairs
+    assert [entry.row for entry in ledger.entries] == alone
+    assert {entry.reason for entry in ledger.entries} <= {
+        "no answer to the same prompt is labelled true",
+        "no answer to the same prompt is labelled false",
+    }
+    assert len(rows) == 2 * len(pairs) + len(alone)
+
+
+def test_rows_that_cannot_be_told_take_no_partner_with_them(tmp_path: Path) -> None:
+    rows: Rows = [
+        answer("Q", "good", True),
+        answer("Q", "", False),
+        answer("Q", None, False),
+        answer("Q", "bad", "perhaps"),
+        answer(None, "bad", False),
+        answer("Q", "bad", False),
+    ]
+    ledger = Ledger()
+    (pair,) = read_pairs([write(tmp_path / "kto.jsonl", rows)], ledger)
+    assert (pair.chosen, pair.rejected, pair.origin.row) == ("good", "bad", 6)
+    assert [(entry.row, entry.reason) for entry in ledger.entries] == [
+        (2, "empty answer"),
+        (3, "`completion` is null or missing"),
+        (4, "`label` is neither true nor false"),
+        (5, "`prompt` is null or missing"),
+    ]
+    assert ledger.formats == {str(tmp_path / "kto.jsonl"): "unpaired preference, joined"}
+
+
+def test_messages_meet_by_what_was_said_before(tmp_path: Path) -> None:
+    def turns(*said: str) -> Rows:
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+
+    rows = [
+        answer(turns("Q", "A", "More?"), [{"role": "assistant", "content": "R"}], False),
+        answer(turns("Q"), [{"role": "assistant", "content": "no"}], False),
+        answer(turns("Q", "A", "More?"), [{"role": "assistant", "content": "C"}], True),
+    ]
+    ledger = Ledger()
+    (pair,) = read_pairs([write(tmp_path / "kto.jsonl", rows)], ledger)
+    assert (len(pair.prompt), pair.chosen, pair.rejected) == (3, "C", "R")
+    assert [entry.row for entry in ledger.entries] == [2]
+
+
+def test_sft_trains_on_the_good_ones(tmp_path: Path) -> None:
+    rows = [answer("Q", "good", True), answer("Q", "bad", False)]
+    ledger = Ledger()
+    (found,) = read_conversations([write(tmp_path / "kto.jsonl", rows)], ledger)
+    assert found.turns[-1].content == "good"
+    (entry,) = ledger.entries
+    assert (entry.row, entry.reason) == (2, "the answer is labelled false")
+
+
+def test_pairs_across_files_keep_the_file_of_the_later_row(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [answer("Q", "bad", False), answer("P", "bad", False)])
+    write(tmp_path / "b.jsonl", [answer("Q", "good", True)])
+    ledger = Ledger()
+    (pair,) = read_pairs([SourceSpec(str(tmp_path))], ledger)
+    assert pair.origin == Origin(str(tmp_path / "b.jsonl"), 1)
+    assert [(Path(entry.file).name, entry.row) for entry in ledger.entries] == [("a.jsonl", 2)]
+
+
+def test_memory_holds_places_and_no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "_IN_MEMORY", 2**20)
+    count, size = 2_000, 20_000
+
+    def chunks() -> Iterator[Chunk]:
+        for number in range(2 * count):
+            fields = answer(f"Q{number % count}", f"{number}" + "x" * size, number < count)
+            yield RowChunk("made", 1, (Row(fields, Origin("made", number + 1)),))
+
+    tracemalloc.start()
+    try:
+        pairs = sum(len(chunk.read) for chunk in joined(chunks()) if isinstance(chunk, RowChunk))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pairs == count
+    assert peak < count * size / 4

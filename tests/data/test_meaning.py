@@ -1,0 +1,161 @@
+"""What a recipe says about rows: it applies, or an error says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tandem.data.batch import Plan
+from tandem.data.identity import encoding_key
+from tandem.data.ledger import Ledger
+from tandem.data.reading import read_conversations, read_pairs, read_questions
+from tandem.data.records import Turn
+from tandem.data.sources import SourceSpec
+from tandem.data.truncate import Limits
+from tandem.errors import UserError
+from tandem.recipe.schema import DataSource
+from tandem.stages.sources import data_identity, source_spec
+
+PAIR = {"ask": "Q", "good": "C", "bad": "R"}
+NAMES = {"question": "ask", "chosen": "good", "rejected": "bad"}
+
+
+def source(path: Path, rows: list[dict[str, Any]], **said: Any) -> SourceSpec:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return source_spec(DataSource(path=str(path), **said), str(path))
+
+
+def pairs(path: Path, rows: list[dict[str, Any]], **said: Any) -> list[tuple[Any, ...]]:
+    found = read_pairs([source(path / "p.jsonl", rows, **said)], Ledger())
+    return [(one.prompt[-1].content, one.chosen, one.rejected) for one in found]
+
+
+def test_names_make_a_known_format(tmp_path: Path) -> None:
+    assert pairs(tmp_path, [PAIR, PAIR], fields=NAMES) == [("Q", "C", "R")] * 2
+
+
+def test_names_reach_into_objects_and_may_hold_dots(tmp_path: Path) -> None:
+    row = {"data": {"ask": {"text": "Q"}}, "good.er": "C", "bad": "R"}
+    names = {"question": "data.ask.text", "chosen": "good.er", "rejected": "bad"}
+    assert pairs(tmp_path, [row], fields=names) == [("Q", "C", "R")]
+
+
+def test_names_can_be_exchanged(tmp_path: Path) -> None:
+    row = {"question": "Q", "chosen": "worse", "rejected": "better"}
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    assert pairs(tmp_path, [row], fields=swapped) == [("Q", "better", "worse")]
+
+
+def test_a_stated_format_is_taken_where_the_keys_say_another(tmp_path: Path) -> None:
+    row = {"question": "no", "prompt": "Q", "chosen": "C", "rejected": "R"}
+    assert pairs(tmp_path, [row]) == [("no", "C", "R")]
+    assert pairs(tmp_path, [row], format="explicit preference") == [("Q", "C", "R")]
+
+
+def test_roles_and_the_names_of_turns(tmp_path: Path) -> None:
+    row = {"log": [{"who": "bot", "text": "S"}, {"who": "caller", "text": "Q"},
+                   {"who": "agent", "text": "A"}]}  # fmt: skip
+    spec = source(
+        tmp_path / "c.jsonl",
+        [row],
+        fields={"messages": "log", "role": "who", "content": "text"},
+        roles={"bot": "system", "caller": "user", "agent": "assistant"},
+    )
+    (found,) = read_conversations([spec], Ledger())
+    assert found.turns == (Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"))
+
+
+def test_questions_have_names_too(tmp_path: Path) -> None:
+    spec = source(tmp_path / "q.jsonl", [{"ask": "Q", "key": "A"}], fields={"question": "ask",
+                  "answer": "key"})  # fmt: skip
+    (found,) = read_questions([spec])
+    assert (found.turns, found.answer) == ((Turn("user", "Q"),), "A")
+    with pytest.raises(UserError, match="`format` has no effect on questions"):
+        read_questions([source(tmp_path / "q.jsonl", [PAIR], format="messages")])
+
+
+TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "message"),
+    [
+        (
+            PAIR,
+            {"fields": NAMES | {"chosen": "godo"}},
+            "names 'godo', which no row has. Did you mean 'good'",
+        ),
+        (
+            PAIR,
+            {"fields": NAMES | {"system": "instructions"}},
+            "`fields` names 'instructions', which no row has. The rows have: ask, good, bad",
+        ),
+        (
+            PAIR | {"system_prompt": "S"},
+            {"fields": NAMES | {"system": "sistem_prompt"}},
+            "Did you mean 'system_prompt'",
+        ),
+        (PAIR, {"fields": NAMES | {"sistem": "ask"}}, "no such key. Did you mean 'system'"),
+        (
+            {"question": "Q", "chosen": "C", "rejected": "R"},
+            {"fields": {"chosen": "chosen"}},
+            "changes nothing",
+        ),
+        (
+            {"question": "Q", "chosen": "C", "rejected": "R"},
+            {"roles": {"bot": "assistant"}},
+            "has no turns",
+        ),
+        (
+            {"question": "Q", "chosen": "C", "rejected": "R"},
+            {"completions": "best_vs_worst"},
+            "chooses between scored answers",
+        ),
+        (PAIR, {"format": "orca_dpo_pairs"}, "the recipe says that .* is orca_dpo_pairs"),
+        (PAIR, {"format": "orca_dpo_pear"}, "Did you mean 'orca_dpo_pairs'"),
+        (TALK, {"format": "messages"}, "holds conversations"),
+    ],
+)
+def test_what_cannot_apply_is_an_error(
+    tmp_path: Path, row: dict[str, Any], said: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, [row], **said)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"bot": "assistant"}, "nobody speaks under that name"),
+        ({"human": "user"}, "means that anyway"),
+    ],
+)
+def test_roles_without_effect_are_errors(
+    tmp_path: Path, roles: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        list(read_conversations([source(tmp_path / "c.jsonl", [TALK], roles=roles)], Ledger()))
+
+
+def test_a_name_that_only_a_late_row_has_is_found(tmp_path: Path) -> None:
+    rows = [PAIR] * 600 + [PAIR | {"sys": "S"}]
+    assert len(pairs(tmp_path, rows, fields=NAMES | {"system": "sys"})) == 601
+
+
+def test_what_is_said_is_part_of_what_the_data_is(tmp_path: Path) -> None:
+    parts: Any = SimpleNamespace(identity="a tokenizer")
+    plan = Plan("preference pairs", Limits(64, None), "stop")
+    said: list[dict[str, Any]] = [
+        {},
+        {"fields": NAMES},
+        {"fields": NAMES, "format": "orca_dpo_pairs"},
+        {"roles": {"bot": "assistant"}},
+        {"completions": "best_vs_rest"},
+    ]
+    specs = [source(tmp_path / "p.jsonl", [PAIR], **one) for one in said]
+    assert len({encoding_key([spec], parts, plan) for spec in specs}) == len(said)
+    assert len({json.dumps(data_identity([spec])) for spec in specs}) == len(said)
