@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats import detect, read_question
+from tandem.data.formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
+from tandem.recipe.schema import DataSource
+from tandem.stages.sources import source_spec
 
 from .pages import PAGES, ROOT, blocks, without_blocks
 
@@ -93,9 +96,17 @@ def test_the_example_records_can_be_read() -> None:
             known.read(fields, origin)
             found.append(known.name)
     assert found == [
-        "ShareGPT", "messages", "Alpaca", "prompt and completion", "orca_dpo_pairs",
-        "explicit preference", "explicit preference", "implicit preference", "question",
+        "ShareGPT", "messages", "Alpaca", "prompt and completion", "unpaired preference",
+        "orca_dpo_pairs", "explicit preference", "explicit preference", "ShareGPT preference",
+        "Alpaca preference", "implicit preference", "UltraFeedback", "question",
     ]  # fmt: skip
+    assert {known.name.partition(",")[0] for known in FORMATS} <= set(found)
+
+
+def test_the_example_sources_can_be_said() -> None:
+    (block,) = blocks(ROOT / "docs" / "data.md", "yaml")
+    sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
+    assert [source_spec(source, source.path).meaning != {} for source in sources] == [True] * 3
 
 
 def _how_fast() -> str:

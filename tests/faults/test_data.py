@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,8 +105,16 @@ def test_rows_that_cannot_be_trained_are_counted_by_reason(desk: Desk) -> None:
     ("name", "content", "said"),
     [
         ("a.parquet", b"PAR1 and no more", "a.parquet is no sound Parquet file"),
-        ("a.csv", b"a,b\n", "a.csv is no kind of file that can be read here"),
+        ("a.docx", b"a,b\n", "a.docx is no kind of file that can be read here"),
+        ("a.arrow", b"ARROW1 and no more", "a.arrow is no sound Arrow file"),
+        (
+            "a.csv",
+            b"a,a\n1,2\n",
+            "the header of",
+        ),
         ("a.json", b'[{"conversations": []}, {', "a.json, row 2"),
+        ("a.jsonl.gz", gzip.compress(b'{"conversations": []}\n' * 9)[:-9], "the gzip data is cut"),
+        ("a.jsonl.zst", b"no zstd", "a.jsonl.zst, row 1: the record and what follows cannot"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(
@@ -110,6 +122,133 @@ def test_files_that_cannot_be_read_are_named(
 ) -> None:
     (desk.home / name).write_bytes(content)
     desk.refused(desk.train(dataset_name=name), said)
+
+
+TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+def talk(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "Words."} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (talk("assistant", "user", "assistant"), "roles out of order"),
+        (talk("user", "user", "assistant"), "roles out of order"),
+        (talk("system", "system", "user", "assistant"), "more than one system turn"),
+        (talk("user"), "no assistant turn"),
+        ({"messages": None}, "`messages` is not a list of turns"),
+        ({"messages": [None]}, "`messages` holds a turn that is not an object"),
+        ({"messages": [{"role": "user", "content": None}, TALK[1]]}, "null or missing"),
+        ({"messages": [{"role": "user", "content": 12}, TALK[1]]}, "`content` is not a text"),
+        ({"messages": [{"role": "bot", "content": "Hi."}, TALK[1]]}, "unknown role"),
+        (
+            {"prompt": "Why?", "completion": "So."},
+            "a row of another format than its source's first (prompt and completion, not messages)",
+        ),
+        (
+            {"messages": None, "instruction": "Why?", "output": "So."},
+            "a row of another format than its source's first (Alpaca, not messages)",
+        ),
+        ({"text": "Why?"}, "`messages` is not a list of turns"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_in_the_ledger_with_its_reason(
+    desk: Desk, row: dict[str, Any], reason: str
+) -> None:
+    rows = [{"messages": TALK}] * 25
+    rows.insert(7, row)
+    data = desk.text("".join(json.dumps(one) + "\n" for one in rows), "mixed.jsonl")
+    said = desk.accepted(desk.train(dataset_name=data))
+    assert "25 of 26 records to train on, 0 truncated, 1 dropped" in said
+    (entry,) = read_jsonl(desk.home / "out" / "data-ledger.jsonl")
+    assert (entry["file"], entry["row"], entry["outcome"]) == (data, 8, "dropped")
+    assert reason in entry["reason"]
+
+
+def test_a_cut_off_file_is_trained_as_far_as_it_goes_on_demand(desk: Desk) -> None:
+    rows = desk.conversations.read_bytes()
+    for level in (0, 9):
+        packed = gzip.compress(rows, level)
+        (desk.home / "cut.jsonl.gz").write_bytes(packed[: len(packed) * 3 // 4])
+        call = desk.train(dataset_name="cut.jsonl.gz", output_dir=desk.home / f"out{level}")
+        message = desk.refused(call, "cut.jsonl.gz, row ", "the gzip data is cut off")
+        row = int(message.partition("cut.jsonl.gz, row ")[2].partition(":")[0])
+        desk.accepted([*call, "--on_bad_record", "drop", "--max_dropped", "0.1"])
+        ledger = read_json(desk.home / f"out{level}" / "summary.json")["ledger"]
+        assert (ledger["read"], ledger["dropped"]) == (row, 1)
+        assert 5 < row < 24
+
+
+def test_an_array_where_lines_are_expected_is_read(desk: Desk) -> None:
+    rows = [json.loads(line) for line in desk.conversations.read_text().splitlines()]
+    data = desk.text(json.dumps(rows, indent=2), "array.jsonl")
+    assert "24 of 24 records to train on" in desk.accepted(desk.train(dataset_name=data))
+
+
+def test_a_table_with_a_short_row_names_it(desk: Desk) -> None:
+    with (desk.home / "pairs.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        table.writerows(["Why,\nindeed?", f'So "{i}".', "No."] for i in range(24))
+        table.writerow(["Why?", "So."])
+    call = desk.train("dpo", dataset_name="pairs.csv")
+    desk.refused(call, "pairs.csv, row 25", "has 2 cells, while the header has 3")
+    said = desk.accepted([*call, "--on_bad_record", "drop"])
+    assert "24 of 25 records to train on" in said
+
+
+def test_what_a_recipe_says_about_rows_is_checked(desk: Desk) -> None:
+    rows = [json.loads(line) for line in desk.pairs.read_text().splitlines()]
+    own = [{"ask": r["question"], "good": r["chosen"], "bad": r["rejected"]} for r in rows]
+    data = desk.text("".join(json.dumps(row) + "\n" for row in own), "own.jsonl")
+    names = {"question": "ask", "chosen": "good", "rejected": "bad"}
+    desk.refused(
+        ["run", desk.recipe(dpo__data={"path": data, "fields": {**names, "chosen": "godo"}})],
+        "`fields` names 'godo', which no row has. Did you mean 'good'?",
+    )
+    desk.refused(
+        ["run", desk.recipe(dpo__data={"path": data, "format": "orca_dpo_pear"})],
+        "there is no format 'orca_dpo_pear'. Did you mean 'orca_dpo_pairs'?",
+    )
+    desk.refused(
+        ["run", desk.recipe(dpo__data={"path": data, "fields": names, "roles": {"bot": "robot"}})],
+        "roles",
+        "assistant",
+    )
+    recipe = desk.recipe(dpo__data={"path": data, "fields": names})
+    desk.accepted(["run", recipe, "--until", "dpo"])
+    ledger = read_json(desk.home / "run" / "4-dpo" / "summary.json")["ledger"]
+    assert (ledger["read"], ledger["formats"]) == (24, {data: "orca_dpo_pairs"})
+
+
+def test_labelled_and_scored_answers_train_and_add_up(desk: Desk) -> None:
+    rows = [json.loads(line) for line in desk.pairs.read_text().splitlines()]
+    labelled = [
+        {"prompt": row["question"], "completion": row[key], "label": key == "chosen"}
+        for key in ("chosen", "rejected")
+        for row in rows
+    ][:-1]
+    scored = [
+        {
+            "instruction": row["question"],
+            "completions": [
+                {"response": text, "overall_score": score}
+                for text, score in ((row["rejected"], 1), (row["chosen"], 9), ("Perhaps.", None))
+            ],
+        }
+        for row in rows
+    ]
+    for name, data, counts in (
+        ("kto.jsonl", labelled, (24, 23, 1)),
+        ("ultra.jsonl", scored, (48, 24, 24)),
+    ):
+        desk.text("".join(json.dumps(row) + "\n" for row in data), name)
+        out = desk.home / f"out-{name}"
+        desk.accepted(desk.train("dpo", dataset_name=name, output_dir=out, max_dropped=0.5))
+        ledger = read_json(out / "summary.json")["ledger"]
+        assert (ledger["read"], ledger["trained"], ledger["dropped"]) == counts
 
 
 def test_a_later_stages_bad_row_is_found_before_the_first_stage(desk: Desk) -> None:
