@@ -176,14 +176,15 @@ def test_a_compressed_file_is_read_as_far_as_it_goes(
     packed.write_bytes(whole)
     expected = account(SourceSpec(str(plain)), read_pairs)
     assert account(SourceSpec(str(packed)), read_pairs) == expected
-    damaged = whole[: int(len(whole) * cut)] + rubbish
-    packed.write_bytes(damaged)
-    found = account(SourceSpec(str(packed)), read_pairs)
-    if found is None or damaged.rstrip(b"\0") == whole.rstrip(b"\0"):
-        return
-    rows, entries, last = found
-    assert len(rows + entries) == len({*rows, *entries})
-    assert "what follows cannot be read" in last
+    # Bytes in the middle may change unseen: zstd need not have a checksum.
+    for damaged in (whole[: int((len(whole) - 1) * cut)], whole + rubbish):
+        packed.write_bytes(damaged)
+        found = account(SourceSpec(str(packed)), read_pairs)
+        if found is None or damaged.rstrip(b"\0") == whole.rstrip(b"\0"):
+            continue
+        rows, entries, last = found
+        assert len(rows + entries) == len({*rows, *entries})
+        assert "what follows cannot be read" in last
 
 
 def packed_as(suffix: str, content: bytes) -> bytes:

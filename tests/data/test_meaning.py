@@ -90,6 +90,17 @@ TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "co
             "names 'godo', which no row has. Did you mean 'good'",
         ),
         (
+            {"question": "Q", "chosen": "C", "rejected": "R", "messages": [{"role": "bot"}]},
+            {"roles": {"bot": "assistant"}},
+            "has no turns",
+        ),
+        # What is left would be another format.
+        (
+            {"ask": "Q", "chosen": "C", "rejected": "R"},
+            {"fields": {"question": "asq"}},
+            "names 'asq', which no row has. Did you mean 'ask'",
+        ),
+        (
             PAIR,
             {"fields": NAMES | {"system": "instructions"}},
             "`fields` names 'instructions', which no row has. The rows have: ask, good, bad",
@@ -104,11 +115,6 @@ TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "co
             {"question": "Q", "chosen": "C", "rejected": "R"},
             {"fields": {"chosen": "chosen"}},
             "changes nothing",
-        ),
-        (
-            {"question": "Q", "chosen": "C", "rejected": "R"},
-            {"roles": {"bot": "assistant"}},
-            "has no turns",
         ),
         (
             {"question": "Q", "chosen": "C", "rejected": "R"},
@@ -131,7 +137,7 @@ def test_what_cannot_apply_is_an_error(
     ("roles", "message"),
     [
         ({"bot": "assistant"}, "nobody speaks under that name"),
-        ({"human": "user"}, "means that anyway"),
+        ({"user": "user"}, "means that anyway"),
     ],
 )
 def test_roles_without_effect_are_errors(
@@ -139,6 +145,14 @@ def test_roles_without_effect_are_errors(
 ) -> None:
     with pytest.raises(UserError, match=message):
         list(read_conversations([source(tmp_path / "c.jsonl", [TALK], roles=roles)], Ledger()))
+
+
+def test_a_table_of_questions_under_its_own_names(shared_data: Path) -> None:
+    path = shared_data / "evaluation" / "truthfulqa.csv"
+    names = {"question": "Question", "answer": "Best Answer"}
+    found = read_questions([source_spec(DataSource(path=str(path), fields=names), str(path))])
+    assert len(found) == 817
+    assert found[0].turns[0].content.endswith("?")
 
 
 def test_a_name_that_only_a_late_row_has_is_found(tmp_path: Path) -> None:

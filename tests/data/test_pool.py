@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import random
@@ -16,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tandem.data import batch, chunks, pool, prepare, worker
-from tandem.data.chunks import LineChunk, file_chunks
+from tandem.data import batch, files, pool, prepare, worker
+from tandem.data.chunks import LineChunk
 from tandem.data.encode import Chat
+from tandem.data.files import file_chunks
 from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.sources import SourceSpec
@@ -35,7 +38,7 @@ NEW = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "_ROWS", 16)
+    monkeypatch.setattr(files, "_ROWS", 16)
     monkeypatch.setattr(prepare, "_FEW", 2)
 
 
@@ -63,7 +66,7 @@ def both_ways(
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "json"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet", "json", "csv"])
 def test_two_processes_write_what_one_writes(
     shared_data: Path, mistral_tokenizer: Any, tmp_path: Path, suffix: str
 ) -> None:
@@ -78,10 +81,34 @@ def test_two_processes_write_what_one_writes(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
     elif suffix == "json":
         file.write_text(json.dumps(rows))
+    elif suffix == "jsonl.gz":
+        file.write_bytes(gzip.compress("\n\n".join(map(json.dumps, rows)).encode()))
+    elif suffix == "csv":
+        with file.open("w", newline="") as cells:
+            table = csv.DictWriter(cells, list(rows[0]), extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
     else:
         file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
     sources = [SourceSpec(str(file)), SourceSpec(str(shared_data / "pairs/orca_dpo_pairs.jsonl"))]
     both_ways(sources, mistral_tokenizer, prepare_pairs, tmp_path / "s", max_length=256)
+
+
+def test_renamed_and_joined_rows_too(
+    shared_data: Path, mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().rstrip("\n").split("\n")
+    rows = [json.loads(line) for line in lines]
+    labelled = [
+        {"ask": row["question"], "completion": row[key], "label": key == "chosen"}
+        for key in ("chosen", "rejected")
+        for row in rows
+    ]
+    source = write(tmp_path / "p.jsonl", [*labelled[:200], {"text": "?"}, *labelled[200:]])
+    both_ways(
+        [SourceSpec(source.path, fields=(("prompt", "ask"),))], mistral_tokenizer, prepare_pairs,
+        tmp_path / "s", max_length=256,
+    )  # fmt: skip
 
 
 def test_conversations_too(shared_data: Path, byte_tokenizer: Any, tmp_path: Path) -> None:

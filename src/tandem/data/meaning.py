@@ -13,6 +13,7 @@ from tandem.errors import UserError
 
 def check_meaning(source: SourceSpec, known: Format) -> None:
     """Raise `UserError` for a name, a role or a choice that has no effect in a source's format."""
+    check_use(source)  # first, for a misspelt name may lead to another format
     keys = known.keys | known.optional | (TURN_KEYS if known.turns else set())
     _check_keys(source, keys, f"the format {known.name}")
     if source.completions is not None and "completions" not in known.keys:
@@ -31,7 +32,6 @@ def check_meaning(source: SourceSpec, known: Format) -> None:
                 f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
                 f"{name!r} means that anyway. Remove it."
             )
-    check_use(source)
 
 
 def check_question_meaning(source: SourceSpec) -> None:
@@ -60,7 +60,7 @@ def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
 
 
 def check_use(source: SourceSpec) -> None:
-    """Every name that is given is in some row; usually the first has them all."""
+    """Raise `UserError` for a name that is in no row; usually the first row has them all."""
     renaming = source.renaming
     if not renaming:
         return
