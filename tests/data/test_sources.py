@@ -387,6 +387,22 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
     assert size // 2 - 2 < int(place[1]) <= size // 2 + 1
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv"])
+def test_one_record_of_50_mb_is_read_in_a_few_times_its_size(tmp_path: Path, name: str) -> None:
+    size = 50_000_000
+    small: list[dict[str, object]] = [{"a": "so"}] * 300
+    write(tmp_path / name, [*small, {"a": "long " * (size // 5)}, *small])
+    tracemalloc.start()
+    try:
+        lengths = [len(str(row.fields["a"])) for row in read_rows(SourceSpec(str(tmp_path / name)))
+                   if isinstance(row, Row)]  # fmt: skip
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lengths == [2] * 300 + [size] + [2] * 300
+    assert peak < 10 * size  # the csv module takes four bytes a character
+
+
 def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tandem.data import compressed
 

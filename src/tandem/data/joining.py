@@ -20,7 +20,9 @@ from tandem.data.formats.rows import Fields, Unusable
 from tandem.data.formats.unpaired import label_of
 
 _IN_MEMORY = 2**26
-_KEPT = ("prompt", "completion", "label", "system")
+# What an answer stands behind, and what else is needed of a row that waits.
+_BEFORE = ("prompt", "system", "tools")
+_KEPT = (*_BEFORE, "completion", "label")
 _ROWS = 256
 
 
@@ -61,18 +63,18 @@ class _Waiting:
         try:
             label = label_of(row.fields)
             read_completion(row.fields, row.origin)  # or its partner would be lost with it
-        except Unusable:
+            prompt = _digest(row.fields)
+            others = self._places.get((prompt, not label))
+            if others is None:
+                self._places[prompt, label].append(self._keep(row))
+                return None
+        except (Unusable, RecursionError):
             return row
-        prompt = _digest(row.fields)
-        others = self._places.get((prompt, not label))
-        if others is None:
-            self._places[prompt, label].append(self._keep(row))
-            return None
         other = self._read(others.popleft())
         if not others:
             del self._places[prompt, not label]
         good, bad = (row, other) if label else (other, row)
-        fields = {key: row.fields[key] for key in ("prompt", "system") if key in row.fields}
+        fields = {key: row.fields[key] for key in _BEFORE if key in row.fields}
         answers = {"chosen": good.fields["completion"], "rejected": bad.fields["completion"]}
         return Row(fields | answers, row.origin)
 
@@ -96,7 +98,7 @@ class _Waiting:
 
 
 def _digest(fields: Fields) -> bytes:
-    """Of the prompt, whatever it is made of."""
-    prompt = [fields.get("prompt"), fields.get("system") or None]
+    """Of all that stands before an answer; an empty text there is the same as none."""
+    prompt = [fields.get(key) or None for key in _BEFORE]
     text = json.dumps(prompt, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).digest()
