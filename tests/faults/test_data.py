@@ -114,6 +114,7 @@ def test_rows_that_cannot_be_trained_are_counted_by_reason(desk: Desk) -> None:
         ),
         ("a.json", b'[{"conversations": []}, {', "a.json, row 2"),
         ("a.jsonl.gz", gzip.compress(b'{"conversations": []}\n' * 9)[:-9], "the gzip data is cut"),
+        ("a.json", b'{\n  "data": []\n}', "a.json is a JSON object over several lines"),
         ("a.jsonl.zst", b"no zstd", "a.jsonl.zst, row 1: the record and what follows cannot"),
     ],
 )

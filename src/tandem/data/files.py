@@ -59,6 +59,12 @@ def file_chunks(file: Path) -> Iterator[Plain]:
             yield from _row_chunks(cell_rows(file, _DELIMITERS[kind]), str(file))
         elif _is_array(file):
             yield from _row_chunks(array_rows(file), str(file))
+        elif _is_one_object(file):
+            raise UserError(
+                f"data: {file} is a JSON object over several lines. A data set is an array of "
+                "objects, or one object a line. If its records are a list under a key, save that "
+                "list alone."
+            )
         elif is_compressed(file):
             yield from _text_chunks(file)
         else:
@@ -142,10 +148,7 @@ def _is_array(file: Path) -> bool:
 
     JSON lines may begin with a line that is a list, which is a bad line; then more lines follow.
     """
-    try:
-        start = b"".join(islice(read_blocks(file), 1)).removeprefix(BOM).lstrip()
-    except BrokenStream:
-        return False
+    start = _start(file)
     if not start.startswith(b"["):
         return False
     if kind_of(file) == ".json":
@@ -156,6 +159,23 @@ def _is_array(file: Path) -> bool:
     except (ValueError, RecursionError):
         return True
     return not after.strip()
+
+
+def _is_one_object(file: Path) -> bool:
+    """Whether a JSON file begins with an object that goes on over more lines, as editors write it.
+
+    A line of nothing but `{` may also be a broken record among lines; then no key follows.
+    """
+    first, _, after = _start(file).partition(b"\n")
+    return first.strip() == b"{" and after.lstrip().startswith(b'"')
+
+
+def _start(file: Path) -> bytes:
+    """The first bytes of a file, without mark and space; none if it cannot be decompressed."""
+    try:
+        return b"".join(islice(read_blocks(file), 1)).removeprefix(BOM).lstrip()
+    except BrokenStream:
+        return b""
 
 
 def _row_chunks(rows: Iterator[Row | BadLine], name: str) -> Iterator[Plain]:
