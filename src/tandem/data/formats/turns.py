@@ -154,9 +154,9 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     if not isinstance(item, Mapping):
         raise Unusable(f"`{key}` holds a turn that is not an object")
     # Some sets use role/content where others have from/value, and the other way round.
-    for role_name, text_name in (("role", "content"), ("from", "value")):
-        if role_key not in item and role_name in item:
-            role_key, text_key = role_name, text_name
+    if role_key not in item:
+        other = ("role", "content") if role_key == "from" else ("from", "value")
+        role_key, text_key = other if other[0] in item else (role_key, text_key)
     role = known_role(str(item.get(role_key)))
     if role is None:
         raise Unusable("unknown role", f"{item.get(role_key)!r}")
