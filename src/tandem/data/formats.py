@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from tandem.data.calls import Malformed, read_calls, read_result, read_tools
 from tandem.data.records import Conversation, Origin, PreferencePair, Role, Turn
 
 Kind = Literal["conversations", "preference pairs"]
@@ -23,6 +24,18 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# Which turn may follow which; a `call` is an assistant's turn that calls tools.
+_NEXT = {
+    "": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
 }
 
 _ANSWERS = ("chosen", "rejected", "output", "completion")
@@ -99,11 +112,11 @@ def read_question(fields: Fields, origin: Origin) -> Question:
 
 
 def _read_sharegpt(fields: Fields, origin: Origin) -> Conversation:
-    return _conversation(fields.get("conversations"), "conversations", origin, "from", "value")
+    return _conversation(fields, "conversations", origin, "from", "value")
 
 
 def _read_messages(fields: Fields, origin: Origin) -> Conversation:
-    return _conversation(fields.get("messages"), "messages", origin, "role", "content")
+    return _conversation(fields, "messages", origin, "role", "content")
 
 
 def _read_alpaca(fields: Fields, origin: Origin) -> Conversation:
@@ -119,7 +132,7 @@ def _read_alpaca(fields: Fields, origin: Origin) -> Conversation:
 
 def _read_completion(fields: Fields, origin: Origin) -> Conversation:
     prompt, answer = _answer(fields, "completion", _prompt_in(fields))
-    return _answered(prompt, answer, origin)
+    return replace(_answered(prompt, answer, origin), tools=_tools(fields))
 
 
 def _answered(prompt: tuple[Turn, ...], answer: str, origin: Origin) -> Conversation:
@@ -139,14 +152,15 @@ def _read_explicit_pair(fields: Fields, origin: Origin) -> PreferencePair:
     rejected_prompt, rejected = _answer(fields, "rejected", turns)
     if chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected follow different prompts")
-    return _pair(chosen_prompt, chosen, rejected, origin)
+    return replace(_pair(chosen_prompt, chosen, rejected, origin), tools=_tools(fields))
 
 
 def _read_implicit_pair(fields: Fields, origin: Origin) -> PreferencePair:
     chosen, rejected = (_dialogue(fields, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("chosen and rejected follow different prompts")
-    return _pair(chosen[:-1], chosen[-1].content, rejected[-1].content, origin)
+    pair = _pair(chosen[:-1], _said(chosen[-1]), _said(rejected[-1]), origin)
+    return replace(pair, tools=_tools(fields))
 
 
 def _dialogue(fields: Fields, key: str) -> tuple[Turn, ...]:
@@ -194,7 +208,22 @@ def _answer(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[T
     shorter, longer = sorted((before, prompt), key=len)
     if shorter and longer[-len(shorter) :] != shorter:
         raise Unusable(f"`{key}` repeats another prompt than `prompt`")
-    return longer, turns[-1].content
+    return longer, _said(turns[-1])
+
+
+def _said(answer: Turn) -> str:
+    """The text of an answer that stands beside a prompt; only conversations hold tool calls."""
+    if answer.calls:
+        raise Unusable("an answer that calls tools, outside of a conversation")
+    return answer.content
+
+
+def _tools(fields: Fields) -> str:
+    """The functions in `tools`, see `calls`."""
+    try:
+        return read_tools(fields.get("tools"))
+    except Malformed as reason:
+        raise Unusable(str(reason)) from reason
 
 
 # `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
@@ -231,18 +260,16 @@ FORMATS: tuple[Format, ...] = (
 
 
 def _conversation(
-    value: object, key: str, origin: Origin, role_key: str, text_key: str
+    fields: Fields, key: str, origin: Origin, role_key: str, text_key: str
 ) -> Conversation:
-    turns = _turns(value, key, role_key, text_key)
-    # Nothing after the last trained answer can influence training.
-    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-    if not any(turn.role == "assistant" for turn in turns):
+    turns = _turns(fields.get(key), key, role_key, text_key)
+    # Nothing after the last answer can influence training.
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answers:
         raise Unusable("no assistant turn")
-    if not trained:
-        raise Unusable("every answer has weight 0")
-    turns = turns[: trained[-1] + 1]
+    turns = turns[: answers[-1] + 1]
     _check_order(turns)
-    return Conversation(turns, origin)
+    return Conversation(turns, origin, _tools(fields))
 
 
 def _pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
@@ -280,13 +307,23 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     # Some ShareGPT sets use role/content under `conversations`.
     if role_key not in item and "role" in item:
         role_key, text_key = "role", "content"
-    role = _ROLES.get(str(item.get(role_key)).lower())
+    name = str(item.get(role_key)).lower()
+    role = _ROLES.get(name)
     if role is None:
         raise Unusable("unknown role", f"{item.get(role_key)!r}")
-    content = item.get(text_key)
-    if content is None and role == "system":
+    content, extra = item.get(text_key), ""
+    try:
+        if name == "function_call":
+            content, extra = None, read_calls(content)
+        elif role == "assistant":
+            extra = read_calls(item.get("tool_calls"))
+        elif role == "tool":
+            extra = read_result(item)
+    except Malformed as reason:
+        raise Unusable(str(reason)) from reason
+    if content is None and (role == "system" or (role == "assistant" and extra)):
         content = ""
-    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item))
+    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item), extra)
 
 
 def _trained(item: Mapping[str, object]) -> bool:
@@ -336,10 +373,15 @@ def _sound(text: str) -> str:
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
-    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts."""
+    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts.
+
+    An assistant that calls tools is followed by their results, and those by an assistant.
+    """
     spoken = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(spoken):
-        if turn.role != ("user", "assistant")[index % 2]:
+    before = ""
+    for turn in spoken:
+        if turn.role not in _NEXT[before]:
             raise Unusable("roles out of order", " ".join(t.role for t in turns))
-        if not turn.content.strip():
+        before = "call" if turn.calls else turn.role
+        if not turn.content.strip() and turn.role != "tool" and not turn.calls:
             raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")
