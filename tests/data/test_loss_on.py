@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tandem.data.collate import collate
 from tandem.data.ledger import Ledger
@@ -97,7 +98,11 @@ def test_the_loss_is_that_of_plain_transformers(
             row["messages"], tokenize=True, return_tensors="pt", return_dict=False
         )
         with torch.no_grad():
-            total += plain(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            out = plain(input_ids=ids, labels=ids)
+        # Its own loss, and the same in float64, for it passes logits through float32.
+        exact = F.cross_entropy(out.logits[0, :-1], ids[0, 1:])
+        assert out.loss.item() == pytest.approx(exact.item(), rel=1e-6)
+        total += exact.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     model = load_model(stories_path, dtype=torch.float64)
     use_backend(model, "segments")
