@@ -93,7 +93,7 @@ def test_the_example_records_can_be_read() -> None:
             known.read(fields, origin)
             found.append(known.name)
     assert found == [
-        "ShareGPT", "messages", "Alpaca", "prompt and completion", "orca_dpo_pairs",
+        "ShareGPT", "messages", "messages", "Alpaca", "prompt and completion", "orca_dpo_pairs",
         "explicit preference", "explicit preference", "implicit preference", "question",
     ]  # fmt: skip
 

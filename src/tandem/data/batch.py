@@ -101,7 +101,7 @@ def _fit(
     encoded: Sequence[Encoded | Refused],
 ) -> Fitted | Refused:
     if reason := suited(chat.tools, record):
-        return Refused(reason)
+        return Refused(reason, f"chat_template: {chat.template.name}")
     if isinstance(record, PreferencePair):
         return fit_pair(chat, record, encoded, plan.limits)
     if plan.loss_on == "text":
