@@ -19,6 +19,7 @@ from tandem.data.truncate import (
     encode_conversation,
     fit_conversation,
     fit_pair,
+    lighten,
     pair_exchanges,
 )
 
@@ -46,8 +47,11 @@ def talk(*texts: str, system: str = "") -> Conversation:
 
 
 def fit(chat: Chat, record: Conversation, limits: Limits, loss_on: Any = "answers") -> Any:
-    encoded = encode_conversation(chat, record, limits, loss_on)
-    return fit_conversation(chat, record, encoded, limits, loss_on)
+    light = lighten(chat, record, limits, loss_on)
+    if isinstance(light, Refused):
+        return light
+    encoded = encode_conversation(chat, light.conversation, limits, loss_on)
+    return fit_conversation(chat, light.conversation, encoded, limits, loss_on, light.dropped)
 
 
 def fit_two(chat: Chat, pair: PreferencePair, limits: Limits) -> Any:

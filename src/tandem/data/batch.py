@@ -25,10 +25,12 @@ from tandem.data.records import Conversation, PreferencePair, Tree
 from tandem.data.tools import in_form, suited
 from tandem.data.truncate import (
     Fitted,
+    Light,
     Limits,
     LossOn,
     fit_conversation,
     fit_pair,
+    lighten,
     pair_exchanges,
     trained_exchanges,
 )
@@ -62,12 +64,13 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     entries = [one for one in found if isinstance(one, Entry)]
     records = [one for one in found if not isinstance(one, Entry)]
     records = [_in_form(chat, record) for record in records]
-    exchanges = [_exchanges(chat, plan, record) for record in records]
+    lights = [_lighten(chat, plan, record) for record in records]
+    exchanges = [_exchanges(plan, light) for light in lights]
     wanted = [one for some in exchanges for one in some]
     encoded = iter(encode_exchanges(chat, wanted, plan.limits.sequence))
     trees = []
-    for record, own in zip(records, exchanges, strict=True):
-        fitted = _fit(chat, plan, record, list(islice(encoded, len(own))))
+    for record, light, own in zip(records, lights, exchanges, strict=True):
+        fitted = _fit(chat, plan, light, list(islice(encoded, len(own))))
         if isinstance(fitted, Refused):
             entries.append(Entry.dropped(record.origin, fitted.reason, fitted.detail))
             continue
@@ -85,28 +88,40 @@ def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation 
     return replace(record, prompt=in_form(chat.tools, record.prompt))
 
 
-def _exchanges(chat: Chat, plan: Plan, record: Conversation | PreferencePair) -> list[Exchange]:
+def _lighten(
+    chat: Chat, plan: Plan, record: Conversation | PreferencePair
+) -> Light | PreferencePair | Refused:
+    """What can be encoded of a record together with others, or why it cannot be trained."""
+    if reason := suited(chat.tools, record):
+        return Refused(reason, f"chat_template: {chat.template.name}")
+    if isinstance(record, PreferencePair):
+        return record
+    return lighten(chat, record, plan.limits, plan.loss_on)
+
+
+def _exchanges(plan: Plan, light: Light | PreferencePair | Refused) -> list[Exchange]:
     """What to encode of a record together with others; nothing of one that goes another way."""
-    if suited(chat.tools, record):
+    if isinstance(light, PreferencePair):
+        return pair_exchanges(light)
+    if isinstance(light, Refused) or plan.loss_on == "text":
         return []
-    if isinstance(record, Conversation):
-        return trained_exchanges(record) if plan.loss_on == "answers" else []
-    return pair_exchanges(record)
+    return trained_exchanges(light.conversation)
 
 
 def _fit(
     chat: Chat,
     plan: Plan,
-    record: Conversation | PreferencePair,
+    light: Light | PreferencePair | Refused,
     encoded: Sequence[Encoded | Refused],
 ) -> Fitted | Refused:
-    if reason := suited(chat.tools, record):
-        return Refused(reason, f"chat_template: {chat.template.name}")
-    if isinstance(record, PreferencePair):
-        return fit_pair(chat, record, encoded, plan.limits)
+    if isinstance(light, Refused):
+        return light
+    if isinstance(light, PreferencePair):
+        return fit_pair(chat, light, encoded, plan.limits)
+    conversation = light.conversation
     if plan.loss_on == "text":
-        encoded = [encode_text(chat, record, plan.limits.sequence)]
-    return fit_conversation(chat, record, encoded, plan.limits, plan.loss_on)
+        encoded = [encode_text(chat, conversation, plan.limits.sequence)]
+    return fit_conversation(chat, conversation, encoded, plan.limits, plan.loss_on, light.dropped)
 
 
 def _tree(record: Conversation | PreferencePair, encoded: Sequence[Encoded]) -> Tree:

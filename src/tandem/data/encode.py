@@ -106,13 +106,12 @@ def encode_exchanges(
     and kept only if the text survives decoding. Raises `UserError` when the template refuses
     the turns.
     """
-    prompts: dict[tuple[tuple[Turn, ...], str], str] = {}
     texts: list[_Texts | Refused] = []
+    prompt, same = "", None
     for exchange in exchanges:
-        key = (exchange.before, exchange.tools)
-        if key not in prompts:
-            prompts[key] = _render(chat, exchange.before, exchange, prompt=True)
-        texts.append(_delimit(chat, exchange, prompts[key], limit))
+        if same is None or (same.before, same.tools) != (exchange.before, exchange.tools):
+            prompt, same = _render(chat, exchange.before, exchange, prompt=True), exchange
+        texts.append(_delimit(chat, exchange, prompt, limit))
     wanted = dict.fromkeys(
         text
         for pair in texts

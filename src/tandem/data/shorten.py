@@ -31,11 +31,15 @@ def fit_prompt(
     beginning of the last user turn; calls and results behind it stay. Only when the system turn
     leaves no room at all, its end is cut so that the question keeps up to half the limit.
     """
-    reasons: list[str] = []
 
     def over(turns: Turns) -> int:
         return prompt_tokens(chat, turns, tools, limit) - limit
 
+    def render(turns: Turns) -> str:
+        return chat.codec.render(turns, prompt=True, tools=tools)
+
+    turns, skipped = skip_hopeless(chat, turns, limit, render, by_text=by_text)
+    reasons = ["old turns dropped"] if skipped else []
     while over(turns) > 0 and users(turns) > 1:
         if by_text and (cut := cut_turn(chat, turns, first_user(turns), limit, over)):
             return cut, " and ".join([*reasons, "prompt cut"])
@@ -97,6 +101,39 @@ def _spans(chat: Chat, text: str, limit: int, *, end: bool) -> list[tuple[int, i
         return chat.codec.spans(text[:room])
     start = len(text) - room
     return [(a + start, b + start) for a, b in chat.codec.spans(text[start:])]
+
+
+def skip_hopeless(
+    chat: Chat, turns: Turns, limit: int, render: Callable[[Turns], str], *, by_text: bool
+) -> tuple[Turns, int]:
+    """The turns without the oldest exchanges that surely cannot stay, and how many those are.
+
+    The last exchange stays. It gives what dropping one at a time would give, in a few renderings:
+    a text becomes no longer when an exchange is taken out. `by_text`: a first question counts as
+    empty, for it may be cut.
+    """
+    starts = [index for index, turn in enumerate(turns) if turn.role == "user"]
+
+    def from_exchange(number: int) -> Turns:
+        return turns[: starts[0]] + turns[starts[number] :]
+
+    def hopeless(number: int) -> bool:
+        kept = from_exchange(number)
+        if by_text:
+            short = replace(kept[starts[0]], content=kept[starts[0]].content[:1])
+            kept = (*kept[: starts[0]], short, *kept[starts[0] + 1 :])
+        return room_for(chat, render(kept), limit) is not None
+
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2 if low else 0  # mostly there is nothing to skip
+        if hopeless(middle):
+            low = middle + 1
+        elif middle == 0:
+            break
+        else:
+            high = middle
+    return from_exchange(low), low
 
 
 def without_oldest(turns: Turns) -> Turns:
