@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.encode import Chat, Encoded, Refused, encode_exchanges
+from tandem.data.lighten import lighten
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.template import prompt_ids, resolve_template
 from tandem.data.truncate import (
@@ -19,7 +20,6 @@ from tandem.data.truncate import (
     encode_conversation,
     fit_conversation,
     fit_pair,
-    lighten,
     pair_exchanges,
 )
 

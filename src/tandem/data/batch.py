@@ -20,17 +20,16 @@ from tandem.data.encode import (
 )
 from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
+from tandem.data.lighten import Light, lighten
 from tandem.data.reading import OnBadRecord, records_of
 from tandem.data.records import Conversation, PreferencePair, Tree
 from tandem.data.tools import in_form, suited
 from tandem.data.truncate import (
     Fitted,
-    Light,
     Limits,
     LossOn,
     fit_conversation,
     fit_pair,
-    lighten,
     pair_exchanges,
     trained_exchanges,
 )

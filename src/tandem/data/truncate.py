@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tandem.data.encode import (
-    END_INSIDE,
     Chat,
     Encoded,
     Exchange,
     Refused,
     encode_exchanges,
     encode_text,
-    room_for,
 )
 from tandem.data.records import Conversation, PreferencePair, Turn
 from tandem.data.shorten import (
@@ -30,11 +28,9 @@ from tandem.data.shorten import (
     first_user,
     fit_prompt,
     prompt_tokens,
-    skip_hopeless,
     users,
     without_oldest,
 )
-from tandem.errors import UserError
 
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 LossOn = Literal["answers", "text"]
@@ -85,20 +81,22 @@ def trained_exchanges(conversation: Conversation) -> list[Exchange]:
     return [
         Exchange(turns[:index], turn.content, conversation.origin, turn.extra, tools)
         for index, turn in enumerate(turns)
-        if _trained(turn)
+        if is_trained(turn)
     ]
 
 
-def _until_last_trained(turns: Turns) -> Turns:
-    return turns[: 1 + max((i for i, turn in enumerate(turns) if _trained(turn)), default=-1)]
+def until_last_trained(turns: Turns) -> Turns:
+    """The turns up to the last trained answer; nothing behind it can influence training."""
+    return turns[: 1 + max((i for i, turn in enumerate(turns) if is_trained(turn)), default=-1)]
 
 
-def _answers(turn: Turn, loss_on: LossOn) -> bool:
-    """Whether it is an answer that is trained."""
+def is_answer(turn: Turn, loss_on: LossOn) -> bool:
+    """Whether it is an answer that is trained, alone or with the text."""
     return turn.role == "assistant" and (turn.trained or loss_on == "text")
 
 
-def _trained(turn: Turn) -> bool:
+def is_trained(turn: Turn) -> bool:
+    """Whether it is an answer without weight 0."""
     return turn.role == "assistant" and turn.trained
 
 
@@ -120,70 +118,6 @@ def encode_conversation(
     return encode_exchanges(chat, exchanges, limits.sequence)
 
 
-@dataclass(frozen=True, slots=True)
-class Light:
-    """A conversation that can be encoded answer by answer, and how many old exchanges it lost."""
-
-    conversation: Conversation
-    dropped: int = 0
-
-
-def lighten(
-    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
-) -> Light | Refused:
-    """Leave out the turns of a very long conversation that surely cannot stay.
-
-    Each answer is rendered with all that stands before it, which would be too much of many turns.
-    """
-    turns = conversation.turns
-    size = sum(len(turn.content) for turn in turns)
-    most = chat.codec.most_characters(2 * limits.sequence) if size > limits.sequence else None
-    if most is None or size <= most or users(turns) == 1:
-        return Light(conversation)
-    if any(_trained(turn) and chat.ending.token in turn.content for turn in turns):
-        return Refused(END_INSIDE, chat.ending.token)
-    if not any(_answers(turn, loss_on) for turn in turns):
-        return Refused(UNTRAINED)
-    if limits.too_long in ("drop", "keep_start"):
-        return Light(
-            replace(conversation, turns=_until_beyond(chat, conversation, limits, loss_on))
-        )
-
-    def render(turns: Turns) -> str:
-        try:
-            return chat.codec.render(turns, prompt=False, tools=conversation.tools)
-        except UserError as error:
-            raise UserError(f"{conversation.origin}: {error}") from error
-
-    if loss_on == "answers":
-        turns = _until_last_trained(turns)
-    by_text = limits.too_long == "keep_end"
-    turns, dropped = skip_hopeless(chat, turns, limits.sequence, render, by_text=by_text)
-    return Light(replace(conversation, turns=turns), dropped)
-
-
-def _until_beyond(chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn) -> Turns:
-    """The turns up to the first answer whose prompt alone is too long, for it ends there."""
-    turns = conversation.turns
-    most = chat.codec.most_characters(2 * limits.sequence)
-    assert most is not None
-    first = next(i for i, turn in enumerate(turns) if _answers(turn, loss_on))
-    before = turns[:first]
-    if limits.too_long == "keep_start" and limits.prompt is not None:
-        # The first prompt may be cut to next to nothing.
-        start = first_user(turns)
-        before = (*turns[:start], replace(turns[start], content=turns[start].content[:1]))
-    size = 0
-    for index in range(first, len(turns)):
-        if size > most and _answers(turns[index], loss_on):
-            prompt = before + turns[first:index]
-            text = chat.codec.render(prompt, prompt=True, tools=conversation.tools)
-            if room_for(chat, text, limits.sequence) is not None:
-                return turns[: index + 1]
-        size += len(turns[index].content)
-    return turns
-
-
 def fit_conversation(
     chat: Chat,
     conversation: Conversation,
@@ -194,7 +128,7 @@ def fit_conversation(
 ) -> Fitted | Refused:
     """Shorten a conversation beyond the sequence limit by policy; shorter ones are never cut.
 
-    It may have lost some exchanges already, see `lighten`.
+    It may have lost some exchanges already, see `lighten.lighten`.
     """
     answers = _all_encoded(encoded)
     if isinstance(answers, Refused):
@@ -207,7 +141,7 @@ def fit_conversation(
     if limits.too_long == "drop":
         return Refused(BEYOND, f"sequence {before} tokens, max_length {limits.sequence}")
     if loss_on == "answers":  # nothing behind the last trained answer can influence training
-        conversation = replace(conversation, turns=_until_last_trained(conversation.turns))
+        conversation = replace(conversation, turns=until_last_trained(conversation.turns))
     work = _Work(chat, conversation, limits, loss_on)
     if limits.too_long == "keep_start":
         fitted = _keep_start(work, answers)
@@ -277,7 +211,7 @@ def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
     limits, turns = work.limits, work.turns
     reasons: list[str] = []
     details: list[str] = []
-    first = next(i for i, turn in enumerate(turns) if _answers(turn, work.loss_on))
+    first = next(i for i, turn in enumerate(turns) if is_answer(turn, work.loss_on))
     size = work.prompt(turns[:first])
     if limits.prompt is not None and size > limits.prompt:
         cut = work.fit_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
