@@ -47,6 +47,8 @@ SAMPLES = {
     "engine": "fsdp2",
     "lr_scheduler_type": "linear",
     "on_bad_record": "drop",
+    "too_long": "keep_end",
+    "loss_on": "text",
     "device": "cpu",
     "dtype": "float32",
     "quantization": "nf4",

@@ -345,8 +345,21 @@ def test_formats_have_names_for_recipes() -> None:
         (sharegpt(("gpt", "A"), ("human", "Q")), "roles out of order"),
         (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "roles out of order"),
         (sharegpt(("human", "Q"), ("system", "S"), ("gpt", "A")), "roles out of order"),
-        (sharegpt(("tool", "Q"), ("gpt", "A")), "unknown role"),
-        (sharegpt(("human", "Q"), ("gpt", "A", 0)), "every answer has weight 0"),
+        (sharegpt(("moderator", "Q"), ("gpt", "A")), "unknown role"),
+        (sharegpt(("tool", "Q"), ("gpt", "A")), "roles out of order"),
+        (sharegpt(("human", "Q"), ("tool", "R"), ("gpt", "A")), "roles out of order"),
+        (
+            sharegpt(("human", "Q"), ("function_call", "no JSON")),
+            "`tool_calls` is a text that is no JSON",
+        ),
+        (
+            sharegpt(("human", "Q"), ("function_call", '{"arguments": {}}')),
+            "a tool call without a name",
+        ),
+        (
+            {**sharegpt(("human", "Q"), ("gpt", "A")), "tools": "[1]"},
+            "`tools` is not a list of functions",
+        ),
         (
             sharegpt(("human", "Q"), ("gpt", "A", 0.5)),
             "an answer's weight is neither 0 nor 1",

@@ -179,27 +179,28 @@ def test_everything_that_ids_depend_on_misses(
     assert entries_after(max_length=500) == 2
     assert entries_after(max_prompt_length=100) == 3
     assert entries_after(on_bad_record="drop") == 4
+    assert entries_after(too_long="keep_end") == 5
     plain = resolve_template(mistral_tokenizer, "neural-chat")
-    assert entries_after(template=replace(plain, name="called otherwise")) == 4
+    assert entries_after(template=replace(plain, name="called otherwise")) == 5
     other = ChatTemplate("neural-chat", plain.source.replace("### User", "## User"))
-    assert entries_after(template=other) == 5
-    assert entries_after(sources=[source, source]) == 6
+    assert entries_after(template=other) == 6
+    assert entries_after(sources=[source, source]) == 7
     changed = tmp_path / "changed.jsonl"
     content = Path(source.path).read_bytes()
     changed.write_bytes(content.replace(b"It is 7.", b"It is 6."))
-    assert entries_after(sources=[SourceSpec(str(changed))]) == 7
+    assert entries_after(sources=[SourceSpec(str(changed))]) == 8
     mistral_tokenizer.eos_token, before = "<unk>", mistral_tokenizer.eos_token
-    assert entries_after(template=plain) == 8
+    assert entries_after(template=plain) == 9
     mistral_tokenizer.eos_token = before
-    assert entries_after() == 8
+    assert entries_after() == 9
     backend = mistral_tokenizer.backend_tokenizer
     kept = backend.to_str()
     backend.add_special_tokens([AddedToken("What is")])
     try:
-        assert entries_after(template=plain) == 9
+        assert entries_after(template=plain) == 10
     finally:
         mistral_tokenizer._tokenizer = type(backend).from_str(kept)
-    assert entries_after() == 9
+    assert entries_after() == 10
 
 
 @pytest.mark.parametrize("name", ["ids", "trained", "lengths", "rows", "ledger", "entry.json"])

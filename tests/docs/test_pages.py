@@ -96,7 +96,8 @@ def test_the_example_records_can_be_read() -> None:
             known.read(fields, origin)
             found.append(known.name)
     assert found == [
-        "ShareGPT", "messages", "Alpaca", "prompt and completion", "unpaired preference",
+        "ShareGPT", "messages", "messages", "Alpaca", "prompt and completion",
+        "unpaired preference",
         "orca_dpo_pairs", "explicit preference", "explicit preference", "ShareGPT preference",
         "Alpaca preference", "implicit preference", "UltraFeedback", "question",
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tandem.data.chunks import Chunk
@@ -15,13 +15,24 @@ from tandem.data.encode import (
     Refused,
     conversation_tree,
     encode_exchanges,
+    encode_text,
     pair_tree,
 )
 from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
+from tandem.data.lighten import Light, lighten
 from tandem.data.reading import OnBadRecord, records_of
 from tandem.data.records import Conversation, PreferencePair, Tree
-from tandem.data.truncate import Fitted, Limits, fit_conversation, fit_pair, trained_exchanges
+from tandem.data.tools import in_form, suited
+from tandem.data.truncate import (
+    Fitted,
+    Limits,
+    LossOn,
+    fit_conversation,
+    fit_pair,
+    pair_exchanges,
+    trained_exchanges,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,7 @@ class Plan:
     kind: Kind
     limits: Limits
     on_bad_record: OnBadRecord
+    loss_on: LossOn = "answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +62,14 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     found = list(records_of(chunk, known, plan.on_bad_record))
     entries = [one for one in found if isinstance(one, Entry)]
     records = [one for one in found if not isinstance(one, Entry)]
-    exchanges = [_exchanges(record) for record in records]
-    encoded = iter(encode_exchanges(chat, [one for some in exchanges for one in some]))
+    records = [_in_form(chat, record) for record in records]
+    lights = [_lighten(chat, plan, record) for record in records]
+    exchanges = [_exchanges(plan, light) for light in lights]
+    wanted = [one for some in exchanges for one in some]
+    encoded = iter(encode_exchanges(chat, wanted, plan.limits.sequence))
     trees = []
-    for record, own in zip(records, exchanges, strict=True):
-        fitted = _fit(chat, record, list(islice(encoded, len(own))), plan.limits)
+    for record, light, own in zip(records, lights, exchanges, strict=True):
+        fitted = _fit(chat, plan, light, list(islice(encoded, len(own))))
         if isinstance(fitted, Refused):
             entries.append(Entry.dropped(record.origin, fitted.reason, fitted.detail))
             continue
@@ -65,22 +80,47 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     return Batch(chunk.file, to_columns(trees), tuple(entries))
 
 
-def _exchanges(record: Conversation | PreferencePair) -> list[Exchange]:
+def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation | PreferencePair:
+    """The record with its tool calls as the template takes them."""
     if isinstance(record, Conversation):
-        return trained_exchanges(record)
-    answers = (record.chosen, record.rejected)
-    return [Exchange(record.prompt, text, record.origin) for text in answers]
+        return replace(record, turns=in_form(chat.tools, record.turns))
+    return replace(record, prompt=in_form(chat.tools, record.prompt))
+
+
+def _lighten(
+    chat: Chat, plan: Plan, record: Conversation | PreferencePair
+) -> Light | PreferencePair | Refused:
+    """What can be encoded of a record together with others, or why it cannot be trained."""
+    if reason := suited(chat.tools, record):
+        return Refused(reason, f"chat_template: {chat.template.name}")
+    if isinstance(record, PreferencePair):
+        return record
+    return lighten(chat, record, plan.limits, plan.loss_on)
+
+
+def _exchanges(plan: Plan, light: Light | PreferencePair | Refused) -> list[Exchange]:
+    """What to encode of a record together with others; nothing of one that goes another way."""
+    if isinstance(light, PreferencePair):
+        return pair_exchanges(light)
+    if isinstance(light, Refused) or plan.loss_on == "text":
+        return []
+    return trained_exchanges(light.conversation)
 
 
 def _fit(
     chat: Chat,
-    record: Conversation | PreferencePair,
+    plan: Plan,
+    light: Light | PreferencePair | Refused,
     encoded: Sequence[Encoded | Refused],
-    limits: Limits,
 ) -> Fitted | Refused:
-    if isinstance(record, Conversation):
-        return fit_conversation(chat, record, encoded, limits)
-    return fit_pair(chat, record, encoded, limits)
+    if isinstance(light, Refused):
+        return light
+    if isinstance(light, PreferencePair):
+        return fit_pair(chat, light, encoded, plan.limits)
+    conversation = light.conversation
+    if plan.loss_on == "text":
+        encoded = [encode_text(chat, conversation, plan.limits.sequence)]
+    return fit_conversation(chat, conversation, encoded, plan.limits, plan.loss_on, light.dropped)
 
 
 def _tree(record: Conversation | PreferencePair, encoded: Sequence[Encoded]) -> Tree:

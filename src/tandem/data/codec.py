@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from tandem.artifact.hashing import hash_json
+from tandem.data.bound import longest_token
 from tandem.data.records import Turn
 from tandem.data.template import ChatTemplate, Ending, cannot_render, render, tokenize
 from tandem.errors import UserError
@@ -31,7 +32,7 @@ class Codec(Protocol):
 
     bos_token_id: int | None
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """The text of some turns; see `template.render`."""
         ...
 
@@ -47,6 +48,10 @@ class Codec(Protocol):
         """The character spans of a text's tokens; of single characters if they cannot be had."""
         ...
 
+    def most_characters(self, tokens: int) -> int | None:
+        """A text of more characters surely has more than `tokens` tokens; None: nobody knows."""
+        ...
+
 
 class TransformersCodec:
     """Any tokenizer of transformers, through its own methods."""
@@ -56,9 +61,9 @@ class TransformersCodec:
         self._template = template
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """See `Codec.render`."""
-        return render(self._tokenizer, self._template, turns, prompt=prompt)
+        return render(self._tokenizer, self._template, turns, prompt=prompt, tools=tools)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Codec.tokenize`."""
@@ -80,6 +85,10 @@ class TransformersCodec:
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+    def most_characters(self, tokens: int) -> int | None:  # noqa: ARG002
+        """See `Codec.most_characters`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,19 @@ class FastCodec:
         self._render = _compile(parts.template.source)
         self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
         self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
+        self._longest: int | None = None  # found when a text is long enough to ask
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """See `Codec.render`."""
         import jinja2
 
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return self._render(messages=messages, add_generation_prompt=prompt, **self._special)
+            return self._render(
+                messages=[turn.message() for turn in turns],
+                tools=json.loads(tools) if tools else None,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise cannot_render(self._template, turns, error) from error
 
@@ -165,6 +179,12 @@ class FastCodec:
         """See `Codec.spans`."""
         found = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return [(int(start), int(end)) for start, end in found]
+
+    def most_characters(self, tokens: int) -> int | None:
+        """See `Codec.most_characters`."""
+        if self._longest is None:
+            self._longest = longest_token(self._tokenizer)
+        return self._longest * tokens if self._longest else None
 
     def _encode(self, texts: list[str]) -> list[Any]:
         encoded: list[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -244,7 +264,7 @@ def _compile(source: str) -> Callable[..., str]:
         template = compiler(source)
         # A chain of mappings otherwise, gone through anew by every call.
         template.globals = dict(template.globals)
-        return lambda **values: str(template.render(tools=None, documents=None, **values))
+        return lambda **values: str(template.render(documents=None, **values))
 
     def through_the_front(messages: list[Any], **values: Any) -> str:
         rendered: Any = theirs.render_jinja_template(

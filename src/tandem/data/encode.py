@@ -15,21 +15,29 @@ from typing import Any
 import numpy as np
 
 from tandem.data.codec import Codec, CodecParts, FastCodec, make_codec
-from tandem.data.records import Branch, Origin, Tree, Turn
+from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
 from tandem.data.template import ChatTemplate, Ending, require_ending
+from tandem.data.tools import Taken, look
 from tandem.errors import UserError
+
+END_INSIDE = "the answer's text contains the end-of-turn token"
+DOUBLED_BOS = "the prompt's text begins with a second BOS token"
+# Tokens beyond a limit that are tokenised with it: what is cut off cannot reach further back.
+_MARGIN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
     """A tokenizer with its template, and how that template ends an answer.
 
-    `parts` are the plain values that make the same chat in another process, if there are any.
+    `tools` is what the template renders of tools and their calls. `parts` are the plain values
+    that make the same chat in another process, if there are any.
     """
 
     codec: Codec
     template: ChatTemplate
     ending: Ending
+    tools: Taken
     parts: CodecParts | None = None
 
     @classmethod
@@ -37,29 +45,41 @@ class Chat:
         """Raises `UserError` when the template ends answers with no token."""
         ending = require_ending(tokenizer, template)
         codec, parts = make_codec(tokenizer, template, ending)
-        return cls(codec, template, ending, parts)
+        return cls(codec, template, ending, _look(codec), parts)
 
     @classmethod
     def from_parts(cls, parts: CodecParts) -> Chat:
         """The chat that `parts` came from."""
-        return cls(FastCodec(parts), parts.template, parts.ending, parts)
+        codec = FastCodec(parts)
+        return cls(codec, parts.template, parts.ending, _look(codec), parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An answer to encode: the turns before it and its text. `origin` is for messages."""
+    """An answer to encode: the turns before it and its text. `origin` is for messages.
+
+    `extra` is that of the answer's turn; `tools` are the conversation's.
+    """
 
     before: tuple[Turn, ...]
     answer: str
     origin: Origin
+    extra: str = ""
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt and answer; the answer, end token included, starts at `start`."""
+    """Token ids of prompt and answer; the answer, end token included, starts at `start`.
+
+    `whole` is False where a text was so long that only a part of it was tokenised: then `ids` are
+    more than the limit, and the first of them, as many as the limit, are those of the text if
+    `start` is within it.
+    """
 
     ids: list[int]
     start: int
+    whole: bool = True
 
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens; an answer that loses its end loses its end token."""
@@ -74,35 +94,68 @@ class Refused:
     detail: str = ""
 
 
-def encode_exchanges(chat: Chat, exchanges: Sequence[Exchange]) -> list[Encoded | Refused]:
+def encode_exchanges(
+    chat: Chat, exchanges: Sequence[Exchange], limit: int | None = None
+) -> list[Encoded | Refused]:
     """Encode answers after their prompts, in one tokenizer call.
+
+    Of a text that surely has more than `limit` tokens only a part is tokenised, see `Encoded`.
 
     The prompt's ids are those of the rendered prompt alone. Where the tokenizer would merge the
     prompt's end with the answer's beginning, the answer is tokenised as a continuation instead,
     and kept only if the text survives decoding. Raises `UserError` when the template refuses
     the turns.
     """
-    prompts: dict[tuple[Turn, ...], str] = {}
-    texts: list[tuple[str, str] | Refused] = []
+    texts: list[_Texts | Refused] = []
+    prompt, same = "", None
     for exchange in exchanges:
-        if exchange.before not in prompts:
-            prompts[exchange.before] = _render(chat, exchange.before, exchange, prompt=True)
-        prompt = prompts[exchange.before]
-        answer = _delimit(chat, exchange, prompt)
-        texts.append(answer if isinstance(answer, Refused) else (prompt, answer))
+        if same is None or (same.before, same.tools) != (exchange.before, exchange.tools):
+            prompt, same = _render(chat, exchange.before, exchange, prompt=True), exchange
+        texts.append(_delimit(chat, exchange, prompt, limit))
     wanted = dict.fromkeys(
         text
         for pair in texts
         if not isinstance(pair, Refused)
-        for text in (pair[0], pair[0] + pair[1])
+        for text in (pair.prompt, pair.prompt + pair.answer)
     )
     ids = dict(zip(wanted, chat.codec.tokenize(list(wanted)), strict=True))
     return [
         pair
         if isinstance(pair, Refused)
-        else _join(chat, ids[pair[0]], ids[pair[0] + pair[1]], pair[1])
+        else _join(chat, ids[pair.prompt], ids[pair.prompt + pair.answer], pair)
         for pair in texts
     ]
+
+
+def encode_text(
+    chat: Chat, conversation: Conversation, limit: int | None = None
+) -> Encoded | Refused:
+    """Token ids of a whole conversation as the template renders it, all of them to be trained.
+
+    `limit` is as in `encode_exchanges`. Raises `UserError` when the template refuses the turns.
+    """
+    turns = conversation.turns
+    if any(turn.role == "assistant" and chat.ending.token in turn.content for turn in turns):
+        return Refused(END_INSIDE, chat.ending.token)
+    exchange = Exchange(turns, "", conversation.origin, tools=conversation.tools)
+    text = _render(chat, turns, exchange, prompt=False)
+    room = room_for(chat, text, limit)
+    (ids,) = chat.codec.tokenize([text[:room]])
+    bos = chat.codec.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        return Refused(DOUBLED_BOS)
+    return Encoded(ids, 0, whole=room is None)
+
+
+def room_for(chat: Chat, text: str, limit: int | None) -> int | None:
+    """How many characters of a text are enough to see that it has more than `limit` tokens.
+
+    None: all of them. A token may hang on what stands near it, so there are some more than needed.
+    """
+    if limit is None or len(text) <= limit:
+        return None
+    room = chat.codec.most_characters(limit + _MARGIN)
+    return None if room is None or len(text) <= room else room
 
 
 def conversation_tree(encoded: Sequence[Encoded], origin: Origin) -> Tree:
@@ -158,37 +211,62 @@ def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
 
 def _render(chat: Chat, turns: tuple[Turn, ...], exchange: Exchange, *, prompt: bool) -> str:
     try:
-        return chat.codec.render(turns, prompt=prompt)
+        return chat.codec.render(turns, prompt=prompt, tools=exchange.tools)
     except UserError as error:
         raise UserError(f"{exchange.origin}: {error}") from error
 
 
-def _delimit(chat: Chat, exchange: Exchange, prompt: str) -> str | Refused:
-    """What the template writes after the prompt for this answer, up to the end token."""
-    turns = (*exchange.before, Turn("assistant", exchange.answer))
+def _look(codec: Codec) -> Taken:
+    return look(lambda turns, tools: codec.render(turns, prompt=False, tools=tools))
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """A rendered prompt and the answer behind it; parts of them if `whole` is False."""
+
+    prompt: str
+    answer: str
+    whole: bool
+    clipped: bool  # the answer's end, and its end token with it, are left out
+
+
+def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> _Texts | Refused:
+    """The prompt, and what the template writes after it for this answer, up to the end token."""
+    turns = (*exchange.before, Turn("assistant", exchange.answer, extra=exchange.extra))
     text = _render(chat, turns, exchange, prompt=False)
-    closing = chat.ending.closing + chat.ending.trailer
+    ending = chat.ending
+    # What stands between a text and its end token may stand elsewhere in a call.
+    closing = (ending.token if exchange.extra else ending.closing) + ending.trailer
     if not text.startswith(prompt) or not text.endswith(closing):
         return Refused("the chat template does not continue its own prompt with the answer")
-    answer = text[len(prompt) : len(text) - len(chat.ending.trailer)]
-    if chat.ending.token in answer[: -len(chat.ending.token)]:
-        return Refused("the answer's text contains the end-of-turn token", chat.ending.token)
-    return answer
+    answer = text[len(prompt) : len(text) - len(ending.trailer)]
+    if ending.token in answer[: -len(ending.token)]:
+        return Refused(END_INSIDE, ending.token)
+    before, behind = room_for(chat, prompt, limit), room_for(chat, answer, limit)
+    if before is None and behind is None:
+        return _Texts(prompt, answer, whole=True, clipped=False)
+    # The end of a long prompt, for the answer's length depends on what stands before it.
+    return _Texts(
+        prompt if before is None else prompt[-before:],
+        answer[:behind],
+        whole=False,
+        clipped=behind is not None,
+    )
 
 
-def _join(chat: Chat, prompt: list[int], whole: list[int], answer: str) -> Encoded | Refused:
+def _join(chat: Chat, prompt: list[int], whole: list[int], texts: _Texts) -> Encoded | Refused:
     bos = chat.codec.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
-        return Refused("the prompt's text begins with a second BOS token")
+        return Refused(DOUBLED_BOS)
     end = chat.ending.token_id
     if not _continues(whole, prompt):
-        continuation = _continuation(chat, prompt, whole, answer)
+        continuation = _continuation(chat, prompt, whole, texts.answer)
         if continuation is None:
             return Refused("the tokenizer merges prompt and answer, and not reversibly")
         whole = prompt + continuation
-    if len(whole) <= len(prompt) or whole[-1] != end:
+    if len(whole) <= len(prompt) or (whole[-1] != end and not texts.clipped):
         return Refused("the answer does not end with the end-of-turn token")
-    return Encoded(whole, len(prompt))
+    return Encoded(whole, len(prompt), texts.whole)
 
 
 def _continuation(chat: Chat, prompt: list[int], whole: list[int], answer: str) -> list[int] | None:

@@ -13,7 +13,7 @@ from tandem.data.compressed import is_compressed, kind_of
 from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_path
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries.
-_ENCODER = 2
+_ENCODER = 3
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:
@@ -31,7 +31,8 @@ def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -
             "encoder": _ENCODER,
             "codec": parts.identity,
             "kind": plan.kind,
-            "limits": [plan.limits.sequence, plan.limits.prompt],
+            "limits": [plan.limits.sequence, plan.limits.prompt, plan.limits.too_long],
+            "loss_on": plan.loss_on,
             "on_bad_record": plan.on_bad_record,
             "sources": contents,
             "meanings": [source.meaning for source in sources],

@@ -19,7 +19,7 @@ from tandem.data.sources import SourceSpec, count_source, origin_names
 from tandem.data.store import EncodedStore, TreeWriter, replay
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.data.truncate import Limits
+from tandem.data.truncate import Limits, LossOn, TooLong
 from tandem.data.worker import Setup
 from tandem.errors import UserError
 
@@ -40,21 +40,26 @@ def prepare_conversations(
     template: ChatTemplate,
     max_length: int,
     max_prompt_length: int | None = None,
+    too_long: TooLong = "drop_old_turns",
     on_bad_record: OnBadRecord = "stop",
     ledger: Ledger,
     store: EncodedStore | None = None,
     show: Show | None = None,
     workers: int | None = None,
+    loss_on: LossOn = "answers",
 ) -> Trees:
     """Read, encode and fit conversations: one tree a record, in reading order.
 
     `max_length` and `max_prompt_length` are tokens; a conversation within `max_length` is never
-    cut. With a `store` the result is found there or kept there, otherwise it is held in memory.
+    cut, and `too_long` says what others lose (see `truncate`). `loss_on` is what is trained: the
+    answers or every token of the text. With a `store` the result is found there or kept there,
+    otherwise it is held in memory.
     `show` displays the progress of large data; `workers` processes encode it, one a core (but no
     more than 12) when None. Raises `UserError` for sources, lines or templates that cannot be used,
     and when no record is left.
     """
-    plan = Plan("conversations", Limits(max_length, max_prompt_length), on_bad_record)
+    limits = Limits(max_length, max_prompt_length, too_long)
+    plan = Plan("conversations", limits, on_bad_record, loss_on)
     way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers)
     return _prepare(way, store)
 
@@ -66,6 +71,7 @@ def prepare_pairs(
     template: ChatTemplate,
     max_length: int,
     max_prompt_length: int | None = None,
+    too_long: TooLong = "drop_old_turns",
     on_bad_record: OnBadRecord = "stop",
     ledger: Ledger,
     store: EncodedStore | None = None,
@@ -77,7 +83,8 @@ def prepare_pairs(
     `max_length` (prompt and one answer) and `max_prompt_length` are tokens. The rest is as in
     `prepare_conversations`.
     """
-    plan = Plan("preference pairs", Limits(max_length, max_prompt_length), on_bad_record)
+    limits = Limits(max_length, max_prompt_length, too_long)
+    plan = Plan("preference pairs", limits, on_bad_record)
     way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers)
     return _prepare(way, store)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 TokenIds = NDArray[np.int32]
 TrainedMask = NDArray[np.bool_]
 
@@ -26,29 +27,52 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; `trained` only matters for assistant turns."""
+    """One message of a conversation; `trained` only matters for assistant turns.
+
+    `extra` is a JSON object of what else a chat template gets of the message: `tool_calls` of an
+    assistant turn (its `content` may be null there), `name` and `tool_call_id` of a tool's.
+    """
 
     role: Role
     content: str
     trained: bool = True
+    extra: str = ""
+
+    @property
+    def calls(self) -> bool:
+        """Whether the assistant calls tools in this turn."""
+        return self.role == "assistant" and bool(self.extra)
+
+    def message(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        more = json.loads(self.extra) if self.extra else {}
+        return {"role": self.role, "content": self.content, **more}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An instruction record: turns that end with an assistant's."""
+    """An instruction record: turns that end with an assistant's.
+
+    `tools` is a JSON list of the functions that the assistant may call, or empty.
+    """
 
     turns: tuple[Turn, ...]
     origin: Origin
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A preference record: one prompt, the preferred answer and the other one."""
+    """A preference record: one prompt, the preferred answer and the other one.
+
+    `tools` is as in `Conversation`.
+    """
 
     prompt: tuple[Turn, ...]
     chosen: str
     rejected: str
     origin: Origin
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)

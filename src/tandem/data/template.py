@@ -7,6 +7,7 @@ the template, in training and in inference alike.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -61,17 +62,25 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     return ChatTemplate(template.name, template.source, tuple(notices))
 
 
-def render(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, prompt: bool) -> str:
+def render(
+    tokenizer: Any,
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    *,
+    prompt: bool,
+    tools: str = "",
+) -> str:
     """The text of some turns; with `prompt` it ends where the assistant is to answer.
 
-    Raises `UserError` with the template's own words when it refuses the turns.
+    `tools` is a JSON list of functions that the template is given. Raises `UserError` with the
+    template's own words when it refuses the turns.
     """
     import jinja2
 
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(
-            messages,
+            [turn.message() for turn in turns],
+            tools=json.loads(tools) if tools else None,
             chat_template=template.source,
             tokenize=False,
             add_generation_prompt=prompt,
@@ -106,9 +115,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def prompt_ids(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn]) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], tools: str = ""
+) -> list[int]:
     """The token ids that inference feeds for these turns, up to where the assistant answers."""
-    return tokenize(tokenizer, [render(tokenizer, template, turns, prompt=True)])[0]
+    return tokenize(tokenizer, [render(tokenizer, template, turns, prompt=True, tools=tools)])[0]
 
 
 def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:

@@ -1,16 +1,45 @@
-"""Making records fit: what is cut first, and how it is told.
+"""Making records fit: what a record that is too long loses, by policy, and how it is told.
 
-Oldest first: exchanges at the beginning of a conversation, then the beginning of the last user
-turn; the system turn stays. An answer is cut at the limit and then has no end token.
+- `drop`: everything, it is left out.
+- `keep_start`: its end. An answer that is cut has no end token; later ones are gone.
+- `keep_end`: the oldest text after the system turn; answers stay whole.
+- `drop_old_turns`: whole exchanges, oldest first; then the beginning of the last user turn; then
+  the end of the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from tandem.data.encode import Chat, Encoded, Exchange, Refused, encode_exchanges
+from tandem.data.encode import (
+    Chat,
+    Encoded,
+    Exchange,
+    Refused,
+    encode_exchanges,
+    encode_text,
+)
 from tandem.data.records import Conversation, PreferencePair, Turn
+from tandem.data.shorten import (
+    Turns,
+    cut_turn,
+    first_user,
+    fit_prompt,
+    prompt_tokens,
+    users,
+    without_oldest,
+)
+
+TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
+LossOn = Literal["answers", "text"]
+
+NOTHING_LEFT = "nothing left to train"
+BEYOND = "longer than max_length"
+PROMPT_BEYOND = "prompt longer than max_prompt_length"
+ANSWER_BEYOND = "the answer alone is longer than max_length"
+UNTRAINED = "every answer has weight 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +47,22 @@ class Limits:
     """Token limits: a whole sequence, and its prompt part when that must give way.
 
     `prompt` None lets a prompt have half of `sequence`, or what the answer leaves if more.
+    `too_long` is what a record beyond them loses.
     """
 
     sequence: int
     prompt: int | None
+    too_long: TooLong = "drop_old_turns"
 
     def for_prompt(self, answer_tokens: int) -> int:
         """How many tokens a prompt may keep in a sequence that is too long."""
+        if self.too_long == "keep_end":
+            room = self.sequence - answer_tokens
+            return room if self.prompt is None else min(self.prompt, room)
         if self.prompt is not None:
             return min(self.prompt, self.sequence - 1)
+        if self.too_long == "keep_start":
+            return self.sequence - 1
         return min(max(self.sequence // 2, self.sequence - answer_tokens), self.sequence - 1)
 
 
@@ -39,173 +75,312 @@ class Fitted:
     detail: str = ""
 
 
-NOTHING_LEFT = "nothing left to train"
-
-
 def trained_exchanges(conversation: Conversation) -> list[Exchange]:
     """The answers of a conversation that are trained, each with the turns before it."""
-    turns = conversation.turns
+    turns, tools = conversation.turns, conversation.tools
     return [
-        Exchange(turns[:index], turn.content, conversation.origin)
+        Exchange(turns[:index], turn.content, conversation.origin, turn.extra, tools)
         for index, turn in enumerate(turns)
-        if turn.role == "assistant" and turn.trained
+        if is_trained(turn)
     ]
 
 
+def until_last_trained(turns: Turns) -> Turns:
+    """The turns up to the last trained answer; nothing behind it can influence training."""
+    return turns[: 1 + max((i for i, turn in enumerate(turns) if is_trained(turn)), default=-1)]
+
+
+def is_answer(turn: Turn, loss_on: LossOn) -> bool:
+    """Whether it is an answer that is trained, alone or with the text."""
+    return turn.role == "assistant" and (turn.trained or loss_on == "text")
+
+
+def is_trained(turn: Turn) -> bool:
+    """Whether it is an answer without weight 0."""
+    return turn.role == "assistant" and turn.trained
+
+
+def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
+    """Both answers of a pair after their prompt, chosen first."""
+    return [
+        Exchange(pair.prompt, text, pair.origin, tools=pair.tools)
+        for text in (pair.chosen, pair.rejected)
+    ]
+
+
+def encode_conversation(
+    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
+) -> list[Encoded | Refused]:
+    """A conversation's trained answers, each after its prompt; or its whole text as one."""
+    if loss_on == "text":
+        return [encode_text(chat, conversation, limits.sequence)]
+    exchanges = trained_exchanges(conversation)
+    return encode_exchanges(chat, exchanges, limits.sequence)
+
+
 def fit_conversation(
-    chat: Chat, conversation: Conversation, encoded: Sequence[Encoded | Refused], limits: Limits
+    chat: Chat,
+    conversation: Conversation,
+    encoded: Sequence[Encoded | Refused],
+    limits: Limits,
+    loss_on: LossOn = "answers",
+    dropped: int = 0,
 ) -> Fitted | Refused:
-    """Drop the oldest exchanges, then cut the last prompt, then its answer, until it fits."""
+    """Shorten a conversation beyond the sequence limit by policy; shorter ones are never cut.
+
+    It may have lost some exchanges already, see `lighten.lighten`.
+    """
     answers = _all_encoded(encoded)
-    if isinstance(answers, Refused) or _longest(answers) <= limits.sequence:
-        return answers if isinstance(answers, Refused) else Fitted(answers)
-    before = _longest(answers)
-    dropped = 0
-    while _longest(answers) > limits.sequence and _exchanges(conversation.turns) > 1:
-        conversation = replace(conversation, turns=_without_oldest(conversation.turns))
-        dropped += 1
-        again = _all_encoded(encode_exchanges(chat, trained_exchanges(conversation)))
-        if isinstance(again, Refused):
-            return again
-        answers = again
-    reasons = ["old turns dropped"] if dropped else []
-    details = [f"{dropped} oldest exchanges"] if dropped else []
-    if _longest(answers) > limits.sequence:
-        exchange = trained_exchanges(conversation)[-1]
-        fitted = _fit_exchanges(
-            chat, [exchange], answers[-1:], limits.for_prompt(_size(answers[-1])), limits.sequence
-        )
-        if isinstance(fitted, Refused):
-            return fitted
-        answers = fitted.encoded
-        reasons.append(fitted.reason)
-        details.append(fitted.detail)
-    details.append(f"sequence {before} -> {_longest(answers)} tokens")
-    return Fitted(answers, " and ".join(reasons), ", ".join(details))
+    if isinstance(answers, Refused):
+        return answers
+    if not answers:
+        return Refused(UNTRAINED)
+    if _longest(answers) <= limits.sequence and not dropped:
+        return Fitted(answers)
+    before = f"over {limits.sequence}" if dropped else _sequence(answers, limits)
+    if limits.too_long == "drop":
+        return Refused(BEYOND, f"sequence {before} tokens, max_length {limits.sequence}")
+    if loss_on == "answers":  # nothing behind the last trained answer can influence training
+        conversation = replace(conversation, turns=until_last_trained(conversation.turns))
+    work = _Work(chat, conversation, limits, loss_on)
+    if limits.too_long == "keep_start":
+        fitted = _keep_start(work, answers)
+    else:
+        fitted = _keep_newest(work, answers, dropped)
+    if isinstance(fitted, Refused):
+        return fitted
+    told = f"sequence {before} -> {_longest(fitted.encoded)} tokens"
+    return replace(fitted, detail=", ".join(filter(None, (fitted.detail, told))))
 
 
 def fit_pair(
     chat: Chat, pair: PreferencePair, encoded: Sequence[Encoded | Refused], limits: Limits
 ) -> Fitted | Refused:
-    """Cut the prompt (the same for both answers), then each answer at the sequence limit.
+    """Shorten the prompt (the same for both answers) and the answers by policy.
 
     With a prompt limit, every longer prompt is cut to it; without, only one in the way.
     """
     answers = _all_encoded(encoded)
     if isinstance(answers, Refused):
         return answers
-    prompt_limit = limits.for_prompt(max(_size(answer) for answer in answers))
     too_long = _longest(answers) > limits.sequence
     if not too_long and (limits.prompt is None or answers[0].start <= limits.prompt):
         return Fitted(answers)
-    exchanges = [Exchange(pair.prompt, text, pair.origin) for text in (pair.chosen, pair.rejected)]
-    fitted = _fit_exchanges(chat, exchanges, answers, prompt_limit, limits.sequence)
+    if limits.too_long == "drop":
+        if too_long:
+            told = _sequence(answers, limits)
+            return Refused(BEYOND, f"sequence {told} tokens, max_length {limits.sequence}")
+        detail = f"prompt {answers[0].start} tokens, max_prompt_length {limits.prompt}"
+        return Refused(PROMPT_BEYOND, detail)
+    fitted = _fit_pair_prompt(chat, pair, answers, limits)
     if not isinstance(fitted, Refused) and fitted.encoded[0].ids == fitted.encoded[1].ids:
         return Refused(NOTHING_LEFT, f"the answers are the same within {limits.sequence} tokens")
     return fitted
 
 
-def _fit_exchanges(
-    chat: Chat,
-    exchanges: Sequence[Exchange],
-    answers: tuple[Encoded, ...],
-    prompt_limit: int,
-    length: int,
-) -> Fitted | Refused:
-    """Cut the one prompt of some answers to `prompt_limit`, then the answers at `length`."""
-    reasons, details = [], []
-    names = ("answer",) if len(exchanges) == 1 else ("chosen", "rejected")
-    if answers[0].start > prompt_limit:
-        cut = fit_prompt(chat, exchanges[0].before, prompt_limit)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A conversation that is too long, and what to make of it."""
+
+    chat: Chat
+    conversation: Conversation
+    limits: Limits
+    loss_on: LossOn
+
+    @property
+    def turns(self) -> Turns:
+        return self.conversation.turns
+
+    def encoded(self, turns: Turns) -> tuple[Encoded, ...] | Refused:
+        """What is trained of some turns of the conversation."""
+        conversation = replace(self.conversation, turns=turns)
+        return _all_encoded(encode_conversation(self.chat, conversation, self.limits, self.loss_on))
+
+    def prompt(self, turns: Turns) -> int:
+        """Tokens of some turns as a prompt, more than the limit if they are many."""
+        return prompt_tokens(self.chat, turns, self.conversation.tools, self.limits.sequence)
+
+    def fit_prompt(self, turns: Turns, limit: int, *, by_text: bool) -> tuple[Turns, str] | None:
+        """See `shorten.fit_prompt`."""
+        tools = self.conversation.tools
+        return fit_prompt(self.chat, turns, limit, tools=tools, by_text=by_text)
+
+
+def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
+    """Cut the sequence at its end; its prompt first, where it has a limit of its own."""
+    limits, turns = work.limits, work.turns
+    reasons: list[str] = []
+    details: list[str] = []
+    first = next(i for i, turn in enumerate(turns) if is_answer(turn, work.loss_on))
+    size = work.prompt(turns[:first])
+    if limits.prompt is not None and size > limits.prompt:
+        cut = work.fit_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
         if cut is None:
-            return Refused(NOTHING_LEFT, f"the template alone exceeds {prompt_limit} tokens")
-        before = answers[0].start
-        again = _all_encoded(
-            encode_exchanges(chat, [replace(exchange, before=cut[0]) for exchange in exchanges])
-        )
+            return Refused(NOTHING_LEFT, f"the template alone exceeds {limits.prompt} tokens")
+        again = work.encoded(cut[0] + turns[first:])
         if isinstance(again, Refused):
             return again
         answers = again
         reasons.append(cut[1])
-        details.append(f"prompt {before} -> {answers[0].start} tokens")
-    for name, answer in zip(names, answers, strict=True):
-        if len(answer.ids) > length:
-            details.append(f"{name} {_size(answer)} -> {length - answer.start} tokens")
-    if _longest(answers) > length:
+        details.append(f"prompt cut to {limits.prompt} tokens")
+    kept = [answer for answer in answers if max(answer.start, 1) < limits.sequence]
+    if not kept:
+        return Refused(NOTHING_LEFT, f"the prompt alone fills {limits.sequence} tokens")
+    if _longest(kept) > limits.sequence:
+        reasons.append("answer cut" if work.loss_on == "answers" else "text cut")
+    if len(kept) < len(answers):
+        reasons.append("later turns dropped")
+    return _cut(kept, limits.sequence, reasons, details)
+
+
+def _keep_newest(work: _Work, answers: tuple[Encoded, ...], dropped: int) -> Fitted | Refused:
+    """Drop the oldest exchanges; then the last one's prompt loses its beginning.
+
+    With `keep_end` the oldest exchange may lose only the beginning of its question.
+    """
+    limits, turns = work.limits, work.turns
+    reasons: list[str] = []
+    details: list[str] = []
+    while _longest(answers) > limits.sequence and users(turns) > 1:
+        if limits.too_long == "keep_end" and (cut := _cut_oldest(work, turns)):
+            turns = cut
+            reasons.append("prompt cut")
+        else:
+            turns = without_oldest(turns)
+            dropped += 1
+        again = work.encoded(turns)
+        if isinstance(again, Refused):
+            return again
+        answers = again
+    if dropped:
+        reasons.insert(0, "old turns dropped")
+        details.append(f"{dropped} oldest exchanges")
+    if _longest(answers) <= limits.sequence:
+        return Fitted(answers, " and ".join(reasons), ", ".join(details))
+    fitted = _last_exchange(work, turns)
+    if isinstance(fitted, Refused):
+        return fitted
+    reasons.append(fitted.reason)
+    details.append(fitted.detail)
+    return replace(fitted, reason=" and ".join(reasons), detail=", ".join(details))
+
+
+def _cut_oldest(work: _Work, turns: Turns) -> Turns | None:
+    """The turns with the beginning of the oldest question cut until all fit; None if they can't."""
+
+    def over(turns: Turns) -> int:
+        answers = work.encoded(turns)
+        if isinstance(answers, Refused):
+            return work.limits.sequence
+        return _longest(answers) - work.limits.sequence
+
+    return cut_turn(work.chat, turns, first_user(turns), work.limits.sequence, over)
+
+
+def _last_exchange(work: _Work, turns: Turns) -> Fitted | Refused:
+    """Cut the prompt of the last answer, then (unless answers stay whole) what is still beyond."""
+    limits, chat = work.limits, work.chat
+    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    answer = turns[last]
+    origin, tools = work.conversation.origin, work.conversation.tools
+    exchange = Exchange(turns[:last], answer.content, origin, answer.extra, tools)
+    (alone,) = encode_exchanges(chat, [exchange], limits.sequence)
+    if isinstance(alone, Refused):
+        return alone
+    keep_end = limits.too_long == "keep_end"
+    size = _size(alone)
+    if work.loss_on == "text" and chat.ending.trailer:
+        size += len(chat.codec.tokenize([chat.ending.trailer])[0])
+    room = limits.for_prompt(size)
+    if room <= 0:
+        detail = f"answer {_told(size, alone, limits)} tokens, max_length {limits.sequence}"
+        return Refused(ANSWER_BEYOND, detail)
+    reasons: list[str] = []
+    details: list[str] = []
+    answers = work.encoded(turns)
+    while not isinstance(answers, Refused):
+        over = _longest(answers) - limits.sequence
+        if over <= 0 if keep_end else reasons or alone.start <= room:
+            break
+        if reasons:  # one more token at the seam of prompt and answer
+            room -= over
+        cut = work.fit_prompt(turns[:last], room, by_text=keep_end)
+        if cut is None:
+            return Refused(NOTHING_LEFT, f"the template alone exceeds {room} tokens")
+        answers = work.encoded(cut[0] + turns[last:])
+        reasons = [cut[1] or "prompt cut"]
+        details = [f"prompt {_told(alone.start, alone, limits)} -> {work.prompt(cut[0])} tokens"]
+    if isinstance(answers, Refused):
+        return answers
+    if _longest(answers) > limits.sequence:
         reasons.append("answer cut")
-    cut_answers = tuple(answer.cut(length) for answer in answers)
-    return Fitted(cut_answers, " and ".join(reasons), ", ".join(details))
+        kept = limits.sequence - answers[-1].start
+        if work.loss_on == "answers":
+            details.append(f"answer {_told(size, alone, limits)} -> {kept} tokens")
+    return _cut(answers, limits.sequence, reasons, details)
 
 
-def fit_prompt(
-    chat: Chat, turns: tuple[Turn, ...], limit: int
-) -> tuple[tuple[Turn, ...], str] | None:
-    """The turns of a prompt within `limit` tokens and what was cut, or None if impossible.
-
-    The oldest exchanges go first, then the beginning of the last user turn. Only when the system
-    turn leaves no room at all, its end is cut so that the question keeps up to half the limit.
-    """
-    reasons = []
-
-    def excess() -> int:
-        return _prompt_tokens(chat, turns) - limit
-
-    while excess() > 0 and sum(turn.role == "user" for turn in turns) > 1:
-        turns = _without_oldest(turns)
-        reasons = ["old turns dropped"]
-    if excess() <= 0:
-        return turns, " and ".join(reasons)
-    question = turns[-1]
-    shortened = _cut_turn(chat, turns, len(turns) - 1, limit, keep_end=True)
-    if shortened is None and turns[0].role == "system":
-        question_tokens = chat.codec.spans(question.content)
-        room = limit - min(len(question_tokens), limit // 2)
-        bare: tuple[Turn, ...] = (turns[0], replace(question, content=""))
-        bare = _cut_turn(chat, bare, 0, room, keep_end=False) or bare
-        turns = (bare[0], question)
-        reasons.append("system turn cut")
-        if excess() <= 0:
-            return turns, " and ".join(reasons)
-        shortened = _cut_turn(chat, turns, 1, limit, keep_end=True)
-    if shortened is None:
-        return None
-    return shortened, " and ".join([*reasons, "prompt cut"])
-
-
-def _cut_turn(
-    chat: Chat, turns: tuple[Turn, ...], index: int, limit: int, *, keep_end: bool
-) -> tuple[Turn, ...] | None:
-    """Shorten one turn's text at its beginning (or end) until the prompt fits; None if it can't.
-
-    Cuts fall between tokens of the text; the prompt is rendered anew each time, so that headers
-    stay whole and counts are those of the real prompt.
-    """
-    text = turns[index].content
-    spans = chat.codec.spans(text)
-    gone = 0
-    while True:
-        over = _prompt_tokens(chat, turns) - limit
-        if over <= 0:
-            return turns if turns[index].content.strip() else None
-        gone += over
-        if gone >= len(spans):
-            return None
-        kept = text[spans[gone][0] :] if keep_end else text[: spans[len(spans) - 1 - gone][1]]
-        turns = (*turns[:index], replace(turns[index], content=kept), *turns[index + 1 :])
+def _fit_pair_prompt(
+    chat: Chat, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
+) -> Fitted | Refused:
+    """Cut the one prompt of both answers, then (unless they stay whole) the answers' ends."""
+    before = answers
+    sizes = [_size(answer) for answer in answers]
+    room = limits.for_prompt(max(sizes))
+    keep_end = limits.too_long == "keep_end"
+    if room <= 0:
+        longest = max(answers, key=_size)
+        told = _told(max(sizes), longest, limits)
+        return Refused(ANSWER_BEYOND, f"answer {told} tokens, max_length {limits.sequence}")
+    reasons: list[str] = []
+    details: list[str] = []
+    while answers[0].start > room or (keep_end and _longest(answers) > limits.sequence):
+        if reasons:  # one more token at the seam of prompt and answer
+            room -= max(1, _longest(answers) - limits.sequence)
+        if limits.too_long == "keep_start" and limits.prompt is None:
+            return Refused(NOTHING_LEFT, f"the prompt alone fills {limits.sequence} tokens")
+        cut = fit_prompt(chat, pair.prompt, room, tools=pair.tools, by_text=_by_text(limits))
+        if cut is None:
+            return Refused(NOTHING_LEFT, f"the template alone exceeds {room} tokens")
+        shortened = replace(pair, prompt=cut[0])
+        again = _all_encoded(encode_exchanges(chat, pair_exchanges(shortened), limits.sequence))
+        if isinstance(again, Refused):
+            return again
+        answers = again
+        told = _told(before[0].start, before[0], limits)
+        reasons = [cut[1]]
+        details = [f"prompt {told} -> {answers[0].start} tokens"]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if len(answer.ids) > limits.sequence:
+            told = _told(_size(answer), answer, limits)
+            details.append(f"{name} {told} -> {limits.sequence - answer.start} tokens")
+    if _longest(answers) > limits.sequence:
+        reasons.append("answer cut")
+    return _cut(answers, limits.sequence, reasons, details)
 
 
-def _prompt_tokens(chat: Chat, turns: tuple[Turn, ...]) -> int:
-    return len(chat.codec.tokenize([chat.codec.render(turns, prompt=True)])[0])
+def _by_text(limits: Limits) -> bool:
+    """Whether old exchanges lose only as much text as must go, and not all of theirs."""
+    return limits.too_long != "drop_old_turns"
 
 
-def _without_oldest(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns without the first user turn and its answer."""
-    start = 1 if turns[0].role == "system" else 0
-    return turns[:start] + turns[start + 2 :]
+def _cut(
+    answers: Sequence[Encoded], length: int, reasons: Sequence[str], details: Sequence[str]
+) -> Fitted:
+    kept = tuple(answer.cut(length) for answer in answers)
+    return Fitted(kept, " and ".join(reasons), ", ".join(details))
 
 
-def _exchanges(turns: tuple[Turn, ...]) -> int:
-    return sum(turn.role == "user" for turn in turns)
+def _told(tokens: int, answer: Encoded, limits: Limits) -> str:
+    """A count for messages; of a text that was not tokenised whole only a bound is known."""
+    if answer.whole or tokens <= limits.sequence:
+        return str(tokens)
+    return f"over {limits.sequence}"
+
+
+def _sequence(answers: Sequence[Encoded], limits: Limits) -> str:
+    longest = max(answers, key=lambda answer: len(answer.ids))
+    return _told(len(longest.ids), longest, limits)
 
 
 def _all_encoded(encoded: Sequence[Encoded | Refused]) -> tuple[Encoded, ...] | Refused:

@@ -14,6 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
 Role = Literal["system", "user", "assistant", "tool"]
+TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 ENGINES = ("auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 
@@ -148,6 +149,11 @@ class Training(Section):
         default=2048,
         description="Tokens of a whole sequence; an answer is cut there, without an end token.",
     )
+    too_long: TooLong = Field(
+        default="drop_old_turns",
+        description="What a record beyond `max_length` loses: everything, its end, its beginning "
+        "after the system turn, or its oldest turns first.",
+    )
     max_prompt_length: Positive | None = Field(
         default=None,
         description="Tokens of the prompt; its oldest text after the system turn goes first.",
@@ -193,6 +199,10 @@ class Training(Section):
 class Sft(Training):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
+    loss_on: Literal["answers", "text"] = Field(
+        default="answers",
+        description="What is trained: the assistant's answers, or every token of the text.",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=1e-4, description="The peak learning rate."
     )

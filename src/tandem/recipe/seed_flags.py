@@ -41,6 +41,8 @@ _SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _ATTENTION = ("auto", "segments", "varlen", "dense", "padded")
 
+_TOO_LONG = ("drop", "keep_start", "keep_end", "drop_old_turns")
+
 DEVICES = ("auto", "cpu", "cuda", "hpu", "xpu", "mps")
 
 FLAGS: tuple[Flag, ...] = (
@@ -73,6 +75,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("max_length", int, "tokens of a whole sequence"),
     Flag("max_seq_length", int, "another name of --max_length", stages=("sft",)),
     Flag("max_prompt_length", int, "tokens of the prompt", key="max_prompt_length"),
+    Flag("too_long", str, "what a longer record loses", choices=_TOO_LONG, key="too_long"),
+    Flag("loss_on", str, "what is trained", ("sft",), choices=("answers", "text"), key="loss_on"),
     Flag("beta", float, "how strongly the policy is held to the reference", ("dpo",), key="beta"),
     Flag("gradient_checkpointing", boolean, "less memory, more time", key="gradient_checkpointing"),
     Flag("logging_steps", int, "steps between lines of metrics", key="logging_steps"),

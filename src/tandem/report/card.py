@@ -21,7 +21,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What a reader of the card wants to know of a training stage, in this order.
 _SETTINGS = (
     "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
-    "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length", "lora",
+    "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length",
+    "too_long", "loss_on", "lora",
 )  # fmt: skip
 
 

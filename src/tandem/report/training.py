@@ -157,6 +157,9 @@ def lengths(stage: StageFacts) -> list[Figure]:
         ("sequence", "Sequence lengths", "max_length", "blue"),
         ("prompt", "Prompt lengths", "max_prompt_length", "violet"),
     ):
+        # Of a text that is trained whole, no part is a prompt.
+        if key == "prompt" and find_key(stage.manifest.get("inputs"), "loss_on") == "text":
+            continue
         raw = mapping(stage.summary.get("lengths")).get(key)
         values = [float(v) for v in raw if is_number(v)] if isinstance(raw, list) else []
         limit = find_key(stage.manifest.get("inputs"), limit_key)

@@ -126,6 +126,9 @@ def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> li
             )
         for conversation in read_conversations([source], ledger):
             turns = conversation.turns
+            if conversation.tools or any(turn.extra or turn.role == "tool" for turn in turns):
+                ledger.dropped(conversation.origin, "pairs are not made of exchanges with tools")
+                continue
             end = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
             prompts.append(Prompt(turns[:end], turns[end].content, (), conversation.origin))
     return prompts

@@ -50,6 +50,7 @@ def prepared_records(
         template=template,
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
+        too_long=settings.too_long,
         on_bad_record=settings.on_bad_record,
         ledger=ledger,
         store=EncodedStore(lambda text: say(console, f"{name}: {text}")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def run_sft(
 
     See `training.run_training` for what is resumed, recognised and refused.
     """
-    kind = StageKind("sft", prepare_conversations, _objective, dropout=True, warnings=_warnings)
+    prepare = partial(prepare_conversations, loss_on=settings.loss_on)
+    kind = StageKind("sft", prepare, _objective, dropout=True, warnings=_warnings)
     return run_training(
         kind,
         model=model,

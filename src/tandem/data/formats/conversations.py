@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.data.formats.rows import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
@@ -9,6 +11,7 @@ from tandem.data.formats.turns import (
     check_order,
     instruction_in,
     prompt_in,
+    tools_in,
     turns_in,
 )
 from tandem.data.records import Conversation, Origin, Turn
@@ -32,7 +35,7 @@ def read_alpaca(fields: Fields, origin: Origin) -> list[Conversation]:
 def read_completion(fields: Fields, origin: Origin) -> list[Conversation]:
     """`prompt` and `completion`, texts or messages."""
     prompt, answer = answer_in(fields, "completion", prompt_in(fields))
-    return [_answered(prompt, answer, origin)]
+    return [replace(_answered(prompt, answer, origin), tools=tools_in(fields))]
 
 
 def _answered(prompt: tuple[Turn, ...], answer: str, origin: Origin) -> Conversation:
@@ -45,12 +48,10 @@ def _conversation(
     fields: Fields, key: str, origin: Origin, role_key: str, text_key: str
 ) -> Conversation:
     turns = after_system(fields, turns_in(fields.get(key), key, role_key, text_key))
-    # Nothing after the last trained answer can influence training.
-    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-    if not any(turn.role == "assistant" for turn in turns):
+    # Nothing after the last answer can influence training.
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answers:
         raise Unusable("no assistant turn")
-    if not trained:
-        raise Unusable("every answer has weight 0")
-    turns = turns[: trained[-1] + 1]
+    turns = turns[: answers[-1] + 1]
     check_order(turns)
-    return Conversation(turns, origin)
+    return Conversation(turns, origin, tools_in(fields))

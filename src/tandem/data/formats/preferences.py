@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.data.formats.rows import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
@@ -11,6 +13,8 @@ from tandem.data.formats.turns import (
     instruction_in,
     prompt_in,
     prompt_of,
+    said,
+    tools_in,
     turns_in,
 )
 from tandem.data.records import Origin, PreferencePair, Turn
@@ -43,7 +47,8 @@ def read_implicit_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     chosen, rejected = (dialogue_in(fields, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("chosen and rejected follow different prompts")
-    return [pair(chosen[:-1], chosen[-1].content, rejected[-1].content, origin)]
+    found = pair(chosen[:-1], said(chosen[-1]), said(rejected[-1]), origin)
+    return [replace(found, tools=tools_in(fields))]
 
 
 def pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
@@ -61,4 +66,4 @@ def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> Pref
     rejected_prompt, rejected = answer_in(fields, "rejected", turns)
     if chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected follow different prompts")
-    return pair(chosen_prompt, chosen, rejected, origin)
+    return replace(pair(chosen_prompt, chosen, rejected, origin), tools=tools_in(fields))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from tandem.data.calls import Malformed, read_calls, read_result, read_tools
 from tandem.data.formats.rows import Fields, Unusable, sound, text
 from tandem.data.records import Role, Turn
 
@@ -15,6 +16,18 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# Which turn may follow which; a `call` is an assistant's turn that calls tools.
+_NEXT = {
+    "": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
 }
 
 # How Anthropic's HH-RLHF marks who speaks.
@@ -86,9 +99,9 @@ def instruction_in(fields: Fields) -> tuple[Turn, ...]:
 
 def _exchange(pair: object) -> tuple[Turn, Turn]:
     if isinstance(pair, list | tuple) and len(pair) == 2:
-        asked, said = pair
-        if isinstance(asked, str) and isinstance(said, str):
-            return Turn("user", sound(asked)), Turn("assistant", sound(said))
+        asked, answered = pair
+        if isinstance(asked, str) and isinstance(answered, str):
+            return Turn("user", sound(asked)), Turn("assistant", sound(answered))
     raise Unusable("`history` is not a list of question and answer")
 
 
@@ -110,7 +123,22 @@ def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple
     shorter, longer = sorted((before, prompt), key=len)
     if shorter and longer[-len(shorter) :] != shorter:
         raise Unusable(f"`{key}` repeats another prompt than `prompt`")
-    return longer, turns[-1].content
+    return longer, said(turns[-1])
+
+
+def said(answer: Turn) -> str:
+    """The text of an answer that stands beside a prompt; only conversations hold tool calls."""
+    if answer.calls:
+        raise Unusable("an answer that calls tools, outside of a conversation")
+    return answer.content
+
+
+def tools_in(fields: Fields) -> str:
+    """The functions in `tools`, see `calls`."""
+    try:
+        return read_tools(fields.get("tools"))
+    except Malformed as reason:
+        raise Unusable(str(reason)) from reason
 
 
 def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
@@ -128,20 +156,25 @@ def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
 
 
 def check_order(turns: tuple[Turn, ...]) -> None:
-    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts."""
+    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts.
+
+    An assistant that calls tools is followed by their results, and those by an assistant.
+    """
     spoken = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(spoken):
-        if turn.role != ("user", "assistant")[index % 2]:
+    before = ""
+    for turn in spoken:
+        if turn.role not in _NEXT[before]:
             order = " ".join(t.role for t in turns)
             if turn.role == "system" and len(spoken) < len(turns):
                 raise Unusable("more than one system turn", order)
             raise Unusable("roles out of order", order)
-        if not turn.content.strip():
+        before = "call" if turn.calls else turn.role
+        if not turn.content.strip() and turn.role != "tool" and not turn.calls:
             raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")
 
 
-def _transcript(said: str, key: str) -> tuple[Turn, ...]:
-    before, *parts = _SPEAKER.split(said)
+def _transcript(whole: str, key: str) -> tuple[Turn, ...]:
+    before, *parts = _SPEAKER.split(whole)
     if before.strip() or not parts:
         raise Unusable(f"`{key}` is neither messages nor a transcript (Human: ... Assistant: ...)")
     return tuple(
@@ -157,13 +190,23 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     if role_key not in item:
         other = ("role", "content") if role_key == "from" else ("from", "value")
         role_key, text_key = other if other[0] in item else (role_key, text_key)
-    role = known_role(str(item.get(role_key)))
+    name = str(item.get(role_key))
+    role = known_role(name)
     if role is None:
         raise Unusable("unknown role", f"{item.get(role_key)!r}")
-    content = item.get(text_key)
-    if content is None and role == "system":
+    content, extra = item.get(text_key), ""
+    try:
+        if name.lower() == "function_call":
+            content, extra = None, read_calls(content)
+        elif role == "assistant":
+            extra = read_calls(item.get("tool_calls"))
+        elif role == "tool":
+            extra = read_result(item)
+    except Malformed as reason:
+        raise Unusable(str(reason)) from reason
+    if content is None and (role == "system" or (role == "assistant" and extra)):
         content = ""
-    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item))
+    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item), extra)
 
 
 def _trained(item: Mapping[str, object]) -> bool:
