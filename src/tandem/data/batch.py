@@ -20,7 +20,7 @@ from tandem.data.encode import (
 from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
 from tandem.data.reading import OnBadRecord, records_of
-from tandem.data.records import Conversation, PreferencePair, Tree
+from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
 from tandem.data.truncate import Fitted, Limits, fit_conversation, fit_pair, trained_exchanges
 
 
@@ -52,7 +52,7 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     records = [one for one in found if not isinstance(one, Entry)]
     exchanges = [_exchanges(record) for record in records]
     encoded = iter(encode_exchanges(chat, [one for some in exchanges for one in some]))
-    trees = []
+    trees, prompts = [], []
     for record, own in zip(records, exchanges, strict=True):
         fitted = _fit(chat, record, list(islice(encoded, len(own))), plan.limits)
         if isinstance(fitted, Refused):
@@ -61,8 +61,9 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
         if fitted.reason:
             entries.append(Entry.truncated(record.origin, fitted.reason, fitted.detail))
         trees.append(_tree(record, fitted.encoded))
+        prompts.append(prompt_key(record))
     entries.sort(key=lambda entry: entry.row)
-    return Batch(chunk.file, to_columns(trees), tuple(entries))
+    return Batch(chunk.file, to_columns(trees, prompts), tuple(entries))
 
 
 def _exchanges(record: Conversation | PreferencePair) -> list[Exchange]:

@@ -12,7 +12,7 @@ from tandem.data.codec import CodecParts
 from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_path
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries.
-_ENCODER = 1
+_ENCODER = 2
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:

@@ -32,12 +32,16 @@ _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """A data set to read: a file, a folder or a Hub id, and which part of it."""
+    """A data set to read: a file, a folder or a Hub id, and which part of it.
+
+    `weight` is how often an epoch shows each of its records.
+    """
 
     path: str
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
+    weight: float = 1.0
 
 
 def looks_like_path(text: str) -> bool:

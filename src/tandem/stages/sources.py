@@ -26,7 +26,8 @@ def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> 
             from tandem.demo.embedded import materialise
 
             path = str(materialise(path, run_folder / "data", seed))
-        specs.append(SourceSpec(path, source.split, source.subset, source.revision))
+        spec = SourceSpec(path, source.split, source.subset, source.revision, weight=source.weight)
+        specs.append(spec)
     return specs
 
 
@@ -34,7 +35,9 @@ def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
     """What the data is: hashes of local files; name, subset, split and revision on the Hub."""
     found: list[dict[str, Any]] = []
     for spec in specs:
-        where = {"split": spec.split, "subset": spec.subset}
+        where: dict[str, Any] = {"split": spec.split, "subset": spec.subset}
+        if spec.weight != 1.0:
+            where["weight"] = spec.weight
         if looks_like_path(spec.path):
             found.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
         else:

@@ -26,6 +26,9 @@ _SHOWN = (
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", ".3f"),
     ("rewards/accuracies", "accuracy", ".2f"),
+    ("eval_loss", "held-out loss", ".4f"),
+    ("eval_rewards/margins", "held-out margin", ".3f"),
+    ("eval_rewards/accuracies", "held-out accuracy", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
 )
 
@@ -64,6 +67,15 @@ class StageProgress:
             self._bar.update(self._task, completed=step, metrics=_metrics(self._shown))
         elif metrics:
             self._console.print(Text(self._line(step)), soft_wrap=True)
+
+    def scored(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say how held-out records scored after that many steps."""
+        self._shown.update(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, metrics=_metrics(self._shown))
+        else:
+            text = f"{self._title}: step {step}/{self._total}  {_metrics(metrics)}"
+            self._console.print(Text(text), soft_wrap=True)
 
     def __exit__(
         self,
