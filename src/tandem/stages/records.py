@@ -49,6 +49,10 @@ class Records:
         if self.held_out is not None and self.held_out.ledger is not None:
             self.held_out.ledger.write()
 
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the scores should know, as said before the first step."""
+        return () if self.held_out is None else self.held_out.warnings
+
     def identity(self) -> str:
         """One hash of all records, trained on or held out."""
         held_out = "" if self.held_out is None else examples_hash(self.held_out.trees)
@@ -95,13 +99,13 @@ def stage_records(
         settings, read, ledger,
         seed=seed, prepare=lambda: prepared(held_out, held_out=True), tell=tell,
     )  # fmt: skip
-    for warning in held.warnings if held is not None else ():
-        say(console, f"{name}: {warning}", style="yellow")
     parts = parts_of(trees, sources)
-    mixture = mixture_facts(parts, sources)
-    if line := in_one_line(mixture):
+    records = Records(trees, ledger, parts, mixture_facts(parts, sources), held)
+    for warning in records.warnings():
+        say(console, f"{name}: {warning}", style="yellow")
+    if line := in_one_line(records.mixture):
         tell(line)
-    return Records(trees, ledger, parts, mixture, held)
+    return records
 
 
 def prepared_records(

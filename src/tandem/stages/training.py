@@ -42,9 +42,9 @@ from tandem.stages.validation import (
     best_by,
     held_out_sources,
     kept_in_words,
+    kept_warnings,
     scored_every,
     validation_summary,
-    validation_warnings,
 )
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
@@ -399,7 +399,7 @@ class _Stage:
         )
         warnings = [
             *self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl")),
-            *validation_warnings(self.settings, records.held_out, progress),
+            *kept_warnings(self.settings, progress),
         ]
         for warning in warnings:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
@@ -412,7 +412,7 @@ class _Stage:
             "reference_seconds": sum(each.reference_seconds for each in made),
             "reference_computed": sum(each.reference_computed for each in made),
             "peak_memory_bytes": self.engine.device.peak_memory(),
-            "warnings": warnings,
+            "warnings": [*records.warnings(), *warnings],
             "dtype": self.engine.device.dtype_name,
             "quantization": self.runtime.quantization,
             "ledger": records.ledger.summary(),

@@ -141,14 +141,11 @@ def validation_summary(
     }
 
 
-def validation_warnings(
-    settings: Training, held_out: HeldOut | None, progress: Progress
-) -> list[str]:
-    """What a user should know about held-out records and the adapter that was kept."""
-    found = [] if held_out is None else list(held_out.warnings)
+def kept_warnings(settings: Training, progress: Progress) -> list[str]:
+    """What a user should know about the adapter that was kept."""
     if settings.keep == "best" and progress.best_step == 0:
-        found.append(
+        return [
             f"no score after training is better than the {settings.best_metric} before it, so the "
             "adapter that is kept changes nothing: lower the learning rate, or look at the data"
-        )
-    return found
+        ]
+    return []
