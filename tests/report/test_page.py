@@ -169,7 +169,7 @@ def test_held_out_scores_stand_beside_the_training_curve(tmp_path: Path) -> None
     sft_stage(tmp_path / "scored", scored=True)
     sft_stage(tmp_path / "plain")
     scored, plain = (write_report(tmp_path / name).read_text() for name in ("scored", "plain"))
-    assert "held-out loss 0.5200, step 80" in scored
+    assert "held-out loss 0.520, step 80" in scored
     assert "held-out" not in plain
     found = dict(tiles(read_run(tmp_path / "scored").stages[0]))
     assert found["held-out records"] == "80"

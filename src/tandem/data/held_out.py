@@ -13,8 +13,8 @@ from tandem.errors import UserError
 def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which records are held out, [n]: about a fraction of them, whole prompts at a time.
 
-    Prompts are taken in the order of a seeded hash until the fraction, rounded to whole records
-    and at least one, is reached; one with more records than are still wanted is passed over.
+    Prompts are taken in the order of a seeded hash until the fraction, rounded to whole records,
+    at least one and not all, is reached; one with more records than are still wanted is passed over.
     So the choice depends on the prompts and the seed, not on the records' order.
 
     Args:
@@ -22,20 +22,20 @@ def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> 
         fraction: of the records, between 0 and 1.
         seed: gives another choice.
 
-    Raises UserError when that leaves nothing to train on or nothing to score.
+    Raises UserError when no prompt can be held out.
     """
     distinct, numbers, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    wanted = max(1, round(fraction * len(prompts)))
+    wanted = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     key = seed.to_bytes(8, "little")
     hashes = [hashlib.blake2b(p.tobytes(), key=key, digest_size=8).digest() for p in distinct]
     held = np.zeros(len(distinct), dtype=np.bool_)
     for prompt in sorted(range(len(distinct)), key=hashes.__getitem__):
-        if counts[prompt] <= wanted and not held.all():
+        if counts[prompt] <= wanted:
             held[prompt] = True
             wanted -= int(counts[prompt])
         if not wanted:
             break
-    if not held.any() or held.all():
+    if not held.any():
         raise UserError(
             f"validation.fraction {fraction:g}: {len(prompts)} records with {len(distinct)} "
             "different prompts cannot be divided so that no prompt is in both parts. Name held-out "

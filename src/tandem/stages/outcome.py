@@ -77,3 +77,11 @@ def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
 def examples_hash(trees: Trees) -> str:
     """One hash of everything that is trained on: token ids and targets."""
     return hash_bytes(trees.branches.tobytes(), *trees.all_digests())
+
+
+def packing_in_words(summary: Mapping[str, Any]) -> str:
+    """How well the work was packed and dealt."""
+    text = f"micro-batches {summary['fill']:.0%} full"
+    if summary["processes"] > 1:
+        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
+    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,28 +32,26 @@ from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
-from tandem.stages.outcome import save_adapter_folder, training_summary
+from tandem.stages.outcome import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.placement import in_words, start_engine
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.shapes import declared_shapes
 from tandem.stages.sources import source_specs
+from tandem.stages.steps import take_steps
 from tandem.stages.validation import (
-    best_by,
     held_out_sources,
     kept_in_words,
     kept_warnings,
-    scored_every,
     validation_summary,
 )
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
-from tandem.train.held_out import HeldOutScores, best_adapters
+from tandem.train.held_out import best_adapters
 from tandem.train.launch import launched
-from tandem.train.loop import Schedule, Training
 from tandem.train.memory import TokenBudget
-from tandem.train.optim import make_optimizer, make_schedule, warmup
+from tandem.train.optim import make_optimizer
 from tandem.train.processes import join
 from tandem.train.progress import StageProgress, say
 from tandem.train.runtime import Runtime
@@ -186,7 +184,15 @@ class _Stage:
         if records.held_out is not None:
             held_out_start = replace(start, trees=records.held_out.trees, what="held-out ")
             made.append(self.kind.make_objective(held_out_start))
-        progress = self._train(records, model, made, budget, progress, total)
+        with StageProgress(
+            self.console, self.kind.name, total_steps=total, start_step=progress.step
+        ) as display:
+            progress = take_steps(
+                engine, model, records, [each.objective for each in made], settings,
+                dropout=self.kind.dropout, attention_weight=attention_weight(self.config),
+                budget=budget, seed=self.seed, folder=self.folder, checkpoints=self._checkpoints(),
+                progress=progress, total=total, display=display,
+            )  # fmt: skip
         trained = engine.strategy.trained()
         processes.main(
             lambda: self._finish(model, trained, records, made, progress, schedule, compiled)
@@ -313,75 +319,6 @@ class _Stage:
             )
         )  # fmt: skip
 
-    def _train(
-        self,
-        records: Records,
-        model: Any,
-        made: Sequence[Made],
-        budget: TokenBudget,
-        progress: Progress,
-        total: int,
-    ) -> Progress:
-        s = self.settings
-        schedule = Schedule(
-            total_steps=total,
-            batch_size=s.batch_size,
-            seed=self.seed,
-            attention_weight=attention_weight(self.config),
-            logging_steps=s.logging_steps,
-            save_steps=s.save_steps or max(1, -(-total // 10)),
-            parts=records.parts,
-        )
-        warmup_steps = warmup(total, steps=s.warmup_steps, ratio=s.warmup_ratio)
-        with StageProgress(
-            self.console, self.kind.name, total_steps=total, start_step=progress.step
-        ) as display:
-            return Training(
-                engine=self.engine,
-                model=model,
-                trees=records.trees,
-                objective=made[0].objective,
-                learning_rate=make_schedule(
-                    s.lr_scheduler,
-                    learning_rate=s.learning_rate,
-                    warmup_steps=warmup_steps,
-                    total_steps=total,
-                ),
-                schedule=schedule,
-                budget=budget,
-                dropout=self.kind.dropout and s.lora.dropout > 0,
-                folder=self.folder,
-                checkpoints=self._checkpoints(),
-                progress=progress,
-                advance=display.advance,
-                held_out=self._held_out(records, model, made, budget, total, display.scored),
-            ).run()
-
-    def _held_out(
-        self,
-        records: Records,
-        model: Any,
-        made: Sequence[Made],
-        budget: TokenBudget,
-        total: int,
-        show: Callable[[int, dict[str, float]], None],
-    ) -> HeldOutScores | None:
-        if records.held_out is None:
-            return None
-        return HeldOutScores(
-            engine=self.engine,
-            model=model,
-            trees=records.held_out.trees,
-            objective=made[1].objective,
-            budget=budget,
-            attention_weight=attention_weight(self.config),
-            every=scored_every(self.settings, total),
-            folder=self.folder,
-            best=best_by(self.settings),
-            checkpoints=self._checkpoints(),
-            show=show,
-        )
-
     def _finish(
         self,
         model: Any,
@@ -428,13 +365,5 @@ class _Stage:
             self._tell(words)
         self._tell(
             f"{progress.step} steps, {progress.examples} examples in {progress.seconds:.1f} s, "
-            f"{_packing(summary)} -> {self.folder}"
+            f"{packing_in_words(summary)} -> {self.folder}"
         )
-
-
-def _packing(summary: dict[str, Any]) -> str:
-    """How well the work was packed and dealt, in words."""
-    text = f"micro-batches {summary['fill']:.0%} full"
-    if summary["processes"] > 1:
-        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
-    return text
