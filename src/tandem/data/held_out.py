@@ -14,8 +14,8 @@ def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> 
     """Which records are held out, [n]: about a fraction of them, whole prompts at a time.
 
     Prompts are taken in the order of a seeded hash until the fraction, rounded to whole records,
-    at least one and not all, is reached; one with more records than are still wanted is passed over.
-    So the choice depends on the prompts and the seed, not on the records' order.
+    at least one and not all, is reached; one with more records than are still wanted is passed
+    over. So the choice depends on the prompts and the seed, not on the order of the records.
 
     Args:
         prompts: `records.prompt_key` of each record.
