@@ -28,7 +28,10 @@ def as_trees(trees: list[Tree]) -> Trees:
     """The same records as a training run holds them."""
     c = to_columns(trees)
     files = np.zeros(len(trees), dtype=np.int32)
-    index = Index(c.parts, c.lengths, c.targets, c.fed, c.rows, files, (trees[0].origin.file,))
+    names = (trees[0].origin.file,)
+    index = Index(
+        c.parts, c.lengths, c.targets, c.fed, c.rows, files, c.prompts, names, (len(trees),)
+    )
     packed = np.packbits(c.trained)
     return Trees(index, Bytes(c.ids.tobytes()), Bytes(packed.tobytes()), Bytes(c.digests.tobytes()))
 

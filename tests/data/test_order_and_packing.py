@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tandem.data.collate import fed_tokens
+from tandem.data.collate import fed_tokens, record_key
 from tandem.data.ledger import Ledger
-from tandem.data.order import steps, total_steps
+from tandem.data.order import Part, epoch_size, epochs_after, steps, total_steps
 from tandem.data.packing import deal, pack, plan_step, tree_cost
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Branch, Origin, Tree
@@ -151,3 +154,78 @@ def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
         assert plan.micro_batches <= bound + 1
         # With as many micro-batches as the bound they cannot be fuller; one more costs its share.
         assert plan.fill > 0.97 * sum(tokens) / budget / ranks / (bound + 1)
+
+
+PARTS = (Part(7, 0.5), Part(4), Part(5, 2.25), Part(0, 3.0), Part(3, 0.1))
+
+
+def test_weights_of_one_change_nothing() -> None:
+    plain = list(steps(12, 5, seed=4, count=20))
+    assert list(steps(12, 5, seed=4, count=20, parts=(Part(5), Part(7)))) == plain
+    assert total_steps(12, 5, epochs=2.5, parts=(Part(5), Part(7))) == 8
+
+
+def test_after_any_epochs_every_record_came_as_often_as_its_weight_says() -> None:
+    count = total_steps(19, 4, epochs=41, parts=PARTS)
+    seen = Counter[int]()
+    weights = [part.weight for part in PARTS for _ in range(part.examples)]
+    epochs = itertools.groupby(
+        steps(19, 4, seed=2, count=count, parts=PARTS), key=lambda step: step.epoch
+    )
+    for epoch, taken in epochs:
+        shown = [i for step in taken for i in step.examples]
+        assert len(shown) == epoch_size(19, PARTS, epoch)
+        seen.update(shown)
+        for index, weight in enumerate(weights):
+            exact = (epoch + 1) * Fraction(str(weight))
+            assert math.floor(exact) <= seen[index] <= math.ceil(exact)
+            assert shown.count(index) in (math.floor(weight), math.ceil(weight))
+    assert epoch == 40
+
+
+def test_half_a_source_is_another_half_every_epoch() -> None:
+    parts = (Part(10, 0.5),)
+    first, second, third = (
+        [i for step in steps(10, 5, seed=1, count=3, parts=parts) if step.epoch == epoch
+         for i in step.examples]
+        for epoch in range(3)
+    )  # fmt: skip
+    assert sorted(first + second) == list(range(10))
+    assert sorted(third) == sorted(first)
+    assert third != first
+    other = [i for step in steps(10, 5, seed=2, count=1, parts=parts) for i in step.examples]
+    assert sorted(other) != sorted(first)
+
+
+def test_weighted_steps_may_start_late_and_are_counted() -> None:
+    count = total_steps(19, 4, epochs=7.5, parts=PARTS)
+    whole = list(steps(19, 4, seed=1, count=count, parts=PARTS))
+    for start in range(count + 1):
+        assert list(steps(19, 4, seed=1, count=count, start=start, parts=PARTS)) == whole[start:]
+    assert whole[-1].epoch == 7
+    assert epochs_after(count, 19, 4, PARTS) >= 7.5
+    assert epochs_after(whole.index(next(s for s in whole if s.epoch == 3)), 19, 4, PARTS) == 3
+
+
+def test_an_epoch_that_shows_nothing_is_passed() -> None:
+    rare = (Part(2, 0.1),)
+    taken = list(steps(2, 4, seed=1, count=4, parts=rare))
+    assert [step.epoch for step in taken] == [0, 5, 10, 15]
+    assert Counter(i for step in taken for i in step.examples) == {0: 2, 1: 2}
+    assert [step.number for step in taken] == [0, 1, 2, 3]
+    assert total_steps(2, 4, epochs=1, parts=rare) == 1
+
+
+def test_copies_in_one_step_are_told_apart() -> None:
+    (step,) = steps(2, 9, seed=1, count=1, parts=(Part(2, 3.0),))
+    assert sorted(zip(step.examples, step.copies, strict=True)) == [
+        (i, copy) for i in (0, 1) for copy in (0, 1, 2)
+    ]
+    keys = {record_key(1, 2, i, copy) for i in range(5) for copy in range(3)}
+    assert len(keys) == 15
+    assert record_key(1, 2, 3) == record_key(1, 2, 3, 0)
+
+
+def test_parts_must_cover_the_examples() -> None:
+    with pytest.raises(ValueError, match="cover"):
+        next(steps(5, 2, seed=1, count=1, parts=(Part(4, 2.0),)))

@@ -96,9 +96,9 @@ def test_every_tree_and_count_is_that_of_the_record(
     direct: list[Tree] = []
     original = batch.to_columns
 
-    def watched(trees: list[Tree]) -> Any:
+    def watched(trees: list[Tree], prompts: list[int]) -> Any:
         direct.extend(trees)
-        return original(trees)
+        return original(trees, prompts)
 
     sources = [SourceSpec(str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
@@ -280,7 +280,7 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
     for number, key in enumerate("abcd"):
         with store.writing(key, names) as writer:
             writer.add(encode_batch(chat, plan, RowChunk(names[0], 1, rows), "messages"))
-            writer.finish({0: "messages"})
+            writer.finish({0: "messages"}, [1])
         os.utime(desk.folder / key, (number, number))
     found = store.find("b", names)
     oldest = store.trees("a", names)
@@ -330,7 +330,7 @@ def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> 
         for at in range(0, 39, size):
             chunk = RowChunk("f", size, tuple(rows[at : at + size]))
             writer.add(encode_batch(chat, plan, chunk, "orca_dpo_pairs"))
-        writer.finish({0: "orca_dpo_pairs"})
+        writer.finish({0: "orca_dpo_pairs"}, [39])
         results.append(list(writer.trees()))
     assert len(results[0]) == 39
     for other in results[1:]:

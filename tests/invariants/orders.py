@@ -29,7 +29,7 @@ from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
 from tandem.data.records import Tree
 from tandem.errors import TandemError
 from tandem.model.score import Scorer
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.recipe.schema import DataSource, Dpo, Lora, Sft, Validation
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import micro_batches, reference
@@ -72,6 +72,7 @@ class Order:
     data: str = ""
     seed: int = 1
     engine: str = "auto"
+    keep: str = ""  # last or best: records are held out and scored, too
 
 
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
@@ -109,6 +110,9 @@ def make_data(home: Path) -> None:
                 rejected = chosen[:8] + rejected
             row = {"question": words(2, 30), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps({"system": "", **row}) + "\n")
+    for kind in KINDS:
+        records = (home / f"{kind}.jsonl").read_text().splitlines(keepends=True)
+        (home / f"{kind}-held-out.jsonl").write_text("".join(records[:7]))
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (home / "other.jsonl").write_text("".join(lines[1:]))
 
@@ -219,9 +223,15 @@ def _engine(order: Order, home: Path) -> str:
     return str(home / order.engine) if order.engine.endswith(".json") else order.engine
 
 
+def _held_out(order: Order, data: Path) -> dict[str, Any]:
+    source = DataSource(path=str(data.with_name(f"{order.kind}-held-out.jsonl")))
+    return {"keep": order.keep, "validation": Validation(data=(source,), steps=2)}
+
+
 def _settings(order: Order, data: Path) -> Sft | Dpo:
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
+        **(_held_out(order, data) if order.keep else {}),
         "batch_size": 12 if order.kind == "sft" else 36,
         "max_steps": 4,
         "learning_rate": 1e-2,

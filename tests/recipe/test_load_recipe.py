@@ -267,3 +267,48 @@ def test_an_unknown_recipe_is_answered_with_the_shipped_ones(tmp_path: Path) -> 
     missing = str(tmp_path / "no.yaml")
     assert _message(missing) == f"{missing}: no such file"
     assert "a folder without a recipe.yaml" in _message(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sft.validation={}"], "set one of data, split and fraction"),
+        (["sft.validation={fraction: 0.1, split: test}"], "split and fraction are set; keep one"),
+        (["sft.validation.fraction=1"], "fraction"),
+        (["sft.keep=best"], "keep: best needs a validation section"),
+        (["sft.validation.fraction=0.1", "sft.keep=best", "sft.best_metric=margin"], "loss"),
+        (["dpo.best_metric=margin"], "best_metric margin has no effect without keep: best"),
+        (["sft.data={path: a.jsonl, weight: 0}"], "weight"),
+        (
+            ["sft.validation.data={path: a.jsonl, weight: 2}"],
+            "weight 2 of a.jsonl has no effect here",
+        ),
+        (
+            ["evaluate.questions={path: q.jsonl, weight: 0.5}"],
+            "weight 0.5 of q.jsonl has no effect here",
+        ),
+        (
+            ["pairs.prompts={path: p.jsonl, weight: 3}"],
+            "weight 3 of p.jsonl has no effect here",
+        ),
+    ],
+)
+def test_what_is_held_out_and_weighed_must_make_sense(
+    small: str, overrides: list[str], said: str
+) -> None:
+    assert said in _message(small, *overrides)
+
+
+def test_held_out_records_and_weights_as_a_recipe_says_them(small: str) -> None:
+    recipe = load_recipe(
+        small,
+        [
+            "dpo.validation={data: v.jsonl, steps: 5}", "dpo.keep=best", "dpo.best_metric=accuracy",
+            "sft.data=[{path: a.jsonl, weight: 0.5}, b.jsonl]", "sft.validation.split=test",
+        ],
+    )  # fmt: skip
+    assert recipe.dpo is not None
+    assert recipe.sft is not None
+    assert recipe.dpo.validation is not None
+    assert recipe.dpo.validation.data == (DataSource(path="v.jsonl"),)
+    assert [source.weight for source in recipe.sft.data] == [0.5, 1.0]

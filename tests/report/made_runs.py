@@ -76,7 +76,17 @@ def manifest(
     }
 
 
-def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
+def scores() -> list[dict[str, Any]]:
+    """Held-out scores that get worse in the end."""
+    return [
+        {"step": step, "epoch": step / 40, "eval_loss": loss, "eval_seconds": 0.5}
+        for step, loss in ((0, 3.61), (40, 0.71), (80, 0.52), (120, 0.58))
+    ]
+
+
+def sft_stage(
+    folder: Path, *, steps: int = 120, finished: bool = True, scored: bool = False
+) -> None:
     """A folder of supervised fine-tuning."""
     rng = random.Random(1)
     rows = []
@@ -102,6 +112,8 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
         manifest("sft", inputs, ["adapter_model.safetensors"], finished=finished),
     )
     write_lines(folder / "metrics.jsonl", rows)
+    if scored:
+        write_lines(folder / "validation.jsonl", scores())
     if not finished:
         return
     lengths = [max(14, round(rng.lognormvariate(4.1, 0.35))) for _ in range(640)]
@@ -114,6 +126,7 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
             "device": "cpu", "dtype": "float32", "fill": 0.874, "imbalance": 1.023,
             "processes": 2, "engine": "deepspeed-zero2",
             "lengths": {"sequence": lengths, "prompt": [round(n * 0.6) for n in lengths]},
+            **(_scored_summary() if scored else {}),
             "ledger": {
                 "read": 652, "trained": 640, "truncated": 9, "dropped": 12,
                 "reasons": {"answer cut at max_length": 9, "no assistant turn <b>": 12},
@@ -126,6 +139,15 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
         for i in range(1, 13)
     ]  # fmt: skip
     write_lines(folder / "data-ledger.jsonl", ledger)
+
+
+def _scored_summary() -> dict[str, Any]:
+    lines = scores()
+    return {
+        "validation": {"records": 80, "shared_prompts": 0, "first": lines[0], "last": lines[-1]},
+        "kept_step": 80,
+        "best_metric": "loss",
+    }
 
 
 def dpo_stage(folder: Path, *, steps: int = 60, fall: float = 0.4) -> None:

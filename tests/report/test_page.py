@@ -163,3 +163,15 @@ def test_how_several_processes_shared_the_work(tmp_path: Path) -> None:
     assert found["micro-batches"] == "87% full"
     assert found["engine"] == "deepspeed-zero2, 2 processes"
     assert found["busiest process"] == "2.3% above the mean"
+
+
+def test_held_out_scores_stand_beside_the_training_curve(tmp_path: Path) -> None:
+    sft_stage(tmp_path / "scored", scored=True)
+    sft_stage(tmp_path / "plain")
+    scored, plain = (write_report(tmp_path / name).read_text() for name in ("scored", "plain"))
+    assert "held-out loss 0.520, step 80" in scored
+    assert "held-out" not in plain
+    found = dict(tiles(read_run(tmp_path / "scored").stages[0]))
+    assert found["held-out records"] == "80"
+    assert found["held-out loss"] == "3.61 → 0.58"
+    assert found["kept"] == "step 80, best loss"

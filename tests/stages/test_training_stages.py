@@ -30,9 +30,9 @@ from tandem.train.runtime import Runtime
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 
 
-def settings(kind: str, data: Path, **changes: Any) -> Sft | Dpo:
+def settings(kind: str, file: Path, **changes: Any) -> Sft | Dpo:
     values: dict[str, Any] = {
-        "data": (DataSource(path=str(data)),),
+        "data": (DataSource(path=str(file)),),
         "batch_size": 5,
         "max_steps": 8,
         "learning_rate": 1e-2,

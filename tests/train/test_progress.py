@@ -34,6 +34,19 @@ def test_plain_lines_for_logged_steps_only() -> None:
     assert "left" not in lines[1]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_held_out_scores_have_lines_of_their_own(terminal: bool) -> None:
+    out = console(terminal)
+    with StageProgress(out, "sft", 4) as bar:
+        bar.scored(0, {"step": 0, "eval_loss": 1.25, "eval_rewards/accuracies": 0.5})
+        bar.advance(2, {"loss": 0.75})
+    assert "held-out loss 1.2500  held-out accuracy 0.50" in text(out)
+    if not terminal:
+        first, second = text(out).splitlines()
+        assert first.startswith("sft: step 0/4  held-out")
+        assert "held-out" not in second
+
+
 def test_terminal_shows_a_bar_from_the_resumed_step() -> None:
     out = console(True)
     with StageProgress(out, "dpo [x]", 10, start_step=5) as bar:

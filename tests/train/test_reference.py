@@ -79,7 +79,7 @@ def test_keys_of_trees_on_disk_are_those_of_their_sequences() -> None:
     ]
     writer = TreeWriter(None, ["f"])
     writer.add(Batch("f", to_columns(made), ()))
-    writer.finish({})
+    writer.finish({}, [3])
     for block in (range(0, 3), range(1, 3), range(1, 2)):
         assert _keys("x", writer.trees(), block) == _keys("x", made, block)
     whole = [[_key("x", sequence_digest(t.prefix, b)) for b in t.branches] for t in made]

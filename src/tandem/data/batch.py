@@ -22,7 +22,7 @@ from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
 from tandem.data.lighten import Light, lighten
 from tandem.data.reading import OnBadRecord, records_of
-from tandem.data.records import Conversation, PreferencePair, Tree
+from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
 from tandem.data.tools import in_form, suited
 from tandem.data.truncate import (
     Fitted,
@@ -67,7 +67,7 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     exchanges = [_exchanges(plan, light) for light in lights]
     wanted = [one for some in exchanges for one in some]
     encoded = iter(encode_exchanges(chat, wanted, plan.limits.sequence))
-    trees = []
+    trees, prompts = [], []
     for record, light, own in zip(records, lights, exchanges, strict=True):
         fitted = _fit(chat, plan, light, list(islice(encoded, len(own))))
         if isinstance(fitted, Refused):
@@ -76,8 +76,9 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
         if fitted.reason:
             entries.append(Entry.truncated(record.origin, fitted.reason, fitted.detail))
         trees.append(_tree(record, fitted.encoded))
+        prompts.append(prompt_key(record))
     entries.sort(key=lambda entry: entry.row)
-    return Batch(chunk.file, to_columns(trees), tuple(entries))
+    return Batch(chunk.file, to_columns(trees, prompts), tuple(entries))
 
 
 def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation | PreferencePair:

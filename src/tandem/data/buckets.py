@@ -57,7 +57,12 @@ class Buckets:
 
 
 def declare_buckets(
-    asked: Sequence[int] | Literal["auto", "max"], trees: Trees, *, budget: int, max_length: int
+    asked: Sequence[int] | Literal["auto", "max"],
+    trees: Trees,
+    *,
+    budget: int,
+    max_length: int,
+    held_out: Trees | None = None,
 ) -> Buckets:
     """The shapes of a run over these records.
 
@@ -68,13 +73,14 @@ def declare_buckets(
         trees: the run's records.
         budget: tokens of a micro-batch.
         max_length: tokens of a sequence.
+        held_out: records that are scored on the way.
 
     Raises UserError naming the record and the lengths when a record exceeds the largest that was
     asked for.
     """
-    fed = trees.fed
-    longest = int(fed.argmax())
-    most = int(fed[longest])
+    everything = [trees] if held_out is None else [trees, held_out]
+    longest = max((some[int(some.fed.argmax())] for some in everything), key=lambda tree: tree.fed)
+    most = longest.fed
     if asked == "auto":
         lengths = _halves(max(budget, most))
     elif asked == "max":
@@ -83,20 +89,23 @@ def declare_buckets(
         lengths = tuple(sorted(set(asked)))
         if most > lengths[-1]:
             raise UserError(
-                f"hpu.buckets: {trees[longest].origin} feeds {most} tokens at once, and the "
+                f"hpu.buckets: {longest.origin} feeds {most} tokens at once, and the "
                 f"lengths are {', '.join(map(str, lengths))}. Add a length of at least {most}, or "
                 "lower max_length."
             )
-    sequences = np.add.reduceat(trees.sequence_targets, _first_sequences(trees.branches))
-    targets = _densest(sequences, fed)
-    branches = int(trees.branches.max())
+    fed, branches, targets_of = (
+        np.concatenate([getattr(some, name) for some in everything])
+        for name in ("fed", "branches", "sequence_targets")
+    )
+    targets = _densest(np.add.reduceat(targets_of, _first_sequences(branches)), fed)
+    most_branches = int(branches.max())
     return Buckets(
         tuple(
             Bucket(
                 rows,
                 _aligned(math.ceil(targets * rows), _ALIGNED),
                 _aligned(
-                    math.ceil(_densest(trees.branches, fed) * rows), math.lcm(_ALIGNED, branches)
+                    math.ceil(_densest(branches, fed) * rows), math.lcm(_ALIGNED, most_branches)
                 ),
             )
             for rows in lengths

@@ -138,10 +138,13 @@ def without_sharing(tree: Tree) -> list[Tree]:
     ]
 
 
-def record_key(seed: int, step: int, example: int) -> int:
-    """A 64-bit number for one record in one step, from which its dropout masks are drawn."""
+def record_key(seed: int, step: int, example: int, copy: int = 0) -> int:
+    """A 64-bit number for one record in one step, from which its dropout masks are drawn.
+
+    `copy` counts from 0 where a step has the same record several times.
+    """
     key = np.zeros(1, dtype=np.uint64)
-    for part in (seed, step, example):
+    for part in (seed, step, example, copy) if copy else (seed, step, example):
         key = _mix(key ^ np.uint64(part))
     return int(key[0])
 

@@ -28,6 +28,7 @@ class Columns:
         fed: [n] int32, rows that each tree takes in a micro-batch.
         rows: [n] int64, each record's row in its file.
         digests: [S, 32] uint8, `sequence_digest` of each branch's sequence.
+        prompts: [n] uint64, `records.prompt_key` of each record.
     """
 
     ids: NDArray[np.int32]
@@ -38,10 +39,16 @@ class Columns:
     fed: NDArray[np.int32]
     rows: NDArray[np.int64]
     digests: NDArray[np.uint8]
+    prompts: NDArray[np.uint64]
 
 
-def to_columns(trees: Sequence[Tree]) -> Columns:
-    """The arrays of some trees."""
+def to_columns(trees: Sequence[Tree], prompts: Sequence[int] | None = None) -> Columns:
+    """The arrays of some trees.
+
+    Args:
+        trees: encoded records.
+        prompts: `records.prompt_key` of each; by default no two have the same.
+    """
     parts = [part for tree in trees for part in (tree.prefix, *tree.branches)]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
     trained = _joined([part.trained for part in parts], np.bool_)
@@ -59,6 +66,7 @@ def to_columns(trees: Sequence[Tree]) -> Columns:
         fed=np.array([tree.fed for tree in trees], dtype=np.int32),
         rows=np.array([tree.origin.row for tree in trees], dtype=np.int64),
         digests=np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        prompts=np.array(range(len(trees)) if prompts is None else prompts, dtype=np.uint64),
     )
 
 

@@ -43,8 +43,8 @@ class Entry:
 class Ledger:
     """Collects what happened to the records of a stage; `write` puts it on disk.
 
-    Every record is counted once as read, and ends up either trained (whole or truncated) or
-    dropped, so read = trained + dropped. With `path` None nothing is written.
+    Every record is counted once as read, and ends up either trained (whole or truncated), held out
+    or dropped, so read = trained + held out + dropped. With `path` None nothing is written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -52,10 +52,16 @@ class Ledger:
         self.entries: list[Entry] = []
         self.formats: dict[str, str] = {}
         self._trained = 0
+        self._held_out = 0
 
     def trained(self, count: int = 1) -> None:
         """Count records that are trained, truncated ones included."""
         self._trained += count
+
+    def hold_out(self, count: int) -> None:
+        """Take so many of the records that were counted as trained out of training."""
+        self._trained -= count
+        self._held_out += count
 
     def add(self, entries: Iterable[Entry], trained: int) -> None:
         """Note what became of some records, in reading order, and how many are trained."""
@@ -72,11 +78,12 @@ class Ledger:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many records were read, trained, truncated and dropped."""
+        """How many records were read, trained, held out (if any were), truncated and dropped."""
         outcomes = Counter(entry.outcome for entry in self.entries)
         return {
-            "read": self._trained + outcomes["dropped"],
+            "read": self._trained + self._held_out + outcomes["dropped"],
             "trained": self._trained,
+            **({"held_out": self._held_out} if self._held_out else {}),
             "truncated": outcomes["truncated"],
             "dropped": outcomes["dropped"],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -140,14 +141,24 @@ def _in_memory(way: _Way) -> Trees:
 def _fill(way: _Way, writer: TreeWriter) -> Ledger:
     """Encode everything into `writer`; the ledger returned has what became of each record."""
     ledger = Ledger(None)
-    chunks = formatted_chunks(way.sources, way.plan.kind, ledger, way.plan.on_bad_record)
-    for batch in _batches(way, chunks):
+    owners: deque[int] = deque()  # the source of each piece that has no batch yet
+    records = [0] * len(way.sources)
+
+    def chunks() -> Iterator[tuple[Chunk, str]]:
+        for number, source in enumerate(way.sources):
+            for chunk in formatted_chunks([source], way.plan.kind, ledger, way.plan.on_bad_record):
+                owners.append(number)
+                yield chunk
+
+    for batch in _batches(way, chunks()):
         writer.add(batch)
+        records[owners.popleft()] += len(batch.columns.parts)
         ledger.add(batch.entries, len(batch.columns.parts))
     if not writer.records:
         raise _nothing_left(way.sources, ledger)
     formats = [ledger.formats.get(source.path) for source in way.sources]
-    writer.finish({number: name for number, name in enumerate(formats) if name is not None})
+    known = {number: name for number, name in enumerate(formats) if name is not None}
+    writer.finish(known, records)
     return ledger
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +75,21 @@ class PreferencePair:
     rejected: str
     origin: Origin
     tools: str = ""
+
+
+def prompt_key(record: Conversation | PreferencePair) -> int:
+    """A 64-bit hash of a record's prompt, as it is before anything is cut.
+
+    A conversation's is everything before its first trained answer.
+    """
+    turns: Sequence[Turn]
+    if isinstance(record, PreferencePair):
+        turns = record.prompt
+    else:
+        answers = (i for i, t in enumerate(record.turns) if t.role == "assistant" and t.trained)
+        turns = record.turns[: next(answers, len(record.turns))]
+    text = json.dumps([record.tools, *([turn.role, turn.content, turn.extra] for turn in turns)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class SourceSpec:
         fields: keys of the format, each with the data's own name for it.
         roles: the data's own names of roles, each with the role it means.
         completions: which pairs scored answers make, `best_vs_worst` (also None) or `best_vs_rest`.
+        weight: how often an epoch shows each of the records.
     """
 
     path: str
@@ -47,6 +48,7 @@ class SourceSpec:
     fields: tuple[tuple[str, str], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
     completions: str | None = None
+    weight: float = 1.0
 
     @property
     def renaming(self) -> Renaming:

@@ -28,6 +28,7 @@ from tandem.data.trees import Bytes, Index, Trees
 # Everything an entry holds beside entry.json. Ids are little-endian, like everything here.
 _DTYPES = {
     "parts": "<i4", "lengths": "<i4", "targets": "<i4", "fed": "<i4", "rows": "<i8", "files": "<i4",
+    "prompts": "<u8",
 }  # fmt: skip
 _COLUMNS = (*_DTYPES, "ids", "trained", "digests")
 _LEDGER = "ledger"
@@ -61,6 +62,7 @@ class TreeWriter:
         }
         self._bits = np.zeros(0, dtype=np.bool_)
         self.records = 0
+        self._sources: tuple[int, ...] = ()
 
     def add(self, batch: Batch) -> None:
         """Append a batch's trees and ledger lines."""
@@ -73,20 +75,27 @@ class TreeWriter:
         self._put("files", np.full(count, self._numbers[batch.file]))
         self._put("ids", columns.ids.astype("<i4", copy=False))
         self._put("digests", columns.digests)
-        for name in ("parts", "lengths", "targets", "fed", "rows"):
+        for name in ("parts", "lengths", "targets", "fed", "rows", "prompts"):
             self._put(name, getattr(columns, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
             self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self.records += count
 
-    def finish(self, formats: dict[int, str]) -> None:
-        """Complete the columns; nothing may be added after that."""
+    def finish(self, formats: dict[int, str], sources: Sequence[int]) -> None:
+        """Complete the columns; nothing may be added after that.
+
+        Args:
+            formats: names of formats, by source.
+            sources: how many records each source gave.
+        """
+        self._sources = tuple(sources)
         self._put("trained", np.packbits(self._bits))
         self.close()
         if self._folder is not None:
             about = {
                 "records": self.records,
+                "sources": self._sources,
                 "formats": {str(source): name for source, name in formats.items()},
                 "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
             }
@@ -101,8 +110,9 @@ class TreeWriter:
         """What was added, of a writer to memory."""
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
-        index: Any = Index(**arrays, names=self._names)
-        return Trees(index, *(Bytes(memory[name]) for name in ("ids", "trained", "digests")))
+        index: Any = Index(**arrays, names=self._names, sources=self._sources)
+        ids, trained, digests = (Bytes(memory[name]) for name in ("ids", "trained", "digests"))
+        return Trees(index, ids, trained, digests)
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         dtype = _DTYPES.get(name)
@@ -131,7 +141,8 @@ class EncodedStore:
             for name in (*_COLUMNS, _LEDGER):
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
-            found = Found(_open(entry, names), _ledger_lines(entry, names), formats)
+            trees = _open(entry, names, about["sources"])
+            found = Found(trees, _ledger_lines(entry, names), formats)
             os.utime(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
@@ -152,17 +163,19 @@ class EncodedStore:
 
     def trees(self, key: str, names: Sequence[str]) -> Trees:
         """The trees of an entry that was just written."""
-        return _open(self.folder / key, names)
+        about = read_json(self.folder / key / "entry.json")
+        return _open(self.folder / key, names, about["sources"])
 
     def prune(self, key: str, limit_bytes: int = _BYTES_LIMIT) -> int:
         """Forget the longest unused entries beyond the limit, but not `key`'s; returns how many."""
         return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
 
 
-def _open(entry: Path, names: Sequence[str]) -> Trees:
+def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> Trees:
     arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
-    index: Any = Index(**arrays, names=tuple(names))
-    return Trees(index, *(Bytes(entry / name) for name in ("ids", "trained", "digests")))
+    index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources))
+    ids, trained, digests = (Bytes(entry / name) for name in ("ids", "trained", "digests"))
+    return Trees(index, ids, trained, digests)
 
 
 def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:

@@ -54,6 +54,7 @@ class Index:
     Attributes:
         files: [n] int32, the number of each record's file in `names`.
         names: the names of the files.
+        sources: how many records each data source gave, in reading order.
     """
 
     parts: NDArray[np.int32]
@@ -62,7 +63,9 @@ class Index:
     fed: NDArray[np.int32]
     rows: NDArray[np.int64]
     files: NDArray[np.int32]
+    prompts: NDArray[np.uint64]
     names: tuple[str, ...]
+    sources: tuple[int, ...]
 
 
 class Trees(Sequence[Tree]):
@@ -73,16 +76,30 @@ class Trees(Sequence[Tree]):
         ids: int32 tokens of all parts.
         trained: a bit a token, whether it is a target, most significant bit first.
         digests: `columns.sequence_digest` of each sequence.
+        chosen: the records of the index that these are, ascending; None: all.
     """
 
-    def __init__(self, index: Index, ids: Bytes, trained: Bytes, digests: Bytes) -> None:
+    def __init__(
+        self,
+        index: Index,
+        ids: Bytes,
+        trained: Bytes,
+        digests: Bytes,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
         self._index = index
         self._ids, self._trained, self._digests = ids, trained, digests
         self._first_part = _starts(index.parts)
         self._first_token = _starts(index.lengths)
+        self._chosen = np.arange(len(index.parts)) if chosen is None else chosen
+
+    def select(self, positions: NDArray[np.int64]) -> Trees:
+        """Some of these records, by ascending positions; they share the bytes."""
+        chosen = self._chosen[positions]
+        return Trees(self._index, self._ids, self._trained, self._digests, chosen)
 
     def __len__(self) -> int:
-        return len(self._index.parts)
+        return len(self._chosen)
 
     @overload
     def __getitem__(self, index: int) -> Tree: ...
@@ -101,12 +118,23 @@ class Trees(Sequence[Tree]):
     @property
     def fed(self) -> NDArray[np.int32]:
         """[n]: rows that each tree takes in a micro-batch."""
-        return self._index.fed
+        return self._index.fed[self._chosen]
 
     @property
     def branches(self) -> NDArray[np.int32]:
         """[n]: sequences of each tree."""
-        return self._index.parts - 1
+        return self._index.parts[self._chosen] - 1
+
+    @property
+    def prompts(self) -> NDArray[np.uint64]:
+        """[n]: `records.prompt_key` of each record."""
+        return self._index.prompts[self._chosen]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """How many of the records each data source gave; they lie in that order."""
+        ends = np.searchsorted(self._chosen, np.cumsum(self._index.sources, dtype=np.int64))
+        return tuple(np.diff(ends, prepend=0).tolist())
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
@@ -121,15 +149,22 @@ class Trees(Sequence[Tree]):
     @property
     def prompt_lengths(self) -> NDArray[np.int32]:
         """[n]: tokens of each tree's first sequence that are not trained."""
-        first = self._first_part[:-1] + 1 - np.arange(1, len(self) + 1)
+        first = _starts(self.branches)[:-1]
         return (self.sequence_lengths - self.sequence_targets)[first]
 
     def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
         """[S', 32]: digests of the sequences of trees `start` to `stop` - 1."""
+        chosen = self._chosen[start:stop]
+        if not len(chosen):
+            return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
+        first, last = int(chosen[0]), int(chosen[-1]) + 1
         # Each tree has one part that is no sequence.
-        bounds = [int(self._first_part[tree]) - tree for tree in (start, stop)]
+        bounds = [int(self._first_part[tree]) - tree for tree in (first, last)]
         found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
-        return np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        rows = np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        if last - first == len(chosen):
+            return rows
+        return rows[self._sequences_of(chosen, first, last)]
 
     def all_digests(self) -> Iterator[bytes]:
         """The digests of all sequences in order, in blocks."""
@@ -140,9 +175,19 @@ class Trees(Sequence[Tree]):
         prefix = per_part[self._first_part[:-1]]
         of_branches = np.ones(len(per_part), dtype=np.bool_)
         of_branches[self._first_part[:-1]] = False
-        return per_part[of_branches] + np.repeat(prefix, self.branches)
+        whole = per_part[of_branches] + np.repeat(prefix, self._index.parts - 1)
+        if len(self) == len(self._index.parts):
+            return whole
+        return whole[self._sequences_of(self._chosen, 0, len(self._index.parts))]
 
-    def _tree(self, number: int) -> Tree:
+    def _sequences_of(self, chosen: NDArray[np.int64], first: int, last: int) -> NDArray[np.bool_]:
+        """Which sequences of the index's trees `first` to `last` - 1 are of the chosen ones."""
+        member = np.zeros(last - first, dtype=np.bool_)
+        member[chosen - first] = True
+        return np.repeat(member, self._index.parts[first:last] - 1)
+
+    def _tree(self, position: int) -> Tree:
+        number = int(self._chosen[position])
         first, last = int(self._first_part[number]), int(self._first_part[number + 1])
         bounds = self._first_token[first : last + 1]
         start, stop = int(bounds[0]), int(bounds[-1])

@@ -11,7 +11,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from tandem.recipe.load import recipe_names
-from tandem.recipe.schema import DataSource, Dpo, Evaluate, Hpu, Lora, Merge, Pairs, Recipe, Sft
+from tandem.recipe.schema import (
+    DataSource,
+    Dpo,
+    Evaluate,
+    Hpu,
+    Lora,
+    Merge,
+    Pairs,
+    Recipe,
+    Sft,
+    Validation,
+)
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("recipe", Recipe),
@@ -19,6 +30,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("data", DataSource),
     ("sft", Sft),
     ("lora", Lora),
+    ("validation", Validation),
     ("merge", Merge),
     ("pairs", Pairs),
     ("dpo", Dpo),

@@ -80,9 +80,60 @@ class DataSource(Section):
         default=None,
         description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
     )
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="How often an epoch shows each record that is trained on: 2 twice, 0.5 every "
+        "second one in turn.",
+    )
+
+
+def _unweighted(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    """Refuse weights where records are not trained on."""
+    for source in sources:
+        if source.weight != 1.0:
+            raise ValueError(
+                f"weight {source.weight:g} of {source.path} has no effect here: it says how often "
+                "training shows a record. Remove it"
+            )
+    return sources
 
 
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)]
+# Data that is asked or scored as it is.
+Unweighted = Annotated[Sources, AfterValidator(_unweighted)]
+
+
+class Validation(Section):
+    """Records that are held out of training and scored on the way.
+
+    One of `data`, `split` and `fraction` says which. They are scored before the first step, every
+    `steps`, and at the end, with the model as it stands.
+    """
+
+    data: Unweighted = Field(default=(), description="Data sets of their own.")
+    split: str | None = Field(
+        default=None, description="Another split of the data sets that are trained on."
+    )
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="A share of the training records; no prompt is in both parts.",
+    )
+    steps: Positive | None = Field(
+        default=None, description="Scored every so many steps; null: ten times a run."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Validation:
+        ways = {"data": bool(self.data), "split": self.split is not None}
+        ways["fraction"] = self.fraction is not None
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given)} are set; keep one"
+                if given
+                else "set one of data, split and fraction, which say what is held out"
+            )
+        return self
 
 
 class Lora(Section):
@@ -175,6 +226,18 @@ class Training(Section):
         default=0.05,
         description="Share of records that may be dropped; more stops the run before it trains.",
     )
+    validation: Validation | None = Field(
+        default=None, description="Held-out records, scored on the way; null: none."
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="Which adapter becomes the stage's: the last, or the one that scored best on "
+        "held-out records.",
+    )
+    best_metric: Literal["loss", "accuracy", "margin"] = Field(
+        default="loss",
+        description="What `keep: best` goes by: held-out loss, or reward accuracy or margin.",
+    )
     on_bad_record: Literal["stop", "drop"] = Field(
         default="stop",
         description="What an unparsable line does: stop the run, or drop into the ledger.",
@@ -182,6 +245,10 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
+        if self.keep == "best" and self.validation is None:
+            raise ValueError("keep: best needs a validation section, which says what is scored")
+        if self.keep == "last" and self.best_metric != "loss":
+            raise ValueError(f"best_metric {self.best_metric} has no effect without keep: best")
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("epochs and max_steps are both set; keep one, the other is null")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
@@ -205,6 +272,9 @@ class Sft(Training):
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=1e-4, description="The peak learning rate."
+    )
+    best_metric: Literal["loss"] = Field(
+        default="loss", description="What `keep: best` goes by: held-out loss."
     )
 
 
@@ -239,10 +309,10 @@ class Pairs(Section):
     `accepted` text or do not stop by themselves).
     """
 
-    prompts: Sources = Field(
+    prompts: Unweighted = Field(
         min_length=1, description="Records whose own answers become the chosen ones."
     )
-    heldout: Sources = Field(
+    heldout: Unweighted = Field(
         default=(),
         description="Records for held-out pairs, which are evaluated and never trained on.",
     )
@@ -268,10 +338,10 @@ class Pairs(Section):
 class Evaluate(Section):
     """What base, SFT and final model are asked at the end."""
 
-    questions: Sources = Field(
+    questions: Unweighted = Field(
         default=(), description="Questions with known answers, for answer accuracy."
     )
-    pairs: Sources = Field(
+    pairs: Unweighted = Field(
         default=(), description="Held-out preference pairs; empty: the pairs stage's."
     )
     max_new_tokens: Positive = Field(default=64, description="Tokens of an answer at most.")

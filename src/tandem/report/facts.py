@@ -60,6 +60,7 @@ class StageFacts:
     metrics: tuple[Mapping[str, Any], ...]
     ledger: tuple[Mapping[str, Any], ...]
     problems: tuple[str, ...]
+    validation: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> str:
@@ -139,6 +140,7 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
         summary=_object(folder / "summary.json", problems),
         metrics=metrics,
         ledger=_lines(folder / "data-ledger.jsonl", problems, LEDGER_LINES_SHOWN),
+        validation=_lines(folder / "validation.jsonl", problems),
         problems=tuple(problems),
     )
 

@@ -88,6 +88,10 @@ _CHARTS = (
 )
 
 
+# The colour of a held-out curve beside a training curve's.
+_HELD_OUT_TONES = {"blue": "rose", "violet": "amber", "teal": "amber"}
+
+
 def tiles(stage: StageFacts) -> list[tuple[str, str]]:
     """A stage's key figures as (title, value), those that its summary has."""
     s = stage.summary
@@ -105,6 +109,7 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
         ("attention", str(s.get("attention") or "")),
         ("micro-batches", f"{s['fill']:.0%} full" if is_number(s.get("fill")) else ""),
         *_sharing(s),
+        *_held_out(s),
     ]
     return [(title, value) for title, value in found if value and value != "–"]
 
@@ -120,6 +125,22 @@ def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How held-out records scored first and last, and which step's adapter was kept."""
+    validation = mapping(summary.get("validation"))
+    first, last = (mapping(validation.get(key)) for key in ("first", "last"))
+    found = [("held-out records", count(validation.get("records")))]
+    for key, title, show in (
+        ("eval_loss", "held-out loss", lambda x: number(x, 3)),
+        ("eval_rewards/accuracies", "held-out accuracy", percent),
+    ):
+        if is_number(first.get(key)) and is_number(last.get(key)):
+            found.append((title, f"{show(first[key])} → {show(last[key])}"))
+    if summary.get("best_metric"):
+        found.append(("kept", f"step {summary.get('kept_step')}, best {summary['best_metric']}"))
+    return found
+
+
 def curves(stage: StageFacts) -> list[Figure]:
     """A chart for everything the stage logged that the page knows how to draw."""
     figures = []
@@ -127,6 +148,14 @@ def curves(stage: StageFacts) -> list[Figure]:
         if stage.kind not in plan.stages:
             continue
         series = [_series(stage.metrics, *line, unit=plan.unit) for line in plan.lines]
+        if len(series) == 1:
+            key, name, tone = plan.lines[0]
+            held_out = _HELD_OUT_TONES.get(tone, tone)
+            series.append(
+                _series(
+                    stage.validation, f"eval_{key}", f"held-out {name}", held_out, unit=plan.unit
+                )
+            )
         present = [s for s in series if s.ys and any(s.ys)]
         svg = line_chart(
             present,
@@ -213,10 +242,12 @@ def savings(stage: StageFacts) -> Figure | None:
 
 
 def ledger_counts(stage: StageFacts) -> list[tuple[str, str]]:
-    """Records read, trained on, truncated and dropped."""
+    """Records read, trained on, held out, truncated and dropped."""
     ledger = mapping(stage.summary.get("ledger"))
-    keys = ("read", "trained", "truncated", "dropped")
-    return [(key, count(ledger[key])) for key in keys if is_number(ledger.get(key))]
+    keys = ("read", "trained", "held_out", "truncated", "dropped")
+    return [
+        (key.replace("_", " "), count(ledger[key])) for key in keys if is_number(ledger.get(key))
+    ]
 
 
 def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:

@@ -97,8 +97,8 @@ def _objective(start: Start, beta: float) -> Made:
     seconds = time.perf_counter() - began
     say(
         start.console,
-        f"dpo: reference log-probs of {len(start.trees)} pairs, {computed} computed and "
-        f"{len(start.trees) - computed} found in the store, {seconds:.1f} s",
+        f"dpo: reference log-probs of {len(start.trees)} {start.what}pairs, {computed} computed "
+        f"and {len(start.trees) - computed} found in the store, {seconds:.1f} s",
     )
     objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
     return Made(objective, seconds, computed)

@@ -15,19 +15,21 @@ from tandem.train.device import Device
 from tandem.train.runtime import Runtime
 
 # Settings that say when to look or save, not what is computed.
-_NOT_MATHEMATICS = {
-    "data",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "gradient_checkpointing",
-    "max_dropped",
+_NOT_MATHEMATICS: Any = {
+    "data": True,
+    "logging_steps": True,
+    "save_steps": True,
+    "save_total_limit": True,
+    "gradient_checkpointing": True,
+    "max_dropped": True,
+    "validation": {"data"},
 }
 
 
 def resolved_inputs(
     base: Path,
     sources: list[SourceSpec],
+    held_out: list[SourceSpec],
     settings: Training,
     chat_template: str | None,
     seed: int,
@@ -46,6 +48,7 @@ def resolved_inputs(
             **({"quantization": runtime.quantization} if runtime.quantization else {}),
         },
         "data": data_identity(sources),
+        **({"held_out": data_identity(held_out)} if held_out else {}),
         "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
         "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
         "seed": seed,

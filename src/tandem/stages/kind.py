@@ -17,7 +17,10 @@ from tandem.train.objective import Objective
 
 @dataclass(frozen=True)
 class Start:
-    """What an objective may need when it is made: the engine holds the untrained policy."""
+    """What an objective may need when it is made: the engine holds the untrained policy.
+
+    `what` is a word before the records' name on the console, such as held-out.
+    """
 
     engine: Engine
     model: Any
@@ -27,6 +30,7 @@ class Start:
     numerics: str
     budget: TokenBudget
     console: Console
+    what: str = ""
 
 
 @dataclass(frozen=True)

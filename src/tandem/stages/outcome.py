@@ -13,7 +13,7 @@ from tandem.artifact.hashing import hash_bytes
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.model.adapter import save_adapter
-from tandem.train.checkpoint import Progress
+from tandem.train.checkpoint import Progress, copy_adapter
 
 
 def save_adapter_folder(
@@ -22,13 +22,18 @@ def save_adapter_folder(
     trained: Mapping[str, Tensor],
     tokenizer: Any,
     template: ChatTemplate,
+    checkpoint: Path | None = None,
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
-    The template is saved with the tokenizer, so that inference uses the one of training.
+    The template is saved with the tokenizer, so that inference uses the one of training. The
+    adapter is the model's, or a checkpoint's.
     """
     with atomic_folder(folder / "saving") as aside:
-        save_adapter(model, aside, trained)
+        if checkpoint is None:
+            save_adapter(model, aside, trained)
+        else:
+            copy_adapter(checkpoint, aside)
         tokenizer.chat_template = template.source
         tokenizer.save_pretrained(str(aside))
     return move_up(folder / "saving")
@@ -72,3 +77,11 @@ def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
 def examples_hash(trees: Trees) -> str:
     """One hash of everything that is trained on: token ids and targets."""
     return hash_bytes(trees.branches.tobytes(), *trees.all_digests())
+
+
+def packing_in_words(summary: Mapping[str, Any]) -> str:
+    """How well the work was packed and dealt."""
+    text = f"micro-batches {summary['fill']:.0%} full"
+    if summary["processes"] > 1:
+        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
+    return text

@@ -35,6 +35,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
 
 def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found = [source for section in _trained(recipe, wanted) for source in section.data]
+    found += [source for section in _trained(recipe, wanted) for source in _held_out(section)]
     if recipe.pairs is not None and "pairs" in wanted:
         found += [*recipe.pairs.prompts, *recipe.pairs.heldout]
     if recipe.evaluate is not None and "evaluate" in wanted:
@@ -49,11 +50,23 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
         for _ in read_pairs(_specs(recipe.dpo.data), ledger, recipe.dpo.on_bad_record):
             ledger.trained()
         ledger.check_share(recipe.dpo.max_dropped)
+        for _ in read_pairs(_specs(_held_out(recipe.dpo)), Ledger(None), recipe.dpo.on_bad_record):
+            pass
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
             read_questions(questions)
         for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
             pass
+
+
+def _held_out(section: Training) -> list[DataSource]:
+    """The data sets that a training stage holds out as a whole."""
+    validation = section.validation
+    if validation is None:
+        return []
+    if validation.split is None:
+        return list(validation.data)
+    return [source.model_copy(update={"split": validation.split}) for source in section.data]
 
 
 def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:

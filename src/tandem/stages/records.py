@@ -4,18 +4,108 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tandem.artifact.hashing import hash_json
 from tandem.data.ledger import Ledger
+from tandem.data.order import Part
 from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.recipe.schema import Training
+from tandem.stages.mixture import in_one_line, mixture_facts, parts_of
+from tandem.stages.outcome import examples_hash
+from tandem.stages.validation import HeldOut, hold_out
 from tandem.train.progress import phase, say
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a stage trains on and scores.
+
+    Attributes:
+        trees: the records that are trained on.
+        ledger: what became of all that were read for it; not written yet.
+        parts: how many of them each data set gave, with its weight.
+        mixture: the same in words, for summary.json.
+        held_out: those that are scored on the way.
+    """
+
+    trees: Trees
+    ledger: Ledger
+    parts: tuple[Part, ...]
+    mixture: list[dict[str, Any]]
+    held_out: HeldOut | None
+
+    def write_ledgers(self) -> None:
+        """Write data-ledger.jsonl, and validation-ledger.jsonl for data sets held out."""
+        self.ledger.write()
+        if self.held_out is not None and self.held_out.ledger is not None:
+            self.held_out.ledger.write()
+
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the scores should know, as said before the first step."""
+        return () if self.held_out is None else self.held_out.warnings
+
+    def identity(self) -> str:
+        """One hash of all records, trained on or held out."""
+        held_out = "" if self.held_out is None else examples_hash(self.held_out.trees)
+        return hash_json([examples_hash(self.trees), held_out])
+
+
+def stage_records(
+    prepare: Callable[..., Trees],
+    sources: Sequence[SourceSpec],
+    held_out: Sequence[SourceSpec],
+    settings: Training,
+    *,
+    tokenizer: Any,
+    template: ChatTemplate,
+    folder: Path,
+    name: str,
+    seed: int,
+    console: Console,
+) -> Records:
+    """All records of a stage, divided into those to train on and those held out.
+
+    Args:
+        held_out: data sets that are held out as a whole.
+        seed: of a held-out fraction.
+
+    The others, and what is raised, are those of `prepared_records`.
+    """
+    prepared = partial(
+        prepared_records,
+        prepare,
+        settings=settings,
+        tokenizer=tokenizer,
+        template=template,
+        folder=folder,
+        name=name,
+        console=console,
+    )
+
+    def tell(text: str) -> None:
+        say(console, f"{name}: {text}")
+
+    ledger, read = prepared(sources)
+    trees, held = hold_out(
+        settings, read, ledger,
+        seed=seed, prepare=lambda: prepared(held_out, held_out=True), tell=tell,
+    )  # fmt: skip
+    parts = parts_of(trees, sources)
+    records = Records(trees, ledger, parts, mixture_facts(parts, sources), held)
+    for warning in records.warnings():
+        say(console, f"{name}: {warning}", style="yellow")
+    if line := in_one_line(records.mixture):
+        tell(line)
+    return records
 
 
 def prepared_records(
@@ -28,6 +118,7 @@ def prepared_records(
     folder: Path,
     name: str,
     console: Console,
+    held_out: bool = False,
 ) -> tuple[Ledger, Trees]:
     """A stage's records, and what became of each; the ledger is not written yet.
 
@@ -39,11 +130,12 @@ def prepared_records(
         folder: the stage's.
         name: the stage's, before each line on the console.
         console: for progress and counts.
+        held_out: whether they are scored and not trained on; they have a ledger of their own.
 
     Raises UserError for bad data, and when more records would be dropped than may be.
     """
     began = time.perf_counter()
-    ledger = Ledger(folder / "data-ledger.jsonl")
+    ledger = Ledger(folder / f"{'validation' if held_out else 'data'}-ledger.jsonl")
     trees = prepare(
         sources,
         tokenizer=tokenizer,
@@ -59,7 +151,8 @@ def prepared_records(
     counts = ledger.summary()
     say(
         console,
-        f"{name}: {counts['trained']} of {counts['read']} records to train on, "
+        f"{name}: {counts['trained']} of {counts['read']} records "
+        f"{'to score' if held_out else 'to train on'}, "
         f"{counts['truncated']} truncated, {counts['dropped']} dropped"
         + (f" (each in {ledger.path})" if counts["reasons"] else "")
         + f", encoded in {time.perf_counter() - began:.1f} s",

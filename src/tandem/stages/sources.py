@@ -44,6 +44,7 @@ def source_spec(source: DataSource, path: str) -> SourceSpec:
         tuple(source.fields.items()),
         tuple(source.roles.items()),
         source.completions,
+        source.weight,
     )
 
 
@@ -54,7 +55,9 @@ def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for spec in specs:
-        where = {"split": spec.split, "subset": spec.subset, **spec.meaning}
+        where: dict[str, Any] = {"split": spec.split, "subset": spec.subset, **spec.meaning}
+        if spec.weight != 1.0:
+            where["weight"] = spec.weight
         if looks_like_path(spec.path):
             found.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,7 @@ from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
-from tandem.data.ledger import Ledger
 from tandem.data.order import total_steps
-from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
@@ -34,20 +32,26 @@ from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
-from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
+from tandem.stages.outcome import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.placement import in_words, start_engine
-from tandem.stages.records import prepared_records
+from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.shapes import declared_shapes
 from tandem.stages.sources import source_specs
+from tandem.stages.steps import take_steps
+from tandem.stages.validation import (
+    held_out_sources,
+    kept_in_words,
+    kept_warnings,
+    validation_summary,
+)
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import attention_weight, choose_device
 from tandem.train.engine import Engine
+from tandem.train.held_out import best_adapters
 from tandem.train.launch import launched
-from tandem.train.loop import Schedule, Training
 from tandem.train.memory import TokenBudget
-from tandem.train.objective import Objective
-from tandem.train.optim import make_optimizer, make_schedule, warmup
+from tandem.train.optim import make_optimizer
 from tandem.train.processes import join
 from tandem.train.progress import StageProgress, say
 from tandem.train.runtime import Runtime
@@ -83,9 +87,13 @@ def run_training(
         processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
         base = processes.main_first(lambda: model_folder(model, revision))
         sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
-
+        held_out = processes.main_first(
+            lambda: held_out_sources(settings, sources, output_dir.parent, seed)
+        )
         config, tokenizer, template, inputs = processes.together(
-            lambda: resolved_inputs(base, sources, settings, chat_template, seed, runtime, device)
+            lambda: resolved_inputs(
+                base, sources, held_out, settings, chat_template, seed, runtime, device
+            )
         )
         processes.require_same(
             model=hash_json(inputs["model"]),
@@ -102,7 +110,7 @@ def run_training(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template,
         )  # fmt: skip
-        stage.run(opened, inputs, sources)
+        stage.run(opened, inputs, sources, held_out)
     return output_dir
 
 
@@ -123,20 +131,28 @@ class _Stage:
     tokenizer: Any
     template: ChatTemplate
 
-    def run(self, opened: Opened, inputs: dict[str, Any], sources: list[SourceSpec]) -> None:
+    def run(
+        self,
+        opened: Opened,
+        inputs: dict[str, Any],
+        sources: list[SourceSpec],
+        held_out: list[SourceSpec],
+    ) -> None:
         """Load, adapt, train and write; what can be refused is, before anything is written."""
         engine, processes, settings = self.engine, self.engine.processes, self.settings
         # The others find what the first has encoded, where they share its cache.
-        ledger, trees = processes.main_first(lambda: self._records(sources))
+        records = processes.main_first(lambda: self._records(sources, held_out))
+        trees = records.trees
         if processes.count > 1:
-            processes.require_same(data=examples_hash(trees))
-        model, schedule, budget = self._model(trees, opened.schedule)
+            processes.require_same(data=records.identity())
+        model, schedule, budget = self._model(records, opened.schedule)
         # From here on the folder is this stage's.
         processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
-        processes.main(ledger.write)
+        processes.main(records.write_ledgers)
         total = total_steps(
-            len(trees), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
-        )
+            len(trees), settings.batch_size,
+            epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
+        )  # fmt: skip
         compiled = self._compiled(model, trees, schedule)
         progress, state = self._begin(model, total)
         engine.prepare(
@@ -153,39 +169,51 @@ class _Stage:
         )
         if state:
             engine.strategy.load_optimizer(state)
-        made = self.kind.make_objective(
-            Start(
-                engine,
-                model,
-                trees,
-                hash_json(inputs["model"]),
-                schedule["attention"],
-                f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
-                + (", compiled" if schedule["compiled"] else ""),
-                budget,
-                self.console,
-            )
+        start = Start(
+            engine,
+            model,
+            trees,
+            hash_json(inputs["model"]),
+            schedule["attention"],
+            f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
+            + (", compiled" if schedule["compiled"] else ""),
+            budget,
+            self.console,
         )
-        progress = self._train(trees, model, made.objective, budget, progress, total)
+        made = [self.kind.make_objective(start)]
+        if records.held_out is not None:
+            held_out_start = replace(start, trees=records.held_out.trees, what="held-out ")
+            made.append(self.kind.make_objective(held_out_start))
+        with StageProgress(
+            self.console, self.kind.name, total_steps=total, start_step=progress.step
+        ) as display:
+            progress = take_steps(
+                engine, model, records, [each.objective for each in made], settings,
+                dropout=self.kind.dropout, attention_weight=attention_weight(self.config),
+                budget=budget, seed=self.seed, folder=self.folder, checkpoints=self._checkpoints(),
+                progress=progress, total=total, display=display,
+            )  # fmt: skip
         trained = engine.strategy.trained()
         processes.main(
-            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
+            lambda: self._finish(model, trained, records, made, progress, schedule, compiled)
         )
 
-    def _records(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
-        return prepared_records(
+    def _records(self, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
+        return stage_records(
             self.kind.prepare,
             sources,
+            held_out,
             self.settings,
             tokenizer=self.tokenizer,
             template=self.template,
             folder=self.folder,
             name=self.kind.name,
+            seed=self.seed,
             console=self.console,
         )
 
     def _model(
-        self, trees: Trees, recorded: dict[str, Any]
+        self, records: Records, recorded: dict[str, Any]
     ) -> tuple[Any, dict[str, Any], TokenBudget]:
         """The base with its adapter, the schedule and the budget; says how it will compute."""
         engine, processes = self.engine, self.engine.processes
@@ -206,7 +234,7 @@ class _Stage:
             )
         )  # fmt: skip
         schedule = self._schedule(recorded, base, backend)
-        self._declare_shapes(trees, schedule)
+        self._declare_shapes(records, schedule)
         torch.set_num_threads(schedule["threads"])
         budget = token_budget_of(engine, self.folder, schedule, self._tell)
         self._tell(
@@ -279,97 +307,63 @@ class _Stage:
             )
         return now
 
-    def _declare_shapes(self, trees: Trees, schedule: dict[str, Any]) -> None:
+    def _declare_shapes(self, records: Records, schedule: dict[str, Any]) -> None:
+        held_out = records.held_out
         self.engine.buckets, schedule["tokens_per_microbatch"] = self.engine.processes.together(
             lambda: declared_shapes(
-                trees, self.settings,
+                records.trees, self.settings,
                 device=self.engine.device, runtime=self.runtime,
                 budget=schedule["tokens_per_microbatch"], seed=self.seed,
-                tell=self._tell,
+                tell=self._tell, parts=records.parts,
+                held_out=None if held_out is None else held_out.trees,
             )
         )  # fmt: skip
-
-    def _train(
-        self,
-        trees: Sequence[Tree],
-        model: Any,
-        objective: Objective,
-        budget: TokenBudget,
-        progress: Progress,
-        total: int,
-    ) -> Progress:
-        s = self.settings
-        schedule = Schedule(
-            total_steps=total,
-            batch_size=s.batch_size,
-            seed=self.seed,
-            attention_weight=attention_weight(self.config),
-            logging_steps=s.logging_steps,
-            save_steps=s.save_steps or max(1, -(-total // 10)),
-        )
-        warmup_steps = warmup(total, steps=s.warmup_steps, ratio=s.warmup_ratio)
-        with StageProgress(
-            self.console, self.kind.name, total_steps=total, start_step=progress.step
-        ) as display:
-            return Training(
-                engine=self.engine,
-                model=model,
-                trees=trees,
-                objective=objective,
-                learning_rate=make_schedule(
-                    s.lr_scheduler,
-                    learning_rate=s.learning_rate,
-                    warmup_steps=warmup_steps,
-                    total_steps=total,
-                ),
-                schedule=schedule,
-                budget=budget,
-                dropout=self.kind.dropout and s.lora.dropout > 0,
-                folder=self.folder,
-                checkpoints=self._checkpoints(),
-                progress=progress,
-                advance=display.advance,
-            ).run()
 
     def _finish(
         self,
         model: Any,
         trained: dict[str, Tensor],
-        trees: Trees,
-        ledger: Ledger,
-        made: Made,
+        records: Records,
+        made: Sequence[Made],
         progress: Progress,
         schedule: dict[str, Any],
         compiled: Compiling,
     ) -> None:
-        outputs = save_adapter_folder(self.folder, model, trained, self.tokenizer, self.template)
-        warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
+        best = best_adapters(self.folder)
+        kept = None if progress.best_step is None else best.path_of(progress.best_step)
+        outputs = save_adapter_folder(
+            self.folder, model, trained, self.tokenizer, self.template, kept
+        )
+        warnings = [
+            *self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl")),
+            *kept_warnings(self.settings, progress),
+        ]
         for warning in warnings:
             say(self.console, f"{self.kind.name}: {warning}", style="yellow")
         summary = {
-            **training_summary(progress, trees),
+            **training_summary(progress, records.trees),
+            **validation_summary(self.settings, records.held_out, progress, self.folder),
+            "mixture": records.mixture,
             "compile_seconds": compiled.seconds,
             "compiled_graphs": compiled.graphs(),
-            "reference_seconds": made.reference_seconds,
-            "reference_computed": made.reference_computed,
+            "reference_seconds": sum(each.reference_seconds for each in made),
+            "reference_computed": sum(each.reference_computed for each in made),
             "peak_memory_bytes": self.engine.device.peak_memory(),
-            "warnings": warnings,
+            "warnings": [*records.warnings(), *warnings],
             "dtype": self.engine.device.dtype_name,
             "quantization": self.runtime.quantization,
-            "ledger": ledger.summary(),
+            "ledger": records.ledger.summary(),
             **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
         atomic_write_json(self.folder / "summary.json", summary)
-        finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
+        outputs += ["summary.json", "metrics.jsonl"]
+        if records.held_out is not None:
+            outputs.append("validation.jsonl")
+        finish_stage(self.folder, outputs)
+        best.clear()
+        if words := kept_in_words(self.settings, progress):
+            self._tell(words)
         self._tell(
             f"{progress.step} steps, {progress.examples} examples in {progress.seconds:.1f} s, "
-            f"{_packing(summary)} -> {self.folder}"
+            f"{packing_in_words(summary)} -> {self.folder}"
         )
-
-
-def _packing(summary: dict[str, Any]) -> str:
-    """How well the work was packed and dealt, in words."""
-    text = f"micro-batches {summary['fill']:.0%} full"
-    if summary["processes"] > 1:
-        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
-    return text

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
 from tandem.artifact.hashing import hash_file
+from tandem.errors import TandemError
 from tandem.model.adapter import load_adapter_weights, save_adapter
 
 _MARK = "checkpoint.json"
@@ -26,7 +27,8 @@ class Progress:
     `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
     rest is what the summary reports at the end. `padded_tokens` counts what padded batches of a
     usual size would have fed, `shared_tokens` what sharing prefixes saved; `fill` and `imbalance`
-    sum up each step's, see `data.packing.StepPlan`.
+    sum up each step's, see `data.packing.StepPlan`. `best_step` is the step whose adapter scored
+    best on held-out records so far, `best` its score.
     """
 
     step: int = 0
@@ -39,6 +41,9 @@ class Progress:
     micro_batches: int = 0
     fill: float = 0.0
     imbalance: float = 0.0
+    validation_seconds: float = 0.0
+    best_step: int | None = None
+    best: float | None = None
 
 
 class CheckpointStore:
@@ -68,7 +73,7 @@ class CheckpointStore:
             optimizer: its tensors, whole, by name.
             progress: where the run stands.
         """
-        path = self.folder / f"step-{progress.step:06d}"
+        path = self.path_of(progress.step)
         with atomic_folder(path) as aside:
             save_adapter(model, aside, trained)
             save_file(dict(optimizer), aside / _OPTIMIZER)
@@ -95,16 +100,40 @@ class CheckpointStore:
         progress = Progress(**read_json(path / _MARK)["progress"])
         return progress, load_file(path / _OPTIMIZER)
 
+    def steps(self) -> list[Progress]:
+        """Where the run stood at each complete checkpoint, the oldest first."""
+        return [Progress(**read_json(path / _MARK)["progress"]) for path in self._complete()]
+
+    def clear(self) -> None:
+        """Remove all checkpoints and the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step-{step:06d}"
+
     def _complete(self) -> list[Path]:
         if not self.folder.exists():
             return []
         return sorted(p for p in self.folder.glob("step-*") if (p / _MARK).exists())
 
 
+def copy_adapter(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's adapter, and nothing else of it, into a folder.
+
+    Raises TandemError when the checkpoint is not whole.
+    """
+    if not _intact(checkpoint):
+        raise TandemError(f"{checkpoint} is damaged or gone; remove the folder and train again")
+    for file in sorted(checkpoint.iterdir()):
+        if file.name not in (_MARK, _OPTIMIZER):
+            shutil.copyfile(file, folder / file.name)
+
+
 def _intact(path: Path) -> bool:
     try:
         files = read_json(path / _MARK)["files"]
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return False
     return all(
         (path / name).exists() and hash_file(path / name) == digest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
-from tandem.data.order import Step, steps, steps_per_epoch
+from tandem.artifact.files import append_jsonl
+from tandem.data.order import Part, Step, epochs_after, steps
 from tandem.data.packing import plan_step, tree_cost
 from tandem.data.records import Tree
 from tandem.errors import Stopped
@@ -21,8 +20,9 @@ from tandem.model.attention import is_padded
 from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.engine import Engine
+from tandem.train.held_out import HeldOutScores, forget_after
 from tandem.train.memory import TokenBudget
-from tandem.train.micro_batches import MicroBatches, StepWork, not_finite, own_work
+from tandem.train.micro_batches import MicroBatches, StepWork, added, not_finite, own_work
 from tandem.train.objective import Objective
 
 # Sequences of a padded batch in the comparison that the summary reports.
@@ -35,7 +35,8 @@ _SAME_REQUEST = 5.0
 class Schedule:
     """When things happen, by step number, and how a step is packed.
 
-    `attention_weight` is for balance between processes, see `data.packing.tree_cost`.
+    `attention_weight` is for balance between processes, see `data.packing.tree_cost`; `parts` are
+    the weights of the records, see `data.order.steps`.
     """
 
     total_steps: int
@@ -44,6 +45,7 @@ class Schedule:
     attention_weight: float
     logging_steps: int
     save_steps: int
+    parts: tuple[Part, ...] = ()
 
 
 class Training:
@@ -62,6 +64,7 @@ class Training:
         checkpoints: where checkpoints go.
         progress: where the run stands (a fresh one, or a checkpoint's).
         advance: told each finished step, and its metrics when it is a logged one.
+        held_out: scored on the way, if there is any.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Training:
         checkpoints: CheckpointStore,
         progress: Progress,
         advance: Callable[[int, dict[str, float]], None],
+        held_out: HeldOutScores | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
@@ -94,6 +98,7 @@ class Training:
         self.checkpoints = checkpoints
         self.progress = progress
         self.advance = advance
+        self.held_out = held_out
 
     def run(self) -> Progress:
         """Take all remaining steps.
@@ -102,7 +107,8 @@ class Training:
         a step that is not finite.
         """
         schedule, progress, processes = self.schedule, self.progress, self.engine.processes
-        processes.main(lambda: self._forget_metrics_after(progress.step))
+        # A killed run may have logged steps beyond its last checkpoint; they are taken again.
+        processes.main(lambda: forget_after(self.metrics_path, progress.step))
         self.model.train()
         remaining = steps(
             len(self.trees),
@@ -110,11 +116,16 @@ class Training:
             seed=schedule.seed,
             count=schedule.total_steps,
             start=progress.step,
+            parts=schedule.parts,
         )
         with _stop_requests() as stop:
+            if self.held_out is not None:
+                self.held_out.begin(progress)
             for step in remaining:
                 self._take(step)
                 last = progress.step == schedule.total_steps
+                if self.held_out is not None and (self.held_out.due(progress.step) or last):
+                    self.held_out.score(progress, self._epoch())
                 stopping = processes.any_of(stop.requested)
                 if progress.step % schedule.save_steps == 0 or last or stopping:
                     self._save()
@@ -148,7 +159,7 @@ class Training:
             lambda found: self.micro_batches.sums_of(work, found),
         )
         self.budget.settle([int(part.pop("budget")) for part in parts], processes)
-        sums = {"count": float(denominator), "steps": 1.0, **_added(parts)}
+        sums = {"count": float(denominator), "steps": 1.0, **added(parts)}
         rate = self.learning_rate(step.number)
         norm = engine.step(rate)
         if not math.isfinite(norm):
@@ -168,6 +179,8 @@ class Training:
         self.engine.processes.main(
             lambda: self.checkpoints.save(self.model, trained, state, progress)
         )
+        if self.held_out is not None:
+            self.held_out.saved()
 
     def _account(
         self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
@@ -192,10 +205,9 @@ class Training:
 
     def _metrics(self, rate: float) -> dict[str, float]:
         sums = self.progress.sums
-        per_epoch = steps_per_epoch(len(self.trees), self.schedule.batch_size)
         return {
             "step": self.progress.step,
-            "epoch": round(self.progress.step / per_epoch, 4),
+            "epoch": self._epoch(),
             **self.objective.metrics(sums),
             "grad_norm": sums["grad_norm"] / sums["steps"],
             "learning_rate": rate,
@@ -205,19 +217,10 @@ class Training:
             "tokens_per_second": sums["tokens"] / sums["seconds"],
         }
 
-    def _forget_metrics_after(self, step: int) -> None:
-        # A killed run may have logged steps beyond its last checkpoint; they are taken again.
-        kept = [line for line in read_jsonl(self.metrics_path) if line["step"] <= step]
-        atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sums over ranks, in the order of ranks, so that every rank has the same."""
-    sums: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
+    def _epoch(self) -> float:
+        schedule, step = self.schedule, self.progress.step
+        found = epochs_after(step, len(self.trees), schedule.batch_size, schedule.parts)
+        return round(found, 4)
 
 
 def _sequence_length(tree: Tree, branch: int) -> int:

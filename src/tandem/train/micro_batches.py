@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,7 @@ class MicroBatches:
         budget: lowered when memory runs out.
         seed: of dropout masks.
         dropout: whether records need keys for them.
+        learns: whether there is a backward; without one, losses are only added up.
     """
 
     def __init__(
@@ -76,15 +78,17 @@ class MicroBatches:
         *,
         seed: int,
         dropout: bool,
+        learns: bool = True,
     ) -> None:
         self.engine = engine
         self.objective = objective
         self.budget = budget
         self.seed = seed
         self.dropout = dropout
+        self.learns = learns
 
     def run(self, work: StepWork, own: OwnWork) -> list[Found]:
-        """Forward and backward of this process's micro-batches; see `TokenBudget.run`."""
+        """Forward, and backward, of this process's micro-batches; see `TokenBudget.run`."""
         for number in range(own.fillers):
             last = not own.pieces and number == own.fillers - 1
             self._one(work, (own.smallest,), 0.0, last=last)
@@ -110,7 +114,7 @@ class MicroBatches:
                 parts = dict(zip(names, numbers, strict=False))
                 if not math.isfinite(parts["loss"]):
                     trees = [work.trees[i] for i in one.members]
-                    raise not_finite("loss", work.step.number, trees)
+                    raise self._not_finite(work.step.number, trees)
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + value
         return {**sums, "budget": self.budget.tokens}
@@ -121,12 +125,27 @@ class MicroBatches:
         trees = [work.trees[i] for i in members]
         examples = [work.step.examples[i] for i in members]
         number = work.step.number
-        keys = [record_key(self.seed, number, i) for i in examples] if self.dropout else None
-        logps = self.engine.score(collate(trees, keys))
-        part = self.objective.part(logps, examples, first_step=number == 0)
-        loss = part.loss / work.denominator
-        self.engine.backward(loss * weight if weight != 1.0 else loss, last=last)
+        keys = self._keys(work.step, members) if self.dropout else None
+        with nullcontext() if self.learns else torch.no_grad():
+            logps = self.engine.score(collate(trees, keys))
+            part = self.objective.part(logps, examples, first_step=self.learns and number == 0)
+            loss = part.loss / work.denominator
+        if self.learns:
+            self.engine.backward(loss * weight if weight != 1.0 else loss, last=last)
         return part.sums
+
+    def _keys(self, step: Step, members: Members) -> list[int]:
+        """The keys of some positions' dropout masks; two copies of a record have their own."""
+        copies = step.copies
+        return [record_key(self.seed, step.number, step.examples[i], copies[i]) for i in members]
+
+    def _not_finite(self, step: int, trees: Sequence[Tree]) -> TandemError:
+        if self.learns:
+            return not_finite("loss", step, trees)
+        return TandemError(
+            f"the loss of held-out records is not finite after {step} steps. Records: "
+            f"{_origins(trees)}. Lower the learning rate, or look at these records."
+        )
 
 
 def own_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: bool) -> OwnWork:
@@ -137,11 +156,23 @@ def own_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: 
     return OwnWork(pieces, plan.micro_batches - len(pieces) if equally_many else 0, smallest)
 
 
+def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums over ranks, in the order of ranks, so that every rank has the same."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
 def not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
     """The error of a step whose loss or gradient is no number, or beyond all bounds."""
-    origins = "; ".join(str(tree.origin) for tree in trees[:8])
-    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
     return TandemError(
         f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
-        f"{origins}{more}. Lower the learning rate, or look at these records."
+        f"{_origins(trees)}. Lower the learning rate, or look at these records."
     )
+
+
+def _origins(trees: Sequence[Tree]) -> str:
+    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
+    return "; ".join(str(tree.origin) for tree in trees[:8]) + more

@@ -26,6 +26,9 @@ _SHOWN = (
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", ".3f"),
     ("rewards/accuracies", "accuracy", ".2f"),
+    ("eval_loss", "held-out loss", ".4f"),
+    ("eval_rewards/margins", "held-out margin", ".3f"),
+    ("eval_rewards/accuracies", "held-out accuracy", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
 )
 
@@ -44,6 +47,7 @@ class StageProgress:
         self._total = total_steps
         self._start = start_step
         self._shown: dict[str, float] = {}
+        self._scores: dict[str, float] = {}
         self._began = time.monotonic()
         self._bar = _progress(console) if console.is_terminal else None
         self._task = TaskID(0)
@@ -61,9 +65,19 @@ class StageProgress:
         """Say that `step` steps are done; `metrics` under the names of metrics.jsonl, if logged."""
         self._shown.update({k: v for k, v in (metrics or {}).items() if v is not None})
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, metrics=_metrics(self._shown))
+            shown = _metrics(self._shown | self._scores)
+            self._bar.update(self._task, completed=step, metrics=shown)
         elif metrics:
             self._console.print(Text(self._line(step)), soft_wrap=True)
+
+    def scored(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say how held-out records scored after that many steps."""
+        self._scores.update(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, metrics=_metrics(self._shown | self._scores))
+        else:
+            text = f"{self._title}: step {step}/{self._total}  {_metrics(metrics)}"
+            self._console.print(Text(text), soft_wrap=True)
 
     def __exit__(
         self,
