@@ -25,7 +25,7 @@ def prepared_records(
     *,
     tokenizer: Any,
     template: ChatTemplate,
-    folder: Path,
+    folder: Path | None,
     name: str,
     console: Console,
 ) -> tuple[Ledger, Trees]:
@@ -36,14 +36,14 @@ def prepared_records(
         sources: where they are.
         settings: of the stage.
         tokenizer, template: of the model.
-        folder: the stage's.
+        folder: the stage's, None where nothing is to be written.
         name: the stage's, before each line on the console.
         console: for progress and counts.
 
     Raises UserError for bad data, and when more records would be dropped than may be.
     """
     began = time.perf_counter()
-    ledger = Ledger(folder / "data-ledger.jsonl")
+    ledger = Ledger(None if folder is None else folder / "data-ledger.jsonl")
     trees = prepare(
         sources,
         tokenizer=tokenizer,
@@ -60,7 +60,7 @@ def prepared_records(
         console,
         f"{name}: {counts['trained']} of {counts['read']} records to train on, "
         f"{counts['truncated']} truncated, {counts['dropped']} dropped"
-        + (f" (each in {ledger.path})" if counts["reasons"] else "")
+        + (f" (each in {ledger.path})" if counts["reasons"] and ledger.path else "")
         + f", encoded in {time.perf_counter() - began:.1f} s",
     )
     for reason, count in counts["reasons"].items():

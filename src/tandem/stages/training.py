@@ -32,6 +32,7 @@ from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
+from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.outcome import examples_hash, save_adapter_folder, training_summary
@@ -130,6 +131,7 @@ class _Stage:
         ledger, trees = processes.main_first(lambda: self._records(sources))
         if processes.count > 1:
             processes.require_same(data=examples_hash(trees))
+        held = engine.device.held_memory()
         model, schedule, budget = self._model(trees, opened.schedule)
         # From here on the folder is this stage's.
         processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
@@ -137,6 +139,7 @@ class _Stage:
         total = total_steps(
             len(trees), settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
         )
+        expected = processes.main(lambda: self._forecast(trees, model, schedule, held))
         compiled = self._compiled(model, trees, schedule)
         progress, state = self._begin(model, total)
         engine.prepare(
@@ -169,7 +172,9 @@ class _Stage:
         progress = self._train(trees, model, made.objective, budget, progress, total)
         trained = engine.strategy.trained()
         processes.main(
-            lambda: self._finish(model, trained, trees, ledger, made, progress, schedule, compiled)
+            lambda: self._finish(
+                model, trained, trees, ledger, made, progress, schedule, compiled, expected
+            )
         )
 
     def _records(self, sources: list[SourceSpec]) -> tuple[Ledger, Trees]:
@@ -289,6 +294,13 @@ class _Stage:
             )
         )  # fmt: skip
 
+    def _forecast(self, trees: Trees, model: Any, schedule: dict[str, Any], held: int) -> Forecast:
+        return forecast_run(
+            self.kind.name, trees, model, self.settings,
+            engine=self.engine, config=self.config, schedule=schedule,
+            quantization=self.runtime.quantization, seed=self.seed, baseline=held,
+        )  # fmt: skip
+
     def _train(
         self,
         trees: Sequence[Tree],
@@ -341,6 +353,7 @@ class _Stage:
         progress: Progress,
         schedule: dict[str, Any],
         compiled: Compiling,
+        expected: Forecast,
     ) -> None:
         outputs = save_adapter_folder(self.folder, model, trained, self.tokenizer, self.template)
         warnings = self.kind.warnings(read_jsonl(self.folder / "metrics.jsonl"))
@@ -359,6 +372,11 @@ class _Stage:
             "ledger": ledger.summary(),
             **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
+        summary["estimate"] = compared(expected, summary)
+        try:
+            keep(expected, summary["estimate"], summary)
+        except OSError as error:
+            self._tell(f"how fast this was cannot be kept for the next plan ({error})")
         atomic_write_json(self.folder / "summary.json", summary)
         finish_stage(self.folder, [*outputs, "summary.json", "metrics.jsonl"])
         self._tell(
