@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,25 +19,23 @@ if TYPE_CHECKING:
 def plan(argv: list[str]) -> int:
     """Print a recipe's plan, as tables or as JSON."""
     arguments = _parser().parse(argv)
-    counts = {"--nproc": arguments.nproc, "--records": arguments.records,
-              "--tokens-per-record": arguments.tokens_per_record}  # fmt: skip
-    for flag, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"tandem plan: {flag} is {value}; it must be at least 1")
-    if (arguments.records is None) != (arguments.tokens_per_record is None):
-        raise UserError("tandem plan: --records and --tokens-per-record go together; give both")
+    if arguments.nproc is not None and arguments.nproc < 1:
+        raise UserError(f"tandem plan: --nproc is {arguments.nproc}; it must be at least 1")
+    records, tokens = arguments.records or [], arguments.tokens_per_record or []
+    if len(records) != len(tokens):
+        raise UserError(
+            "tandem plan: --records and --tokens-per-record go together; give both, with as many "
+            "numbers"
+        )
     from tandem.cli.notices import notice_console, result_console
     from tandem.recipe.load import load_recipe
     from tandem.stages.plan import Guess, plan_recipe
 
-    guess = None
-    if arguments.records is not None:
-        guess = Guess(arguments.records, arguments.tokens_per_record)
     made = plan_recipe(
         load_recipe(arguments.recipe, arguments.overrides),
         processes=arguments.nproc or 1,
         download=arguments.download,
-        guess=guess,
+        guesses=[Guess(*pair) for pair in zip(records, tokens, strict=True)],
         console=notice_console(),
     )
     if arguments.json:
@@ -262,9 +261,9 @@ def _by_engine(one: StagePlan) -> Any:
     from tandem.report.wording import size
 
     table = Table(title="memory of one process by engine", title_justify="left", box=None)
-    names = ("weights", "adapter", "gradients", "optimizer", "activations", "peak")
+    names = ("weights", "gradients", "optimizer", "activations", "peak")
     for name in ("engine", *names):
-        table.add_column(name, justify="left" if name == "engine" else "right")
+        table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for engine, memory in one.memory.items():
         table.add_row(engine, *(size(getattr(memory, name)) for name in names))
     return table
@@ -274,7 +273,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="tandem plan",
         usage="tandem plan RECIPE [key=value ...] [--nproc N] [--json] [--download]\n"
-        "                   [--records N --tokens-per-record M]",
+        "                   [--records N[,N] --tokens-per-record M[,M]]",
         description="What a recipe's training would do and take: records, steps, tokens, padding "
         "avoided,\nprompts shared, operations, memory, disk and time. Needs the model's "
         "configuration and\ntokenizer, no weights. Data is read and encoded as training would, and "
@@ -289,6 +288,15 @@ def _parser() -> Parser:
     add("--nproc", metavar="N", type=int, help="plan for so many processes")
     add("--json", action="store_true", help="print JSON")
     add("--download", action="store_true", help="fetch data sets of the Hub, and read them")
-    add("--records", metavar="N", type=int, help="records of data that is not here")
-    add("--tokens-per-record", metavar="M", type=int, help="tokens of each of them")
+    add("--records", metavar="N[,N]", type=_numbers,
+        help="records of data that is not here, by training stage")  # fmt: skip
+    add("--tokens-per-record", metavar="M[,M]", type=_numbers, help="tokens of each of them")
     return parser
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive numbers between commas; argparse says what is wrong with others."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
+    return found

@@ -89,7 +89,7 @@ def plan_recipe(
     *,
     processes: int,
     download: bool,
-    guess: Guess | None,
+    guesses: Sequence[Guess] = (),
     console: Console,
 ) -> Plan:
     """Plan every training stage of a recipe.
@@ -98,7 +98,8 @@ def plan_recipe(
         recipe: the resolved recipe; of its model only configuration and tokenizer are needed.
         processes: in how many it would run.
         download: whether data sets of the Hub may be fetched.
-        guess: what is taken for data that is not here.
+        guesses: what is taken for data that is not here, by training stage; the last is for all
+            that follow.
         console: for progress.
 
     Raises UserError for a model without configuration or tokenizer, an adapter or limits that do
@@ -108,12 +109,14 @@ def plan_recipe(
     base = model_folder(recipe.model, recipe.model_revision, weights=False)
     planned = describe_pipeline(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
-        planner = _Planner(recipe, processes, download, guess, console, device, base, Path(scratch))
+        planner = _Planner(recipe, processes, download, console, device, base, Path(scratch))
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
+        wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         trained = [
-            planner.stage(stage, settings)
-            for stage in planned
-            if (settings := sections.get(stage.name)) is not None
+            planner.stage(
+                stage, settings, guesses[min(number, len(guesses) - 1)] if guesses else None
+            )
+            for number, (stage, settings) in enumerate(wanted)
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
 
@@ -133,13 +136,12 @@ class _Planner:
     recipe: Recipe
     processes: int
     download: bool
-    guess: Guess | None
     console: Console
     device: Device
     base: Path
     scratch: Path
 
-    def stage(self, stage: PlannedStage, settings: Training) -> StagePlan:
+    def stage(self, stage: PlannedStage, settings: Training, guess: Guess | None) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
         config, tokenizer, template = model_side(
@@ -154,7 +156,10 @@ class _Planner:
             attention=recipe.attention,
         )
         baseline = device.held_memory()
-        budget = token_budget(recipe.tokens_per_microbatch, device, config)
+        # Where the run will ask, the model is loaded; on CPU processes share what is free.
+        free = device.free_memory() // (self.processes if device.is_host else 1)
+        free -= model.shape.parameters * device.weights.itemsize
+        budget = token_budget(recipe.tokens_per_microbatch, device, config, free)
         asked = asked_of(
             settings,
             seed=recipe.seed,
@@ -168,15 +173,21 @@ class _Planner:
         if data.sources:
             account, trees = self._records(stage, settings, data.sources, tokenizer, template)
             ledger, work = account.summary(), count_work(trees, asked)
-        elif self.guess is not None:
-            work = guess_work(self.guess.records, self.guess.tokens, asked, answers=_ANSWERS)
+        elif guess is not None:
+            work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
             data.notes.append(
-                f"guessed: {self.guess.records} records of {self.guess.tokens} tokens each, half "
-                "of them trained, no prompt shared; --records and --tokens-per-record say so"
+                f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
+                "trained, no prompt shared"
+            )
+        else:
+            data.notes.append(
+                "steps, time and memory follow from it: --download fetches and reads it, --records "
+                "N --tokens-per-record M plans without it"
             )
         if model.padded:
             data.notes.append("this model reads padded rows: nothing is shared")
-        made, memory, disk = None, {}, None
+        made, disk = None, None
+        memory: dict[str, Memory] = {}
         if work is not None:
             made, memory = self._forecast(stage, settings, config, model.shape, work, baseline)
             disk = self._disk(settings, config, model.shape, work)
@@ -216,10 +227,7 @@ class _Planner:
         if away and not self.download:
             return _Data(
                 (),
-                [
-                    f"{', '.join(away)}: on the Hub, and not read. --download fetches and reads "
-                    "it; --records N --tokens-per-record M plans without it"
-                ],
+                [f"{', '.join(away)}: on the Hub, and not read"],
             )
         return _Data(source_specs(wanted, self.scratch, self.recipe.seed))
 

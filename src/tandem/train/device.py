@@ -284,15 +284,20 @@ def activation_bytes(config: Any) -> int:
     return layers * (16 * hidden + 5 * inner) * 4
 
 
-def token_budget(requested: int | Literal["auto"], device: Device, config: Any) -> int:
+def token_budget(
+    requested: int | Literal["auto"], device: Device, config: Any, free: int | None = None
+) -> int:
     """Tokens that a micro-batch should not exceed.
 
     `auto` divides a share of the free memory by an estimate of the activations a token keeps for
-    the backward, bounded by what keeps the device busy.
+    the backward, bounded by what keeps the device busy. `free` is what is taken for free memory,
+    in place of what is free now.
     """
     if requested != "auto":
         return requested
-    fitting = int(device.free_memory() * _ACTIVATION_SHARE / activation_bytes(config))
+    if free is None:
+        free = device.free_memory()
+    fitting = int(free * _ACTIVATION_SHARE / activation_bytes(config))
     limit = _CPU_ROWS if device.kind == "cpu" else _GPU_ROWS
     if device.static_shapes:
         limit = _MASKED_ROWS
