@@ -249,7 +249,8 @@ def _parquet_chunks(file: Path) -> Iterator[Chunk]:
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Read through a small buffer: otherwise a row group, often the whole file, is in memory.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False) as table:
             for batch in table.iter_batches(batch_size=_ROWS):
                 yield ArrowChunk(str(file), row + 1, batch.num_rows, _serialised(batch))
                 row += batch.num_rows
