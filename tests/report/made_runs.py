@@ -113,6 +113,7 @@ def sft_stage(folder: Path, *, steps: int = 120, finished: bool = True) -> None:
             "peak_memory_bytes": 812_646_400, "warnings": [], "attention": "segments",
             "device": "cpu", "dtype": "float32", "fill": 0.874, "imbalance": 1.023,
             "processes": 2, "engine": "deepspeed-zero2",
+            "estimate": {"seconds": {"estimated": 20.0, "actual": 25.4}, "memory": {}},
             "lengths": {"sequence": lengths, "prompt": [round(n * 0.6) for n in lengths]},
             "ledger": {
                 "read": 652, "trained": 640, "truncated": 9, "dropped": 12,

@@ -163,3 +163,5 @@ def test_how_several_processes_shared_the_work(tmp_path: Path) -> None:
     assert found["micro-batches"] == "87% full"
     assert found["engine"] == "deepspeed-zero2, 2 processes"
     assert found["busiest process"] == "2.3% above the mean"
+    assert found["time by its estimate"] == "1.27x"
+    assert "memory by its estimate" not in found

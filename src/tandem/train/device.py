@@ -145,12 +145,11 @@ class Device:
         return int(self._module.max_memory_allocated(self.torch_device))
 
     def held_memory(self) -> int:
-        """Bytes this process holds now, counted as `peak_memory` counts."""
-        if self.kind == "cpu":
-            return int(psutil.Process().memory_info().rss)
-        if self.kind == "mps":
-            return int(torch.mps.driver_allocated_memory())
-        return int(self._module.memory_allocated(self.torch_device))
+        """Bytes this process holds before a model is loaded, counted as `peak_memory` counts.
+
+        Interpreter and libraries are in a CPU's memory and not in that of other devices.
+        """
+        return int(psutil.Process().memory_info().rss) if self.kind == "cpu" else 0
 
     @property
     def _module(self) -> Any:
