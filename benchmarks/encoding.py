@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -73,7 +74,7 @@ def write_data(source: Path, count: int, target: Path) -> None:
     import pyarrow.parquet
 
     writer = None
-    while some := [row for row, _ in zip(rows, range(_ROWS), strict=False)]:
+    while some := list(islice(rows, _ROWS)):
         table = pyarrow.Table.from_pylist(some, schema=writer.schema if writer else None)
         writer = writer or pyarrow.parquet.ParquetWriter(target, table.schema)
         writer.write_table(table)

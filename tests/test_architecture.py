@@ -21,10 +21,12 @@ ALLOWED = {
     "evaluate": set(),
     "pairs": {"evaluate"},
     "train": {"artifact", "data", "losses", "model"},
+    "estimate": {"artifact", "data", "model"},
     "report": {"artifact"},
     "chat": {"data", "model"},
     "stages": {
-        "artifact", "data", "demo", "evaluate", "model", "pairs", "recipe", "report", "train",
+        "artifact", "data", "demo", "estimate", "evaluate", "model", "pairs", "recipe", "report",
+        "train",
     },
     "cli": {"artifact", "chat", "recipe", "report", "stages", "train"},
 }  # fmt: skip
@@ -37,6 +39,7 @@ HOMES = {
         "losses",
         "model",
         "train",
+        "estimate",
         "stages",
         "chat",
         "demo",

@@ -39,6 +39,19 @@ def test_every_side_is_measured(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
 
 
+def test_no_record_is_lost_between_parts_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet
+
+    monkeypatch.setattr(encoding, "_ROWS", 2)
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"question": "Q", "chosen": "A", "rejected": "B"}\n')
+    encoding.write_data(source, 5, tmp_path / "out.parquet")
+    asked = pyarrow.parquet.read_table(tmp_path / "out.parquet")["question"].to_pylist()
+    assert asked == [f"Q ({number})" for number in range(5)]
+
+
 def test_records_are_drawn_and_numbered(tmp_path: Path) -> None:
     source = tmp_path / "p.jsonl"
     source.write_text('{"question": "Q", "chosen": "A", "rejected": "B"}\n')

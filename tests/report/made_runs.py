@@ -125,6 +125,7 @@ def sft_stage(
             "peak_memory_bytes": 812_646_400, "warnings": [], "attention": "segments",
             "device": "cpu", "dtype": "float32", "fill": 0.874, "imbalance": 1.023,
             "processes": 2, "engine": "deepspeed-zero2",
+            "estimate": {"seconds": {"estimated": 20.0, "actual": 25.4}, "memory": {}},
             "lengths": {"sequence": lengths, "prompt": [round(n * 0.6) for n in lengths]},
             **(_scored_summary() if scored else {}),
             "ledger": {

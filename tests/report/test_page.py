@@ -163,6 +163,8 @@ def test_how_several_processes_shared_the_work(tmp_path: Path) -> None:
     assert found["micro-batches"] == "87% full"
     assert found["engine"] == "deepspeed-zero2, 2 processes"
     assert found["busiest process"] == "2.3% above the mean"
+    assert found["time by its estimate"] == "1.27x"
+    assert "memory by its estimate" not in found
 
 
 def test_held_out_scores_stand_beside_the_training_curve(tmp_path: Path) -> None:

@@ -32,10 +32,12 @@ def test_numbers() -> None:
     assert wording.number(math.nan) == "–"
     # The learning rates of an axis stay apart.
     assert [wording.number(x, 3) for x in (0.0015, 0.002, 0.0245)] == ["0.0015", "0.0020", "0.02"]
-    assert [wording.duration(s) for s in (0.25, 12.34, 185, 7800)] == [
-        "250 ms", "12.3 s", "3 min 05 s", "2 h 10 min",
+    assert [wording.duration(s) for s in (0.25, 12.34, 185, 7800, 273_600)] == [
+        "250 ms", "12.3 s", "3 min 05 s", "2 h 10 min", "3 d 04 h",
     ]  # fmt: skip
-    assert [wording.short_count(n) for n in (950, 12859, 1_250_000)] == ["950", "12.9k", "1.25M"]
+    assert [wording.short_count(n) for n in (950, 12859, 1_250_000, 4e16)] == [
+        "950", "12.9k", "1.25M", "40P",
+    ]  # fmt: skip
     assert wording.size(812_646_400) == "775 MiB"
     assert wording.percent(0.825) == "82.5 %"
 

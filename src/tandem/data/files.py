@@ -204,7 +204,8 @@ def _table_file_chunks(file: Path) -> Iterator[Plain]:
 def _parquet_batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    # Read through a small buffer: otherwise a row group, often the whole file, is in memory.
+    with pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False) as table:
         yield from table.iter_batches(batch_size=_ROWS)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.artifact.files import atomic_write_text
+from tandem.artifact.files import atomic_write_parts
 from tandem.data.records import Origin
 from tandem.errors import UserError
 
@@ -102,16 +103,12 @@ class Ledger:
         counts = self.counts
         if counts["dropped"] <= most * counts["read"]:
             return
-        rows: dict[str, list[str]] = {}
-        for entry in self.entries:
-            if entry.outcome == "dropped":
-                rows.setdefault(entry.reason, []).append(
-                    f"{Path(entry.file).name}, row {entry.row}"
-                )
+        dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
+        reasons = Counter(entry.reason for entry in dropped)
         listing = "\n".join(
-            f"  {len(found)} x {reason} ({'; '.join(found[:_SHOWN])}"
-            + ("; ...)" if len(found) > _SHOWN else ")")
-            for reason, found in sorted(rows.items(), key=lambda item: -len(item[1]))
+            f"  {count} x {reason} ({_first_rows(dropped, reason)}"
+            + ("; ...)" if count > _SHOWN else ")")
+            for reason, count in reasons.most_common()
         )
         raise UserError(
             f"{counts['dropped']} of {counts['read']} records would be dropped, "
@@ -123,5 +120,14 @@ class Ledger:
         """Write one JSON object a line to `path`, whole or not at all."""
         if self.path is None:
             return
-        lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self.entries]
-        atomic_write_text(self.path, "".join(lines))
+        atomic_write_parts(self.path, map(_line, self.entries))
+
+
+def _first_rows(entries: Iterable[Entry], reason: str) -> str:
+    found = islice((entry for entry in entries if entry.reason == reason), _SHOWN)
+    return "; ".join(f"{Path(entry.file).name}, row {entry.row}" for entry in found)
+
+
+def _line(entry: Entry) -> str:
+    fields = {name: getattr(entry, name) for name in Entry.__slots__}
+    return json.dumps(fields, ensure_ascii=False) + "\n"

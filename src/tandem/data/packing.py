@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from tandem.data.records import Tree
 
+# Sequences of a padded batch in the comparison that summaries and plans report.
+_PADDED_BATCH = 8
 # A rank whose cost is within this share of the mean is not worth another exchange.
 _EVEN = 0.005
 
@@ -133,6 +138,20 @@ def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[in
             longest.append(length)
             rows.append(sequences)
     return sorted(tuple(sorted(members)) for members in bins)
+
+
+def padded_tokens(lengths: ArrayLike) -> int:
+    """Tokens that padded batches of a usual size would feed for a step's sequences, in order.
+
+    Args:
+        lengths: [S], tokens of each sequence.
+    """
+    given = np.asarray(lengths, dtype=np.int64)
+    batches = np.zeros((-(-len(given) // _PADDED_BATCH), _PADDED_BATCH), dtype=np.int64)
+    batches.ravel()[: len(given)] = given
+    sizes = np.full(len(batches), _PADDED_BATCH)
+    sizes[-1:] -= batches.size - len(given)
+    return int((batches.max(axis=1) * sizes).sum()) if len(given) else 0
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:

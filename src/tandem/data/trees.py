@@ -137,6 +137,11 @@ class Trees(Sequence[Tree]):
         return tuple(np.diff(ends, prepend=0).tolist())
 
     @property
+    def prefix_lengths(self) -> NDArray[np.int32]:
+        """[n]: tokens of each tree's prefix, which its sequences share."""
+        return self._index.lengths[self._first_part[:-1]]
+
+    @property
     def sequence_lengths(self) -> NDArray[np.int32]:
         """[S]: tokens of each sequence, its prefix included, tree by tree."""
         return self._per_sequence(self._index.lengths)

@@ -168,8 +168,13 @@ def _chunk(
     return picked - peak - total.log()
 
 
+def block_bytes(device: str) -> int:
+    """Bytes of logits that are held at once on a kind of device."""
+    return _CPU_BLOCK_BYTES if device == "cpu" else _GPU_BLOCK_BYTES
+
+
 def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
-    held = _CPU_BLOCK_BYTES if device == "cpu" else _GPU_BLOCK_BYTES
+    held = block_bytes(device)
     return max(_FEWEST_COLUMNS, held // (max(1, rows) * accumulate.itemsize) // 64 * 64)
 
 

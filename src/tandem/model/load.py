@@ -18,7 +18,7 @@ from tandem.model.products import speed_up_frozen_products
 from tandem.model.quantization import quantize, read_record
 from tandem.model.whole import check_whole
 
-# What a model folder may hold besides weights; everything else on a Hub page stays there.
+# What a model folder may hold, its weights first; everything else on a Hub page stays there.
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
 # The same weights again in their maker's own layout, as some Hub pages have them.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
@@ -29,8 +29,10 @@ _TOKENIZERS = (
 )  # fmt: skip
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
+def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model: a path, `demo:base`, or a Hub id that is fetched first.
+
+    Without `weights` only what is small of it is fetched: configuration and tokenizer.
 
     Raises UserError when a path does not exist, the folder is no model, or the Hub refuses.
     """
@@ -40,16 +42,16 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    return _fetched(name, revision)
+    return _fetched(name, revision, _FILES if weights else _FILES[1:])
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES
+                name, revision=revision, allow_patterns=files, ignore_patterns=_NOT_FILES
             )
         )
     except errors.GatedRepoError:
@@ -83,8 +85,11 @@ def _local_folder(name: str) -> Path:
     return folder
 
 
-def require_model(folder: Path) -> None:
-    """Raise UserError unless the folder holds a whole transformers model (not an adapter)."""
+def require_model(folder: Path, *, weights: bool = True) -> None:
+    """Raise UserError unless the folder holds a whole transformers model (not an adapter).
+
+    Without `weights` it need not hold any.
+    """
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} holds an adapter, not a whole model. Merge it into its base first: tandem "
@@ -95,16 +100,16 @@ def require_model(folder: Path) -> None:
             f"{folder} is no model folder: it has no config.json. Name the folder that holds "
             "config.json, *.safetensors and the tokenizer."
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no *.safetensors weights. Convert older formats first by loading the "
             "model with transformers and calling save_pretrained."
         )
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers configuration of a local model folder."""
-    require_model(folder)
+def load_config(folder: Path, *, weights: bool = True) -> Any:
+    """The transformers configuration of a local model folder; see `require_model`."""
+    require_model(folder, weights=weights)
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:

@@ -110,8 +110,20 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
         ("micro-batches", f"{s['fill']:.0%} full" if is_number(s.get("fill")) else ""),
         *_sharing(s),
         *_held_out(s),
+        *_against_estimates(s),
     ]
     return [(title, value) for title, value in found if value and value != "–"]
+
+
+def _against_estimates(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Time and memory by what was estimated before the stage began."""
+    found = []
+    for name, title in (("seconds", "time by its estimate"), ("memory", "memory by its estimate")):
+        figure = mapping(mapping(summary.get("estimate")).get(name))
+        estimated, actual = figure.get("estimated"), figure.get("actual")
+        if is_number(estimated) and is_number(actual) and estimated > 0:
+            found.append((title, f"{actual / estimated:.2f}x"))
+    return found
 
 
 def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -40,14 +40,14 @@ def short_count(value: float | None) -> str:
     if not is_number(value):
         return MISSING
     x = float(value)
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.3g}{unit}"
     return f"{x:.3g}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as `850 ms`, `12.4 s`, `3 min 05 s` or `2 h 10 min`."""
+    """Seconds as `850 ms`, `12.4 s`, `3 min 05 s`, `2 h 10 min` or `3 d 04 h`."""
     if not is_number(seconds):
         return MISSING
     s = float(seconds or 0)
@@ -59,7 +59,10 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
 
 
 def size(value: float | None) -> str:

@@ -37,10 +37,7 @@ def resolved_inputs(
     device: Device,
 ) -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
     """The model's configuration, tokenizer and template, and all that the result depends on."""
-    config = load_config(base)
-    check_context(config, settings.max_length, base)
-    tokenizer = load_tokenizer(base)
-    template = resolve_template(tokenizer, chat_template)
+    config, tokenizer, template = model_side(base, settings, chat_template)
     inputs = {
         "model": {
             "weights": hash_weights(base),
@@ -55,3 +52,13 @@ def resolved_inputs(
         "dtype": device.dtype_name,
     }
     return config, tokenizer, template, inputs
+
+
+def model_side(
+    base: Path, settings: Training, chat_template: str | None, *, weights: bool = True
+) -> tuple[Any, Any, ChatTemplate]:
+    """The model's configuration, tokenizer and template; without `weights` it need have none."""
+    config = load_config(base, weights=weights)
+    check_context(config, settings.max_length, base)
+    tokenizer = load_tokenizer(base)
+    return config, tokenizer, resolve_template(tokenizer, chat_template)

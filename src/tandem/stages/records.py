@@ -67,7 +67,7 @@ def stage_records(
     *,
     tokenizer: Any,
     template: ChatTemplate,
-    folder: Path,
+    folder: Path | None,
     name: str,
     seed: int,
     console: Console,
@@ -115,7 +115,7 @@ def prepared_records(
     *,
     tokenizer: Any,
     template: ChatTemplate,
-    folder: Path,
+    folder: Path | None,
     name: str,
     console: Console,
     held_out: bool = False,
@@ -127,7 +127,7 @@ def prepared_records(
         sources: where they are.
         settings: of the stage.
         tokenizer, template: of the model.
-        folder: the stage's.
+        folder: the stage's, None where nothing is to be written.
         name: the stage's, before each line on the console.
         console: for progress and counts.
         held_out: whether they are scored and not trained on; they have a ledger of their own.
@@ -135,7 +135,8 @@ def prepared_records(
     Raises UserError for bad data, and when more records would be dropped than may be.
     """
     began = time.perf_counter()
-    ledger = Ledger(folder / f"{'validation' if held_out else 'data'}-ledger.jsonl")
+    named = f"{'validation' if held_out else 'data'}-ledger.jsonl"
+    ledger = Ledger(None if folder is None else folder / named)
     trees = prepare(
         sources,
         tokenizer=tokenizer,
@@ -154,7 +155,7 @@ def prepared_records(
         f"{name}: {counts['trained']} of {counts['read']} records "
         f"{'to score' if held_out else 'to train on'}, "
         f"{counts['truncated']} truncated, {counts['dropped']} dropped"
-        + (f" (each in {ledger.path})" if counts["reasons"] else "")
+        + (f" (each in {ledger.path})" if counts["reasons"] and ledger.path else "")
         + f", encoded in {time.perf_counter() - began:.1f} s",
     )
     for reason, count in counts["reasons"].items():

@@ -30,6 +30,7 @@ from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
 from tandem.recipe.schema import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
+from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.outcome import packing_in_words, save_adapter_folder, training_summary
@@ -145,6 +146,7 @@ class _Stage:
         trees = records.trees
         if processes.count > 1:
             processes.require_same(data=records.identity())
+        held = engine.device.held_memory()
         model, schedule, budget = self._model(records, opened.schedule)
         # From here on the folder is this stage's.
         processes.main(lambda: start_stage(self.folder, self.kind.name, inputs, schedule))
@@ -153,6 +155,7 @@ class _Stage:
             len(trees), settings.batch_size,
             epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
         )  # fmt: skip
+        expected = processes.main(lambda: self._forecast(records, model, schedule, held))
         compiled = self._compiled(model, trees, schedule)
         progress, state = self._begin(model, total)
         engine.prepare(
@@ -195,7 +198,9 @@ class _Stage:
             )  # fmt: skip
         trained = engine.strategy.trained()
         processes.main(
-            lambda: self._finish(model, trained, records, made, progress, schedule, compiled)
+            lambda: self._finish(
+                model, trained, records, made, progress, schedule, compiled, expected
+            )
         )
 
     def _records(self, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
@@ -319,6 +324,15 @@ class _Stage:
             )
         )  # fmt: skip
 
+    def _forecast(
+        self, records: Records, model: Any, schedule: dict[str, Any], held: int
+    ) -> Forecast:
+        return forecast_run(
+            self.kind.name, records.trees, model, self.settings,
+            engine=self.engine, config=self.config, schedule=schedule, parts=records.parts,
+            quantization=self.runtime.quantization, seed=self.seed, baseline=held,
+        )  # fmt: skip
+
     def _finish(
         self,
         model: Any,
@@ -328,6 +342,7 @@ class _Stage:
         progress: Progress,
         schedule: dict[str, Any],
         compiled: Compiling,
+        expected: Forecast,
     ) -> None:
         best = best_adapters(self.folder)
         kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -355,6 +370,11 @@ class _Stage:
             "ledger": records.ledger.summary(),
             **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
+        summary["estimate"] = compared(expected, summary)
+        try:
+            keep(expected, summary["estimate"], summary)
+        except OSError as error:
+            self._tell(f"how fast this was cannot be kept for the next plan ({error})")
         atomic_write_json(self.folder / "summary.json", summary)
         outputs += ["summary.json", "metrics.jsonl"]
         if records.held_out is not None:

@@ -144,6 +144,13 @@ class Device:
             return int(torch.mps.driver_allocated_memory())
         return int(self._module.max_memory_allocated(self.torch_device))
 
+    def held_memory(self) -> int:
+        """Bytes this process holds before a model is loaded, counted as `peak_memory` counts.
+
+        Interpreter and libraries are in a CPU's memory and not in that of other devices.
+        """
+        return int(psutil.Process().memory_info().rss) if self.kind == "cpu" else 0
+
     @property
     def _module(self) -> Any:
         return getattr(torch, self.kind)
@@ -267,20 +274,29 @@ def attention_weight(config: Any) -> float:
     return 2 * hidden / ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
 
 
-def token_budget(requested: int | Literal["auto"], device: Device, config: Any) -> int:
-    """Tokens that a micro-batch should not exceed.
-
-    `auto` divides a share of the free memory by an estimate of the activations a token keeps for
-    the backward, bounded by what keeps the device busy.
-    """
-    if requested != "auto":
-        return requested
+def activation_bytes(config: Any) -> int:
+    """An estimate of what a token keeps for the backward, in float32, all layers together."""
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     # Residuals, norms, projections and adapters' inputs, and the gated MLP's products.
-    per_token = layers * (16 * hidden + 5 * inner) * 4
-    fitting = int(device.free_memory() * _ACTIVATION_SHARE / per_token)
+    return layers * (16 * hidden + 5 * inner) * 4
+
+
+def token_budget(
+    requested: int | Literal["auto"], device: Device, config: Any, free: int | None = None
+) -> int:
+    """Tokens that a micro-batch should not exceed.
+
+    `auto` divides a share of the free memory by an estimate of the activations a token keeps for
+    the backward, bounded by what keeps the device busy. `free` is what is taken for free memory,
+    in place of what is free now.
+    """
+    if requested != "auto":
+        return requested
+    if free is None:
+        free = device.free_memory()
+    fitting = int(free * _ACTIVATION_SHARE / activation_bytes(config))
     limit = _CPU_ROWS if device.kind == "cpu" else _GPU_ROWS
     if device.static_shapes:
         limit = _MASKED_ROWS

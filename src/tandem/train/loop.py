@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.artifact.files import append_jsonl
 from tandem.data.order import Part, Step, epochs_after, steps
-from tandem.data.packing import plan_step, tree_cost
+from tandem.data.packing import padded_tokens, plan_step, tree_cost
 from tandem.data.records import Tree
 from tandem.errors import Stopped
 from tandem.model.attention import is_padded
@@ -25,8 +25,6 @@ from tandem.train.memory import TokenBudget
 from tandem.train.micro_batches import MicroBatches, StepWork, added, not_finite, own_work
 from tandem.train.objective import Objective
 
-# Sequences of a padded batch in the comparison that the summary reports.
-_PADDED_BATCH = 8
 # Seconds within which two different signals are one request to stop.
 _SAME_REQUEST = 5.0
 
@@ -229,17 +227,11 @@ def _sequence_length(tree: Tree, branch: int) -> int:
 
 def _account_savings(progress: Progress, trees: Sequence[Tree]) -> None:
     lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
-    progress.padded_tokens += _padded(lengths)
+    progress.padded_tokens += padded_tokens(lengths)
     # What every branch after a tree's first would have fed again.
     progress.shared_tokens += sum(
         (len(tree.branches) - 1) * len(tree.prefix.input_ids) for tree in trees
     )
-
-
-def _padded(lengths: Sequence[int]) -> int:
-    """Tokens that padded batches of a usual size would have fed for the same sequences."""
-    batches = [lengths[i : i + _PADDED_BATCH] for i in range(0, len(lengths), _PADDED_BATCH)]
-    return sum(max(batch) * len(batch) for batch in batches)
 
 
 @dataclass

@@ -1,0 +1,129 @@
+"""How far off estimates were: a line for each finished training stage, kept in the cache folder.
+
+A plan takes this machine's rate from it. Nothing but speed and memory of runs is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from tandem.artifact.cache import cache_folder
+from tandem.artifact.files import append_jsonl, atomic_write_text
+
+NAME = "estimates.jsonl"
+# What is compared. All are of the whole stage; memory is one process's peak.
+FIGURES = ("tokens", "steps", "memory", "seconds")
+_KEPT = 200
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a rate depends on.
+
+    Attributes:
+        stage: sft or dpo.
+        device: its kind.
+        dtype: of the weights.
+        size: parameters of the model.
+        processes: how many there are.
+        engine: how they share the work.
+    """
+
+    stage: str
+    device: str
+    dtype: str
+    size: int
+    processes: int
+    engine: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished stage: what was estimated before it began, and what came of it.
+
+    Attributes:
+        setting: where and what.
+        operations: of training, as `operations.count_operations` counts them.
+        estimated, actual: `FIGURES` each.
+        reference_operations, reference_seconds: of the pass before it, 0 where there was none, or
+            its results were found in the store.
+    """
+
+    setting: Setting
+    operations: float
+    estimated: Mapping[str, float]
+    actual: Mapping[str, float]
+    reference_operations: float = 0.0
+    reference_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Operations a second of training."""
+        return self.operations / max(self.actual["seconds"], 1e-9)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Actual by estimated."""
+        return {name: self.actual[name] / max(self.estimated[name], 1e-9) for name in FIGURES}
+
+
+def remember(measured: Measured, path: Path | None = None) -> None:
+    """Append a finished stage; the newest 200 stay. Raises OSError where that cannot be."""
+    path = path or cache_folder() / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_jsonl(path, asdict(measured))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if len(lines) > 2 * _KEPT:
+        atomic_write_text(path, "".join(lines[-_KEPT:]))
+
+
+def recall(setting: Setting, path: Path | None = None) -> Measured | None:
+    """The finished stage whose rate says most about `setting`, None when there is none.
+
+    It must be on the same kind of device and in the same dtype. Among those the nearest size class
+    counts first (a factor of two), then the same processes and engine, then the same stage, and of
+    equals the last.
+    """
+    found = [one for one in _read(path or cache_folder() / NAME) if _comparable(one, setting)]
+    return min(reversed(found), key=lambda one: _distance(one.setting, setting), default=None)
+
+
+def _comparable(one: Measured, setting: Setting) -> bool:
+    return (one.setting.device, one.setting.dtype) == (setting.device, setting.dtype)
+
+
+def _distance(one: Setting, other: Setting) -> tuple[int, bool, bool]:
+    apart = abs(round(log2(max(1, one.size))) - round(log2(max(1, other.size))))
+    shared = (one.processes, one.engine) != (other.processes, other.engine)
+    return apart, shared, one.stage != other.stage
+
+
+def _read(path: Path) -> list[Measured]:
+    """What the file holds; lines that cannot be read, by whatever wrote them, are passed over."""
+    found = []
+    with suppress(OSError, UnicodeDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(KeyError, TypeError, ValueError):
+                found.append(_measured(json.loads(line)))
+    return found
+
+
+def _measured(line: Mapping[str, Any]) -> Measured:
+    figures = {
+        kind: {name: float(line[kind][name]) for name in FIGURES}
+        for kind in ("estimated", "actual")
+    }
+    return Measured(
+        Setting(**line["setting"]),
+        float(line["operations"]),
+        figures["estimated"],
+        figures["actual"],
+        float(line.get("reference_operations", 0.0)),
+        float(line.get("reference_seconds", 0.0)),
+    )

@@ -1,0 +1,229 @@
+"""`tandem plan` as a user runs it: shipped recipes, what is missing, what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.artifact.files import read_json
+from tandem.cli.main import main
+
+from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def mistral_folder(shared_data: Path, tmp_path: Path) -> Path:
+    """Mistral-7B's configuration with its real tokenizer, and no weights."""
+    from transformers import MistralConfig
+
+    folder = tmp_path / "mistral"
+    shutil.copytree(shared_data / "tokenizers" / "mistral_v1_32000", folder)
+    MistralConfig(dtype="bfloat16").save_pretrained(folder)
+    return folder
+
+
+def _plan(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert main(["plan", *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_demo_is_planned_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = _plan(capsys, "demo", "device=cpu")
+    sft, dpo = made["training"]
+    assert made["stages"] == ["sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate"]
+    assert sft["records"] == {
+        "read": 660, "trained": 660, "truncated": 0, "dropped": 0, "reasons": {},
+        "formats": sft["records"]["formats"],
+    }  # fmt: skip
+    assert sft["work"]["steps"] == 3 * -(-660 // 32)
+    assert sft["work"]["shared_tokens"] == 0 < dpo["work"]["shared_tokens"]
+    assert "pairs are not made yet" in dpo["notes"][0]
+    assert sft["notes"] == []
+    assert sft["operations"]["reference_share"] == 0 < dpo["operations"]["reference_share"] < 1
+    assert sft["rate"]["last_run"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_the_seed_recipe_without_its_data(
+    mistral_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["neural-chat-7b-v3-1", f"model={mistral_folder}", "device=cpu"]
+    made = _plan(capsys, *words)
+    for stage, data in zip(
+        made["training"], ("Open-Orca/SlimOrca", "Intel/orca_dpo_pairs"), strict=True
+    ):
+        assert stage["notes"][0] == f"{data}: on the Hub, and not read"
+        assert "--records N --tokens-per-record M" in stage["notes"][1]
+        assert stage["model"]["parameters"] == 7_241_732_096
+        assert "work" not in stage
+    given = ["--records", "517982,12859", "--tokens-per-record=400,600", "--nproc=8"]
+    sft, dpo = _plan(capsys, *words, *given)["training"]
+    assert sft["work"]["steps"] == 2 * -(-517982 // 64)
+    assert (dpo["work"]["steps"], dpo["work"]["tokens"]) == (1000, 1000 * 64 * 600 - 4 * 5 * 600)
+    assert "12,859 records of 600 tokens" in dpo["notes"][1]
+    weights = {engine: memory["weights"] for engine, memory in sft["memory"].items()}
+    assert weights["ddp"] == weights["deepspeed-zero2"] == 2 * 7_241_732_096
+    assert weights["deepspeed-zero3"] == weights["fsdp2"] < weights["ddp"] / 4
+
+
+def test_a_plan_and_the_run_after_it_say_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the plan after that knows how far off this one was."""
+    model, data = make_model_folder(tmp_path / "model"), make_pairs(tmp_path / "pairs.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"dpo:\n  data: {data}\n  batch_size: 5\n  max_steps: 7\n  max_length: 128\n"
+    )
+    (before,) = _plan(capsys, str(recipe))["training"]
+    assert main(["run", str(recipe), "--until", "dpo"]) == 0
+    summary = read_json(Path("out/4-dpo/summary.json"))
+    for name in ("steps", "tokens", "examples", "padded_tokens", "shared_tokens", "micro_batches"):
+        assert before["work"][name] == summary[name]
+    assert before["records"] == summary["ledger"]
+    assert before["disk"]["adapter"] == before["model"]["trained"] * 4
+    file = Path("out/4-dpo/adapter_model.safetensors").stat().st_size
+    assert before["disk"]["adapter"] == pytest.approx(file, rel=0.15)  # a header comes with it
+    kept = len(list(Path("out/4-dpo/checkpoints").iterdir()))
+    assert before["disk"]["kept"] == kept
+    capsys.readouterr()
+
+    (after,) = _plan(capsys, str(recipe))["training"]
+    last = after["rate"]["last_run"]
+    assert (last["setting"]["stage"], last["setting"]["device"]) == ("dpo", "cpu")
+    compared = summary["estimate"]
+    for name, figure in compared.items():
+        if name != "rate_from":
+            ratio = last["actual_by_estimate"][name]
+            assert ratio == pytest.approx(figure["actual"] / figure["estimated"])
+    # What took that long is expected to take as long again.
+    assert after["seconds"] == pytest.approx(summary["train_seconds"])
+    assert after["reference_seconds"] == pytest.approx(summary["reference_seconds"])
+    assert main(["plan", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert f"actual by estimate: time {last['actual_by_estimate']['seconds']:.2f}x" in shown
+    assert "\x1b" not in shown
+
+
+def test_tables_say_what_json_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\ntokens_per_microbatch: 100\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    words = [str(recipe), "--nproc=2", "sft.batch_size=6"]
+    (found,) = _plan(capsys, *words)["training"]
+    assert main(["plan", *words]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    work = found["work"]
+    assert "planned for cpu, float32, 2 processes; nothing was trained" in shown
+    assert "24 read, 24 trained, 1 of them truncated, 0 dropped" in shown
+    assert f"steps {work['steps']}, {work['examples']} examples" in shown
+    assert f"{work['tokens']:,} fed, {work['tokens_per_epoch']:,} an epoch" in shown
+    assert f"{work['micro_batches']} of 100 tokens at most" in shown
+    assert "the busiest of 2 processes" in shown
+    for engine in ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"):
+        assert engine in shown
+    assert "from a timed matrix product" in shown
+
+
+def test_a_folder_without_weights_is_enough_and_no_more_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    whole = _plan(capsys, str(recipe))["training"][0]
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    bare = _plan(capsys, str(recipe))["training"][0]
+    assert (bare["model"], bare["work"]) == (whole["model"], whole["work"])
+    (model / "config.json").unlink()
+    assert main(["plan", str(recipe)]) == 2
+    assert "it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dema"], "no recipe of that name"),
+        (["demo", "--nproc=0"], "--nproc is 0; it must be at least 1"),
+        (["demo", "--records=3"], "--records and --tokens-per-record go together"),
+        (["demo", "--records=3,4", "--tokens-per-record=9"], "with as many numbers"),
+        (["demo", "--records=3,0", "--tokens-per-record=9,9"], "has a number below 1"),
+        (["demo", "--records=many", "--tokens-per-record=9"], "--records: invalid"),
+        (["demo", "--recods=3"], "did you mean --records?"),
+        (["demo", "sft.data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
+        (["demo", "model=./nowhere"], "model folder ./nowhere does not exist"),
+        (["demo", "sft.max_length=100000"], "max_length 100000 exceeds the context"),
+        (["demo", "sft.lora.target_modules=[q]"], "'q' fits no module"),
+    ],
+)
+def test_mistakes_are_said_and_exit_with_two(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_data_that_training_would_refuse_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_conversations(tmp_path / "c.jsonl")
+    with data.open("a") as file:
+        file.write('{"conversations": []}\n' * 4)
+    assert main(["plan", "demo", f"sft.data={data}"]) == 2
+    assert "4 of 28 records would be dropped" in capsys.readouterr().err
+    assert main(["plan", "demo", f"sft.data={data}", "sft.max_dropped=0.5"]) == 0
+    assert "28 read, 24 trained" in capsys.readouterr().out
+
+
+def test_memory_is_within_a_factor_of_two_of_what_a_run_held(
+    stories_path: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, with a model whose activations outweigh its weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = tmp_path / "model"
+    shutil.copytree(stories_path, model)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=8,
+        num_attention_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    data = tmp_path / "data.jsonl"
+    with (shared_data / "conversations" / "slimorca_format.jsonl").open() as lines:
+        data.write_text("".join(line for line, _ in zip(lines, range(3), strict=False)))
+    words = [
+        "sft", "--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir",
+        str(tmp_path / "out"), "--batch_size", "3", "--max_steps", "1", "--warmup_steps", "0",
+        "--max_length", "1200", "--max_prompt_length", "600",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem", *words],
+        env=os.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    memory = read_json(tmp_path / "out" / "summary.json")["estimate"]["memory"]
+    assert memory["estimated"] / 2 < memory["actual"] < memory["estimated"] * 2
+    assert memory["estimated"] > 700 * 2**20  # of which the process itself is the smaller part
