@@ -18,7 +18,7 @@ ALLOWED = {
     "demo": {"artifact"},
     "recipe": set(),
     "model": {"artifact", "data", "demo"},
-    "evaluate": set(),
+    "evaluate": {"artifact"},
     "pairs": {"evaluate"},
     "train": {"artifact", "data", "losses", "model"},
     "report": {"artifact"},
@@ -44,6 +44,7 @@ HOMES = {
     "peft": {"model/adapter.py", "model/merge.py"},
     "accelerate": {"train/engine.py"},
     "bitsandbytes": {"model/quantization.py"},
+    "lm_eval": {"evaluate/leaderboard.py"},
 }
 
 
