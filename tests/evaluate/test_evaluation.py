@@ -18,10 +18,12 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 from tandem.data.template import resolve_template
 from tandem.errors import UserError
+from tandem.evaluate.judge import Judge, Messages, one_by_one
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import Harness
 from tandem.model.load import load_model, load_tokenizer
 from tandem.recipe.schema import DataSource, Evaluate
+from tandem.report.terminal import comparison_notes
 from tandem.stages.contestant import find_contestant
 from tandem.stages.evaluate import run_evaluation
 from tandem.train.runtime import Runtime
@@ -233,7 +235,7 @@ def test_the_command(
     assert code == 0, notices
     for expected in (
         "stories260K", "tuned", "ARC-challenge", "ARC-easy", "answer accuracy",
-        "acc_norm, 1 few-shot examples, 2 items", "not comparable with the",
+        "acc_norm, 1-shot, 2 items", "not comparable with the",
         "What is 0 and one?", "evaluation.json",
     ):  # fmt: skip
         assert expected in table, expected
@@ -304,3 +306,35 @@ def test_samples_of_answers(stories_path: Path, tmp_path: Path) -> None:
     assert found["counts"] == {"questions": 4, "pairs": 0}
     assert [s["prompt"] for s in found["samples"]] == ["What is 0 and one?", "What is 2 and one?"]
     assert len(read_jsonl(asked)) == 6
+
+
+def test_a_judge_compares_with_the_first_model(
+    stories_path: Path, adapter: Path, tmp_path: Path
+) -> None:
+    asked = questions(tmp_path / "q.jsonl")
+    only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=6)
+    models = {"stories": str(stories_path), "tuned": str(adapter)}
+    shown: list[str] = []
+
+    def ask(messages: Messages) -> str:
+        shown.append(messages[0]["content"])
+        return "[[A]]" if len(shown) % 2 else "[[B]]"
+
+    judge = Judge("wise", one_by_one(ask))
+    found, _ = evaluate(models, tmp_path / "e", only, judge=judge)
+    answers = found["samples"][0]["answers"]
+    assert answers["stories"] in shown[0]
+    assert answers["tuned"] in shown[0]
+    # Its questions come in pairs of orders: mine first [[A]], mine second [[B]]: always mine.
+    assert len(shown) == 8
+    assert found["models"]["tuned"]["win_rate"] == 1.0
+    assert "win_rate" not in found["models"]["stories"]
+    assert found["judge"]["models"]["tuned"]["wins"] == 4
+    assert found["judge"]["against"] == "stories"
+    (note,) = (n for n in comparison_notes(found) if "wise" in n)
+    assert note == (
+        "wise on tuned against stories: 4 won, 0 tied, 0 lost; the same verdict in both orders "
+        "100.0 %, for the answer shown first 50.0 %"
+    )
+    with pytest.raises(UserError, match="name questions, and two models or more"):
+        evaluate({"stories": str(stories_path)}, tmp_path / "f", only, judge=judge)

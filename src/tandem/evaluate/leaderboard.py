@@ -6,12 +6,14 @@ holds them equal to what the harness's own command line says, to the last digit.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -79,6 +81,41 @@ def task_scores_of(plain: dict[str, Any]) -> TaskScores:
     return TaskScores(**{**plain, "metrics": metrics})
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for a task that the harness does not have, with the nearest that it has."""
+    if not names:
+        return
+    with _quietly(lambda *_: None, offline=False):
+        there = _own_manager().all_tasks
+    for name in names:
+        if name not in there:
+            raise _unknown(name, there)
+
+
+def _manager(folder: Path) -> Any:
+    """The index of the tasks that a folder describes."""
+    from lm_eval.tasks import TaskManager
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@lru_cache(maxsize=1)
+def _own_manager() -> Any:
+    """The index of the harness's own tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _unknown(name: str, there: Sequence[str]) -> UserError:
+    close = difflib.get_close_matches(name, there, n=1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    return UserError(
+        f"tasks: the harness has no task {name}. {hint}`lm-eval ls tasks` lists all there are."
+    )
+
+
 class Harness:
     """A model that the harness has loaded, as a context manager."""
 
@@ -94,7 +131,7 @@ class Harness:
         self.hub = hub
         self._tasks = tasks
         self._model: Any = None
-        self._manager: Any = None
+        self._index: Any = None
 
     def __enter__(self) -> Self:
         """Nothing yet."""
@@ -133,7 +170,7 @@ class Harness:
                     limit=limit,
                     apply_chat_template=chat,
                     fewshot_as_multiturn=chat,
-                    task_manager=self._manager,
+                    task_manager=self._index,
                 )
             except UserError:
                 raise
@@ -143,15 +180,11 @@ class Harness:
 
     def _load(self, plan: TaskPlan) -> None:
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        if self._manager is None:
-            self._tasks.mkdir(parents=True, exist_ok=True)
-            self._manager = TaskManager(include_path=str(self._tasks), include_defaults=self.hub)
-        if plan.harness_name not in self._manager.all_tasks:
-            raise UserError(
-                f"tasks: the harness has no task {plan.name}. `lm-eval ls tasks` lists them."
-            )
+        if self._index is None:
+            self._index = _own_manager() if self.hub else _manager(self._tasks)
+        if plan.harness_name not in self._index.all_tasks:
+            raise _unknown(plan.name, self._index.all_tasks)
         if self._model is None:
             self._model = HFLM(
                 pretrained=self.subject.pretrained,

@@ -62,6 +62,11 @@ class TaskPlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def of_suite(self) -> bool:
+        """Whether it is one of the leaderboard's."""
+        return self.name in _SUITE
+
+    @property
     def harness_name(self) -> str:
         """What the harness calls the task."""
         return self.name if self.data is None else f"{self.name}_local"

@@ -66,6 +66,13 @@ MEASURES = (
         "higher",
         "answers that end with the end-of-turn token and not at the length limit",
     ),
+    Measure(
+        "win_rate",
+        "win rate",
+        "share",
+        "higher",
+        "a judge's verdicts against the first model's answers, in both orders; ties count half",
+    ),
     Measure("mean_answer_tokens", "answer tokens", "tokens", "neither", "mean length of an answer"),
 )
 
@@ -141,7 +148,7 @@ def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
     for task in map(mapping, raw if isinstance(raw, list) else []):
         metric = str(task.get("metric", "")).partition(",")[0]
         shots = task.get("shots")
-        meaning = f"{metric}, {shots} few-shot examples, {task.get('items')} items"
+        meaning = f"{metric}, {shots}-shot, {task.get('items')} items"
         meaning += ", chat template" if task.get("chat") else ""
         found.append(
             Measure(
@@ -193,9 +200,30 @@ def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
         for note in said:
             notes.setdefault(note, []).append(str(task.get("title")))
     lines = [f"{', '.join(titles)}: {note}" for note, titles in notes.items()]
+    lines += _judge_notes(mapping(evaluation.get("judge")))
     left_out = evaluation.get("left_out")
     for one in left_out if isinstance(left_out, list) else []:
         lines.append(f"{one[0]} was not measured: {one[1]}")
+    return lines
+
+
+def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, one in mapping(judge.get("models")).items():
+        found = mapping(one)
+        label, first = (ROW_LABELS.get(n, str(n)) for n in (name, judge.get("against")))
+        line = (
+            f"{judge.get('name')} on {label} against {first}: {found.get('wins')} won, "
+            f"{found.get('ties')} tied, {found.get('losses')} lost"
+        )
+        if is_number(found.get("consistent")):
+            line += (
+                f"; the same verdict in both orders {percent(found['consistent'])}, for the answer "
+                f"shown first {percent(found.get('first_shown'))}"
+            )
+        if found.get("unread"):
+            line += f"; {found['unread']} without a verdict"
+        lines.append(line)
     return lines
 
 

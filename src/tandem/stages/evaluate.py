@@ -17,6 +17,7 @@ from tandem.data.formats import Question
 from tandem.data.reading import read_questions
 from tandem.errors import UserError
 from tandem.evaluate.comparison import compared, items_of
+from tandem.evaluate.judge import Duel, Judge, Verdicts, judge_duels
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import TaskScores
 from tandem.evaluate.scores import Score
@@ -34,13 +35,14 @@ from tandem.stages.tasks import (
     tasks_of,
 )
 from tandem.train.device import Device, choose_device
-from tandem.train.progress import say
+from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
 # A fall of this share of right answers from SFT to DPO is called a collapse.
 _COLLAPSE = 0.1
 # Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
+_JUDGMENTS = "judgments.jsonl"
 
 
 def run_evaluation(
@@ -52,6 +54,7 @@ def run_evaluation(
     seed: int,
     runtime: Runtime,
     console: Console,
+    judge: Judge | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Ask every model, write evaluation.json, and return what it says.
@@ -65,6 +68,7 @@ def run_evaluation(
         seed: of the embedded demo's data.
         runtime: device, dtype, attention.
         console: for progress.
+        judge: compares each model's answers with the first model's; None: nobody does.
         replace: whether an evaluation of other models or settings that is finished in the folder
             gives way; what it measured is used again.
 
@@ -91,6 +95,9 @@ def run_evaluation(
         ),
         "chat_template": chat_template,
     }
+    if judge is not None:
+        _check_judged(models, settings)
+        inputs["judge"] = judge.name
     with folder_lock(output_dir):
         path = output_dir / "evaluation.json"
         if not (replace and _holds_another(output_dir, inputs)) and (
@@ -113,7 +120,14 @@ def run_evaluation(
         own = {c.label: desk.examine(c) for c in contestants}
         how = TaskSettings(settings.limit, settings.chat, str(settings.batch_size), chat_template)
         tasks = desk.measure(contestants, plan, how)
-        evaluation = _evaluation(models, material, own, tasks, settings)
+        verdicts = desk.judge(judge, own) if judge is not None else {}
+        evaluation = _evaluation(models, material, own, tasks, verdicts, settings)
+        if judge is not None:
+            evaluation["judge"] = {
+                "name": judge.name,
+                "against": next(iter(models)),
+                "models": {label: one.as_json() for label, one in verdicts.items()},
+            }
         evaluation["tasks"] = task_facts(plan, tasks, how)
         evaluation["left_out"] = [list(one) for one in plan.left_out]
         atomic_write_json(path, evaluation)
@@ -202,18 +216,42 @@ class _Desk:
             for contestant in contestants
         }
 
+    def judge(self, judge: Judge, own: Mapping[str, Examined]) -> dict[str, Verdicts]:
+        """What a judge finds of all models but the first, against whom they are compared."""
+        questions = self.material.questions
+        first, *others = own
+        found = {}
+        for label in others:
+            duels = [
+                Duel(str(i), question.turns[-1].content, answer, against)
+                for i, (question, answer, against) in enumerate(
+                    zip(questions, own[label].answers, own[first].answers, strict=True)
+                )
+            ]
+            with phase(self.console, f"{label}: {judge.name} judges", 2 * len(duels)) as advance:
+                found[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
+            if unread := found[label].unread:
+                say(
+                    self.console,
+                    f"{label}: {unread} of {len(duels)} questions have no verdict of {judge.name}; "
+                    "they are left out, and asked again when the evaluation is repeated",
+                )
+        return found
+
 
 def _evaluation(
     models: Mapping[str, str],
     material: Material,
     own: Mapping[str, Examined],
     tasks: Mapping[str, Mapping[str, TaskScores]],
+    verdicts: Mapping[str, Verdicts],
     settings: Evaluate,
 ) -> dict[str, Any]:
     scores: dict[str, dict[str, Score]] = {
         label: {
             **one.scores,
             **{f"task:{name}": t.metrics[t.metric] for name, t in tasks[label].items()},
+            **({"win_rate": verdicts[label].score} if label in verdicts else {}),
         }
         for label, one in own.items()
     }
@@ -255,6 +293,14 @@ def _warnings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"collapse: DPO lost right answers, {float(before):.0%} -> {float(after):.0%}; prefer "
         "answers the model can give, lower the learning rate or raise beta"
     ]
+
+
+def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
+    if not settings.questions or len(models) < 2:
+        raise UserError(
+            "judge: it compares answers to questions with the first model's; name questions, and "
+            "two models or more"
+        )
 
 
 def check_something(settings: Evaluate) -> None:

@@ -14,7 +14,13 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.evaluate.forms import FORMS
 from tandem.evaluate.kept import Kept
-from tandem.evaluate.leaderboard import Harness, Subject, TaskScores, task_scores_of
+from tandem.evaluate.leaderboard import (
+    Harness,
+    Subject,
+    TaskScores,
+    check_names,
+    task_scores_of,
+)
 from tandem.evaluate.local_data import write_tasks
 from tandem.evaluate.suite import Plan, TaskPlan, plan_tasks
 from tandem.model.packages import require
@@ -44,9 +50,10 @@ def tasks_of(settings: Evaluate) -> Plan:
 
 
 def check_harness(plan: Plan) -> None:
-    """Raise UserError if there are tasks and no harness."""
+    """Raise UserError if there are tasks and no harness, or one that it does not have."""
     if plan.tasks:
         require("lm-eval", "eval", "tasks: lm-evaluation-harness")
+        check_names([t.harness_name for t in plan.tasks if t.data is None and not t.of_suite])
 
 
 def describe_tasks(plan: Plan, folder: Path) -> None:
