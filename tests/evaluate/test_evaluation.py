@@ -16,38 +16,19 @@ from rich.console import Console
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
-from tandem.data.template import resolve_template
 from tandem.errors import UserError
 from tandem.evaluate.judge import Judge, Messages, one_by_one
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import Harness
-from tandem.model.load import load_model, load_tokenizer
 from tandem.recipe.schema import DataSource, Evaluate
 from tandem.report.terminal import comparison_notes
 from tandem.stages.contestant import find_contestant
 from tandem.stages.evaluate import run_evaluation
 from tandem.train.runtime import Runtime
 
+from .made_adapters import make_adapter
+
 pytest.importorskip("lm_eval")
-
-
-def make_adapter(base: Path, folder: Path, scale: float = 0.3) -> Path:
-    """An adapter whose B is not zero, with its tokenizer and a chat template."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    torch.manual_seed(0)
-    model = get_peft_model(load_model(base, dtype=torch.float32), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=scale)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(folder))
-    tokenizer = load_tokenizer(base)
-    resolve_template(tokenizer, "zephyr")
-    tokenizer.save_pretrained(str(folder))
-    return folder
 
 
 def evaluate(models: dict[str, str], folder: Path, settings: Evaluate, **changes: Any) -> Any:
@@ -338,3 +319,38 @@ def test_a_judge_compares_with_the_first_model(
     )
     with pytest.raises(UserError, match="name questions, and two models or more"):
         evaluate({"stories": str(stories_path)}, tmp_path / "f", only, judge=judge)
+
+
+def test_a_recipe_measures_its_models_by_one_line(
+    stories_path: Path,
+    shared_data: Path,
+    settings: Evaluate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    run = tmp_path / "run"
+    recipe = {
+        "name": "short", "model": str(stories_path), "output_dir": str(run), "device": "cpu",
+        "chat_template": "neural-chat",
+        "sft": {"data": settings.heldout[0].path, "max_steps": 2, "batch_size": 2,
+                "max_length": 512},
+        "evaluate": {"tasks": ["winogrande"], "task_data": str(shared_data / "evaluation"),
+                     "num_fewshot": 1, "limit": 4},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml"), "evaluate.tasks=[winograd]"]) == 2
+    assert "winograd has no local form" in capsys.readouterr().err
+    assert not run.exists()
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    said = capsys.readouterr()
+    assert "acc, 1-shot, 4 items" in said.out
+    found = read_json(run / "6-evaluation" / "evaluation.json")
+    assert list(found["models"]) == ["base", "sft"]
+    assert all("task:winogrande" in model for model in found["models"].values())
+    assert "task:winogrande" in found["models"]["sft"]["differences"]
+    page = (run / "report.html").read_text()
+    assert "Winogrande" in page
+    assert "few-shot examples are drawn from the evaluated file itself" in page

@@ -21,6 +21,8 @@ from tandem.evaluate.local_data import write_tasks
 from tandem.evaluate.suite import NOT_COMPARABLE, TaskPlan, plan_tasks
 from tandem.model.load import load_tokenizer
 
+from .made_adapters import make_adapter
+
 pytest.importorskip("lm_eval")
 SHARED_TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2", "winogrande", "gsm8k")
 
@@ -48,21 +50,27 @@ def task_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def subject(model: Path) -> Subject:
-    return Subject(str(model), None, load_tokenizer(model), "float32", "cpu", "1")
+def subject(model: Path, adapter: Path | None = None) -> Subject:
+    tokenizer = load_tokenizer(adapter or model)
+    return Subject(str(model), adapter, tokenizer, "float32", "cpu", "1")
 
 
 def nothing(count: int, total: int | None) -> None:
     pass
 
 
-def command_line(model: Path, tasks: str, include: Path, out: Path, *flags: str) -> dict[str, Any]:
+def command_line(
+    asked: Subject, tasks: str, include: Path, out: Path, *flags: str
+) -> dict[str, Any]:
     """What the harness's own command writes."""
+    model = f"pretrained={asked.pretrained},dtype=float32"
+    if asked.adapter is not None:
+        model += f",peft={asked.adapter},tokenizer={asked.adapter}"
     subprocess.run(
         [
             sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-            f"pretrained={model},dtype=float32", "--tasks", tasks, "--include_path",
-            str(include), "--device", "cpu", "--limit", "3", "--output_path", str(out),
+            model, "--tasks", tasks, "--include_path",
+            str(include), "--device", "cpu", "--limit", "2", "--output_path", str(out),
             "--log_samples", *flags,
         ],
         check=True,
@@ -74,19 +82,33 @@ def command_line(model: Path, tasks: str, include: Path, out: Path, *flags: str)
     return found
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("names", "chat", "adapted"),
+    [
+        (SHARED_TASKS, False, False),
+        (("arc_challenge", "winogrande"), True, False),
+        (("hellaswag",), False, True),
+    ],
+    ids=["plain", "chat", "adapter"],
+)
 def test_scores_equal_the_harness_own_command_line(
-    chat: bool, chat_model: Path, task_folder: Path, shared_data: Path, tmp_path: Path
+    names: tuple[str, ...],
+    chat: bool,
+    adapted: bool,
+    chat_model: Path,
+    task_folder: Path,
+    shared_data: Path,
+    tmp_path: Path,
 ) -> None:
-    names = SHARED_TASKS if not chat else ("arc_challenge", "gsm8k")
     plans = plan_tasks(names, None, shared_data / "evaluation", 1).tasks
+    adapter = make_adapter(chat_model, tmp_path / "adapter") if adapted else None
+    asked = subject(chat_model, adapter)
     flags = ("--apply_chat_template", "--fewshot_as_multiturn", "true") if chat else ()
-    theirs = command_line(
-        chat_model, ",".join(p.harness_name for p in plans), task_folder, tmp_path, *flags
-    )
-    with Harness(subject(chat_model), task_folder, hub=False) as harness:
+    tasks = ",".join(p.harness_name for p in plans)
+    theirs = command_line(asked, tasks, task_folder, tmp_path, *flags)
+    with Harness(asked, task_folder, hub=False) as harness:
         for plan in plans:
-            ours = harness.measure(plan, limit=3, chat=chat, advance=nothing)
+            ours = harness.measure(plan, limit=2, chat=chat, advance=nothing)
             stated = theirs["results"][plan.harness_name]
             keys = [k for k in stated if "," in k and "_stderr" not in k]
             assert sorted(ours.metrics) == sorted(keys)

@@ -211,7 +211,7 @@ def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, one in mapping(judge.get("models")).items():
         found = mapping(one)
-        label, first = (ROW_LABELS.get(n, str(n)) for n in (name, judge.get("against")))
+        label, first = (ROW_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
         line = (
             f"{judge.get('name')} on {label} against {first}: {found.get('wins')} won, "
             f"{found.get('ties')} tied, {found.get('losses')} lost"
