@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -59,56 +59,75 @@ def nothing(count: int, total: int | None) -> None:
     pass
 
 
-def command_line(
-    asked: Subject, tasks: str, include: Path, out: Path, *flags: str
-) -> dict[str, Any]:
-    """What the harness's own command writes."""
-    model = f"pretrained={asked.pretrained},dtype=float32"
-    if asked.adapter is not None:
-        model += f",peft={asked.adapter},tokenizer={asked.adapter}"
-    subprocess.run(
-        [
-            sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-            model, "--tasks", tasks, "--include_path",
-            str(include), "--device", "cpu", "--limit", "2", "--output_path", str(out),
-            "--log_samples", *flags,
-        ],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    (path,) = out.rglob("results_*.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+@dataclass(frozen=True)
+class Case:
+    """One command line of the harness's, and where it writes."""
+
+    names: tuple[str, ...]
+    chat: bool
+    asked: Subject
+    out: Path
+
+    def plans(self, data: Path) -> tuple[TaskPlan, ...]:
+        return plan_tasks(self.names, None, data, 1).tasks
+
+    def words(self, data: Path, include: Path) -> list[str]:
+        model = f"pretrained={self.asked.pretrained},dtype=float32"
+        if self.asked.adapter is not None:
+            model += f",peft={self.asked.adapter},tokenizer={self.asked.adapter}"
+        flags = ["--apply_chat_template", "--fewshot_as_multiturn", "true"] if self.chat else []
+        tasks = ",".join(plan.harness_name for plan in self.plans(data))
+        return [
+            "lm_eval", "run", "--model", "hf", "--model_args", model, "--tasks", tasks,
+            "--include_path", str(include), "--device", "cpu", "--limit", "2",
+            "--output_path", str(self.out), "--log_samples", *flags,
+        ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("names", "chat", "adapted"),
-    [
-        (SHARED_TASKS, False, False),
-        (("arc_challenge", "winogrande"), True, False),
-        (("hellaswag",), False, True),
-    ],
-    ids=["plain", "chat", "adapter"],
-)
-def test_scores_equal_the_harness_own_command_line(
-    names: tuple[str, ...],
-    chat: bool,
-    adapted: bool,
+@pytest.fixture(scope="module")
+def cases(
     chat_model: Path,
     task_folder: Path,
     shared_data: Path,
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Case]:
+    """The harness's command has run for each, all in one process, which takes long to start."""
+    folder = tmp_path_factory.mktemp("theirs")
+    whole = subject(chat_model)
+    adapted = subject(chat_model, make_adapter(chat_model, folder / "adapter"))
+    made = {
+        "plain": Case(SHARED_TASKS, False, whole, folder / "plain"),
+        "chat": Case(("arc_challenge", "winogrande"), True, whole, folder / "chat"),
+        "adapter": Case(("hellaswag",), False, adapted, folder / "adapted"),
+    }
+    lines = [case.words(shared_data / "evaluation", task_folder) for case in made.values()]
+    program = (
+        "import sys\n"
+        "from lm_eval.__main__ import cli_evaluate\n"
+        f"for sys.argv in {lines!r}:\n"
+        "    cli_evaluate()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", ["plain", "chat", "adapter"])
+def test_scores_equal_the_harness_own_command_line(
+    name: str, cases: dict[str, Case], task_folder: Path, shared_data: Path
 ) -> None:
-    plans = plan_tasks(names, None, shared_data / "evaluation", 1).tasks
-    adapter = make_adapter(chat_model, tmp_path / "adapter") if adapted else None
-    asked = subject(chat_model, adapter)
-    flags = ("--apply_chat_template", "--fewshot_as_multiturn", "true") if chat else ()
-    tasks = ",".join(p.harness_name for p in plans)
-    theirs = command_line(asked, tasks, task_folder, tmp_path, *flags)
-    with Harness(asked, task_folder, hub=False) as harness:
+    case = cases[name]
+    (path,) = case.out.rglob("results_*.json")
+    theirs = json.loads(path.read_text())
+    plans = case.plans(shared_data / "evaluation")
+    assert len(theirs["results"]) == len(plans)
+    with Harness(case.asked, task_folder, hub=False) as harness:
         for plan in plans:
-            ours = harness.measure(plan, limit=2, chat=chat, advance=nothing)
+            ours = harness.measure(plan, limit=2, chat=case.chat, advance=nothing)
             stated = theirs["results"][plan.harness_name]
             keys = [k for k in stated if "," in k and "_stderr" not in k]
             assert sorted(ours.metrics) == sorted(keys)
@@ -116,7 +135,7 @@ def test_scores_equal_the_harness_own_command_line(
                 metric, chosen = key.split(",")
                 assert ours.metrics[key].value == stated[key]
                 assert ours.metrics[key].error == stated[f"{metric}_stderr,{chosen}"]
-            (path,) = tmp_path.rglob(f"samples_{plan.harness_name}_*.jsonl")
+            (path,) = case.out.rglob(f"samples_{plan.harness_name}_*.jsonl")
             samples = read_jsonl(path)
             for key in keys:
                 metric, chosen = key.split(",")
