@@ -18,7 +18,7 @@ ALLOWED = {
     "demo": {"artifact"},
     "recipe": set(),
     "model": {"artifact", "data", "demo"},
-    "evaluate": set(),
+    "evaluate": {"artifact"},
     "pairs": {"evaluate"},
     "train": {"artifact", "data", "losses", "model"},
     "estimate": {"artifact", "data", "model"},
@@ -47,6 +47,7 @@ HOMES = {
     "peft": {"model/adapter.py", "model/merge.py"},
     "accelerate": {"train/engine.py"},
     "bitsandbytes": {"model/quantization.py"},
+    "lm_eval": {"evaluate/leaderboard.py"},
 }
 
 

@@ -226,8 +226,8 @@ def test_a_run_folder_means_its_newest_model(stories_path: Path, tmp_path: Path)
 
 
 def test_labels_tell_models_apart() -> None:
-    assert session._labels(["runs/a/5-final", "runs/b/5-final/"]) == ["a/5-final", "b/5-final"]
-    assert session._labels(["x", "x"]) == ["x (1)", "x (2)"]
+    assert session.labels_of(["runs/a/5-final", "runs/b/5-final/"]) == ["a/5-final", "b/5-final"]
+    assert session.labels_of(["x", "x"]) == ["x (1)", "x (2)"]
 
 
 # peft 0.21 still asks transformers 5 under the old name.

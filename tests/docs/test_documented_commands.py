@@ -14,6 +14,7 @@ import pytest
 import tandem.chat.session
 import tandem.report.html
 import tandem.stages.dpo
+import tandem.stages.evaluate
 import tandem.stages.merge
 import tandem.stages.pipeline
 import tandem.stages.sft
@@ -37,6 +38,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.dpo, "run_dpo", None),
         (tandem.stages.merge, "run_merge", None),
         (tandem.stages.pipeline, "run_pipeline", None),
+        (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
         (tandem.train.agent, "run_processes", 0),

@@ -14,7 +14,15 @@ from tandem.report.findings import evaluation_findings, find
 from tandem.report.html import write_report
 from tandem.report.training import tiles
 
-from .made_runs import NASTY, dpo_stage, evaluation, run_folder, sft_stage, write
+from .made_runs import (
+    NASTY,
+    dpo_stage,
+    evaluation,
+    measured_evaluation,
+    run_folder,
+    sft_stage,
+    write,
+)
 
 VOID = {"meta", "br", "circle", "line", "path", "rect"}
 
@@ -50,6 +58,16 @@ class Page(HTMLParser):
 
 def page_of(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_tasks_and_standard_errors(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "demo")
+    assert "With standard errors" not in page_of(run).text
+    write(run / "6-evaluation" / "evaluation.json", measured_evaluation())
+    page = page_of(run)
+    for expected in ("With standard errors", "ARC-easy", "46.5 % ± 2.0", "+0.5 ± 0.4", NASTY):
+        assert expected in page.text, expected
+    assert "script" not in page.tags
 
 
 def test_whole_run_shows_everything(tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ from rich.console import Console
 
 from tandem.report import wording
 from tandem.report.card import write_card
-from tandem.report.results import result_rows
-from tandem.report.terminal import result_table, samples_table
+from tandem.report.results import compared_rows, result_rows, task_notes
+from tandem.report.terminal import (
+    comparison_notes,
+    comparison_table,
+    result_table,
+    samples_table,
+)
 
-from .made_runs import evaluation, run_folder
+from .made_runs import NASTY, evaluation, measured_evaluation, run_folder
 
 
 def printed(item: object, width: int = 120) -> str:
@@ -68,6 +73,48 @@ def test_terminal_tables_do_not_read_markup() -> None:
     assert "[bold]not markup[/bold]" in samples
     assert "(nothing)" in samples
     assert "\x1b" not in text + samples
+
+
+def test_compared_rows_say_what_is_clear() -> None:
+    rows = {row.measure.key: row for row in compared_rows(measured_evaluation(), "previous")}
+    task = rows["task:arc_easy"]
+    assert task.details == "acc_norm, 5-shot, 500 items"
+    assert [cell.text for cell in task.cells] == ["40.0 % ± 2.0", "46.0 % ± 2.0", "46.5 % ± 2.0"]
+    assert [cell.change for cell in task.cells] == ["", "+6.0 ± 1.0", "+0.5 ± 0.4"]
+    # Half a point with an error of 0.4 is noise.
+    assert [cell.verdict for cell in task.cells] == ["", "good", ""]
+    loss = rows["loss"].cells[1]
+    assert (loss.change, loss.arrow, loss.verdict) == ("−2.50 ± 0.02", "▼", "good")
+    first = {row.measure.key: row for row in compared_rows(measured_evaluation(), "first")}
+    assert first["task:arc_easy"].cells[2].change == "+6.5 ± 1.2"
+    assert first["task:arc_easy"].cells[2].verdict == "good"
+
+
+def test_what_a_reader_of_scores_must_know() -> None:
+    assert task_notes(measured_evaluation()) == [
+        f"ARC-easy: local data: {NASTY}",
+        "ARC-easy: requests cut to the model's context at their beginning (sft 3)",
+        "ARC-easy: only the first 500 items",
+        "MMLU was not measured: no such files",
+    ]
+    text = printed(comparison_table(measured_evaluation()), width=160)
+    assert "46.5 % ± 2.0" in text
+    assert "▲ +6.5 ± 1.2" in text
+    said = comparison_notes(measured_evaluation())[0]
+    assert said.endswith("Changes are from base, item by item, shares in percentage points.")
+
+
+def test_the_card_has_the_tasks(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "demo")
+    (run / "6-evaluation" / "evaluation.json").write_text(json.dumps(measured_evaluation()))
+    text = write_card(run, run / "5-final").read_text(encoding="utf-8")
+    for expected in (
+        "| task | base | SFT | DPO |",
+        "| ARC-easy (acc_norm, 5-shot, 500 items) | 40.0 % ± 2.0 | 46.0 % ± 2.0 |",
+        "- MMLU was not measured: no such files.",
+    ):
+        assert expected in text, expected
+    assert "<script>" not in text
 
 
 def test_card(tmp_path: Path) -> None:

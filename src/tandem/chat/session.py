@@ -85,7 +85,7 @@ def run_chat(
     is greedy. Raises UserError for a model that cannot be loaded or has no chat template.
     """
     _check(models, max_new_tokens, temperature, top_p)
-    labels = _labels(models)
+    labels = labels_of(models)
     speakers = []
     for path, label in zip(models, labels, strict=True):
         folder = model_in_run(path)
@@ -292,7 +292,7 @@ def _check(models: Sequence[str], max_new_tokens: int, temperature: float, top_p
         raise UserError(f"--top_p is {top_p}; it must be above 0 and at most 1.")
 
 
-def _labels(models: Sequence[str]) -> list[str]:
+def labels_of(models: Sequence[str]) -> list[str]:
     """The shortest path endings that tell the models apart."""
     parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
     for depth in range(1, max(map(len, parts), default=1) + 1):

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
     "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
+    "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
     "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
     "cache": ("tandem.cli.cache", "cache", "show or empty the cache"),

@@ -77,11 +77,20 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
     """The result table, sample answers side by side, and where the page is."""
     from tandem.cli.notices import result_console
     from tandem.report.html import write_report
-    from tandem.report.terminal import result_table, samples_table
+    from tandem.report.terminal import (
+        comparison_notes,
+        comparison_table,
+        result_table,
+        samples_table,
+    )
 
     console = result_console()
     if found is not None:
         console.print(result_table(found))
+        if found.get("tasks"):
+            console.print(comparison_table(found))
+            for note in comparison_notes(found):
+                console.print(note, markup=False, soft_wrap=True)
         if found.get("samples"):
             console.print(samples_table(found))
     console.print(f"report: {write_report(run_dir)}", soft_wrap=True)

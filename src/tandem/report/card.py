@@ -12,7 +12,16 @@ import yaml
 from tandem.artifact.files import atomic_write_text
 from tandem.report.facts import KIND_TITLES, RunFacts, StageFacts, read_run
 from tandem.report.findings import find
-from tandem.report.results import mapping, result_rows, shown_measures
+from tandem.report.results import (
+    ROW_LABELS,
+    compared_rows,
+    mapping,
+    model_names,
+    result_rows,
+    shown_measures,
+    task_measures,
+    task_notes,
+)
 from tandem.report.training import base_model, find_key
 from tandem.report.wording import count, is_number
 
@@ -166,14 +175,29 @@ def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
     counts = mapping(evaluation.get("counts"))
     known = [f"{count(n)} {_line(k)}" for k, n in counts.items() if is_number(n)]
     note = f"\n\nHeld out: {', '.join(known)}." if known else ""
-    return "## Evaluation\n\n" + "\n".join(_table(head, body)) + note
+    own = "\n".join(_table(head, body)) + note if len(head) > 1 else ""
+    return "\n\n".join(p for p in ("## Evaluation", own, _tasks_text(evaluation)) if p)
+
+
+def _tasks_text(evaluation: Mapping[str, Any]) -> str:
+    """The harness's tasks with standard errors, and what to know about them."""
+    keys = {measure.key for measure in task_measures(evaluation)}
+    rows = [r for r in compared_rows(evaluation, "previous") if r.measure.key in keys]
+    if not rows:
+        return ""
+    names = [ROW_LABELS.get(n, n) for n in model_names(evaluation)]
+    body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
+    notes = "\n".join(f"- {_line(note)}." for note in task_notes(evaluation))
+    said = "Tasks of lm-evaluation-harness; ± is one standard error."
+    table = "\n".join(_table(("task", *names), body))
+    return f"{said}\n\n{table}" + (f"\n\n{notes}" if notes else "")
 
 
 def _limits(facts: Mapping[str, Any]) -> str:
     lines = [
         "## Limits",
         "",
-        "- The figures above are from this run's own held-out data, one seed"
+        "- The figures above are from this run's own held-out data and the tasks named, one seed"
         + (f" ({facts['seed']})" if is_number(facts.get("seed")) else "")
         + "; they say nothing about other tasks.",
         "- No safety evaluation was made. The model can be wrong and can repeat its data.",

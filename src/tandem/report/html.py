@@ -18,11 +18,13 @@ from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts, read_run
 from tandem.report.findings import find
 from tandem.report.results import (
     ROW_LABELS,
+    compared_rows,
     mapping,
     model_names,
     result_rows,
     sampling_error,
     shown_measures,
+    task_notes,
 )
 from tandem.report.wording import count, duration, is_number, percent, short_count
 
@@ -74,6 +76,9 @@ def render(facts: RunFacts) -> str:
         measures=shown_measures(facts.evaluation),
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
+        compared=compared_rows(facts.evaluation, "previous") if _has_errors(facts) else [],
+        compared_names=[ROW_LABELS.get(n, n) for n in model_names(facts.evaluation)],
+        task_notes=task_notes(facts.evaluation),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
         others=[(s.title, s.name, _flat(s.summary)) for s in facts.stages if s.kind == "merge"],
         samples=_samples(facts.evaluation),
@@ -160,6 +165,11 @@ def _result_note(evaluation: Mapping[str, Any]) -> str:
             f"changes of that size are noise."
         )
     return " ".join(parts)
+
+
+def _has_errors(facts: RunFacts) -> bool:
+    models = mapping(facts.evaluation.get("models")).values()
+    return any(mapping(model).get("errors") for model in models)
 
 
 def _pairs(stage: StageFacts) -> dict[str, Any]:

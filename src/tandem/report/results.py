@@ -39,6 +39,13 @@ MEASURES = (
         "mean negative log-prob of a right answer's token",
     ),
     Measure(
+        "heldout_loss",
+        "conversation loss",
+        "number",
+        "lower",
+        "mean negative log-prob of an answer's token in held-out conversations",
+    ),
+    Measure(
         "preference_accuracy",
         "preference accuracy",
         "share",
@@ -59,8 +66,22 @@ MEASURES = (
         "higher",
         "answers that end with the end-of-turn token and not at the length limit",
     ),
+    Measure(
+        "win_rate",
+        "win rate",
+        "share",
+        "higher",
+        "a judge's verdicts against the first model's answers, in both orders; ties count half",
+    ),
     Measure("mean_answer_tokens", "answer tokens", "tokens", "neither", "mean length of an answer"),
 )
+
+
+# Metrics of tasks that are shares, and of those that are better when lower.
+_SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc")
+_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# A difference of fewer standard errors than this is called nothing.
+_CLEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,15 @@ class Cell:
     arrow: Literal["▲", "▼", ""] = ""
     verdict: Literal["good", "bad", ""] = ""
     note: str = ""
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One measure over all models: titles, and a cell a model with errors in its texts."""
+
+    measure: Measure
+    details: str
+    cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +141,92 @@ def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
     return rows
 
 
+def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
+    """The harness's tasks as measures; their keys begin with `task:`."""
+    found = []
+    raw = evaluation.get("tasks")
+    for task in map(mapping, raw if isinstance(raw, list) else []):
+        metric = str(task.get("metric", "")).partition(",")[0]
+        shots = task.get("shots")
+        meaning = f"{metric}, {shots}-shot, {task.get('items')} items"
+        meaning += ", chat template" if task.get("chat") else ""
+        found.append(
+            Measure(
+                f"task:{task.get('task')}",
+                str(task.get("title", task.get("task"))),
+                "share" if metric in _SHARES else "number",
+                "lower" if metric in _LOWER else "higher",
+                meaning,
+            )
+        )
+    return found
+
+
+def compared_rows(
+    evaluation: Mapping[str, Any], against: Literal["first", "previous"]
+) -> list[ComparedRow]:
+    """One row a measure: values with standard errors, and changes with those of the pairs.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        against: which model changes are from.
+
+    A change is good or bad from two standard errors on; a smaller one says nothing.
+    """
+    models = mapping(evaluation.get("models"))
+    tasks = task_measures(evaluation)
+    rows = []
+    for measure in [*tasks, *shown_measures(evaluation)]:
+        cells = tuple(
+            _compared(measure, mapping(models[name]), against) for name in model_names(evaluation)
+        )
+        details = measure.meaning if measure in tasks else ""
+        rows.append(ComparedRow(measure, details, cells))
+    return rows
+
+
+def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tasks' scores must know, a line each."""
+    notes: dict[str, list[str]] = {}
+    raw = evaluation.get("tasks")
+    for task in map(mapping, raw if isinstance(raw, list) else []):
+        said = [str(note) for note in task.get("notes") or []]
+        cut = {k: n for k, n in mapping(task.get("cut")).items() if is_number(n) and n}
+        if cut:
+            counts = ", ".join(f"{name} {n}" for name, n in cut.items())
+            said.append(f"requests cut to the model's context at their beginning ({counts})")
+        if is_number(task.get("limit")):
+            said.append(f"only the first {task['limit']} items")
+        for note in said:
+            notes.setdefault(note, []).append(str(task.get("title")))
+    lines = [f"{', '.join(titles)}: {note}" for note, titles in notes.items()]
+    lines += _judge_notes(mapping(evaluation.get("judge")))
+    left_out = evaluation.get("left_out")
+    for one in left_out if isinstance(left_out, list) else []:
+        lines.append(f"{one[0]} was not measured: {one[1]}")
+    return lines
+
+
+def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, one in mapping(judge.get("models")).items():
+        found = mapping(one)
+        label, first = (ROW_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
+        line = (
+            f"{judge.get('name')} on {label} against {first}: {found.get('wins')} won, "
+            f"{found.get('ties')} tied, {found.get('losses')} lost"
+        )
+        if is_number(found.get("consistent")):
+            line += (
+                f"; the same verdict in both orders {percent(found['consistent'])}, for the answer "
+                f"shown first {percent(found.get('first_shown'))}"
+            )
+        if found.get("unread"):
+            line += f"; {found['unread']} without a verdict"
+        lines.append(line)
+    return lines
+
+
 def sampling_error(share: float, n: float) -> float:
     """Standard error of a share measured on `n` independent examples: sqrt(p (1 - p) / n)."""
     return math.sqrt(max(share * (1 - share), 0.0) / n) if n > 0 else math.nan
@@ -141,6 +257,35 @@ def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, floa
         return Cell(shown, change, arrow, "", note)
     good = (step > 0) == (measure.better == "higher")
     return Cell(shown, change, arrow, "good" if good else "bad", note)
+
+
+def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+    value = values.get(measure.key)
+    if not is_number(value):
+        return Cell("–")
+    error = mapping(values.get("errors")).get(measure.key)
+    text = f"{_shown(measure, value)}{_plus_minus(measure, error)}"
+    gap = mapping(mapping(values.get("differences")).get(measure.key)).get(against)
+    if not isinstance(gap, list):
+        return Cell(text)
+    step, doubt = gap
+    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
+    if step == 0:
+        return Cell(text, "±0" + _plus_minus(measure, doubt))
+    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    clear = is_number(doubt) and abs(step) > _CLEAR * doubt
+    if measure.better == "neither" or not clear:
+        return Cell(text, change, arrow)
+    good = (step > 0) == (measure.better == "higher")
+    return Cell(text, change, arrow, "good" if good else "bad")
+
+
+def _plus_minus(measure: Measure, error: object) -> str:
+    if not is_number(error):
+        return ""
+    if measure.kind == "share":
+        return f" ± {100 * error:.1f}"
+    return f" ± {error:.1f}" if measure.kind == "tokens" else f" ± {number(error, 3)}"
 
 
 def _shown(measure: Measure, value: float) -> str:

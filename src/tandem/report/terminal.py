@@ -12,10 +12,12 @@ from rich.text import Text
 from tandem.report.results import (
     ROW_LABELS,
     Cell,
+    compared_rows,
     mapping,
     model_names,
     result_rows,
     shown_measures,
+    task_notes,
 )
 
 _STYLES = {"good": "green", "bad": "red", "": "dim"}
@@ -37,6 +39,35 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     for row in result_rows(evaluation):
         table.add_row(Text(row.label), *(_cell(row.cells[i]) for i in shown))
     return table
+
+
+def comparison_table(evaluation: Mapping[str, Any]) -> Table:
+    """Measures as rows, models as columns: values and changes with their standard errors.
+
+    Changes are from the first model, item by item; only those of more than two standard errors
+    have a colour.
+    """
+    names = model_names(evaluation)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("measure", overflow="fold")
+    for name in names:
+        table.add_column(Text(ROW_LABELS.get(name, name)), justify="right", overflow="fold")
+    for row in compared_rows(evaluation, "first"):
+        title = Text(row.measure.title, "bold")
+        if row.details:
+            title.append(f"\n{row.details}", "not bold dim")
+        table.add_row(title, *map(_cell, row.cells))
+    return table
+
+
+def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What to know when reading `comparison_table`, a line each."""
+    names = model_names(evaluation)
+    said = ["± is one standard error."]
+    if len(names) > 1:
+        first = ROW_LABELS.get(names[0], names[0])
+        said.append(f"Changes are from {first}, item by item, shares in percentage points.")
+    return [" ".join(said), *task_notes(evaluation)]
 
 
 def samples_table(evaluation: Mapping[str, Any], limit: int = 3) -> Table:

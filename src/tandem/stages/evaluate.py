@@ -1,52 +1,48 @@
-"""At the end: base, SFT and final model answer the same held-out questions."""
+"""At the end: all models answer the same questions and are measured on the same tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, read_json
-from tandem.artifact.hashing import hash_weights
+from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import finish_stage, open_stage, start_stage
-from tandem.data.collate import collate
-from tandem.data.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
+from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.formats import Question
-from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_pairs
 from tandem.data.reading import read_questions
-from tandem.data.records import Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate, prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
-from tandem.evaluate.answers import contains_accepted, first_sentence
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.generate import Answer, generate_answers
-from tandem.model.load import context_length, load_config, load_model, load_tokenizer, model_folder
-from tandem.model.score import check_head, micro_batches, sequence_logps
+from tandem.evaluate.comparison import compared, items_of
+from tandem.evaluate.judge import Duel, Judge, Verdicts, judge_duels
+from tandem.evaluate.kept import Kept
+from tandem.evaluate.leaderboard import TaskScores
+from tandem.evaluate.scores import Score
+from tandem.evaluate.suite import Plan
 from tandem.recipe.schema import Evaluate
+from tandem.stages.contestant import Contestant, find_contestant, tokenizer_identity
+from tandem.stages.examiner import Examined, Examiner, Material, examined_of
 from tandem.stages.sources import data_identity, source_specs
-from tandem.train.device import Device, choose_device, token_budget
-from tandem.train.objective import sequence_tokens, trained_tokens
+from tandem.stages.tasks import (
+    TaskSettings,
+    check_harness,
+    describe_tasks,
+    measure_tasks,
+    task_facts,
+    tasks_of,
+)
+from tandem.train.device import Device, choose_device
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
-_NO_LIMIT = 2**31
 # A fall of this share of right answers from SFT to DPO is called a collapse.
 _COLLAPSE = 0.1
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One model's answers and scores."""
-
-    results: dict[str, float | str]
-    answers: list[str]
+# Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
+_SCORES, _TASKS = "scores", "tasks"
+_JUDGMENTS = "judgments.jsonl"
 
 
 def run_evaluation(
@@ -58,213 +54,224 @@ def run_evaluation(
     seed: int,
     runtime: Runtime,
     console: Console,
+    judge: Judge | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Ask every model, write evaluation.json, and return what it says.
 
     Args:
-        models: folders by label; the one called "base" is asked in completion form as well.
-        settings: questions, held-out pairs and answer length.
+        models: model or adapter folders by label; the one called "base" is asked in completion
+            form as well.
+        settings: questions, held-out data, tasks.
         output_dir: the stage's folder.
         chat_template: for models without one of their own.
         seed: of the embedded demo's data.
         runtime: device, dtype, attention.
         console: for progress.
+        judge: compares each model's answers with the first model's; None: nobody does.
+        replace: whether an evaluation of other models or settings that is finished in the folder
+            gives way; what it measured is used again.
+
+    A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
+    not made again after a kill.
     """
-    folders = {label: model_folder(path) for label, path in models.items()}
+    plan = tasks_of(settings)
+    check_harness(plan)
+    contestants = [find_contestant(label, path) for label, path in models.items()]
     questions = source_specs(settings.questions, output_dir.parent, seed)
     pairs = source_specs(settings.pairs, output_dir.parent, seed)
-    inputs = {
-        "models": {label: hash_weights(folder) for label, folder in folders.items()},
+    heldout = source_specs(settings.heldout, output_dir.parent, seed)
+    data = {
         "questions": data_identity(questions),
         "pairs": data_identity(pairs),
-        "settings": settings.model_dump(mode="json", exclude={"questions", "pairs"}),
+        "heldout": data_identity(heldout),
+    }
+    inputs = {
+        "models": {c.label: c.identity for c in contestants},
+        **data,
+        "tasks": [_identity(plan, name) for name in (t.name for t in plan.tasks)],
+        "settings": settings.model_dump(
+            mode="json", exclude={"questions", "pairs", "heldout", "task_data"}
+        ),
         "chat_template": chat_template,
     }
+    if judge is not None:
+        _check_judged(models, settings)
+        inputs["judge"] = judge.name
     with folder_lock(output_dir):
         path = output_dir / "evaluation.json"
-        if open_stage(output_dir, "evaluate", inputs).state == "finished":
+        if not (replace and _holds_another(output_dir, inputs)) and (
+            open_stage(output_dir, "evaluate", inputs).state == "finished"
+        ):
             found: dict[str, Any] = read_json(path)
             return found
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
-        asked_questions = read_questions(questions) if questions else []
+        for title, why in plan.left_out:
+            say(console, f"{title} is not measured: {why}")
+        material = Material(
+            list(islice(read_questions(questions), settings.limit)) if questions else [],
+            pairs,
+            heldout,
+            settings.max_new_tokens,
+            settings.limit,
+        )
         device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
-        asked = {}
-        for label, folder in folders.items():
-            examiner = _Examiner(folder, chat_template, device, runtime, console, label)
-            asked[label] = examiner.ask(asked_questions, pairs, settings)
-        evaluation = {
-            "models": {
-                label: {"path": models[label], **one.results} for label, one in asked.items()
-            },
-            "counts": {
-                "questions": len(asked_questions),
-                "pairs": int(next(iter(asked.values())).results.pop("pairs", 0)),
-            },
-            "samples": _samples(asked_questions, asked, settings.samples),
-            "warnings": _warnings({label: one.results for label, one in asked.items()}),
-        }
+        desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
+        own = {c.label: desk.examine(c) for c in contestants}
+        how = TaskSettings(settings.limit, settings.chat, str(settings.batch_size), chat_template)
+        tasks = desk.measure(contestants, plan, how)
+        verdicts = desk.judge(judge, own) if judge is not None else {}
+        evaluation = _evaluation(models, material, own, tasks, verdicts, settings)
+        if judge is not None:
+            evaluation["judge"] = {
+                "name": judge.name,
+                "against": next(iter(models)),
+                "models": {label: one.as_json() for label, one in verdicts.items()},
+            }
+        evaluation["tasks"] = task_facts(plan, tasks, how)
+        evaluation["left_out"] = [list(one) for one in plan.left_out]
         atomic_write_json(path, evaluation)
         finish_stage(output_dir, ["evaluation.json"])
     return evaluation
 
 
-class _Examiner:
-    """A loaded model that is asked and scored."""
+def _identity(plan: Plan, name: str) -> dict[str, Any]:
+    task = next(task for task in plan.tasks if task.name == name)
+    data = "hub" if task.data is None else task.data.identity
+    return {"task": name, "shots": task.shots, "data": data}
+
+
+def _holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a folder holds an evaluation of something else."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["stage"] != "evaluate":
+        return False
+    return hash_json(manifest["inputs"]) != hash_json(dict(inputs))
+
+
+class _Desk:
+    """Where models are examined, one after the other."""
 
     def __init__(
         self,
         folder: Path,
+        material: Material,
+        data: Mapping[str, Any],
         chat_template: str | None,
         device: Device,
         runtime: Runtime,
         console: Console,
-        label: str,
     ) -> None:
-        self.label = label
-        self.console = console
-        config = load_config(folder)
-        self.tokenizer = load_tokenizer(folder)
-        own = getattr(self.tokenizer, "chat_template", None)
-        self.template: ChatTemplate = resolve_template(
-            self.tokenizer, None if own else chat_template
-        )
-        self.model = load_model(folder, dtype=device.weights, device=device.torch_device)
+        self.folder = folder
+        self.material = material
+        self.data = data
+        self.chat_template = chat_template
         self.device = device
-        self.backend, why = choose_backend(
-            runtime.attention, self.model, static_shapes=device.static_shapes
+        self.runtime = runtime
+        self.console = console
+        self.kept = Kept(folder / _SCORES)
+
+    def examine(self, contestant: Contestant) -> Examined:
+        """A model's own measures."""
+        if not self.material:
+            return Examined({}, [])
+        tokenizer, template = contestant.tokenizer(self.chat_template)
+        completions = contestant.label == "base"
+        key = {
+            "model": contestant.identity,
+            "tokenizer": tokenizer_identity(tokenizer, template),
+            **self.data,
+            "completions": completions,
+            "max_new_tokens": self.material.max_new_tokens,
+            "limit": self.material.limit,
+            "dtype": self.device.dtype_name,
+            "device": self.device.kind,
+            "attention": self.runtime.attention,
+        }
+        if (before := self.kept.find("own", key)) is not None:
+            return examined_of(before)
+        examiner = Examiner(
+            contestant, tokenizer, template, self.device, self.runtime, self.console
         )
-        if self.backend == "padded":
-            say(console, f"{label}: attention padded ({why})")
-        check_head(self.model)
-        self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
-        self.context = context_length(config)
+        found = examiner.examine(self.material, completions=completions)
+        self.kept.keep("own", key, found.as_json())
+        return found
 
-    def ask(
-        self, questions: Sequence[Question], pairs: Sequence[SourceSpec], settings: Evaluate
-    ) -> Asked:
-        """Generation first, with transformers' own attention, then log-probs over trees."""
-        results: dict[str, float | str] = {}
-        texts: list[str] = []
-        if questions:
-            texts = self._answer(questions, settings, results)
-            if self.label == "base":
-                self._complete(questions, settings, results)
-        use_backend(self.model, self.backend)
-        if questions:
-            trees = self._conversations(questions)
-            logps = self._score(trees)
-            results["loss"] = -float(logps.sum()) / sum(trained_tokens(tree) for tree in trees)
-        if pairs:
-            self._prefer(pairs, results)
-        return Asked(results, texts)
-
-    def _generate(self, prompts: list[list[int]], settings: Evaluate, what: str) -> list[Answer]:
-        with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
-            return generate_answers(
-                self.model,
-                prompts,
-                stop_ids=stop_ids(self.tokenizer, self.template),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=0.0,
-                top_p=1.0,
-                seed=0,
-                advance=advance,
+    def measure(
+        self, contestants: Sequence[Contestant], plan: Plan, settings: TaskSettings
+    ) -> dict[str, dict[str, TaskScores]]:
+        """The tasks' scores of all models."""
+        definitions = self.folder / _TASKS
+        describe_tasks(plan, definitions)
+        return {
+            contestant.label: measure_tasks(
+                contestant,
+                plan,
+                settings,
+                kept=self.kept,
+                definitions=definitions,
+                device=self.device,
+                console=self.console,
             )
+            for contestant in contestants
+        }
 
-    def _decode(self, answers: Sequence[Answer]) -> list[str]:
-        texts: list[str] = self.tokenizer.batch_decode(
-            [list(answer.ids) for answer in answers], skip_special_tokens=True
-        )
-        return [text.strip() for text in texts]
-
-    def _answer(
-        self, questions: Sequence[Question], settings: Evaluate, results: dict[str, float | str]
-    ) -> list[str]:
-        prompts = [prompt_ids(self.tokenizer, self.template, q.turns) for q in questions]
-        for ids, question in zip(prompts, questions, strict=True):
-            self._check_room(question, len(ids), settings.max_new_tokens)
-        answers = self._generate(prompts, settings, "answers")
-        texts = self._decode(answers)
-        right = [
-            answer.stopped and contains_accepted(text, question.accepted)
-            for answer, text, question in zip(answers, texts, questions, strict=True)
-        ]
-        results["answer_accuracy"] = sum(right) / len(right)
-        results["stop_rate"] = sum(answer.stopped for answer in answers) / len(answers)
-        results["mean_answer_tokens"] = sum(len(a.ids) for a in answers) / len(answers)
-        return texts
-
-    def _complete(
-        self, questions: Sequence[Question], settings: Evaluate, results: dict[str, float | str]
-    ) -> None:
-        asked = [q for q in questions if q.completion]
-        if not asked:
-            return
-        prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
-        for ids, question in zip(prompts, asked, strict=True):
-            self._check_room(question, len(ids), settings.max_new_tokens)
-        texts = self._decode(self._generate(prompts, settings, "completions"))
-        right = [
-            contains_accepted(first_sentence(text), question.accepted)
-            for text, question in zip(texts, asked, strict=True)
-        ]
-        results["completion_accuracy"] = sum(right) / len(right)
-
-    def _conversations(self, questions: Sequence[Question]) -> list[Tree]:
-        exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
-        trees = []
-        encoded = encode_exchanges(Chat.of(self.tokenizer, self.template), exchanges)
-        for one, question in zip(encoded, questions, strict=True):
-            if not isinstance(one, Encoded):
-                raise UserError(f"{question.origin}: the question cannot be encoded: {one}")
-            self._check_room(question, len(one.ids), 0)
-            trees.append(conversation_tree([one], question.origin))
-        return trees
-
-    def _check_room(self, question: Question, tokens: int, answer: int) -> None:
-        if self.context is not None and tokens + answer > self.context:
-            raise UserError(
-                f"{question.origin}: {tokens} tokens"
-                + (f" and an answer of evaluate.max_new_tokens {answer}" if answer else "")
-                + f" exceed the model's context of {self.context}. Shorten or remove the question"
-                + (", or lower evaluate.max_new_tokens." if answer else ".")
-            )
-
-    def _prefer(self, pairs: Sequence[SourceSpec], results: dict[str, float | str]) -> None:
-        ledger = Ledger(None)
-        trees = prepare_pairs(
-            pairs,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-        )
-        counts = ledger.counts
-        if counts["truncated"] or counts["dropped"]:
-            say(
-                self.console,
-                f"{self.label}: of {counts['read']} pairs, {counts['truncated']} were cut to the "
-                f"model's context of {self.context} and {counts['dropped']} cannot be compared",
-            )
-        # Per token: summed log-probs would prefer the shorter answer whatever it says.
-        lengths = torch.tensor([sequence_tokens(tree) for tree in trees])
-        margins = (self._score(trees) / lengths).diff(dim=1).neg()[:, 0]
-        results["preference_accuracy"] = float((margins > 0).double().mean())
-        results["preference_margin"] = float(margins.mean())
-        results["pairs"] = len(trees)
-
-    def _score(self, trees: Sequence[Tree]) -> torch.Tensor:
-        found = torch.zeros(len(trees), len(trees[0].branches), dtype=torch.float64)
-        with torch.no_grad():
-            for members in micro_batches(self.model, trees, self.budget):
-                batch = collate([trees[i] for i in members]).to(self.device.torch_device)
-                logps = sequence_logps(self.model, batch, self.device.sums).cpu().double()
-                found[list(members)] = logps.view(len(members), -1)
+    def judge(self, judge: Judge, own: Mapping[str, Examined]) -> dict[str, Verdicts]:
+        """What a judge finds of all models but the first, against whom they are compared."""
+        questions = self.material.questions
+        first, *others = own
+        found = {}
+        for label in others:
+            duels = [
+                Duel(str(i), question.turns[-1].content, answer, against)
+                for i, (question, answer, against) in enumerate(
+                    zip(questions, own[label].answers, own[first].answers, strict=True)
+                )
+            ]
+            with phase(self.console, f"{label}: {judge.name} judges", 2 * len(duels)) as advance:
+                found[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
+            if unread := found[label].unread:
+                say(
+                    self.console,
+                    f"{label}: {unread} of {len(duels)} questions have no verdict of {judge.name}; "
+                    "they are left out, and asked again when the evaluation is repeated",
+                )
         return found
 
 
+def _evaluation(
+    models: Mapping[str, str],
+    material: Material,
+    own: Mapping[str, Examined],
+    tasks: Mapping[str, Mapping[str, TaskScores]],
+    verdicts: Mapping[str, Verdicts],
+    settings: Evaluate,
+) -> dict[str, Any]:
+    scores: dict[str, dict[str, Score]] = {
+        label: {
+            **one.scores,
+            **{f"task:{name}": t.metrics[t.metric] for name, t in tasks[label].items()},
+            **({"win_rate": verdicts[label].score} if label in verdicts else {}),
+        }
+        for label, one in own.items()
+    }
+    figures = compared(scores)
+    counts = {
+        "questions": len(material.questions),
+        "pairs": items_of([one.scores for one in own.values()], "preference_accuracy"),
+    }
+    if material.heldout:
+        counts["conversations"] = items_of([one.scores for one in own.values()], "heldout_loss")
+    return {
+        "models": {label: {"path": models[label], **figures[label]} for label in own},
+        "counts": counts,
+        "samples": _samples(material.questions, own, settings.samples),
+        "warnings": _warnings(figures),
+    }
+
+
 def _samples(
-    questions: Sequence[Question], asked: Mapping[str, Asked], count: int
+    questions: Sequence[Question], asked: Mapping[str, Examined], count: int
 ) -> list[dict[str, Any]]:
     stride = max(1, len(questions) // max(1, count))
     return [
@@ -277,7 +284,7 @@ def _samples(
     ]
 
 
-def _warnings(results: Mapping[str, Mapping[str, float | str]]) -> list[str]:
+def _warnings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     before = results.get("sft", {}).get("answer_accuracy")
     after = results.get("dpo", {}).get("answer_accuracy")
     if before is None or after is None or float(before) - float(after) <= _COLLAPSE:
@@ -286,3 +293,22 @@ def _warnings(results: Mapping[str, Mapping[str, float | str]]) -> list[str]:
         f"collapse: DPO lost right answers, {float(before):.0%} -> {float(after):.0%}; prefer "
         "answers the model can give, lower the learning rate or raise beta"
     ]
+
+
+def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
+    if not settings.questions or len(models) < 2:
+        raise UserError(
+            "judge: it compares answers to questions with the first model's; name questions, and "
+            "two models or more"
+        )
+
+
+def check_something(settings: Evaluate) -> None:
+    """Raise UserError for settings that measure nothing."""
+    if not (
+        settings.questions or settings.pairs or settings.heldout or settings.tasks or settings.suite
+    ):
+        raise UserError(
+            "nothing to measure: name tasks (--tasks, --suite) or data of your own (--questions, "
+            "--pairs, --heldout)"
+        )

@@ -63,6 +63,9 @@ def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
         notes["dpo-merge"] = "merge the adapter, verified: the final model"
     if recipe.evaluate is not None:
         notes["evaluate"] = "base, SFT and final model on held-out questions and pairs"
+        named = [n for n in (recipe.evaluate.suite, *recipe.evaluate.tasks) if n]
+        if named:
+            notes["evaluate"] += f", and on {', '.join(named)}"
     root = Path(recipe.output_dir)
     return [
         PlannedStage(name, root / _FOLDERS[name], notes[name]) for name in STAGES if name in notes

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource, Recipe, Training
+from tandem.recipe.schema import DataSource, Evaluate, Recipe, Training
 from tandem.stages.sources import source_spec
 
 
@@ -29,6 +29,8 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
     _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
+    if recipe.evaluate is not None and "evaluate" in wanted:
+        _check_tasks(recipe.evaluate)
     if recipe.pairs is not None and recipe.pairs.model is not None and "pairs" in wanted:
         _check_model(recipe.pairs.model, [])
 
@@ -39,7 +41,11 @@ def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     if recipe.pairs is not None and "pairs" in wanted:
         found += [*recipe.pairs.prompts, *recipe.pairs.heldout]
     if recipe.evaluate is not None and "evaluate" in wanted:
-        found += [*recipe.evaluate.questions, *recipe.evaluate.pairs]
+        found += [
+            *recipe.evaluate.questions,
+            *recipe.evaluate.pairs,
+            *recipe.evaluate.heldout,
+        ]
     return found
 
 
@@ -67,6 +73,14 @@ def _held_out(section: Training) -> list[DataSource]:
     if validation.split is None:
         return list(validation.data)
     return [source.model_copy(update={"split": validation.split}) for source in section.data]
+
+
+def _check_tasks(settings: Evaluate) -> None:
+    """That the harness is there, and the data of its tasks, where they are local."""
+    if settings.tasks or settings.suite:
+        from tandem.stages.tasks import check_harness, tasks_of
+
+        check_harness(tasks_of(settings))
 
 
 def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:

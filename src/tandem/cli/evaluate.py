@@ -1,0 +1,161 @@
+"""`tandem eval MODEL [MODEL ...]`: what models can do, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.cli.outputs import output_folder
+from tandem.cli.parsing import Parser
+from tandem.recipe.seed_flags import DEVICES
+
+if TYPE_CHECKING:
+    from tandem.recipe.schema import Evaluate
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure models on tasks and data, and print one table."""
+    arguments = _parser().parse(argv)
+    settings = _settings(arguments)
+    from tandem.chat.session import labels_of, model_in_run
+    from tandem.cli.notices import notice_console, result_console
+    from tandem.report.terminal import comparison_notes, comparison_table, samples_table
+    from tandem.stages.evaluate import check_something, run_evaluation
+    from tandem.train.runtime import Runtime
+
+    check_something(settings)
+    folder = output_folder(Path(arguments.output_dir), "--output_dir")
+    models = [model_in_run(path) for path in arguments.models]
+    found = run_evaluation(
+        models=dict(zip(labels_of(models), models, strict=True)),
+        settings=settings,
+        output_dir=folder,
+        chat_template=arguments.chat_template,
+        seed=0,
+        runtime=Runtime(device=arguments.device, dtype=arguments.dtype),
+        console=notice_console(),
+        replace=True,
+    )
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    console = result_console()
+    console.print(comparison_table(found))
+    for note in comparison_notes(found):
+        console.print(note, markup=False, soft_wrap=True)
+    if found["samples"]:
+        console.print(samples_table(found))
+    console.print(f"all figures: {folder / 'evaluation.json'}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Evaluate:
+    from tandem.recipe.schema import Evaluate
+
+    def sources(paths: Sequence[str]) -> Any:
+        return tuple({"path": path} for path in paths)
+
+    return Evaluate(
+        questions=sources(arguments.questions),
+        pairs=sources(arguments.pairs),
+        heldout=sources(arguments.heldout),
+        max_new_tokens=arguments.max_new_tokens,
+        samples=arguments.samples,
+        suite=arguments.suite,
+        tasks=tuple(name for text in arguments.tasks for name in text.split(",") if name),
+        task_data=arguments.data,
+        num_fewshot=arguments.num_fewshot,
+        chat=arguments.chat == "on",
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tandem eval",
+        usage="tandem eval MODEL [MODEL ...] [flags]",
+        description="Measure models side by side: tasks of lm-evaluation-harness, and data of "
+        "your own.\nOne table, with standard errors and differences from the first model.",
+        epilog="example: tandem eval BASE runs/my-run --suite leaderboard-v1 --output_dir "
+        "runs/comparison\nThe same command again goes on where it was stopped.",
+    )
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="model, adapter or run folder, or a Hub id"
+    )
+    many: dict[str, Any] = {"nargs": "+", "default": []}
+    tasks = parser.add_argument_group("tasks (they need the extra eval)")
+    tasks.add_argument(
+        "--suite", choices=("leaderboard-v1",), help="the Open LLM Leaderboard's first six tasks"
+    )
+    tasks.add_argument("--tasks", metavar="NAME", help="the harness's names for tasks", **many)
+    tasks.add_argument(
+        "--data", metavar="FOLDER", help="local task data; left out: each task's own, from the Hub"
+    )
+    tasks.add_argument(
+        "--num_fewshot", type=_count, metavar="N", help="few-shot examples of all tasks"
+    )
+    tasks.add_argument(
+        "--chat",
+        choices=("on", "off"),
+        default="off",
+        help="put tasks through the chat template (off)",
+    )
+    tasks.add_argument(
+        "--batch_size",
+        type=_batch_size,
+        default=1,
+        metavar="N|auto",
+        help="requests fed at once (1); scores may round with it",
+    )
+    own = parser.add_argument_group("data of your own")
+    own.add_argument("--questions", metavar="DATA", help="questions with known answers", **many)
+    own.add_argument("--pairs", metavar="DATA", help="held-out preference pairs", **many)
+    own.add_argument("--heldout", metavar="DATA", help="held-out conversations, for loss", **many)
+    own.add_argument(
+        "--max_new_tokens", type=_positive, default=64, metavar="N", help="of an answer (64)"
+    )
+    own.add_argument(
+        "--samples", type=_count, default=3, metavar="N", help="answers kept side by side (3)"
+    )
+    own.add_argument(
+        "--chat_template", metavar="NAME|FILE", help="for models without one of their own"
+    )
+    parser.add_argument(
+        "--limit", type=_positive, metavar="N", help="only the first N items of everything"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="auto: float32 on a CPU, else bfloat16"
+    )
+    parser.add_argument(
+        "--output_dir",
+        default="runs/evaluation",
+        metavar="FOLDER",
+        help="what is measured is kept there (runs/evaluation)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)

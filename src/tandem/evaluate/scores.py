@@ -1,0 +1,106 @@
+"""A measure item by item, so that means get standard errors and models are compared in pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of one model over some items.
+
+    Attributes:
+        items: what each value belongs to; models are compared on the same items alone.
+        values: of each item; their sum over the sum of the weights is the measure.
+        weights: of each item, its number of tokens for instance; empty: every item counts once.
+        stated: value and standard error as the harness gives them, in place of our own.
+    """
+
+    items: tuple[str, ...]
+    values: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+    stated: tuple[float, float | None] | None = None
+
+    @property
+    def value(self) -> float:
+        """The measure."""
+        return self.stated[0] if self.stated is not None else self.mean
+
+    @property
+    def mean(self) -> float:
+        """The items' own mean."""
+        return sum(self.values) / self._weight if self.values else math.nan
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error, None for fewer than two items."""
+        if self.stated is not None:
+            return self.stated[1]
+        return _error(self._residuals())
+
+    def _residuals(self) -> list[float]:
+        """What each item adds to the measure's deviation; they sum to zero."""
+        mean, total = self.mean, self._weight
+        weights = self.weights or (1.0,) * len(self.values)
+        return [(v - mean * w) / total for v, w in zip(self.values, weights, strict=True)]
+
+    @property
+    def _weight(self) -> float:
+        return sum(self.weights) if self.weights else float(len(self.values))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for a file; see `score_of`."""
+        return {
+            "items": list(self.items),
+            "values": list(self.values),
+            "weights": list(self.weights),
+            "stated": None if self.stated is None else list(self.stated),
+        }
+
+
+def score_of(plain: Mapping[str, Any]) -> Score:
+    """A score from what `Score.as_json` gave."""
+    stated = plain["stated"]
+    return Score(
+        tuple(plain["items"]),
+        tuple(plain["values"]),
+        tuple(plain["weights"]),
+        None if stated is None else (stated[0], stated[1]),
+    )
+
+
+def per_item(values: Sequence[float], weights: Sequence[float] = ()) -> Score:
+    """A score whose items are told apart by their position alone."""
+    return Score(tuple(str(i) for i in range(len(values))), tuple(values), tuple(weights))
+
+
+def difference(one: Score, other: Score) -> tuple[float, float | None] | None:
+    """How much larger `one` is than `other`, with the standard error of that difference.
+
+    Both are measured on the same items, whose difficulty they share: the error is that of the
+    items' differences, sqrt(n / (n - 1) * sum(d^2)) with d an item's share of the difference less
+    the mean one. It is smaller than what two separate errors would give.
+
+    Returns:
+        None where the items are not the same, and where a measure is no mean of its items.
+    """
+    if one.items != other.items or not one.items:
+        return None
+    if not (_is_mean(one) and _is_mean(other)):
+        return None
+    pairs = zip(one._residuals(), other._residuals(), strict=True)
+    return one.value - other.value, _error([a - b for a, b in pairs])
+
+
+def _is_mean(score: Score) -> bool:
+    return math.isclose(score.mean, score.value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _error(residuals: Sequence[float]) -> float | None:
+    count = len(residuals)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * sum(d * d for d in residuals))

@@ -1,0 +1,119 @@
+"""A model that is evaluated: a folder, or an adapter with its base, and what tells it apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.artifact.files import read_json
+from tandem.artifact.hashing import hash_file, hash_json, hash_weights
+from tandem.artifact.manifest import read_manifest
+from tandem.data.template import ChatTemplate, resolve_template
+from tandem.errors import UserError
+from tandem.model.adapter import load_adapter
+from tandem.model.load import (
+    load_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    require_model,
+)
+from tandem.model.quantization import read_record
+from tandem.train.device import Device
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and what it is called in results.
+
+    Attributes:
+        label: in tables.
+        path: as it was asked for.
+        folder: the model, or the adapter's base.
+        adapter: the adapter's folder, None for a whole model.
+    """
+
+    label: str
+    path: str
+    folder: Path
+    adapter: Path | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its adapter was trained on a quantised base."""
+        return self.adapter is not None and read_record(self.adapter) is not None
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return load_config(self.folder)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of its weights."""
+        found = {"weights": hash_weights(self.folder)}
+        if self.adapter is not None:
+            found["adapter"] = hash_weights(self.adapter)
+            found["adapter_config"] = hash_file(self.adapter / "adapter_config.json")
+        return found
+
+    def tokenizer(self, chat_template: str | None) -> tuple[Any, ChatTemplate]:
+        """The tokenizer and the template: its own, an adapter's first, else `chat_template`."""
+        places = [self.folder] if self.adapter is None else [self.adapter, self.folder]
+        tokenizer = None
+        for place in places:
+            try:
+                tokenizer = load_tokenizer(place)
+            except UserError:
+                if place == places[-1]:
+                    raise
+                continue
+            break
+        own = getattr(tokenizer, "chat_template", None)
+        return tokenizer, resolve_template(tokenizer, None if own else chat_template)
+
+    def load_base(self, device: Device) -> Any:
+        """The model, or an adapter's base as the adapter saw it."""
+        place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
+        if self.adapter is None:
+            return load_model(self.folder, **place)
+        return load_base(self.folder, self.adapter, **place)
+
+    def with_adapter(self, base: Any) -> Any:
+        """What answers: the loaded base with its adapter, if there is one."""
+        return base if self.adapter is None else load_adapter(base, self.adapter)
+
+
+def find_contestant(label: str, path: str) -> Contestant:
+    """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
+
+    Raises UserError for a folder that is neither, and for an adapter whose base is not there or
+    has other weights than those it was trained on.
+    """
+    folder = model_folder(path)
+    if not (folder / "adapter_config.json").exists():
+        require_model(folder)
+        return Contestant(label, path, folder, None)
+    named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    try:
+        base = model_folder(named)
+        require_model(base)
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of {named}: {error}") from None
+    manifest = read_manifest(folder)
+    trained_on = manifest["inputs"].get("model", {}).get("weights") if manifest else None
+    if trained_on is not None and trained_on != hash_weights(base):
+        raise UserError(
+            f"{path} was trained on other weights than {named} has now (hash {trained_on[:12]} "
+            "there). Put the base back, or evaluate the merged model."
+        )
+    return Contestant(label, path, base, folder)
+
+
+def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:
+    """Hash of how texts become tokens, the chat template included where it has a part."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
+    return hash_json({"tokenizer": text, "template": template.source if template else None})
