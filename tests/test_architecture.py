@@ -19,7 +19,7 @@ ALLOWED = {
     "recipe": set(),
     "model": {"artifact", "data", "demo"},
     "evaluate": set(),
-    "pairs": {"evaluate"},
+    "pairs": {"artifact", "data", "evaluate"},
     "train": {"artifact", "data", "losses", "model"},
     "report": {"artifact"},
     "chat": {"data", "model"},

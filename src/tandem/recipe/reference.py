@@ -11,7 +11,22 @@ from typing import Any
 from pydantic import BaseModel
 
 from tandem.recipe.load import recipe_names
-from tandem.recipe.schema import DataSource, Dpo, Evaluate, Hpu, Lora, Merge, Pairs, Recipe, Sft
+from tandem.recipe.schema import (
+    DataSource,
+    Dpo,
+    Evaluate,
+    Hpu,
+    Lora,
+    Merge,
+    PairFilters,
+    Pairs,
+    Rank,
+    Recipe,
+    Select,
+    Server,
+    Sft,
+    Vllm,
+)
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("recipe", Recipe),
@@ -21,6 +36,11 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("lora", Lora),
     ("merge", Merge),
     ("pairs", Pairs),
+    ("select", Select),
+    ("filters", PairFilters),
+    ("server", Server),
+    ("vllm", Vllm),
+    ("rank", Rank),
     ("dpo", Dpo),
     ("evaluate", Evaluate),
 )

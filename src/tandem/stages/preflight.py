@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource, Recipe, Training
+from tandem.recipe.schema import DataSource, Pairs, Recipe, Training
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
@@ -26,15 +26,17 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
-    _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
-    if recipe.pairs is not None and recipe.pairs.model is not None and "pairs" in wanted:
-        _check_model(recipe.pairs.model, [])
+    if recipe.model:  # making pairs alone may do without
+        _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
+    if recipe.pairs is not None and "pairs" in wanted:
+        _check_pairs(recipe.pairs)
 
 
 def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found = [source for section in _trained(recipe, wanted) for source in section.data]
     if recipe.pairs is not None and "pairs" in wanted:
-        found += [*recipe.pairs.prompts, *recipe.pairs.heldout]
+        pairs = recipe.pairs
+        found += [*pairs.prompts, *pairs.heldout, *pairs.select.decontaminate]
     if recipe.evaluate is not None and "evaluate" in wanted:
         found += [*recipe.evaluate.questions, *recipe.evaluate.pairs]
     return found
@@ -65,6 +67,22 @@ def _is_local(name: str) -> bool:
 def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
     return [s for name, s in sections.items() if s is not None and name in wanted]
+
+
+def _check_pairs(settings: Pairs) -> None:
+    """Who writes and ranks, the servers' keys, and the user's check."""
+    from tandem.pairs.check import Check
+    from tandem.pairs.server import ChatServer
+
+    rank = settings.rank
+    for name in (settings.model, rank.reward_model if rank else None):
+        if name is not None:
+            _check_model(name, [])
+    for server in (settings.server, rank.judge if rank else None):
+        if server is not None:
+            ChatServer(server.base_url, server.model, key_variable=server.key_variable)
+    if settings.filters.check is not None:
+        Check(settings.filters.check)
 
 
 def _check_model(name: str, lengths: list[int]) -> None:
