@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,32 @@ class Journal:
             )
         self.entries = values[1:]
         return sum(len(line) + 1 for line in lines[: len(values)])
+
+
+def recorded(
+    path: Path,
+    key: str,
+    work: Callable[[Collection[int]], Iterable[Sequence[tuple[int, Any]]]],
+    advance: Callable[[int], None],
+) -> dict[int, Any]:
+    """Values by number: those of a journal, and those that are missing, recorded as they come.
+
+    Args:
+        path, key: the journal's.
+        work: from the numbers that are done to the others, unit by unit; plain values.
+        advance: told how many more there are, first of all those of earlier starts.
+    """
+    found: dict[int, Any] = {}
+    with Journal(path, key) as journal:
+        for entry in journal.entries:
+            found |= dict(entry)
+        advance(len(found))
+        for unit in work(frozenset(found)):
+            if unit:
+                journal.add([[number, value] for number, value in unit])
+            found.update(unit)
+            advance(len(unit))
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tandem.errors import UserError
 from tandem.pairs.card import data_card
 from tandem.pairs.check import Check
 from tandem.pairs.filter import Candidate, Filters, Pair, against_answer, first_pair, ranked_pair
-from tandem.pairs.journal import Journal
+from tandem.pairs.journal import recorded
 from tandem.pairs.output import pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
@@ -248,22 +248,25 @@ class _Maker:
 
     def _answers(self, name: str, work: Work) -> dict[int, Candidate]:
         """The answers by number, those of earlier starts included."""
-        found: dict[int, Candidate] = {}
-        with Journal(self.folder / "generated" / f"{name}.jsonl", work.key) as journal:
-            for entry in journal.entries:
-                found |= {number: Candidate(text, stopped) for number, text, stopped in entry}
-            total = len(work.prompts) * self.settings.samples
-            if found:
-                say(self.console, f"pairs: going on after {len(found)} of {total} answers")
-            what = "answers" if self.scorer is not None else "rejected answers"
-            with phase(self.console, what, total) as advance:
-                advance(len(found))
-                for unit in work.write(set(found)):
-                    if unit:
-                        journal.add([[number, one.text, one.stopped] for number, one in unit])
-                    found.update(unit)
-                    advance(len(unit))
-        return found
+        total = len(work.prompts) * self.settings.samples
+        what = "answers" if self.scorer is not None else "rejected answers"
+        path = self.folder / "generated" / f"{name}.jsonl"
+        with phase(self.console, what, total) as advance:
+            found = recorded(path, work.key, work.write, self._counted(total, advance))
+        return {number: Candidate(*value) for number, value in found.items()}
+
+    def _counted(self, total: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Tells how many there are, and says how many earlier starts have left."""
+        told = False
+
+        def count(more: int) -> None:
+            nonlocal told
+            if not told and more:
+                say(self.console, f"pairs: going on after {more} of {total} recorded")
+            told = True
+            advance(more)
+
+        return count
 
     def _ranked(
         self,
@@ -283,23 +286,21 @@ class _Maker:
                 passing[number] = candidate
             else:
                 dropped[reason] += 1
-        scores: dict[int, float] = {}
+
+        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, float]]]:
+            return scorer.scores(
+                [
+                    (number, work.prompts[number // samples], one.text.strip())
+                    for number, one in passing.items()
+                    if number not in done
+                ]
+            )
+
         # Answers do not change once they are recorded, so that their numbers say which they are.
         key = hash_json([work.key, scorer.facts])
-        with Journal(self.folder / "generated" / f"{name}-scores.jsonl", key) as journal:
-            for entry in journal.entries:
-                scores |= dict(entry)
-            asked = [
-                (number, work.prompts[number // samples], one.text.strip())
-                for number, one in passing.items()
-                if number not in scores
-            ]
-            with phase(self.console, "scores", len(asked)) as advance:
-                for unit in scorer.scores(asked):
-                    if unit:
-                        journal.add(unit)
-                    scores |= dict(unit)
-                    advance(len(unit))
+        path = self.folder / "generated" / f"{name}-scores.jsonl"
+        with phase(self.console, "scores", len(passing)) as advance:
+            scores = recorded(path, key, missing, self._counted(len(passing), advance))
         for why, count in scorer.failed.items():
             if count:
                 dropped[f"not scored: {why}"] += count

@@ -22,7 +22,6 @@ from tandem.model.load import (
     load_tokenizer,
     model_folder,
 )
-from tandem.pairs.filter import Candidate
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
 from tandem.recipe.schema import Pairs, Server
@@ -33,8 +32,8 @@ from tandem.train.runtime import Runtime
 # vLLM makes its own batches of what it is given at once; a kill loses at most so many.
 _VLLM_PROMPTS = 256
 
-Unit = list[tuple[int, Candidate]]
-"""Answers that are finished together: each one's number and itself."""
+Unit = list[tuple[int, list[Any]]]
+"""Answers that are finished together: each one's number, and its text and whether it stopped."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class LocalWriter:
                 [list(answer.ids) for answer in answers], skip_special_tokens=True
             )
             yield [
-                (number, Candidate(text, answer.stopped))
+                (number, [text, answer.stopped])
                 for number, text, answer in zip(members, texts, answers, strict=True)
             ]
 
@@ -220,7 +219,7 @@ class ServerWriter:
         requests = (self._request(prompts[number // count]) for number in missing)
         for place, found in self.client.answers(requests):
             if isinstance(found, Reply):
-                yield [(missing[place], Candidate(found.text, found.stopped))]
+                yield [(missing[place], [found.text, found.stopped])]
             else:
                 self.failed[missing[place]] = found
                 yield []
