@@ -158,14 +158,19 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _asked(section: str, values: Mapping[str, Any]) -> list[tuple[str, object]]:
-    shown = [(key, value) for key, value in values.items() if value not in (None, False, [], ())]
+    unset: tuple[object, ...] = ([], ())
+    shown = [
+        (key, value)
+        for key, value in values.items()
+        if value is not None and value is not False and value not in unset
+    ]
     return [(f"{section}.{key}", _plain(value)) for key, value in shown]
 
 
 def _plain(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(v["path"]) if isinstance(v, Mapping) else str(v) for v in value)
-    return str(value)
+    return _shown(str(value))
 
 
 def _table(head: Sequence[str], rows: Mapping[str, Any] | Sequence[Sequence[object]]) -> str:

@@ -30,7 +30,7 @@ def verdict_request(prompt: Prompt, answer: str, limit_key: str) -> ChatRequest:
 
 def read_verdict(text: str) -> float | None:
     """The number from 1 to 10 that a verdict says; None when it says none, or several."""
-    found = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\d)", re.sub(r"/\s*10\b", "", text)))
+    found = set(re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)", re.sub(r"/\s*10\b", "", text)))
     if len(found) != 1:
         return None
     number = float(found.pop())
