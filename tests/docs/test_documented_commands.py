@@ -15,6 +15,7 @@ import tandem.chat.session
 import tandem.report.html
 import tandem.stages.dpo
 import tandem.stages.merge
+import tandem.stages.pairs
 import tandem.stages.pipeline
 import tandem.stages.sft
 import tandem.train.agent
@@ -36,6 +37,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.sft, "run_sft", None),
         (tandem.stages.dpo, "run_dpo", None),
         (tandem.stages.merge, "run_merge", None),
+        (tandem.stages.pairs, "run_pairs", None),
         (tandem.stages.pipeline, "run_pipeline", None),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),

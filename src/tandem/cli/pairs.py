@@ -45,12 +45,10 @@ def pairs(argv: list[str]) -> int:
     for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
         console.print(notice, markup=False, soft_wrap=True)
     from tandem.stages.pairs import run_pairs
-    from tandem.stages.preflight import check_inputs
     from tandem.train.runtime import runtime_of
 
     settings = recipe.pairs
     assert settings is not None
-    check_inputs(recipe, {"pairs"})
     run_pairs(
         model=settings.model or recipe.model,
         settings=settings,

@@ -567,7 +567,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _connected(self) -> Recipe:
         if self.sft is None and self.dpo is None and self.pairs is None:
-            raise ValueError("a recipe needs an sft section, a dpo section or both")
+            raise ValueError(
+                "a recipe needs an sft section, a dpo section or both, or a pairs section"
+            )
         if self.dpo is not None and not self.dpo.data and self.pairs is None:
             raise ValueError("dpo.data is missing: name a data set, or add a pairs section")
         return self

@@ -32,7 +32,7 @@ from tandem.pairs.words import Contamination, texts_in
 from tandem.recipe.schema import Pairs, Select
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
-from tandem.stages.writers import Work, Writer, open_writer, writer_identity
+from tandem.stages.writers import Work, Writer, check_servers, open_writer, writer_identity
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
@@ -75,6 +75,7 @@ def run_pairs(
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
     server no longer answers.
     """
+    check_servers(settings)
     check = Check(settings.filters.check) if settings.filters.check is not None else None
     specs = {
         name: source_specs(sources, output_dir.parent, seed)

@@ -26,8 +26,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
-    if recipe.model:  # making pairs alone may do without
-        _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
+    _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
     if recipe.pairs is not None and "pairs" in wanted:
         _check_pairs(recipe.pairs)
 
@@ -72,15 +71,12 @@ def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
 def _check_pairs(settings: Pairs) -> None:
     """Who writes and ranks, the servers' keys, and the user's check."""
     from tandem.pairs.check import Check
-    from tandem.pairs.server import ChatServer
+    from tandem.stages.writers import check_servers
 
-    rank = settings.rank
-    for name in (settings.model, rank.reward_model if rank else None):
+    for name in (settings.model, settings.rank.reward_model if settings.rank else None):
         if name is not None:
             _check_model(name, [])
-    for server in (settings.server, rank.judge if rank else None):
-        if server is not None:
-            ChatServer(server.base_url, server.model, key_variable=server.key_variable)
+    check_servers(settings)
     if settings.filters.check is not None:
         Check(settings.filters.check)
 

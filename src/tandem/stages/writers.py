@@ -237,6 +237,13 @@ class ServerWriter:
         }
 
 
+def check_servers(settings: Pairs) -> None:
+    """Raise UserError for servers whose addresses or keys cannot be used; nothing is sent."""
+    for server in (settings.server, settings.rank.judge if settings.rank else None):
+        if server is not None:
+            open_server(server, Console(quiet=True))
+
+
 def open_server(server: Server, console: Console) -> ChatServer:
     """The client of a recipe's server section; raises UserError when its key is not there."""
     return ChatServer(
