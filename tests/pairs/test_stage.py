@@ -310,6 +310,17 @@ def test_what_is_left_out_is_said_counted_and_in_the_card(
     assert {entry["reason"] for entry in entries} == {"no pair: check: odd"}
 
 
+def test_an_unparsable_line_stops_or_is_dropped(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    conversations.write_text(conversations.read_text() + "no json\n")
+    with pytest.raises(UserError, match=r"set.jsonl, row 25: .*on_bad_record: drop"):
+        make(conversations, tmp_path / "out", tiny_model)
+    assert len(make(conversations, tmp_path / "out", tiny_model, on_bad_record="drop")) == COUNT
+    (entry,) = read_jsonl(tmp_path / "out" / "data-ledger.jsonl")
+    assert (entry["row"], entry["reason"]) == (25, "unparsable")
+
+
 def test_a_selection_that_leaves_nothing_says_what_took_it(
     conversations: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tandem.data.chunks import Row
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations, read_questions
+from tandem.data.reading import OnBadRecord, read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.sources import SourceSpec, read_rows
 from tandem.errors import UserError
@@ -37,10 +37,13 @@ class Prompt:
         return self.turns[-1].content
 
 
-def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> Iterator[Prompt]:
+def read_prompts(
+    sources: Sequence[SourceSpec], keep: str, ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+) -> Iterator[Prompt]:
     """Prompts with their answers, from questions or from conversations' first exchanges.
 
-    Conversations that cannot be used go to the ledger.
+    Conversations that cannot be used go to the ledger, and so do unparsable lines when they are to
+    be dropped; a bad question stops it.
 
     Raises UserError when keep is "wrong" and a source does not say what is right.
     """
@@ -55,7 +58,7 @@ def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> It
                 f"{source.path}: pairs.keep is `wrong`, which needs rows of `question`, `answer` "
                 "and `accepted`; use keep: different for conversations"
             )
-        for conversation in read_conversations([source], ledger):
+        for conversation in read_conversations([source], ledger, on_bad_record):
             found = _first_exchange(conversation, number)
             if isinstance(found, str):
                 ledger.dropped(conversation.origin, found)

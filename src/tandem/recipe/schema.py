@@ -446,6 +446,10 @@ class Pairs(Section):
     rank: Rank | None = Field(
         default=None, description="Choose both answers by score; null: the set's answer is chosen."
     )
+    on_bad_record: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What an unparsable line of conversations does: stop, or drop into the ledger.",
+    )
     format: Literal["jsonl", "parquet"] = Field(
         default="jsonl", description="Of the files that are written."
     )

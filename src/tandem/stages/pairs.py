@@ -32,7 +32,7 @@ from tandem.pairs.words import Contamination, texts_in
 from tandem.recipe.schema import Pairs, Select
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
-from tandem.stages.writers import Work, Writer, check_servers, open_writer, writer_identity
+from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
@@ -75,7 +75,7 @@ def run_pairs(
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
     server no longer answers.
     """
-    check_servers(settings)
+    check_writers(settings)
     check = Check(settings.filters.check) if settings.filters.check is not None else None
     specs = {
         name: source_specs(sources, output_dir.parent, seed)
@@ -144,7 +144,7 @@ class _Maker:
         summary["left_out"] = left_out
         outputs = [pairs_file(self.folder, "pairs", kind).name]
         if specs["heldout"]:
-            heldout = list(read_prompts(specs["heldout"], self.settings.keep, self.ledger))
+            heldout = list(self._read(specs["heldout"]))
             summary["heldout"] = self._make("heldout", heldout, seed + _HELDOUT_SEED)
             outputs.append(pairs_file(self.folder, "heldout", kind).name)
         self.ledger.write()
@@ -165,12 +165,16 @@ class _Maker:
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md"]
 
+    def _read(self, sources: Sequence[SourceSpec]) -> Iterator[Prompt]:
+        settings = self.settings
+        return read_prompts(sources, settings.keep, self.ledger, settings.on_bad_record)
+
     def _selected(
         self, specs: dict[str, list[SourceSpec]], seed: int
     ) -> tuple[list[Prompt], dict[str, int]]:
         select = self.settings.select
         prompts, left_out = select_prompts(
-            read_prompts(specs["prompts"], self.settings.keep, self.ledger),
+            self._read(specs["prompts"]),
             Selection(**select.model_dump(exclude={"decontaminate", "decontaminate_words"})),
             seed=seed,
             contamination=_contamination(specs["decontaminate"], select),

@@ -71,12 +71,12 @@ def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
 def _check_pairs(settings: Pairs) -> None:
     """Who writes and ranks, the servers' keys, and the user's check."""
     from tandem.pairs.check import Check
-    from tandem.stages.writers import check_servers
+    from tandem.stages.writers import check_writers
 
     for name in (settings.model, settings.rank.reward_model if settings.rank else None):
         if name is not None:
             _check_model(name, [])
-    check_servers(settings)
+    check_writers(settings)
     if settings.filters.check is not None:
         Check(settings.filters.check)
 

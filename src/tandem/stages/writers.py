@@ -22,6 +22,7 @@ from tandem.model.load import (
     load_tokenizer,
     model_folder,
 )
+from tandem.model.packages import require
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
 from tandem.recipe.schema import Pairs, Server
@@ -237,8 +238,13 @@ class ServerWriter:
         }
 
 
-def check_servers(settings: Pairs) -> None:
-    """Raise UserError for servers whose addresses or keys cannot be used; nothing is sent."""
+def check_writers(settings: Pairs) -> None:
+    """Raise UserError for servers whose addresses or keys cannot be used, and for vLLM's absence.
+
+    Nothing is sent, and no model is loaded.
+    """
+    if settings.vllm is not None:
+        require("vllm", "vllm", "pairs.vllm")
     for server in (settings.server, settings.rank.judge if settings.rank else None):
         if server is not None:
             open_server(server, Console(quiet=True))
