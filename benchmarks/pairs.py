@@ -1,8 +1,8 @@
 """How fast answers are generated for pairs: `python -m benchmarks.pairs --help`.
 
 The same prompts, of real instruction data, are answered by tandem's batches and by transformers'
-`generate`, one prompt at a time, both with a KV cache. They take turns; the ratio is that of the
-medians of tokens a second. The likeliest tokens first, where both sides must say the same but for
+`generate`, one prompt at a time, both with a KV cache. They take turns; the ratio is the median of
+each turn's tokens a second. The likeliest tokens first, where both sides must say the same but for
 rounding; then sampled, where answers end at different places.
 """
 
@@ -105,12 +105,19 @@ def _measured(asked: Asked, how: str, temperature: float, repeats: int) -> tuple
             runs[side].append(sides[side](asked, temperature, repeat))
             done = runs[side][-1]
             say(f"{asked.name}, {how}, {side}: {done.seconds:.1f} s, {done.rate:.0f} tokens/s")
-    ours, alone = (median(run.rate for run in runs[side]) for side in sides)
+    return row(asked.name, how, runs["tandem"], runs["alone"])
+
+
+def row(name: str, how: str, ours: Sequence[Run], alone: Sequence[Run]) -> tuple[str, ...]:
+    """A line of the table, from the runs of both sides in the order of their turns."""
     same = "-"
-    if temperature == 0:
-        pairs = zip(runs["tandem"][0].answers, runs["alone"][0].answers, strict=True)
-        same = f"{sum(a == b for a, b in pairs)} of {len(asked.prompts)}"
-    return (asked.name, how, f"{ours:.0f}", f"{alone:.0f}", f"{ours / alone:.1f}x", same)
+    if _TEMPERATURES[how] == 0:
+        pairs = zip(ours[0].answers, alone[0].answers, strict=True)
+        same = f"{sum(a == b for a, b in pairs)} of {len(ours[0].answers)}"
+    ratios = [a.rate / b.rate for a, b in zip(ours, alone, strict=True)]
+    rates = [median(run.rate for run in runs) for runs in (ours, alone)]
+    spread = f"{median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
+    return (name, how, *(f"{rate:.0f}" for rate in rates), spread, same)
 
 
 def _batched(asked: Asked, temperature: float, seed: int) -> Run:
@@ -162,9 +169,9 @@ def _page(rows: Sequence[Sequence[str]], options: argparse.Namespace) -> str:
     return f"""\
 # Generating answers
 
-`python -m benchmarks.pairs --save`: {options.count} prompts of real instruction data, at most
-{options.tokens} tokens an answer, medians of {options.repeats} runs that took turns, float32,
-{here.threads} threads of a {here.processor}.
+`python -m benchmarks.pairs --save --tokens {options.tokens} --threads {here.threads}`:
+{options.count} prompts of real instruction data, medians of {options.repeats} runs that took turns,
+float32, {here.processor}. In brackets the lowest and the highest.
 {here.versions}.
 
 {table}

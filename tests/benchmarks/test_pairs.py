@@ -19,4 +19,4 @@ def test_both_sides_say_the_same(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| tiny")]
     assert [row[1] for row in rows] == ["likeliest", "sampled"]
     assert [row[5] for row in rows] == ["12 of 12 |", "- |"]
-    assert all(float(row[4].removesuffix("x")) > 0 for row in rows)
+    assert all(float(row[4].partition("x")[0]) > 0 for row in rows)
