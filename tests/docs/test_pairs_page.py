@@ -50,7 +50,9 @@ def test_the_originals_recipe_makes_pairs_of_other_data(
     assert summary["left_out"]["not in the sample"] > 1000
     turns = [turn for row in read_jsonl(data) for turn in row["conversations"]]
     assert {row["chosen"] for row in rows} <= {t["value"] for t in turns if t["from"] == "gpt"}
-    assert "3-pairs" in (tmp_path / "runs" / "orca-pairs" / "manifest.json").read_text()
+    page = (tmp_path / "runs" / "orca-pairs" / "report.html").read_text()
+    assert "Prompts left out by the selection" in page
+    assert "not in the sample" in page
 
 
 def test_the_shown_check_runs() -> None:

@@ -124,3 +124,18 @@ def test_batches_are_planned_from_lengths_alone() -> None:
     # A long row takes the place of many short ones.
     assert [len(batch) for batch in plan_batches(model, [8000] * 5, 192)] == [2, 2, 1]
     assert [len(b) for b in plan_batches(FAMILIES["mamba"].make(), [3, 1, 2], 9)] == [1, 1, 1]
+
+
+def test_a_model_that_gives_no_cache_is_read_from_the_start_each_time() -> None:
+    model = FAMILIES["llama"].make(torch.float64)
+    expected = _answers(model, PROMPTS, temperature=1.0)
+    forward = model.forward
+
+    def forgetful(*args: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        output = forward(*args, input_ids=input_ids, **options | {"past_key_values": None})
+        output.past_key_values = None
+        return output
+
+    model.forward = forgetful
+    model.generation_config.use_cache = False
+    assert _answers(model, PROMPTS, temperature=1.0) == expected

@@ -117,7 +117,8 @@ def generate_batch(
     """
     uniforms = _uniforms(numbers, sampling) if sampling.temperature > 0 else None
     decode = _by_transformers if _keeps_state(model) else _decode
-    with torch.inference_mode():
+    # No inference mode: what a model caches on the way, training may meet again.
+    with torch.no_grad():
         return decode(model, prompts, uniforms, list(stop_ids), sampling)
 
 
@@ -203,6 +204,8 @@ def _decode(
             inputs["logits_to_keep"] = 1
         output = model(**inputs, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
+        if cache is None:  # it gives none, and one token alone would say nothing of the others
+            return _by_transformers(model, prompts, uniforms, stops, sampling)
         drawn = None if uniforms is None else uniforms[active, step]
         tokens = choose_tokens(output.logits[:, -1], drawn, sampling)
         ended = torch.isin(tokens, endings).tolist()

@@ -170,13 +170,20 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
         figures.append(("kept for evaluation", count(heldout)))
     if is_number(s.get("seconds")):
         figures.append(("time", duration(s["seconds"])))
-    dropped = [(str(k), count(n)) for k, n in mapping(s.get("dropped")).items() if is_number(n)]
+    dropped = [
+        (f"{before}{k}", count(n))
+        for key, before in (("dropped", ""), ("failed", "not answered: "))
+        for k, n in mapping(s.get(key)).items()
+        if is_number(n)
+    ]
+    left_out = [(str(k), count(n)) for k, n in mapping(s.get("left_out")).items() if is_number(n)]
     return {
         "kind": stage.kind,
         "name": stage.name,
         "title": stage.title,
         "tiles": figures,
         "dropped": dropped,
+        "left_out": left_out,
         "examples": [
             {k: str(e.get(k) or "") for k in ("system", "question", "chosen", "rejected")}
             for e in _first_pairs(stage.folder)
