@@ -1,15 +1,15 @@
 """The standard set, as `make bench` runs it; arguments are added to every training command.
 
 All rungs on 60M parameters, then tandem, the plain loop and TRL's best on 10M and 150M with fewer
-records, the engine's parts, the sweeps, and the GPU part where CUDA is. Results go to
-benchmarks/results; `--resume` goes on with an interrupted run.
+records, the engine's parts, generation for pairs, the sweeps, and the GPU part where CUDA is.
+Results go to benchmarks/results; `--resume` goes on with an interrupted run.
 """
 
 from __future__ import annotations
 
 import sys
 
-from . import gpu, parts, sweeps, training
+from . import gpu, pairs, parts, sweeps, training
 
 _FEW = ["--sides", "tandem", "plain", "trl", "--plain-batches", "1", "--trl-batches", "1"]
 TRAINING: tuple[list[str], ...] = (
@@ -26,6 +26,7 @@ def main() -> None:
     for command in TRAINING:
         training.main([*command, "--save", *added])
     parts.main(["--save"])
+    pairs.main(["--save"])
     sweeps.main(resume)
     gpu.main(resume)
 

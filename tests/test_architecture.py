@@ -19,7 +19,7 @@ ALLOWED = {
     "recipe": set(),
     "model": {"artifact", "data", "demo"},
     "evaluate": {"artifact"},
-    "pairs": {"evaluate"},
+    "pairs": {"artifact", "data", "evaluate"},
     "train": {"artifact", "data", "losses", "model"},
     "estimate": {"artifact", "data", "model"},
     "report": {"artifact"},

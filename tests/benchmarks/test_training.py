@@ -13,7 +13,7 @@ import torch
 import trl
 
 from benchmarks import __main__ as standard
-from benchmarks import apart, gpu, parts, record, report, sweeps, training, trl_side, work
+from benchmarks import apart, gpu, pairs, parts, record, report, sweeps, training, trl_side, work
 
 from .conftest import Here
 
@@ -237,17 +237,19 @@ def test_the_standard_set_is_understood(
     files: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
-    for module in (training, parts, sweeps, gpu):
+    for module in (training, parts, pairs, sweeps, gpu):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "main", lambda words, name=name: asked.append((name, words)))
     monkeypatch.setattr("sys.argv", ["benchmarks", "--resume"])
     standard.main()
-    assert [name for name, _ in asked] == ["training"] * 3 + ["parts", "sweeps", "gpu"]
+    assert [name for name, _ in asked] == ["training"] * 3 + ["parts", "pairs", "sweeps", "gpu"]
     sizes = []
     for name, words in asked:
-        module = {"training": training, "parts": parts, "sweeps": sweeps, "gpu": gpu}[name]
+        module = {
+            "training": training, "parts": parts, "pairs": pairs, "sweeps": sweeps, "gpu": gpu,
+        }[name]  # fmt: skip
         options = module._parse(words)
-        assert options.save if name == "parts" else options.resume
+        assert options.save if name in ("parts", "pairs") else options.resume
         if name == "training":
             sizes.append(options.size)
             base = work.Work("tandem", "sft", "", str(tmp_path / "talks.jsonl"), "", 3, 1)

@@ -16,6 +16,7 @@ import tandem.report.html
 import tandem.stages.dpo
 import tandem.stages.evaluate
 import tandem.stages.merge
+import tandem.stages.pairs
 import tandem.stages.pipeline
 import tandem.stages.sft
 import tandem.train.agent
@@ -37,6 +38,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.sft, "run_sft", None),
         (tandem.stages.dpo, "run_dpo", None),
         (tandem.stages.merge, "run_merge", None),
+        (tandem.stages.pairs, "run_pairs", None),
         (tandem.stages.pipeline, "run_pipeline", None),
         (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tandem.errors import UserError
 from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.model.generate import generate_answers
 from tandem.model.load import load_model, load_tokenizer
-from tandem.pairs.filter import Candidate, choose_rejected
 from tandem.recipe.schema import DataSource, Evaluate, Pairs
 from tandem.stages.evaluate import run_evaluation
 from tandem.stages.pairs import run_pairs
@@ -110,29 +108,6 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
             runtime=CPU,
             console=QUIET,
         )
-
-
-def test_which_candidate_is_rejected() -> None:
-    dropped: Counter[str] = Counter()
-    candidates = [
-        Candidate("  ", True),
-        Candidate("It is  Paris.", True),
-        Candidate("Paris, I think.", True),
-        Candidate("Paris Paris Paris", False),
-        Candidate("It is Rome.", True),
-    ]
-    options: dict[str, Any] = {"dropped": dropped}
-    assert (
-        choose_rejected("It is Paris.", ["Paris"], candidates, keep="different", **options)
-        == "Paris, I think."
-    )
-    assert dropped == {"empty": 1, "same as chosen": 1}
-    assert (
-        choose_rejected("It is Paris.", ["Paris"], candidates, keep="wrong", **options)
-        == "Paris Paris Paris"
-    )
-    assert dropped["right"] == 1
-    assert choose_rejected("x", ["x"], [], keep="wrong", **options) is None
 
 
 def test_accepted_texts_are_whole_words() -> None:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
     "sft": ("tandem.cli.stages", "sft", "stage 1: supervised fine-tuning"),
     "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
+    "pairs": ("tandem.cli.pairs", "pairs", "preference pairs: rejected answers by a weaker model"),
     "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),

@@ -1,12 +1,32 @@
-"""Which generated answer becomes a pair's rejected one."""
+"""Which generated answers make a pair: every one that is passed over is counted, with a reason."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.evaluate.answers import contains_accepted
+from tandem.pairs.check import Check
+from tandem.pairs.language import guess_language
+from tandem.pairs.prompts import Prompt
+from tandem.pairs.words import similarity
+
+# How refusals and disclaimers (`As an AI language model, ...`) begin, near an answer's start.
+_REFUSAL_WITHIN = 200
+_REFUSAL = re.compile(
+    r"\b(?:"
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model)\b"
+    r"|i(?:'m| am) (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b"
+    r"|i (?:can(?:'t|not| not)|(?:am|'m) (?:un|not )able to|won't|will not|must decline to)"
+    r" (?:help|assist|answer|provide|fulfil|comply|do that|discuss|create|generate|engage|support)"
+    r"|i(?:'m| am) (?:unable|not able) to (?:help|assist|answer|provide|fulfil|comply|discuss)"
+    r"|(?:sorry|unfortunately|apologies),? (?:but )?i (?:can(?:'t|not| not)|am (?:un|not )able to)"
+    r")",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -17,32 +37,157 @@ class Candidate:
     stopped: bool
 
 
-def choose_rejected(
-    chosen: str,
-    accepted: Sequence[str],
-    candidates: Sequence[Candidate],
-    *,
-    keep: str,
-    dropped: Counter[str],
-) -> str | None:
-    """The first candidate that may stand against `chosen`, or None.
+@dataclass(frozen=True)
+class Filters:
+    """What an answer must not be; None and False ask for nothing.
+
+    Attributes:
+        keep: "different" takes any answer that differs from the chosen one, "wrong" only one that
+            lacks every accepted text or did not stop.
+        max_similarity: an answer that is more like the chosen one is left out; see
+            `words.similarity`.
+        drop_refusals: leaves out refusals, and prompts whose own answer is one.
+        language: a language, or "same": that of the chosen answer. Texts that do not say pass.
+        max_characters: of an answer.
+        drop_unfinished: leaves out answers that the length limit ended.
+        check: the user's own, asked last.
+    """
+
+    keep: str = "different"
+    max_similarity: float | None = None
+    drop_refusals: bool = False
+    language: str | None = None
+    max_characters: int | None = None
+    drop_unfinished: bool = False
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a chosen and a rejected answer."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+    def row(self) -> dict[str, str]:
+        """The pair in the orca_dpo_pairs form."""
+        return {
+            "system": self.prompt.system,
+            "question": self.prompt.question,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text begins as refusals and disclaimers of language models do (in English)."""
+    return _REFUSAL.search(text[:_REFUSAL_WITHIN].replace("\u2019", "'")) is not None
+
+
+def first_pair(
+    prompt: Prompt, candidates: Sequence[Candidate], filters: Filters, dropped: Counter[str]
+) -> Pair | str:
+    """The set's answer against the first candidate that may stand against it, or why there is none.
 
     Args:
-        chosen: the preferred answer.
-        accepted: texts of which a right answer contains one; needed for keep "wrong".
+        prompt: with the preferred answer.
         candidates: what the weaker model wrote.
-        keep: "different" takes any other answer, "wrong" only one that lacks every accepted
-            text or did not stop.
+        filters: what is passed over.
         dropped: counts the candidates passed over, by reason.
+
+    Raises UserError for a check of the user's that fails.
     """
+    if filters.drop_refusals and is_refusal(prompt.answer):
+        dropped["chosen is a refusal"] += len(candidates)
+        return "chosen is a refusal"
+    reasons: list[str] = []
     for candidate in candidates:
-        text = candidate.text.strip()
-        if not text:
-            dropped["empty"] += 1
-        elif text.split() == chosen.split():
-            dropped["same as chosen"] += 1
-        elif keep == "wrong" and candidate.stopped and contains_accepted(text, accepted):
-            dropped["right"] += 1
-        else:
-            return text
+        reason = against_answer(candidate, filters, prompt.answer)
+        pair = Pair(prompt, prompt.answer, candidate.text.strip())
+        reason = reason or against_pair(pair, filters)
+        reason = reason or _right(pair, candidate, filters) or _checked(pair, filters)
+        if reason is None:
+            return pair
+        dropped[reason] += 1
+        reasons.append(reason)
+    return _together(reasons)
+
+
+def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = None) -> str | None:
+    """What speaks against an answer by itself; `chosen` gives the language that is "same"."""
+    text = candidate.text.strip()
+    if not text:
+        return "empty"
+    if filters.drop_unfinished and not candidate.stopped:
+        return "not finished"
+    if filters.max_characters is not None and len(text) > filters.max_characters:
+        return "too long"
+    if filters.drop_refusals and is_refusal(text):
+        return "refusal"
+    language = filters.language
+    if language == "same":
+        language = guess_language(chosen) if chosen is not None else None
+    if language is not None and guess_language(text) not in (None, language):
+        return "in another language"
     return None
+
+
+def against_pair(pair: Pair, filters: Filters) -> str | None:
+    """What speaks against two answers together, the user's check aside."""
+    if pair.chosen.split() == pair.rejected.split():
+        return "same as chosen"
+    most = filters.max_similarity
+    if most is not None and similarity(pair.chosen, pair.rejected) > most:
+        return "nearly the same"
+    return None
+
+
+def ranked_pair(
+    prompt: Prompt,
+    scored: Sequence[tuple[Candidate, float]],
+    margin: float,
+    filters: Filters,
+    dropped: Counter[str],
+) -> Pair | str:
+    """The answer with the highest score against the one with the lowest, or why there is none.
+
+    Args:
+        prompt: what was asked; the set's own answer plays no part.
+        scored: answers that passed `against_answer`, with their scores.
+        margin: the scores differ by more than this.
+        filters: what is asked of the pair.
+        dropped: counts prompts that get no pair here, by reason.
+    """
+    reason: str | None = None
+    if len(scored) < 2:
+        reason = "fewer than two answers to rank"
+    else:
+        (best, high), (worst, low) = (
+            max(scored, key=lambda item: item[1]),
+            min(scored, key=lambda item: item[1]),
+        )
+        pair = Pair(prompt, best.text.strip(), worst.text.strip())
+        if high - low <= margin:
+            reason = "scores too close"
+        reason = reason or against_pair(pair, filters) or _checked(pair, filters)
+    if reason is None:
+        return pair
+    dropped[reason] += 1
+    return reason
+
+
+def _right(pair: Pair, candidate: Candidate, filters: Filters) -> str | None:
+    if filters.keep != "wrong" or not candidate.stopped:
+        return None
+    return "right" if contains_accepted(pair.rejected, pair.prompt.accepted) else None
+
+
+def _checked(pair: Pair, filters: Filters) -> str | None:
+    return filters.check(pair.row(), pair.prompt.origin) if filters.check is not None else None
+
+
+def _together(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return "no answer"
+    return reasons[0] if len(set(reasons)) == 1 else "no answer passes"

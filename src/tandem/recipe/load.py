@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,40 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     data, lines = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: a recipe is a mapping of keys to values, this is none")
+    return _checked(data, where, lines, overrides)
+
+
+def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
+    """A recipe of which only the pairs section and what is about machines matter.
+
+    Args:
+        name_or_path: as `load_recipe` takes it; None begins with an empty pairs section.
+        overrides: as `load_recipe` takes them.
+
+    Raises UserError as `load_recipe` does, and when nobody is named to write the answers.
+    """
+    if name_or_path is not None:
+        recipe = load_recipe(name_or_path, overrides)
+        if recipe.pairs is None:
+            raise UserError(f"{name_or_path}: the recipe has no pairs section")
+        named = recipe.sft is None
+    else:
+        # What a whole recipe must name besides plays no part here.
+        data = {"name": "pairs", "model": "", "output_dir": "", "pairs": {}}
+        recipe, named = _checked(data, "tandem pairs", {}, overrides), False
+    assert recipe.pairs is not None
+    if not named and recipe.pairs.model is None and recipe.pairs.server is None:
+        raise UserError(
+            "tandem pairs: nobody writes the rejected answers; name a weaker model with --model, "
+            "or a server with server.base_url=URL server.model=NAME"
+        )
+    return recipe
+
+
+def _checked(
+    data: dict[str, Any], where: str, lines: Mapping[Location, int], overrides: Sequence[str]
+) -> Recipe:
+    """The recipe that data and overrides make; raises UserError with the place of a mistake."""
     given: dict[Location, str] = {}
     for override in overrides:
         location, value = _parse_override(override)

@@ -18,10 +18,15 @@ from tandem.recipe.schema import (
     Hpu,
     Lora,
     Merge,
+    PairFilters,
     Pairs,
+    Rank,
     Recipe,
+    Select,
+    Server,
     Sft,
     Validation,
+    Vllm,
 )
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -33,6 +38,11 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("validation", Validation),
     ("merge", Merge),
     ("pairs", Pairs),
+    ("select", Select),
+    ("filters", PairFilters),
+    ("server", Server),
+    ("vllm", Vllm),
+    ("rank", Rank),
     ("dpo", Dpo),
     ("evaluate", Evaluate),
 )

@@ -94,9 +94,12 @@ def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
     sources = settings.get("data")
     # Without data of its own the DPO stage trained on pairs that the run made from prompts.
     made = stage.kind == "dpo" and not sources
+    if made:
+        pairs = mapping(run.recipe.get("pairs"))
+        sources = [pairs.get("prompts"), pairs.get("heldout")]
     return {
         "kind": stage.kind,
-        "data": [_shown_path(p) for p in _paths(run.recipe.get("pairs") if made else sources)],
+        "data": [_shown_path(p) for p in _paths(sources)],
         "made": made,
         "hashes": _hashes(inputs),
         "settings": {k: settings[k] for k in _SETTINGS if settings.get(k) is not None},

@@ -180,9 +180,37 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
         figures.append(("kept for evaluation", count(heldout)))
     if is_number(s.get("seconds")):
         figures.append(("time", duration(s["seconds"])))
-    dropped = [(str(k), count(n)) for k, n in mapping(s.get("dropped")).items() if is_number(n)]
-    examples = []
-    path = stage.folder / "pairs.jsonl"
+    dropped = [
+        (f"{before}{k}", count(n))
+        for key, before in (("dropped", ""), ("failed", "not answered: "))
+        for k, n in mapping(s.get(key)).items()
+        if is_number(n)
+    ]
+    left_out = [(str(k), count(n)) for k, n in mapping(s.get("left_out")).items() if is_number(n)]
+    return {
+        "kind": stage.kind,
+        "name": stage.name,
+        "title": stage.title,
+        "tiles": figures,
+        "dropped": dropped,
+        "left_out": left_out,
+        "examples": [
+            {k: str(e.get(k) or "") for k in ("system", "question", "chosen", "rejected")}
+            for e in _first_pairs(stage.folder)
+        ],
+    }
+
+
+def _first_pairs(folder: Path) -> list[Mapping[str, Any]]:
+    """The first pairs that the stage made, whatever their file's kind."""
+    parquet, path = folder / "pairs.parquet", folder / "pairs.jsonl"
+    if parquet.exists():
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(parquet) as file:
+            first = next(file.iter_batches(batch_size=_PAIRS_SHOWN), None)
+        return [mapping(row) for row in first.to_pylist()] if first is not None else []
+    examples: list[Mapping[str, Any]] = []
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
             for line, _ in zip(file, range(_PAIRS_SHOWN), strict=False):
@@ -190,17 +218,7 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
                     examples.append(mapping(json.loads(line)))
                 except ValueError:
                     break  # a file still being written
-    return {
-        "kind": stage.kind,
-        "name": stage.name,
-        "title": stage.title,
-        "tiles": figures,
-        "dropped": dropped,
-        "examples": [
-            {k: str(e.get(k) or "") for k in ("system", "question", "chosen", "rejected")}
-            for e in examples
-        ],
-    }
+    return examples
 
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

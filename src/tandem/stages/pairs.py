@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text
-from tandem.artifact.hashing import hash_weights
+from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import finish_stage, open_stage, start_stage
-from tandem.data.chunks import Row
+from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
+from tandem.data.chunks import BadLine
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations, read_questions
-from tandem.data.records import Origin, Turn
 from tandem.data.sources import SourceSpec, read_rows
-from tandem.data.template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
-from tandem.model.generate import generate_answers
-from tandem.model.load import context_length, load_model, load_tokenizer, model_folder
-from tandem.pairs.filter import Candidate, choose_rejected
-from tandem.recipe.schema import Pairs
+from tandem.pairs.card import data_card
+from tandem.pairs.check import Check
+from tandem.pairs.filter import Candidate, Filters, Pair, against_answer, first_pair, ranked_pair
+from tandem.pairs.journal import recorded
+from tandem.pairs.output import pairs_file, write_pairs
+from tandem.pairs.prompts import Prompt, read_prompts
+from tandem.pairs.select import Selection, select_prompts
+from tandem.pairs.words import Contamination, texts_in
+from tandem.recipe.schema import Pairs, Select
+from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
-from tandem.train.device import choose_device
+from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked, the set's own answer, and the texts a right answer contains, if known."""
-
-    turns: tuple[Turn, ...]
-    answer: str
-    accepted: tuple[str, ...]
-    origin: Origin
+# What may change between two starts: it says how a server is asked, not what.
+_MANNERS = {"concurrency", "timeout", "retries", "requests_per_minute", "key_variable"}
+_APART: Any = {
+    "prompts": True,
+    "heldout": True,
+    "model": True,
+    "select": {"decontaminate": True},
+    "server": _MANNERS,
+    "rank": {"reward_model": True, "judge": _MANNERS},
+}
 
 
 def run_pairs(
@@ -55,191 +59,304 @@ def run_pairs(
     runtime: Runtime,
     console: Console,
 ) -> Path:
-    """Write pairs.jsonl (and heldout.jsonl) in the orca_dpo_pairs form; returns the folder.
+    """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
+
+    Answers are recorded as they are finished, in `generated/`: an interrupted stage goes on after
+    them.
 
     Args:
-        model: the weaker model, asked in its own chat template.
-        settings: prompts, sampling and filter.
+        model: the weaker model, asked in its own chat template; not read where a server writes.
+        settings: prompts, sampling and filters.
         output_dir: the stage's folder.
-        seed: of the sampling.
+        seed: of the selection and the sampling.
         runtime: device and dtype.
         console: for progress.
 
-    Raises UserError for prompts that cannot be used and when no pair is left.
+    Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
+    server no longer answers.
     """
-    folder = model_folder(model)
-    sources = source_specs(settings.prompts, output_dir.parent, seed)
-    heldout = source_specs(settings.heldout, output_dir.parent, seed)
+    check_writers(settings)
+    check = Check(settings.filters.check) if settings.filters.check is not None else None
+    specs = {
+        name: source_specs(sources, output_dir.parent, seed)
+        for name, sources in (
+            ("prompts", settings.prompts),
+            ("heldout", settings.heldout),
+            ("decontaminate", settings.select.decontaminate),
+        )
+    }
     inputs = {
-        "model": hash_weights(folder),
-        "prompts": data_identity(sources),
-        "heldout": data_identity(heldout),
-        "settings": settings.model_dump(mode="json", exclude={"prompts", "heldout", "model"}),
+        "model": writer_identity(settings, model),
+        **{name: data_identity(found) for name, found in specs.items()},
+        "scorer": scorer_identity(settings.rank) if settings.rank is not None else None,
+        "check": check.identity if check is not None else None,
+        "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
     }
     with folder_lock(output_dir):
-        if open_stage(output_dir, "pairs", inputs).state == "finished":
+        opened = open_stage(output_dir, "pairs", inputs)
+        if opened.state == "finished":
             say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
-        start_stage(output_dir, "pairs", inputs, {"model": model})
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
-        maker = _Maker(
-            load_model(folder, dtype=device.weights, device=device.torch_device),
-            load_tokenizer(folder),
-            settings,
-            Ledger(output_dir / "data-ledger.jsonl"),
-            output_dir,
-            console,
-        )
-        summary = maker.write("pairs", sources, seed)
-        outputs = ["pairs.jsonl", "summary.json"]
-        if heldout:
-            summary["heldout"] = maker.write("heldout", heldout, seed + _HELDOUT_SEED)
-            outputs.append("heldout.jsonl")
-        else:  # an earlier start may have had some
-            (output_dir / "heldout.jsonl").unlink(missing_ok=True)
-        maker.ledger.write()
-        summary["ledger"] = maker.ledger.summary()
-        atomic_write_json(output_dir / "summary.json", summary)
+        threads = opened.schedule.get("threads", torch.get_num_threads())
+        start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
+        with _threads(threads):
+            maker = _Maker(
+                open_writer(settings, model, runtime, console),
+                open_scorer(settings.rank, runtime, console) if settings.rank else None,
+                settings,
+                Filters(
+                    keep=settings.keep,
+                    check=check,
+                    **settings.filters.model_dump(exclude={"check"}),
+                ),
+                Ledger(output_dir / "data-ledger.jsonl"),
+                output_dir,
+                console,
+            )
+            outputs = maker.everything(specs, inputs, seed)
         finish_stage(output_dir, outputs)
     return output_dir
 
 
-def read_prompts(sources: Sequence[SourceSpec], keep: str, ledger: Ledger) -> list[Prompt]:
-    """Prompts with their answers, from questions or from conversations' first exchanges.
-
-    Conversations that cannot be used go to the ledger.
-
-    Raises UserError when keep is "wrong" and a source does not say what is right.
-    """
-    prompts: list[Prompt] = []
-    for source in sources:
-        first = next((row for row in read_rows(source) if isinstance(row, Row)), None)
-        if first is not None and {"question", "answer"} <= first.fields.keys():
-            questions = read_questions([source])
-            prompts += [Prompt(q.turns, q.answer, q.accepted, q.origin) for q in questions]
-            continue
-        if keep == "wrong":
-            raise UserError(
-                f"{source.path}: pairs.keep is `wrong`, which needs rows of `question`, `answer` "
-                "and `accepted`; use keep: different for conversations"
-            )
-        for conversation in read_conversations([source], ledger):
-            turns = conversation.turns
-            if conversation.tools or any(turn.extra or turn.role == "tool" for turn in turns):
-                ledger.dropped(conversation.origin, "pairs are not made of exchanges with tools")
-                continue
-            end = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
-            prompts.append(Prompt(turns[:end], turns[end].content, (), conversation.origin))
-    return prompts
-
-
 @dataclass(frozen=True)
 class _Maker:
-    """The loaded weaker model and where its pairs go."""
+    """Who writes and ranks, and where the pairs go."""
 
-    model: Any
-    tokenizer: Any
+    writer: Writer
+    scorer: Scorer | None
     settings: Pairs
+    filters: Filters
     ledger: Ledger
     folder: Path
     console: Console
 
-    def write(self, name: str, sources: Sequence[SourceSpec], seed: int) -> dict[str, Any]:
-        """Write `name`.jsonl from some prompts; returns the counts for the summary."""
-        began = time.perf_counter()
-        read = read_prompts(sources, self.settings.keep, self.ledger)
-        prompts, asked = self._fitting(read)
-        candidates = self._generate(asked, seed)
-        dropped: Counter[str] = Counter()
-        rows = []
-        for prompt, own in zip(prompts, candidates, strict=True):
-            rejected = choose_rejected(
-                prompt.answer, prompt.accepted, own, keep=self.settings.keep, dropped=dropped
-            )
-            if rejected is not None:
-                rows.append(_orca_row(prompt, rejected))
-        if not rows:
+    def everything(
+        self, specs: dict[str, list[SourceSpec]], inputs: dict[str, Any], seed: int
+    ) -> list[str]:
+        """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
+        kind = self.settings.format
+        for name in ("pairs", "heldout"):  # an earlier start may have had others
+            for other in ("jsonl", "parquet"):
+                pairs_file(self.folder, name, other).unlink(missing_ok=True)
+        prompts, left_out = self._selected(specs, seed)
+        summary = self._make("pairs", prompts, seed)
+        summary["left_out"] = left_out
+        outputs = [pairs_file(self.folder, "pairs", kind).name]
+        if specs["heldout"]:
+            heldout = list(self._read(specs["heldout"]))
+            summary["heldout"] = self._make("heldout", heldout, seed + _HELDOUT_SEED)
+            outputs.append(pairs_file(self.folder, "heldout", kind).name)
+        self.ledger.write()
+        summary["ledger"] = self.ledger.summary()
+        summary["writer"] = self.writer.facts
+        summary["scorer"] = self.scorer.facts if self.scorer is not None else None
+        atomic_write_json(self.folder / "summary.json", summary)
+        names = {name: [source.path for source in found] for name, found in specs.items() if found}
+        card = data_card(
+            summary=summary,
+            sources=names,
+            identities={name: inputs[name] for name in names},
+            settings=self.settings.model_dump(mode="json", exclude={"prompts", "heldout"}),
+            seed=seed,
+            versions=versions(),
+            files=outputs,
+        )
+        atomic_write_text(self.folder / "README.md", card)
+        return [*outputs, "summary.json", "README.md"]
+
+    def _read(self, sources: Sequence[SourceSpec]) -> Iterator[Prompt]:
+        settings = self.settings
+        return read_prompts(sources, settings.keep, self.ledger, settings.on_bad_record)
+
+    def _selected(
+        self, specs: dict[str, list[SourceSpec]], seed: int
+    ) -> tuple[list[Prompt], dict[str, int]]:
+        select = self.settings.select
+        prompts, left_out = select_prompts(
+            self._read(specs["prompts"]),
+            selection_of(select),
+            seed=seed,
+            contamination=contamination_of(specs["decontaminate"], select),
+        )
+        if left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            say(self.console, f"pairs: {len(prompts)} prompts selected; left out: {reasons}")
+        if not prompts:
             raise UserError(
-                f"pairs: none of {len(prompts)} prompts got a rejected answer "
-                f"({dict(dropped)}); raise pairs.samples or pairs.temperature"
+                "pairs.select: no prompt is left ("
+                + (", ".join(f"{n} {why}" for why, n in left_out.items()) or "the data has none")
+                + "); ask for less"
             )
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        atomic_write_text(self.folder / f"{name}.jsonl", lines)
+        if select.count is not None and len(prompts) < select.count:
+            say(
+                self.console,
+                f"pairs: pairs.select.count asks for {select.count} prompts, there are only "
+                f"{len(prompts)}",
+            )
+        return prompts, left_out
+
+    def _make(self, name: str, read: Sequence[Prompt], seed: int) -> dict[str, Any]:
+        """Write one file of pairs from some prompts; returns the counts for the summary."""
+        began = time.perf_counter()
+        work = self.writer.plan(read, seed, self.ledger)
+        answers = self._answers(name, work)
+        dropped: Counter[str] = Counter()
+        if self.scorer is not None and self.settings.rank is not None:
+            margin = self.settings.rank.margin
+            found = self._ranked(self.scorer, margin, name, work, answers, dropped)
+        else:
+            samples = self.settings.samples
+            found = [
+                first_pair(
+                    prompt,
+                    [answers[n] for n in _numbers(i, samples) if n in answers],
+                    self.filters,
+                    dropped,
+                )
+                for i, prompt in enumerate(work.prompts)
+            ]
+        pairs = self._kept(work.prompts, found)
+        if not pairs:
+            raise UserError(
+                f"pairs: none of {len(work.prompts)} prompts got a rejected answer "
+                f"({dict(dropped)}); raise pairs.samples or pairs.temperature, or filter less"
+            )
+        write_pairs(pairs_file(self.folder, name, self.settings.format), pairs)
         seconds = time.perf_counter() - began
+        failed = Counter(failure.reason for failure in self.writer.failed.values())
         say(
             self.console,
-            f"pairs: {len(rows)} {name} from {len(prompts)} prompts, passed over "
+            f"pairs: {len(pairs)} {name} from {len(work.prompts)} prompts, passed over "
             + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none")
+            + (f", unanswered {dict(failed)}" if failed else "")
             + f", {seconds:.1f} s",
         )
         return {
-            "prompts": len(prompts),
-            "generated": sum(len(own) for own in candidates),
-            "kept": len(rows),
+            "prompts": len(work.prompts),
+            "generated": len(answers),
+            "kept": len(pairs),
             "dropped": dict(dropped),
+            "failed": dict(failed),
             "seconds": seconds,
         }
 
-    def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
-        """The prompts that leave room for an answer, and their tokens; the ledger has the others.
+    def _kept(self, prompts: Sequence[Prompt], found: Sequence[Pair | str]) -> list[Pair]:
+        pairs = []
+        for prompt, pair in zip(prompts, found, strict=True):
+            if isinstance(pair, Pair):
+                pairs.append(pair)
+            else:
+                self.ledger.dropped(prompt.origin, f"no pair: {pair}")
+        self.ledger.trained(len(pairs))
+        return pairs
 
-        Raises UserError when none is left.
-        """
-        template = resolve_template(self.tokenizer, None)
-        context = context_length(self.model.config)
-        kept, asked = [], []
-        for prompt in prompts:
-            ids = prompt_ids(self.tokenizer, template, prompt.turns)
-            if context is not None and len(ids) + self.settings.max_new_tokens > context:
-                detail = f"{len(ids)} tokens, of a context of {context}"
-                self.ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
-                continue
-            kept.append(prompt)
-            asked.append(ids)
-        self.ledger.trained(len(kept))
-        if len(kept) < len(prompts):
-            say(
-                self.console,
-                f"pairs: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for "
-                f"{self.settings.max_new_tokens} tokens in the model's context of {context} (each "
-                f"in {self.folder / 'data-ledger.jsonl'})",
+    def _answers(self, name: str, work: Work) -> dict[int, Candidate]:
+        """The answers by number, those of earlier starts included."""
+        total = len(work.prompts) * self.settings.samples
+        what = "answers" if self.scorer is not None else "rejected answers"
+        path = self.folder / "generated" / f"{name}.jsonl"
+        with phase(self.console, what, total) as advance:
+            found = recorded(path, work.key, work.write, self._counted(total, advance))
+        return {number: Candidate(*value) for number, value in found.items()}
+
+    def _counted(self, total: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Tells how many there are, and says how many earlier starts have left."""
+        told = False
+
+        def count(more: int) -> None:
+            nonlocal told
+            if not told and more:
+                say(self.console, f"pairs: going on after {more} of {total} recorded")
+            told = True
+            advance(more)
+
+        return count
+
+    def _ranked(
+        self,
+        scorer: Scorer,
+        margin: float,
+        name: str,
+        work: Work,
+        answers: dict[int, Candidate],
+        dropped: Counter[str],
+    ) -> list[Pair | str]:
+        """Pairs of each prompt's best and worst answer."""
+        samples = self.settings.samples
+        passing: dict[int, Candidate] = {}
+        for number, candidate in sorted(answers.items()):
+            reason = against_answer(candidate, self.filters)
+            if reason is None:
+                passing[number] = candidate
+            else:
+                dropped[reason] += 1
+
+        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, float]]]:
+            return scorer.scores(
+                [
+                    (number, work.prompts[number // samples], one.text.strip())
+                    for number, one in passing.items()
+                    if number not in done
+                ]
             )
-        if not kept:
-            raise UserError(
-                f"pairs: none of {len(prompts)} prompts can be asked; lower pairs.max_new_tokens "
-                "or give shorter prompts"
+
+        # Answers do not change once they are recorded, so that their numbers say which they are.
+        key = hash_json([work.key, scorer.facts])
+        path = self.folder / "generated" / f"{name}-scores.jsonl"
+        with phase(self.console, "scores", len(passing)) as advance:
+            scores = recorded(path, key, missing, self._counted(len(passing), advance))
+        for why, count in scorer.failed.items():
+            if count:
+                dropped[f"not scored: {why}"] += count
+        scorer.failed.clear()
+        return [
+            ranked_pair(
+                prompt,
+                [
+                    (passing[n], scores[n])
+                    for n in _numbers(i, samples)
+                    if n in passing and n in scores
+                ],
+                margin,
+                self.filters,
+                dropped,
             )
-        return kept, asked
-
-    def _generate(self, asked: Sequence[Sequence[int]], seed: int) -> list[list[Candidate]]:
-        settings = self.settings
-        template = resolve_template(self.tokenizer, None)
-        with phase(self.console, "rejected answers", len(asked) * settings.samples) as advance:
-            answers = generate_answers(
-                self.model,
-                [ids for ids in asked for _ in range(settings.samples)],
-                stop_ids=stop_ids(self.tokenizer, template),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=seed,
-                advance=advance,
-            )
-        texts = self.tokenizer.batch_decode(
-            [list(answer.ids) for answer in answers], skip_special_tokens=True
-        )
-        made = [Candidate(t, a.stopped) for t, a in zip(texts, answers, strict=True)]
-        count = settings.samples
-        return [made[i * count : (i + 1) * count] for i in range(len(asked))]
+            for i, prompt in enumerate(work.prompts)
+        ]
 
 
-def _orca_row(prompt: Prompt, rejected: str) -> dict[str, str]:
-    system = "".join(turn.content for turn in prompt.turns if turn.role == "system")
-    question = prompt.turns[-1].content
-    return {
-        "system": system,
-        "question": question,
-        "chosen": prompt.answer,
-        "rejected": rejected,
-    }
+def _numbers(place: int, samples: int) -> range:
+    """The numbers of a prompt's answers."""
+    return range(place * samples, (place + 1) * samples)
+
+
+def selection_of(select: Select) -> Selection:
+    """What a recipe asks of prompts, evaluation sets aside."""
+    return Selection(**select.model_dump(exclude={"decontaminate", "decontaminate_words"}))
+
+
+def contamination_of(sources: Sequence[SourceSpec], select: Select) -> Contamination | None:
+    """The parts of some evaluation sets; raises UserError for rows that cannot be read."""
+    if not sources:
+        return None
+    return Contamination(_texts(sources), select.decontaminate_words)
+
+
+def _texts(sources: Sequence[SourceSpec]) -> Iterator[str]:
+    for source in sources:
+        for row in read_rows(source):
+            if isinstance(row, BadLine):
+                raise UserError(f"{row.origin}: pairs.select.decontaminate: {row.reason}")
+            yield from texts_in(row.fields)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads as the first start had, for sums are rounded as they are shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from tandem.artifact.hashing import hash_json
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import read_manifest, versions
 from tandem.errors import UserError
+from tandem.pairs.output import made_pairs
 from tandem.recipe.schema import DataSource, Dpo, Recipe
 from tandem.stages.preflight import check_inputs
 
@@ -55,7 +56,8 @@ def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
         notes["sft-merge"] = "merge the adapter, verified"
     if recipe.pairs is not None:
         prompts = ", ".join(source.path for source in recipe.pairs.prompts)
-        writer = recipe.pairs.model or "the model so far"
+        server = recipe.pairs.server
+        writer = server.model if server else recipe.pairs.model or "the model so far"
         notes["pairs"] = f"prompts of {prompts}, rejected answers by {writer}"
     if recipe.dpo is not None:
         data = ", ".join(source.path for source in recipe.dpo.data) or "the pairs made before"
@@ -256,8 +258,8 @@ class _Ride:
 
         settings = self.recipe.evaluate
         assert settings is not None
-        heldout = self.root / _FOLDERS["pairs"] / "heldout.jsonl"
-        if not settings.pairs and heldout.exists():
+        heldout = made_pairs(self.root / _FOLDERS["pairs"], "heldout")
+        if not settings.pairs and heldout is not None:
             settings = settings.model_copy(update={"pairs": (DataSource(path=str(heldout)),)})
         evaluation = run_evaluation(
             models=self._models(),
@@ -302,7 +304,8 @@ class _Ride:
         assert settings is not None
         if settings.data:
             return settings
-        made = self.root / _FOLDERS["pairs"] / "pairs.jsonl"
+        made = made_pairs(self.root / _FOLDERS["pairs"])
+        assert made is not None, "the pairs stage comes before"
         return settings.model_copy(update={"data": (DataSource(path=str(made)),)})
 
     def _runtime(self) -> Any:

@@ -24,10 +24,13 @@ from tandem.estimate.memory import ENGINES, Disk, Memory, disk_of, memory_of
 from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Work, count_work, guess_work
 from tandem.model.load import model_folder
+from tandem.pairs.output import made_pairs
+from tandem.pairs.prompts import Prompt, read_prompts
+from tandem.pairs.select import select_prompts
 from tandem.recipe.schema import DataSource, Recipe, Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, forecast, held_by, ordered_bytes
 from tandem.stages.inputs import model_side
-from tandem.stages.pairs import Prompt, read_prompts
+from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
 from tandem.stages.records import Records, stage_records
 from tandem.stages.sources import source_specs
@@ -244,14 +247,21 @@ class _Planner:
         settings = self.recipe.pairs
         assert settings is not None
         stages = {stage.name: stage for stage in describe_pipeline(self.recipe)}
-        made = stages["pairs"].folder / "pairs.jsonl"
-        if made.is_file():
+        made = made_pairs(stages["pairs"].folder)
+        if made is not None:
             return _Data([SourceSpec(str(made))], [f"pairs: those of {made}"])
         prompts = self._sources(settings.prompts)
         if not prompts.sources:
             return prompts
-        ledger = Ledger(None)
-        asked = read_prompts(prompts.sources, settings.keep, ledger)
+        select = settings.select
+        asked, _ = select_prompts(
+            read_prompts(prompts.sources, settings.keep, Ledger(None), settings.on_bad_record),
+            selection_of(select),
+            seed=self.recipe.seed,
+            contamination=contamination_of(
+                source_specs(select.decontaminate, self.scratch, self.recipe.seed), select
+            ),
+        )
         if not asked:
             raise UserError(f"pairs: none of the records of {settings.prompts} can be asked")
         guessed = self.scratch / "guessed-pairs.jsonl"
@@ -260,7 +270,7 @@ class _Planner:
         return _Data(
             [SourceSpec(str(guessed))],
             [
-                f"guessed: the pairs are not made yet. Taken are all {len(asked)} prompts, with "
+                f"guessed: the pairs are not made yet. Taken are {len(asked)} prompts, with "
                 "rejected answers as long as the chosen ones"
             ],
         )
@@ -329,10 +339,9 @@ def _guessed(prompt: Prompt) -> dict[str, str]:
     """A pair in orca_dpo_pairs' form: the answer's own words in another order are rejected."""
     words = prompt.answer.split(" ")
     rejected = " ".join(reversed(words))
-    system = "".join(turn.content for turn in prompt.turns if turn.role == "system")
     return {
-        "system": system,
-        "question": prompt.turns[-1].content,
+        "system": prompt.system,
+        "question": prompt.question,
         "chosen": prompt.answer,
         "rejected": rejected if rejected != prompt.answer else f"{rejected} {rejected}",
     }

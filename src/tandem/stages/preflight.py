@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource, Evaluate, Recipe, Training
+from tandem.recipe.schema import DataSource, Evaluate, Pairs, Recipe, Training
 from tandem.stages.sources import source_spec
 
 
@@ -31,15 +31,16 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
     if recipe.evaluate is not None and "evaluate" in wanted:
         _check_tasks(recipe.evaluate)
-    if recipe.pairs is not None and recipe.pairs.model is not None and "pairs" in wanted:
-        _check_model(recipe.pairs.model, [])
+    if recipe.pairs is not None and "pairs" in wanted:
+        _check_pairs(recipe.pairs)
 
 
 def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found = [source for section in _trained(recipe, wanted) for source in section.data]
     found += [source for section in _trained(recipe, wanted) for source in _held_out(section)]
     if recipe.pairs is not None and "pairs" in wanted:
-        found += [*recipe.pairs.prompts, *recipe.pairs.heldout]
+        pairs = recipe.pairs
+        found += [*pairs.prompts, *pairs.heldout, *pairs.select.decontaminate]
     if recipe.evaluate is not None and "evaluate" in wanted:
         found += [
             *recipe.evaluate.questions,
@@ -94,6 +95,19 @@ def _is_local(name: str) -> bool:
 def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
     return [s for name, s in sections.items() if s is not None and name in wanted]
+
+
+def _check_pairs(settings: Pairs) -> None:
+    """Who writes and ranks, the servers' keys, and the user's check."""
+    from tandem.pairs.check import Check
+    from tandem.stages.writers import check_writers
+
+    for name in (settings.model, settings.rank.reward_model if settings.rank else None):
+        if name is not None:
+            _check_model(name, [])
+    check_writers(settings)
+    if settings.filters.check is not None:
+        Check(settings.filters.check)
 
 
 def _check_model(name: str, lengths: list[int]) -> None:

@@ -1,0 +1,117 @@
+"""Finished work on disk, unit by unit: what is in it is never done again, and never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+
+class Journal:
+    """A file of finished units, one synced JSON line each, after a line that says of what.
+
+    What a killed process left of a line is cut off when the file is opened again. A journal of
+    other work is replaced while it is empty, and refused when it holds something.
+
+    Args:
+        path: the file; made with its folder if need be.
+        key: what the units depend on, as a hash.
+
+    `entries` are the units of earlier starts. Raises UserError for a journal of other work, or a
+    damaged one.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.entries: list[Any] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = self._read(key) if path.exists() else 0
+        self._file = path.open("ab")
+        self._file.truncate(size)
+        if not size:
+            self._append({"journal": key})
+            _sync_folder(path.parent)
+
+    def add(self, entry: Any) -> None:
+        """Append a finished unit; when this returns it is on disk."""
+        self._append(entry)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, value: Any) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, key: str) -> int:
+        """Read the entries; returns the length of what is whole, 0 to begin anew."""
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        values = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                if number == len(lines):  # a power cut may leave anything in the last block
+                    break
+                raise UserError(
+                    f"{self.path}, line {number}: damaged. Restore the file, or remove it to "
+                    "generate anew."
+                ) from None
+        if not values or not isinstance(values[0], dict):
+            return 0
+        if values[0].get("journal") != key:
+            if len(values) == 1:
+                return 0
+            raise UserError(
+                f"{self.path} holds {len(values) - 1} finished units of other prompts, another "
+                "model or other sampling. Use the same to go on with them, choose another output "
+                "folder, or remove the file to generate anew."
+            )
+        self.entries = values[1:]
+        return sum(len(line) + 1 for line in lines[: len(values)])
+
+
+def recorded(
+    path: Path,
+    key: str,
+    work: Callable[[Collection[int]], Iterable[Sequence[tuple[int, Any]]]],
+    advance: Callable[[int], None],
+) -> dict[int, Any]:
+    """Values by number: those of a journal, and those that are missing, recorded as they come.
+
+    Args:
+        path, key: the journal's.
+        work: from the numbers that are done to the others, unit by unit; plain values.
+        advance: told how many more there are, first of all those of earlier starts.
+    """
+    found: dict[int, Any] = {}
+    with Journal(path, key) as journal:
+        for entry in journal.entries:
+            found |= dict(entry)
+        advance(len(found))
+        for unit in work(frozenset(found)):
+            if unit:
+                journal.add([[number, value] for number, value in unit])
+            found.update(unit)
+            advance(len(unit))
+    return found
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Which prompts of an instruction set are asked: filters, then a seeded sample by strata."""
+
+from __future__ import annotations
+
+import heapq
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tandem.artifact.hashing import hash_bytes
+from tandem.pairs.language import guess_language
+from tandem.pairs.prompts import Prompt
+from tandem.pairs.words import Contamination
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is asked for; None asks for nothing. Lengths are in characters.
+
+    Attributes:
+        count: so many prompts, all if there are fewer.
+        stratify: sampled within each data set, or within each class of length.
+        shares: of the strata: as in the data, or as equal as they allow.
+        distinct: a prompt that occurred before is left out.
+        min_prompt_characters, max_prompt_characters: of the user's text.
+        min_answer_characters, max_answer_characters: of the set's answer.
+        language: of prompt and answer; texts that do not say are kept.
+        matches, excludes: regular expressions, searched in the user's text.
+    """
+
+    count: int | None = None
+    stratify: Literal["source", "length"] | None = None
+    shares: Literal["proportional", "equal"] = "proportional"
+    distinct: bool = False
+    min_prompt_characters: int | None = None
+    max_prompt_characters: int | None = None
+    min_answer_characters: int | None = None
+    max_answer_characters: int | None = None
+    language: str | None = None
+    matches: str | None = None
+    excludes: str | None = None
+
+
+def select_prompts(
+    prompts: Iterable[Prompt],
+    selection: Selection,
+    *,
+    seed: int,
+    contamination: Contamination | None = None,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts to ask, in reading order, and how many were left out, by reason.
+
+    Prompts are streamed: at most `count` of each stratum are held.
+
+    Args:
+        prompts: in reading order.
+        selection: what is asked for.
+        seed: of the sample.
+        contamination: parts of evaluation sets; prompts and answers that have one are left out.
+    """
+    left_out: Counter[str] = Counter()
+    suited = _suited(prompts, selection, contamination, left_out)
+    if selection.count is None:
+        return list(suited), dict(left_out)
+    draw = random.Random(seed)
+    held: dict[int, list[tuple[float, int, Prompt]]] = {}
+    sizes: Counter[int] = Counter()
+    for place, prompt in enumerate(suited):
+        stratum = _stratum(prompt, selection.stratify)
+        sizes[stratum] += 1
+        heap = held.setdefault(stratum, [])
+        # The smallest numbers are kept; a heap's first is its smallest, so their signs are turned.
+        item = (-draw.random(), place, prompt)
+        if len(heap) < selection.count:
+            heapq.heappush(heap, item)
+        else:
+            heapq.heappushpop(heap, item)
+    shares = _shares(sizes, selection.count, selection.shares)
+    chosen = [
+        (place, prompt)
+        for stratum, heap in held.items()
+        for _, place, prompt in sorted(heap, reverse=True, key=lambda i: i[:2])[: shares[stratum]]
+    ]
+    if unsampled := sizes.total() - len(chosen):
+        left_out["not in the sample"] = unsampled
+    return [prompt for _, prompt in sorted(chosen, key=lambda item: item[0])], dict(left_out)
+
+
+def _suited(
+    prompts: Iterable[Prompt],
+    selection: Selection,
+    contamination: Contamination | None,
+    left_out: Counter[str],
+) -> Iterator[Prompt]:
+    matches = re.compile(selection.matches) if selection.matches else None
+    excludes = re.compile(selection.excludes) if selection.excludes else None
+    seen: set[str] = set()
+    for prompt in prompts:
+        reason = _unsuited(prompt, selection, matches, excludes)
+        if reason is None and contamination is not None:
+            texts = (prompt.question, prompt.answer, prompt.system)
+            if any(map(contamination.found_in, texts)):
+                reason = "in an evaluation set"
+        if reason is None and selection.distinct:
+            key = hash_bytes(prompt.system.encode(), prompt.question.strip().encode())
+            if key in seen:
+                reason = "prompt occurred before"
+            seen.add(key)
+        if reason is None:
+            yield prompt
+        else:
+            left_out[reason] += 1
+
+
+def _unsuited(
+    prompt: Prompt,
+    selection: Selection,
+    matches: re.Pattern[str] | None,
+    excludes: re.Pattern[str] | None,
+) -> str | None:
+    for what, text, least, most in (
+        ("prompt", prompt.question, selection.min_prompt_characters,
+         selection.max_prompt_characters),
+        ("answer", prompt.answer, selection.min_answer_characters,
+         selection.max_answer_characters),
+    ):  # fmt: skip
+        if least is not None and len(text) < least:
+            return f"{what} too short"
+        if most is not None and len(text) > most:
+            return f"{what} too long"
+    if matches is not None and not matches.search(prompt.question):
+        return "prompt does not match"
+    if excludes is not None and excludes.search(prompt.question):
+        return "prompt is excluded"
+    if selection.language is not None:
+        for what, text in (("prompt", prompt.question), ("answer", prompt.answer)):
+            if guess_language(text) not in (None, selection.language):
+                return f"{what} in another language"
+    return None
+
+
+def _stratum(prompt: Prompt, stratify: str | None) -> int:
+    """Its data set, or the class of length that the prompt is in, each twice as wide."""
+    if stratify == "source":
+        return prompt.source
+    return len(prompt.question).bit_length() if stratify == "length" else 0
+
+
+def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
+    """How many each stratum gives; together `count`, or all there are."""
+    count = min(count, sizes.total())
+    if shares == "equal":
+        given = dict.fromkeys(sizes, 0)
+        while count > 0:
+            # In turns: who has nothing left gives no more.
+            room = sorted(key for key in sizes if given[key] < sizes[key])
+            each = max(1, count // len(room))
+            for key in room[:count]:
+                more = min(each, sizes[key] - given[key], count)
+                given[key] += more
+                count -= more
+        return given
+    exact = {key: size * count / sizes.total() for key, size in sizes.items()}
+    given = {key: int(share) for key, share in exact.items()}
+    # The largest remainders get what rounding down has left.
+    remainders = sorted(exact, key=lambda key: (given[key] - exact[key], key))
+    for key in remainders[: count - sum(given.values())]:
+        given[key] += 1
+    return given

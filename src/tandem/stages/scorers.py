@@ -1,0 +1,106 @@
+"""Who ranks a model's answers in the pairs stage: a reward model, or a judge on a server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from tandem.artifact.hashing import hash_weights
+from tandem.model.load import model_folder
+from tandem.pairs.judge import read_verdict, verdict_request
+from tandem.pairs.prompts import Prompt
+from tandem.pairs.server import Failure
+from tandem.recipe.schema import Rank, Server
+from tandem.stages.writers import open_server
+from tandem.train.device import choose_device
+from tandem.train.runtime import Runtime
+
+# Answers that a reward model scores between two lines of the journal.
+_AT_ONCE = 64
+
+Asked = tuple[int, Prompt, str]
+"""An answer's number, its prompt, and its text."""
+Scored = list[tuple[int, float]]
+
+
+class Scorer(Protocol):
+    """Gives answers numbers."""
+
+    facts: dict[str, Any]
+    """What the data card says of the scorer."""
+    failed: Counter[str]
+    """Answers without a score, by reason."""
+
+    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
+        """The scores that could be had, unit by unit."""
+
+
+def scorer_identity(rank: Rank) -> Any:
+    """What the scores depend on: a hash of weights, or a server's address and model."""
+    if rank.judge is not None:
+        return {"base_url": rank.judge.base_url, "model": rank.judge.model}
+    assert rank.reward_model is not None
+    return hash_weights(model_folder(rank.reward_model))
+
+
+def open_scorer(rank: Rank, runtime: Runtime, console: Console) -> Scorer:
+    """The scorer that a recipe asks for, its model loaded; raises UserError where it cannot be."""
+    if rank.judge is not None:
+        return _Judge(rank.judge, console)
+    assert rank.reward_model is not None
+    return _Reward(rank.reward_model, runtime)
+
+
+class _Reward:
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        from tandem.model.reward import RewardModel
+
+        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+        folder = model_folder(name)
+        self._model = RewardModel(folder, dtype=device.weights, device=device.torch_device)
+        self.failed: Counter[str] = Counter()
+        self.facts: dict[str, Any] = {
+            "model": name, "weights": hash_weights(folder), "by": "transformers",
+        }  # fmt: skip
+
+    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
+        """Deterministic, a few at a time."""
+        for at in range(0, len(asked), _AT_ONCE):
+            some = asked[at : at + _AT_ONCE]
+            found = self._model.scores([(prompt.turns, text) for _, prompt, text in some])
+            self.failed["beyond the reward model's context"] += found.count(None)
+            yield [
+                (number, score)
+                for (number, _, _), score in zip(some, found, strict=True)
+                if score is not None
+            ]
+
+
+class _Judge:
+    def __init__(self, server: Server, console: Console) -> None:
+        self._server = server
+        self._client = open_server(server, console)
+        self.failed: Counter[str] = Counter()
+        self.facts: dict[str, Any] = {
+            "model": server.model, "by": f"the server at {server.base_url}",
+        }  # fmt: skip
+
+    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
+        """Verdict by verdict, as they arrive."""
+        requests = (
+            verdict_request(prompt, text, self._server.limit_key) for _, prompt, text in asked
+        )
+        for place, found in self._client.answers(requests):
+            if isinstance(found, Failure):
+                self.failed[found.reason] += 1
+                yield []
+                continue
+            score = read_verdict(found.text)
+            if score is None:
+                self.failed["unreadable verdict"] += 1
+                yield []
+            else:
+                yield [(asked[place][0], score)]

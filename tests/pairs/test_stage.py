@@ -1,0 +1,393 @@
+"""The stage and the command: servers, keys, ranking, vLLM, formats, and what is said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import main
+from tandem.errors import Stopped, UserError
+from tandem.model import packages
+from tandem.recipe.schema import DataSource, Pairs
+from tandem.stages import writers
+from tandem.stages.pairs import run_pairs
+from tandem.train.runtime import Runtime
+
+from ..stages.made_inputs import QUIET, make_conversations, make_model_folder
+from .badly_behaved import KEY, Desk, asked, badly_behaved
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with badly_behaved() as desk:
+        yield desk
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    return make_conversations(tmp_path / "set.jsonl", COUNT)
+
+
+def make(
+    conversations: Path, folder: Path, model: Path | str = "", seed: int = 1,
+    console: Console = QUIET, **settings: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
+    run_pairs(
+        model=str(model), settings=Pairs.model_validate(values), output_dir=folder, seed=seed,
+        runtime=Runtime(device="cpu"), console=console,
+    )  # fmt: skip
+    return read_jsonl(folder / "pairs.jsonl")
+
+
+def everything_in(folder: Path) -> str:
+    return "\n".join(
+        path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()
+    )
+
+
+def test_a_server_writes_the_rejected_answers_and_the_key_stays_unseen(
+    conversations: Path, tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MY_KEY", KEY)
+    # The server's own words about a refused request hold the key.
+    desk.plan = {"say red": [400], "say green": [500]}
+    folder = tmp_path / "out"
+    code = main([
+        "pairs", "--prompts", str(conversations), "--output_dir", str(folder),
+        f"server.base_url={desk.url}/", "server.model=big", "server.key_variable=MY_KEY",
+        "temperature=0.7", "max_new_tokens=9", "server.limit_key=max_completion_tokens",
+    ])  # fmt: skip
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    rows = read_jsonl(folder / "pairs.jsonl")
+    # The first of three that say red was refused; its turn comes in no order.
+    assert len(rows) == COUNT - 1
+    assert all(row["rejected"] == f"to {row['question']}" for row in rows)
+    body = desk.bodies[0]
+    assert (body["model"], body["temperature"], body["max_completion_tokens"]) == ("big", 0.7, 9)
+    assert {headers["Authorization"] for headers in desk.headers} == {f"Bearer {KEY}"}
+    assert KEY not in everything_in(folder) + said.out + said.err
+    summary = read_json(folder / "summary.json")
+    assert summary["failed"] == {"HTTP 400": 1}
+    (entry,) = read_jsonl(folder / "data-ledger.jsonl")
+    assert entry["reason"] == "no pair: no answer"
+    card = (folder / "README.md").read_text()
+    assert "Which weights the server ran" in card
+    assert "| not answered: HTTP 400 | 1 |" in card
+
+
+def test_a_key_in_the_recipe_is_refused_before_anything_is_written(
+    conversations: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    command = ["pairs", "--prompts", str(conversations), "--output_dir", str(folder),
+               "server.model=m"]  # fmt: skip
+    for more, said in (
+        ([f"server.key_variable={KEY}", "server.base_url=http://a/v1"], "no name of an environ"),
+        ([f"server.base_url=http://me:{KEY}@a/v1"], "would be written into the run's files"),
+        (["server.base_url=http://a/v1", "server.key_variable=NOT_SET_HERE"], "is not set"),
+    ):
+        assert main([*command, *more]) == 2
+        shown = capfd.readouterr().err
+        assert said in shown
+        assert not folder.exists()
+
+
+def test_a_server_that_falls_silent_stops_the_run_which_goes_on(
+    conversations: Path, tmp_path: Path, desk: Desk
+) -> None:
+    served = {"server": {"base_url": desk.url, "model": "m", "retries": 0, "concurrency": 1}}
+    folder = tmp_path / "out"
+    desk.plan = {"*": [None] * 9 + [503] * 10}
+    with pytest.raises(Stopped, match="10 requests in a row unanswered"):
+        make(conversations, folder, **served)
+    begun = len(desk.bodies)
+    # How a server is asked may change between two starts.
+    served["server"]["retries"] = 2
+    served["server"]["concurrency"] = 4
+    assert len(make(conversations, folder, **served)) == COUNT
+    assert len(desk.bodies) - begun == COUNT - 9
+    served["server"]["model"] = "other"
+    with pytest.raises(UserError, match="other inputs"):
+        make(conversations, folder, **served)
+
+
+def test_recorded_answers_of_other_sampling_are_not_mixed(
+    conversations: Path, tmp_path: Path, desk: Desk
+) -> None:
+    served = {"server": {"base_url": desk.url, "model": "m", "retries": 0, "concurrency": 1}}
+    desk.plan = {"*": [None] * 9 + [503] * 10}
+    with pytest.raises(Stopped):
+        make(conversations, tmp_path / "out", **served)
+    with pytest.raises(UserError, match="9 finished units of other prompts"):
+        make(conversations, tmp_path / "out", temperature=0.5, **served)
+    # Filters are no part of the generation.
+    rows = make(conversations, tmp_path / "out", filters={"max_characters": 900}, **served)
+    assert len(rows) == COUNT
+
+
+def test_a_judge_ranks_the_answers_of_one_model(
+    conversations: Path, tmp_path: Path, tiny_model: Path, desk: Desk
+) -> None:
+    def verdict(body: dict[str, Any]) -> str:
+        answer = asked(body).split("[Answer]\n")[1].split("\n\n[End")[0]
+        return "no idea" if "z" in answer else str(1 + len(answer) % 10)
+
+    desk.answer = verdict
+    rank = {"judge": {"base_url": desk.url, "model": "judge"}, "margin": 1}
+    folder = tmp_path / "out"
+    rows = make(conversations, folder, tiny_model, samples=3, rank=rank)
+    found = {
+        number: value[0].strip()
+        for entry in read_jsonl(folder / "generated" / "pairs.jsonl")[1:]
+        for number, value in entry
+    }
+    expected = []
+    for i in range(COUNT):
+        texts = [found[n] for n in range(3 * i, 3 * i + 3) if found[n] and "z" not in found[n]]
+        texts.sort(key=lambda text: len(text) % 10)
+        if len(texts) > 1 and len(texts[-1]) % 10 - len(texts[0]) % 10 > 1:
+            expected.append((len(texts[-1]) % 10, len(texts[0]) % 10))
+    assert [(len(r["chosen"]) % 10, len(r["rejected"]) % 10) for r in rows] == expected
+    assert 0 < len(rows) < COUNT
+    dropped = read_json(folder / "summary.json")["dropped"]
+    assert dropped["not scored: unreadable verdict"] == sum("z" in text for text in found.values())
+    assert dropped["scores too close"] > 0
+    assert "Both answers were written by one model" in (folder / "README.md").read_text()
+
+
+def test_a_reward_model_ranks_as_it_does_alone(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    reward = tmp_path / "reward"
+    torch.manual_seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_model, num_labels=1, pad_token_id=0
+    )
+    model.save_pretrained(reward)
+    tokenizer.save_pretrained(reward)
+    wish: dict[str, Any] = {"samples": 3, "rank": {"reward_model": str(reward)}}
+    with pytest.raises(UserError, match="has no chat template"):
+        make(conversations, tmp_path / "none", tiny_model, **wish)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(reward)
+    rows = make(conversations, tmp_path / "out", tiny_model, **wish)
+    assert len(rows) == COUNT
+
+    def score(row: dict[str, Any], answer: str) -> float:
+        ids = tokenizer(f"<s>{row['question']}</s><s>{answer}</s>", return_tensors="pt")
+        with torch.no_grad():
+            return float(model.eval()(input_ids=ids["input_ids"]).logits)
+
+    assert all(score(row, row["chosen"]) > score(row, row["rejected"]) for row in rows)
+    scores = {
+        number: value
+        for entry in read_jsonl(tmp_path / "out" / "generated" / "pairs-scores.jsonl")[1:]
+        for number, value in entry
+    }
+    assert score(rows[5], rows[5]["chosen"]) == pytest.approx(
+        max(scores[n] for n in (15, 16, 17)), abs=1e-5
+    )
+    with pytest.raises(UserError, match="no reward model"):
+        make(conversations, tmp_path / "two", tiny_model, samples=2,
+             rank={"reward_model": str(tiny_model)})  # fmt: skip
+
+
+def test_parquet_holds_what_json_lines_hold(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    import pyarrow.parquet
+
+    heldout = (DataSource(path=str(conversations)),)
+    rows = make(conversations, tmp_path / "a", tiny_model, heldout=heldout)
+    make(conversations, tmp_path / "b", tiny_model, heldout=heldout, format="parquet")
+    for name in ("pairs", "heldout"):
+        table = pyarrow.parquet.read_table(tmp_path / "b" / f"{name}.parquet")
+        assert table.to_pylist() == read_jsonl(tmp_path / "a" / f"{name}.jsonl")
+        assert not (tmp_path / "b" / f"{name}.jsonl").exists()
+    assert len(rows) == COUNT
+    from tandem.data.ledger import Ledger
+    from tandem.data.reading import read_pairs
+    from tandem.data.sources import SourceSpec
+
+    read = list(read_pairs([SourceSpec(str(tmp_path / "b" / "pairs.parquet"))], Ledger()))
+    assert [pair.rejected for pair in read] == [row["rejected"] for row in rows]
+
+
+def test_vllm_is_asked_for_when_it_is_named(
+    conversations: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the part of vLLM's interface that is used; vLLM itself was not here."""
+    with pytest.raises(UserError, match=r"needs the package vllm, .*pip install '.\[vllm\]'"):
+        make(conversations, tmp_path / "out", tiny_model, vllm={})
+    made: list[dict[str, Any]] = []
+    called: list[tuple[Any, Any]] = []
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+
+        def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> list[Any]:
+            called.append((prompts, params))
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(
+                    token_ids=[*one["prompt_token_ids"][6:9], 1], finish_reason="stop")])
+                for one in prompts
+            ]  # fmt: skip
+
+    library = ModuleType("vllm")
+    library.LLM = LLM  # type: ignore[attr-defined]
+    library.SamplingParams = lambda **options: options  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", library)
+    monkeypatch.setattr(packages, "version", lambda name: "0")
+    monkeypatch.setattr(writers, "_VLLM_PROMPTS", 10)
+    rows = make(conversations, tmp_path / "out", tiny_model, vllm={"memory": 0.5}, top_k=3)
+    assert len(rows) == COUNT
+    assert made == [{"model": str(tiny_model), "tokenizer": str(tiny_model), "dtype": "auto",
+                     "tensor_parallel_size": 1, "gpu_memory_utilization": 0.5}]  # fmt: skip
+    assert [len(prompts) for prompts, _ in called] == [10, 10, 4]
+    params = [one for _, some in called for one in some]
+    assert len({one["seed"] for one in params}) == COUNT
+    assert params[0] == {"max_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 3,
+                         "seed": params[0]["seed"], "stop_token_ids": [1],
+                         "detokenize": False}  # fmt: skip
+    assert read_json(tmp_path / "out" / "summary.json")["writer"]["by"] == "vLLM"
+
+
+def test_what_is_left_out_is_said_counted_and_in_the_card(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    check = tmp_path / "mine.py"
+    check.write_text("def f(pair):\n    return 'odd' if len(pair['rejected']) % 2 else True\n")
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text('{"query": "one two three four five"}\n')
+    console = Console(record=True, width=1000, file=(tmp_path / "said.txt").open("w"))
+    rows = make(
+        conversations, tmp_path / "out", tiny_model, console=console,
+        select={"count": 15, "distinct": False, "max_answer_characters": 25,
+                "decontaminate": (DataSource(path=str(evaluation)),)},
+        filters={"check": f"{check}:f"},
+    )  # fmt: skip
+    console.file.close()
+    summary = read_json(tmp_path / "out" / "summary.json")
+    ledger = summary["ledger"]
+    assert (ledger["read"], ledger["trained"]) == (15, len(rows))
+    assert summary["dropped"] == {"check: odd": 15 - len(rows)}
+    assert 0 < len(rows) < 15
+    assert all(len(row["rejected"]) % 2 == 0 for row in rows)
+    left_out = summary["left_out"]
+    assert sum(left_out.values()) == COUNT - 15
+    said = console.export_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for reason, count in left_out.items():
+        assert f"{count} {reason}" in said
+        assert f"| {reason} | {count} |" in card
+    assert f"| passed over: check: odd | {15 - len(rows)} |" in card
+    assert f"| pairs | {len(rows)} |" in card
+    assert str(tmp_path) not in card
+    entries = read_jsonl(tmp_path / "out" / "data-ledger.jsonl")
+    assert {entry["reason"] for entry in entries} == {"no pair: check: odd"}
+
+
+def test_an_unparsable_line_stops_or_is_dropped(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    conversations.write_text(conversations.read_text() + "no json\n")
+    with pytest.raises(UserError, match=r"set.jsonl, row 25: .*on_bad_record: drop"):
+        make(conversations, tmp_path / "out", tiny_model)
+    assert len(make(conversations, tmp_path / "out", tiny_model, on_bad_record="drop")) == COUNT
+    (entry,) = read_jsonl(tmp_path / "out" / "data-ledger.jsonl")
+    assert (entry["row"], entry["reason"]) == (25, "unparsable")
+
+
+def test_a_selection_that_leaves_nothing_says_what_took_it(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(UserError, match=r"no prompt is left .24 prompt does not match"):
+        make(conversations, tmp_path / "out", tiny_model, select={"matches": "nothing like it"})
+    with pytest.raises(UserError, match=r"none of 24 prompts got a rejected answer .*too long"):
+        make(conversations, tmp_path / "out", tiny_model, filters={"max_characters": 1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["select.count=0"], "pairs.select.count"),
+        (["select.matches='('"], "is no regular expression"),
+        (["select.stratify=source"], "set count as well"),
+        (["select.min_prompt_characters=9", "select.max_prompt_characters=3"], "exceeds"),
+        (["select.language=xx"], "pairs.select.language"),
+        (["filters.max_similarity=1.5"], "pairs.filters.max_similarity"),
+        (["filters.refusals=true"], "did you mean pairs.filters.drop_refusals"),
+        (["rank.margin=1", "samples=2"], "set one of reward_model and judge"),
+        (["rank.reward_model=x"], "set samples to 2 or more"),
+        (["temperature=0", "samples=2"], "draws the same answer"),
+        (["temperature=0", "top_p=0.5"], "cannot act at temperature 0"),
+        (["server.base_url=http://a/v1", "server.model=m"], "server and model are both set"),
+        (["server.base_url=a/v1", "server.model=m"], "no address of a server"),
+        (["filters.check=nowhere.py:f"], "there is no file nowhere.py"),
+        (["format=csv"], "pairs.format"),
+        (["prompts=nowhere.jsonl"], "nowhere.jsonl"),
+        (["select.decontaminate=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_written(
+    overrides: list[str], said: str, conversations: Path, tmp_path: Path, tiny_model: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code = main([
+        "pairs", "--prompts", str(conversations), "--model", str(tiny_model), "--output_dir",
+        str(tmp_path / "out"), *overrides,
+    ])  # fmt: skip
+    shown = capfd.readouterr().err
+    assert (code, said in shown) == (2, True), shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_begins_with_a_recipe_or_with_nothing(
+    conversations: Path, tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert main(["pairs", *out]) == 2
+    assert "pairs.prompts is missing" in capfd.readouterr().err
+    assert main(["pairs", *out, "--prompts", str(conversations)]) == 2
+    assert "nobody writes the rejected answers" in capfd.readouterr().err
+    assert main(["pairs", *out, "--recipe", "demo"]) == 2
+    assert "nobody writes the rejected answers" in capfd.readouterr().err
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({
+        "name": "r", "model": str(tiny_model), "output_dir": "unused", "seed": 9,
+        "pairs": {"prompts": str(conversations), "max_new_tokens": 4},
+    }))  # fmt: skip
+    command = ["pairs", *out, "--recipe", str(recipe), "samples=2"]
+    assert main([*command, "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    assert "seed: 9" in shown
+    assert "samples: 2" in shown
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    assert len(read_jsonl(tmp_path / "out" / "pairs.jsonl")) == COUNT
+    capfd.readouterr()
+    assert main(command) == 0
+    assert "finished with these inputs" in capfd.readouterr().err
