@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
+from tandem.errors import UserError
 from tandem.recipe.seed_flags import DEVICES
 
 if TYPE_CHECKING:
-    from tandem.recipe.schema import Evaluate
+    from tandem.recipe.schema import Evaluate, Server
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -71,9 +72,35 @@ def _settings(arguments: argparse.Namespace) -> Evaluate:
         task_data=arguments.data,
         num_fewshot=arguments.num_fewshot,
         chat=arguments.chat == "on",
+        judge=_judge(arguments),
         batch_size=arguments.batch_size,
         limit=arguments.limit,
     )
+
+
+def _judge(arguments: argparse.Namespace) -> Server | None:
+    """The judge's server; raises UserError for one that is named by half."""
+    if not arguments.judge and not arguments.judge_url:
+        if arguments.judge_key_variable:
+            raise UserError("--judge_key_variable is a judge's; name --judge and --judge_url")
+        return None
+    if not (arguments.judge and arguments.judge_url):
+        raise UserError("a judge needs both --judge, its name on the server, and --judge_url")
+    from pydantic import ValidationError
+
+    from tandem.recipe.schema import Server
+
+    try:
+        return Server(
+            base_url=arguments.judge_url,
+            model=arguments.judge,
+            key_variable=arguments.judge_key_variable,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        flag = {"base_url": "--judge_url", "key_variable": "--judge_key_variable"}
+        where = flag.get(str(first["loc"][0]), "--judge")
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _parser() -> Parser:
@@ -125,6 +152,16 @@ def _parser() -> Parser:
     )
     own.add_argument(
         "--chat_template", metavar="NAME|FILE", help="for models without one of their own"
+    )
+    judge = parser.add_argument_group("a judge of the answers to --questions")
+    judge.add_argument(
+        "--judge", metavar="MODEL", help="a model on an OpenAI-compatible server, by its name there"
+    )
+    judge.add_argument(
+        "--judge_url", metavar="URL", help="the server, up to where /chat/completions follows"
+    )
+    judge.add_argument(
+        "--judge_key_variable", metavar="NAME", help="the environment variable that holds its key"
     )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="only the first N items of everything"

@@ -603,6 +603,11 @@ class Evaluate(Section):
         default=False,
         description="Put tasks through the chat template, few-shot examples as turns.",
     )
+    judge: Server | None = Field(
+        default=None,
+        description="A model that says whose answers to the questions are better than the first "
+        "model's; see evaluation.md.",
+    )
     batch_size: Positive | Literal["auto"] = Field(
         default=1, description="Requests that the harness feeds at once; scores may round with it."
     )

@@ -25,6 +25,7 @@ from tandem.evaluate.suite import Plan
 from tandem.recipe.schema import Evaluate
 from tandem.stages.contestant import Contestant, find_contestant, tokenizer_identity
 from tandem.stages.examiner import Examined, Examiner, Material, examined_of
+from tandem.stages.judging import server_judge
 from tandem.stages.sources import data_identity, source_specs
 from tandem.stages.tasks import (
     TaskSettings,
@@ -68,7 +69,8 @@ def run_evaluation(
         seed: of the embedded demo's data.
         runtime: device, dtype, attention.
         console: for progress.
-        judge: compares each model's answers with the first model's; None: nobody does.
+        judge: compares each model's answers with the first model's; None: the settings' own, if
+            they name one.
         replace: whether an evaluation of other models or settings that is finished in the folder
             gives way; what it measured is used again.
 
@@ -77,6 +79,8 @@ def run_evaluation(
     """
     plan = tasks_of(settings)
     check_harness(plan)
+    if judge is None and settings.judge is not None:
+        judge = server_judge(settings.judge, console)
     contestants = [find_contestant(label, path) for label, path in models.items()]
     questions = source_specs(settings.questions, output_dir.parent, seed)
     pairs = source_specs(settings.pairs, output_dir.parent, seed)
@@ -91,7 +95,7 @@ def run_evaluation(
         **data,
         "tasks": [_identity(plan, name) for name in (t.name for t in plan.tasks)],
         "settings": settings.model_dump(
-            mode="json", exclude={"questions", "pairs", "heldout", "task_data"}
+            mode="json", exclude={"questions", "pairs", "heldout", "task_data", "judge"}
         ),
         "chat_template": chat_template,
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 
+from rich.console import Console
+
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
@@ -77,11 +79,15 @@ def _held_out(section: Training) -> list[DataSource]:
 
 
 def _check_tasks(settings: Evaluate) -> None:
-    """That the harness is there, and the data of its tasks, where they are local."""
+    """That the harness is there, the data of its tasks, where they are local, and a judge's key."""
     if settings.tasks or settings.suite:
         from tandem.stages.tasks import check_harness, tasks_of
 
         check_harness(tasks_of(settings))
+    if settings.judge is not None:
+        from tandem.stages.writers import open_server
+
+        open_server(settings.judge, Console(quiet=True))
 
 
 def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
