@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sft": ("tandem.cli.stages", "sft", "stage 1: supervised fine-tuning"),
     "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
     "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
+    "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
+    "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
     "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
     "cache": ("tandem.cli.cache", "cache", "show or empty the cache"),

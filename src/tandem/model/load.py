@@ -34,22 +34,31 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 
     Raises UserError when a path does not exist, the folder is no model, or the Hub refuses.
     """
+    return _folder(name, revision, _FILES)
+
+
+def tokenizer_folder(name: str, revision: str | None = None) -> Path:
+    """As `model_folder`, but of a model on the Hub no weights are fetched."""
+    return _folder(name, revision, [file for file in _FILES if "safetensors" not in file])
+
+
+def _folder(name: str, revision: str | None, wanted: list[str]) -> Path:
     if name.startswith("demo:"):
         from tandem.demo.embedded import materialise
 
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    return _fetched(name, revision)
+    return _fetched(name, revision, wanted)
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_FILES
             )
         )
     except errors.GatedRepoError:
@@ -105,6 +114,11 @@ def require_model(folder: Path) -> None:
 def load_config(folder: Path) -> Any:
     """The transformers configuration of a local model folder."""
     require_model(folder)
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder, weights or not."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
