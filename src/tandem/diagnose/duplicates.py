@@ -76,9 +76,11 @@ def near_twins(found: Signatures, skip: NDArray[np.int64]) -> Twins:
         skip: numbers of records that are left out, exact duplicates for instance.
     """
     partner = np.full(len(found), -1, dtype=np.int64)
-    wanted = found.any(axis=1)
+    wanted: NDArray[np.bool_] = np.asarray(found.any(axis=1))
     wanted[skip] = False
     numbers = np.flatnonzero(wanted)
+    if not len(numbers):
+        return Twins(numbers, numbers)
     for band in range(_BANDS):
         keys = _keys(found[:, band * _ROWS : (band + 1) * _ROWS], numbers)
         order = np.argsort(keys, kind="stable")

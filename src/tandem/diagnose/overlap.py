@@ -94,7 +94,7 @@ class Other:
 
     def shared(self, words: Words) -> list[tuple[int, Origin]]:
         """The number of each text that has words in a row of this set's, and where those stand."""
-        known, rows = self._finished()
+        known, rows = self.finish()
         runs, text_of = words.runs(RUN)
         if not len(known) or not len(runs):
             return []
@@ -123,7 +123,8 @@ class Other:
             for some, their_rows in parts:
                 self._keep(some, their_rows)
 
-    def _finished(self) -> tuple[Hashes, NDArray[np.int32]]:
+    def finish(self) -> tuple[Hashes, NDArray[np.int32]]:
+        """The runs in order and a row of each; nothing is added after that."""
         if self._runs is None:
             if self._waiting:
                 self._take()
@@ -154,6 +155,7 @@ def read_other(source: SourceSpec, *, runs: bool = True) -> Other:
             other.unreadable += 1
         else:
             other.add(texts, origin)
+    other.finish()
     if not other.rows:
         raise UserError(f"data: there is no text in {source.path}.")
     return other

@@ -44,7 +44,7 @@ def as_json(found: Survey) -> dict[str, Any]:
             "max_length": limits.sequence if subject.limited else None,
             "max_prompt_length": limits.prompt if subject.limited else None,
             "parts": {name: asdict(measure) for name, measure in found.measures.items()},
-            "histogram": None if found.histogram is None else asdict(found.histogram),
+            "histogram": _plain(found.histogram),
         },
         "compared_with": [
             {"name": other.name, "rows": other.rows, "unreadable": other.unreadable,
@@ -55,6 +55,12 @@ def as_json(found: Survey) -> dict[str, Any]:
         "trains": found.problem is None,
         "problem": found.problem,
     }  # fmt: skip
+
+
+def _plain(histogram: Histogram | None) -> dict[str, list[int]] | None:
+    if histogram is None:
+        return None
+    return {"edges": list(histogram.edges), "counts": list(histogram.counts)}
 
 
 def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None:

@@ -266,14 +266,17 @@ class _Survey:
             ],
         )
         for other, prompts, runs in self._others:
-            for record in records:
+            whole = set()
+            for number, record in enumerate(records):
                 question = question_of(record)
                 at = other.prompt(prompt_digest(question)) if many_words(question) else None
                 if at is not None:
+                    whole.add(number)
                     self._tally.add_example(prompts, record.origin, _like(at, question))
             for number, at in other.shared(words):
-                record = records[number]
-                self._tally.add_example(runs, record.origin, _like(at, question_of(record)))
+                if number not in whole:
+                    record = records[number]
+                    self._tally.add_example(runs, record.origin, _like(at, question_of(record)))
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
         """The questions of a few records, from another look at the data."""

@@ -19,8 +19,8 @@ from tandem.data.store import TreeWriter
 from tandem.errors import UserError
 
 Part = Literal["prompt", "trained", "shared", "shared and trained"]
-# Tokens that one character may take, after which what they decode to is taken as it is.
-_LONGEST_CHARACTER = 4
+# Tokens in a row that decode to no whole character, after which that is taken as it is.
+_MOST_BROKEN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
     for end in range(1, len(ids) + 1):
         before = decode(list(ids[start:done]))
         text = decode(list(ids[start:end]))
-        whole = not text.endswith("\ufffd") or end - done >= _LONGEST_CHARACTER
+        whole = not text.endswith("\ufffd") or end - done >= _MOST_BROKEN
         if (whole or end == len(ids)) and text.startswith(before):
             texts.append(text[len(before) :])
             start, done = done, end

@@ -32,7 +32,7 @@ _LABELS: dict[Part, str] = {
     "shared and trained": "shared+trained",
 }
 _NEWLINE = "\u23ce"
-_SHOWN = {"\t": "\u2192\t", "\u00a0": "\u237d", "\r": "\u240d"}
+_SHOWN = {"\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
 
 
 def visible(text: str) -> str:

@@ -51,6 +51,8 @@ def words_of(texts: Sequence[str]) -> Words:
     """The words of some texts, each of at most `MOST_CHARACTERS`."""
     # A lone half of a surrogate pair is refused by the readers; other files may have one.
     parts = [text[:MOST_CHARACTERS].lower().encode("utf-8", "replace") for text in texts]
+    if not parts:
+        return Words(np.zeros(0, dtype=np.uint64), np.zeros(1, dtype=np.int64))
     ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
     content = np.frombuffer(b"\n".join([*parts, b""]), dtype=np.uint8)
     inside, begins = _shape(content)
