@@ -29,7 +29,8 @@ def show(argv: list[str]) -> int:
             "shows the turns alone"
         )
     from tandem.cli.notices import result_console
-    from tandem.diagnose.tokens import find_row
+    from tandem.diagnose.tokens import find_row, record_in
+    from tandem.diagnose.view import print_turns
 
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
@@ -38,7 +39,7 @@ def show(argv: list[str]) -> int:
         console = result_console()
         console.print(f"{place.row.origin}: {place.format}", markup=False, soft_wrap=True)
         if arguments.text:
-            _show_text(console, place)
+            print_turns(console, record_in(place))
             return 0
         chat = chat_of(arguments, recipe)
         assert chat is not None
@@ -53,22 +54,11 @@ def _one(found: Sequence[StageData]) -> StageData:
     raise UserError(f"the data is that of several stages ({names}): name one with --stage")
 
 
-def _show_text(console: Console, place: Place) -> None:
-    from tandem.data.ledger import Entry
-    from tandem.diagnose.tokens import record_in
-    from tandem.diagnose.view import print_turns
-
-    record = record_in(place)
-    if isinstance(record, Entry):
-        raise UserError(_dropped(place, record.reason, record.detail))
-    print_turns(console, record)
-
-
 def _show_tokens(
     console: Console, place: Place, data: StageData, chat: StageChat, *, ids: bool
 ) -> None:
     from tandem.cli.notices import notice_console
-    from tandem.diagnose.tokens import encode_row
+    from tandem.diagnose.tokens import encode_row, would_be_dropped
     from tandem.diagnose.view import print_encodings
     from tandem.stages.inspection import require_context
 
@@ -93,14 +83,8 @@ def _show_tokens(
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if not found.trees:
-        entry = found.entries[0]
-        raise UserError(_dropped(place, entry.reason, entry.detail))
+        raise would_be_dropped(found.entries[0])
     print_encodings(console, found, ids=ids)
-
-
-def _dropped(place: Place, reason: str, detail: str) -> str:
-    why = f"{reason} ({detail})" if detail else reason
-    return f"{place.row.origin}: a run would drop this record: {why}"
 
 
 def _parser() -> Parser:

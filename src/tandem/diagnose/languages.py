@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from types import MappingProxyType
 
 UNKNOWN = "unknown"
@@ -58,6 +59,11 @@ _SMALL_WORDS = MappingProxyType(
         }.items()
     }
 )
+_LANGUAGES_OF: dict[str, list[str]] = {}
+for _name, _words in _SMALL_WORDS.items():
+    for _word in _words:
+        _LANGUAGES_OF.setdefault(_word, []).append(_name)
+_KNOWN = frozenset(_LANGUAGES_OF)
 _CYRILLIC_UKRAINIAN = re.compile("[іїєґІЇЄҐ]")
 
 
@@ -76,7 +82,7 @@ def language_of(text: str) -> str:
             if letters and len(script.findall(text)) >= share * letters:
                 return "uk" if name == "ru" and _CYRILLIC_UKRAINIAN.search(text) else name
     words = set(_WORD.findall(text.lower()))
-    counts = sorted(((len(words & small), name) for name, small in _SMALL_WORDS.items()))
-    (second, _), (most, best) = counts[-2:]
+    counts = Counter(name for word in words & _KNOWN for name in _LANGUAGES_OF[word])
+    (best, most), (_, second) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
     enough = _ENOUGH if len(words) < _MANY else _ENOUGH_OF_MANY
     return best if most >= enough and most > second else UNKNOWN

@@ -21,7 +21,7 @@ _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{2,5}|#x[0-9a-fA-F]{2,4})
 _TOKENS = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|eot_id|eom_id|begin_of_text|end_of_text|user|"
     r"assistant|system|end|start_header_id|end_header_id|python_tag|pad)\|>"
-    r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<s>(?!.*?</s>)"
+    r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
     r"|^### (?:User|Assistant|System|Human):?[ \t]*$",
     re.MULTILINE,
 )

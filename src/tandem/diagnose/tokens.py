@@ -108,12 +108,21 @@ def _file_named(file: str | None, names: Sequence[str]) -> str:
     raise UserError(f"--file {file}: {what} called that; they are {listing}.")
 
 
-def record_in(place: Place) -> Conversation | PreferencePair | Entry:
-    """What a row is read as, or why it is not used.
+def record_in(place: Place) -> Conversation | PreferencePair:
+    """What a row is read as.
 
-    Raises UserError for a row that cannot be parsed.
+    Raises UserError for a row that cannot be parsed, or that a run would drop.
     """
-    return next(iter(records_of(place.chunk, place.format, "stop")))
+    record = next(iter(records_of(place.chunk, place.format, "stop")))
+    if isinstance(record, Entry):
+        raise would_be_dropped(record)
+    return record
+
+
+def would_be_dropped(entry: Entry) -> UserError:
+    """What to say about a record that a run would drop."""
+    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
+    return UserError(f"{entry.file}, row {entry.row}: a run would drop this record: {why}")
 
 
 def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
