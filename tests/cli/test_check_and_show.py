@@ -65,6 +65,21 @@ def test_a_page_says_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "\x1b" not in out
 
 
+def test_texts_alone_need_no_training_library(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", map(conversation, range(3)))
+    program = (
+        "import sys\n"
+        "from tandem.cli.main import main\n"
+        f"assert main(['check', {str(file)!r}]) == 0\n"
+        f"assert main(['show', {str(file)!r}, '--row', '1', '--text']) == 0\n"
+        "print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("\n[]\n")
+
+
 def test_a_recipe_is_checked_stage_by_stage(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

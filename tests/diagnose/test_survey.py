@@ -237,8 +237,11 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert sum(found.histogram.counts) == len(longest)
 
 
-def test_processes_find_what_one_process_finds(tmp_path: Path, byte_tokenizer: Any) -> None:
-    rows = [conversation(seed % 8000) for seed in range(8600)]
+def test_processes_find_what_one_process_finds(
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.diagnose.survey._FEW", 1)
+    rows = [conversation(seed % 800) for seed in range(860)]
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(byte_tokenizer, "chatml")
     subject = Subject(
@@ -263,7 +266,7 @@ def test_processes_find_what_one_process_finds(tmp_path: Path, byte_tokenizer: A
     two = survey(subject, workers=2)
     assert as_json(one) == as_json(two)
     assert one.counts["truncated"] > 0
-    assert _by_name(one)["exact_duplicates"].count == 600
+    assert _by_name(one)["exact_duplicates"].count == 60
 
 
 def _run(file: Path, tokenizer: Any) -> None:
@@ -297,6 +300,8 @@ def test_what_would_stop_a_run_is_said_in_its_words(
     found = _survey(file)
     assert found.problem is not None
     assert said in found.problem
+    severities = {f.sign.severity for f in found.findings if f.sign.name == "dropped"}
+    assert severities == ({"error"} if found.counts["dropped"] else set())
     # The rest was looked at all the same.
     assert found.counts["read"] == (0 if not rows or rows[0] == {"text": "x"} else len(rows))
     with pytest.raises(UserError) as raised:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
 from tandem.diagnose.credentials import KEYS, credentials, masked
+from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
 from tandem.diagnose.languages import language_of
 from tandem.diagnose.texts import TextSigns
+from tandem.diagnose.words import words_of
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,28 @@ def test_what_is_no_sign(text: str) -> None:
 def test_each_damage_is_found_where_it_is(text: str, name: str) -> None:
     found = list(TextSigns(("<unk>",)).find(["clean", text]))
     assert (1, name) in [(number, sign.name) for number, sign, _, _ in found]
+
+
+def test_an_endless_text_is_searched_in_one_go() -> None:
+    """Patterns that look again from every position would take hours here."""
+    text = "a.b-" * 500_000 + "@" + "&" + "s>" + "<|" + " sk-" + "\n### " * 1000 + "eyJ" * 100_000
+    assert list(TextSigns(("<unk>",)).find([text])) == []
+    assert not breaks_off(text)
+    assert not refuses(text)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=60), max_size=6))
+def test_any_text_can_be_looked_at(texts: list[str]) -> None:
+    for number, _, at, _ in TextSigns(("<unk>",)).find(texts):
+        assert 0 <= at <= len(texts[number])
+    words = words_of(texts)
+    assert len(words.starts) == len(texts) + 1
+    assert words.starts[-1] == len(words.hashes)
+    assert signatures(words).shape == (len(texts), 60)
+    for text in texts:
+        assert language_of(text)
+        assert all(c.isprintable() for c in excerpt(text, len(text) // 2))
 
 
 def test_columns_that_score_both_answers() -> None:

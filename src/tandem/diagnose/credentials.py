@@ -54,7 +54,7 @@ ADDRESSES: tuple[Shape, ...] = (
         "e-mail address",
         "@",
         # Not the addresses that examples are written with.
-        r"\b[A-Za-z0-9._%+-]+@(?!(?:[\w-]+\.)*(?:example|email|test|domain|mail|company|website)\.)"
+        r"\b[A-Za-z0-9._%+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|email|test|domain|mail|company|website)\.)"
         r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b",
     ),
 )

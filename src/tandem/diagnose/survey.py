@@ -180,18 +180,13 @@ class _Survey:
         """All that was found; `problem` is what ended the pass early."""
         subject, ledger = self._subject, self.ledger
         counts = ledger.counts
-        problem = self._stop or problem
-        if problem is None and not counts["trained"]:
-            problem = str(nothing_left(subject.sources, ledger))
-        if problem is None:
-            try:
-                ledger.check_share(subject.max_dropped)
-            except UserError as error:
-                problem = str(error)
+        too_many = self._too_many()
+        problem = self._stop or problem or too_many
         for entry in ledger.entries:
-            self._tally.add_example(
-                _of_ledger(entry), Origin(entry.file, entry.row), entry.detail or entry.reason
-            )
+            unparsable = entry.reason == "unparsable" and self._stop is not None
+            sign = _of_ledger(entry, stops=too_many is not None or unparsable)
+            origin = Origin(entry.file, entry.row)
+            self._tally.add_example(sign, origin, excerpt(entry.detail or entry.reason))
         self._repeated.finish(self._tally, self._read_again)
         summary = ledger.summary()
         return Survey(
@@ -216,6 +211,18 @@ class _Survey:
             tuple(other for other, *_ in self._others),
             problem,
         )
+
+    def _too_many(self) -> str | None:
+        """What a run would say of the records that it would drop, if they are too many."""
+        if not self.ledger.counts["read"]:
+            return None
+        try:
+            if not self.ledger.counts["trained"]:
+                raise nothing_left(self._subject.sources, self.ledger)
+            self.ledger.check_share(self._subject.max_dropped)
+        except UserError as error:
+            return str(error)
+        return None
 
     def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
         """Keep the message that a run would stop with at this piece's first unparsable row."""
@@ -353,13 +360,13 @@ def _like(origin: Origin, text: str) -> str:
     return f"as row {origin.row} there: {excerpt(text)}"
 
 
-def _of_ledger(entry: Entry) -> Sign:
-    """The sign that a reason of the ledger is."""
+def _of_ledger(entry: Entry, *, stops: bool) -> Sign:
+    """The sign that a reason of the ledger is; an error if it is what stops a run."""
     if entry.outcome == "dropped":
         return Sign(
             "dropped",
             f"would be dropped: {entry.reason}",
-            "warning",
+            "error" if stops else "warning",
             "Mend them; more than max_dropped of them stop a run.",
             about=entry.reason,
         )

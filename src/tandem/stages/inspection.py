@@ -14,7 +14,6 @@ from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.data.truncate import Limits
 from tandem.errors import UserError
-from tandem.model.load import check_context, load_tokenizer, read_config, tokenizer_folder
 from tandem.recipe.schema import DataSource, Dpo, Recipe, Sft, Training
 from tandem.stages.sources import source_specs
 
@@ -132,6 +131,9 @@ def stage_chat(model: str, revision: str | None, chat_template: str | None) -> S
 
     Raises UserError as a training stage would.
     """
+    # Here, for it loads torch, which looking at texts alone does without.
+    from tandem.model.load import load_tokenizer, tokenizer_folder
+
     folder = tokenizer_folder(model, revision)
     tokenizer = load_tokenizer(folder)
     template = resolve_template(tokenizer, chat_template)
@@ -142,6 +144,8 @@ def stage_chat(model: str, revision: str | None, chat_template: str | None) -> S
 
 def require_context(chat: StageChat, data: StageData) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
+    from tandem.model.load import check_context, read_config
+
     if data.limited and (chat.folder / "config.json").is_file():
         check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)
 
