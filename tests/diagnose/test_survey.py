@@ -340,7 +340,8 @@ def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> N
         ("shared_prompts", str(asked)): [5],
         ("shared_words", str(lines)): [10],
     }
-    assert said["shared_words", str(lines)][0].excerpt.startswith("as row 2 there: ")
+    shown = said["shared_words", str(lines)][0].excerpt
+    assert shown.startswith("as row 2 there: " + " ".join(words[3:6]).replace(".", ""))
     # Twelve words are no overlap.
     lines.write_text(" ".join(words[3:15]) + "\n")
     assert not _survey(file, others=[read_other(SourceSpec(str(lines)))]).findings

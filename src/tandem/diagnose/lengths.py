@@ -102,12 +102,11 @@ def _measure(values: Counts) -> Measure:
 
 def _histogram(values: NDArray[np.int32]) -> Histogram:
     """Bars of one width up to about the 99th percentile, and one for the rest."""
+    most = max(1, int(values.max()))
     high = int(np.quantile(values, 0.99, method="higher")) + 1
     width = _round_up(max(1, -(-high // _BARS)))
     edges = np.arange(0, high + width, width)
-    edges = edges[edges <= int(values.max()) + width]
-    if edges[-1] <= int(values.max()):
-        edges = np.append(edges, int(values.max()))
+    edges = np.append(edges[edges < most], most)
     counts, _ = np.histogram(values, bins=edges)
     return Histogram(tuple(map(int, edges)), tuple(map(int, counts)))
 

@@ -11,6 +11,7 @@ import csv
 import gzip
 import hashlib
 import lzma
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from tandem.data.chunks import BadLine
 from tandem.data.records import Origin
 from tandem.data.sources import SourceSpec, looks_like_path, read_rows
-from tandem.diagnose.words import Hashes, Words, words_of
+from tandem.diagnose.words import MOST_CHARACTERS, Hashes, Words, words_of
 from tandem.errors import UserError
 
 RUN = 13
@@ -32,6 +33,7 @@ _LEAST_WORDS = 4
 # Runs that are kept, 12 bytes each; of a larger set every second, fourth, ... one is.
 _MOST_RUNS = 2**24
 _AT_ONCE = 512
+_WORD = re.compile(r"\w+")
 _OPENERS: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -106,6 +108,15 @@ class Other:
             (int(text), self._origins[int(rows[at[hits[one]]])])
             for text, one in zip(texts, first, strict=True)
         ]
+
+    def words_shared(self, text: str) -> str:
+        """The first words in a row of a text that stand here, as far as a plain reading finds."""
+        known, _ = self.finish()
+        words = _WORD.findall(text[:MOST_CHARACTERS])
+        windows = [" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
+        runs, window_of = words_of(windows).runs(RUN)
+        hits = window_of[np.isin(runs, known)]
+        return windows[int(hits[0])] if len(hits) else ""
 
     def _take(self) -> None:
         runs, text_of = words_of([text for _, text in self._waiting]).runs(RUN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,9 @@ def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None
 def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
     subject = found.subject
     for source in subject.sources:
-        known = found.formats.get(source.path, "no known format")
-        yield Text.assemble((source.path, "bold"), f": {known}, {subject.plan.kind}")
+        known = found.formats.get(source.path)
+        what = f"{known}, {subject.plan.kind}" if known else "no format was recognised"
+        yield Text.assemble((source.path, "bold"), f": {what}")
     if found.limit is not None:
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
@@ -159,9 +159,12 @@ def _cells(measure: Measure, names: Sequence[str]) -> list[str]:
 def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator[Text]:
     """A bar for each bin; those beyond the limit in another colour, and marked."""
     mark = "\u2588" if "utf" in console.encoding.lower() else "#"
-    edges = [f"{low:,}-{high - 1:,}" for low, high in pairwise(histogram.edges)]
-    last = histogram.edges[-1]
-    edges[-1] = f"{histogram.edges[-2]:,}-{last:,}"
+    # The last bar has its upper edge as well.
+    ends = [*(high - 1 for high in histogram.edges[1:-1]), histogram.edges[-1]]
+    edges = [
+        f"{low:,}-{high:,}" if high > low else f"{low:,}"
+        for low, high in zip(histogram.edges, ends, strict=False)
+    ]
     wide, most = max(map(len, edges)), max(histogram.counts)
     for name, count, low in zip(edges, histogram.counts, histogram.edges, strict=False):
         beyond = limit is not None and low >= limit

@@ -186,7 +186,7 @@ class _Survey:
             unparsable = entry.reason == "unparsable" and self._stop is not None
             sign = _of_ledger(entry, stops=too_many is not None or unparsable)
             origin = Origin(entry.file, entry.row)
-            self._tally.add_example(sign, origin, excerpt(entry.detail or entry.reason))
+            self._tally.add_example(sign, origin, excerpt(entry.detail))
         self._repeated.finish(self._tally, self._read_again)
         summary = ledger.summary()
         return Survey(
@@ -282,8 +282,9 @@ class _Survey:
                     self._tally.add_example(prompts, record.origin, _like(at, question))
             for number, at in other.shared(words):
                 if number not in whole:
-                    record = records[number]
-                    self._tally.add_example(runs, record.origin, _like(at, question_of(record)))
+                    body = body_of(records[number]) if self._tally.wants(runs) else ""
+                    said = _like(at, other.words_shared(body))
+                    self._tally.add_example(runs, records[number].origin, said)
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
         """The questions of a few records, from another look at the data."""
