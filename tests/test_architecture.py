@@ -15,6 +15,7 @@ ALLOWED = {
     "artifact": set(),
     "losses": set(),
     "data": {"artifact"},
+    "diagnose": {"data"},
     "demo": {"artifact"},
     "recipe": set(),
     "model": {"artifact", "data", "demo"},
@@ -28,7 +29,7 @@ ALLOWED = {
         "artifact", "data", "demo", "estimate", "evaluate", "model", "pairs", "recipe", "report",
         "train",
     },
-    "cli": {"artifact", "chat", "recipe", "report", "stages", "train"},
+    "cli": {"artifact", "chat", "diagnose", "recipe", "report", "stages", "train"},
 }  # fmt: skip
 
 # Third-party packages with one home each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, positive
 from tandem.recipe.seed_flags import DEVICES
 
 
@@ -43,7 +43,7 @@ def _chat_parser() -> Parser:
         "--chat_template", metavar="NAME|FILE", help="default: the one saved with the model"
     )
     parser.add_argument(
-        "--max_new_tokens", type=_positive, default=256, metavar="N", help="of an answer (256)"
+        "--max_new_tokens", type=positive, default=256, metavar="N", help="of an answer (256)"
     )
     parser.add_argument(
         "--temperature",
@@ -58,13 +58,6 @@ def _chat_parser() -> Parser:
     parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampled answers repeatable")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to answer")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
 
 
 def _seed(text: str) -> int:

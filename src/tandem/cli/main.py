@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
     "pairs": ("tandem.cli.pairs", "pairs", "preference pairs: rejected answers by a weaker model"),
     "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
+    "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
+    "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),

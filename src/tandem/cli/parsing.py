@@ -60,6 +60,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: unknown flag {name}{hint}{self.unknown_hint}")
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, as argparse wants it."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     """Declare one of the seed's flags; booleans may stand alone or before true or false."""
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": flag.kind}

@@ -155,7 +155,7 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
         records[owners.popleft()] += len(batch.columns.parts)
         ledger.add(batch.entries, len(batch.columns.parts))
     if not writer.records:
-        raise _nothing_left(way.sources, ledger)
+        raise nothing_left(way.sources, ledger)
     formats = [ledger.formats.get(source.path) for source in way.sources]
     known = {number: name for number, name in enumerate(formats) if name is not None}
     writer.finish(known, records)
@@ -194,7 +194,8 @@ def _unseen(_: int) -> None:
     pass
 
 
-def _nothing_left(sources: Sequence[SourceSpec], ledger: Ledger) -> UserError:
+def nothing_left(sources: Sequence[SourceSpec], ledger: Ledger) -> UserError:
+    """What to say when no record of some sources can be trained."""
     reasons = "; ".join(f"{reason}: {n}" for reason, n in ledger.summary()["reasons"].items())
     return UserError(
         f"data: none of the {ledger.counts['read']} records of {names_of(sources)} can be "

@@ -110,6 +110,11 @@ def require_model(folder: Path, *, weights: bool = True) -> None:
 def load_config(folder: Path, *, weights: bool = True) -> Any:
     """The transformers configuration of a local model folder; see `require_model`."""
     require_model(folder, weights=weights)
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder, weights or not."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:

@@ -33,8 +33,7 @@ from tandem.stages.inputs import model_side
 from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
 from tandem.stages.records import Records, stage_records
-from tandem.stages.sources import source_specs
-from tandem.stages.validation import held_out_sources
+from tandem.stages.sources import held_out_sources, source_specs
 from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.

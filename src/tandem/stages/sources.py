@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_files
 from tandem.data.formats import format_called
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource
+from tandem.recipe.schema import DataSource, Training
 
 
 def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[SourceSpec]:
@@ -46,6 +47,18 @@ def source_spec(source: DataSource, path: str) -> SourceSpec:
         source.completions,
         source.weight,
     )
+
+
+def held_out_sources(
+    settings: Training, sources: Sequence[SourceSpec], run_folder: Path, seed: int
+) -> list[SourceSpec]:
+    """The data sets that are held out as a whole; none where a fraction is."""
+    validation = settings.validation
+    if validation is None or validation.fraction is not None:
+        return []
+    if validation.split is not None:
+        return [replace(source, split=validation.split, weight=1.0) for source in sources]
+    return source_specs(validation.data, run_folder, seed)
 
 
 def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:

@@ -38,10 +38,9 @@ from tandem.stages.placement import in_words, start_engine
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.shapes import declared_shapes
-from tandem.stages.sources import source_specs
+from tandem.stages.sources import held_out_sources, source_specs
 from tandem.stages.steps import take_steps
 from tandem.stages.validation import (
-    held_out_sources,
     kept_in_words,
     kept_warnings,
     validation_summary,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,8 @@ import numpy as np
 from tandem.artifact.files import read_jsonl
 from tandem.data.held_out import choose_held_out, shared_prompts
 from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec
 from tandem.data.trees import Trees
 from tandem.recipe.schema import Training
-from tandem.stages.sources import source_specs
 from tandem.train.checkpoint import Progress
 from tandem.train.held_out import Best
 
@@ -41,18 +39,6 @@ class HeldOut:
     ledger: Ledger | None
     warnings: tuple[str, ...] = ()
     shared: int = 0
-
-
-def held_out_sources(
-    settings: Training, sources: Sequence[SourceSpec], run_folder: Path, seed: int
-) -> list[SourceSpec]:
-    """The data sets that are held out as a whole; none where a fraction is."""
-    validation = settings.validation
-    if validation is None or validation.fraction is not None:
-        return []
-    if validation.split is not None:
-        return [replace(source, split=validation.split, weight=1.0) for source in sources]
-    return source_specs(validation.data, run_folder, seed)
 
 
 def hold_out(

@@ -1,0 +1,143 @@
+"""`tandem check DATA [--recipe R]`: what is in a data set, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from tandem import __version__
+from tandem.cli.inspected import add_inspected, chat_of, data_of, recipe_of
+from tandem.cli.parsing import Parser, positive
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.diagnose.overlap import Other
+    from tandem.diagnose.survey import Survey
+    from tandem.recipe.schema import Recipe
+    from tandem.stages.inspection import StageChat, StageData
+
+
+def check(argv: list[str]) -> int:
+    """Read data once and say what is in it; exit code 2 when it would not train."""
+    arguments = _parser().parse(argv)
+    if not arguments.data and arguments.recipe is None:
+        raise UserError("tandem check needs DATA or --recipe. See tandem check --help")
+    with TemporaryDirectory() as folder:
+        recipe = recipe_of(arguments)
+        asked = data_of(arguments, recipe, Path(folder))
+        chat = chat_of(arguments, recipe)
+        found = [_survey(data, chat, recipe, arguments, Path(folder)) for data in asked]
+    if arguments.json:
+        _print_json(found, recipe, chat)
+    else:
+        _print_pages(found, chat)
+    problems = [one.problem for one in found if one.problem is not None]
+    if problems:
+        raise UserError("\n".join(problems))
+    return 0
+
+
+def _survey(
+    data: StageData,
+    chat: StageChat | None,
+    recipe: Recipe | None,
+    arguments: argparse.Namespace,
+    folder: Path,
+) -> Survey:
+    from tandem.cli.notices import notice_console
+    from tandem.diagnose.survey import Subject, survey
+    from tandem.stages.inspection import require_context
+    from tandem.train.progress import phase
+
+    if chat is not None:
+        require_context(chat, data)
+    subject = Subject(
+        data.stage,
+        data.sources,
+        data.plan,
+        data.max_dropped,
+        chat=chat.chat if chat else None,
+        special=chat.special if chat else (),
+        limited=data.limited,
+    )
+    console = notice_console()
+    return survey(
+        subject,
+        others=_others(data, recipe, arguments.against or [], folder),
+        limit=arguments.limit,
+        shown=arguments.rows,
+        show=lambda text, total: phase(console, text, total),
+    )
+
+
+def _others(
+    data: StageData, recipe: Recipe | None, against: Sequence[str], folder: Path
+) -> list[Other]:
+    """The sets that the data should share nothing with."""
+    from tandem.diagnose.overlap import read_other
+    from tandem.stages.inspection import evaluation_sources, named_sources
+
+    evaluated = [*(evaluation_sources(recipe, folder) if recipe else [])]
+    named = named_sources(against, folder, recipe.seed if recipe else None)
+    # Records of one kind share their form's words: of validation data only whole prompts count.
+    return [
+        *(read_other(source, runs=False) for source in data.validation),
+        *(read_other(source) for source in (*evaluated, *named)),
+    ]
+
+
+def _print_json(found: Sequence[Survey], recipe: Recipe | None, chat: StageChat | None) -> None:
+    from tandem.diagnose.page import as_json
+
+    value = {
+        "tandem": __version__,
+        "recipe": recipe.name if recipe else None,
+        "model": chat.model if chat else None,
+        "chat_template": chat.template if chat else None,
+        "notices": list(chat.notices) if chat else [],
+        "trains": all(one.problem is None for one in found),
+        "data": [as_json(one) for one in found],
+    }
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _print_pages(found: Sequence[Survey], chat: StageChat | None) -> None:
+    from tandem.cli.notices import notice_console, result_console
+    from tandem.diagnose.page import print_survey
+
+    for notice in chat.notices if chat else ():
+        notice_console().print(notice, markup=False, soft_wrap=True)
+    for number, one in enumerate(found):
+        if number:
+            result_console().print()
+        print_survey(
+            result_console(), one, f"{chat.model}, template {chat.template}" if chat else None
+        )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tandem check",
+        usage="tandem check DATA ... [--recipe R] [--model M] [--against FILE ...] [flags]",
+        description="What is in a data set: format, lengths, what a run would cut or drop, "
+        "duplicates, damaged\ntexts, pairs the wrong way round, overlaps with evaluation sets. "
+        "Exit code 2 when a run would not train on it.",
+    )
+    add_inspected(parser)
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        nargs="+",
+        help="evaluation or validation sets of any layout, with which nothing should be shared",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument(
+        "--rows", type=positive, default=3, metavar="N", help="rows shown of each finding (3)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
+    return parser

@@ -1,0 +1,93 @@
+"""What `tandem check` and `tandem show` look at: the flags that say it, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from tandem.cli.parsing import Parser
+
+if TYPE_CHECKING:
+    from tandem.recipe.schema import Recipe
+    from tandem.stages.inspection import StageChat, StageData
+
+STAGES = ("sft", "dpo")
+
+
+def add_inspected(parser: Parser) -> None:
+    """Declare the flags that both commands share."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="*",
+        help="files, folders or Hub ids; left out: the recipe's data",
+    )
+    parser.add_argument(
+        "--recipe", metavar="R", help="whose data, limits, tokenizer and template: a name or a file"
+    )
+    parser.add_argument(
+        "--model", metavar="M", help="whose tokenizer: a folder or a Hub id; no weights are fetched"
+    )
+    parser.add_argument(
+        "--chat_template",
+        metavar="NAME|FILE",
+        help="default: the recipe's, else the model's own",
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, help="as which stage reads it; default: told by the data"
+    )
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
+    """The recipe that was named."""
+    if arguments.recipe is None:
+        return None
+    from tandem.recipe.load import load_recipe
+
+    return load_recipe(arguments.recipe)
+
+
+def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat | None:
+    """The tokenizer and template that were named, or the recipe's; None without either."""
+    if arguments.model is None and recipe is None:
+        return None
+    from tandem.stages.inspection import stage_chat
+
+    template = arguments.chat_template or (recipe.chat_template if recipe else None)
+    if arguments.model is not None:
+        return stage_chat(arguments.model, None, template)
+    assert recipe is not None
+    return stage_chat(recipe.model, recipe.model_revision, template)
+
+
+def data_of(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> Sequence[StageData]:
+    """What each stage would read of the data that was named, or of the recipe's own.
+
+    `folder` is where the embedded demo's data is written.
+    """
+    from tandem.diagnose.kind import by_kind
+    from tandem.stages.inspection import KINDS, StageName, named_sources, stage_data, stage_of
+
+    if not arguments.data:
+        assert recipe is not None
+        stages: list[StageName] = [
+            stage
+            for stage in get_args(StageName)
+            if arguments.stage in (None, stage) and _has(recipe, stage, arguments.stage)
+        ]
+        return [stage_data(stage, recipe, None, folder) for stage in stages]
+    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None)
+    parts = by_kind(sources) if arguments.stage is None else {KINDS[arguments.stage]: sources}
+    return [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+
+
+def _has(recipe: Recipe, stage: str, asked: str | None) -> bool:
+    """Whether a stage is looked at: one that was asked for always, so that its lack is said."""
+    if asked is not None:
+        return True
+    section = recipe.sft if stage == "sft" else recipe.dpo
+    return section is not None and bool(section.data)

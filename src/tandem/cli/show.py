@@ -1,0 +1,109 @@
+"""`tandem show DATA --row N`: one record as a run would train it, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from tandem.cli.inspected import add_inspected, chat_of, data_of, recipe_of
+from tandem.cli.parsing import Parser, positive
+from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tandem.diagnose.tokens import Place
+    from tandem.stages.inspection import StageChat, StageData
+
+
+def show(argv: list[str]) -> int:
+    """Print a record's tokens; exit code 2 when a run would drop it."""
+    arguments = _parser().parse(argv)
+    if not arguments.data and arguments.recipe is None:
+        raise UserError("tandem show needs DATA or --recipe. See tandem show --help")
+    if arguments.model is None and arguments.recipe is None and not arguments.text:
+        raise UserError(
+            "tandem show needs --model or --recipe, for tokens are those of a tokenizer; --text "
+            "shows the turns alone"
+        )
+    from tandem.cli.notices import result_console
+    from tandem.diagnose.tokens import find_row, record_in
+    from tandem.diagnose.view import print_turns
+
+    with TemporaryDirectory() as folder:
+        recipe = recipe_of(arguments)
+        data = _one(data_of(arguments, recipe, Path(folder)))
+        place = find_row(data.sources, data.plan.kind, arguments.file, arguments.row)
+        console = result_console()
+        console.print(f"{place.row.origin}: {place.format}", markup=False, soft_wrap=True)
+        if arguments.text:
+            print_turns(console, record_in(place))
+            return 0
+        chat = chat_of(arguments, recipe)
+        assert chat is not None
+        _show_tokens(console, place, data, chat, ids=arguments.ids)
+    return 0
+
+
+def _one(found: Sequence[StageData]) -> StageData:
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(data.stage for data in found)
+    raise UserError(f"the data is that of several stages ({names}): name one with --stage")
+
+
+def _show_tokens(
+    console: Console, place: Place, data: StageData, chat: StageChat, *, ids: bool
+) -> None:
+    from tandem.cli.notices import notice_console
+    from tandem.diagnose.tokens import encode_row, would_be_dropped
+    from tandem.diagnose.view import print_encodings
+    from tandem.stages.inspection import require_context
+
+    require_context(chat, data)
+    for notice in chat.notices:
+        notice_console().print(notice, markup=False, soft_wrap=True)
+    found = encode_row(chat.chat, data.plan, place)
+    limits = data.plan.limits
+    said = (
+        f"max_length {limits.sequence}"
+        + (f", max_prompt_length {limits.prompt}" if limits.prompt is not None else "")
+        if data.limited
+        else "no limits; give --recipe to see what a run would cut"
+    )
+    lines = [f"tokenizer {chat.model}, template {chat.template}, {said}"]
+    lines += [
+        f"{entry.outcome}: {entry.reason}" + (f" ({entry.detail})" if entry.detail else "")
+        for entry in found.entries
+    ]
+    if not found.entries:
+        lines.append("trained whole")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    if not found.trees:
+        raise would_be_dropped(found.entries[0])
+    print_encodings(console, found, ids=ids)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tandem show",
+        usage="tandem show DATA --row N (--model M | --recipe R | --text) [flags]",
+        description="One record as a run would train it: the rendered text, and which tokens are "
+        "prompt, trained,\nand shared by both answers of a pair. In a terminal in colours, "
+        "elsewhere with a word before each line.",
+    )
+    add_inspected(parser)
+    parser.add_argument(
+        "--row",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="counted from 1, as the ledger does",
+    )
+    parser.add_argument("--file", metavar="NAME", help="of several files, the one with the row")
+    parser.add_argument("--ids", action="store_true", help="one token a line, with its id")
+    parser.add_argument("--text", action="store_true", help="the turns alone, without a tokenizer")
+    return parser

@@ -1,0 +1,171 @@
+"""The signs in single records, many records at once, and what is counted of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.records import Conversation, PreferencePair, Turn
+from tandem.diagnose.answers import answer_signs, column_signs, pair_signs
+from tandem.diagnose.findings import Sign, Tally
+from tandem.diagnose.languages import language_of
+from tandem.diagnose.overlap import prompt_digest
+from tandem.diagnose.texts import TextSigns
+
+Record = Conversation | PreferencePair
+# Answers of fewer characters ("Yes.") are the same by nature.
+_LONG_ANSWER = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns beside the texts that may say which answer is better, and each row's values."""
+
+    scores: Sequence[tuple[str, str]]
+    labels: Sequence[str]
+    rows: Mapping[int, Mapping[str, object]]
+
+
+@dataclass(slots=True)
+class Roles:
+    """How many texts each role has, and in which languages; how many turns records have."""
+
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
+    turns: Counter[int] = field(default_factory=Counter)
+
+    def add(self, role: str, text: str) -> None:
+        """Count a text."""
+        self.languages.setdefault(role, Counter())[language_of(text)] += 1
+
+
+def texts_of(record: Record) -> list[tuple[str, str]]:
+    """A record's texts in order, each with its role; those of a pair's answers have their names."""
+    if isinstance(record, Conversation):
+        return [(turn.role, turn.content) for turn in record.turns]
+    prompt = [(turn.role, turn.content) for turn in record.prompt]
+    return [*prompt, ("chosen", record.chosen), ("rejected", record.rejected)]
+
+
+def prompt_of(record: Record) -> tuple[Turn, ...]:
+    """The turns before a record's first answer, of a pair those before both answers."""
+    if isinstance(record, PreferencePair):
+        return record.prompt
+    first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+    return record.turns[:first]
+
+
+def question_of(record: Record) -> str:
+    """The last text of the user in a record's prompt."""
+    return next((turn.content for turn in reversed(prompt_of(record)) if turn.role == "user"), "")
+
+
+def body_of(record: Record) -> str:
+    """All texts of a record but the system's, which many records share."""
+    return "\n".join(text for role, text in texts_of(record) if role != "system")
+
+
+def digests_of(record: Record) -> tuple[int, int, int]:
+    """64 bits each: of the record (a pair's answers in any order), its prompt, its last answer.
+
+    The last is 0 for a short answer.
+    """
+    prompt = "\0".join(f"{turn.role}\1{turn.content}" for turn in prompt_of(record))
+    if isinstance(record, PreferencePair):
+        whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
+        answer = record.chosen
+    else:
+        whole = "\0".join(f"{turn.role}\1{turn.content}" for turn in record.turns)
+        answer = record.turns[-1].content
+    return (
+        _digest(whole),
+        prompt_digest(prompt),
+        _digest(answer) if len(answer) >= _LONG_ANSWER else 0,
+    )
+
+
+def look_at(
+    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, columns: Columns | None
+) -> None:
+    """Count the signs of some records, and their roles."""
+    all_texts: list[str] = []
+    owners: list[Record] = []
+    for record in records:
+        own = texts_of(record)
+        for role, text in own:
+            roles.add(role, text)
+            all_texts.append(text)
+            owners.append(record)
+        roles.turns[len(own) - isinstance(record, PreferencePair)] += 1
+        for sign, text, at in _of_one(record):
+            tally.add(sign, record.origin, text, at)
+        if columns is not None:
+            row = columns.rows.get(record.origin.row, {})
+            for sign, said in column_signs(row, columns.scores, columns.labels):
+                tally.add(sign, record.origin, said)
+    _of_texts(all_texts, owners, texts, tally)
+
+
+def _of_texts(texts: list[str], owners: list[Record], signs: TextSigns, tally: Tally) -> None:
+    """Signs of texts; a record counts once for each, however many of its texts have it."""
+    seen: set[tuple[str, int]] = set()
+    for number, sign, at, kind in signs.find(texts):
+        key = (sign.name, id(owners[number]))
+        if key not in seen:
+            seen.add(key)
+            text = texts[number]
+            tally.add(sign, owners[number].origin, text, at, kind)
+
+
+def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
+    """Signs of a record's answers (of a pair, of the chosen one) and of a pair as such."""
+    if isinstance(record, PreferencePair):
+        yield from ((sign, text, 0) for sign, text in pair_signs(record))
+        answers = [(record.chosen, question_of(record))]
+    else:
+        answers = [
+            (turn.content, before.content)
+            for before, turn in pairwise(record.turns)
+            if turn.role == "assistant" and turn.trained
+        ]
+    for answer, question in answers:
+        yield from ((sign, answer, at) for sign, at in answer_signs(answer, question))
+
+
+def answers_of(record: Record) -> int:
+    """How many answers of a record are looked at: those that are trained, of a pair the chosen."""
+    if isinstance(record, PreferencePair):
+        return 1
+    return sum(turn.role == "assistant" and turn.trained for turn in record.turns)
+
+
+def _digest(text: str) -> int:
+    content = text.encode("utf-8", "replace")
+    # Never 0, which stands for no digest.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") | 1
+
+
+def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]:
+    """The lengths of some records in characters: whole (the longer path), prompt and answers."""
+    found: dict[str, list[int]] = {}
+    for record in records:
+        if isinstance(record, PreferencePair):
+            prompt = sum(len(turn.content) for turn in record.prompt)
+            answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
+            lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}
+        else:
+            trained = sum(
+                len(turn.content)
+                for turn in record.turns
+                if turn.role == "assistant" and turn.trained
+            )
+            whole = sum(len(turn.content) for turn in record.turns)
+            lengths = {"whole": whole, "prompt": whole - trained, "answers": trained}
+        for name, length in lengths.items():
+            found.setdefault(name, []).append(length)
+    return {name: np.array(values, dtype=np.int32) for name, values in found.items()}

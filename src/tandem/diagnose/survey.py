@@ -1,0 +1,379 @@
+"""`tandem check`: one pass over a data set, and all that was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+
+from tandem.data.batch import Batch, Plan, encode_batch
+from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
+from tandem.data.encode import Chat
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.pool import Pool, available_cores
+from tandem.data.prepare import nothing_left
+from tandem.data.reading import formatted_chunks, records_of
+from tandem.data.records import Origin, PreferencePair
+from tandem.data.sources import SourceSpec, count_source
+from tandem.data.truncate import Limits
+from tandem.data.worker import Setup
+from tandem.diagnose.answers import label_columns, score_columns
+from tandem.diagnose.duplicates import signatures
+from tandem.diagnose.findings import Finding, Sign, Tally, excerpt
+from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
+from tandem.diagnose.overlap import RUN, Other, many_words, prompt_digest
+from tandem.diagnose.records import (
+    Columns,
+    Record,
+    Roles,
+    answers_of,
+    body_of,
+    character_lengths,
+    digests_of,
+    look_at,
+    question_of,
+)
+from tandem.diagnose.repeated import Repeated
+from tandem.diagnose.texts import TextSigns
+from tandem.diagnose.words import words_of
+from tandem.errors import UserError
+
+# Shows a phase: its text and total (None: nobody knows) -> told how many more are done.
+Show = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+
+# Pieces, of up to 256 records each, beyond which progress is shown and processes encode.
+_FEW = 32
+_MOST_WORKERS = 12
+# Tokens beyond which nobody counts: a text of 50 MB would take gigabytes.
+_COUNTED = 2**17
+
+
+def shared_signs(other: str) -> tuple[Sign, Sign]:
+    """The signs that a prompt, and that words in a row, are in another set as well."""
+    return (
+        Sign(
+            "shared_prompts",
+            f"prompts that are in {other} as well",
+            "warning",
+            "What is scored there would be trained on: take them out on one side.",
+            about=other,
+        ),
+        Sign(
+            "shared_words",
+            f"texts with {RUN} words in a row of {other}",
+            "warning",
+            "What is scored there may be trained on: look at the rows, take them out.",
+            about=other,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at, and as what.
+
+    Attributes:
+        stage: sft or dpo, where a recipe or a flag says so.
+        sources: the data.
+        plan: what a run would make of every record.
+        max_dropped: the share of records that a run may drop.
+        chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
+        special: the tokenizer's special tokens.
+        limited: whether the plan's limits are those of a recipe.
+    """
+
+    stage: str | None
+    sources: tuple[SourceSpec, ...]
+    plan: Plan
+    max_dropped: float
+    chat: Chat | None = None
+    special: tuple[str, ...] = ()
+    limited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found; `problem` is the message that a run would stop with, None if it would not."""
+
+    subject: Subject
+    limit: int | None
+    formats: dict[str, str]
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    roles: Roles
+    unit: str
+    measures: dict[str, Measure]
+    histogram: Histogram | None
+    findings: tuple[Finding, ...]
+    others: tuple[Other, ...]
+    problem: str | None
+
+
+def survey(
+    subject: Subject,
+    *,
+    others: Sequence[Other] = (),
+    limit: int | None = None,
+    shown: int = 3,
+    show: Show | None = None,
+    workers: int | None = None,
+) -> Survey:
+    """Read a data set once, and say what is in it.
+
+    Args:
+        subject: the data, and what a run would make of it.
+        others: sets that it should share nothing with.
+        limit: rows after which to stop.
+        shown: rows of each finding.
+        show: displays the progress of large data.
+        workers: processes that encode large data, one a core when None.
+
+    Raises nothing for data that cannot be used: that is in the result's `problem`.
+    """
+    work = _Survey(subject, others, limit, shown)
+    problem = None
+    try:
+        for chunk, known, batch in _pieces(subject, work.ledger, limit, show, workers):
+            work.take(chunk, known, batch)
+    except UserError as error:
+        problem = str(error)
+    return work.finish(problem)
+
+
+class _Survey:
+    """The pass: takes pieces, keeps a few bytes of each record."""
+
+    def __init__(
+        self, subject: Subject, others: Sequence[Other], limit: int | None, shown: int
+    ) -> None:
+        self.ledger = Ledger(None)
+        self._subject, self._limit = subject, limit
+        self._others = [(other, *shared_signs(other.name)) for other in others]
+        self._texts = TextSigns(subject.special)
+        self._tally, self._roles = Tally(shown), Roles()
+        self._lengths = Lengths("tokens" if subject.chat else "characters")
+        self._repeated = Repeated(shown)
+        self._columns: dict[str, Columns] = {}
+        self._answers = self._records = 0
+        self._stop: str | None = None
+
+    def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
+        """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
+        found = list(records_of(chunk, known, "drop"))
+        records = [one for one in found if not isinstance(one, Entry)]
+        entries = [one for one in found if isinstance(one, Entry)]
+        self._note_stop(chunk, known, entries)
+        if batch is None:
+            self.ledger.add(entries, len(records))
+            self._lengths.add(character_lengths(records))
+        else:
+            self.ledger.add(batch.entries, len(batch.columns.parts))
+            self._measure(chunk, known, batch)
+        self._records += len(records)
+        self._answers += sum(map(answers_of, records))
+        look_at(records, self._texts, self._tally, self._roles, self._beside(chunk))
+        self._compare(records)
+
+    def finish(self, problem: str | None) -> Survey:
+        """All that was found; `problem` is what ended the pass early."""
+        subject, ledger = self._subject, self.ledger
+        counts = ledger.counts
+        too_many = self._too_many()
+        problem = self._stop or problem or too_many
+        for entry in ledger.entries:
+            unparsable = entry.reason == "unparsable" and self._stop is not None
+            sign = _of_ledger(entry, stops=too_many is not None or unparsable)
+            origin = Origin(entry.file, entry.row)
+            self._tally.add_example(sign, origin, excerpt(entry.detail))
+        self._repeated.finish(self._tally, self._read_again)
+        summary = ledger.summary()
+        return Survey(
+            subject,
+            self._limit,
+            dict(ledger.formats),
+            counts,
+            summary["reasons"],
+            self._roles,
+            self._lengths.unit,
+            self._lengths.measures(),
+            self._lengths.histogram(),
+            tuple(
+                self._tally.findings(
+                    {
+                        "records": counts["read"],
+                        "pairs": self._records,
+                        "answers": self._answers,
+                    }
+                )
+            ),
+            tuple(other for other, *_ in self._others),
+            problem,
+        )
+
+    def _too_many(self) -> str | None:
+        """What a run would say of the records that it would drop, if they are too many."""
+        if not self.ledger.counts["read"]:
+            return None
+        try:
+            if not self.ledger.counts["trained"]:
+                raise nothing_left(self._subject.sources, self.ledger)
+            self.ledger.check_share(self._subject.max_dropped)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
+        """Keep the message that a run would stop with at this piece's first unparsable row."""
+        if self._stop is not None or self._subject.plan.on_bad_record == "drop":
+            return
+        if any(entry.reason == "unparsable" for entry in entries):
+            try:
+                for _ in records_of(chunk, known, "stop"):
+                    pass
+            except UserError as error:
+                self._stop = str(error)
+
+    def _measure(self, chunk: Chunk, known: str, batch: Batch) -> None:
+        """Note lengths in tokens, of records that were cut or dropped those they had before."""
+        touched = {entry.row for entry in batch.entries}
+        if touched:
+            assert self._subject.chat is not None
+            whole = replace(self._subject.plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
+            batch = encode_batch(self._subject.chat, whole, chunk, known)
+        self._lengths.add(token_lengths(batch.columns))
+
+    def _beside(self, chunk: Chunk) -> Columns | None:
+        """The columns that may say which answer of a pair is better, if its rows have any."""
+        if self._subject.plan.kind != "preference pairs":
+            return None
+        known = self._columns.get(chunk.file)
+        if known is None:
+            first = next((row for row in chunk.rows() if isinstance(row, Row)), None)
+            fields = first.fields if first else {}
+            known = Columns(score_columns(fields), label_columns(fields), {})
+            self._columns[chunk.file] = known
+        if not known.scores and not known.labels:
+            return None
+        rows = {row.origin.row: row.fields for row in chunk.rows() if isinstance(row, Row)}
+        return replace(known, rows=rows)
+
+    def _compare(self, records: list[Record]) -> None:
+        words = words_of([body_of(record) for record in records])
+        self._repeated.add(
+            [record.origin for record in records],
+            np.array([digests_of(record) for record in records], dtype=np.uint64),
+            signatures(words),
+            [
+                isinstance(record, PreferencePair) and record.chosen > record.rejected
+                for record in records
+            ],
+        )
+        for other, prompts, runs in self._others:
+            whole = set()
+            for number, record in enumerate(records):
+                question = question_of(record)
+                at = other.prompt(prompt_digest(question)) if many_words(question) else None
+                if at is not None:
+                    whole.add(number)
+                    self._tally.add_example(prompts, record.origin, _like(at, question))
+            for number, at in other.shared(words):
+                if number not in whole:
+                    body = body_of(records[number]) if self._tally.wants(runs) else ""
+                    said = _like(at, other.words_shared(body))
+                    self._tally.add_example(runs, records[number].origin, said)
+
+    def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
+        """The questions of a few records, from another look at the data."""
+        found: dict[Origin, str] = {}
+        files = {origin.file for origin in wanted}
+        chunks = formatted_chunks(
+            self._subject.sources, self._subject.plan.kind, Ledger(None), "drop"
+        )
+        for chunk, known in chunks:
+            if len(found) == len(wanted):
+                break
+            first = getattr(chunk, "first", None)
+            if chunk.file not in files or (
+                first is not None
+                and not any(first <= origin.row < first + chunk.count for origin in wanted)
+            ):
+                continue
+            for record in records_of(chunk, known, "drop"):
+                if not isinstance(record, Entry) and record.origin in wanted:
+                    found[record.origin] = question_of(record)
+        return found
+
+
+def _pieces(
+    subject: Subject, ledger: Ledger, limit: int | None, show: Show | None, workers: int | None
+) -> Iterator[tuple[Chunk, str, Batch | None]]:
+    """The pieces of the data with what encoding makes of each, None without a tokenizer."""
+    plan = replace(subject.plan, on_bad_record="drop")
+    chunks = formatted_chunks(subject.sources, plan.kind, ledger, "drop")
+    if limit is not None:
+        chunks = _limited(chunks, limit)
+    first = list(islice(chunks, _FEW + 1))
+    pieces = chain(first, chunks)
+    chat = subject.chat
+    if len(first) <= _FEW:
+        for chunk, known in pieces:
+            yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
+        return
+    with show("checking records", _total(subject, limit)) if show else nullcontext(_unseen) as tell:
+        count = workers or min(available_cores(), _MOST_WORKERS)
+        if chat is None or chat.parts is None or count == 1:
+            for chunk, known in pieces:
+                yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
+                tell(chunk.count)
+            return
+        with Pool(Setup(chat.parts, plan), count) as pool:
+            for (chunk, known), batch in pool.map(pieces):
+                yield chunk, known, batch
+                tell(chunk.count)
+
+
+def _total(subject: Subject, limit: int | None) -> int | None:
+    counts = [count_source(source) for source in subject.sources]
+    total = None if None in counts else sum(count or 0 for count in counts)
+    return total if limit is None or total is None else min(limit, total)
+
+
+def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int) -> Iterator[tuple[Chunk, str]]:
+    """The pieces up to row `limit`."""
+    for chunk, known in chunks:
+        if chunk.count >= limit:
+            rows: tuple[Row | BadLine, ...] = tuple(islice(chunk.rows(), limit))
+            yield RowChunk(chunk.file, len(rows), rows), known
+            return
+        limit -= chunk.count
+        yield chunk, known
+
+
+def _unseen(_: int) -> None:
+    pass
+
+
+def _like(origin: Origin, text: str) -> str:
+    return f"as row {origin.row} there: {excerpt(text)}"
+
+
+def _of_ledger(entry: Entry, *, stops: bool) -> Sign:
+    """The sign that a reason of the ledger is; an error if it is what stops a run."""
+    if entry.outcome == "dropped":
+        return Sign(
+            "dropped",
+            f"would be dropped: {entry.reason}",
+            "error" if stops else "warning",
+            "Mend them; more than max_dropped of them stop a run.",
+            about=entry.reason,
+        )
+    return Sign(
+        "truncated",
+        f"would be truncated: {entry.reason}",
+        "note",
+        "Raise max_length or max_prompt_length, or shorten them.",
+        about=entry.reason,
+    )

@@ -1,0 +1,189 @@
+"""One record as a run would train it: found by its row, encoded, and told token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tandem.data.batch import Plan, encode_batch
+from tandem.data.chunks import BadLine, Row, RowChunk
+from tandem.data.encode import Chat
+from tandem.data.formats import Kind
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.reading import formatted_chunks, records_of
+from tandem.data.records import Branch, Conversation, PreferencePair, Tree
+from tandem.data.sources import SourceSpec, origin_names
+from tandem.data.store import TreeWriter
+from tandem.errors import UserError
+
+Part = Literal["prompt", "trained", "shared", "shared and trained"]
+# Tokens in a row that decode to no whole character, after which that is taken as it is.
+_MOST_BROKEN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row of a data set as it stands there, and the format that it is read in."""
+
+    row: Row | BadLine
+    format: str
+
+    @property
+    def chunk(self) -> RowChunk:
+        """The row as a piece of its own."""
+        return RowChunk(self.row.origin.file, 1, (self.row,))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token: its id, the text it adds, and what training makes of it."""
+
+    id: int
+    text: str
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A path of a tree: a whole conversation, or of a pair the shared prefix or one answer."""
+
+    name: str
+    tokens: tuple[Token, ...]
+
+    @property
+    def trained(self) -> int:
+        """How many of its tokens are targets."""
+        return sum("trained" in token.part for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Encodings:
+    """What a run makes of a row: sections of each tree, and what the ledger would say."""
+
+    trees: tuple[tuple[Section, ...], ...]
+    entries: tuple[Entry, ...]
+
+
+def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number: int) -> Place:
+    """Row `number` of a file, counted from 1 as the ledger counts.
+
+    Args:
+        sources: where to look.
+        kind: of their records.
+        file: a file's name or the end of its path, where the sources are several.
+
+    Raises UserError when there is no such file or row, or the sources cannot be read.
+    """
+    wanted = _file_named(file, origin_names(sources))
+    last = 0
+    for chunk, known in formatted_chunks(sources, kind, Ledger(None), "drop"):
+        if chunk.file != wanted:
+            continue
+        first = getattr(chunk, "first", None)
+        if first is not None:
+            last = first + chunk.count - 1
+            if number > last:
+                continue
+        for row in chunk.rows():
+            last = max(last, row.origin.row)
+            if row.origin.row == number:
+                return Place(row, known)
+        if number <= last:
+            raise UserError(f"data: row {number} of {wanted} is empty.")
+    raise UserError(f"data: {wanted} has no row {number}; its last one is {last}.")
+
+
+def _file_named(file: str | None, names: Sequence[str]) -> str:
+    listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    if file is None:
+        if len(names) > 1:
+            raise UserError(f"--row needs --file, for there are {len(names)}: {listing}.")
+        return names[0]
+    found = [name for name in names if file in (name, Path(name).name) or name.endswith(f"/{file}")]
+    if len(found) == 1:
+        return found[0]
+    what = "none of the files is" if not found else f"{len(found)} files are"
+    raise UserError(f"--file {file}: {what} called that; they are {listing}.")
+
+
+def record_in(place: Place) -> Conversation | PreferencePair:
+    """What a row is read as.
+
+    Raises UserError for a row that cannot be parsed, or that a run would drop.
+    """
+    record = next(iter(records_of(place.chunk, place.format, "stop")))
+    if isinstance(record, Entry):
+        raise would_be_dropped(record)
+    return record
+
+
+def would_be_dropped(entry: Entry) -> UserError:
+    """What to say about a record that a run would drop."""
+    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
+    return UserError(f"{entry.file}, row {entry.row}: a run would drop this record: {why}")
+
+
+def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
+    """What a run makes of a row.
+
+    Raises UserError for rows or turns that stop a run.
+    """
+    batch = encode_batch(chat, plan, place.chunk, place.format)
+    writer = TreeWriter(None, [batch.file])
+    writer.add(batch)
+    writer.finish({}, [len(batch.columns.parts)])
+    trees = tuple(_sections(tree, chat.codec.decode) for tree in writer.trees())
+    return Encodings(trees, batch.entries)
+
+
+def _sections(tree: Tree, decode: Callable[[list[int]], str]) -> tuple[Section, ...]:
+    names = ["chosen", "rejected"] if len(tree.branches) == 2 else []
+    sections = []
+    before: list[int] = tree.prefix.input_ids.tolist()
+    if before:
+        texts = token_texts(before, decode)
+        sections.append(_section("shared", tree.prefix, texts, shared=True))
+    for number, branch in enumerate(tree.branches):
+        if len(tree.branches) == 1:
+            name = "record"
+        else:
+            name = names[number] if names else f"answer {number + 1}"
+        # Decoded behind the prefix, for a token's text can depend on what is before it.
+        texts = token_texts(before + branch.input_ids.tolist(), decode)[len(before) :]
+        sections.append(_section(name, branch, texts, shared=False))
+    return tuple(sections)
+
+
+def _section(name: str, branch: Branch, texts: Sequence[str], *, shared: bool) -> Section:
+    parts: tuple[Part, Part] = ("shared", "shared and trained") if shared else ("prompt", "trained")
+    return Section(
+        name,
+        tuple(
+            Token(token, text, parts[trained])
+            for token, text, trained in zip(
+                branch.input_ids.tolist(), texts, branch.trained.tolist(), strict=True
+            )
+        ),
+    )
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text that each token adds; a character of several tokens is the last one's.
+
+    Put together they are the text of all.
+    """
+    texts: list[str] = []
+    # Decoded in a window behind the last whole character, so that blanks are kept.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before = decode(list(ids[start:done]))
+        text = decode(list(ids[start:end]))
+        whole = not text.endswith("\ufffd") or end - done >= _MOST_BROKEN
+        if (whole or end == len(ids)) and text.startswith(before):
+            texts.append(text[len(before) :])
+            start, done = done, end
+        else:
+            texts.append("")
+    return texts

@@ -1,0 +1,129 @@
+"""What `tandem show` prints: tokens in colours, or lines with a word before each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from tandem.data.records import Conversation, PreferencePair
+from tandem.diagnose.records import texts_of
+from tandem.diagnose.tokens import Encodings, Part, Section, Token
+
+# Two shades each, in turn, so that tokens can be told apart.
+_STYLES: dict[Part, tuple[str, str]] = {
+    "prompt": ("black on grey78", "black on grey66"),
+    "trained": ("black on pale_green1", "black on dark_sea_green2"),
+    "shared": ("black on sky_blue1", "black on steel_blue1"),
+    "shared and trained": ("black on khaki1", "black on gold1"),
+}
+_MEANS: dict[Part, str] = {
+    "prompt": "fed, not trained",
+    "trained": "a target of the loss",
+    "shared": "fed once for both answers, not trained",
+    "shared and trained": "fed once, a target for both answers",
+}
+_LABELS: dict[Part, str] = {
+    "prompt": "prompt",
+    "trained": "trained",
+    "shared": "shared",
+    "shared and trained": "shared+trained",
+}
+_NEWLINE = "\u23ce"
+_SHOWN = {"\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
+
+
+def visible(text: str) -> str:
+    """A text whose characters can all be seen; a line break is a sign and a line break."""
+    return "".join(
+        f"{_NEWLINE}\n" if c == "\n" else _SHOWN.get(c, c if c.isprintable() else _escaped(c))
+        for c in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def print_turns(console: Console, record: Conversation | PreferencePair) -> None:
+    """Print a record's texts under the names of their roles."""
+    for role, text in texts_of(record):
+        console.print(Text(f"{role}:", "bold"))
+        for line in visible(text).split("\n"):
+            console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
+    """Print the trees of a row: coloured in a terminal, with words elsewhere.
+
+    Args:
+        console: where to.
+        found: what a run makes of the row.
+        ids: one token a line, with its id.
+    """
+    parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
+    for line in _legend(console, [part for part in _STYLES if part in parts]):
+        console.print(line, soft_wrap=True)
+    for tree in found.trees:
+        for section in tree:
+            console.print()
+            console.print(_head(section), soft_wrap=True)
+            if ids:
+                lines = _listed(section, console.is_terminal)
+            elif console.is_terminal:
+                lines = iter([_coloured(section)])
+            else:
+                lines = _labelled(section)
+            for line in lines:
+                console.print(line, soft_wrap=not console.is_terminal or ids)
+
+
+def _legend(console: Console, parts: Sequence[Part]) -> Iterator[Text]:
+    for part in parts:
+        style = _STYLES[part][0] if console.is_terminal else ""
+        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part]}")
+
+
+def _head(section: Section) -> Text:
+    what = {
+        "record": "the record",
+        "shared": "what both answers share",
+    }.get(section.name, section.name)
+    return Text.assemble(
+        (what, "bold"), f": {len(section.tokens)} tokens, {section.trained} of them trained"
+    )
+
+
+def _coloured(section: Section) -> Text:
+    text = Text()
+    for number, token in enumerate(section.tokens):
+        text.append(visible(token.text), _STYLES[token.part][number % 2])
+    return text
+
+
+def _labelled(section: Section) -> Iterator[Text]:
+    """Lines of text, each with what its tokens are; a change of that begins a new line."""
+    wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
+    for part, tokens in groupby(section.tokens, key=_part):
+        text = visible("".join(token.text for token in tokens))
+        for line in text.removesuffix("\n").split("\n"):
+            yield Text(f"{_LABELS[part]:<{wide}} | {line}")
+
+
+def _part(token: Token) -> Part:
+    return token.part
+
+
+def _listed(section: Section, coloured: bool) -> Iterator[Text]:
+    """One token a line: its position, id, what it is, and its text between bars."""
+    wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
+    for number, token in enumerate(section.tokens):
+        style = _STYLES[token.part][0] if coloured else ""
+        text = visible(token.text).replace("\n", "")
+        yield Text.assemble(
+            f"{number:>6} {token.id:>7}  ",
+            (f"{_LABELS[token.part]:<{wide}}", style),
+            f"  |{text}|",
+        )

@@ -1,0 +1,117 @@
+"""Words as 64-bit numbers, many texts at once: what duplicates and overlaps are found by.
+
+Words are runs of letters and digits in lower case; where writing has no spaces between words
+(Chinese, Japanese), each character is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Hashes = NDArray[np.uint64]
+
+# Characters of a text that are looked at; a record of many megabytes is told by its beginning.
+MOST_CHARACTERS = 20_000
+# Odd, so that it has an inverse modulo 2**64, where all of this is computed.
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 2**64)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_STEP = np.uint64(0x94D049BB133111EB)
+_SHIFT = np.uint64(29)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of n texts: `hashes` [w], and `starts` [n + 1], where each text's begin."""
+
+    hashes: Hashes
+    starts: NDArray[np.int64]
+
+    def runs(self, length: int) -> tuple[Hashes, NDArray[np.int64]]:
+        """Hashes of all runs of `length` words within a text, and the text of each.
+
+        A text of fewer words has none.
+        """
+        count = len(self.hashes) - length + 1
+        if count <= 0:
+            return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+        runs = np.zeros(count, dtype=np.uint64)
+        for offset in range(length):
+            runs = _mixed(runs * _STEP + self.hashes[offset : offset + count])
+        text_of = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        within = text_of[:count] == text_of[length - 1 :]
+        return runs[within], text_of[:count][within]
+
+
+def words_of(texts: Sequence[str]) -> Words:
+    """The words of some texts, each of at most `MOST_CHARACTERS`."""
+    # A lone half of a surrogate pair is refused by the readers; other files may have one.
+    parts = [text[:MOST_CHARACTERS].lower().encode("utf-8", "replace") for text in texts]
+    if not parts:
+        return Words(np.zeros(0, dtype=np.uint64), np.zeros(1, dtype=np.int64))
+    ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
+    content = np.frombuffer(b"\n".join([*parts, b""]), dtype=np.uint8)
+    inside, begins = _shape(content)
+    first = np.flatnonzero(inside & begins)
+    # A word ends where the next one begins, or at the first byte that is in none.
+    stops = np.flatnonzero(inside & np.append(~inside[1:] | begins[1:], True)) + 1
+    sums, inverse = _sums(content)
+    hashes = _mixed((sums[stops] - sums[first]) * inverse[first])
+    starts = np.searchsorted(first, np.concatenate([[0], ends]))
+    return Words(hashes, starts.astype(np.int64))
+
+
+def _shape(content: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which bytes are within words, and which would begin one."""
+    inside = _IN_WORD[content]
+    # General punctuation (dashes, curly quotes) is E2 80 xx in UTF-8.
+    quotes = np.flatnonzero((content[:-1] == 0xE2) & (content[1:] == 0x80))
+    for offset in range(3):
+        inside[quotes + offset] = False
+    begins = _OWN_WORD[content]
+    begins[0] = True
+    begins[1:] |= ~inside[:-1]
+    # What follows a character that is a word of its own, but for its two other bytes.
+    after = np.flatnonzero(_OWN_WORD[content]) + 3
+    begins[after[after < len(content)]] = True
+    return inside, begins
+
+
+def _sums(content: NDArray[np.uint8]) -> tuple[Hashes, Hashes]:
+    """[b + 1] sums of byte x base**position so far, and [b] the inverse of base**position."""
+    powers = _powers(_BASE, len(content))
+    sums = np.zeros(len(content) + 1, dtype=np.uint64)
+    # Plus one, so that a zero byte counts.
+    np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
+    return sums, _powers(_INVERSE, len(content))
+
+
+def _powers(base: int, count: int) -> Hashes:
+    known = _POWERS.get(base)
+    if known is None or len(known) < count:
+        factors = np.full(max(count, 2**16), base, dtype=np.uint64)
+        factors[0] = 1
+        known = _POWERS[base] = np.cumprod(factors, dtype=np.uint64)
+    return known[:count]
+
+
+def _mixed(values: Hashes) -> Hashes:
+    values = (values ^ (values >> _SHIFT)) * _MIX
+    mixed: Hashes = values ^ (values >> _SHIFT)
+    return mixed
+
+
+def _table(values: Sequence[int]) -> NDArray[np.bool_]:
+    table = np.zeros(256, dtype=np.bool_)
+    table[list(values)] = True
+    return table
+
+
+_IN_WORD = _table([*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(0x80, 0x100)])
+# First bytes of the characters from U+3000 to U+9FFF.
+_OWN_WORD = _table(range(0xE3, 0xEA))
+_POWERS: dict[int, Hashes] = {}

@@ -1,0 +1,187 @@
+"""What a recipe's training stages would read, and with which tokenizer, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.data.batch import Plan
+from tandem.data.encode import Chat
+from tandem.data.formats import Kind
+from tandem.data.sources import SourceSpec
+from tandem.data.template import resolve_template
+from tandem.data.truncate import Limits
+from tandem.errors import UserError
+from tandem.pairs.output import made_pairs
+from tandem.recipe.schema import DataSource, Dpo, Recipe, Sft, Training
+from tandem.stages.sources import held_out_sources, source_specs
+
+StageName = Literal["sft", "dpo"]
+KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
+_SECTIONS: dict[StageName, type[Training]] = {"sft": Sft, "dpo": Dpo}
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What one stage would read.
+
+    Attributes:
+        stage: sft or dpo.
+        sources: its data.
+        plan: what it would make of every record.
+        max_dropped: the share of records that it may drop.
+        validation: data that it would hold out.
+        limited: whether the plan's limits are a recipe's; otherwise there are none.
+    """
+
+    stage: StageName
+    sources: tuple[SourceSpec, ...]
+    plan: Plan
+    max_dropped: float
+    validation: tuple[SourceSpec, ...] = ()
+    limited: bool = False
+
+
+@dataclass(frozen=True)
+class StageChat:
+    """A model's tokenizer and template as a stage would use them.
+
+    Attributes:
+        model: its name.
+        folder: where it is.
+        template: the template's name.
+        chat: both, ready to encode.
+        special: the tokenizer's special tokens.
+        notices: what a user should hear.
+    """
+
+    model: str
+    folder: Path
+    template: str
+    chat: Chat
+    special: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def named_sources(paths: Sequence[str], folder: Path, seed: int | None) -> list[SourceSpec]:
+    """Files, folders, Hub ids or `demo:NAME` for the readers.
+
+    Args:
+        paths: as they were named.
+        folder: demo data is written there.
+        seed: of demo data; None for that of a recipe which says nothing.
+    """
+    seed = Recipe.model_fields["seed"].default if seed is None else seed
+    return source_specs([DataSource(path=path) for path in paths], folder, seed)
+
+
+def stage_of(kind: Kind) -> StageName:
+    """The stage that trains on records of a kind."""
+    return next(stage for stage, its in KINDS.items() if its == kind)
+
+
+def stage_data(
+    stage: StageName, recipe: Recipe | None, sources: Sequence[SourceSpec] | None, folder: Path
+) -> StageData:
+    """What a stage of a recipe would read.
+
+    Args:
+        stage: sft or dpo.
+        recipe: None for a stage's defaults, without limits.
+        sources: in place of the recipe's own data.
+        folder: embedded demo data is written there.
+
+    Raises UserError when the recipe lacks the stage, or its data is not made yet.
+    """
+    settings = None if recipe is None else (recipe.sft if stage == "sft" else recipe.dpo)
+    if recipe is not None and settings is None:
+        raise UserError(f"recipe {recipe.name} has no {stage} section; name another --stage")
+    if sources is None:
+        if recipe is None or settings is None:
+            raise UserError("no data is named; give it, or a --recipe that names it")
+        sources = _own_sources(stage, recipe, settings, folder)
+    held_out = (
+        []
+        if settings is None or recipe is None
+        else held_out_sources(settings, sources, folder, recipe.seed)
+    )
+    return StageData(
+        stage,
+        tuple(sources),
+        plan_of(KINDS[stage], settings),
+        _setting(stage, settings, "max_dropped"),
+        tuple(held_out),
+        limited=settings is not None,
+    )
+
+
+def plan_of(kind: Kind, settings: Training | None) -> Plan:
+    """What a stage's settings make of every record; without settings nothing is cut."""
+    if settings is None:
+        return Plan(kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record"))
+    limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
+    loss_on = settings.loss_on if isinstance(settings, Sft) else "answers"
+    return Plan(kind, limits, settings.on_bad_record, loss_on)
+
+
+def stage_chat(model: str, revision: str | None, chat_template: str | None) -> StageChat:
+    """A model's tokenizer with its template; weights are not fetched.
+
+    Args:
+        model: a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do.
+        revision: of a Hub model.
+        chat_template: see `data.template.resolve_template`.
+
+    Raises UserError as a training stage would.
+    """
+    # Here, for it loads torch, which looking at texts alone does without.
+    from tandem.model.load import load_tokenizer, model_folder
+
+    folder = model_folder(model, revision, weights=False)
+    tokenizer = load_tokenizer(folder)
+    template = resolve_template(tokenizer, chat_template)
+    special = tuple(str(token) for token in tokenizer.all_special_tokens)
+    chat = Chat.of(tokenizer, template)
+    return StageChat(model, folder, template.name, chat, special, template.notices)
+
+
+def require_context(chat: StageChat, data: StageData) -> None:
+    """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
+    from tandem.model.load import check_context, read_config
+
+    if data.limited and (chat.folder / "config.json").is_file():
+        check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)
+
+
+def evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
+    """The questions and held-out pairs that a recipe evaluates on."""
+    if recipe.evaluate is None:
+        return []
+    settings = recipe.evaluate
+    named = [*settings.questions, *settings.pairs, *settings.heldout]
+    return source_specs(named, folder, recipe.seed)
+
+
+def _own_sources(
+    stage: StageName, recipe: Recipe, settings: Training, folder: Path
+) -> list[SourceSpec]:
+    if settings.data:
+        return source_specs(settings.data, folder, recipe.seed)
+    made = Path(recipe.output_dir).expanduser() / "3-pairs"
+    pairs = made_pairs(made)
+    if pairs is not None:
+        return [SourceSpec(str(pairs))]
+    raise UserError(
+        f"recipe {recipe.name}: {stage}.data is what its pairs stage makes, and there are none in "
+        f"{made} yet. Run it until then (tandem run ... --until pairs), or name a file."
+    )
+
+
+def _setting(stage: StageName, settings: Training | None, name: str) -> Any:
+    """A setting, or what it is when a recipe says nothing."""
+    if settings is not None:
+        return getattr(settings, name)
+    return _SECTIONS[stage].model_fields[name].default

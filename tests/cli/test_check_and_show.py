@@ -1,0 +1,298 @@
+"""`tandem check` and `tandem show` as they are typed: output, exit codes, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.cli.main import main
+
+from ..diagnose.made_data import conversation, pair, write
+
+RECIPE = """
+name: little
+model: {model}
+output_dir: {folder}/run
+chat_template: neural-chat
+sft:
+  data: {folder}/sft.jsonl
+  max_length: 420
+  max_prompt_length: 200
+dpo:
+  data: {folder}/dpo.jsonl
+  max_length: 400
+evaluate:
+  questions: {folder}/questions.jsonl
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, stories_path: Path) -> Path:
+    """A recipe of both stages; one record is too long, one question is trained on."""
+    rows = [conversation(seed) for seed in range(30)]
+    rows[4] = conversation(4, exchanges=3)
+    write(tmp_path / "sft.jsonl", rows)
+    write(tmp_path / "dpo.jsonl", map(pair, range(30)))
+    question = rows[7]["messages"][0]["content"]
+    write(tmp_path / "questions.jsonl", [{"question": question, "answer": "Nobody knows."}])
+    path = tmp_path / "little.yaml"
+    path.write_text(RECIPE.format(model=stories_path, folder=tmp_path))
+    return path
+
+
+def _run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in argv])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_page_says_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", map(conversation, range(30)))
+    code, out, err = _run(capsys, "check", file)
+    assert (code, err) == (0, "")
+    assert f"{file}: messages, conversations" in out
+    assert "30 records read as sft would: 30 to train on (0 of them truncated), 0 dropped" in out
+    assert "lengths in characters; for tokens give --model or --recipe" in out
+    assert "nothing was found that should be looked at" in out
+    assert out.endswith("a run would train on this, as far as texts alone can tell\n")
+    assert "\x1b" not in out
+
+
+def test_texts_alone_need_no_training_library(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", map(conversation, range(3)))
+    program = (
+        "import sys\n"
+        "from tandem.cli.main import main\n"
+        f"assert main(['check', {str(file)!r}]) == 0\n"
+        f"assert main(['show', {str(file)!r}, '--row', '1', '--text']) == 0\n"
+        "print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_a_recipe_is_checked_stage_by_stage(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = _run(capsys, "check", "--recipe", recipe, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found) == {
+        "tandem", "recipe", "model", "chat_template", "notices", "trains", "data",
+    }  # fmt: skip
+    assert (found["recipe"], found["chat_template"], found["trains"]) == (
+        "little", "neural-chat", True,
+    )  # fmt: skip
+    sft, dpo = found["data"]
+    assert (sft["stage"], sft["kind"]) == ("sft", "conversations")
+    assert (dpo["stage"], dpo["kind"]) == ("dpo", "preference pairs")
+    assert sft["lengths"]["unit"] == dpo["lengths"]["unit"] == "tokens"
+    assert (sft["lengths"]["max_length"], sft["lengths"]["max_prompt_length"]) == (420, 200)
+    assert sft["records"]["truncated"] > 0
+    shared = [finding for finding in sft["findings"] if finding["name"] == "shared_prompts"]
+    assert [row["row"] for row in shared[0]["rows"]] == [8]
+    assert not [finding for finding in dpo["findings"] if finding["name"] == "shared_prompts"]
+
+
+def test_named_data_takes_the_recipes_stage_of_its_kind(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "other.jsonl", map(pair, range(9)))
+    code, out, _ = _run(capsys, "check", file, "--recipe", recipe)
+    assert code == 0
+    assert "9 records read as dpo would" in out
+    assert "limits: max_length 400; " in out
+
+
+def test_the_page_shows_what_is_beyond_the_limit(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = _run(capsys, "check", "--recipe", recipe, "--stage", "sft")
+    assert code == 0
+    assert "beyond max_length" in out
+    assert "limits: max_length 420, max_prompt_length 200; " in out
+    assert "would be truncated: " in out
+    assert "read as dpo" not in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_would_not_train_is_exit_2_with_the_report(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
+    code, out, err = _run(capsys, "check", file, *flags)
+    assert code == 2
+    assert err.startswith(f"error: {file}, row 31: the record is not valid JSON")
+    if flags:
+        found = json.loads(out)
+        assert not found["trains"]
+        assert f"error: {found['data'][0]['problem']}\n" == err
+        assert found["data"][0]["records"]["trained"] == 30
+    else:
+        assert "a run would stop here:" in out
+        assert "30 to train on" in out
+
+
+def test_a_missing_file_is_exit_2_and_json_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _run(capsys, "check", tmp_path / "none.jsonl", "--json")
+    assert code == 2
+    assert "there is no file or folder" in json.loads(out)["data"][0]["problem"]
+    assert err.count("\n") == 1
+
+
+def test_data_of_both_kinds_is_checked_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (
+        write(tmp_path / "a.jsonl", map(conversation, range(9))),
+        write(tmp_path / "b.jsonl", map(pair, range(8))),
+        write(tmp_path / "c.jsonl", map(conversation, range(9, 16))),
+    )
+    code, out, _ = _run(capsys, "check", *files, "--json")
+    assert code == 0
+    assert [one["records"]["read"] for one in json.loads(out)["data"]] == [16, 8]
+
+
+def test_a_quick_look_says_that_it_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", map(conversation, range(30)))
+    code, out, _ = _run(capsys, "check", file, "--limit", 7)
+    assert code == 0
+    assert "only the first 7 rows were looked at" in out
+    assert "7 records read" in out
+
+
+def test_the_embedded_demo_is_clean_enough_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = _run(capsys, "check", "--recipe", "demo")
+    assert code == 0
+    assert "a run would train on this" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs_that_are_not_made_yet_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = _run(capsys, "check", "--recipe", "demo", "--stage", "dpo")
+    assert (code, out) == (2, "")
+    assert "dpo.data is what its pairs stage makes" in err
+    made = tmp_path / "runs" / "demo" / "3-pairs"
+    made.mkdir(parents=True)
+    write(made / "pairs.jsonl", map(pair, range(9)))
+    assert _run(capsys, "check", "--recipe", "demo", "--stage", "dpo")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["check"], "tandem check needs DATA or --recipe"),
+        (["show", "--row", "1"], "tandem show needs DATA or --recipe"),
+        (["show", "a.jsonl"], "required: --row"),
+        (["show", "a.jsonl", "--row", "0"], "0 is not above 0"),
+        (["show", "a.jsonl", "--row", "1"], "tandem show needs --model or --recipe"),
+        (["show", "a.jsonl", "--row", "1", "--text"], "there is no file or folder a.jsonl"),
+        (["check", "a.jsonl", "--model", "./none"], "model folder ./none does not exist"),
+        (["check", "a.jsonl", "--recipe", "demoo"], "Did you mean demo?"),
+        (["check", "a.jsonl", "--against", "./none"], "there is no file or folder ./none"),
+        (["check", "a.jsonl", "--limit", "x"], "invalid positive value: 'x'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_row_is_shown_with_what_a_run_cuts(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = _run(capsys, "show", "--recipe", recipe, "--stage", "sft", "--row", 5)
+    assert code == 0
+    assert f"{tmp_path}/sft.jsonl, row 5: messages\n" in out
+    assert "max_length 420, max_prompt_length 200\n" in out
+    assert "\ntruncated: " in out
+    assert "\ntrained | " in out
+    assert "\nprompt  | " in out
+
+
+def test_a_recipe_of_two_stages_is_asked_which(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = _run(capsys, "show", "--recipe", recipe, "--row", 5)
+    assert code == 2
+    assert "name one with --stage" in err
+
+
+def test_a_row_that_would_be_dropped_says_why(
+    tmp_path: Path, stories_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [pair(1), {**pair(2), "rejected": pair(2)["chosen"]}])
+    for how in (["--text"], ["--model", stories_path]):
+        code, out, err = _run(capsys, "show", file, "--row", 2, *how)
+        assert code == 2
+        assert f"{file}, row 2: explicit preference" in out
+        assert "a run would drop this record: identical answers" in err
+
+
+def test_a_recipe_whose_limits_the_model_lacks_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(recipe.read_text().replace("max_length: 420", "max_length: 2000"))
+    for argv in (["check"], ["show", "--row", "1"]):
+        code, _, err = _run(capsys, *argv, "--recipe", recipe, "--stage", "sft")
+        assert code == 2
+        assert "exceeds the context of" in err
+
+
+def _in_a_terminal(argv: list[object], width: int = 100) -> str:
+    """What a command writes to a terminal."""
+    ours, theirs = pty.openpty()
+    environment: dict[str, Any] = {**os.environ, "COLUMNS": str(width), "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem", *map(str, argv)],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    _, err = process.communicate()
+    assert process.returncode == 0, err.decode()
+    return written.decode()
+
+
+def test_a_terminal_has_colours(tmp_path: Path, stories_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", map(pair, range(5)))
+    shown = _in_a_terminal(["show", file, "--row", 2, "--model", stories_path])
+    assert "\x1b[" in shown
+    assert " | " not in shown
+    assert "what both answers share" in shown

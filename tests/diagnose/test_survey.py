@@ -1,0 +1,372 @@
+"""Each finding is made by what is planted, and by nothing in clean data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.data.batch import Plan
+from tandem.data.encode import Chat
+from tandem.data.formats import Kind
+from tandem.data.ledger import Ledger
+from tandem.data.prepare import prepare_conversations, prepare_pairs
+from tandem.data.sources import SourceSpec
+from tandem.data.template import resolve_template
+from tandem.data.truncate import Limits
+from tandem.diagnose.findings import Finding
+from tandem.diagnose.overlap import read_other
+from tandem.diagnose.page import as_json
+from tandem.diagnose.survey import Subject, Survey, survey
+from tandem.errors import UserError
+
+from .made_data import conversation, pair, write
+
+_MANY = 2**31 - 1
+CLEAN = 40
+
+
+def _survey(*files: Path, kind: Kind = "conversations", **options: Any) -> Survey:
+    plan = Plan(kind, Limits(_MANY, None), "stop")
+    subject = Subject(None, tuple(SourceSpec(str(file)) for file in files), plan, 0.05)
+    return survey(subject, **options)
+
+
+def _by_name(found: Survey) -> dict[str, Finding]:
+    return {finding.sign.name: finding for finding in found.findings}
+
+
+def _ask(text: str, answer: str | None = None) -> dict[str, Any]:
+    row = conversation(900)
+    row["messages"][0]["content"] = text
+    if answer is not None:
+        row["messages"][1]["content"] = answer
+    return row
+
+
+def _answer(text: str) -> dict[str, Any]:
+    return _ask(conversation(901)["messages"][0]["content"], text)
+
+
+SENTENCE = "The old bridge crosses the river where the ferry used to land in the evening. "
+
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "replacement_characters": _answer("The caf\ufffd is open until ten."),
+    "mojibake": _answer("The cafÃ© is open, and that\u00e2\u20ac\u2122s all there is to it."),
+    "control_characters": _answer("The half is \x0crac{1}{2}."),
+    "invisible_characters": _answer("It is\u200b open."),
+    "html_entities": _answer("Salt &amp; pepper are on the table."),
+    "template_tokens": _answer("It is open.<|im_end|>"),
+    "secrets": _answer("The key is AKIAIOSFODNN7EXAMPLQ, keep it."),
+    "email_addresses": _answer("Write to jane.roe@sunmail.org for the minutes."),
+    "answer_breaks_off": _answer(SENTENCE * 2 + "After the storm nobody was sure whether the"),
+    "code_block_left_open": _answer("Like this:\n```python\nprint(1)\n"),
+    "refusals": _answer("I'm sorry, but I can't help with that request."),
+    "answer_repeats_the_prompt": _ask(SENTENCE.strip(), SENTENCE.strip()),
+    "exact_duplicates": conversation(3),
+    "duplicate_prompts": _ask(conversation(3)["messages"][0]["content"], "Nobody knows that."),
+    "duplicate_answers": _ask("And then?", conversation(3)["messages"][1]["content"]),
+    "dropped": {"messages": [{"role": "user", "content": "Is anybody there at all?"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_planted_record_is_found_and_it_alone(name: str, tmp_path: Path) -> None:
+    rows = [conversation(seed) for seed in range(CLEAN)]
+    rows.insert(20, CONVERSATIONS[name])
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    assert set(_by_name(found)) == {name}
+    finding = _by_name(found)[name]
+    assert finding.count == 1
+    assert [example.row for example in finding.examples] == [21]
+    assert found.problem is None
+
+
+def _edited(**changes: str) -> dict[str, Any]:
+    return {**pair(900), **changes}
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "nearly_identical_answers": _edited(chosen="It is open at ten.", rejected="it is  open at ten"),
+    "chosen_refuses": _edited(chosen="I'm sorry, but I cannot help with that."),
+    "chosen_says_nothing": _edited(chosen="..."),
+    "chosen_scored_lower": {**pair(900), "score_chosen": 1.5, "score_rejected": 4},
+    "label_prefers_rejected": {**pair(900), "preferred": "rejected"},
+    "pairs_contradict": {**pair(3), "chosen": pair(3)["rejected"], "rejected": pair(3)["chosen"]},
+    "dropped": _edited(chosen="Same.", rejected="Same."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_planted_pair_is_found_and_it_alone(name: str, tmp_path: Path) -> None:
+    beside = {"score_chosen": 4, "score_rejected": 1.5, "preferred": "chosen"}
+    rows: list[Any] = [{**pair(seed), **beside} for seed in range(CLEAN)]
+    rows.insert(20, {**beside, **PAIRS[name]})
+    found = _survey(write(tmp_path / "a.jsonl", rows), kind="preference pairs")
+    by_name = _by_name(found)
+    # A chosen answer that refuses is a refusal as well.
+    assert set(by_name) - {"refusals"} == {name}
+    assert [example.row for example in by_name[name].examples] == [21]
+
+
+@pytest.mark.parametrize("kind", ["conversations", "preference pairs"])
+def test_clean_data_has_no_finding(kind: Kind, tmp_path: Path) -> None:
+    make: Callable[[int], Any] = conversation if kind == "conversations" else pair
+    found = _survey(write(tmp_path / "a.jsonl", map(make, range(200))), kind=kind)
+    assert not found.findings
+    assert found.problem is None
+    assert found.counts == {"read": 200, "trained": 200, "truncated": 0, "dropped": 0}
+    for languages in found.roles.languages.values():
+        assert languages.most_common(1)[0][0] == "en"
+
+
+def test_near_duplicates_name_the_record_they_are_like(tmp_path: Path) -> None:
+    rows = [conversation(seed, exchanges=2) for seed in range(CLEAN)]
+    near = json.loads(json.dumps(rows[7]))
+    near["messages"][0]["content"] += " Say."
+    near["messages"][3]["content"] += " Indeed."
+    found = _survey(write(tmp_path / "a.jsonl", [*rows, near]))
+    (finding,) = found.findings
+    assert (finding.sign.name, finding.count) == ("near_duplicates", 1)
+    assert finding.examples[0].row == CLEAN + 1
+    assert finding.examples[0].excerpt.startswith("as row 8: What is it that")
+
+
+def test_duplicates_are_found_across_files(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", map(conversation, range(10)))
+    second = write(tmp_path / "b.jsonl", map(conversation, range(9, 15)))
+    (finding,) = _survey(first, second).findings
+    assert finding.sign.name == "exact_duplicates"
+    assert (Path(finding.examples[0].file).name, finding.examples[0].row) == ("b.jsonl", 1)
+    assert f"as {first}, row 10: " in finding.examples[0].excerpt
+
+
+def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
+    key, other = "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2" * 9
+    rows = [_answer(f"Use {key} there."), _ask("What is the token?", f"It is {other}, keep it.")]
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    finding = _by_name(found)["secrets"]
+    assert finding.kinds == {"AWS access key": 1, "GitHub token": 1}
+    shown = json.dumps(as_json(found))
+    assert key not in shown
+    assert other not in shown
+    assert "AKIA****************" in finding.examples[0].excerpt
+
+
+def test_the_special_tokens_of_the_tokenizer_are_found(
+    tmp_path: Path, mistral_tokenizer: Any
+) -> None:
+    template = resolve_template(mistral_tokenizer, "neural-chat")
+    rows = [*map(conversation, range(5)), _answer("It is <s> open.")]
+    subject = Subject(
+        "sft",
+        (SourceSpec(str(write(tmp_path / "a.jsonl", rows))),),
+        Plan("conversations", Limits(_MANY, None), "stop"),
+        0.05,
+        chat=Chat.of(mistral_tokenizer, template),
+        special=("<s>", "</s>", "<unk>"),
+    )
+    assert set(_by_name(survey(subject))) == {"special_tokens"}
+
+
+@pytest.mark.parametrize("kind", ["conversations", "preference pairs"])
+def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
+    kind: Kind, shared_data: Path, mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    pairs = kind == "preference pairs"
+    real = shared_data / (
+        "pairs/orca_dpo_pairs.jsonl" if pairs else "conversations/slimorca_format.jsonl"
+    )
+    lines = real.read_text().splitlines()[:400]
+    lines.insert(3, '{"question": 3, "chosen": "a", "rejected": "b", "conversations": []}')
+    file = write(tmp_path / "a.jsonl", lines)
+    template = resolve_template(mistral_tokenizer, "neural-chat")
+    ledger = Ledger(None)
+    prepare = prepare_pairs if pairs else prepare_conversations
+    trees = prepare(
+        [SourceSpec(str(file))],
+        tokenizer=mistral_tokenizer,
+        template=template,
+        max_length=400,
+        max_prompt_length=150,
+        ledger=ledger,
+    )
+    subject = Subject(
+        None,
+        (SourceSpec(str(file)),),
+        Plan(kind, Limits(400, 150), "stop"),
+        0.05,
+        chat=Chat.of(mistral_tokenizer, template),
+        limited=True,
+    )
+    found = survey(subject, shown=1000)
+    assert ledger.counts["truncated"] > 10
+    assert ledger.counts["dropped"] == 1
+    assert found.counts == ledger.counts
+    assert found.reasons == ledger.summary()["reasons"]
+    rows = {
+        (finding.sign.name, finding.sign.about): [example.row for example in finding.examples]
+        for finding in found.findings
+        if finding.sign.name in ("truncated", "dropped")
+    }
+    expected: dict[tuple[str, str], list[int]] = {}
+    for entry in ledger.entries:
+        expected.setdefault((entry.outcome, entry.reason), []).append(entry.row)
+    assert rows == expected
+    # Lengths are those before the cut.
+    whole = prepare(
+        [SourceSpec(str(file))], tokenizer=mistral_tokenizer, template=template,
+        max_length=_MANY, ledger=Ledger(None),
+    )  # fmt: skip
+    longest = [
+        max(len(tree.sequence(b).input_ids) for b in range(len(tree.branches))) for tree in whole
+    ]
+    assert len(longest) == len(trees)
+    assert found.measures["whole"].total == sum(longest)
+    assert found.measures["whole"].most == max(longest)
+    trained = [
+        sum(int(tree.sequence(b).trained.sum()) for b in range(len(tree.branches)))
+        for tree in whole
+    ]
+    names = ("chosen", "rejected") if pairs else ("answers",)
+    assert sum(found.measures[name].total for name in names) == sum(trained)
+    assert found.histogram is not None
+    assert sum(found.histogram.counts) == len(longest)
+
+
+def test_processes_find_what_one_process_finds(
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.diagnose.survey._FEW", 1)
+    rows = [conversation(seed % 800) for seed in range(860)]
+    file = write(tmp_path / "a.jsonl", rows)
+    template = resolve_template(byte_tokenizer, "chatml")
+    subject = Subject(
+        None,
+        (SourceSpec(str(file)),),
+        Plan("conversations", Limits(250, None), "stop"),
+        0.05,
+        chat=Chat.of(byte_tokenizer, template),
+        limited=True,
+    )
+    seen: list[int] = []
+
+    class Phase:
+        def __enter__(self) -> Callable[[int], None]:
+            return seen.append
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    one = survey(subject, workers=1, show=lambda text, total: Phase())
+    assert sum(seen) == len(rows)
+    two = survey(subject, workers=2)
+    assert as_json(one) == as_json(two)
+    assert one.counts["truncated"] > 0
+    assert _by_name(one)["exact_duplicates"].count == 60
+
+
+def _run(file: Path, tokenizer: Any) -> None:
+    """What a training stage does with its data before it trains."""
+    ledger = Ledger(None)
+    prepare_conversations(
+        [SourceSpec(str(file))],
+        tokenizer=tokenizer,
+        template=resolve_template(tokenizer, "neural-chat"),
+        max_length=_MANY,
+        ledger=ledger,
+    )
+    ledger.check_share(0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["{", *map(conversation, range(30))], "a.jsonl, row 1: the record is not valid JSON"),
+        ([*map(conversation, range(3)), "[]"], "a.jsonl, row 4: the record is a JSON list"),
+        ([], "is empty"),
+        ([{"text": "x"}] * 3, "a record of no known format; its keys are: text"),
+        ([{"messages": []}] * 3, "none of the 3 records of"),
+        ([*map(conversation, range(9)), {"messages": []}], "max_dropped allows 5.0%"),
+    ],
+)
+def test_what_would_stop_a_run_is_said_in_its_words(
+    rows: list[Any], said: str, tmp_path: Path, stories_tokenizer: Any
+) -> None:
+    file = write(tmp_path / "a.jsonl", rows)
+    found = _survey(file)
+    assert found.problem is not None
+    assert said in found.problem
+    severities = {f.sign.severity for f in found.findings if f.sign.name == "dropped"}
+    assert severities == ({"error"} if found.counts["dropped"] else set())
+    # The rest was looked at all the same.
+    assert found.counts["read"] == (0 if not rows or rows[0] == {"text": "x"} else len(rows))
+    with pytest.raises(UserError) as raised:
+        _run(file, stories_tokenizer)
+    assert str(raised.value) == found.problem
+
+
+def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
+    plan = Plan("conversations", Limits(_MANY, None), "drop")
+    found = survey(Subject(None, (SourceSpec(str(file)),), plan, 0.05))
+    assert found.problem is None
+    assert _by_name(found)["dropped"].sign.about == "unparsable"
+
+
+def test_only_the_first_rows_are_read_with_a_limit(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [*map(conversation, range(600)), "{"])
+    found = _survey(file, limit=300)
+    assert found.counts["read"] == 300
+    assert found.problem is None
+    assert as_json(found)["limit"] == 300
+
+
+def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> None:
+    rows = [conversation(seed) for seed in range(30)]
+    question = rows[4]["messages"][0]["content"]
+    words = rows[9]["messages"][1]["content"].split()
+    asked = write(tmp_path / "questions.jsonl", [{"query": question.upper(), "gold": 1}])
+    lines = tmp_path / "lines.txt"
+    lines.write_text("nothing of it is here\n" + " ".join(words[3:16]).replace(".", " -") + "\n")
+    file = write(tmp_path / "a.jsonl", rows)
+    others = [read_other(SourceSpec(str(path))) for path in (asked, lines)]
+    found = _survey(file, others=others)
+    said = {(f.sign.name, f.sign.about): f.examples for f in found.findings}
+    assert {key: [e.row for e in examples] for key, examples in said.items()} == {
+        ("shared_prompts", str(asked)): [5],
+        ("shared_words", str(lines)): [10],
+    }
+    shown = said["shared_words", str(lines)][0].excerpt
+    assert shown.startswith("as row 2 there: " + " ".join(words[3:6]).replace(".", ""))
+    # Twelve words are no overlap.
+    lines.write_text(" ".join(words[3:15]) + "\n")
+    assert not _survey(file, others=[read_other(SourceSpec(str(lines)))]).findings
+
+
+def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
+    keys = {
+        "stage", "kind", "sources", "limit", "records", "reasons", "turns", "roles", "lengths",
+        "compared_with", "findings", "trains", "problem",
+    }  # fmt: skip
+    of_a_finding = {
+        "name", "about", "severity", "title", "count", "of", "unit", "share", "kinds", "rows",
+        "hint",
+    }  # fmt: skip
+    for rows in ([], [conversation(1)] * 2, ["{"]):
+        value = as_json(_survey(write(tmp_path / "a.jsonl", rows)))
+        assert set(value) == keys
+        assert json.loads(json.dumps(value)) == value
+        for finding in value["findings"]:
+            assert set(finding) == of_a_finding
+            assert set(finding["rows"][0]) == {"file", "row", "excerpt"}
+
+
+def test_without_a_tokenizer_lengths_are_characters(tmp_path: Path) -> None:
+    found = _survey(write(tmp_path / "a.jsonl", map(pair, range(9))), kind="preference pairs")
+    assert found.unit == "characters"
+    assert set(found.measures) == {"whole", "prompt", "chosen", "rejected"}
+    assert found.measures["chosen"].total == sum(len(pair(seed)["chosen"]) for seed in range(9))

@@ -1,0 +1,197 @@
+"""Guesses and signs of single texts, with what must not be taken for them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
+from tandem.diagnose.credentials import KEYS, credentials, masked
+from tandem.diagnose.duplicates import signatures
+from tandem.diagnose.findings import excerpt
+from tandem.diagnose.languages import language_of
+from tandem.diagnose.texts import TextSigns
+from tandem.diagnose.words import words_of
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("What is the name of the river that goes through it?", "en"),
+        ("Wie heißt der Fluss, und wo ist er?", "de"),
+        ("Quelle est la rivière qui passe dans la ville ?", "fr"),
+        ("¿Cómo se llama el río que pasa por la ciudad?", "es"),
+        ("Come si chiama il fiume che attraversa la città?", "it"),
+        ("Hoe heet de rivier die door het land loopt?", "nl"),
+        ("Как называется река?", "ru"),
+        ("Як називається річка, її ім'я?", "uk"),
+        ("这条河叫什么名字？", "zh"),
+        ("この川の名前は何ですか", "ja"),
+        ("이 강의 이름은 무엇입니까", "ko"),
+        ("ما اسم هذا النهر؟", "ar"),
+        ("x = f(y) + 3", "unknown"),
+        ("Paris", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_languages_are_guessed(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+_PROSE = "The bridge was closed for repairs. Everybody had to take the ferry instead of it. " * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "broken"),
+    [
+        (_PROSE + "After that nobody in the town was sure whether the", True),
+        (_PROSE + "After that they had bread, cheese, some apples, and,", True),
+        (_PROSE + "After that nobody in the town was sure.", False),
+        ("Paris", False),
+        ("the town on the river with the bridge that was closed for all of the long winter", False),
+        (_PROSE + "\n- bread that was baked in the morning of the day before the feast", False),
+        (_PROSE + "For details see https://bridges.org/all/about/town and the rest of it", False),
+        (_PROSE + "I hope to hear from you soon. Yours sincerely, Jane Roe of the bridge", False),
+        (_PROSE + "```\nthe code of the thing that we have been talking about\n```", False),
+        (_PROSE + "The answer to it is x = 4 and nothing else in the whole wide world", False),
+    ],
+)  # fmt: skip
+def test_answers_that_break_off(answer: str, broken: bool) -> None:
+    assert breaks_off(answer) == broken
+
+
+def test_code_blocks_left_open() -> None:
+    assert leaves_code_open("So:\n```python\nx = 1\n")
+    assert not leaves_code_open("So:\n```python\nx = 1```")
+    assert not leaves_code_open("no code")
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry, but I cannot assist with this request.", True),
+        ("As an AI language model, I do not have feelings.", True),
+        ("I apologize, but I am unable to open files.", True),
+        ("Sorry is a short word.", False),
+        ("I cannot stress enough how good the bridge is.", False),
+        ("The bridge is open.", False),
+    ],
+)
+def test_refusals(answer: str, refusal: bool) -> None:
+    assert refuses(answer) == refusal
+
+
+_SECRETS = {
+    "AWS access key": "AKIAIOSFODNN7EXAMPLQ",
+    "GitHub token": "ghp_" + "a1B2" * 9,
+    "Anthropic key": "sk-ant-" + "a1B2" * 8,
+    "OpenAI key": "sk-proj-" + "a1B2" * 8,
+    "Stripe key": "sk_live_" + "a1B2" * 6,
+    "Hugging Face token": "hf_" + "aBcD" * 8,
+    "Slack token": "xoxb-" + "12345-" * 3 + "ab",
+    "Google API key": "AIza" + "a1B2-" * 7,
+    "JSON Web Token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dBjftJeZ4CVP-mB92K27",
+    "private key": "-----BEGIN RSA PRIVATE KEY-----\nMIIEow" + "IBAAKC" * 5 + "\n",
+}
+
+
+@pytest.mark.parametrize("kind", _SECRETS)
+def test_secrets_of_each_kind_are_found_and_masked(kind: str) -> None:
+    text = f"the key is {_SECRETS[kind]}"
+    assert [found for found, _ in credentials(text)] == [kind]
+    assert len(masked(text)) == len(text)
+    assert _SECRETS[kind][32:].strip() not in masked(text) or len(_SECRETS[kind]) <= 32
+    assert "****" in masked(text)
+    assert not list(credentials(masked(text)))
+
+
+def test_every_kind_of_secret_is_tested() -> None:
+    assert {shape.kind for shape in KEYS} == set(_SECRETS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task-oriented, sk-learn-style-naming-of-long-options",
+        "AKIA is a prefix",
+        "the hf_transfer package",
+        "-----BEGIN PUBLIC KEY-----\nMIIB",
+        "a@b and user@example.com or you@mail.example.org",
+        "R&D and AT&T",
+        "use &amp; in <b>HTML</b>",
+        "a\r\nb\tc",
+        "SÃO PAULO, à côté, Â, Ångström, naïve café",
+        "the flag \U0001f468\u200d\U0001f469\u200d\U0001f467 of a family",
+        "## A heading\n### User guide\ntext",
+    ],
+)
+def test_what_is_no_sign(text: str) -> None:
+    assert list(TextSigns(("<unk>",)).find(["clean", text])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("caf\u00c3\u00a9", "mojibake"),
+        ("it\u00e2\u20ac\u2122s", "mojibake"),
+        ("it\u00e2\u0080\u0099s", "mojibake"),
+        ("20 \u00c2\u00b0C", "mojibake"),
+        ("a\rb", "control_characters"),
+        ("a\x00b", "control_characters"),
+        ("a\u0096b", "control_characters"),
+        ("\ufeffa", "invisible_characters"),
+        ("it&#x27;s", "html_entities"),
+        ("<|im_start|>user", "template_tokens"),
+        ("[INST] why [/INST]", "template_tokens"),
+        ("the end</s>", "template_tokens"),
+        ("why?\n### Assistant:\nso", "template_tokens"),
+        ("an <unk> one", "special_tokens"),
+    ],
+)
+def test_each_damage_is_found_where_it_is(text: str, name: str) -> None:
+    found = list(TextSigns(("<unk>",)).find(["clean", text]))
+    assert (1, name) in [(number, sign.name) for number, sign, _, _ in found]
+
+
+def test_an_endless_text_is_searched_in_one_go() -> None:
+    """Patterns that look again from every position would take hours here."""
+    text = "a.b-" * 500_000 + "@" + "&" + "s>" + "<|" + " sk-" + "\n### " * 1000 + "eyJ" * 100_000
+    assert list(TextSigns(("<unk>",)).find([text])) == []
+    assert not breaks_off(text)
+    assert not refuses(text)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=60), max_size=6))
+def test_any_text_can_be_looked_at(texts: list[str]) -> None:
+    for number, _, at, _ in TextSigns(("<unk>",)).find(texts):
+        assert 0 <= at <= len(texts[number])
+    words = words_of(texts)
+    assert len(words.starts) == len(texts) + 1
+    assert words.starts[-1] == len(words.hashes)
+    assert signatures(words).shape == (len(texts), 60)
+    for text in texts:
+        assert language_of(text)
+        assert all(c.isprintable() for c in excerpt(text, len(text) // 2))
+
+
+def test_columns_that_score_both_answers() -> None:
+    fields = {
+        "chosen": "a", "rejected": "b", "chosen-rating": 4, "rejected-rating": 5.0,
+        "score_chosen": 1, "score_rejected": "2", "chosen_rank": 1, "rejected_rank": 2,
+        "chosen_tokens": 5, "rejected_tokens": 9, "is_chosen": True, "is_rejected": False,
+    }  # fmt: skip
+    assert score_columns(fields) == [("chosen-rating", "rejected-rating")]
+
+
+def test_excerpts_are_one_short_line_in_which_all_can_be_seen() -> None:
+    text = "x" * 500 + "\n\n  \x07here\u200b " + "y" * 500
+    shown = excerpt(text, text.index("here"))
+    assert "\n" not in shown
+    assert "\\x07here\\u200b" in shown
+    assert len(shown) < 120
+    key = "AKIAIOSFODNN7EXAMPLQ"
+    for position in (0, 30, 85, 88, 95):
+        assert key[8:] not in excerpt("z " * position + key + " end", 2 * position + 10)
