@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_weights
 from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate, resolve_template
+from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
 from tandem.recipe.schema import Training
 from tandem.stages.sources import data_identity
@@ -33,17 +34,21 @@ def resolved_inputs(
     seed: int,
     runtime: Runtime,
     device: Device,
+    added_tokens: Sequence[str] = (),
 ) -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
     """The model's configuration, tokenizer and template, and all that the result depends on."""
     config = load_config(base)
     check_context(config, settings.max_length, base)
     tokenizer = load_tokenizer(base)
+    added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
     inputs = {
         "model": {
             "weights": hash_weights(base),
             "config": hash_file(base / "config.json"),
             **({"quantization": runtime.quantization} if runtime.quantization else {}),
+            # The reference of DPO depends on them, too.
+            **({"added_tokens": added} if added else {}),
         },
         "data": data_identity(sources),
         "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
