@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tandem.artifact.hashing import hash_json
 from tandem.data.records import Turn
-from tandem.data.template import ChatTemplate, Ending, cannot_render, render, tokenize
+from tandem.data.template import ChatTemplate, Ending, cannot_render, refusals, render, tokenize
 from tandem.errors import UserError
 
 # Turns that show whether a codec renders and encodes as transformers does.
@@ -134,12 +134,10 @@ class FastCodec:
 
     def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
         """See `Codec.render`."""
-        import jinja2
-
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             return self._render(messages=messages, add_generation_prompt=prompt, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except refusals() as error:
             raise cannot_render(self._template, turns, error) from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:

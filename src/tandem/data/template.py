@@ -93,8 +93,6 @@ def render(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, pro
 
     Raises `UserError` with the template's own words when it refuses the turns.
     """
-    import jinja2
-
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(
@@ -103,16 +101,35 @@ def render(tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, pro
             tokenize=False,
             add_generation_prompt=prompt,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except refusals() as error:
         raise cannot_render(template, turns, error) from error
     return str(text)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What rendering may raise: jinja's own, the sandbox's, and what expressions raise."""
+    import jinja2
+
+    return (
+        jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+        TypeError, ValueError,
+    )  # fmt: skip
+
+
 def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exception) -> UserError:
-    """What to say when a template refuses some turns."""
+    """What to say when a template refuses some turns, or cannot be parsed."""
+    import jinja2
+
+    said = str(error).rstrip(".")
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        said = str(error.message).rstrip(".")
+        return UserError(
+            f"chat template {template.name!r}, line {error.lineno}: {said}. Correct it, or "
+            "choose another `chat_template`."
+        )
     roles = " ".join(turn.role for turn in turns)
     return UserError(
-        f"chat template {template.name!r} cannot render the turns ({roles}): {error}. "
+        f"chat template {template.name!r} cannot render the turns ({roles}): {said}. "
         "Choose another `chat_template`, or change the data."
     )
 
