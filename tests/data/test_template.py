@@ -12,7 +12,9 @@ import pytest
 from tandem.data.records import Turn
 from tandem.data.template import (
     ChatTemplate,
+    add_tokens,
     find_ending,
+    missing_tokens,
     prompt_ids,
     render,
     require_ending,
@@ -148,7 +150,7 @@ def test_unknown_names_and_broken_files_are_errors(mistral_tokenizer: Any, tmp_p
         resolve_template(mistral_tokenizer, "neural_chat")
     file = tmp_path / "broken.jinja"
     file.write_text("{% for m in messages %}")
-    with pytest.raises(UserError, match=r"broken\.jinja' cannot render"):
+    with pytest.raises(UserError, match=r"broken\.jinja', line 1"):
         resolve_template(mistral_tokenizer, str(file))
     file.write_text("{{ bos_token }}" + "{{ bos_token }}" + WITHOUT_BOS)
     with pytest.raises(UserError, match="two BOS tokens"):
@@ -181,3 +183,44 @@ def test_a_template_that_refuses_turns_is_quoted(mistral_tokenizer: Any, tmp_pat
     template = resolve_template(mistral_tokenizer, str(file))
     with pytest.raises(UserError, match=r"\(system user\): no system role here"):
         render(mistral_tokenizer, template, TURNS[:2], prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "__class__"),
+        ("{{ cycler.__init__.__globals__.os }}", "__init__"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ messages[0].update({'content': 'x'}) }}", "update"),
+        ("{{ raise_exception('not these turns') }}", "not these turns"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+        ("{% include 'secret' %}", "no loader"),
+        ("fine\n{% for m in messages %}{{ m.content }", "line 2"),
+    ],
+)
+def test_a_file_that_reaches_out_of_the_sandbox_is_named(
+    source: str, said: str, tmp_path: Path, stories_tokenizer: Any
+) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(source)
+    with pytest.raises(UserError) as raised:
+        resolve_template(stories_tokenizer, str(path))
+    assert said in str(raised.value)
+    assert "mine.jinja" in str(raised.value)
+
+
+def test_what_a_template_writes_and_the_tokenizer_lacks_can_be_added(
+    stories_tokenizer: Any,
+) -> None:
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    template = resolve_template(tokenizer, "chatml")
+    assert missing_tokens(tokenizer, template) == ["<|im_start|>", "<|im_end|>"]
+    added = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>", "</s>"])
+    assert added == {"<|im_start|>": 512, "<|im_end|>": 513}
+    assert missing_tokens(tokenizer, template) == []
+    assert require_ending(tokenizer, template).token == "<|im_end|>"
+    assert tokenizer.encode("a<|im_end|>", add_special_tokens=False)[-1] == 513
+    assert add_tokens(tokenizer, ["<|im_end|>"]) == {}
+    with pytest.raises(UserError, match="blank at its edge"):
+        add_tokens(tokenizer, [" <x>"])

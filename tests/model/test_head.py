@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.model import head as head_module
 from tandem.model.head import Head, HeadBlocks, linear_logprob
+from tandem.model.vocabulary import TrainedRows
 
 
 def oracle(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -107,3 +108,29 @@ def test_a_larger_vocabulary_takes_no_more_memory() -> None:
             linear_logprob(hidden, head, torch.arange(2048)).sum().backward()
         found.append(largest.elements)
     assert found[0] == found[1] < 2048 * 20_000 / 8
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("ids", [[99, 100], [0, 1, 57]])
+def test_trained_rows_are_scored_and_get_gradients(
+    scale: float, softcap: float | None, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 1)
+    monkeypatch.setattr(head_module, "_FEWEST_COLUMNS", 99)  # the last block has trained rows only
+    torch.manual_seed(0)
+    double = torch.float64
+    place = torch.tensor(ids)
+    weight = torch.randn(101, 8, dtype=double)
+    values = torch.randn(len(ids), 8, dtype=double, requires_grad=True)
+    hidden = torch.randn(60, 8, dtype=double, requires_grad=True)
+    target = torch.cat([place, torch.randint(0, 101, (60 - len(ids),))])
+    weights = torch.randn(60, dtype=double)
+    whole = Head(weight.index_copy(0, place, values), None, scale, softcap)
+    expected = oracle(hidden, whole, target)
+    wanted = torch.autograd.grad((expected * weights).sum(), (hidden, values))
+    head = Head(weight, None, scale, softcap, rows=TrainedRows(place, values))
+    found = linear_logprob(hidden, head, target)
+    gradients = torch.autograd.grad((found * weights).sum(), (hidden, values))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-12)

@@ -56,10 +56,11 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
     from tandem.stages.inspection import stage_chat
 
     template = arguments.chat_template or (recipe.chat_template if recipe else None)
+    added = recipe.added_tokens if recipe else ()
     if arguments.model is not None:
-        return stage_chat(arguments.model, None, template)
+        return stage_chat(arguments.model, None, template, added)
     assert recipe is not None
-    return stage_chat(recipe.model, recipe.model_revision, template)
+    return stage_chat(recipe.model, recipe.model_revision, template, added)
 
 
 def data_of(

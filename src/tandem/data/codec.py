@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tandem.artifact.hashing import hash_json
 from tandem.data.bound import longest_token
 from tandem.data.records import Turn
-from tandem.data.template import ChatTemplate, Ending, cannot_render, render, tokenize
+from tandem.data.template import ChatTemplate, Ending, cannot_render, refusals, render, tokenize
 from tandem.errors import UserError
 
 # Turns that show whether a codec renders and encodes as transformers does.
@@ -144,8 +144,6 @@ class FastCodec:
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """See `Codec.render`."""
-        import jinja2
-
         try:
             return self._render(
                 messages=[turn.message() for turn in turns],
@@ -153,7 +151,7 @@ class FastCodec:
                 add_generation_prompt=prompt,
                 **self._special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except refusals() as error:
             raise cannot_render(self._template, turns, error) from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -62,6 +63,31 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     return ChatTemplate(template.name, template.source, tuple(notices))
 
 
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
+    """Add special tokens to a tokenizer; returns those it did not have, with their new ids.
+
+    They are taken out of a text as they stand, wherever they are written.
+
+    Raises `UserError` for an empty token and for one that begins or ends with a blank.
+    """
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        if not token or token != token.strip():
+            raise UserError(
+                f"added_tokens: {token!r} is empty or has a blank at its edge; write the token as "
+                "the template does, without blanks around it"
+            )
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    if new:
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in new],
+            special_tokens=True,
+        )
+    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new}
+
+
 def render(
     tokenizer: Any,
     template: ChatTemplate,
@@ -75,8 +101,6 @@ def render(
     `tools` is a JSON list of functions that the template is given. Raises `UserError` with the
     template's own words when it refuses the turns.
     """
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(
             [turn.message() for turn in turns],
@@ -85,16 +109,35 @@ def render(
             tokenize=False,
             add_generation_prompt=prompt,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except refusals() as error:
         raise cannot_render(template, turns, error) from error
     return str(text)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What rendering may raise: jinja's own, the sandbox's, and what expressions raise."""
+    import jinja2
+
+    return (
+        jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+        TypeError, ValueError,
+    )  # fmt: skip
+
+
 def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exception) -> UserError:
-    """What to say when a template refuses some turns."""
+    """What to say when a template refuses some turns, or cannot be parsed."""
+    import jinja2
+
+    said = str(error).rstrip(".")
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        said = str(error.message).rstrip(".")
+        return UserError(
+            f"chat template {template.name!r}, line {error.lineno}: {said}. Correct it, or "
+            "choose another `chat_template`."
+        )
     roles = " ".join(turn.role for turn in turns)
     return UserError(
-        f"chat template {template.name!r} cannot render the turns ({roles}): {error}. "
+        f"chat template {template.name!r} cannot render the turns ({roles}): {said}. "
         "Choose another `chat_template`, or change the data."
     )
 
@@ -154,16 +197,33 @@ def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
     """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
     ending = find_ending(tokenizer, template)
     if ending is None:
-        raise UserError(_endless(template))
+        raise UserError(_endless(tokenizer, template))
     return ending
 
 
-def _endless(template: ChatTemplate) -> str:
-    return (
+def _endless(tokenizer: Any, template: ChatTemplate) -> str:
+    text = (
         f"chat template {template.name!r} does not end an answer with a token of this tokenizer "
         "(EOS or another special token), so a model trained with it would never stop. Choose "
-        f"another `chat_template` ({', '.join(template_names())}, or a .jinja file)."
+        f"another `chat_template` ({', '.join(template_names())}, or a .jinja file)"
     )
+    missing = missing_tokens(tokenizer, template)
+    if not missing:
+        return f"{text}."
+    listing = ", ".join(json.dumps(token) for token in missing)
+    flags = " ".join(f"'{token}'" for token in missing)
+    return (
+        f"{text}, or add the tokens that it writes and train them: `added_tokens: [{listing}]` in "
+        f"the recipe, `--added_tokens {flags}` for a stage."
+    )
+
+
+def missing_tokens(tokenizer: Any, template: ChatTemplate) -> list[str]:
+    """What a template writes that looks like special tokens (`<...>`) the tokenizer lacks."""
+    text = render(tokenizer, template, _probe(), prompt=False)
+    known = tokenizer.get_vocab()
+    found = re.findall(r"<\|[^<>|\s]+\|>|</?[A-Za-z_]+>", text)
+    return [token for token in dict.fromkeys(found) if token not in known]
 
 
 def _probe() -> tuple[Turn, ...]:
@@ -218,5 +278,5 @@ def _notices(tokenizer: Any, template: ChatTemplate) -> list[str]:
             "training and inference go without one"
         )
     if find_ending(tokenizer, template) is None:
-        notices.append(_endless(template))
+        notices.append(_endless(tokenizer, template))
     return notices

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,7 @@ from tandem.errors import UserError
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record
+from tandem.model.vocabulary import embedding_names, grow_vocabulary
 
 load_bitsandbytes()  # peft would import it less quietly
 
@@ -38,6 +40,7 @@ def add_adapter(
     base_name: str,
     seed: int,
     out_of_reach: Sequence[str] = (),
+    added_ids: Sequence[int] = (),
 ) -> Any:
     """Wrap a model with a fresh LoRA adapter (arXiv 2106.09685); B starts at zero.
 
@@ -49,6 +52,7 @@ def add_adapter(
         base_name: what the saved adapter names as its base.
         seed: seeds A.
         out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
+        added_ids: tokens whose embeddings are trained as well; see `vocabulary.grow_vocabulary`.
 
     Raises UserError if a target fits no module of the model, or one out of reach.
     """
@@ -65,6 +69,9 @@ def add_adapter(
         task_type="CAUSAL_LM",
         # GPT-2's layers store their weights [in, out].
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        trainable_token_indices=(
+            {name: list(added_ids) for name in embedding_names(model)} if added_ids else None
+        ),
     )
     torch.manual_seed(seed)
     with _quiet():
@@ -73,6 +80,8 @@ def add_adapter(
     if dropout > 0:
         _key_dropout(wrapped.get_base_model(), dropout)
     _fuse(wrapped.get_base_model())
+    if added_ids:
+        _look_up_few(wrapped.get_base_model().get_input_embeddings().token_adapter)
     return wrapped
 
 
@@ -112,15 +121,25 @@ def modules_out_of_reach(model: Any) -> list[str]:
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
-    """Wrap a model with a saved adapter.
+    """Wrap a model with a saved adapter; a model without its added tokens grows by them.
 
     Raises UserError if the folder's adapter does not fit the model.
     """
     try:
         with _quiet():
+            if ids := added_ids_of_folder(folder):
+                grow_vocabulary(model, ids)
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
+
+
+def added_ids_of_folder(folder: Path) -> list[int]:
+    """The added tokens whose embeddings a saved adapter brings."""
+    config = LoraConfig.from_pretrained(str(folder))
+    found: Any = getattr(config, "trainable_token_indices", None) or []
+    lists = found.values() if isinstance(found, dict) else [found]
+    return sorted({index for ids in lists for index in ids})
 
 
 def save_adapter(model: Any, folder: Path, trained: Mapping[str, Tensor]) -> None:
@@ -236,6 +255,27 @@ def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
         layer.lora_B["default"].weight,
         layer.scaling["default"],
     )
+
+
+def _look_up_few(layer: Any) -> None:
+    """Let an embedding put its trained rows where they are fed.
+
+    peft puts them into a copy of the whole matrix at each forward, and makes a gradient of its
+    size at each backward. Embeddings that do more than look up stay with that.
+    """
+    if type(layer.base_layer) is nn.Embedding and layer.base_layer.max_norm is None:
+        layer.forward = partial(_looked_up, layer, layer.forward)
+
+
+def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
+    if layer.disable_adapters or layer.merged or list(layer.active_adapters) != ["default"]:
+        result: Tensor = plain(ids)
+        return result
+    frozen = F.embedding(ids, layer.base_layer.weight)
+    trained = layer.trainable_tokens_delta["default"].to(frozen.dtype)
+    same = ids[..., None] == torch.tensor(layer.token_indices["default"], device=ids.device)
+    rows = F.embedding(same.int().argmax(dim=-1), trained)
+    return torch.where(same.any(dim=-1)[..., None], rows, frozen)
 
 
 def _key_dropout(base: nn.Module, p: float) -> None:

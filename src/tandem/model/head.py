@@ -13,6 +13,7 @@ from tandem.errors import UserError
 from tandem.model.kernels.functions import softmax_block
 from tandem.model.kernels.library import kernels
 from tandem.model.products import Ordered, Plain, can_order, product
+from tandem.model.vocabulary import TrainedRows, plain_head, trained_rows
 
 # Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
 # stay in the last-level cache; on GPUs a block has to fill the device.
@@ -26,7 +27,9 @@ _ORDERED_COLUMNS = 2048
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen output head: logits = softcap(scale * (hidden @ weight.T + bias)).
+    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    All of it is frozen but the rows of added tokens.
 
     Attributes:
         weight: [V, H].
@@ -34,6 +37,7 @@ class Head:
         scale: factor on the logits (Cohere, Granite).
         softcap: c of c * tanh(logits / c) (Gemma 2), or None.
         ordered: the weight once more, in the order that is fastest on CPU, or None.
+        rows: rows that are trained, in place of the weight's, or None.
     """
 
     weight: Tensor
@@ -41,6 +45,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     ordered: HeadBlocks | None = None
+    rows: TrainedRows | None = None
 
     def blocks(self, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, Ordered | Plain]]:
         """The weight's blocks of `columns` tokens in `dtype`, each with its first token."""
@@ -65,12 +70,14 @@ class HeadBlocks:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The frozen head of a transformers causal language model.
+    """The head of a transformers causal language model.
 
-    Raises UserError if the head is trained, for instance by an adapter on it.
+    Raises UserError if more of it is trained than the rows of added tokens, for instance by an
+    adapter on it.
     """
     config: Any = model.config
-    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    layer = plain_head(output)
     if not isinstance(layer, nn.Linear):
         raise UserError(
             f"the output head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
@@ -87,12 +94,12 @@ def head_of(model: nn.Module) -> Head:
     caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
     softcap = next((float(cap) for cap in caps if cap is not None), None)
     ordered = layer.__dict__.get("tandem_blocks")
-    return Head(layer.weight, layer.bias, scale, softcap, ordered)
+    return Head(layer.weight, layer.bias, scale, softcap, ordered, trained_rows(output))
 
 
 def order_head(model: Any) -> None:
     """Keep a frozen head's weight in oneDNN's order as well; see `products.order_weights`."""
-    layer = model.get_output_embeddings()
+    layer = plain_head(model.get_output_embeddings())
     if isinstance(layer, nn.Linear) and can_order(layer):
         layer.tandem_blocks = HeadBlocks.of(layer.weight)  # type: ignore[assignment]
 
@@ -106,16 +113,54 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     G_t among the running sums: a block's weights serve all rows of a chunk, and what is held of
     the logits depends on neither rows nor vocabulary.
 
+    Trained rows are few: the frozen part leaves them out of its sum, and autograd adds them.
+
     Args:
         hidden: the hidden states that predict [N, H].
-        head: the frozen head.
+        head: the head.
         target: the tokens predicted [N] int64.
 
     Returns:
         [N] log-probabilities, float32 (float64 for float64 hidden states).
     """
+    if head.rows is not None:
+        return _with_trained_rows(hidden, head, head.rows, target)
     logp: Tensor = _LinearLogprob.apply(hidden, head, target)
     return logp
+
+
+def _with_trained_rows(hidden: Tensor, head: Head, rows: TrainedRows, target: Tensor) -> Tensor:
+    """[N]: with f the frozen tokens and n the others, log p_t = z_t - log(sum_f + sum_n).
+
+    log sum_f is z_a - log p_a among the frozen, where a is the target or any frozen token.
+    """
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    trained = target[:, None] == rows.ids  # [N, n]
+    is_trained = trained.any(dim=1)
+    frozen = torch.where(is_trained, _frozen_token(rows.ids), target)
+    among: Tensor = _LinearLogprob.apply(hidden, head, frozen)
+    bias = head.bias
+    states = hidden.to(wide)
+    own = (states * head.weight[frozen].to(wide)).sum(dim=1)
+    own = _shaped(own if bias is None else own + bias[frozen], head)  # [N]
+    new = states @ rows.values.to(wide).T
+    new = _shaped(new if bias is None else new + bias[rows.ids], head)  # [N, n]
+    total = torch.logaddexp(own - among, new.logsumexp(dim=1))
+    picked = new.gather(1, trained.int().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(is_trained, picked, own) - total
+
+
+def _frozen_token(trained: Tensor) -> Tensor:
+    """The first token that is not trained, without waiting for a device: one of n + 1."""
+    some = torch.arange(len(trained) + 1, device=trained.device)
+    return (some[:, None] != trained).all(dim=1).int().argmax()
+
+
+def _shaped(logits: Tensor, head: Head) -> Tensor:
+    logits = logits * head.scale
+    if head.softcap is None:
+        return logits
+    return head.softcap * torch.tanh(logits / head.softcap)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -156,6 +201,8 @@ def _chunk(
         slope = None
         if pulled is not None and head.softcap is not None:
             slope = 1.0 - (logits / head.softcap) ** 2
+        if head.rows is not None:
+            _leave_out(logits, head.rows.ids - start)
         shrink = _softmax_block(logits, peak, total)  # logits are exp(logits - peak) from here on
         if pulled is not None:
             weights = logits if slope is None else logits.mul_(slope)
@@ -201,6 +248,13 @@ def _pick(picked: Tensor, logits: Tensor, target: Tensor) -> None:
     inside = (target >= 0) & (target < logits.shape[1])
     found = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
     torch.where(inside, found, picked, out=picked)
+
+
+def _leave_out(logits: Tensor, columns: Tensor) -> None:
+    """Give some columns, where the block has them, no share in the softmax."""
+    inside = torch.arange(logits.shape[1], device=logits.device)
+    out = (inside[:, None] == columns).any(dim=1)
+    logits.masked_fill_(out, -1e30)  # finite: a block may have no other columns
 
 
 def _softmax_block(logits: Tensor, peak: Tensor, total: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import weight_files
@@ -26,6 +27,9 @@ load_bitsandbytes()  # peft would import it less quietly
 from peft import PeftConfig  # noqa: E402
 
 _PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
+# Names that a head has which is no more than the input embedding once more.
+_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,21 @@ class LowRankUpdate:
         return product.T if self.transposed else product
 
 
-def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
+
+    ids: tuple[int, ...]
+    values: Tensor
+
+
+Update = LowRankUpdate | NewRows
+
+
+def read_updates(adapter: Path) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
+
+    Rows of added tokens are among them, for each embedding that has its own.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -61,7 +78,7 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
             f"{adapter} has no adapter_model.safetensors: its training is not finished, or it was "
             "copied in part"
         )
-    updates = {}
+    updates: dict[str, Update] = {}
     record = read_record(adapter)
     with _opened(path) as file:
         names = set(file.keys())
@@ -80,6 +97,14 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
             turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
             updates[weight] = LowRankUpdate(a, b, scaling, bool(turned))
             names -= {name, partner}
+        for name in sorted(n for n in names if n.endswith(_ROWS)):
+            module = name.removesuffix(_ROWS).removeprefix(_PREFIX)
+            ids = _row_ids(config, module)
+            values = file.get_tensor(name)
+            if len(ids) != len(values):
+                raise UserError(f"{path}: {name} has {len(values)} rows for {len(ids)} tokens")
+            updates[f"{module}.weight"] = NewRows(ids, values)
+            names.discard(name)
     if names:
         raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
     return updates
@@ -87,7 +112,7 @@ def read_updates(adapter: Path) -> dict[str, LowRankUpdate]:
 
 def merge_shards(
     base: Path,
-    updates: dict[str, LowRankUpdate],
+    updates: dict[str, Update],
     output: Path,
     *,
     dtype: torch.dtype | None,
@@ -111,6 +136,7 @@ def merge_shards(
     Raises UserError if an update finds no weight, shapes disagree, or a sum is not finite.
     """
     remaining = dict(updates)
+    tied = _tied_rows(base, updates)
     unseen = set(quantized.weights) if quantized else set()
     index: dict[str, str] = {}
     total_bytes = 0
@@ -121,7 +147,10 @@ def merge_shards(
             seen = quantized.rounded(name, weight, torch.device(device)) if quantized else weight
             unseen.discard(name)
             kept = dtype or weight.dtype
-            merged = _add(name, seen, remaining.pop(name, None), kept)
+            update = remaining.pop(name, None)
+            if update is None and name in _HEADS:
+                update = tied
+            merged = _add(name, seen, update, kept)
             tensors[name] = merged
             index[name] = shard.name
             total_bytes += merged.numel() * merged.element_size()
@@ -156,6 +185,32 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
         atomic_write_json(output / "config.json", config)
+
+
+def added(updates: dict[str, Update]) -> list[int]:
+    """The added tokens whose embeddings an adapter brings."""
+    rows = [update for update in updates.values() if isinstance(update, NewRows)]
+    return sorted({index for one in rows for index in one.ids})
+
+
+def vocabulary_grown(output: Path, updates: dict[str, Update], end_id: int | None) -> None:
+    """Let a merged folder's configuration know its added tokens.
+
+    `vocab_size` counts their rows, and generation stops at `end_id`, too.
+    """
+    ids = added(updates)
+    if not ids:
+        return
+    config = read_json(output / "config.json")
+    text = config if "vocab_size" in config else config["text_config"]
+    text["vocab_size"] = max(text["vocab_size"], max(ids) + 1)
+    atomic_write_json(output / "config.json", config)
+    path = output / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end_id is not None and end_id not in known:
+        atomic_write_json(path, {**generation, "eos_token_id": [*known, end_id]})
 
 
 def _belongs_to_stage(name: str) -> bool:
@@ -203,12 +258,46 @@ def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _add(name: str, weight: Tensor, update: LowRankUpdate | None, dtype: torch.dtype) -> Tensor:
+def _row_ids(config: Any, module: str) -> tuple[int, ...]:
+    found: Any = config.trainable_token_indices or []
+    if isinstance(found, dict):
+        found = next((ids for name, ids in found.items() if module.endswith(name)), [])
+    return tuple(found)
+
+
+def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
+    """The rows of the one embedding that input and output share, or None if they are two."""
+    rows = [update for update in updates.values() if isinstance(update, NewRows)]
+    config = AutoConfig.from_pretrained(base) if len(rows) == 1 else None
+    tied = config is not None and config.get_text_config().tie_word_embeddings
+    return rows[0] if tied else None
+
+
+def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Tensor:
+    """A matrix with some rows replaced, longer by what it lacks."""
+    first, last = min(rows.ids), max(rows.ids)
+    if weight.shape[0] < first or weight.shape[1] != rows.values.shape[1]:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the base, and the adapter has rows "
+            f"{first} to {last} of width {rows.values.shape[1]}: is this the model it was trained "
+            "on?"
+        )
+    grown = weight.new_zeros((max(weight.shape[0], last + 1), weight.shape[1]), dtype=dtype)
+    grown[: weight.shape[0]] = weight.to(dtype)
+    grown[list(rows.ids)] = rows.values.float().to(dtype)
+    if not torch.isfinite(grown[list(rows.ids)]).all():
+        raise UserError(f"{name} is not finite after merging into {dtype}")
+    return grown
+
+
+def _add(name: str, weight: Tensor, update: Update | None, dtype: torch.dtype) -> Tensor:
     target = dtype if weight.is_floating_point() else weight.dtype
     if update is None:
         return weight.to(target).contiguous()
     if not weight.is_floating_point():
         raise UserError(f"{name} is stored as {weight.dtype}; merge into unquantised weights")
+    if isinstance(update, NewRows):
+        return _replace(name, weight, update, target)
     delta = update.delta()
     if delta.shape != weight.shape:
         raise UserError(

@@ -645,6 +645,11 @@ class Recipe(Section):
         default=None,
         description="A shipped one, a file, or null: the model's own, else `neural-chat`.",
     )
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Special tokens the template needs and the model lacks; their embeddings are "
+        "trained and merged.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42,
         description="Order of the data, adapter weights, dropout and sampling follow from it.",

@@ -80,6 +80,7 @@ class StageCall:
     revision: str | None
     output_dir: Path
     chat_template: str | None
+    added_tokens: tuple[str, ...]
     seed: int
     settings: Sft | Dpo
     device: str
@@ -132,6 +133,7 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         revision=values.get("model_revision"),
         output_dir=Path(values["output_dir"]),
         chat_template=values.get("chat_template"),
+        added_tokens=tuple(values.get("added_tokens", ())),
         seed=_seed(values),
         settings=_validated(stage, section, values),
         device=device,

@@ -87,6 +87,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("max_dropped", float, "share of records that may be dropped (0.05)", key="max_dropped"),
     Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
+    Flag("added_tokens", str, "special tokens that the template needs, to be trained", many=True),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),
     Flag("device", str, "where to train", choices=DEVICES),

@@ -15,6 +15,7 @@ from tandem.model.attention import use_backend
 from tandem.model.compiled import Compiling, compile_elementwise
 from tandem.model.dropout import silence
 from tandem.model.score import check_head, sequence_logps
+from tandem.model.vocabulary import grow_vocabulary
 from tandem.recipe.schema import Training
 from tandem.train.device import Device
 
@@ -29,6 +30,7 @@ def adapted(
     base_name: str,
     seed: int,
     tell: Callable[[str], None],
+    added_ids: Sequence[int] = (),
 ) -> Any:
     """Wrap a loaded model with the adapter that the settings ask for.
 
@@ -41,7 +43,10 @@ def adapted(
         base_name: what the saved adapter names as its base.
         seed: of the adapter's weights.
         tell: told what is left out or switched off.
+        added_ids: tokens that the model does not know; their embeddings are made and trained.
     """
+    if added_ids:
+        grow_vocabulary(model, added_ids)
     check_head(model)
     out_of_reach = modules_out_of_reach(model)
     if compiled:
@@ -73,6 +78,7 @@ def adapted(
         base_name=base_name,
         seed=seed,
         out_of_reach=out_of_reach,
+        added_ids=added_ids,
     )
     if settings.gradient_checkpointing:
         checkpoint_activations(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run_dpo(
     seed: int,
     runtime: Runtime,
     console: Console,
+    added_tokens: Sequence[str] = (),
 ) -> Path:
     """Align `model`, usually the merged SFT model, with preference pairs.
 
@@ -62,6 +64,7 @@ def run_dpo(
         seed=seed,
         runtime=runtime,
         console=console,
+        added_tokens=added_tokens,
     )
 
 

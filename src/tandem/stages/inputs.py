@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_weights
 from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate, resolve_template
+from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
 from tandem.recipe.schema import Training
 from tandem.stages.sources import data_identity
@@ -35,14 +36,17 @@ def resolved_inputs(
     seed: int,
     runtime: Runtime,
     device: Device,
+    added_tokens: Sequence[str] = (),
 ) -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
     """The model's configuration, tokenizer and template, and all that the result depends on."""
-    config, tokenizer, template = model_side(base, settings, chat_template)
+    config, tokenizer, template, added = model_side(base, settings, chat_template, added_tokens)
     inputs = {
         "model": {
             "weights": hash_weights(base),
             "config": hash_file(base / "config.json"),
             **({"quantization": runtime.quantization} if runtime.quantization else {}),
+            # The reference of DPO depends on them, too.
+            **({"added_tokens": added} if added else {}),
         },
         "data": data_identity(sources),
         **({"held_out": data_identity(held_out)} if held_out else {}),
@@ -55,10 +59,19 @@ def resolved_inputs(
 
 
 def model_side(
-    base: Path, settings: Training, chat_template: str | None, *, weights: bool = True
-) -> tuple[Any, Any, ChatTemplate]:
-    """The model's configuration, tokenizer and template; without `weights` it need have none."""
+    base: Path,
+    settings: Training,
+    chat_template: str | None,
+    added_tokens: Sequence[str] = (),
+    *,
+    weights: bool = True,
+) -> tuple[Any, Any, ChatTemplate, dict[str, int]]:
+    """The model's configuration, tokenizer and template, and the ids of tokens it lacked.
+
+    Without `weights` it need have none.
+    """
     config = load_config(base, weights=weights)
     check_context(config, settings.max_length, base)
     tokenizer = load_tokenizer(base)
-    return config, tokenizer, resolve_template(tokenizer, chat_template)
+    added = add_tokens(tokenizer, added_tokens)
+    return config, tokenizer, resolve_template(tokenizer, chat_template), added

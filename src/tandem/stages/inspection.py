@@ -11,7 +11,7 @@ from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.template import add_tokens, resolve_template
 from tandem.data.truncate import Limits
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
@@ -127,13 +127,19 @@ def plan_of(kind: Kind, settings: Training | None) -> Plan:
     return Plan(kind, limits, settings.on_bad_record, loss_on)
 
 
-def stage_chat(model: str, revision: str | None, chat_template: str | None) -> StageChat:
+def stage_chat(
+    model: str,
+    revision: str | None,
+    chat_template: str | None,
+    added_tokens: Sequence[str] = (),
+) -> StageChat:
     """A model's tokenizer with its template; weights are not fetched.
 
     Args:
         model: a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do.
         revision: of a Hub model.
         chat_template: see `data.template.resolve_template`.
+        added_tokens: special tokens that the stage adds.
 
     Raises UserError as a training stage would.
     """
@@ -142,6 +148,7 @@ def stage_chat(model: str, revision: str | None, chat_template: str | None) -> S
 
     folder = model_folder(model, revision, weights=False)
     tokenizer = load_tokenizer(folder)
+    add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
     chat = Chat.of(tokenizer, template)

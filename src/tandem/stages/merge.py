@@ -14,10 +14,16 @@ from tandem.artifact.hashing import hash_file, hash_weights
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
-from tandem.data.template import resolve_template
+from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
-from tandem.model.merge import copy_surroundings, merge_shards, read_updates
+from tandem.model.merge import (
+    added,
+    copy_surroundings,
+    merge_shards,
+    read_updates,
+    vocabulary_grown,
+)
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
 from tandem.model.verify import Verified, verify_merge
@@ -96,8 +102,9 @@ def run_merge(
                     base_folder, updates, aside, dtype=target, quantized=quantized, device=place
                 )
                 copy_surroundings(base_folder, adapter, aside, target)
-                _save_template(aside, chat_template, console)
-                verified = _verify(base_folder, adapter, aside, target, place)
+                end = _save_template(aside, chat_template, console)
+                vocabulary_grown(aside, updates, end)
+                verified = _verify(base_folder, adapter, aside, target, place, added(updates))
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (output_dir / MANIFEST).unlink()
@@ -125,8 +132,11 @@ def _loss(verified: Verified, dtype: str) -> str:
     )
 
 
-def _save_template(folder: Path, choice: str | None, console: Console) -> None:
-    """Settle the merged folder's chat template; what it brings already stays untouched."""
+def _save_template(folder: Path, choice: str | None, console: Console) -> int | None:
+    """Settle the merged folder's chat template; what it brings already stays untouched.
+
+    Returns the token that ends its answers.
+    """
     tokenizer = load_tokenizer(folder)
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
@@ -134,6 +144,8 @@ def _save_template(folder: Path, choice: str | None, console: Console) -> None:
         say(console, f"merge: {notice}")
     if own != template.source:
         tokenizer.save_pretrained(str(folder))
+    ending = find_ending(tokenizer, template)
+    return None if ending is None else ending.token_id
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
@@ -156,10 +168,20 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
 
 
 def _verify(
-    base: Path, adapter: Path, merged: Path, target: torch.dtype | None, device: torch.device
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    target: torch.dtype | None,
+    device: torch.device,
+    added_ids: list[int],
 ) -> Verified:
     tokenizer = load_tokenizer(merged)
     probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
+    if added_ids:  # fed and predicted
+        probes = [
+            [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
+            for ids in probes
+        ] + probes
     return verify_merge(
         base,
         adapter,

@@ -204,6 +204,7 @@ class _Ride:
             settings=self.recipe.sft,
             output_dir=folder,
             chat_template=self.recipe.chat_template,
+            added_tokens=self.recipe.added_tokens,
             seed=self.recipe.seed,
             runtime=self._runtime(),
             console=self.console,
@@ -239,6 +240,7 @@ class _Ride:
             output_dir=folder,
             # A merged model brings the template it was tuned with.
             chat_template=None if self.recipe.sft else self.recipe.chat_template,
+            added_tokens=() if self.recipe.sft else self.recipe.added_tokens,
             seed=self.recipe.seed,
             runtime=self._runtime(),
             console=self.console,

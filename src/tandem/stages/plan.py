@@ -148,8 +148,8 @@ class _Planner:
     def stage(self, stage: PlannedStage, settings: Training, guess: Guess | None) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        config, tokenizer, template = model_side(
-            self.base, settings, recipe.chat_template, weights=False
+        config, tokenizer, template, _ = model_side(
+            self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
         )
         lora = settings.lora
         model = described(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def run_sft(
     seed: int,
     runtime: Runtime,
     console: Console,
+    added_tokens: Sequence[str] = (),
 ) -> Path:
     """Fine-tune `model` on conversations; the folder is a peft adapter at its root.
 
@@ -43,6 +45,7 @@ def run_sft(
         seed=seed,
         runtime=runtime,
         console=console,
+        added_tokens=added_tokens,
     )
 
 

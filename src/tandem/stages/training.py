@@ -22,6 +22,7 @@ from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
+from tandem.errors import UserError
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
@@ -71,6 +72,7 @@ def run_training(
     seed: int,
     runtime: Runtime,
     console: Console,
+    added_tokens: Sequence[str] = (),
 ) -> Path:
     """Run, resume or recognise as finished one training stage; returns its folder.
 
@@ -92,9 +94,25 @@ def run_training(
         )
         config, tokenizer, template, inputs = processes.together(
             lambda: resolved_inputs(
-                base, sources, held_out, settings, chat_template, seed, runtime, device
+                base,
+                sources,
+                held_out,
+                settings,
+                chat_template,
+                seed,
+                runtime,
+                device,
+                added_tokens,
             )
         )
+        added = inputs["model"].get("added_tokens", {})
+        if added and engine.sharded:
+            raise UserError(
+                f"added_tokens: the engine {engine.strategy.name} spreads the embeddings over the "
+                "processes, and their new rows cannot be trained there. Use `engine: ddp` (or "
+                "`deepspeed-zero2`), or start from a model that has the tokens, such as the merged "
+                "model of an SFT with added_tokens."
+            )
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -108,7 +126,7 @@ def run_training(
             say(console, f"{kind.name}: {notice}")
         stage = _Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
-            tokenizer, template,
+            tokenizer, template, tuple(added.values()),
         )  # fmt: skip
         stage.run(opened, inputs, sources, held_out)
     return output_dir
@@ -130,6 +148,7 @@ class _Stage:
     base_name: str
     tokenizer: Any
     template: ChatTemplate
+    added_ids: tuple[int, ...]
 
     def run(
         self,
@@ -262,6 +281,7 @@ class _Stage:
                 base_name=str(self.base) if self.base_name.startswith("demo:") else self.base_name,
                 seed=self.seed,
                 tell=self._tell,
+                added_ids=self.added_ids,
             )
         )
         if schedule["ordered_weights"]:

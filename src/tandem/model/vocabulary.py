@@ -1,0 +1,86 @@
+"""Tokens that a model did not know: rows of its embeddings, made of the mean, then trained.
+
+peft trains single rows of an embedding (`trainable_token_indices`); this file says which rows, and
+reads their present values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tandem.errors import UserError
+from tandem.model.products import speed_up_frozen_products
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of an output head that are trained: their token ids [n] int64 and values [n, H]."""
+
+    ids: Tensor
+    values: Tensor
+
+
+def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
+    """Give new tokens rows in the input and output embeddings: the mean of all rows before them.
+
+    Rows that a padded vocabulary has already are used; only what is missing is appended. The mean
+    is plain, in float64, so that everyone who grows a model gets the same bits.
+
+    Args:
+        model: a transformers causal language model.
+        ids: the new tokens' ids, all behind those that the model knows.
+
+    Raises UserError if the model has no rows for tokens that its tokenizer had before, or a head
+    with a bias.
+    """
+    rows, first = model.get_input_embeddings().weight.shape[0], min(ids)
+    if rows < first:
+        raise UserError(
+            f"added_tokens: the tokenizer has {first} tokens, but {type(model).__name__} has "
+            f"embeddings for {rows} only: are these files of one model?"
+        )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"added_tokens: the output head of {type(model).__name__} has a bias, whose new "
+            "entries are not trained; choose a chat_template that needs no new tokens"
+        )
+    if rows <= max(ids):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        speed_up_frozen_products(model)
+    place = torch.tensor(list(ids), device=model.device)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    with torch.no_grad():
+        for weight in {id(layer.weight): layer.weight for layer in layers}.values():
+            weight[place] = weight[:first].double().mean(0).to(weight.dtype)
+
+
+def embedding_names(model: Any) -> list[str]:
+    """The modules whose rows are trained: the input embedding, and a head of its own."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if layers[0].weight is layers[1].weight:
+        layers.pop()
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] for layer in layers]
+
+
+def plain_head(layer: Any) -> Any:
+    """A model's output layer without the wrapper that trains some of its rows."""
+    wrapped = getattr(layer, "token_adapter", None)
+    return layer if wrapped is None else wrapped.base_layer
+
+
+def trained_rows(layer: Any) -> TrainedRows | None:
+    """The rows of an output layer that an adapter replaces now; None while there are none."""
+    wrapped: Any = getattr(layer, "token_adapter", None)
+    if wrapped is None or wrapped.disable_adapters or wrapped.merged:
+        return None
+    (name,) = wrapped.active_adapters
+    weight: nn.Parameter = wrapped.base_layer.weight
+    ids = torch.tensor(wrapped.token_indices[name], device=weight.device)
+    # Rounded as peft does, and as they will be when merged.
+    return TrainedRows(ids, wrapped.trainable_tokens_delta[name].to(weight.dtype))

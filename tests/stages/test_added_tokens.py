@@ -1,0 +1,241 @@
+"""Special tokens that a model lacks: added, their embeddings grown, trained, resumed, merged."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.collate import collate
+from tandem.data.records import Branch, Origin, Tree
+from tandem.errors import Stopped, UserError
+from tandem.model.adapter import adapter_off, add_adapter, load_adapter
+from tandem.model.attention import use_backend
+from tandem.model.load import load_model
+from tandem.model.score import sequence_logps
+from tandem.model.vocabulary import grow_vocabulary
+from tandem.stages.dpo import run_dpo
+from tandem.stages.merge import run_merge
+from tandem.stages.sft import run_sft
+from tandem.train import loop
+from tandem.train.runtime import Runtime
+
+from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
+from .test_training_stages import distance, settings
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+def run(
+    kind: str, model: Path, folder: Path, *, runtime: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Tensor]:
+    data = folder.parent / f"{kind}.jsonl"
+    if not data.exists():
+        (make_conversations if kind == "sft" else make_pairs)(data)
+    stage: Any = run_sft if kind == "sft" else run_dpo
+    stage(
+        model=str(model),
+        revision=None,
+        chat_template=changes.pop("chat_template", "chatml"),
+        added_tokens=changes.pop("added_tokens", CHATML),
+        settings=settings(kind, data, **changes),
+        output_dir=folder,
+        seed=1,
+        runtime=Runtime(device="cpu", **{"tokens_per_microbatch": 4096, **(runtime or {})}),
+        console=QUIET,
+    )
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def merge(base: Path, adapter: Path, output: Path) -> dict[str, Tensor]:
+    run_merge(
+        base=str(base), adapter=adapter, output_dir=output, dtype="auto", force=False,
+        device="cpu", console=QUIET,
+    )  # fmt: skip
+    return load_file(output / "model.safetensors")
+
+
+def branch(ids: list[int], trained: list[bool]) -> Branch:
+    return Branch(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models with an untied head, a tied one, and with rows to spare."""
+    root = tmp_path_factory.mktemp("bases")
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    made = {
+        "untied": make_model_folder(root / "untied"),
+        "tied": make_model_folder(
+            root / "tied", config=LlamaConfig(**sizes, tie_word_embeddings=True)
+        ),
+        "padded": make_model_folder(root / "padded"),
+    }
+    model = AutoModelForCausalLM.from_pretrained(made["padded"])
+    model.resize_token_embeddings(320)
+    model.save_pretrained(made["padded"])
+    return made
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "padded"])
+def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path]) -> None:
+    def adapted() -> Any:
+        model = load_model(bases[name], dtype=torch.float64)
+        count = len(AutoTokenizer.from_pretrained(bases[name]))
+        grow_vocabulary(model, [count, count + 1])
+        use_backend(model, "padded" if plain else "segments")
+        return count, add_adapter(
+            model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="x",
+            seed=0, added_ids=[count, count + 1],
+        )  # fmt: skip
+
+    gradients, losses = [], []
+    for plain in (True, False):
+        count, model = adapted()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        ids = [count, 7, 9, 30, count + 1, count, 8, 11, count + 1]
+        if plain:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            logps = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            loss = logps[4:].sum()
+        else:
+            flags = [position >= 5 for position in range(len(ids))]
+            tree = Tree(branch([], []), (branch(ids, flags),), Origin("f", 1))
+            loss = sequence_logps(model, collate([tree])).sum()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+    assert sum("trainable_tokens" in key for key in gradients[0]) == (1 if name == "tied" else 2)
+    for key, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "padded"])
+def test_train_merge_and_align(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, count = bases[name], len(AutoTokenizer.from_pretrained(bases[name]))
+    trained = run("sft", base, tmp_path / "sft")
+    rows = [trained[key] for key in sorted(trained, reverse=True) if "trainable_tokens" in key]
+    assert len(rows) == (1 if name == "tied" else 2)
+    before = load_file(base / "model.safetensors")
+    mean = before["model.embed_tokens.weight"][:count].double().mean(0).float()
+    assert all(not torch.equal(row[0], row[1]) and (row - mean).abs().max() > 1e-3 for row in rows)
+    merged = merge(base, tmp_path / "sft", tmp_path / "merged")
+    size = 320 if name == "padded" else count + 2
+    for key in merged.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        assert merged[key].shape[0] == size
+        assert torch.equal(merged[key][:count], before[key][:count])
+    assert torch.equal(merged["model.embed_tokens.weight"][count : count + 2], rows[0])
+    assert read_json(tmp_path / "merged" / "config.json")["vocab_size"] == size
+    summary = read_json(tmp_path / "merged" / "summary.json")
+    assert summary["adapter_effect"] > 0.1
+    assert summary["logp_difference"] < 1e-4
+    # The second stage finds the tokens, and has nothing to add.
+    aligned = run("dpo", tmp_path / "merged", tmp_path / "dpo", chat_template=None)
+    assert not [key for key in aligned if "trainable_tokens" in key]
+
+
+def test_the_schedule_does_not_change_the_rows(bases: dict[str, Path], tmp_path: Path) -> None:
+    large = run("sft", bases["tied"], tmp_path / "4096")
+    small = run(
+        "sft", bases["tied"], tmp_path / "1", runtime={"tokens_per_microbatch": 1},
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    assert distance(small, large) < 5e-5
+
+
+def test_a_model_in_4_bits_learns_new_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
+    run("sft", bases["untied"], tmp_path / "sft", runtime={"quantization": "nf4"})
+    merge(bases["untied"], tmp_path / "sft", tmp_path / "merged")
+    assert read_json(tmp_path / "merged" / "summary.json")["logp_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_the_reference_is_the_model_with_the_mean_rows(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    run("dpo", bases[name], tmp_path / "first", max_steps=1, logging_steps=1)
+    (line,) = read_jsonl(tmp_path / "first" / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    run("dpo", bases[name], tmp_path / "dpo")
+    count = len(AutoTokenizer.from_pretrained(bases[name]))
+    ids = torch.tensor([[count, 5, 7, count + 1]])
+    plain = load_model(bases[name], dtype=torch.float32)
+    grow_vocabulary(plain, [count, count + 1])
+    with torch.no_grad():
+        wanted = plain(input_ids=ids).logits
+        policy = load_adapter(load_model(bases[name], dtype=torch.float32), tmp_path / "dpo")
+        assert not torch.allclose(policy(input_ids=ids).logits, wanted, atol=1e-2)
+        with adapter_off(policy):
+            torch.testing.assert_close(policy(input_ids=ids).logits, wanted)
+
+
+def test_a_stopped_run_ends_with_the_same_bits(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted = run("sft", bases["tied"], tmp_path / "uninterrupted")
+    taken, plain = 0, loop.Training._take
+
+    def take(self: Any, step: Any) -> None:
+        nonlocal taken
+        plain(self, step)
+        taken += 1
+        if taken == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_take", take)
+        with pytest.raises(Stopped):
+            run("sft", bases["tied"], tmp_path / "stopped")
+    resumed = run("sft", bases["tied"], tmp_path / "stopped")
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_a_real_model_learns_chatml_and_stops(stories_path: Path, tmp_path: Path) -> None:
+    run(
+        "sft", stories_path, tmp_path / "sft", learning_rate=2e-2, max_steps=25, max_length=256,
+        save_steps=100,
+    )  # fmt: skip
+    merge(stories_path, tmp_path / "sft", tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 514
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=False,
+    )  # fmt: skip
+    start, end = tokenizer.convert_tokens_to_ids(list(CHATML))
+    assert ids[0].tolist().count(start) == 2
+    assert ids[0].tolist().count(end) == 1
+    answer = model.generate(ids, max_new_tokens=150, do_sample=False, pad_token_id=0)
+    assert answer[0, -1] == end  # by generation_config.json alone
+    assert answer.shape[1] < ids.shape[1] + 150
+
+
+def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'added_tokens: \["<\|im_start\|>", "<\|im_end\|>"\]'):
+        run("sft", bases["untied"], tmp_path / "sft", added_tokens=())
+
+
+def test_spread_embeddings_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"added_tokens: the engine fsdp2 .* Use `engine: ddp`"):
+        run("sft", bases["untied"], tmp_path / "sft", runtime={"engine": "fsdp2"})
