@@ -6,38 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.data.languages import LANGUAGES, language_of
 from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
 from tandem.diagnose.credentials import KEYS, credentials, masked
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
-from tandem.diagnose.languages import language_of
 from tandem.diagnose.texts import TextSigns
 from tandem.diagnose.words import words_of
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("What is the name of the river that goes through it?", "en"),
-        ("Wie heißt der Fluss, und wo ist er?", "de"),
-        ("Quelle est la rivière qui passe dans la ville ?", "fr"),
-        ("¿Cómo se llama el río que pasa por la ciudad?", "es"),
-        ("Come si chiama il fiume che attraversa la città?", "it"),
-        ("Hoe heet de rivier die door het land loopt?", "nl"),
-        ("Как называется река?", "ru"),
-        ("Як називається річка, її ім'я?", "uk"),
-        ("这条河叫什么名字？", "zh"),
-        ("この川の名前は何ですか", "ja"),
-        ("이 강의 이름은 무엇입니까", "ko"),
-        ("ما اسم هذا النهر؟", "ar"),
-        ("x = f(y) + 3", "unknown"),
-        ("Paris", "unknown"),
-        ("", "unknown"),
-    ],
-)
-def test_languages_are_guessed(text: str, language: str) -> None:
-    assert language_of(text) == language
-
 
 _PROSE = "The bridge was closed for repairs. Everybody had to take the ferry instead of it. " * 2
 
@@ -173,7 +148,7 @@ def test_any_text_can_be_looked_at(texts: list[str]) -> None:
     assert words.starts[-1] == len(words.hashes)
     assert signatures(words).shape == (len(texts), 60)
     for text in texts:
-        assert language_of(text)
+        assert language_of(text) is None or language_of(text) in LANGUAGES
         assert all(c.isprintable() for c in excerpt(text, len(text) // 2))
 
 

@@ -13,7 +13,7 @@ from benchmarks.report import MARKS, readme_table
 
 from tandem.data.formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
-from tandem.recipe.schema import DataSource
+from tandem.recipe.schema import DataSource, Recipe
 from tandem.stages.sources import source_spec
 
 from .pages import PAGES, ROOT, blocks, without_blocks
@@ -105,9 +105,18 @@ def test_the_example_records_can_be_read() -> None:
 
 
 def test_the_example_sources_can_be_said() -> None:
-    (block,) = blocks(ROOT / "docs" / "data.md", "yaml")
+    block = blocks(ROOT / "docs" / "data.md", "yaml")[0]
     sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
     assert [source_spec(source, source.path).meaning != {} for source in sources] == [True] * 3
+
+
+def test_the_example_settings_are_those_of_recipes() -> None:
+    examples = [yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "data.md", "yaml")]
+    assert len(examples) > 2
+    for example in examples[1:]:
+        given = {"name": "x", "model": "m", "output_dir": "o", "sft": {}} | example
+        given["sft"] = {"data": "d.jsonl"} | given["sft"]
+        Recipe.model_validate(given)
 
 
 def _how_fast() -> str:

@@ -12,7 +12,6 @@ import pytest
 from tandem.data.ledger import Ledger
 from tandem.data.records import Origin, Turn
 from tandem.data.sources import SourceSpec
-from tandem.pairs.language import LANGUAGES, guess_language
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
 from tandem.pairs.words import Contamination, similarity, texts_in, words_of
@@ -109,58 +108,6 @@ def test_every_filter(wish: dict[str, Any], kept: list[int], reason: str) -> Non
     chosen, left_out = select_prompts(prompts, Selection(**wish), seed=0)
     assert rows(chosen) == kept
     assert left_out == {reason: 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("This is the first of the two answers that you have asked for.", "en"),
-        ("Das ist nicht die Antwort auf die Frage, und sie wird auch nicht besser.", "de"),
-        ("Il est dans la maison avec les enfants, mais ce n'est pas pour vous.", "fr"),
-        ("El perro no es de los que están en una casa, pero es más grande.", "es"),
-        ("Questo non è il libro che sono venuto a prendere, ma è come una storia.", "it"),
-        ("Não é uma resposta para o menino, mas ele não sabe como dizer que são dois.", "pt"),
-        ("Het is niet een van de boeken die op de tafel staan, maar dat is er ook.", "nl"),
-        ("Det är inte en av dem som har varit på marknaden med sina barn.", "sv"),
-        ("To nie jest dobra odpowiedź na pytanie, ale już się o tym mówi.", "pl"),
-        ("Bu çok güzel bir ev ve benim için daha iyi olan var.", "tr"),
-        ("Это не ответ на вопрос.", "ru"),
-        ("Αυτή είναι η απάντηση.", "el"),
-        ("זאת התשובה", "he"),
-        ("هذا هو الجواب", "ar"),
-        ("यह उत्तर है", "hi"),
-        ("นี่คือคำตอบ", "th"),
-        ("これが答えです。", "ja"),
-        ("이것이 답입니다.", "ko"),
-        ("这就是答案。", "zh"),
-        ("Paris.", None),
-        ("42", None),
-        ("", None),
-        ("for (int i = 0; i < n; i++) { o[i] = z * i; }", None),
-    ],
-)
-def test_languages(text: str, language: str | None) -> None:
-    assert guess_language(text) == language
-    assert language is None or language in LANGUAGES
-
-
-def test_the_languages_of_recipes_are_those_that_can_be_told() -> None:
-    from typing import get_args
-
-    from tandem.recipe.schema import Language
-
-    assert set(get_args(Language)) == set(LANGUAGES)
-
-
-def test_real_english_is_not_taken_for_another_language(shared_data: Path) -> None:
-    """Instruction data of which all but a few answers is English, code or numbers."""
-    guesses: Counter[str | None] = Counter()
-    with (shared_data / "conversations" / "slimorca_format.jsonl").open() as file:
-        for line in file:
-            turns = json.loads(line)["conversations"]
-            guesses.update(guess_language(t["value"]) for t in turns if t["from"] == "gpt")
-    assert guesses["en"] > 0.8 * guesses.total()
-    assert guesses.total() - guesses["en"] - guesses[None] < 10
 
 
 def test_similarity_is_the_share_of_common_neighbours() -> None:

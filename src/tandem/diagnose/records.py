@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.data.languages import language_of
 from tandem.data.records import Conversation, PreferencePair, Turn
 from tandem.diagnose.answers import answer_signs, column_signs, pair_signs
 from tandem.diagnose.findings import Sign, Tally
-from tandem.diagnose.languages import language_of
 from tandem.diagnose.overlap import prompt_digest
 from tandem.diagnose.texts import TextSigns
 
@@ -41,7 +41,7 @@ class Roles:
 
     def add(self, role: str, text: str) -> None:
         """Count a text."""
-        self.languages.setdefault(role, Counter())[language_of(text)] += 1
+        self.languages.setdefault(role, Counter())[language_of(text) or "unknown"] += 1
 
 
 def texts_of(record: Record) -> list[tuple[str, str]]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tandem.data.languages import language_of
 from tandem.evaluate.answers import contains_accepted
 from tandem.pairs.check import Check
-from tandem.pairs.language import guess_language
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.words import similarity
 
@@ -127,8 +127,8 @@ def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = 
         return "refusal"
     language = filters.language
     if language == "same":
-        language = guess_language(chosen) if chosen is not None else None
-    if language is not None and guess_language(text) not in (None, language):
+        language = language_of(chosen) if chosen is not None else None
+    if language is not None and language_of(text) not in (None, language):
         return "in another language"
     return None
 

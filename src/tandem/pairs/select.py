@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tandem.artifact.hashing import hash_bytes
-from tandem.pairs.language import guess_language
+from tandem.data.languages import language_of
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.words import Contamination
 
@@ -137,7 +137,7 @@ def _unsuited(
         return "prompt is excluded"
     if selection.language is not None:
         for what, text in (("prompt", prompt.question), ("answer", prompt.answer)):
-            if guess_language(text) not in (None, selection.language):
+            if language_of(text) not in (None, selection.language):
                 return f"{what} in another language"
     return None
 

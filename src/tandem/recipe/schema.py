@@ -17,10 +17,10 @@ AttentionBackend = Literal["auto", "segments", "varlen", "dense", "padded"]
 Positive = Annotated[int, Field(gt=0)]
 Role = Literal["system", "user", "assistant", "tool"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
-# As pairs/language.py can tell them.
+# As data/languages.py can tell them.
 Language = Literal[
-    "en", "de", "fr", "es", "it", "pt", "nl", "sv", "pl", "tr", "ru", "el", "he", "ar", "hi", "th",
-    "ja", "ko", "zh",
+    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "ru", "uk", "el",
+    "he", "ar", "hi", "bn", "ta", "th", "ja", "ko", "zh",
 ]  # fmt: skip
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 ENGINES = ("auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")

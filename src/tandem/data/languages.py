@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from types import MappingProxyType
 
-UNKNOWN = "unknown"
 # Characters of a text that are looked at.
 _LOOKED_AT = 400
 # Different small words that a text must have, and more of them than of any other language's.
@@ -59,6 +58,8 @@ _SMALL_WORDS = MappingProxyType(
         }.items()
     }
 )
+LANGUAGES = (*_SMALL_WORDS, *(name for name, _ in _SCRIPTS), "uk")
+"""What can be told."""
 _LANGUAGES_OF: dict[str, list[str]] = {}
 for _name, _words in _SMALL_WORDS.items():
     for _word in _words:
@@ -67,11 +68,11 @@ _KNOWN = frozenset(_LANGUAGES_OF)
 _CYRILLIC_UKRAINIAN = re.compile("[іїєґІЇЄҐ]")
 
 
-def language_of(text: str) -> str:
-    """The code of a text's language (ISO 639-1), or `unknown`.
+def language_of(text: str) -> str | None:
+    """The code of a text's language (ISO 639-1), one of `LANGUAGES`, or None.
 
-    A guess, and only that: short texts, code and names are unknown, and languages that are not in
-    this file are unknown or taken for a relative (Bulgarian for Russian).
+    A guess, and only that: short texts, code and names are None, and languages that are not in
+    this file are None or taken for a relative (Bulgarian for Russian).
     """
     text = text[:_LOOKED_AT]
     if not text.isascii():
@@ -85,4 +86,4 @@ def language_of(text: str) -> str:
     counts = Counter(name for word in words & _KNOWN for name in _LANGUAGES_OF[word])
     (best, most), (_, second) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
     enough = _ENOUGH if len(words) < _MANY else _ENOUGH_OF_MANY
-    return best if most >= enough and most > second else UNKNOWN
+    return best if most >= enough and most > second else None
