@@ -128,7 +128,9 @@ def test_records_know_their_source_and_prompt_and_can_be_selected(
         for made, position in zip(some, positions, strict=True):
             assert made.origin == whole[position].origin
             assert (made.branches[0].input_ids == whole[position].branches[0].input_ids).all()
-        for name in ("fed", "branches", "prompts", "sequence_lengths", "prompt_lengths"):
+        for name in (
+            "fed", "branches", "prompts", "prefix_lengths", "sequence_lengths", "prompt_lengths"
+        ):  # fmt: skip
             assert (getattr(some, name) == getattr(trees, name)[positions]).all()
         digests = trees.digests(0, 8)
         assert (some.digests(0, 4) == digests[positions]).all()

@@ -12,11 +12,11 @@ from tandem.artifact.files import read_json
 from tandem.data.packing import padded_tokens
 from tandem.data.records import Branch, Origin, Tree
 from tandem.estimate.work import Asked, Work, count_work, guess_work
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.recipe.schema import DataSource, Dpo, Lora, Sft, Validation
 from tandem.stages.dpo import run_dpo
 from tandem.stages.forecast import asked_of
 from tandem.stages.inputs import model_side
-from tandem.stages.records import prepared_records
+from tandem.stages.records import prepared_records, stage_records
 from tandem.stages.sft import run_sft
 from tandem.train.runtime import Runtime
 
@@ -55,28 +55,44 @@ def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = Fals
     from tandem.data.prepare import prepare_conversations, prepare_pairs
     from tandem.data.sources import SourceSpec
 
-    config, tokenizer, template = model_side(model, settings, None, weights=False)
-    _, trees = prepared_records(
+    config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
+    records = stage_records(
         prepare_conversations if kind == "sft" else prepare_pairs,
-        [SourceSpec(settings.data[0].path)],
+        [SourceSpec(source.path, weight=source.weight) for source in settings.data],
+        [],
         settings,
         tokenizer=tokenizer,
         template=template,
         folder=None,
         name=kind,
+        seed=3,
         console=QUIET,
     )
-    asked = asked_of(settings, seed=3, budget=1024, processes=1, config=config, padded=padded)
-    return count_work(trees, asked)
+    asked = asked_of(
+        settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
+        parts=records.parts,
+    )  # fmt: skip
+    return count_work(records.trees, asked)
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("sft", "auto"), ("dpo", "auto"), ("dpo", "padded")]
+    ("kind", "attention", "mixed"),
+    [
+        ("sft", "auto", False),
+        ("sft", "auto", True),
+        ("dpo", "auto", False),
+        ("dpo", "padded", True),
+    ],
 )
 def test_a_plan_counts_what_a_run_reports(
-    kind: str, attention: str, stories_path: Path, shared_data: Path, tmp_path: Path
+    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     settings: Any = _settings(kind, shared_data, tmp_path)
+    if mixed:
+        (source,) = settings.data
+        twice = source.model_copy(update={"weight": 2.5})
+        held_out = Validation(fraction=0.2)
+        settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(
         model=str(stories_path),
@@ -114,7 +130,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.train.device import attention_weight
 
     settings = _settings("dpo", shared_data, tmp_path)
-    config, tokenizer, template = model_side(stories_path, settings, None)
+    config, tokenizer, template, _ = model_side(stories_path, settings, None)
     _, trees = prepared_records(
         prepare_pairs,
         [SourceSpec(settings.data[0].path)],

@@ -139,7 +139,7 @@ class Trees(Sequence[Tree]):
     @property
     def prefix_lengths(self) -> NDArray[np.int32]:
         """[n]: tokens of each tree's prefix, which its sequences share."""
-        return self._index.lengths[self._first_part[:-1]]
+        return self._index.lengths[self._first_part[:-1][self._chosen]]
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:

@@ -108,7 +108,7 @@ def count_work(trees: Trees, asked: Asked) -> Work:
         steps=count,
         examples=int(times.sum()),
         tokens=int(times @ records.fed),
-        tokens_per_epoch=int(records.fed.sum()),
+        tokens_per_epoch=_an_epoch(records.fed, asked.parts),
         padded_tokens=padded,
         shared_tokens=int(times @ records.shared),
         targets=int(times @ records.targets),
@@ -123,6 +123,14 @@ def count_work(trees: Trees, asked: Asked) -> Work:
         reference_targets=int(records.targets.sum()),
         reference_visible=float(records.visible.sum()),
     )
+
+
+def _an_epoch(fed: NDArray[np.int64], parts: Sequence[Part]) -> int:
+    """Tokens that an epoch feeds; by weights that are fractions, epochs differ a little."""
+    if not parts:
+        return int(fed.sum())
+    weights = np.repeat([part.weight for part in parts], [part.examples for part in parts])
+    return round(float(fed @ weights))
 
 
 def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Work:
