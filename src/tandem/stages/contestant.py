@@ -9,7 +9,7 @@ from typing import Any
 from tandem.artifact.files import read_json
 from tandem.artifact.hashing import hash_file, hash_json, hash_weights
 from tandem.artifact.manifest import read_manifest
-from tandem.data.template import ChatTemplate, resolve_template
+from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
 from tandem.model.load import (
@@ -21,6 +21,7 @@ from tandem.model.load import (
     require_model,
 )
 from tandem.model.quantization import read_record
+from tandem.model.vocabulary import grow_vocabulary
 from tandem.train.device import Device
 
 
@@ -33,12 +34,15 @@ class Contestant:
         path: as it was asked for.
         folder: the model, or the adapter's base.
         adapter: the adapter's folder, None for a whole model.
+        added_tokens: special tokens of the template for models that have none of their own. A base
+            is asked as training asked it first: their embeddings are the mean of all others.
     """
 
     label: str
     path: str
     folder: Path
     adapter: Path | None
+    added_tokens: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -71,14 +75,34 @@ class Contestant:
                     raise
                 continue
             break
-        own = getattr(tokenizer, "chat_template", None)
-        return tokenizer, resolve_template(tokenizer, None if own else chat_template)
+        if tokenizer.chat_template:
+            return tokenizer, resolve_template(tokenizer, None)
+        add_tokens(tokenizer, self.added_tokens)
+        return tokenizer, resolve_template(tokenizer, chat_template)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it lacks tokens that it will be asked with."""
+        return bool(self._new_ids())
+
+    def _new_ids(self) -> list[int]:
+        if self.adapter is not None or not self.added_tokens:
+            return []
+        tokenizer = load_tokenizer(self.folder)
+        return (
+            []
+            if tokenizer.chat_template
+            else list(add_tokens(tokenizer, self.added_tokens).values())
+        )
 
     def load_base(self, device: Device) -> Any:
         """The model, or an adapter's base as the adapter saw it."""
         place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
         if self.adapter is None:
-            return load_model(self.folder, **place)
+            model = load_model(self.folder, **place)
+            if new := self._new_ids():
+                grow_vocabulary(model, new)
+            return model
         return load_base(self.folder, self.adapter, **place)
 
     def with_adapter(self, base: Any) -> Any:
@@ -86,7 +110,7 @@ class Contestant:
         return base if self.adapter is None else load_adapter(base, self.adapter)
 
 
-def find_contestant(label: str, path: str) -> Contestant:
+def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> Contestant:
     """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
 
     Raises UserError for a folder that is neither, and for an adapter whose base is not there or
@@ -95,7 +119,7 @@ def find_contestant(label: str, path: str) -> Contestant:
     folder = model_folder(path)
     if not (folder / "adapter_config.json").exists():
         require_model(folder)
-        return Contestant(label, path, folder, None)
+        return Contestant(label, path, folder, None, added_tokens)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     try:
         base = model_folder(named)

@@ -55,6 +55,7 @@ def run_evaluation(
     seed: int,
     runtime: Runtime,
     console: Console,
+    added_tokens: tuple[str, ...] = (),
     judge: Judge | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def run_evaluation(
         seed: of the embedded demo's data.
         runtime: device, dtype, attention.
         console: for progress.
+        added_tokens: what that template needs, for models that lack it.
         judge: compares each model's answers with the first model's; None: the settings' own, if
             they name one.
         replace: whether an evaluation of other models or settings that is finished in the folder
@@ -81,7 +83,7 @@ def run_evaluation(
     check_harness(plan)
     if judge is None and settings.judge is not None:
         judge = server_judge(settings.judge, console)
-    contestants = [find_contestant(label, path) for label, path in models.items()]
+    contestants = [find_contestant(label, path, added_tokens) for label, path in models.items()]
     questions = source_specs(settings.questions, output_dir.parent, seed)
     pairs = source_specs(settings.pairs, output_dir.parent, seed)
     heldout = source_specs(settings.heldout, output_dir.parent, seed)
@@ -98,6 +100,7 @@ def run_evaluation(
             mode="json", exclude={"questions", "pairs", "heldout", "task_data", "judge"}
         ),
         "chat_template": chat_template,
+        "added_tokens": list(added_tokens),
     }
     if judge is not None:
         _check_judged(models, settings)

@@ -212,7 +212,7 @@ class _Ride:
 
     def sft_merge(self, folder: Path) -> None:
         """Merge the first adapter."""
-        self._merge(self.recipe.model, self.root / _FOLDERS["sft"], folder)
+        self._merge(self._base(), self.root / _FOLDERS["sft"], folder)
 
     def pairs(self, folder: Path) -> None:
         """Make preference pairs."""
@@ -268,6 +268,7 @@ class _Ride:
             settings=settings,
             output_dir=folder,
             chat_template=self.recipe.chat_template,
+            added_tokens=self.recipe.added_tokens,
             seed=self.recipe.seed,
             runtime=self._runtime(),
             console=self.console,
@@ -278,12 +279,20 @@ class _Ride:
         return evaluation
 
     def _models(self) -> dict[str, str]:
-        models = {"base": self.recipe.model}
+        models = {"base": self._base()}
         if self.recipe.sft is not None:
             models["sft"] = str(self.root / _FOLDERS["sft-merge"])
         if self.recipe.dpo is not None:
             models["dpo"] = str(self.root / _FOLDERS["dpo-merge"])
         return models
+
+    def _base(self) -> str:
+        """The model that the run began with."""
+        from tandem.model.load import model_folder
+
+        if self.recipe.model_revision is None:
+            return self.recipe.model
+        return str(model_folder(self.recipe.model, self.recipe.model_revision))
 
     def _merge(self, base: str, adapter: Path, folder: Path) -> None:
         from tandem.stages.merge import run_merge

@@ -129,7 +129,7 @@ def _task_key(task: TaskPlan) -> dict[str, Any]:
 def _subject(
     contestant: Contestant, tokenizer: Any, settings: TaskSettings, device: Device
 ) -> Subject:
-    if contestant.quantized or device.kind not in _HARNESS_DEVICES:
+    if contestant.quantized or contestant.grows or device.kind not in _HARNESS_DEVICES:
         pretrained = contestant.with_adapter(contestant.load_base(device))
         adapter = None
     else:
