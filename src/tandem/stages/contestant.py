@@ -75,7 +75,7 @@ class Contestant:
                     raise
                 continue
             break
-        if tokenizer.chat_template:
+        if getattr(tokenizer, "chat_template", None):
             return tokenizer, resolve_template(tokenizer, None)
         add_tokens(tokenizer, self.added_tokens)
         return tokenizer, resolve_template(tokenizer, chat_template)
