@@ -198,7 +198,7 @@ def test_guessed_records_count_as_equal_ones_would() -> None:
     trees = [Tree(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
     writer = TreeWriter(None, ["x"])
     writer.add(Batch("x", to_columns(trees), ()))
-    writer.finish({})
+    writer.finish({}, [count])
     asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
     real, guessed = count_work(writer.trees(), asked), guess_work(10, 10, asked, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.

@@ -124,7 +124,8 @@ def test_a_server_that_falls_silent_stops_the_run_which_goes_on(
     served["server"]["retries"] = 2
     served["server"]["concurrency"] = 4
     assert len(make(conversations, folder, **served)) == COUNT
-    assert len(desk.bodies) - begun == COUNT - 9
+    # A request may be repeated on a busy machine; what was recorded is not asked for again.
+    assert COUNT - 9 <= len(desk.bodies) - begun < COUNT
     served["server"]["model"] = "other"
     with pytest.raises(UserError, match="other inputs"):
         make(conversations, folder, **served)

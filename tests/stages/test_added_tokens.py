@@ -237,5 +237,8 @@ def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Pa
 
 
 def test_spread_embeddings_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"added_tokens: the engine fsdp2 .* Use `engine: ddp`"):
-        run("sft", bases["untied"], tmp_path / "sft", runtime={"engine": "fsdp2"})
+    try:
+        with pytest.raises(UserError, match=r"added_tokens: the engine fsdp2 .* Use `engine: ddp`"):
+            run("sft", bases["untied"], tmp_path / "sft", runtime={"engine": "fsdp2"})
+    finally:
+        torch.distributed.destroy_process_group()

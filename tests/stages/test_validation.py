@@ -290,10 +290,14 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
 
 
 def test_training_that_only_harms_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    run(
-        "sft", tiny_model, tmp_path / "out", validation=TWO, keep="best", max_steps=2,
-        learning_rate=50.0, lora=Lora(rank=4, alpha=400.0),
-    )  # fmt: skip
+    """What is held out are the records that are trained on, with chosen and rejected exchanged."""
+    run("dpo", tiny_model, tmp_path / "first", max_steps=1)
+    swapped = tmp_path / "swapped.jsonl"
+    rows = read_jsonl(tmp_path / "dpo.jsonl")
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    swapped.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    against = Validation(data=(DataSource(path=str(swapped)),), steps=2)
+    run("dpo", tiny_model, tmp_path / "out", validation=against, keep="best")
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["kept_step"] == 0
     assert any("no score after training is better" in text for text in summary["warnings"])
