@@ -370,3 +370,36 @@ def test_without_a_tokenizer_lengths_are_characters(tmp_path: Path) -> None:
     assert found.unit == "characters"
     assert set(found.measures) == {"whole", "prompt", "chosen", "rejected"}
     assert found.measures["chosen"].total == sum(len(pair(seed)["chosen"]) for seed in range(9))
+
+
+def _with_chat(tokenizer: Any, limited: bool, *files: Path) -> Survey:
+    chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
+    plan = Plan("conversations", Limits(400, None) if limited else Limits(_MANY, None), "stop")
+    sources = tuple(SourceSpec(str(file)) for file in files)
+    return survey(Subject(None, sources, plan, 0.05, chat=chat, limited=limited))
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_piece_of_which_nothing_can_be_encoded(
+    limited: bool, mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "a.jsonl", [CONVERSATIONS["dropped"]] * 3)
+    found = _with_chat(mistral_tokenizer, limited, file)
+    assert found.counts == {"read": 3, "trained": 0, "truncated": 0, "dropped": 3}
+    assert found.measures == {}
+    assert "none of the 3 records" in str(found.problem)
+
+
+def test_what_is_too_long_to_be_counted_is_said(
+    mistral_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.diagnose.survey._COUNTED", 400)
+    rows = [conversation(seed) for seed in range(3)] + [_answer(SENTENCE * 60)]
+    found = _with_chat(mistral_tokenizer, False, write(tmp_path / "a.jsonl", rows))
+    assert found.counts == {"read": 4, "trained": 4, "truncated": 0, "dropped": 0}
+    assert found.measures["whole"].most == 400
+    assert [e.row for e in _by_name(found)["very_long"].examples] == [4]
+    # With limits, lengths are those before anything is cut.
+    limited = _with_chat(mistral_tokenizer, True, tmp_path / "a.jsonl")
+    assert limited.counts["truncated"] == 1
+    assert "very_long" not in _by_name(limited)

@@ -65,6 +65,8 @@ class Lengths:
 
 def token_lengths(columns: Columns) -> dict[str, NDArray[np.int32]]:
     """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers."""
+    if not len(columns.parts):
+        return {}
     first = np.concatenate([[0], np.cumsum(columns.parts)[:-1]]).astype(np.int64)
     prefix_of = np.repeat(first, columns.parts)
     is_prefix = np.zeros(len(columns.lengths), dtype=np.bool_)
@@ -72,8 +74,6 @@ def token_lengths(columns: Columns) -> dict[str, NDArray[np.int32]]:
     # A part's whole path, and what is trained of it; the prefix's own entries are not used.
     path = np.where(is_prefix, 0, columns.lengths + columns.lengths[prefix_of])
     trained = np.where(is_prefix, 0, columns.targets + columns.targets[prefix_of])
-    if not len(first):
-        return {}
     # Of a pair, [prefix, chosen, rejected]; else the last branch has the last answer.
     pairs = bool((columns.parts == 3).all())
     found = {

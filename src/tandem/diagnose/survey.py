@@ -51,6 +51,14 @@ _MOST_WORKERS = 12
 _COUNTED = 2**17
 
 
+_UNCOUNTED = Sign(
+    "very_long",
+    f"records of more than {_COUNTED:,} tokens, whose rest was not counted",
+    "note",
+    "A record this long is often a whole file by mistake: look at it.",
+)
+
+
 def shared_signs(other: str) -> tuple[Sign, Sign]:
     """The signs that a prompt, and that words in a row, are in another set as well."""
     return (
@@ -170,7 +178,7 @@ class _Survey:
             self.ledger.add(entries, len(records))
             self._lengths.add(character_lengths(records))
         else:
-            self.ledger.add(batch.entries, len(batch.columns.parts))
+            self.ledger.add(self._told(batch), len(batch.columns.parts))
             self._measure(chunk, known, batch)
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
@@ -236,10 +244,19 @@ class _Survey:
             except UserError as error:
                 self._stop = str(error)
 
+    def _told(self, batch: Batch) -> list[Entry]:
+        """What the ledger would say; without limits nothing is cut but what goes uncounted."""
+        if self._subject.limited:
+            return list(batch.entries)
+        for entry in batch.entries:
+            if entry.outcome == "truncated":
+                origin = Origin(entry.file, entry.row)
+                self._tally.add_example(_UNCOUNTED, origin, excerpt(entry.detail))
+        return [entry for entry in batch.entries if entry.outcome != "truncated"]
+
     def _measure(self, chunk: Chunk, known: str, batch: Batch) -> None:
         """Note lengths in tokens, of records that were cut or dropped those they had before."""
-        touched = {entry.row for entry in batch.entries}
-        if touched:
+        if batch.entries and self._subject.limited:
             assert self._subject.chat is not None
             whole = replace(self._subject.plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
             batch = encode_batch(self._subject.chat, whole, chunk, known)
@@ -312,6 +329,8 @@ def _pieces(
 ) -> Iterator[tuple[Chunk, str, Batch | None]]:
     """The pieces of the data with what encoding makes of each, None without a tokenizer."""
     plan = replace(subject.plan, on_bad_record="drop")
+    if not subject.limited:
+        plan = replace(plan, limits=Limits(_COUNTED, None))
     chunks = formatted_chunks(subject.sources, plan.kind, ledger, "drop")
     if limit is not None:
         chunks = _limited(chunks, limit)
