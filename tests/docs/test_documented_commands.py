@@ -60,15 +60,15 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def _recipes_of_the_pages(folder: Path) -> None:
-    """Put the recipes that the pages show, and stand-ins for those they only name, in place."""
+def _files_of_the_pages(folder: Path) -> None:
+    """Put the files that the pages show, and stand-ins for those they only name, in place."""
     shipped = ROOT / "src" / "tandem" / "recipes" / "demo.yaml"
     (folder / _RECIPE_OF_THE_READER).write_text(shipped.read_text())
     rows = [conversation(seed) for seed in range(8)]
     write(folder / _DATA_OF_THE_READER, rows)
     write(folder / "my-questions.jsonl", [{"question": "Is this asked?", "answer": "No."}])
     for block in blocks(TUTORIAL, "sh"):
-        if block.text.startswith("cat > ") and ".yaml" in block.text.split("\n")[0]:
+        if block.text.startswith("cat > "):
             subprocess.run(["bash", "-eu", "-c", block.text], cwd=folder, check=True)
 
 
@@ -90,7 +90,7 @@ def test_a_shown_command_is_understood(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     del page
-    _recipes_of_the_pages(tmp_path)
+    _files_of_the_pages(tmp_path)
     if words[1] == "report":
         (tmp_path / words[2]).mkdir(parents=True)
     code = main([word.replace("$BASE", "demo:base") for word in words[1:]])
