@@ -26,7 +26,8 @@ from tandem.demo.embedded import materialise
 from tandem.model.adapter import load_adapter
 from tandem.model.load import load_base, load_model, load_tokenizer
 from tandem.model.quantization import FILE, quantize
-from tandem.recipe.schema import DataSource, Lora, Sft
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Lora, Sft
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.train.runtime import Runtime

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.data.records import Tree
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train.runtime import Runtime

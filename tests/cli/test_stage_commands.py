@@ -13,8 +13,8 @@ import tandem.stages.dpo
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
-from tandem.recipe.schema import Dpo, Sft
 from tandem.recipe.seed_flags import Stage, boolean, flags_of
+from tandem.recipe.training import Dpo, Sft
 from tandem.train.runtime import Runtime
 
 SEED_SFT = """

@@ -17,7 +17,7 @@ from tandem.data.records import Turn
 from tandem.data.sources import SourceSpec
 from tandem.data.truncate import Limits
 from tandem.errors import UserError
-from tandem.recipe.schema import DataSource
+from tandem.recipe.section import DataSource
 from tandem.stages.sources import data_identity, source_spec
 
 PAIR = {"ask": "Q", "good": "C", "bad": "R"}

@@ -17,7 +17,7 @@ from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.data.trees import Trees
-from tandem.recipe.schema import DataSource
+from tandem.recipe.section import DataSource
 from tandem.stages.sources import source_spec
 
 Rows = list[dict[str, Any]]

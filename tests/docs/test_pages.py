@@ -13,7 +13,8 @@ from benchmarks.report import MARKS, readme_table
 
 from tandem.data.formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
-from tandem.recipe.schema import DataSource, Recipe
+from tandem.recipe.schema import Recipe
+from tandem.recipe.section import DataSource
 from tandem.stages.sources import source_spec
 
 from .pages import PAGES, ROOT, blocks, without_blocks

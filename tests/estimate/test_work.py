@@ -12,7 +12,8 @@ from tandem.artifact.files import read_json
 from tandem.data.packing import padded_tokens
 from tandem.data.records import Branch, Origin, Tree
 from tandem.estimate.work import Asked, Work, count_work, guess_work
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft, Validation
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft, Validation
 from tandem.stages.dpo import run_dpo
 from tandem.stages.forecast import asked_of
 from tandem.stages.inputs import model_side

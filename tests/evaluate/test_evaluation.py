@@ -20,7 +20,8 @@ from tandem.errors import UserError
 from tandem.evaluate.judge import Judge, Messages, one_by_one
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import Harness
-from tandem.recipe.schema import DataSource, Evaluate
+from tandem.recipe.evaluation import Evaluate
+from tandem.recipe.section import DataSource
 from tandem.report.terminal import comparison_notes
 from tandem.stages.contestant import find_contestant
 from tandem.stages.evaluate import run_evaluation

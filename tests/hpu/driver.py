@@ -37,7 +37,7 @@ def run_stages(folder: Path, runtime: Any, model: Path) -> None:
 
 
 def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
-    from tandem.recipe.schema import Dpo, Sft
+    from tandem.recipe.training import Dpo, Sft
     from tandem.stages.dpo import run_dpo
     from tandem.stages.sft import run_sft
 

@@ -29,7 +29,8 @@ from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
 from tandem.data.records import Tree
 from tandem.errors import TandemError
 from tandem.model.score import Scorer
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft, Validation
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft, Validation
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import micro_batches, reference

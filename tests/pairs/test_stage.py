@@ -17,7 +17,8 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 from tandem.errors import Stopped, UserError
 from tandem.model import packages
-from tandem.recipe.schema import DataSource, Pairs
+from tandem.recipe.making_pairs import Pairs
+from tandem.recipe.section import DataSource
 from tandem.stages import writers
 from tandem.stages.pairs import run_pairs
 from tandem.train.runtime import Runtime

@@ -17,7 +17,8 @@ from tandem.data import order
 from tandem.data.prepare import prepare_pairs
 from tandem.data.records import Tree
 from tandem.model.adapter import adapter_off
-from tandem.recipe.schema import DataSource, Dpo, Lora
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora
 from tandem.stages.dpo import run_dpo
 from tandem.train.objective import PreferenceObjective
 from tandem.train.runtime import Runtime

@@ -15,7 +15,8 @@ from torch import Tensor
 from tandem.artifact.files import read_jsonl
 from tandem.data import order
 from tandem.data.prepare import prepare_conversations
-from tandem.recipe.schema import DataSource, Lora, Sft
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Lora, Sft
 from tandem.stages.sft import run_sft
 from tandem.train.objective import SupervisedObjective
 from tandem.train.runtime import Runtime

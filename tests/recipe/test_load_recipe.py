@@ -8,7 +8,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.load import load_recipe, recipe_names, recipe_to_yaml
-from tandem.recipe.schema import DataSource
+from tandem.recipe.section import DataSource
 
 SMALL = """\
 name: small

@@ -9,9 +9,10 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.load import load_recipe
-from tandem.recipe.schema import AttentionBackend, Hpu, Training
+from tandem.recipe.schema import AttentionBackend, Hpu
 from tandem.recipe.seed_call import StageCall, stage_call
 from tandem.recipe.seed_flags import FLAGS
+from tandem.recipe.training import Training
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]

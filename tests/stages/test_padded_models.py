@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLm
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import UserError
-from tandem.recipe.schema import DataSource, Dpo, Evaluate, Lora, Sft
+from tandem.recipe.evaluation import Evaluate
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.evaluate import run_evaluation
 from tandem.stages.merge import run_merge

@@ -15,7 +15,9 @@ from tandem.errors import UserError
 from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.model.generate import generate_answers
 from tandem.model.load import load_model, load_tokenizer
-from tandem.recipe.schema import DataSource, Evaluate, Pairs
+from tandem.recipe.evaluation import Evaluate
+from tandem.recipe.making_pairs import Pairs
+from tandem.recipe.section import DataSource
 from tandem.stages.evaluate import run_evaluation
 from tandem.stages.pairs import run_pairs
 from tandem.train.runtime import Runtime

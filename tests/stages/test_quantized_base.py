@@ -166,7 +166,7 @@ def test_merged_into_the_weights_that_were_seen(
 def test_weights_without_an_adapter_are_those_that_were_seen(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    from tandem.recipe.schema import Lora
+    from tandem.recipe.training import Lora
 
     run("sft", tiny_model, tmp_path / "sft", lora=Lora(rank=4, target_modules=("q_proj",)))
     merged = merge(tiny_model, tmp_path / "sft", tmp_path / "out")

@@ -7,7 +7,7 @@ import torch
 
 from tandem.data.buckets import Buckets
 from tandem.errors import UserError
-from tandem.recipe.schema import Dpo
+from tandem.recipe.training import Dpo
 from tandem.stages.shapes import declared_shapes
 from tandem.train.device import Device
 from tandem.train.runtime import Hpu, Runtime

@@ -21,7 +21,8 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.data.order import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.kernels.library import numerics
-from tandem.recipe.schema import DataSource, Dpo, Lora, Sft
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import loop

@@ -16,7 +16,8 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import TandemError, UserError
 from tandem.model.adapter import load_adapter
 from tandem.model.load import load_model
-from tandem.recipe.schema import DataSource, Lora, Validation
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Lora, Validation
 from tandem.train import held_out, loop
 from tandem.train.micro_batches import MicroBatches
 

@@ -14,7 +14,8 @@ from tandem.errors import UserError
 from tandem.recipe.seed_flags import DEVICES
 
 if TYPE_CHECKING:
-    from tandem.recipe.schema import Evaluate, Server
+    from tandem.recipe.evaluation import Evaluate
+    from tandem.recipe.making_pairs import Server
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,7 +57,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Evaluate:
-    from tandem.recipe.schema import Evaluate
+    from tandem.recipe.evaluation import Evaluate
 
     def sources(paths: Sequence[str]) -> Any:
         return tuple({"path": path} for path in paths)
@@ -88,7 +89,7 @@ def _judge(arguments: argparse.Namespace) -> Server | None:
         raise UserError("a judge needs both --judge, its name on the server, and --judge_url")
     from pydantic import ValidationError
 
-    from tandem.recipe.schema import Server
+    from tandem.recipe.making_pairs import Server
 
     try:
         return Server(

@@ -81,8 +81,8 @@ def _train(stage: Stage, argv: list[str]) -> int:
     """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
-    from tandem.recipe.schema import Sft
     from tandem.recipe.seed_call import stage_call
+    from tandem.recipe.training import Sft
 
     devices = nproc or launched().count
     call = stage_call(stage, values, devices=devices, gaudi=bridge_installed())

@@ -10,24 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.load import recipe_names
-from tandem.recipe.schema import (
-    DataSource,
-    Dpo,
-    Evaluate,
-    Hpu,
-    Lora,
-    Merge,
-    PairFilters,
-    Pairs,
-    Rank,
-    Recipe,
-    Select,
-    Server,
-    Sft,
-    Validation,
-    Vllm,
-)
+from tandem.recipe.making_pairs import PairFilters, Pairs, Rank, Select, Server, Vllm
+from tandem.recipe.schema import Hpu, Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Merge, Sft, Validation
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("recipe", Recipe),

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.explain import explain
-from tandem.recipe.schema import Dpo, Hpu, Sft, checked_engine
+from tandem.recipe.schema import Hpu, checked_engine
 from tandem.recipe.seed_flags import FLAGS, Stage, flags_of
+from tandem.recipe.training import Dpo, Sft
 from tandem.recipe.yaml_source import Location
 
 Values = Mapping[str, Any]

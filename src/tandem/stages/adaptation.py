@@ -16,7 +16,7 @@ from tandem.model.compiled import Compiling, compile_elementwise
 from tandem.model.dropout import silence
 from tandem.model.score import check_head, sequence_logps
 from tandem.model.vocabulary import grow_vocabulary
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.train.device import Device
 
 

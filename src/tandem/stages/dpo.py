@@ -13,7 +13,7 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
-from tandem.recipe.schema import Dpo
+from tandem.recipe.training import Dpo
 from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.training import run_training
 from tandem.train.objective import PreferenceObjective

@@ -22,7 +22,7 @@ from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import TaskScores
 from tandem.evaluate.scores import Score
 from tandem.evaluate.suite import Plan
-from tandem.recipe.schema import Evaluate
+from tandem.recipe.evaluation import Evaluate
 from tandem.stages.contestant import Contestant, find_contestant, tokenizer_identity
 from tandem.stages.examiner import Examined, Examiner, Material, examined_of
 from tandem.stages.judging import server_judge

@@ -16,7 +16,7 @@ from tandem.estimate.shape import ModelShape, shape_of
 from tandem.estimate.work import Asked, Work, count_work
 from tandem.model.attention import is_padded
 from tandem.model.head import block_bytes
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.train.device import Device, activation_bytes, attention_weight
 from tandem.train.engine import Engine
 

@@ -10,7 +10,7 @@ from tandem.artifact.hashing import hash_bytes, hash_file, hash_weights
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.stages.sources import data_identity
 from tandem.train.device import Device
 from tandem.train.runtime import Runtime

@@ -15,7 +15,9 @@ from tandem.data.template import add_tokens, resolve_template
 from tandem.data.truncate import Limits
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
-from tandem.recipe.schema import DataSource, Dpo, Recipe, Sft, Training
+from tandem.recipe.schema import Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Sft, Training
 from tandem.stages.sources import held_out_sources, source_specs
 
 StageName = Literal["sft", "dpo"]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tandem.evaluate.judge import Judge, Messages
 from tandem.pairs.server import ChatRequest, Failure
-from tandem.recipe.schema import Server
+from tandem.recipe.making_pairs import Server
 from tandem.stages.writers import open_server
 from tandem.train.progress import say
 

@@ -29,7 +29,7 @@ from tandem.pairs.output import pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
 from tandem.pairs.words import Contamination, texts_in
-from tandem.recipe.schema import Pairs, Select
+from tandem.recipe.making_pairs import Pairs, Select
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
 from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity

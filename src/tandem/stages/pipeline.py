@@ -17,7 +17,9 @@ from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import read_manifest, versions
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
-from tandem.recipe.schema import DataSource, Dpo, Recipe
+from tandem.recipe.schema import Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo
 from tandem.stages.preflight import check_inputs
 
 if TYPE_CHECKING:

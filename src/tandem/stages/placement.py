@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandem.model.compiled import check_compile
 from tandem.model.quantization import check_quantization
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.train.device import Device
 from tandem.train.engine import Engine
 from tandem.train.precision import exact_float32

@@ -27,7 +27,9 @@ from tandem.model.load import model_folder
 from tandem.pairs.output import made_pairs
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import select_prompts
-from tandem.recipe.schema import DataSource, Recipe, Sft, Training
+from tandem.recipe.schema import Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, forecast, held_by, ordered_bytes
 from tandem.stages.inputs import model_side
 from tandem.stages.pairs import contamination_of, selection_of

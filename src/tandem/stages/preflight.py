@@ -9,7 +9,11 @@ from rich.console import Console
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource, Evaluate, Pairs, Recipe, Training
+from tandem.recipe.evaluation import Evaluate
+from tandem.recipe.making_pairs import Pairs
+from tandem.recipe.schema import Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Training
 from tandem.stages.sources import source_spec
 
 

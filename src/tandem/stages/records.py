@@ -18,7 +18,7 @@ from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.stages.mixture import in_one_line, mixture_facts, parts_of
 from tandem.stages.outcome import examples_hash
 from tandem.stages.validation import HeldOut, hold_out

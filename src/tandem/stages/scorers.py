@@ -13,7 +13,7 @@ from tandem.model.load import model_folder
 from tandem.pairs.judge import read_verdict, verdict_request
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import Failure
-from tandem.recipe.schema import Rank, Server
+from tandem.recipe.making_pairs import Rank, Server
 from tandem.stages.writers import open_server
 from tandem.train.device import choose_device
 from tandem.train.runtime import Runtime

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.prepare import prepare_conversations
-from tandem.recipe.schema import Sft
+from tandem.recipe.training import Sft
 from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.training import run_training
 from tandem.train.objective import SupervisedObjective

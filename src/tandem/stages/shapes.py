@@ -10,7 +10,7 @@ from tandem.data.order import Part, steps, steps_per_epoch
 from tandem.data.packing import pack
 from tandem.data.trees import Trees
 from tandem.errors import UserError
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.train.device import Device
 from tandem.train.runtime import Hpu, Runtime
 

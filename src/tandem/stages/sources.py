@@ -10,7 +10,8 @@ from typing import Any
 from tandem.artifact.hashing import hash_files
 from tandem.data.formats import format_called
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
-from tandem.recipe.schema import DataSource, Training
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Training
 
 
 def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[SourceSpec]:

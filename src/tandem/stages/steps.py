@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.recipe.schema import Training as TrainingSettings
+from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.records import Records
 from tandem.stages.validation import best_by, scored_every
 from tandem.train.checkpoint import CheckpointStore, Progress

@@ -24,7 +24,7 @@ from tandem.evaluate.leaderboard import (
 from tandem.evaluate.local_data import write_tasks
 from tandem.evaluate.suite import Plan, TaskPlan, plan_tasks
 from tandem.model.packages import require
-from tandem.recipe.schema import Evaluate
+from tandem.recipe.evaluation import Evaluate
 from tandem.stages.contestant import Contestant, tokenizer_identity
 from tandem.train.device import Device
 from tandem.train.progress import phase, say

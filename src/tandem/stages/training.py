@@ -29,7 +29,7 @@ from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
-from tandem.recipe.schema import Training as TrainingSettings
+from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs

@@ -13,7 +13,7 @@ from tandem.artifact.files import read_jsonl
 from tandem.data.held_out import choose_held_out, shared_prompts
 from tandem.data.ledger import Ledger
 from tandem.data.trees import Trees
-from tandem.recipe.schema import Training
+from tandem.recipe.training import Training
 from tandem.train.checkpoint import Progress
 from tandem.train.held_out import Best
 

@@ -25,7 +25,7 @@ from tandem.model.load import (
 from tandem.model.packages import require
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
-from tandem.recipe.schema import Pairs, Server
+from tandem.recipe.making_pairs import Pairs, Server
 from tandem.train.device import choose_device
 from tandem.train.progress import say
 from tandem.train.runtime import Runtime
