@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
+from tandem.train.device import most_resident
 from tandem.train.runtime import Runtime
 
 from .plain import run_plain
@@ -145,13 +145,7 @@ def _own_cache(folder: Path) -> Iterator[None]:
 def _peak_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    # ru_maxrss would count what the parent held when it started this process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_resident()
 
 
 def main() -> None:

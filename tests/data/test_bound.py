@@ -175,7 +175,8 @@ def _result(fitted: Any) -> Any:
 
 
 SCRIPT = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations
@@ -185,6 +186,10 @@ from tandem.data.template import resolve_template
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
 template = resolve_template(tokenizer, "neural-chat")
 
+def most():
+    # ru_maxrss would count what the parent held when it started this process.
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 def run(path, policy, loss_on):
     ledger = Ledger(None)
     trees = prepare_conversations(
@@ -193,10 +198,10 @@ def run(path, policy, loss_on):
     return [e.outcome for e in ledger.entries], [len(t.sequence(0).input_ids) for t in trees]
 
 run(sys.argv[3], "drop", "answers")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = most()
 told = [run(sys.argv[2], *way) for way in (("drop", "answers"), ("keep_start", "text"),
         ("keep_end", "answers"), ("drop_old_turns", "answers"), ("drop_old_turns", "text"))]
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = most()
 print(json.dumps({"told": told, "mebibytes": (after - before) / 1024}))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from tandem.errors import UserError
 from tandem.train import gaudi
-from tandem.train.device import Device, choose_device, token_budget
+from tandem.train.device import Device, choose_device, most_resident, token_budget
 from tandem.train.engine import Engine
 from tandem.train.launch import Launch
 from tandem.train.processes import Processes
@@ -227,3 +228,20 @@ def test_a_bridge_that_runs_in_another_mode_is_refused(monkeypatch: pytest.Monke
         monkeypatch.setenv("PT_HPU_LAZY_MODE", mode)
         with pytest.raises(UserError, match=f"PT_HPU_LAZY_MODE={int(lazy)}.*before Python starts"):
             gaudi.load_bridge(lazy=lazy)
+
+
+def test_the_most_that_was_held_is_not_that_of_the_parent() -> None:
+    ballast = bytearray(600 * 2**20)
+    ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
+    program = "from tandem.train.device import most_resident; print(most_resident())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    alone = int(done.stdout)
+    assert most_resident() > len(ballast)
+    del ballast
+    again = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert alone == pytest.approx(int(again.stdout), rel=0.2)
+    assert alone < 600 * 2**20

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -36,6 +37,17 @@ _CPU_ROWS = 2048
 _GPU_ROWS = 32768
 # Where attention runs under an explicit mask, its scores grow with the square of the rows.
 _MASKED_ROWS = 4096
+
+
+def most_resident() -> int:
+    """Most bytes of memory that this process has held at once."""
+    # ru_maxrss would count what the parent held when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class Device:
         MPS keeps no record of its most; there it is what the driver holds now.
         """
         if self.kind == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return most_resident()
         if self.kind == "mps":
             return int(torch.mps.driver_allocated_memory())
         return int(self._module.max_memory_allocated(self.torch_device))
