@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen2Config,
@@ -23,7 +24,7 @@ from tandem.estimate.memory import ENGINES, Held, memory_of
 from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import ModelShape, described, shape_of
 from tandem.estimate.work import Work
-from tandem.model.adapter import add_adapter, trainable_parameters
+from tandem.model.adapter import add_adapter, modules_out_of_reach, trainable_parameters
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -57,6 +58,26 @@ def test_parameters_are_those_of_the_real_model(name: str, targets: Any) -> None
     assert shape_of(adapted) == shape
     head = adapted.get_base_model().get_output_embeddings().weight
     assert shape.head == head.numel()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIGS["llama"],
+        MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
+        MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_layers_out_of_reach_are_known_without_weights(config: Any) -> None:
+    found = described(config, rank=4, alpha=8, target_modules="all-linear", attention="auto")
+    assert found.reached
+    model = AutoModelForCausalLM.from_config(config).eval()
+    adapted = add_adapter(
+        model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="", seed=0,
+        out_of_reach=modules_out_of_reach(model),
+    )  # fmt: skip
+    assert found.shape == shape_of(adapted)
 
 
 def test_a_token_meets_the_experts_it_reaches() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, positive
 from tandem.errors import UserError
 from tandem.recipe.seed_flags import DEVICES
 
@@ -146,7 +146,7 @@ def _parser() -> Parser:
     own.add_argument("--pairs", metavar="DATA", help="held-out preference pairs", **many)
     own.add_argument("--heldout", metavar="DATA", help="held-out conversations, for loss", **many)
     own.add_argument(
-        "--max_new_tokens", type=_positive, default=64, metavar="N", help="of an answer (64)"
+        "--max_new_tokens", type=positive, default=64, metavar="N", help="of an answer (64)"
     )
     own.add_argument(
         "--samples", type=_count, default=3, metavar="N", help="answers kept side by side (3)"
@@ -165,7 +165,7 @@ def _parser() -> Parser:
         "--judge_key_variable", metavar="NAME", help="the environment variable that holds its key"
     )
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="only the first N items of everything"
+        "--limit", type=positive, metavar="N", help="only the first N items of everything"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument(
@@ -181,13 +181,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -196,4 +189,4 @@ def _count(text: str) -> int:
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tandem.cli.parsing import positive
 from tandem.errors import UserError
 from tandem.train.launch import launched, started_by_launcher
 
@@ -16,7 +17,7 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
     """Declare the flag."""
     parser.add_argument(
         _FLAG,
-        type=_count,
+        type=positive,
         metavar="N",
         help="start N processes on this machine, one for each device, which share the work",
     )
@@ -59,10 +60,3 @@ def _without_flag(argv: Sequence[str]) -> list[str]:
         elif not argument.startswith(f"{_FLAG}="):
             kept.append(argument)
     return kept
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number

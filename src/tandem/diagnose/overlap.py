@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.chunks import BadLine
+from tandem.data.formats.rows import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources import SourceSpec, looks_like_path, read_rows
 from tandem.diagnose.words import MOST_CHARACTERS, Hashes, Words, words_of
@@ -178,7 +179,7 @@ def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | None, Origin]]:
         yield from _plain_rows(path)
         return
     for row in read_rows(source):
-        yield (None if isinstance(row, BadLine) else list(leaves(row.fields))), row.origin
+        yield (None if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
 
 
 def _is_plain(path: Path) -> bool:
@@ -200,15 +201,3 @@ def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
                 yield texts, Origin(str(path), number)
     except (OSError, EOFError, csv.Error, lzma.LZMAError) as error:
         raise UserError(f"data: {path} cannot be read: {error}.") from error
-
-
-def leaves(value: object) -> Iterator[str]:
-    """All texts in a value of JSON, keys aside."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)

@@ -51,10 +51,17 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Described:
-    """A described model: its shape, and whether it will be fed padded rows as far as one sees."""
+    """A described model, as far as its configuration says.
+
+    Attributes:
+        shape: with its adapter.
+        padded: whether it will be fed padded rows.
+        reached: whether it could be told which layers an adapter can act on.
+    """
 
     shape: ModelShape
     padded: bool
+    reached: bool
 
 
 def described(
@@ -72,7 +79,11 @@ def described(
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            # What a forward needs in which no number is looked at: plain masks, and the one dtype
+            # that grouped products of experts take.
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.bfloat16
+            )
     except Exception as error:  # a strange config can lead a model's constructor anywhere
         raise UserError(
             f"config.json describes no causal language model that can be made ({error}). Copy or "
@@ -95,9 +106,9 @@ def described(
         target_modules=target_modules,
         base_name="",
         seed=0,
-        out_of_reach=unread,
+        out_of_reach=unread or [],
     )
-    return Described(shape_of(adapted), padded)
+    return Described(shape_of(adapted), padded, unread is not None)
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -144,11 +155,12 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
-def _out_of_reach(model: Any) -> list[str]:
+def _out_of_reach(model: Any) -> list[str] | None:
+    """See `adapter.modules_out_of_reach`; None for a forward that needs numbers to go through."""
     try:
         return modules_out_of_reach(model)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return []  # its forward looks at numbers, and there are none
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # as many types as there are ways to ask a tensor without numbers for one
 
 
 def _size(layer: Any) -> int:

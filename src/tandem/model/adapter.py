@@ -108,7 +108,9 @@ def modules_out_of_reach(model: Any) -> list[str]:
     handles = [module.register_forward_hook(note) for module in linear.values()]
     try:
         with torch.no_grad():
-            model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+            ids = torch.arange(4, device=model.device)[None]
+            # Without a mask transformers looks at positions for packed texts, which takes numbers.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -63,17 +63,5 @@ class Contamination:
         return any(hash(run) in self._parts for run in _runs(words, self._size))
 
 
-def texts_in(value: object) -> Iterator[str]:
-    """Every text in nested plain data."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from texts_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from texts_in(inner)
-
-
 def _runs(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + size]) for i in range(len(words) - size + 1))

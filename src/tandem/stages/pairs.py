@@ -18,6 +18,7 @@ from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
 from tandem.data.chunks import BadLine
+from tandem.data.formats.rows import texts_in
 from tandem.data.ledger import Ledger
 from tandem.data.sources import SourceSpec, read_rows
 from tandem.errors import UserError
@@ -28,7 +29,7 @@ from tandem.pairs.journal import recorded
 from tandem.pairs.output import pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import Contamination, texts_in
+from tandem.pairs.words import Contamination
 from tandem.recipe.making_pairs import Pairs, Select
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs

@@ -191,6 +191,10 @@ class _Planner:
                 "steps, time and memory follow from it: --download fetches and reads it, --records "
                 "N --tokens-per-record M plans without it"
             )
+        if not model.reached:
+            data.notes.append(
+                "which layers all-linear reaches is only known with weights: all are counted"
+            )
         if model.padded:
             data.notes.append("this model reads padded rows: nothing is shared")
         made, disk = None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,3 +68,15 @@ def sound(value: str) -> str:
     except UnicodeEncodeError as error:
         raise Unusable("a text holds half of a surrogate pair") from error
     return value
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a row or a part of one, keys aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
