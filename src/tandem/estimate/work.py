@@ -186,6 +186,7 @@ class _Records:
 
     @classmethod
     def of(cls, trees: Trees, asked: Asked) -> _Records:
+        """From the lengths that the encoded records keep; no tree is made for it."""
         branches = trees.branches.astype(np.int64)
         prefix = trees.prefix_lengths.astype(np.int64)
         lengths = trees.sequence_lengths.astype(np.int64)

@@ -21,7 +21,7 @@ from tandem.evaluate.judge import Duel, Judge, Verdicts, judge_duels
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import TaskScores
 from tandem.evaluate.scores import Score
-from tandem.evaluate.suite import Plan
+from tandem.evaluate.suite import Plan, TaskPlan
 from tandem.recipe.evaluation import Evaluate
 from tandem.stages.contestant import Contestant, find_contestant, tokenizer_identity
 from tandem.stages.examiner import Examined, Examiner, Material, examined_of
@@ -44,6 +44,8 @@ _COLLAPSE = 0.1
 # Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
 _JUDGMENTS = "judgments.jsonl"
+# The recipe's keys for data of the user's own.
+_OWN = ("questions", "pairs", "heldout")
 
 
 def run_evaluation(
@@ -84,21 +86,15 @@ def run_evaluation(
     if judge is None and settings.judge is not None:
         judge = server_judge(settings.judge, console)
     contestants = [find_contestant(label, path, added_tokens) for label, path in models.items()]
-    questions = source_specs(settings.questions, output_dir.parent, seed)
-    pairs = source_specs(settings.pairs, output_dir.parent, seed)
-    heldout = source_specs(settings.heldout, output_dir.parent, seed)
-    data = {
-        "questions": data_identity(questions),
-        "pairs": data_identity(pairs),
-        "heldout": data_identity(heldout),
+    sources = {
+        name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
+    data = {name: data_identity(specs) for name, specs in sources.items()}
     inputs = {
         "models": {c.label: c.identity for c in contestants},
         **data,
-        "tasks": [_identity(plan, name) for name in (t.name for t in plan.tasks)],
-        "settings": settings.model_dump(
-            mode="json", exclude={"questions", "pairs", "heldout", "task_data", "judge"}
-        ),
+        "tasks": [_identity(task) for task in plan.tasks],
+        "settings": settings.model_dump(mode="json", exclude={*_OWN, "task_data", "judge"}),
         "chat_template": chat_template,
         "added_tokens": list(added_tokens),
     }
@@ -115,37 +111,25 @@ def run_evaluation(
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
         for title, why in plan.left_out:
             say(console, f"{title} is not measured: {why}")
+        questions = sources["questions"]
         material = Material(
             list(islice(read_questions(questions), settings.limit)) if questions else [],
-            pairs,
-            heldout,
+            sources["pairs"],
+            sources["heldout"],
             settings.max_new_tokens,
             settings.limit,
         )
         device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
-        own = {c.label: desk.examine(c) for c in contestants}
-        how = TaskSettings(settings.limit, settings.chat, str(settings.batch_size), chat_template)
-        tasks = desk.measure(contestants, plan, how)
-        verdicts = desk.judge(judge, own) if judge is not None else {}
-        evaluation = _evaluation(models, material, own, tasks, verdicts, settings)
-        if judge is not None:
-            evaluation["judge"] = {
-                "name": judge.name,
-                "against": next(iter(models)),
-                "models": {label: one.as_json() for label, one in verdicts.items()},
-            }
-        evaluation["tasks"] = task_facts(plan, tasks, how)
-        evaluation["left_out"] = [list(one) for one in plan.left_out]
+        evaluation = desk.evaluate(models, contestants, plan, settings, judge)
         atomic_write_json(path, evaluation)
         finish_stage(output_dir, ["evaluation.json"])
     return evaluation
 
 
-def _identity(plan: Plan, name: str) -> dict[str, Any]:
-    task = next(task for task in plan.tasks if task.name == name)
+def _identity(task: TaskPlan) -> dict[str, Any]:
     data = "hub" if task.data is None else task.data.identity
-    return {"task": name, "shots": task.shots, "data": data}
+    return {"task": task.name, "shots": task.shots, "data": data}
 
 
 def _holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
@@ -177,6 +161,32 @@ class _Desk:
         self.runtime = runtime
         self.console = console
         self.kept = Kept(folder / _SCORES)
+
+    def evaluate(
+        self,
+        models: Mapping[str, str],
+        contestants: Sequence[Contestant],
+        plan: Plan,
+        settings: Evaluate,
+        judge: Judge | None,
+    ) -> dict[str, Any]:
+        """All that is measured, as evaluation.json says it."""
+        own = {c.label: self.examine(c) for c in contestants}
+        how = TaskSettings(
+            settings.limit, settings.chat, str(settings.batch_size), self.chat_template
+        )
+        tasks = self.measure(contestants, plan, how)
+        verdicts = self.judge(judge, own) if judge is not None else {}
+        evaluation = _evaluation(models, self.material, own, tasks, verdicts, settings)
+        if judge is not None:
+            evaluation["judge"] = {
+                "name": judge.name,
+                "against": next(iter(models)),
+                "models": {label: one.as_json() for label, one in verdicts.items()},
+            }
+        evaluation["tasks"] = task_facts(plan, tasks, how)
+        evaluation["left_out"] = [list(one) for one in plan.left_out]
+        return evaluation
 
     def examine(self, contestant: Contestant) -> Examined:
         """A model's own measures."""
