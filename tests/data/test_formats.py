@@ -373,7 +373,7 @@ def test_formats_have_names_for_recipes() -> None:
         ({"question": "Q", "chosen": "C", "rejected": ""}, "empty answer"),
         ({"question": "Q", "chosen": None, "rejected": "R"}, "`chosen` is null or missing"),
         ({"question": None, "chosen": "C", "rejected": "R"}, "`question` is null or missing"),
-        ({"question": "Q", "chosen": ["C"], "rejected": "R"}, "`chosen` is not a text"),
+        ({"question": "Q", "chosen": 3, "rejected": "R"}, "`chosen` is not a text"),
         ({"prompt": [], "chosen": "C", "rejected": "R"}, "`prompt` is not a list of turns"),
         (
             {
@@ -393,7 +393,7 @@ def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> N
 
 def test_rows_of_no_known_format_are_not_guessed_at() -> None:
     assert detect({"text": "hello"}) is None
-    assert detect({"instruction": "Q", "response": "A"}) is None
+    assert detect({"instruction": "Q", "answer": "A"}) is None
 
 
 def test_questions() -> None:

@@ -1,4 +1,4 @@
-"""Tools and tool calls of a row: several spellings to the one that chat templates take.
+"""Tools, tool calls and reasoning of a row: several spellings to the one chat templates take.
 
 OpenAI's: `tools` is a list of functions with JSON schemas, `tool_calls` of an assistant's turn a
 list of `{"id", "type": "function", "function": {"name", "arguments"}}`; `tool_call_id` and `name`
@@ -11,6 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from tandem.data.records import REASONING
+
+# How an answer's reasoning is called: by most servers and templates, by some, by a few.
+REASONING_KEYS = (REASONING, "thinking", "reasoning")
 
 
 class Malformed(ValueError):  # noqa: N818  (a verdict on a record)
@@ -35,19 +40,39 @@ def read_tools(value: object) -> str:
     return _text(tools)
 
 
-def read_calls(value: object) -> str:
-    """The `extra` of an assistant's turn that calls tools, empty when it calls none.
+def read_answer(calls: object, item: Mapping[str, object]) -> str:
+    """The `extra` of an assistant's turn: its tool calls, and its reasoning; empty without both.
+
+    Raises `Malformed` for a call without a name, and for reasoning that is not a text.
+    """
+    found = {key: item.get(key) for key in REASONING_KEYS}
+    said = {key: value for key, value in found.items() if value not in (None, "")}
+    if not all(isinstance(value, str) for value in said.values()):
+        key = next(key for key, value in said.items() if not isinstance(value, str))
+        raise Malformed(f"`{key}` is not a text")
+    if len(set(said.values())) > 1:
+        raise Malformed(f"{' and '.join(f'`{key}`' for key in said)} differ")
+    more: dict[str, object] = {}
+    if listed := read_calls(calls):
+        more["tool_calls"] = listed
+    if said:
+        more[REASONING] = next(iter(said.values()))
+    return _text(more) if more else ""
+
+
+def read_calls(value: object) -> list[dict[str, Any]]:
+    """The tool calls of an assistant's turn, in one spelling.
 
     Raises `Malformed` for a call without a name.
     """
     calls = _parsed(value, "`tool_calls`")
     if calls is None or calls == []:
-        return ""
+        return []
     if isinstance(calls, Mapping):
         calls = [calls]
     if not isinstance(calls, list):
         raise Malformed("`tool_calls` is not a list of calls")
-    return _text({"tool_calls": [_call(_parsed(call, "`tool_calls`")) for call in calls]})
+    return [_call(_parsed(call, "`tool_calls`")) for call in calls]
 
 
 def read_result(item: Mapping[str, object]) -> str:
@@ -96,5 +121,5 @@ def _text(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
-        raise Malformed("tools or tool calls hold what is no JSON text") from error
+        raise Malformed("tools, tool calls or reasoning hold what is no JSON text") from error
     return text

@@ -232,11 +232,11 @@ class _Texts:
 
 def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> _Texts | Refused:
     """The prompt, and what the template writes after it for this answer, up to the end token."""
-    turns = (*exchange.before, Turn("assistant", exchange.answer, extra=exchange.extra))
-    text = _render(chat, turns, exchange, prompt=False)
+    answered = Turn("assistant", exchange.answer, extra=exchange.extra)
+    text = _render(chat, (*exchange.before, answered), exchange, prompt=False)
     ending = chat.ending
     # What stands between a text and its end token may stand elsewhere in a call.
-    closing = (ending.token if exchange.extra else ending.closing) + ending.trailer
+    closing = (ending.token if answered.calls else ending.closing) + ending.trailer
     if not text.startswith(prompt) or not text.endswith(closing):
         return Refused("the chat template does not continue its own prompt with the answer")
     answer = text[len(prompt) : len(text) - len(ending.trailer)]

@@ -15,6 +15,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 TokenIds = NDArray[np.int32]
 TrainedMask = NDArray[np.bool_]
 
+# The key of an answer's reasoning in `Turn.extra`.
+REASONING = "reasoning_content"
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -31,8 +34,9 @@ class Origin:
 class Turn:
     """One message of a conversation; `trained` only matters for assistant turns.
 
-    `extra` is a JSON object of what else a chat template gets of the message: `tool_calls` of an
-    assistant turn (its `content` may be null there), `name` and `tool_call_id` of a tool's.
+    `extra` is a JSON object of what else a chat template gets of the message: `tool_calls` (its
+    `content` may be null there) and `reasoning_content` of an assistant turn, `name` and
+    `tool_call_id` of a tool's.
     """
 
     role: Role
@@ -43,12 +47,20 @@ class Turn:
     @property
     def calls(self) -> bool:
         """Whether the assistant calls tools in this turn."""
-        return self.role == "assistant" and bool(self.extra)
+        return "tool_calls" in self.more()
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether the assistant's reasoning stands beside what it says."""
+        return REASONING in self.more()
+
+    def more(self) -> dict[str, Any]:
+        """What `extra` holds."""
+        return json.loads(self.extra) if self.extra else {}
 
     def message(self) -> dict[str, Any]:
         """The turn as chat templates take it."""
-        more = json.loads(self.extra) if self.extra else {}
-        return {"role": self.role, "content": self.content, **more}
+        return {"role": self.role, "content": self.content, **self.more()}
 
 
 @dataclass(frozen=True, slots=True)

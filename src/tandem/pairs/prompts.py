@@ -69,8 +69,10 @@ def read_prompts(
 def _first_exchange(conversation: Conversation, source: int) -> Prompt | str:
     """The first question and its answer, or why a pair cannot be made of them."""
     turns = conversation.turns
-    if conversation.tools or any(turn.extra or turn.role == "tool" for turn in turns):
+    if conversation.tools or any(turn.calls or turn.role == "tool" for turn in turns):
         return "pairs are not made of exchanges with tools"
+    if any(turn.reasoned for turn in turns):
+        return "pairs are not made of answers with reasoning beside them"
     end = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
     asked = turns[:end]
     roles = [turn.role for turn in asked]

@@ -7,6 +7,7 @@ Formats are told apart by their keys; extra keys are fine. A row that cannot be 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from tandem.data.formats.conversations import (
     read_alpaca,
@@ -29,6 +30,16 @@ from tandem.data.formats.questions import (
 )
 from tandem.data.formats.rows import Fields, Format, Kind, Reader, Record, Unusable
 from tandem.data.formats.scored import read_best_vs_rest, read_best_vs_worst
+from tandem.data.formats.spellings import (
+    answers_as_texts,
+    read_exchanges,
+    read_input_pair,
+    read_instruction_and_response,
+    read_prompt_and_response,
+    read_query_and_response,
+    read_question_and_answer,
+    read_response_pair,
+)
 from tandem.data.formats.unpaired import read_good_answer, read_joined_pair
 from tandem.errors import UserError
 
@@ -59,16 +70,26 @@ _EACH = "UltraFeedback, best against each"
 
 
 def _known(
-    name: str, kind: Kind, keys: str, read: Reader, optional: str = "", *, turns: bool = False
+    name: str,
+    kind: Kind,
+    keys: str,
+    read: Reader,
+    optional: str = "",
+    *,
+    turns: bool = False,
+    suits: Callable[[Fields], bool] | None = None,
 ) -> Format:
-    return Format(name, kind, frozenset(keys.split()), read, frozenset(optional.split()), turns)
+    return Format(
+        name, kind, frozenset(keys.split()), read, frozenset(optional.split()), turns, suits
+    )
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
 # `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
 FORMATS: tuple[Format, ...] = (
     _known(
-        "orca_dpo_pairs", "preference pairs", "question chosen rejected", read_orca_pair, "system"
+        "orca_dpo_pairs", "preference pairs", "question chosen rejected", read_orca_pair, "system",
+        suits=answers_as_texts,
     ),
     _known(
         "explicit preference", "preference pairs", "prompt chosen rejected", read_explicit_pair,
@@ -82,10 +103,18 @@ FORMATS: tuple[Format, ...] = (
         "Alpaca preference", "preference pairs", "instruction chosen rejected", read_alpaca_pair,
         "input system history", turns=True,
     ),
+    _known(
+        "input preference", "preference pairs", "input chosen rejected", read_input_pair, "system",
+        suits=answers_as_texts,
+    ),
     # Without a prompt of its own: what both have in common.
     _known(
         "implicit preference", "preference pairs", "chosen rejected", read_implicit_pair, "system",
         turns=True,
+    ),
+    _known(
+        "response preference", "preference pairs", "instruction chosen_response rejected_response",
+        read_response_pair, "input system history",
     ),
     _known(
         "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_worst,
@@ -112,12 +141,28 @@ FORMATS: tuple[Format, ...] = (
     _known(
         "Alpaca", "conversations", "instruction output", read_alpaca, "input system history"
     ),
+    _known("conversation", "conversations", "conversation", read_exchanges, "system", turns=True),
+    _known(
+        "instruction and response", "conversations", "instruction response",
+        read_instruction_and_response, "context system history",
+    ),
+    _known(
+        "prompt and response", "conversations", "prompt response", read_prompt_and_response,
+        "system", turns=True,
+    ),
+    _known(
+        "query and response", "conversations", "query response", read_query_and_response, "system"
+    ),
+    _known(
+        "question and answer", "conversations", "question answer", read_question_and_answer,
+        "system",
+    ),
 )  # fmt: skip
 
 
 def detect(fields: Fields) -> Format | None:
-    """The format of a row by its keys, or None."""
-    return next((known for known in FORMATS if known.keys <= fields.keys()), None)
+    """The format of a row by its keys and what they hold, or None."""
+    return next((known for known in FORMATS if known.fits(fields)), None)
 
 
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:

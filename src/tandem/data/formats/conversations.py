@@ -47,7 +47,12 @@ def _answered(prompt: tuple[Turn, ...], answer: str, origin: Origin) -> Conversa
 def _conversation(
     fields: Fields, key: str, origin: Origin, role_key: str, text_key: str
 ) -> Conversation:
-    turns = after_system(fields, turns_in(fields.get(key), key, role_key, text_key))
+    return conversation_of(fields, turns_in(fields.get(key), key, role_key, text_key), origin)
+
+
+def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> Conversation:
+    """The conversation of a row's turns, up to the last answer, behind its `system`."""
+    turns = after_system(fields, turns)
     # Nothing after the last answer can influence training.
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:

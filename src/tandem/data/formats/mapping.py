@@ -11,7 +11,10 @@ from tandem.data.formats.rows import Fields
 # Keys that a turn's own names can be given for, and the columns that turns may be in.
 TURN_KEYS = frozenset({"role", "content"})
 _ROLE_NAMES = ("role", "from")
-_TURN_COLUMNS = ("conversations", "messages", "prompt", "completion", "chosen", "rejected")
+_TURN_COLUMNS = (
+    "conversations", "messages", "conversation", "prompt", "completion", "response", "chosen",
+    "rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Format:
         read: the records of a row; raises `Unusable` for a row that holds none.
         optional: more keys that are read when they are there.
         turns: whether turns, with roles and contents, are somewhere in it.
+        suits: whether a row that has the keys can be of this format; None: any can.
     """
 
     name: str
@@ -47,6 +48,11 @@ class Format:
     read: Reader
     optional: frozenset[str] = frozenset()
     turns: bool = False
+    suits: Callable[[Fields], bool] | None = None
+
+    def fits(self, fields: Fields) -> bool:
+        """Whether a row is of this format by what it holds."""
+        return self.keys <= fields.keys() and (self.suits is None or self.suits(fields))
 
 
 def text(fields: Fields, key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tandem.data.calls import Malformed, read_calls, read_result, read_tools
+from tandem.data.calls import Malformed, read_answer, read_result, read_tools
 from tandem.data.formats.rows import Fields, Unusable, sound, text
 from tandem.data.records import Role, Turn
 
@@ -127,9 +127,11 @@ def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple
 
 
 def said(answer: Turn) -> str:
-    """The text of an answer that stands beside a prompt; only conversations hold tool calls."""
+    """The text of an answer that stands beside a prompt; only conversations hold more of it."""
     if answer.calls:
         raise Unusable("an answer that calls tools, outside of a conversation")
+    if answer.reasoned:
+        raise Unusable("an answer with reasoning beside it, outside of a conversation")
     return answer.content
 
 
@@ -197,16 +199,17 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     content, extra = item.get(text_key), ""
     try:
         if name.lower() == "function_call":
-            content, extra = None, read_calls(content)
+            content, extra = None, read_answer(content, item)
         elif role == "assistant":
-            extra = read_calls(item.get("tool_calls"))
+            extra = read_answer(item.get("tool_calls"), item)
         elif role == "tool":
             extra = read_result(item)
     except Malformed as reason:
         raise Unusable(str(reason)) from reason
-    if content is None and (role == "system" or (role == "assistant" and extra)):
+    trained = role != "assistant" or _trained(item)
+    if content is None and (role == "system" or Turn(role, "", trained, extra).calls):
         content = ""
-    return Turn(role, _content(content, text_key), role != "assistant" or _trained(item), extra)
+    return Turn(role, _content(content, text_key), trained, extra)
 
 
 def _trained(item: Mapping[str, object]) -> bool:

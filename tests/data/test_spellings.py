@@ -1,0 +1,113 @@
+"""Rows of widely used sets are what the same texts under the known keys would be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tandem.data.formats import Format, Unusable, detect
+from tandem.data.formats.mapping import Renaming
+from tandem.data.formats.rows import Fields
+from tandem.data.records import Origin
+
+ORIGIN = Origin("made.jsonl", 7)
+TURNS = [
+    {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "P"}, {"role": "assistant", "content": "B"},
+]  # fmt: skip
+CHOSEN, REJECTED = TURNS[:2], [TURNS[0], TURNS[3]]
+
+
+def known(row: Fields) -> Format:
+    found = detect(row)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "plain"),
+    [
+        (
+            "question and answer",
+            {"question": "Q", "answer": "A"},
+            {"prompt": "Q", "completion": "A"},
+        ),
+        (
+            "query and response",
+            {"type": "GSM", "query": "Q", "original_question": "O", "response": "A"},
+            {"prompt": "Q", "completion": "A"},
+        ),
+        (
+            "prompt and response",
+            {"prompt": "Q", "response": "A", "helpfulness": 3, "system": "S"},
+            {"prompt": "Q", "completion": "A", "system": "S"},
+        ),
+        (
+            "instruction and response",
+            {"instruction": "Q", "context": "C", "response": "A", "category": "open_qa"},
+            {"instruction": "Q", "input": "C", "output": "A"},
+        ),
+        ("conversation", {"conversation": TURNS, "turn": 2}, {"messages": TURNS}),
+        (
+            "conversation",
+            {"conversation": [{"input": "Q", "output": "A"}, {"input": "P", "output": "B"}]},
+            {"messages": TURNS},
+        ),
+        (
+            "input preference",
+            {"system": "S", "input": "Q", "chosen": "A", "rejected": "B", "status": "tie"},
+            {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
+        ),
+        (
+            "response preference",
+            {"instruction": "Q", "chosen_response": "A", "rejected_response": "B"},
+            {"instruction": "Q", "chosen": "A", "rejected": "B"},
+        ),
+        # Messages that bring their prompt: the other columns repeat it.
+        (
+            "explicit preference",
+            {"question": "Q", "prompt": "Q", "chosen": CHOSEN, "rejected": REJECTED},
+            {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        ),
+        (
+            "implicit preference",
+            {"question": "Q", "chosen": CHOSEN, "rejected": REJECTED},
+            {"chosen": CHOSEN, "rejected": REJECTED},
+        ),
+        (
+            "implicit preference",
+            {"input": "Q", "conversation": TURNS, "chosen": CHOSEN, "rejected": REJECTED},
+            {"chosen": CHOSEN, "rejected": REJECTED},
+        ),
+    ],
+)
+def test_other_keys_make_the_same_record(
+    name: str, row: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    assert known(row).name == name
+    assert known(row).read(row, ORIGIN) == known(plain).read(plain, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "Q", "answer": None}, "`answer` is null or missing"),
+        ({"question": 3, "answer": "A"}, "`question` is not a text"),
+        ({"instruction": "Q", "context": 3, "response": "A"}, "`context` is not a text"),
+        ({"input": "Q", "chosen": "A", "rejected": "A"}, "identical answers"),
+        ({"conversation": [{"input": "Q", "output": None}]}, "a turn's `content` is null"),
+        ({"conversation": []}, "`conversation` is not a list of turns"),
+    ],
+)
+def test_reasons_speak_of_the_keys_that_the_row_has(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        known(row).read(row, ORIGIN)
+
+
+def test_a_recipe_may_rename_these_keys_as_well() -> None:
+    renaming = Renaming((("conversation", "dialogue"),), (("bot", "assistant"),))
+    said = [TURNS[0], {"role": "bot", "content": "A"}]
+    row = renaming.apply({"dialogue": said})
+    (record,) = known(row).read(row, ORIGIN)
+    assert record == known({"messages": 0}).read({"messages": TURNS[:2]}, ORIGIN)[0]
