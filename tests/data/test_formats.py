@@ -14,6 +14,7 @@ from tandem.data.formats import (
     read_question,
     variant,
 )
+from tandem.data.formats.turns import UNKNOWN_ROLE
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.errors import UserError
 
@@ -345,7 +346,7 @@ def test_formats_have_names_for_recipes() -> None:
         (sharegpt(("gpt", "A"), ("human", "Q")), "roles out of order"),
         (sharegpt(("human", "Q"), ("human", "Q"), ("gpt", "A")), "roles out of order"),
         (sharegpt(("human", "Q"), ("system", "S"), ("gpt", "A")), "roles out of order"),
-        (sharegpt(("moderator", "Q"), ("gpt", "A")), "unknown role"),
+        (sharegpt(("moderator", "Q"), ("gpt", "A")), UNKNOWN_ROLE),
         (sharegpt(("tool", "Q"), ("gpt", "A")), "roles out of order"),
         (sharegpt(("human", "Q"), ("tool", "R"), ("gpt", "A")), "roles out of order"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ import pytest
 from tandem.data.formats import Format, Unusable, detect
 from tandem.data.formats.mapping import Renaming
 from tandem.data.formats.rows import Fields
+from tandem.data.ledger import Ledger
+from tandem.data.reading import read_conversations
 from tandem.data.records import Origin
+from tandem.data.sources import SourceSpec
+from tandem.errors import UserError
 
 ORIGIN = Origin("made.jsonl", 7)
 TURNS = [
@@ -103,6 +109,24 @@ def test_other_keys_make_the_same_record(
 def test_reasons_speak_of_the_keys_that_the_row_has(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unusable, match=reason):
         known(row).read(row, ORIGIN)
+
+
+def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> None:
+    def refusal(row: Fields, **said: Any) -> str:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        source = SourceSpec(str(tmp_path / "rows.jsonl"), **said)
+        with pytest.raises(UserError) as caught:
+            list(read_conversations([source], Ledger(None)))
+        return str(caught.value)
+
+    said = {"dialogue": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    assert refusal(said).endswith(
+        "But `dialogue` holds turns: say so in the recipe with `fields: {messages: dialogue}`."
+    )
+    named = SourceSpec(str(tmp_path / "rows.jsonl"), fields=(("messages", "dialogue"),))
+    assert len(list(read_conversations([named], Ledger(None)))) == 1
+    assert "does not say what is asked" in refusal({"text": "### Human: hello"})
+    assert "If only names differ" in refusal({"asked": "Q", "answered": "A"})
 
 
 def test_a_recipe_may_rename_these_keys_as_well() -> None:

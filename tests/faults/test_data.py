@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.formats.turns import UNKNOWN_ROLE
 
 from .desk import Desk
 
@@ -143,7 +144,7 @@ def talk(*roles: str) -> dict[str, Any]:
         ({"messages": [None]}, "`messages` holds a turn that is not an object"),
         ({"messages": [{"role": "user", "content": None}, TALK[1]]}, "null or missing"),
         ({"messages": [{"role": "user", "content": 12}, TALK[1]]}, "`content` is not a text"),
-        ({"messages": [{"role": "bot", "content": "Hi."}, TALK[1]]}, "unknown role"),
+        ({"messages": [{"role": "host", "content": "Hi."}, TALK[1]]}, UNKNOWN_ROLE),
         (
             {"prompt": "Why?", "completion": "So."},
             "a row of another format than its source's first (prompt and completion, not messages)",

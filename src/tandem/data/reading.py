@@ -22,6 +22,7 @@ from tandem.data.formats import (
     read_question,
     variant,
 )
+from tandem.data.formats.spellings import column_of_turns
 from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
@@ -218,6 +219,17 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
             f"{row.origin}: the recipe says that {source.path} is {known.name}, which needs "
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
             "with `fields: {key of the format: key of the data}`, or correct `format`."
+        )
+    column = column_of_turns(row.fields)
+    if column is not None and kind == "conversations":
+        return UserError(
+            f"{row.origin}: a record of no known format; its keys are: {keys}. But `{column}` holds "
+            f"turns: say so in the recipe with `fields: {{messages: {column}}}`."
+        )
+    if row.fields.keys() == {"text"}:
+        return UserError(
+            f"{row.origin}: the record is a `text` alone, which does not say what is asked and what "
+            f"is answered. Known formats of {kind}: {describe_formats(kind)}."
         )
     return UserError(
         f"{row.origin}: a record of no known format; its keys are: {keys}. Known formats of "

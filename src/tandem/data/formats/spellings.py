@@ -49,6 +49,14 @@ def answers_as_texts(fields: Fields) -> bool:
     return not isinstance(fields.get("chosen"), list)
 
 
+def column_of_turns(fields: Fields) -> str | None:
+    """The key under which a row has a list of turns, if there is one."""
+    for key, value in fields.items():
+        if isinstance(value, list) and value and all(_turn(item) for item in value):
+            return str(key)
+    return None
+
+
 # GSM8K; MetaMath; HelpSteer; Dolly.
 read_question_and_answer = spelt(read_completion, prompt="question", completion="answer")
 read_query_and_response = spelt(read_completion, prompt="query", completion="response")
@@ -57,6 +65,11 @@ read_instruction_and_response = spelt(read_alpaca, input="context", output="resp
 # distilabel's edition of orca_dpo_pairs; Argilla's edition of UltraFeedback.
 read_input_pair = spelt(read_orca_pair, question="input")
 read_response_pair = spelt(read_alpaca_pair, chosen="chosen_response", rejected="rejected_response")
+
+
+def _turn(item: object) -> bool:
+    keys = item.keys() if isinstance(item, Mapping) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def _exchange(item: object) -> bool:

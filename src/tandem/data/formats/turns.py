@@ -11,16 +11,21 @@ from tandem.data.records import Role, Turn
 
 _ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
 }
+UNKNOWN_ROLE = "unknown role (the recipe's `roles` can say what it means)"
 # Which turn may follow which; a `call` is an assistant's turn that calls tools.
 _NEXT = {
     "": ("user",),
@@ -195,7 +200,7 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     name = str(item.get(role_key))
     role = known_role(name)
     if role is None:
-        raise Unusable("unknown role", f"{item.get(role_key)!r}")
+        raise Unusable(UNKNOWN_ROLE, repr(item.get(role_key)))
     content, extra = item.get(text_key), ""
     try:
         if name.lower() == "function_call":
