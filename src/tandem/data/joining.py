@@ -17,6 +17,7 @@ from tempfile import SpooledTemporaryFile
 from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.rows import Fields, Unusable
+from tandem.data.formats.turns import tools_in
 from tandem.data.formats.unpaired import label_of
 
 _IN_MEMORY = 2**26
@@ -62,7 +63,9 @@ class _Waiting:
             return row
         try:
             label = label_of(row.fields)
-            read_completion(row.fields, row.origin)  # or its partner would be lost with it
+            # Or its partner would be lost with it.
+            tools_in(row.fields)
+            read_completion(row.fields, row.origin)
             prompt = _digest(row.fields)
             others = self._places.get((prompt, not label))
             if others is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -22,6 +23,7 @@ from tandem.data.formats import (
     read_question,
     variant,
 )
+from tandem.data.formats.turns import tools_in
 from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
@@ -123,14 +125,15 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             continue
         assert layout is not None
         try:
+            tools = tools_in(row.fields)
             found = layout.read(row.fields, row.origin)
         except Unusable as verdict:
-            found = [_another_format(row.fields, layout) or verdict]
+            tools, found = "", [_another_format(row.fields, layout) or verdict]
         for one in found:
             if isinstance(one, Unusable):
                 yield Entry.dropped(row.origin, one.reason, one.detail)
             else:
-                yield one
+                yield replace(one, tools=tools) if tools else one
 
 
 def _another_format(fields: Fields, known: Format) -> Unusable | None:

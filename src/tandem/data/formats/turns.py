@@ -199,7 +199,7 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
         if name.lower() == "function_call":
             content, extra = None, read_calls(content)
         elif role == "assistant":
-            extra = read_calls(item.get("tool_calls"))
+            extra = read_calls(item.get("tool_calls") or item.get("function_call"))
         elif role == "tool":
             extra = read_result(item)
     except Malformed as reason:
