@@ -89,6 +89,13 @@ def test_rows_that_cannot_be_told_take_no_partner_with_them(tmp_path: Path) -> N
     assert ledger.formats == {str(tmp_path / "kto.jsonl"): "unpaired preference, joined"}
 
 
+def test_two_answers_that_make_no_pair_say_why(tmp_path: Path) -> None:
+    rows = [answer("Q", "the same", True), answer("Q", "the same", False)]
+    ledger = Ledger()
+    assert list(read_pairs([write(tmp_path / "kto.jsonl", rows)], ledger)) == []
+    assert [(entry.row, entry.reason) for entry in ledger.entries] == [(2, "identical answers")]
+
+
 def test_messages_meet_by_what_was_said_before(tmp_path: Path) -> None:
     def turns(*said: str) -> Rows:
         roles = ("user", "assistant")

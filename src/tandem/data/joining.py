@@ -30,7 +30,7 @@ _ROWS = 256
 def joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """The pieces with each good answer beside a bad one to the same prompt, first come first.
 
-    A pair is a row with `prompt`, `chosen` and `rejected` whose origin is the later of the two.
+    A pair is the later of its two rows, with `chosen` and `rejected`.
     Rows that stay alone come last, as they are; rows that cannot be told, in their place.
     """
     with _Waiting() as waiting:
@@ -77,7 +77,7 @@ class _Waiting:
         if not others:
             del self._places[prompt, not label]
         good, bad = (row, other) if label else (other, row)
-        fields = {key: row.fields[key] for key in _BEFORE if key in row.fields}
+        fields = {key: row.fields[key] for key in _KEPT if key in row.fields}
         answers = {"chosen": good.fields["completion"], "rejected": bad.fields["completion"]}
         return Row(fields | answers, row.origin)
 
