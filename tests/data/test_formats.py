@@ -358,10 +358,6 @@ def test_formats_have_names_for_recipes() -> None:
             "a tool call without a name",
         ),
         (
-            {**sharegpt(("human", "Q"), ("gpt", "A")), "tools": "[1]"},
-            "`tools` is not a list of functions",
-        ),
-        (
             sharegpt(("human", "Q"), ("gpt", "A", 0.5)),
             "an answer's weight is neither 0 nor 1",
         ),

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from tandem.data.calls import Malformed, read_calls, read_tools
+from tandem.data.chunks import Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import Unusable, detect
-from tandem.data.ledger import Ledger
+from tandem.data.formats import FORMATS, Format, detect
+from tandem.data.ledger import Entry, Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
+from tandem.data.reading import read_conversations, read_pairs, records_of
 from tandem.data.records import Conversation, Origin
 from tandem.data.sources import SourceSpec
 from tandem.data.template import prompt_ids, resolve_template
@@ -110,12 +112,60 @@ def prepared(tokenizer: Any, template: str, folder: Path, rows: list[Any], **opt
     return trees, ledger
 
 
-def read(row: dict[str, Any]) -> Conversation:
+def verdict(row: dict[str, Any]) -> Any:
+    """A row's record, or why it is dropped."""
     known = detect(row)
     assert known
-    (record,) = known.read(row, Origin("made.jsonl", 1))
+    chunk = RowChunk("made.jsonl", 1, (Row(row, Origin("made.jsonl", 1)),))
+    (found,) = records_of(chunk, known.name, "stop")
+    return found.reason if isinstance(found, Entry) else found
+
+
+def read(row: dict[str, Any]) -> Conversation:
+    record = verdict(row)
     assert isinstance(record, Conversation)
     return record
+
+
+ANSWERED = {"chosen": "C", "rejected": "R"}
+HALF: dict[str, Any] = {"prompt": "Q", "completion": "A"}
+EXCHANGE = [("human", "Q"), ("gpt", "A")]
+DIALOGUE = [{"from": who, "value": text} for who, text in EXCHANGE]
+SCORED = [{"response": text, "overall_score": number} for number, text in enumerate("CBA")]
+# Rows of each format; those of several make pairs together.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "orca_dpo_pairs": [{"question": "Q", **ANSWERED}],
+    "explicit preference": [{"prompt": "Q", **ANSWERED}],
+    "ShareGPT preference": [{"conversations": DIALOGUE[:1], **ANSWERED}],
+    "Alpaca preference": [{"instruction": "Q", **ANSWERED}],
+    "implicit preference": [
+        {"chosen": "\n\nHuman: Q\n\nAssistant: C", "rejected": "\n\nHuman: Q\n\nAssistant: R"}
+    ],
+    "UltraFeedback": [{"instruction": "Q", "completions": SCORED}],
+    "ShareGPT": [{"conversations": DIALOGUE}],
+    "messages": [{"messages": SAID[4:]}],
+    "unpaired preference": [{**HALF, "label": True}, {**HALF, "completion": "B", "label": False}],
+    "prompt and completion": [HALF],
+    "Alpaca": [{"instruction": "Q", "output": "A"}],
+}
+
+
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
+def test_every_format_has_tools(tmp_path: Path, known: Format) -> None:
+    name, _, way = known.name.partition(",")
+    file = tmp_path / "rows.jsonl"
+    completions = "best_vs_rest" if "best" in way else None
+    source = SourceSpec(str(file), format=name, completions=completions)
+    read_all: Any = read_pairs if known.kind == "preference pairs" else read_conversations
+
+    def told(tools: str) -> tuple[set[str], set[str]]:
+        file.write_text("".join(json.dumps(row | {"tools": tools}) + "\n" for row in ROWS[name]))
+        ledger = Ledger(None)
+        found = {record.tools for record in read_all([source], ledger)}
+        return found, {one.reason for one in ledger.entries}
+
+    assert told(json.dumps(TOOLS))[0] == {read_tools(TOOLS)}
+    assert told("[1]") == (set(), {"`tools` is not a list of functions"})
 
 
 @pytest.mark.parametrize(("source", "family"), [(TAGGED, "byte"), (HEADED, "mistral")])
@@ -162,6 +212,16 @@ def test_every_spelling_is_the_same_record(tmp_path: Path) -> None:
     assert read({"messages": said, "tools": [json.dumps(TOOLS[0])]}) == wanted
     for empty in (None, [], "", "[]"):
         assert read({"messages": SAID[:1] + SAID[3:4], "tools": empty}).tools == ""
+
+
+def test_the_older_key_of_a_call_is_read() -> None:
+    old = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    result = {"role": "function", "name": "weather", "content": "18 degrees"}
+    turns = read({"messages": [SAID[0], old, result, SAID[3]]}).turns
+    assert turns[1].message()["tool_calls"] == [{"type": "function", "function": CALL["function"]}]
+    assert [turn.role for turn in turns] == ["user", "assistant", "tool", "assistant"]
+    both = {**old, "content": "I look.", "tool_calls": []}
+    assert read({"messages": [SAID[0], both, result, SAID[3]]}).turns[1].calls
 
 
 def test_sharegpt_has_its_own_names_for_calls_and_results(tmp_path: Path) -> None:
@@ -296,8 +356,7 @@ def test_calls_come_before_results_and_results_before_answers(
     if right:
         assert len(read(row).turns) == len(turns)
         return
-    with pytest.raises(Unusable, match="roles out of order"):
-        read(row)
+    assert verdict(row) == "roles out of order"
 
 
 @pytest.mark.parametrize("value", ["{", "3", 3, [3], [{}], {"function": 3}, '["\\ud800"]'])

@@ -304,7 +304,9 @@ def test_what_would_stop_a_run_is_said_in_its_words(
     severities = {f.sign.severity for f in found.findings if f.sign.name == "dropped"}
     assert severities == ({"error"} if found.counts["dropped"] else set())
     # The rest was looked at all the same.
-    assert found.counts["read"] == (0 if not rows or rows[0] == {"text": "x"} else len(rows))
+    assert found.counts["read"] == (
+        0 if not rows or rows[0] in ({"text": "x"}, {"a": "x"}) else len(rows)
+    )
     with pytest.raises(UserError) as raised:
         _run(file, stories_tokenizer)
     assert str(raised.value) == found.problem

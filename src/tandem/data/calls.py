@@ -2,8 +2,9 @@
 
 OpenAI's: `tools` is a list of functions with JSON schemas, `tool_calls` of an assistant's turn a
 list of `{"id", "type": "function", "function": {"name", "arguments"}}`; `tool_call_id` and `name`
-of a tool's turn say what it answers. All of them may be JSON texts, as data sets on the Hub have
-them; arguments that are JSON texts become objects, as inference servers make them.
+of a tool's turn say what it answers. The older `function_call` is one call. All of them may be JSON
+texts, as data sets on the Hub have them; arguments that are JSON texts become objects, as inference
+servers make them.
 """
 
 from __future__ import annotations

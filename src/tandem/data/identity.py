@@ -13,7 +13,7 @@ from tandem.data.compressed import is_compressed, kind_of
 from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_path
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries.
-_ENCODER = 4
+_ENCODER = 5
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import groupby, islice
@@ -17,6 +17,7 @@ from tempfile import SpooledTemporaryFile
 from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.rows import Fields, Unusable
+from tandem.data.formats.turns import tools_in
 from tandem.data.formats.unpaired import label_of
 
 _IN_MEMORY = 2**26
@@ -29,7 +30,7 @@ _ROWS = 256
 def joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """The pieces with each good answer beside a bad one to the same prompt, first come first.
 
-    A pair is a row with `prompt`, `chosen` and `rejected` whose origin is the later of the two.
+    A pair is the later of its two rows, with `chosen` and `rejected`.
     Rows that stay alone come last, as they are; rows that cannot be told, in their place.
     """
     with _Waiting() as waiting:
@@ -46,8 +47,9 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  (closed by exit)
-        # By prompt and label, places in the file, the first come first.
-        self._places: defaultdict[tuple[bytes, bool], deque[int]] = defaultdict(deque)
+        # By prompt and label, places in the file, the first come first. Lists, for an empty deque
+        # takes more than all else of an answer, and most prompts have few.
+        self._places: defaultdict[tuple[bytes, bool], list[int]] = defaultdict(list)
         self._end = 0
 
     def __enter__(self) -> _Waiting:
@@ -62,7 +64,9 @@ class _Waiting:
             return row
         try:
             label = label_of(row.fields)
-            read_completion(row.fields, row.origin)  # or its partner would be lost with it
+            # Or its partner would be lost with it.
+            tools_in(row.fields)
+            read_completion(row.fields, row.origin)
             prompt = _digest(row.fields)
             others = self._places.get((prompt, not label))
             if others is None:
@@ -70,13 +74,14 @@ class _Waiting:
                 return None
         except (Unusable, RecursionError):
             return row
-        other = self._read(others.popleft())
+        other = self._read(others.pop(0))
         if not others:
             del self._places[prompt, not label]
         good, bad = (row, other) if label else (other, row)
-        fields = {key: row.fields[key] for key in _BEFORE if key in row.fields}
+        fields = {key: row.fields[key] for key in _KEPT if key in row.fields}
         answers = {"chosen": good.fields["completion"], "rejected": bad.fields["completion"]}
-        return Row(fields | answers, row.origin)
+        # A label as text might be taken for the name of the preferred answer.
+        return Row(fields | answers | {"label": label}, row.origin)
 
     def left(self) -> Iterator[Row]:
         """The rows that wait at the end, in reading order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -23,6 +24,7 @@ from tandem.data.formats import (
     variant,
 )
 from tandem.data.formats.spellings import column_of_turns
+from tandem.data.formats.turns import tools_in
 from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
@@ -124,14 +126,15 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             continue
         assert layout is not None
         try:
+            tools = tools_in(row.fields)
             found = layout.read(row.fields, row.origin)
         except Unusable as verdict:
-            found = [_another_format(row.fields, layout) or verdict]
+            tools, found = "", [_another_format(row.fields, layout) or verdict]
         for one in found:
             if isinstance(one, Unusable):
                 yield Entry.dropped(row.origin, one.reason, one.detail)
             else:
-                yield one
+                yield replace(one, tools=tools) if tools else one
 
 
 def _another_format(fields: Fields, known: Format) -> Unusable | None:
@@ -223,13 +226,13 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
     column = column_of_turns(row.fields)
     if column is not None and kind == "conversations":
         return UserError(
-            f"{row.origin}: a record of no known format; its keys are: {keys}. But `{column}` holds "
-            f"turns: say so in the recipe with `fields: {{messages: {column}}}`."
+            f"{row.origin}: a record of no known format; its keys are: {keys}. But `{column}` "
+            f"holds turns: say so in the recipe with `fields: {{messages: {column}}}`."
         )
     if row.fields.keys() == {"text"}:
         return UserError(
-            f"{row.origin}: the record is a `text` alone, which does not say what is asked and what "
-            f"is answered. Known formats of {kind}: {describe_formats(kind)}."
+            f"{row.origin}: the record is a `text` alone, which does not say what is asked and "
+            f"what is answered. Known formats of {kind}: {describe_formats(kind)}."
         )
     return UserError(
         f"{row.origin}: a record of no known format; its keys are: {keys}. Known formats of "

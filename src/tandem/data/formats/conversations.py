@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tandem.data.formats.rows import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
@@ -11,7 +9,6 @@ from tandem.data.formats.turns import (
     check_order,
     instruction_in,
     prompt_in,
-    tools_in,
     turns_in,
 )
 from tandem.data.records import Conversation, Origin, Turn
@@ -35,7 +32,7 @@ def read_alpaca(fields: Fields, origin: Origin) -> list[Conversation]:
 def read_completion(fields: Fields, origin: Origin) -> list[Conversation]:
     """`prompt` and `completion`, texts or messages."""
     prompt, answer = answer_in(fields, "completion", prompt_in(fields))
-    return [replace(_answered(prompt, answer, origin), tools=tools_in(fields))]
+    return [_answered(prompt, answer, origin)]
 
 
 def _answered(prompt: tuple[Turn, ...], answer: str, origin: Origin) -> Conversation:
@@ -59,4 +56,4 @@ def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> 
         raise Unusable("no assistant turn")
     turns = turns[: answers[-1] + 1]
     check_order(turns)
-    return Conversation(turns, origin, tools_in(fields))
+    return Conversation(turns, origin)

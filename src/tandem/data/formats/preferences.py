@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tandem.data.formats.rows import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
@@ -14,7 +12,6 @@ from tandem.data.formats.turns import (
     prompt_in,
     prompt_of,
     said,
-    tools_in,
     turns_in,
 )
 from tandem.data.records import Origin, PreferencePair, Turn
@@ -47,8 +44,7 @@ def read_implicit_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     chosen, rejected = (dialogue_in(fields, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("chosen and rejected follow different prompts")
-    found = pair(chosen[:-1], said(chosen[-1]), said(rejected[-1]), origin)
-    return [replace(found, tools=tools_in(fields))]
+    return [pair(chosen[:-1], said(chosen[-1]), said(rejected[-1]), origin)]
 
 
 def pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
@@ -66,4 +62,4 @@ def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> Pref
     rejected_prompt, rejected = answer_in(fields, "rejected", turns)
     if chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected follow different prompts")
-    return replace(pair(chosen_prompt, chosen, rejected, origin), tools=tools_in(fields))
+    return pair(chosen_prompt, chosen, rejected, origin)

@@ -206,7 +206,8 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
         if name.lower() == "function_call":
             content, extra = None, read_answer(content, item)
         elif role == "assistant":
-            extra = read_answer(item.get("tool_calls"), item)
+            calls = item.get("tool_calls") or item.get("function_call")
+            extra = read_answer(calls, item)
         elif role == "tool":
             extra = read_result(item)
     except Malformed as reason:
