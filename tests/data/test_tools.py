@@ -147,6 +147,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "unpaired preference": [{**HALF, "label": True}, {**HALF, "completion": "B", "label": False}],
     "prompt and completion": [HALF],
     "Alpaca": [{"instruction": "Q", "output": "A"}],
+    "input preference": [{"input": "Q", **ANSWERED}],
+    "response preference": [{"instruction": "Q", "chosen_response": "C", "rejected_response": "R"}],
+    "conversation": [{"conversation": DIALOGUE}],
+    "instruction and response": [{"instruction": "Q", "response": "A"}],
+    "prompt and response": [{"prompt": "Q", "response": "A"}],
+    "query and response": [{"query": "Q", "response": "A"}],
+    "question and answer": [{"question": "Q", "answer": "A"}],
 }
 
 
