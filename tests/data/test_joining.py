@@ -68,6 +68,43 @@ def test_every_good_answer_meets_a_bad_one_in_order(
     assert len(rows) == 2 * len(pairs) + len(alone)
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_the_answer_may_be_the_last_turn_of_a_conversation(tmp_path: Path, key: str) -> None:
+    def labelled(question: str, completion: str, label: Any) -> dict[str, Any]:
+        turns = [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "P"},
+            {"role": "assistant", "content": "B"},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": completion},
+        ]
+        return {key: turns, "label": label}
+
+    rows = [
+        labelled("Q", "good", True),
+        labelled("other", "A", False),
+        labelled("Q", "bad", False),
+        labelled("same", "A", True),
+        labelled("same", "A", False),
+        {key: [], "label": True},
+    ]
+    source = write(tmp_path / "kto.jsonl", rows)
+    ledger = Ledger()
+    (pair,) = read_pairs([source], ledger)
+    assert [turn.content for turn in pair.prompt] == ["S", "P", "B", "Q"]
+    assert (pair.chosen, pair.rejected, pair.origin.row) == ("good", "bad", 3)
+    assert {entry.row: entry.reason for entry in ledger.entries} == {
+        2: "no answer to the same prompt is labelled true",
+        5: "identical answers",
+        6: f"`{key}` is not a list of a question and its answer",
+    }
+    good = list(read_conversations([source], Ledger()))
+    assert [(one.origin.row, one.turns[-1].content) for one in good] == [(1, "good"), (4, "A")]
+    # A class, not a verdict.
+    classes = write(tmp_path / "classes.jsonl", [labelled("Q", "A", 0), labelled("Q", "B", 1)])
+    assert len(list(read_conversations([classes], Ledger()))) == 2
+
+
 def test_rows_that_cannot_be_told_take_no_partner_with_them(tmp_path: Path) -> None:
     rows: Rows = [
         answer("Q", "good", True),

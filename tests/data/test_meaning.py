@@ -69,6 +69,33 @@ def test_roles_and_the_names_of_turns(tmp_path: Path) -> None:
     assert found.turns == (Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"))
 
 
+def talk(
+    path: Path, turns: list[dict[str, Any]], column: str = "messages", **fields: str
+) -> list[Turn]:
+    spec = source(path / "c.jsonl", [{"log": turns}], fields={column: "log"} | fields)
+    return [turn for one in read_conversations([spec], Ledger()) for turn in one.turns]
+
+
+def test_a_renamed_key_of_a_turn_is_only_what_the_recipe_says(tmp_path: Path) -> None:
+    asked, said = [Turn("user", "Q")], [Turn("assistant", "A")]
+    names = {"role": "who", "content": "said"}
+    for column, *keys in (("messages", "role", "content"), ("conversations", "from", "value")):
+        other = dict(zip(keys, ("assistant", "other"), strict=True))
+        turns = [{"who": "user", "said": "Q", **other}, {**other, "who": "assistant", "said": "A"}]
+        assert talk(tmp_path, turns, column, **names) == asked + said
+    # Without the name there is nothing, as in a row.
+    late = [*turns, {"role": "user", "content": "B"}, {"role": "assistant", "content": "B"}]
+    assert talk(tmp_path, late, **names) == []
+    swapped = [{"role": "Q", "content": "user"}, {"role": "A", "content": "assistant"}]
+    assert talk(tmp_path, swapped, role="content", content="role") == asked + said
+
+
+def test_names_reach_into_turns(tmp_path: Path) -> None:
+    turns = [{"by": {"role": "user"}, "content": "Q"}, {"by": {"role": "gpt"}, "content": "A"}]
+    found = talk(tmp_path, turns, role="by.role")
+    assert found == [Turn("user", "Q"), Turn("assistant", "A")]
+
+
 def test_questions_have_names_too(tmp_path: Path) -> None:
     spec = source(tmp_path / "q.jsonl", [{"ask": "Q", "key": "A"}], fields={"question": "ask",
                   "answer": "key"})  # fmt: skip

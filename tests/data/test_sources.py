@@ -387,6 +387,27 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
     assert size // 2 - 2 < int(place[1]) <= size // 2 + 1
 
 
+def test_what_follows_broken_syntax_in_an_array_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for text, at, what in (
+        ('{"a": 1 "b": 2}', 8, "Expecting ',' delimiter"),
+        ('{"a": nil}', 6, "Expecting value"),
+        ('{"a": "two\nlines"}', 10, "Invalid control character at"),
+    ):
+        row = json.dumps({"a": "so" * 1000})
+        before = "[" + f"{row},\n" * 1500
+        file.write_text(before + text + f",\n{row}" * 10_000 + "]")
+        tracemalloc.start()
+        try:
+            ((number, reason),) = bad(read(file))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert number == 1501
+        assert f"is not valid JSON ({what}, character {len(before) + at + 1} of the text)" in reason
+        assert peak < file.stat().st_size / 2
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv"])
 def test_one_record_of_50_mb_is_read_in_a_few_times_its_size(tmp_path: Path, name: str) -> None:
     size = 50_000_000
@@ -406,9 +427,13 @@ def test_one_record_of_50_mb_is_read_in_a_few_times_its_size(tmp_path: Path, nam
 def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tandem.data import compressed
 
-    values: list[Any] = [{"a": [1, "\u4e16"]}, {}, {"b": 12.5e3}, 123, "x", {"c": None}]
+    values: list[Any] = [
+        {"a": [1, "\u4e16"]}, {}, {"b": -12.5e-30}, 123, "x", {"c": None, "d": True},
+        {"e": float("-inf"), "f": '\U0001f600"\\\n'},
+    ]  # fmt: skip
     file = tmp_path / "a.json"
-    file.write_bytes(json.dumps(values, ensure_ascii=False, indent=1).encode())
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    file.write_text(text.replace("\U0001f600", "\\ud83d\\ude00"), encoding="utf-8")
     whole = read(file)
     assert [row.fields for row in whole if isinstance(row, Row)] == [
         value for value in values if isinstance(value, dict)

@@ -145,6 +145,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "ShareGPT": [{"conversations": DIALOGUE}],
     "messages": [{"messages": SAID[4:]}],
     "unpaired preference": [{**HALF, "label": True}, {**HALF, "completion": "B", "label": False}],
+    "labelled messages": [
+        {"messages": [SAID[0], {"role": "assistant", "content": text}], "label": text == "A"}
+        for text in "AB"
+    ],
+    "labelled ShareGPT": [
+        {"conversations": [DIALOGUE[0], {"from": "gpt", "value": text}], "label": text == "A"}
+        for text in "AB"
+    ],
     "prompt and completion": [HALF],
     "Alpaca": [{"instruction": "Q", "output": "A"}],
     "input preference": [{"input": "Q", **ANSWERED}],

@@ -13,6 +13,9 @@ from tandem.data.compressed import BrokenStream, read_blocks
 from tandem.data.records import Origin
 
 _GAP = re.compile(r"[ \t\n\r]*")
+# More than the longest word or escape of JSON has: only nearer to a window's end may broken syntax
+# be one that is cut off.
+_LONGEST_WORD = 16
 
 
 def array_rows(file: Path) -> Iterator[Row | BadLine]:
@@ -57,6 +60,7 @@ class _Elements:
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._place = 0
+        self._passed = 0
         self._bytes = 0
         self._ended = False
         self.skip(0)
@@ -88,9 +92,11 @@ class _Elements:
                 if place < len(self._text) or self._ended:
                     self._place = place
                     return value
-            except ValueError:
-                if self._ended:
-                    raise
+            except json.JSONDecodeError as error:
+                cut_off = error.pos + _LONGEST_WORD > len(self._text)
+                if self._ended or not (cut_off or error.msg.startswith("Unterminated string")):
+                    at = self._passed + error.pos + 1
+                    raise ValueError(f"{error.msg}, character {at} of the text") from error
             # Twice as much each time, so that a long element is not parsed over and over.
             self._grow(len(self._text) - self._place)
 
@@ -113,5 +119,6 @@ class _Elements:
             self._ended = not block
             grown += len(part)
             parts.append(part)
+        self._passed += self._place
         self._text, self._place = "".join(parts), 0
         return grown > 0

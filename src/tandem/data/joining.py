@@ -18,12 +18,12 @@ from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.rows import Fields, Unusable
 from tandem.data.formats.turns import tools_in
-from tandem.data.formats.unpaired import label_of
+from tandem.data.formats.unpaired import answer_apart, label_of
 
 _IN_MEMORY = 2**26
 # What an answer stands behind, and what else is needed of a row that waits.
 _BEFORE = ("prompt", "system", "tools")
-_KEPT = (*_BEFORE, "completion", "label")
+_KEPT = (*_BEFORE, "completion", "label", "messages", "conversations")
 _ROWS = 256
 
 
@@ -63,23 +63,24 @@ class _Waiting:
         if isinstance(row, BadLine):
             return row
         try:
-            label = label_of(row.fields)
+            own = answer_apart(row.fields)
+            label = label_of(own)
             # Or its partner would be lost with it.
             tools_in(row.fields)
-            read_completion(row.fields, row.origin)
-            prompt = _digest(row.fields)
+            read_completion(own, row.origin)
+            prompt = _digest(own)
             others = self._places.get((prompt, not label))
             if others is None:
                 self._places[prompt, label].append(self._keep(row))
                 return None
         except (Unusable, RecursionError):
             return row
-        other = self._read(others.pop(0))
+        other = answer_apart(self._read(others.pop(0)).fields)
         if not others:
             del self._places[prompt, not label]
-        good, bad = (row, other) if label else (other, row)
-        fields = {key: row.fields[key] for key in _KEPT if key in row.fields}
-        answers = {"chosen": good.fields["completion"], "rejected": bad.fields["completion"]}
+        good, bad = (own, other) if label else (other, own)
+        fields = {key: own[key] for key in _KEPT if key in own}
+        answers = {"chosen": good["completion"], "rejected": bad["completion"]}
         # A label as text might be taken for the name of the preferred answer.
         return Row(fields | answers | {"label": label}, row.origin)
 

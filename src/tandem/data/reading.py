@@ -106,7 +106,7 @@ def formatted_chunks(
         if known is not None:
             check_meaning(source, known)
             ledger.detected(source.path, known.name)
-            pieces = joined(pieces) if known.name == JOINED else pieces
+            pieces = joined(pieces) if known.name.endswith(JOINED) else pieces
         for chunk in pieces:
             yield chunk, known.name if known else ""
 

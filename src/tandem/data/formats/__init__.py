@@ -40,7 +40,7 @@ from tandem.data.formats.spellings import (
     read_question_and_answer,
     read_response_pair,
 )
-from tandem.data.formats.unpaired import read_good_answer, read_joined_pair
+from tandem.data.formats.unpaired import is_labelled, read_good_answer, read_joined_pair
 from tandem.errors import UserError
 
 __all__ = [
@@ -65,8 +65,12 @@ __all__ = [
 
 
 # Two ways of reading the same keys; not for recipes, which say it in other keys.
-JOINED = "unpaired preference, joined"
+JOINED = ", joined"
 _EACH = "UltraFeedback, best against each"
+_LABELLED: tuple[tuple[str, Kind, Reader], ...] = (
+    ("", "conversations", read_good_answer),
+    (JOINED, "preference pairs", read_joined_pair),
+)
 
 
 def _known(
@@ -124,15 +128,20 @@ FORMATS: tuple[Format, ...] = (
         _EACH, "preference pairs", "instruction completions",
         read_best_vs_rest, "system",
     ),
+    *(
+        _known(
+            f"{name}{way}", kind, f"{key} label", read, "system", turns=True, suits=is_labelled
+        )
+        for name, key in (("labelled ShareGPT", "conversations"), ("labelled messages", "messages"))
+        for way, kind, read in _LABELLED
+    ),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
-    _known(
-        "unpaired preference", "conversations", "prompt completion label", read_good_answer,
-        "system", turns=True,
-    ),
-    _known(
-        JOINED, "preference pairs", "prompt completion label",
-        read_joined_pair, "system", turns=True,
+    *(
+        _known(
+            f"unpaired preference{way}", kind, "prompt completion label", read, "system", turns=True
+        )
+        for way, kind, read in _LABELLED
     ),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.data.formats.rows import Fields
@@ -11,6 +11,8 @@ from tandem.data.formats.rows import Fields
 # Keys that a turn's own names can be given for, and the columns that turns may be in.
 TURN_KEYS = frozenset({"role", "content"})
 _ROLE_NAMES = ("role", "from")
+# What ShareGPT calls a turn's keys; readers take either.
+_SAME = {"role": "from", "content": "value"}
 _TURN_COLUMNS = (
     "conversations", "messages", "conversation", "prompt", "completion", "response", "chosen",
     "rejected",
@@ -32,18 +34,9 @@ class Renaming:
         return bool(self.fields or self.roles)
 
     def apply(self, fields: Fields) -> dict[str, object]:
-        """A row under the format's names; what was renamed is no longer there under its old one.
-
-        A key that is renamed is only ever what the recipe says: a row without it lacks it.
-        """
-        moved = [(key, name) for key, name in self.fields if key not in TURN_KEYS]
-        gone = {key for key, _ in moved} | {name for _, name in moved}
-        row = {key: value for key, value in fields.items() if key not in gone}
-        for key, name in moved:
-            found, value = reach(fields, name)
-            if found:
-                row[key] = value
-        names = {name: key for key, name in self.fields if key in TURN_KEYS}
+        """A row, and its turns, under the format's names."""
+        row = _moved(fields, [one for one in self.fields if one[0] not in TURN_KEYS])
+        names = [one for one in self.fields if one[0] in TURN_KEYS]
         roles = dict(self.roles)
         if names or roles:
             for column in _TURN_COLUMNS:
@@ -58,9 +51,10 @@ class Renaming:
         row = Renaming(tuple(one for one in self.fields if one[0] not in TURN_KEYS)).apply(fields)
         turns = [turn for column in _TURN_COLUMNS for turn in _turns(row.get(column))]
         own = {name for key, name in self.fields if key in TURN_KEYS}
-        missing |= {name for name in own if not any(name in turn for turn in turns)}
+        missing |= {name for name in own if not any(reach(turn, name)[0] for turn in turns)}
         role_names = [name for key, name in self.fields if key == "role"] or _ROLE_NAMES
-        said = {str(turn[name]) for turn in turns for name in role_names if name in turn}
+        spoken = [reach(turn, name) for turn in turns for name in role_names]
+        said = {str(role) for found, role in spoken if found}
         return missing, {role for role, _ in self.roles} - said
 
 
@@ -71,6 +65,21 @@ def reach(fields: Fields, name: str) -> tuple[bool, object]:
     head, dot, rest = name.partition(".")
     inner = fields.get(head)
     return reach(inner, rest) if dot and isinstance(inner, Mapping) else (False, None)
+
+
+def _moved(fields: Fields, names: Sequence[tuple[str, str]]) -> dict[str, object]:
+    """Fields under the format's names; what was renamed is no longer there under its old one.
+
+    A key that is renamed is only ever what the recipe says: fields without it lack it.
+    """
+    gone = {one for pair in names for one in pair}
+    gone |= {_SAME[key] for key, _ in names if key in _SAME}
+    moved = {key: value for key, value in fields.items() if key not in gone}
+    for key, name in names:
+        found, value = reach(fields, name)
+        if found:
+            moved[key] = value
+    return moved
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -84,12 +93,12 @@ def _turns(value: object) -> list[Fields]:
     return [item for item in items if isinstance(item, Mapping)]
 
 
-def _renamed(value: object, names: Mapping[str, str], roles: Mapping[str, str]) -> object:
+def _renamed(value: object, names: Sequence[tuple[str, str]], roles: Mapping[str, str]) -> object:
     if isinstance(value, list):
         return [_renamed(item, names, roles) for item in value]
     if not isinstance(value, Mapping):
         return value
-    turn = {names.get(str(key), key): said for key, said in value.items()}
+    turn = _moved(value, names)
     for key in _ROLE_NAMES:
         role = turn.get(key)
         if isinstance(role, str) and role in roles:

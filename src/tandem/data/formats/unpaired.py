@@ -1,4 +1,7 @@
-"""Rows that hold one answer and whether it is a good one: TRL's unpaired preference, for KTO."""
+"""Rows that hold one answer and whether it is a good one, for KTO.
+
+As TRL has them, the answer beside its prompt; or, as others do, at the end of a conversation.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,27 @@ def label_of(fields: Fields) -> bool:
     return label
 
 
+def is_labelled(fields: Fields) -> bool:
+    """Whether a row's label is a truth value; beside a conversation others mean other things."""
+    return isinstance(fields.get("label"), bool)
+
+
+def answer_apart(fields: Fields) -> Fields:
+    """The row with `prompt` and `completion`, its conversation's last turn being the latter."""
+    key = next((key for key in ("messages", "conversations") if key in fields), None)
+    if key is None or "completion" in fields:
+        return fields
+    turns = fields[key]
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise Unusable(f"`{key}` is not a list of a question and its answer")
+    return {**fields, "prompt": turns[:-1], "completion": turns[-1:]}
+
+
 def read_good_answer(fields: Fields, origin: Origin) -> list[Conversation]:
     """The conversation of a good answer; raises `Unusable` for a bad one."""
     if not label_of(fields):
         raise Unusable("the answer is labelled false")
-    return read_completion(fields, origin)
+    return read_completion(answer_apart(fields), origin)
 
 
 def read_joined_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
@@ -30,5 +49,5 @@ def read_joined_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     if "chosen" in fields and "rejected" in fields:
         return read_explicit_pair(fields, origin)
     label = label_of(fields)
-    read_completion(fields, origin)
+    read_completion(answer_apart(fields), origin)
     raise Unusable(f"no answer to the same prompt is labelled {str(not label).lower()}")
