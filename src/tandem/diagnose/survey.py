@@ -260,7 +260,7 @@ class _Survey:
             assert self._subject.chat is not None
             whole = replace(self._subject.plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
             batch = encode_batch(self._subject.chat, whole, chunk, known)
-        self._lengths.add(token_lengths(batch.columns))
+        self._lengths.add(token_lengths(batch.columns, self._subject.plan.kind))
 
     def _beside(self, chunk: Chunk) -> Columns | None:
         """The columns that may say which answer of a pair is better, if its rows have any."""

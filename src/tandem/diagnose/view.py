@@ -22,8 +22,8 @@ _STYLES: dict[Part, tuple[str, str]] = {
 _MEANS: dict[Part, str] = {
     "prompt": "fed, not trained",
     "trained": "a target of the loss",
-    "shared": "fed once for both answers, not trained",
-    "shared and trained": "fed once, a target for both answers",
+    "shared": "fed once for {all} answers, not trained",
+    "shared and trained": "fed once, a target for {all} answers",
 }
 _LABELS: dict[Part, str] = {
     "prompt": "prompt",
@@ -64,12 +64,13 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
         ids: one token a line, with its id.
     """
     parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
-    for line in _legend(console, [part for part in _STYLES if part in parts]):
+    every = "both" if found.kind == "preference pairs" else "all"
+    for line in _legend(console, [part for part in _STYLES if part in parts], every):
         console.print(line, soft_wrap=True)
     for tree in found.trees:
         for section in tree:
             console.print()
-            console.print(_head(section), soft_wrap=True)
+            console.print(_head(section, every), soft_wrap=True)
             if ids:
                 lines = _listed(section, console.is_terminal)
             elif console.is_terminal:
@@ -80,16 +81,16 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
                 console.print(line, soft_wrap=not console.is_terminal or ids)
 
 
-def _legend(console: Console, parts: Sequence[Part]) -> Iterator[Text]:
+def _legend(console: Console, parts: Sequence[Part], every: str) -> Iterator[Text]:
     for part in parts:
         style = _STYLES[part][0] if console.is_terminal else ""
-        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part]}")
+        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part].format(all=every)}")
 
 
-def _head(section: Section) -> Text:
+def _head(section: Section, every: str) -> Text:
     what = {
         "record": "the record",
-        "shared": "what both answers share",
+        "shared": f"what {every} answers share",
     }.get(section.name, section.name)
     return Text.assemble(
         (what, "bold"), f": {len(section.tokens)} tokens, {section.trained} of them trained"
