@@ -197,6 +197,85 @@ def test_pairs_that_are_not_made_yet_are_asked_for(
     assert _run(capsys, "check", "--recipe", "demo", "--stage", "dpo")[0] == 0
 
 
+ONLY_PAIRS = """
+name: preferences
+model: {model}
+output_dir: {folder}/run
+chat_template: neural-chat
+pairs:
+  prompts: {folder}/prompts.jsonl
+dpo: {{max_length: 400}}
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, stories_path: Path) -> Path:
+    """A recipe whose DPO data is what its pairs stage makes, and nothing else is trained."""
+    write(tmp_path / "prompts.jsonl", map(conversation, range(9)))
+    path = tmp_path / "preferences.yaml"
+    path.write_text(ONLY_PAIRS.format(model=stories_path, folder=tmp_path))
+    return path
+
+
+@pytest.mark.parametrize("argv", [["check"], ["check", "--json"], ["show", "--row", "1"]])
+def test_nothing_to_look_at_is_exit_2(
+    argv: list[str], waiting: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _run(capsys, *argv, "--recipe", waiting)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: recipe preferences: dpo.data is what its pairs stage makes")
+    assert err.count("\n") == 1
+
+
+def test_a_recipe_that_trains_nothing_has_nothing_to_look_at(
+    waiting: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting.write_text(waiting.read_text().replace("dpo: {max_length: 400}", ""))
+    code, out, err = _run(capsys, "check", "--recipe", waiting)
+    assert (code, out) == (2, "")
+    assert "recipe preferences has neither an sft nor a dpo section" in err
+
+
+def _make_pairs(tmp_path: Path) -> None:
+    made = tmp_path / "run" / "3-pairs"
+    made.mkdir(parents=True)
+    write(made / "pairs.jsonl", map(pair, range(9)))
+
+
+def test_pairs_that_are_made_are_looked_at(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_pairs(tmp_path)
+    code, out, _ = _run(capsys, "check", "--recipe", waiting)
+    assert code == 0
+    assert "9 records read as dpo would" in out
+
+
+def test_a_stage_whose_pairs_are_not_made_is_told(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "sft.jsonl", map(conversation, range(9)))
+    waiting.write_text(
+        waiting.read_text() + f"sft: {{data: {tmp_path}/sft.jsonl, max_length: 400}}\n"
+    )
+    said = "dpo.data is what its pairs stage makes, and there are none in"
+    code, out, err = _run(capsys, "check", "--recipe", waiting)
+    assert code == 0
+    assert "read as sft would" in out
+    assert said in err
+    code, out, _ = _run(capsys, "check", "--recipe", waiting, "--json")
+    assert code == 0
+    assert said in json.loads(out)["notices"][-1]
+    code, out, err = _run(capsys, "show", "--recipe", waiting, "--row", 2)
+    assert code == 0
+    assert said in err
+    _make_pairs(tmp_path)
+    code, out, err = _run(capsys, "check", "--recipe", waiting, "--json")
+    assert code == 0
+    assert [one["stage"] for one in json.loads(out)["data"]] == ["sft", "dpo"]
+    assert said not in err
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -209,6 +288,22 @@ def test_pairs_that_are_not_made_yet_are_asked_for(
         (["check", "a.jsonl", "--model", "./none"], "model folder ./none does not exist"),
         (["check", "a.jsonl", "--recipe", "demoo"], "Did you mean demo?"),
         (["check", "a.jsonl", "--against", "./none"], "there is no file or folder ./none"),
+        (
+            ["check", "a.jsonl", "--chat_template", "chatml"],
+            "--chat_template needs --model or --recipe",
+        ),
+        (
+            ["show", "a.jsonl", "--row", "1", "--text", "--ids"],
+            "--text shows the turns alone, for which --ids is of no use",
+        ),
+        (
+            ["show", "a.jsonl", "--row", "1", "--text", "--ids", "--model", "./none"],
+            "--text shows the turns alone, for which --model and --ids are of no use",
+        ),
+        (
+            ["show", "--recipe", "demo", "--row", "1", "--text", "--chat_template", "chatml"],
+            "--text shows the turns alone, for which --chat_template is of no use",
+        ),
         (["check", "a.jsonl", "--limit", "x"], "invalid positive value: 'x'"),
     ],
 )
