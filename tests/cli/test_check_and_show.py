@@ -151,6 +151,89 @@ def test_a_missing_file_is_exit_2_and_json_all_the_same(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "there is no file or folder"),
+        ("empty.jsonl", b"", "is empty."),
+        ("blank.jsonl", b"\n \n", "is empty."),
+        ("some.parquet", b"\x00\xff\x12" * 99, "is no sound Parquet file"),
+        ("some.csv", b"\x00\xff\r\x12" * 99, "has no CSV header that can be read ("),
+        ("some.bin", b"\x00\xff\x12" * 99, "is no kind of file that can be read here"),
+    ],
+)
+def test_of_what_cannot_be_read_the_reason_alone_is_said(
+    name: str,
+    content: bytes | None,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    code, out, err = _run(capsys, "check", file)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: data: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_beside_what_cannot_be_read_the_other_page_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write(tmp_path / "b.jsonl", map(pair, range(8)))
+    code, out, err = _run(capsys, "check", tmp_path / "none.jsonl", pairs)
+    assert code == 2
+    assert out.startswith(f"{pairs}: ")
+    assert "none.jsonl" not in out
+    assert "there is no file or folder" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_data_of_no_known_format_may_be_of_the_other_kind(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [{"question": "Why?", "better": "So.", "worse": "No."}] * 30)
+    notice = f"{file} is of no known format, and read as conversations; if it holds"
+    code, out, err = _run(capsys, "check", file, *flags)
+    assert code == 2
+    assert notice in (json.loads(out)["notices"][0] if flags else err)
+    assert "row 1: a record of no known format; its keys are: question, better, worse" in err
+    code, _, err = _run(capsys, "check", file, "--stage", "dpo", *flags)
+    assert code == 2
+    assert "Known formats of preference pairs: " in err
+    assert notice not in err
+
+
+def test_rows_of_a_folder_are_told_with_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", map(conversation, range(9)))
+    bad = write(folder / "b.jsonl", ["{"])
+    code, out, _ = _run(capsys, "check", folder)
+    assert code == 2
+    assert "\n      b.jsonl, row 1  is not valid JSON" in out
+    assert "Mend them: the first one stops a run, unless `on_bad_record: drop` is set." in out
+    code, out, _ = _run(capsys, "check", bad)
+    assert code == 2
+    assert "1 record read" in out
+    assert "\n      row 1  is not valid JSON" in out
+
+
+def test_kinds_are_told_where_the_title_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [conversation(seed) for seed in range(30)]
+    rows[3]["messages"][0]["content"] += " Write to jane.roe@some-house.org."
+    rows[4]["messages"][0]["content"] += " The key is " + "ghp_" + "a1B2" * 9
+    _, out, _ = _run(capsys, "check", write(tmp_path / "a.jsonl", rows))
+    assert ": e-mail addresses\n" in out
+    assert "(1 GitHub token)\n" in out
+
+
 def test_data_of_both_kinds_is_checked_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +410,13 @@ def test_a_row_is_shown_with_what_a_run_cuts(
     assert "\ntruncated: " in out
     assert "\ntrained | " in out
     assert "\nprompt  | " in out
+
+
+def test_a_row_of_no_format_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", ["{"])
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text")
+    assert (code, out) == (2, f"{file}, row 1\n")
+    assert "row 1: the record is not valid JSON" in err
 
 
 def test_a_recipe_of_two_stages_is_asked_which(

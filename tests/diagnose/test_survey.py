@@ -380,6 +380,7 @@ def _run(file: Path, tokenizer: Any) -> None:
         ([*map(conversation, range(3)), "[]"], "a.jsonl, row 4: the record is a JSON list"),
         ([], "is empty"),
         ([{"text": "x"}] * 3, "a record of no known format; its keys are: text"),
+        ([{"text": "x"}] * 30, "a.jsonl, row 1: a record of no known format"),
         ([{"messages": []}] * 3, "none of the 3 records of"),
         ([*map(conversation, range(9)), {"messages": []}], "max_dropped allows 5.0%"),
     ],

@@ -164,6 +164,9 @@ def test_a_pair_shows_what_is_shared_and_both_answers(byte_tokenizer: Any, tmp_p
     assert rejected.startswith("rejected: ")
     assert "trained | " in chosen
     assert "prompt" not in printed
+    same = {"prompt": "Why?", "chosen": "So", "rejected": "So."}
+    printed = _printed([same], byte_tokenizer, tmp_path, force_terminal=False)
+    assert "\nchosen: 1 token, 1 trained\n" in printed
 
 
 def test_a_conversation_of_two_branches_has_answers_and_is_no_pair(

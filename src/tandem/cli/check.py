@@ -33,10 +33,10 @@ def check(argv: list[str]) -> int:
         chat = chat_of(arguments, recipe)
         notices = [*(chat.notices if chat else ()), *notices]
         found = [_survey(data, chat, recipe, arguments, Path(folder)) for data in asked]
-    if arguments.json:
-        _print_json(found, recipe, chat, notices)
-    else:
-        _print_pages(found, chat, notices)
+        if arguments.json:
+            _print_json(found, recipe, chat, notices)
+        else:
+            _print_pages(found, chat, notices)
     problems = [one.problem for one in found if one.problem is not None]
     if problems:
         raise UserError("\n".join(problems))
@@ -115,7 +115,9 @@ def _print_pages(found: Sequence[Survey], chat: StageChat | None, notices: Seque
 
     for notice in notices:
         notice_console().print(notice, markup=False, soft_wrap=True)
-    for number, one in enumerate(found):
+    # Of data of which nothing could be read, its problem alone is said.
+    pages = [one for one in found if one.counts["read"] or one.problem is None]
+    for number, one in enumerate(pages):
         if number:
             result_console().print()
         print_survey(

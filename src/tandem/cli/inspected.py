@@ -88,5 +88,13 @@ def data_of(
             return recipe_data(recipe, folder)
         return [stage_data(arguments.stage, recipe, None, folder)], []
     sources = named_sources(arguments.data, folder, recipe.seed if recipe else None)
-    parts = by_kind(sources) if arguments.stage is None else {KINDS[arguments.stage]: sources}
-    return [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()], []
+    if arguments.stage is not None:
+        return [stage_data(arguments.stage, recipe, sources, folder)], []
+    parts, unknown = by_kind(sources)
+    notices = [
+        f"{source.path} is of no known format, and read as {KINDS['sft']}; if it holds "
+        f"{KINDS['dpo']}, give --stage dpo"
+        for source in unknown
+    ]
+    found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+    return found, notices

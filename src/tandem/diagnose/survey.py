@@ -192,8 +192,8 @@ class _Survey:
         too_many = self._too_many()
         problem = self._stop or problem or too_many
         for entry in ledger.entries:
-            unparsable = entry.reason == "unparsable" and self._stop is not None
-            sign = _of_ledger(entry, stops=too_many is not None or unparsable)
+            stops = entry.reason == "unparsable" and self._stop is not None
+            sign = _of_ledger(entry, stops=stops, too_many=too_many is not None)
             self._tally.add(sign, Origin(entry.file, entry.row), entry.detail)
         self._repeated.finish(self._tally, self._read_again)
         summary = ledger.summary()
@@ -373,14 +373,22 @@ def _like(origin: Origin, text: str) -> str:
     return f"as row {origin.row} there: {excerpt(text)}"
 
 
-def _of_ledger(entry: Entry, *, stops: bool) -> Sign:
-    """The sign that a reason of the ledger is; an error if it is what stops a run."""
+def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
+    """The sign that a reason of the ledger is; an error if it is what stops a run.
+
+    Args:
+        entry: the record.
+        stops: whether one of these stops a run.
+        too_many: whether all that is dropped stops it.
+    """
     if entry.outcome == "dropped":
         return Sign(
             "dropped",
             f"would be dropped: {entry.reason}",
-            "error" if stops else "warning",
-            "Mend them; more than max_dropped of them stop a run.",
+            "error" if stops or too_many else "warning",
+            "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
+            if stops
+            else "Mend them; more than max_dropped of them stop a run.",
             about=entry.reason,
         )
     return Sign(

@@ -92,9 +92,9 @@ def _head(section: Section, every: str) -> Text:
         "record": "the record",
         "shared": f"what {every} answers share",
     }.get(section.name, section.name)
-    return Text.assemble(
-        (what, "bold"), f": {len(section.tokens)} tokens, {section.trained} of them trained"
-    )
+    count = len(section.tokens)
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
 
 
 def _coloured(section: Section) -> Text:
