@@ -23,11 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tandem.cli.main import COMMANDS
-
 from .apart import ROOT
 from .encoding import tree_memory
-from .record import Environment
+from .record import Environment, say
 from .report import RESULTS
 from .training import SHARED
 from .work import TEMPLATE
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         found = {}
         for form in options.formats:
             data = scratch / f"data.{form}"
-            _say(f"writing {options.records} records as {form}")
+            say(f"writing {options.records} records as {form}")
             write_records(options.records, data)
             size = data.stat().st_size
             found[form] = (size, _measure(data, model, scratch))
@@ -189,9 +187,8 @@ def _measure(data: Path, model: Path, scratch: Path) -> list[Ran]:
         "encode": encode,
         "second start": encode,
         "plan": [*tandem, "plan", str(recipe), "--json"],
+        "check": [*tandem, "check", str(data), "--recipe", str(recipe), "--json"],
     }
-    if "check" in COMMANDS:
-        commands["check"] = [*tandem, "check", str(data), "--recipe", str(recipe), "--json"]
     return [run(name, command, scratch / "cache") for name, command in commands.items()]
 
 
@@ -216,7 +213,7 @@ def run(name: str, command: list[str], cache: Path) -> Ran:
         output.seek(0)
         text = output.read()
     said = json.loads(text.splitlines()[-1]) if "encoding_side" in " ".join(command) else {}
-    _say(f"{name}: {seconds:.1f} s, {peak / 1e6:.0f} MB")
+    say(f"{name}: {seconds:.1f} s, {peak / 1e6:.0f} MB")
     return Ran(name, seconds, peak, said)
 
 
@@ -256,10 +253,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.cores = len(os.sched_getaffinity(0))
     return options
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -131,15 +131,18 @@ def test_what_would_not_train_is_exit_2_with_the_report(
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     code, out, err = _run(capsys, "check", file, *flags)
     assert code == 2
-    assert err.startswith(f"error: {file}, row 31: the record is not valid JSON")
+    reason = f"{file}, row 31: the record is not valid JSON"
     if flags:
+        assert err.startswith(f"error: {reason}")
         found = json.loads(out)
         assert not found["trains"]
         assert f"error: {found['data'][0]['problem']}\n" == err
         assert found["data"][0]["records"]["trained"] == 30
     else:
-        assert "a run would stop here:" in out
+        assert f"a run would stop here:\n{reason}" in out
         assert "30 to train on" in out
+        # Not a second time.
+        assert err == f"error: {file}: a run would stop, for the reason at the end of the page\n"
 
 
 def test_a_missing_file_is_exit_2_and_json_all_the_same(
@@ -149,6 +152,89 @@ def test_a_missing_file_is_exit_2_and_json_all_the_same(
     assert code == 2
     assert "there is no file or folder" in json.loads(out)["data"][0]["problem"]
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "there is no file or folder"),
+        ("empty.jsonl", b"", "is empty."),
+        ("blank.jsonl", b"\n \n", "is empty."),
+        ("some.parquet", b"\x00\xff\x12" * 99, "is no sound Parquet file"),
+        ("some.csv", b"\x00\xff\r\x12" * 99, "has no CSV header that can be read ("),
+        ("some.bin", b"\x00\xff\x12" * 99, "is no kind of file that can be read here"),
+    ],
+)
+def test_of_what_cannot_be_read_the_reason_alone_is_said(
+    name: str,
+    content: bytes | None,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    code, out, err = _run(capsys, "check", file)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: data: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_beside_what_cannot_be_read_the_other_page_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write(tmp_path / "b.jsonl", map(pair, range(8)))
+    code, out, err = _run(capsys, "check", tmp_path / "none.jsonl", pairs)
+    assert code == 2
+    assert out.startswith(f"{pairs}: ")
+    assert "none.jsonl" not in out
+    assert "there is no file or folder" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_data_of_no_known_format_may_be_of_the_other_kind(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [{"question": "Why?", "better": "So.", "worse": "No."}] * 30)
+    notice = f"{file} is of no known format, and read as conversations; if it holds"
+    code, out, err = _run(capsys, "check", file, *flags)
+    assert code == 2
+    assert notice in (json.loads(out)["notices"][0] if flags else err)
+    assert "row 1: a record of no known format; its keys are: question, better, worse" in err
+    code, _, err = _run(capsys, "check", file, "--stage", "dpo", *flags)
+    assert code == 2
+    assert "Known formats of preference pairs: " in err
+    assert notice not in err
+
+
+def test_rows_of_a_folder_are_told_with_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", map(conversation, range(9)))
+    bad = write(folder / "b.jsonl", ["{"])
+    code, out, _ = _run(capsys, "check", folder)
+    assert code == 2
+    assert "\n      b.jsonl, row 1  is not valid JSON" in out
+    assert "Mend them: the first one stops a run, unless `on_bad_record: drop` is set." in out
+    code, out, _ = _run(capsys, "check", bad)
+    assert code == 2
+    assert "1 record read" in out
+    assert "\n      row 1  is not valid JSON" in out
+
+
+def test_kinds_are_told_where_the_title_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [conversation(seed) for seed in range(30)]
+    rows[3]["messages"][0]["content"] += " Write to jane.roe@some-house.org."
+    rows[4]["messages"][0]["content"] += " The key is " + "ghp_" + "a1B2" * 9
+    _, out, _ = _run(capsys, "check", write(tmp_path / "a.jsonl", rows))
+    assert ": e-mail addresses\n" in out
+    assert "(1 GitHub token)\n" in out
 
 
 def test_data_of_both_kinds_is_checked_apart(
@@ -197,6 +283,85 @@ def test_pairs_that_are_not_made_yet_are_asked_for(
     assert _run(capsys, "check", "--recipe", "demo", "--stage", "dpo")[0] == 0
 
 
+ONLY_PAIRS = """
+name: preferences
+model: {model}
+output_dir: {folder}/run
+chat_template: neural-chat
+pairs:
+  prompts: {folder}/prompts.jsonl
+dpo: {{max_length: 400}}
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, stories_path: Path) -> Path:
+    """A recipe whose DPO data is what its pairs stage makes, and nothing else is trained."""
+    write(tmp_path / "prompts.jsonl", map(conversation, range(9)))
+    path = tmp_path / "preferences.yaml"
+    path.write_text(ONLY_PAIRS.format(model=stories_path, folder=tmp_path))
+    return path
+
+
+@pytest.mark.parametrize("argv", [["check"], ["check", "--json"], ["show", "--row", "1"]])
+def test_nothing_to_look_at_is_exit_2(
+    argv: list[str], waiting: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _run(capsys, *argv, "--recipe", waiting)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: recipe preferences: dpo.data is what its pairs stage makes")
+    assert err.count("\n") == 1
+
+
+def test_a_recipe_that_trains_nothing_has_nothing_to_look_at(
+    waiting: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting.write_text(waiting.read_text().replace("dpo: {max_length: 400}", ""))
+    code, out, err = _run(capsys, "check", "--recipe", waiting)
+    assert (code, out) == (2, "")
+    assert "recipe preferences has neither an sft nor a dpo section" in err
+
+
+def _make_pairs(tmp_path: Path) -> None:
+    made = tmp_path / "run" / "3-pairs"
+    made.mkdir(parents=True)
+    write(made / "pairs.jsonl", map(pair, range(9)))
+
+
+def test_pairs_that_are_made_are_looked_at(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_pairs(tmp_path)
+    code, out, _ = _run(capsys, "check", "--recipe", waiting)
+    assert code == 0
+    assert "9 records read as dpo would" in out
+
+
+def test_a_stage_whose_pairs_are_not_made_is_told(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "sft.jsonl", map(conversation, range(9)))
+    waiting.write_text(
+        waiting.read_text() + f"sft: {{data: {tmp_path}/sft.jsonl, max_length: 400}}\n"
+    )
+    said = "dpo.data is what its pairs stage makes, and there are none in"
+    code, out, err = _run(capsys, "check", "--recipe", waiting)
+    assert code == 0
+    assert "read as sft would" in out
+    assert said in err
+    code, out, _ = _run(capsys, "check", "--recipe", waiting, "--json")
+    assert code == 0
+    assert said in json.loads(out)["notices"][-1]
+    code, out, err = _run(capsys, "show", "--recipe", waiting, "--row", 2)
+    assert code == 0
+    assert said in err
+    _make_pairs(tmp_path)
+    code, out, err = _run(capsys, "check", "--recipe", waiting, "--json")
+    assert code == 0
+    assert [one["stage"] for one in json.loads(out)["data"]] == ["sft", "dpo"]
+    assert said not in err
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -209,6 +374,22 @@ def test_pairs_that_are_not_made_yet_are_asked_for(
         (["check", "a.jsonl", "--model", "./none"], "model folder ./none does not exist"),
         (["check", "a.jsonl", "--recipe", "demoo"], "Did you mean demo?"),
         (["check", "a.jsonl", "--against", "./none"], "there is no file or folder ./none"),
+        (
+            ["check", "a.jsonl", "--chat_template", "chatml"],
+            "--chat_template needs --model or --recipe",
+        ),
+        (
+            ["show", "a.jsonl", "--row", "1", "--text", "--ids"],
+            "--text shows the turns alone, for which --ids is of no use",
+        ),
+        (
+            ["show", "a.jsonl", "--row", "1", "--text", "--ids", "--model", "./none"],
+            "--text shows the turns alone, for which --model and --ids are of no use",
+        ),
+        (
+            ["show", "--recipe", "demo", "--row", "1", "--text", "--chat_template", "chatml"],
+            "--text shows the turns alone, for which --chat_template is of no use",
+        ),
         (["check", "a.jsonl", "--limit", "x"], "invalid positive value: 'x'"),
     ],
 )
@@ -232,6 +413,41 @@ def test_a_row_is_shown_with_what_a_run_cuts(
     assert "\ntruncated: " in out
     assert "\ntrained | " in out
     assert "\nprompt  | " in out
+
+
+def test_the_turns_are_shown_with_tools_calls_and_reasoning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Forlì"}}}
+    turns = [
+        {"role": "user", "content": "Warm?"},
+        {"role": "assistant", "content": None, "thinking": "I ask.", "tool_calls": [call]},
+        {"role": "tool", "content": "18"},
+        {"role": "assistant", "content": "Yes.", "weight": 0},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    row = {"messages": turns, "tools": [{"name": "weather"}]}
+    file = write(tmp_path / "a.jsonl", [row])
+    code, out, _ = _run(capsys, "show", file, "--row", 1, "--text")
+    assert code == 0
+    assert out.splitlines()[1:] == [
+        "tools:", '  [{"name": "weather"}]',
+        "user:", "  Warm?",
+        "assistant reasons:", "  I ask.",
+        "assistant calls:", '  {"name": "weather", "arguments": {"city": "Forlì"}}',
+        "tool:", "  18",
+        "assistant (weight 0):", "  Yes.",
+        "user:", "  Sure?",
+        "assistant:", "  Yes.",
+    ]  # fmt: skip
+
+
+def test_a_row_of_no_format_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", ["{"])
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text")
+    assert (code, out) == (2, f"{file}, row 1\n")
+    assert "row 1: the record is not valid JSON" in err
 
 
 def test_a_recipe_of_two_stages_is_asked_which(

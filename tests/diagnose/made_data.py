@@ -12,6 +12,14 @@ _NOUNS = ("river", "library", "engine", "garden", "harbour", "teacher", "violin"
 _VERBS = ("carries", "follows", "repairs", "describes", "paints", "measures", "remembers")
 _MORE = ("slowly", "yesterday", "twice", "before", "dawn", "in", "winter", "near", "the", "station")
 
+# A template of reasoning models, which forgets the thoughts of answers before the last one.
+FORGETFUL = (
+    "{% for m in messages %}{% set text = m.content %}"
+    "{% if m.role == 'assistant' and not loop.last %}{% set text = text.split('</think>')[-1] %}"
+    "{% endif %}{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def sentences(rng: random.Random, count: int) -> str:
     """Some sentences of English."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from tandem.data.batch import Plan
+from tandem.data.batch import Batch, Plan, encode_batch
+from tandem.data.chunks import Chunk
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.ledger import Ledger
@@ -17,13 +20,14 @@ from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.data.truncate import Limits
+from tandem.diagnose.credentials import masked
 from tandem.diagnose.findings import Finding
 from tandem.diagnose.overlap import read_other
-from tandem.diagnose.page import as_json
+from tandem.diagnose.page import as_json, print_survey
 from tandem.diagnose.survey import Subject, Survey, survey
 from tandem.errors import UserError
 
-from .made_data import conversation, pair, write
+from .made_data import FORGETFUL, conversation, pair, write
 
 _MANY = 2**31 - 1
 CLEAN = 40
@@ -110,6 +114,21 @@ def test_a_planted_pair_is_found_and_it_alone(name: str, tmp_path: Path) -> None
     # A chosen answer that refuses is a refusal as well.
     assert set(by_name) - {"refusals"} == {name}
     assert [example.row for example in by_name[name].examples] == [21]
+
+
+def test_columns_that_say_nothing_in_the_first_rows_are_read_all_the_same(tmp_path: Path) -> None:
+    empty = {"score_chosen": None, "score_rejected": None, "preferred": None}
+    rows: list[Any] = [{**pair(seed), **empty} for seed in range(300)]
+    rows += [
+        {**pair(400), "score_chosen": 1.5, "score_rejected": 4, "preferred": None},
+        {**pair(401), "score_chosen": None, "score_rejected": 4, "preferred": "rejected"},
+        {**pair(402), "score_chosen": 4, "score_rejected": 1.5, "preferred": "chosen"},
+    ]
+    found = _by_name(_survey(write(tmp_path / "a.jsonl", rows), kind="preference pairs"))
+    assert {name: [e.row for e in finding.examples] for name, finding in found.items()} == {
+        "chosen_scored_lower": [301],
+        "label_prefers_rejected": [302],
+    }
 
 
 @pytest.mark.parametrize("kind", ["conversations", "preference pairs"])
@@ -237,6 +256,80 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert sum(found.histogram.counts) == len(longest)
 
 
+def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
+    mistral_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [conversation(seed) for seed in range(300)]
+    rows[4] = conversation(4, exchanges=6)
+    rows[7] = CONVERSATIONS["dropped"]
+    rows[280] = conversation(280, exchanges=6)
+    file = write(tmp_path / "a.jsonl", rows)
+    encoded: list[list[int]] = []
+
+    def counting(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
+        encoded.append([row.origin.row for row in chunk.rows()])
+        return encode_batch(chat, plan, chunk, known)
+
+    monkeypatch.setattr("tandem.diagnose.survey.encode_batch", counting)
+    found = _with_chat(mistral_tokenizer, True, file)
+    assert encoded == [[*range(1, 257)], [5, 8], [*range(257, 301)], [281]]
+    assert found.counts == {"read": 300, "trained": 299, "truncated": 2, "dropped": 1}
+    # Lengths are those that they have without limits.
+    whole = _with_chat(mistral_tokenizer, False, file)
+    assert found.measures == whole.measures
+    assert found.histogram == whole.histogram
+
+
+def test_a_row_of_several_pairs_is_measured_once(mistral_tokenizer: Any, tmp_path: Path) -> None:
+    answers = [pair(seed)["chosen"] for seed in range(4)]
+    answers[2] = SENTENCE * 60
+    completions = [
+        {"response": text, "overall_score": 9 - number} for number, text in enumerate(answers)
+    ]
+    row = {"instruction": "Why is it that the river is wide?", "completions": completions}
+    spec = SourceSpec(str(write(tmp_path / "a.jsonl", [row])), completions="best_vs_rest")
+    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+
+    def look(limited: bool) -> Survey:
+        plan = Plan("preference pairs", Limits(400 if limited else _MANY, None), "stop")
+        return survey(Subject(None, (spec,), plan, 0.05, chat=chat, limited=limited))
+
+    found, whole = look(limited=True), look(limited=False)
+    assert (found.counts["trained"], found.counts["truncated"]) == (3, 1)
+    assert found.measures == whole.measures
+    assert found.histogram is not None
+    assert sum(found.histogram.counts) == 3
+
+
+def test_a_conversation_of_two_branches_is_no_pair(byte_tokenizer: Any, tmp_path: Path) -> None:
+    template = tmp_path / "forgetful.jinja"
+    template.write_text(FORGETFUL)
+    rows = []
+    for seed in range(20):
+        row = conversation(seed, exchanges=2)
+        row["messages"][1]["content"] = "<think>So it is.</think>" + row["messages"][1]["content"]
+        rows.append(row)
+    file = write(tmp_path / "a.jsonl", rows)
+    resolved = resolve_template(byte_tokenizer, str(template))
+    subject = Subject(
+        None,
+        (SourceSpec(str(file)),),
+        Plan("conversations", Limits(_MANY, None), "stop"),
+        0.05,
+        chat=Chat.of(byte_tokenizer, resolved),
+    )
+    found = survey(subject)
+    trees = prepare_conversations(
+        [SourceSpec(str(file))], tokenizer=byte_tokenizer, template=resolved,
+        max_length=_MANY, ledger=Ledger(None),
+    )  # fmt: skip
+    assert {len(tree.branches) for tree in trees} == {2}
+    assert set(found.measures) == {"whole", "prompt", "answers"}
+    trained = [sum(int(tree.sequence(b).trained.sum()) for b in range(2)) for tree in trees]
+    assert found.measures["answers"].total == sum(trained)
+    assert found.measures["answers"].most == max(trained)
+
+
 def test_processes_find_what_one_process_finds(
     tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +383,7 @@ def _run(file: Path, tokenizer: Any) -> None:
         ([], "is empty"),
         ([{"text": "x"}] * 3, "the record is a `text` alone"),
         ([{"a": "x"}] * 3, "a record of no known format; its keys are: a."),
+        ([{"a": "x"}] * 30, "a.jsonl, row 1: a record of no known format"),
         ([{"messages": []}] * 3, "none of the 3 records of"),
         ([*map(conversation, range(9)), {"messages": []}], "max_dropped allows 5.0%"),
     ],
@@ -350,9 +444,28 @@ def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> N
     assert not _survey(file, others=[read_other(SourceSpec(str(lines)))]).findings
 
 
+def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
+    rows = [
+        {**conversation(1), "system": "S", "tools": [], "source": "a"},
+        {**conversation(2), "score": 1, "source": "b"},
+    ]
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    assert found.unread == ("score", "source")
+    assert as_json(found)["unread_keys"] == ["score", "source"]
+    out = StringIO()
+    print_survey(Console(file=out, width=100), found, None)
+    assert "\nkeys that are not read: score, source\n" in out.getvalue()
+    assert _survey(write(tmp_path / "b.jsonl", [conversation(1)] * 2)).unread == ()
+    # Of labelled answers those are left out that are put together first.
+    answers = [{"prompt": "Q", "completion": c, "label": c == "A"} for c in "AB"]
+    kto = _survey(write(tmp_path / "c.jsonl", answers), kind="preference pairs")
+    assert (kto.counts["trained"], kto.unread) == (1, ())
+
+
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
     keys = {
-        "stage", "kind", "sources", "limit", "records", "reasons", "turns", "roles", "lengths",
+        "stage", "kind", "sources", "unread_keys", "limit", "records", "reasons", "turns", "roles",
+        "lengths",
         "compared_with", "findings", "trains", "problem",
     }  # fmt: skip
     of_a_finding = {
@@ -366,6 +479,33 @@ def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
         for finding in value["findings"]:
             assert set(finding) == of_a_finding
             assert set(finding["rows"][0]) == {"file", "row", "excerpt"}
+
+
+def test_secrets_are_looked_for_in_what_is_shown_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = [conversation(seed) for seed in range(30)]
+    asked = write(
+        tmp_path / "questions.jsonl",
+        [{"query": row["messages"][0]["content"], "gold": 1} for row in rows],
+    )
+    words = write(
+        tmp_path / "answers.jsonl", [{"text": row["messages"][1]["content"]} for row in rows]
+    )
+    file = write(tmp_path / "a.jsonl", [*rows, *[CONVERSATIONS["dropped"]] * 30])
+    others = [read_other(SourceSpec(str(path))) for path in (asked, words)]
+    seen: list[str] = []
+
+    def counting(text: str) -> str:
+        seen.append(text)
+        return masked(text)
+
+    monkeypatch.setattr("tandem.diagnose.findings.masked", counting)
+    found = _survey(file, others=others)
+    counts = {finding.sign.name: finding.count for finding in found.findings}
+    assert counts == {"dropped": 30, "shared_prompts": 30, "shared_words": 30}
+    assert all(len(finding.examples) == 3 for finding in found.findings)
+    assert len(seen) == 9
 
 
 def test_without_a_tokenizer_lengths_are_characters(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tandem.diagnose.tokens import encode_row, find_row, record_in, token_texts
 from tandem.diagnose.view import print_encodings, print_turns, visible
 from tandem.errors import UserError
 
-from .made_data import conversation, pair, write
+from .made_data import FORGETFUL, conversation, pair, write
 
 _MANY = 2**31 - 1
 
@@ -122,7 +122,8 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
 def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str:
     kind: Kind = "preference pairs" if "chosen" in rows[0] else "conversations"
     file = write(tmp_path / "a.jsonl", rows)
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, "chatml"))
+    template = resolve_template(tokenizer, how.pop("template", "chatml"))
+    chat = Chat.of(tokenizer, template)
     found = encode_row(chat, _plan(kind), find_row([SourceSpec(str(file))], kind, None, 1))
     ids = how.pop("ids", False)
     console = Console(width=300, record=True, highlight=False, **how)
@@ -163,6 +164,34 @@ def test_a_pair_shows_what_is_shared_and_both_answers(byte_tokenizer: Any, tmp_p
     assert rejected.startswith("rejected: ")
     assert "trained | " in chosen
     assert "prompt" not in printed
+    same = {"prompt": "Why?", "chosen": "So", "rejected": "So."}
+    printed = _printed([same], byte_tokenizer, tmp_path, force_terminal=False)
+    assert "\nchosen: 1 token, 1 trained\n" in printed
+
+
+def test_a_conversation_of_two_branches_has_answers_and_is_no_pair(
+    byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    template = tmp_path / "forgetful.jinja"
+    template.write_text(FORGETFUL)
+    row = {"messages": [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "<think>Well.</think>It is so."},
+        {"role": "user", "content": "And why that?"},
+        {"role": "assistant", "content": "<think>Hm.</think>Nobody knows."},
+    ]}  # fmt: skip
+    printed = _printed(
+        [row], byte_tokenizer, tmp_path, template=str(template), force_terminal=False
+    )
+    legend, shared, first, second = printed.split("\n\n")
+    assert "fed once for all answers, not trained" in legend
+    assert shared.startswith("what all answers share: ")
+    assert first.startswith("answer 1: ")
+    assert second.startswith("answer 2: ")
+    for word in ("chosen", "rejected", "both"):
+        assert word not in printed
+    assert "trained | <think>Well.</think>It is so.<|im_end|>" in first
+    assert "prompt  | It is so.<|im_end|>" in second
 
 
 def test_a_terminal_shows_colours_and_the_same_text(byte_tokenizer: Any, tmp_path: Path) -> None:

@@ -29,16 +29,15 @@ def check(argv: list[str]) -> int:
         raise UserError("tandem check needs DATA or --recipe. See tandem check --help")
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
-        asked = data_of(arguments, recipe, Path(folder))
+        asked, notices = data_of(arguments, recipe, Path(folder))
         chat = chat_of(arguments, recipe)
+        notices = [*(chat.notices if chat else ()), *notices]
         found = [_survey(data, chat, recipe, arguments, Path(folder)) for data in asked]
-    if arguments.json:
-        _print_json(found, recipe, chat)
-    else:
-        _print_pages(found, chat)
-    problems = [one.problem for one in found if one.problem is not None]
-    if problems:
-        raise UserError("\n".join(problems))
+        if arguments.json:
+            _print_json(found, recipe, chat, notices)
+        else:
+            _print_pages(found, chat, notices)
+    _require_trainable(found, whole=arguments.json)
     return 0
 
 
@@ -91,7 +90,9 @@ def _others(
     ]
 
 
-def _print_json(found: Sequence[Survey], recipe: Recipe | None, chat: StageChat | None) -> None:
+def _print_json(
+    found: Sequence[Survey], recipe: Recipe | None, chat: StageChat | None, notices: Sequence[str]
+) -> None:
     from tandem.diagnose.page import as_json
 
     value = {
@@ -99,20 +100,36 @@ def _print_json(found: Sequence[Survey], recipe: Recipe | None, chat: StageChat 
         "recipe": recipe.name if recipe else None,
         "model": chat.model if chat else None,
         "chat_template": chat.template if chat else None,
-        "notices": list(chat.notices) if chat else [],
+        "notices": list(notices),
         "trains": all(one.problem is None for one in found),
         "data": [as_json(one) for one in found],
     }
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def _print_pages(found: Sequence[Survey], chat: StageChat | None) -> None:
+def _require_trainable(found: Sequence[Survey], *, whole: bool) -> None:
+    """Raise UserError for data that would not train: in its own words unless a page has them."""
+    problems = [
+        one.problem
+        if whole or not one.counts["read"]
+        else f"{' and '.join(source.path for source in one.subject.sources)}: a run would stop, "
+        "for the reason at the end of the page"
+        for one in found
+        if one.problem is not None
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _print_pages(found: Sequence[Survey], chat: StageChat | None, notices: Sequence[str]) -> None:
     from tandem.cli.notices import notice_console, result_console
     from tandem.diagnose.page import print_survey
 
-    for notice in chat.notices if chat else ():
+    for notice in notices:
         notice_console().print(notice, markup=False, soft_wrap=True)
-    for number, one in enumerate(found):
+    # Of data of which nothing could be read, its problem alone is said.
+    pages = [one for one in found if one.counts["read"] or one.problem is None]
+    for number, one in enumerate(pages):
         if number:
             result_console().print()
         print_survey(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from tandem.cli.parsing import Parser
+from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from tandem.recipe.schema import Recipe
@@ -52,6 +53,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
 def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat | None:
     """The tokenizer and template that were named, or the recipe's; None without either."""
     if arguments.model is None and recipe is None:
+        if arguments.chat_template is not None:
+            raise UserError("--chat_template needs --model or --recipe, for a tokenizer renders it")
         return None
     from tandem.stages.inspection import stage_chat
 
@@ -65,30 +68,33 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
 
 def data_of(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
-) -> Sequence[StageData]:
-    """What each stage would read of the data that was named, or of the recipe's own.
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """What each stage would read of the data that was named, or of the recipe's own; and notices.
 
-    `folder` is where the embedded demo's data is written.
+    `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
     from tandem.diagnose.kind import by_kind
-    from tandem.stages.inspection import KINDS, StageName, named_sources, stage_data, stage_of
+    from tandem.stages.inspection import (
+        KINDS,
+        named_sources,
+        recipe_data,
+        stage_data,
+        stage_of,
+    )
 
     if not arguments.data:
         assert recipe is not None
-        stages: list[StageName] = [
-            stage
-            for stage in get_args(StageName)
-            if arguments.stage in (None, stage) and _has(recipe, stage, arguments.stage)
-        ]
-        return [stage_data(stage, recipe, None, folder) for stage in stages]
+        if arguments.stage is None:
+            return recipe_data(recipe, folder)
+        return [stage_data(arguments.stage, recipe, None, folder)], []
     sources = named_sources(arguments.data, folder, recipe.seed if recipe else None)
-    parts = by_kind(sources) if arguments.stage is None else {KINDS[arguments.stage]: sources}
-    return [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
-
-
-def _has(recipe: Recipe, stage: str, asked: str | None) -> bool:
-    """Whether a stage is looked at: one that was asked for always, so that its lack is said."""
-    if asked is not None:
-        return True
-    section = recipe.sft if stage == "sft" else recipe.dpo
-    return section is not None and bool(section.data)
+    if arguments.stage is not None:
+        return [stage_data(arguments.stage, recipe, sources, folder)], []
+    parts, unknown = by_kind(sources)
+    notices = [
+        f"{source.path} is of no known format, and read as {KINDS['sft']}; if it holds "
+        f"{KINDS['dpo']}, give --stage dpo"
+        for source in unknown
+    ]
+    found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+    return found, notices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,16 +29,22 @@ def show(argv: list[str]) -> int:
             "tandem show needs --model or --recipe, for tokens are those of a tokenizer; --text "
             "shows the turns alone"
         )
-    from tandem.cli.notices import result_console
+    if arguments.text:
+        _require_used(arguments)
+    from tandem.cli.notices import notice_console, result_console
     from tandem.diagnose.tokens import find_row, record_in
     from tandem.diagnose.view import print_turns
 
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
-        data = _one(data_of(arguments, recipe, Path(folder)))
+        asked, notices = data_of(arguments, recipe, Path(folder))
+        data = _one(asked)
+        for notice in notices:
+            notice_console().print(notice, markup=False, soft_wrap=True)
         place = find_row(data.sources, data.plan.kind, arguments.file, arguments.row)
         console = result_console()
-        console.print(f"{place.row.origin}: {place.format}", markup=False, soft_wrap=True)
+        format_name = f": {place.format}" if place.format else ""
+        console.print(f"{place.row.origin}{format_name}", markup=False, soft_wrap=True)
         if arguments.text:
             print_turns(console, record_in(place))
             return 0
@@ -45,6 +52,18 @@ def show(argv: list[str]) -> int:
         assert chat is not None
         _show_tokens(console, place, data, chat, ids=arguments.ids)
     return 0
+
+
+def _require_used(arguments: argparse.Namespace) -> None:
+    """Raise UserError for flags about tokens, where the turns alone are asked for."""
+    unused = [name for name in ("model", "chat_template", "ids") if getattr(arguments, name)]
+    if unused:
+        names = " and ".join(f"--{name}" for name in unused)
+        are = "is" if len(unused) == 1 else "are"
+        raise UserError(
+            f"--text shows the turns alone, for which {names} {are} of no use: leave out one or "
+            "the other"
+        )
 
 
 def _one(found: Sequence[StageData]) -> StageData:

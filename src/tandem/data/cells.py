@@ -34,7 +34,8 @@ def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
             cells = next(reader, None)
         except csv.Error as error:
             if columns is None:
-                raise UserError(f"data: {file} has no CSV header: {error}.") from error
+                said = f"data: {file} has no CSV header that can be read ({error})."
+                raise UserError(said) from error
             lines = f"lines {begins} to {reader.line_num} of the file"
             bad = f"is not valid CSV ({error}; {lines})"
             yield BadLine(Origin(str(file), next(numbers)), bad)

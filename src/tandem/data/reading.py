@@ -185,7 +185,7 @@ def _look(
             if known := _detect(row, source, kind):
                 return known
             if tried == _UNKNOWN_ROWS:
-                raise _unknown(row, source, kind)
+                raise _unknown(first, source, kind)
     if empty:
         raise UserError(f"data: {source.path} is empty.")
     if first is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from tandem.data.records import PreferencePair
 from tandem.diagnose.findings import Sign
@@ -109,6 +109,7 @@ _NO_SENTENCE = re.compile(
 )
 
 _NOT_SCORES = re.compile(r"rank|len|token|logp|_id$|index|count|size|position|loss|toxic|hash")
+# Columns whose names say that they name the preferred answer.
 _LABELS = ("preferred", "preference", "winner", "better", "label", "choice", "best")
 
 
@@ -185,21 +186,14 @@ def score_columns(fields: Mapping[str, object]) -> list[tuple[str, str]]:
     return found
 
 
-def label_columns(fields: Mapping[str, object]) -> list[str]:
-    """Columns whose names say that they name the preferred answer, with a text in them."""
-    return [name for name in _LABELS if isinstance(fields.get(name), str)]
-
-
-def column_signs(
-    fields: Mapping[str, object], scores: Sequence[tuple[str, str]], labels: Sequence[str]
-) -> Iterator[tuple[Sign, str]]:
+def column_signs(fields: Mapping[str, object]) -> Iterator[tuple[Sign, str]]:
     """The signs in other columns that a pair is the wrong way round, with what they say."""
-    for chosen, rejected in scores:
+    for chosen, rejected in score_columns(fields):
         a, b = fields.get(chosen), fields.get(rejected)
         if isinstance(a, int | float) and isinstance(b, int | float) and a < b:
             yield SWAPPED_SCORE, f"{chosen} {a:g}, {rejected} {b:g}"
             break
-    for name in labels:
+    for name in _LABELS:
         value = fields.get(name)
         if isinstance(value, str) and (
             value.strip().lower() == "rejected"

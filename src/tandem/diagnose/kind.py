@@ -15,22 +15,33 @@ from tandem.errors import UserError
 _ROWS = 20
 
 
-def by_kind(sources: Sequence[SourceSpec]) -> dict[Kind, list[SourceSpec]]:
-    """The sources of each kind, in order.
+def by_kind(
+    sources: Sequence[SourceSpec],
+) -> tuple[dict[Kind, list[SourceSpec]], list[SourceSpec]]:
+    """The sources of each kind, in order; and those with rows of no known format.
 
-    Those of no known format, and those that are missing, count as conversations: reading them says
-    what is wrong.
+    These, and those without a row that can be read, count as conversations: reading them says what
+    is wrong.
     """
     found: dict[Kind, list[SourceSpec]] = {}
+    unknown: list[SourceSpec] = []
     for source in sources:
-        found.setdefault(_kind_of(source), []).append(source)
-    return found
+        kind, rows = _look(source)
+        found.setdefault(kind or "conversations", []).append(source)
+        if kind is None and rows:
+            unknown.append(source)
+    return found, unknown
 
 
-def _kind_of(source: SourceSpec) -> Kind:
+def _look(source: SourceSpec) -> tuple[Kind | None, int]:
+    """The kind of a source's first rows, and after how many of them it was clear, or given up."""
+    rows = 0
     with suppress(UserError):
         for row in islice(read_rows(source), _ROWS):
-            known = None if isinstance(row, BadLine) else detect(row.fields)
+            if isinstance(row, BadLine):
+                continue
+            rows += 1
+            known = detect(row.fields)
             if known is not None:
-                return known.kind
-    return "conversations"
+                return known.kind, rows
+    return None, rows

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.columns import Columns
+from tandem.data.formats import Kind
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
@@ -63,8 +64,11 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(columns: Columns) -> dict[str, NDArray[np.int32]]:
-    """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers."""
+def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
+    """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
+
+    A prompt is that of the first path, where there are several.
+    """
     if not len(columns.parts):
         return {}
     first = np.concatenate([[0], np.cumsum(columns.parts)[:-1]]).astype(np.int64)
@@ -74,13 +78,11 @@ def token_lengths(columns: Columns) -> dict[str, NDArray[np.int32]]:
     # A part's whole path, and what is trained of it; the prefix's own entries are not used.
     path = np.where(is_prefix, 0, columns.lengths + columns.lengths[prefix_of])
     trained = np.where(is_prefix, 0, columns.targets + columns.targets[prefix_of])
-    # Of a pair, [prefix, chosen, rejected]; else the last branch has the last answer.
-    pairs = bool((columns.parts == 3).all())
     found = {
         "whole": np.maximum.reduceat(path, first),
         "prompt": path[first + 1] - trained[first + 1],
     }
-    if pairs:
+    if kind == "preference pairs":  # [prefix, chosen, rejected]
         found |= {"chosen": trained[first + 1], "rejected": trained[first + 2]}
     else:
         found["answers"] = np.add.reduceat(trained, first)
@@ -101,12 +103,13 @@ def _measure(values: Counts) -> Measure:
 
 
 def _histogram(values: NDArray[np.int32]) -> Histogram:
-    """Bars of one width up to about the 99th percentile, and one for the rest."""
-    most = max(1, int(values.max()))
+    """Bars of one width from the shortest to about the 99th percentile, and one for the rest."""
+    least, most = int(values.min()), int(values.max())
     high = int(np.quantile(values, 0.99, method="higher")) + 1
-    width = _round_up(max(1, -(-high // _BARS)))
-    edges = np.arange(0, high + width, width)
-    edges = np.append(edges[edges < most], most)
+    width = _round_up(max(1, -(-(high - least) // _BARS)))
+    edges = np.arange(least - least % width, high + width, width)
+    below = edges[edges < most]
+    edges = np.append(below if len(below) else most, most)
     counts, _ = np.histogram(values, bins=edges)
     return Histogram(tuple(map(int, edges)), tuple(map(int, counts)))
 

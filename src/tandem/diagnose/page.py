@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tandem.data.sources import origin_names
 from tandem.diagnose.findings import Finding
 from tandem.diagnose.lengths import Histogram, Measure
 from tandem.diagnose.survey import Survey
@@ -30,6 +31,7 @@ def as_json(found: Survey) -> dict[str, Any]:
             {"path": source.path, "format": found.formats.get(source.path)}
             for source in subject.sources
         ],
+        "unread_keys": list(found.unread),
         "limit": found.limit,
         "records": found.counts,
         "reasons": found.reasons,
@@ -80,17 +82,16 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
         known = found.formats.get(source.path)
         what = f"{known}, {subject.plan.kind}" if known else "no format was recognised"
         yield Text.assemble((source.path, "bold"), f": {what}")
+    if found.unread:
+        yield Text(f"keys that are not read: {', '.join(found.unread)}")
     if found.limit is not None:
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
     as_stage = f" as {subject.stage} would" if subject.stage else ""
     yield Text(
-        f"{counts['read']:,} records read{as_stage}: {counts['trained']:,} to train on"
+        f"{_times(counts['read'], 'record')} read{as_stage}: {counts['trained']:,} to train on"
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
     )
-    if not counts["read"]:
-        yield from _verdict(found)
-        return
     yield Text()
     yield from _turns(found)
     yield from _lengths(console, found, tokenizer)
@@ -189,20 +190,24 @@ def _findings(found: Survey) -> Iterator[Text]:
         yield Text("nothing was found that should be looked at", "green")
         return
     yield Text("findings", "bold")
-    single = len({e.file for finding in found.findings for e in finding.examples}) == 1
+    sources = found.subject.sources
+    single = len(sources) == 1 and len(origin_names(sources)) == 1
     for finding in found.findings:
         yield _head(finding)
         for example in finding.examples:
             where = (
                 f"row {example.row}" if single else f"{Path(example.file).name}, row {example.row}"
             )
-            yield Text.assemble("      ", (where, "dim"), f"  {example.excerpt}")
+            shown = f"  {example.excerpt}" if example.excerpt else ""
+            yield Text.assemble("      ", (where, "dim"), shown)
         yield Text(f"      {finding.sign.hint}", "dim italic")
 
 
 def _head(finding: Finding) -> Text:
     sign = finding.sign
-    kinds = ", ".join(f"{count} {kind}" for kind, count in finding.kinds.items())
+    kinds = ", ".join(
+        f"{count} {kind}" for kind, count in finding.kinds.items() if kind not in sign.title
+    )
     return Text.assemble(
         "  ",
         (f"{sign.severity:<8}", _STYLES[sign.severity]),

@@ -23,13 +23,8 @@ Record = Conversation | PreferencePair
 _LONG_ANSWER = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Columns beside the texts that may say which answer is better, and each row's values."""
-
-    scores: Sequence[tuple[str, str]]
-    labels: Sequence[str]
-    rows: Mapping[int, Mapping[str, object]]
+# Rows as they stand in their file, by number.
+Rows = Mapping[int, Mapping[str, object]]
 
 
 @dataclass(slots=True)
@@ -90,9 +85,9 @@ def digests_of(record: Record) -> tuple[int, int, int]:
 
 
 def look_at(
-    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, columns: Columns | None
+    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, rows: Rows
 ) -> None:
-    """Count the signs of some records, and their roles."""
+    """Count the signs of some records, of pairs those in the other columns as well; and roles."""
     all_texts: list[str] = []
     owners: list[Record] = []
     for record in records:
@@ -104,9 +99,8 @@ def look_at(
         roles.turns[len(own) - isinstance(record, PreferencePair)] += 1
         for sign, text, at in _of_one(record):
             tally.add(sign, record.origin, text, at)
-        if columns is not None:
-            row = columns.rows.get(record.origin.row, {})
-            for sign, said in column_signs(row, columns.scores, columns.labels):
+        if isinstance(record, PreferencePair):
+            for sign, said in column_signs(rows[record.origin.row]):
                 tally.add(sign, record.origin, said)
     _of_texts(all_texts, owners, texts, tally)
 

@@ -12,6 +12,7 @@ import numpy as np
 from tandem.data.batch import Batch, Plan, encode_batch
 from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.encode import Chat
+from tandem.data.formats import format_named
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.pool import Pool, available_cores
 from tandem.data.prepare import nothing_left
@@ -20,13 +21,11 @@ from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources import SourceSpec, count_source
 from tandem.data.truncate import Limits
 from tandem.data.worker import Setup
-from tandem.diagnose.answers import label_columns, score_columns
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import Finding, Sign, Tally, excerpt
 from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
 from tandem.diagnose.overlap import RUN, Other, many_words, prompt_digest
 from tandem.diagnose.records import (
-    Columns,
     Record,
     Roles,
     answers_of,
@@ -104,11 +103,16 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What was found; `problem` is the message that a run would stop with, None if it would not."""
+    """What was found.
+
+    `unread` are keys of the rows that a run ignores; `problem` is the message that it would stop
+    with, None if it would not.
+    """
 
     subject: Subject
     limit: int | None
     formats: dict[str, str]
+    unread: tuple[str, ...]
     counts: dict[str, int]
     reasons: dict[str, int]
     roles: Roles
@@ -164,12 +168,14 @@ class _Survey:
         self._tally, self._roles = Tally(shown), Roles()
         self._lengths = Lengths("tokens" if subject.chat else "characters")
         self._repeated = Repeated(shown)
-        self._columns: dict[str, Columns] = {}
         self._answers = self._records = 0
+        self._unread: set[str] = set()
         self._stop: str | None = None
 
     def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
         """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
+        rows = tuple(chunk.rows())
+        chunk = RowChunk(chunk.file, chunk.count, rows)
         found = list(records_of(chunk, known, "drop"))
         records = [one for one in found if not isinstance(one, Entry)]
         entries = [one for one in found if isinstance(one, Entry)]
@@ -182,7 +188,11 @@ class _Survey:
             self._measure(chunk, known, batch)
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
-        look_at(records, self._texts, self._tally, self._roles, self._beside(chunk))
+        fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
+        layout = format_named(known) if known else None
+        for row in fields.values() if layout else ():
+            self._unread |= layout.unread(row)
+        look_at(records, self._texts, self._tally, self._roles, fields)
         self._compare(records)
 
     def finish(self, problem: str | None) -> Survey:
@@ -192,16 +202,16 @@ class _Survey:
         too_many = self._too_many()
         problem = self._stop or problem or too_many
         for entry in ledger.entries:
-            unparsable = entry.reason == "unparsable" and self._stop is not None
-            sign = _of_ledger(entry, stops=too_many is not None or unparsable)
-            origin = Origin(entry.file, entry.row)
-            self._tally.add_example(sign, origin, excerpt(entry.detail))
+            stops = entry.reason == "unparsable" and self._stop is not None
+            sign = _of_ledger(entry, stops=stops, too_many=too_many is not None)
+            self._tally.add(sign, Origin(entry.file, entry.row), entry.detail)
         self._repeated.finish(self._tally, self._read_again)
         summary = ledger.summary()
         return Survey(
             subject,
             self._limit,
             dict(ledger.formats),
+            tuple(sorted(self._unread)),
             counts,
             summary["reasons"],
             self._roles,
@@ -250,32 +260,25 @@ class _Survey:
             return list(batch.entries)
         for entry in batch.entries:
             if entry.outcome == "truncated":
-                origin = Origin(entry.file, entry.row)
-                self._tally.add_example(_UNCOUNTED, origin, excerpt(entry.detail))
+                self._tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
         return [entry for entry in batch.entries if entry.outcome != "truncated"]
 
     def _measure(self, chunk: Chunk, known: str, batch: Batch) -> None:
         """Note lengths in tokens, of records that were cut or dropped those they had before."""
+        plan = self._subject.plan
+        found = token_lengths(batch.columns, plan.kind)
         if batch.entries and self._subject.limited:
             assert self._subject.chat is not None
-            whole = replace(self._subject.plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
-            batch = encode_batch(self._subject.chat, whole, chunk, known)
-        self._lengths.add(token_lengths(batch.columns))
-
-    def _beside(self, chunk: Chunk) -> Columns | None:
-        """The columns that may say which answer of a pair is better, if its rows have any."""
-        if self._subject.plan.kind != "preference pairs":
-            return None
-        known = self._columns.get(chunk.file)
-        if known is None:
-            first = next((row for row in chunk.rows() if isinstance(row, Row)), None)
-            fields = first.fields if first else {}
-            known = Columns(score_columns(fields), label_columns(fields), {})
-            self._columns[chunk.file] = known
-        if not known.scores and not known.labels:
-            return None
-        rows = {row.origin.row: row.fields for row in chunk.rows() if isinstance(row, Row)}
-        return replace(known, rows=rows)
+            numbers = {entry.row for entry in batch.entries}
+            # A row may hold several records, of which one alone was cut.
+            kept = ~np.isin(batch.columns.rows, list(numbers))
+            self._lengths.add({name: values[kept] for name, values in found.items()})
+            rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
+            whole = replace(plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
+            again = RowChunk(chunk.file, len(rows), rows)
+            batch = encode_batch(self._subject.chat, whole, again, known)
+            found = token_lengths(batch.columns, plan.kind)
+        self._lengths.add(found)
 
     def _compare(self, records: list[Record]) -> None:
         words = words_of([body_of(record) for record in records])
@@ -295,11 +298,13 @@ class _Survey:
                 at = other.prompt(prompt_digest(question)) if many_words(question) else None
                 if at is not None:
                     whole.add(number)
-                    self._tally.add_example(prompts, record.origin, _like(at, question))
+                    said = _like(at, question) if self._tally.wants(prompts) else ""
+                    self._tally.add_example(prompts, record.origin, said)
             for number, at in other.shared(words):
                 if number not in whole:
-                    body = body_of(records[number]) if self._tally.wants(runs) else ""
-                    said = _like(at, other.words_shared(body))
+                    said = ""
+                    if self._tally.wants(runs):
+                        said = _like(at, other.words_shared(body_of(records[number])))
                     self._tally.add_example(runs, records[number].origin, said)
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
@@ -379,14 +384,22 @@ def _like(origin: Origin, text: str) -> str:
     return f"as row {origin.row} there: {excerpt(text)}"
 
 
-def _of_ledger(entry: Entry, *, stops: bool) -> Sign:
-    """The sign that a reason of the ledger is; an error if it is what stops a run."""
+def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
+    """The sign that a reason of the ledger is; an error if it is what stops a run.
+
+    Args:
+        entry: the record.
+        stops: whether one of these stops a run.
+        too_many: whether all that is dropped stops it.
+    """
     if entry.outcome == "dropped":
         return Sign(
             "dropped",
             f"would be dropped: {entry.reason}",
-            "error" if stops else "warning",
-            "Mend them; more than max_dropped of them stop a run.",
+            "error" if stops or too_many else "warning",
+            "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
+            if stops
+            else "Mend them; more than max_dropped of them stop a run.",
             about=entry.reason,
         )
     return Sign(

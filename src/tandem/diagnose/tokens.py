@@ -47,7 +47,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A path of a tree: a whole conversation, or of a pair the shared prefix or one answer."""
+    """A path of a tree: a whole conversation, or the shared prefix or one of several answers."""
 
     name: str
     tokens: tuple[Token, ...]
@@ -62,6 +62,7 @@ class Section:
 class Encodings:
     """What a run makes of a row: sections of each tree, and what the ledger would say."""
 
+    kind: Kind
     trees: tuple[tuple[Section, ...], ...]
     entries: tuple[Entry, ...]
 
@@ -134,22 +135,23 @@ def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
     writer = TreeWriter(None, [batch.file])
     writer.add(batch)
     writer.finish({}, [len(batch.columns.parts)])
-    trees = tuple(_sections(tree, chat.codec.decode) for tree in writer.trees())
-    return Encodings(trees, batch.entries)
+    trees = tuple(_sections(tree, plan.kind, chat.codec.decode) for tree in writer.trees())
+    return Encodings(plan.kind, trees, batch.entries)
 
 
-def _sections(tree: Tree, decode: Callable[[list[int]], str]) -> tuple[Section, ...]:
-    names = ["chosen", "rejected"] if len(tree.branches) == 2 else []
+def _sections(tree: Tree, kind: Kind, decode: Callable[[list[int]], str]) -> tuple[Section, ...]:
+    if kind == "preference pairs":
+        names = ["chosen", "rejected"]
+    elif len(tree.branches) == 1:
+        names = ["record"]
+    else:
+        names = [f"answer {number}" for number in range(1, len(tree.branches) + 1)]
     sections = []
     before: list[int] = tree.prefix.input_ids.tolist()
     if before:
         texts = token_texts(before, decode)
         sections.append(_section("shared", tree.prefix, texts, shared=True))
-    for number, branch in enumerate(tree.branches):
-        if len(tree.branches) == 1:
-            name = "record"
-        else:
-            name = names[number] if names else f"answer {number + 1}"
+    for name, branch in zip(names, tree.branches, strict=True):
         # Decoded behind the prefix, for a token's text can depend on what is before it.
         texts = token_texts(before + branch.input_ids.tolist(), decode)[len(before) :]
         sections.append(_section(name, branch, texts, shared=False))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
 
-from tandem.data.records import Conversation, PreferencePair
-from tandem.diagnose.records import texts_of
+from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.diagnose.tokens import Encodings, Part, Section, Token
 
 # Two shades each, in turn, so that tokens can be told apart.
@@ -22,8 +22,8 @@ _STYLES: dict[Part, tuple[str, str]] = {
 _MEANS: dict[Part, str] = {
     "prompt": "fed, not trained",
     "trained": "a target of the loss",
-    "shared": "fed once for both answers, not trained",
-    "shared and trained": "fed once, a target for both answers",
+    "shared": "fed once for {all} answers, not trained",
+    "shared and trained": "fed once, a target for {all} answers",
 }
 _LABELS: dict[Part, str] = {
     "prompt": "prompt",
@@ -48,11 +48,33 @@ def _escaped(character: str) -> str:
 
 
 def print_turns(console: Console, record: Conversation | PreferencePair) -> None:
-    """Print a record's texts under the names of their roles."""
-    for role, text in texts_of(record):
-        console.print(Text(f"{role}:", "bold"))
-        for line in visible(text).split("\n"):
-            console.print(Text(f"  {line}"), soft_wrap=True)
+    """Print a record's texts, tools, calls and reasoning under the names of their roles."""
+    if record.tools:
+        _print_text(console, "tools", record.tools)
+    is_pair = isinstance(record, PreferencePair)
+    for turn in record.prompt if is_pair else record.turns:
+        untrained = turn.role == "assistant" and not (turn.trained or is_pair)
+        _print_turn(console, turn, " (weight 0)" if untrained else "")
+    if is_pair:
+        _print_text(console, "chosen", record.chosen)
+        _print_text(console, "rejected", record.rejected)
+
+
+def _print_turn(console: Console, turn: Turn, note: str) -> None:
+    more = turn.more()
+    if turn.reasoned:
+        _print_text(console, f"{turn.role} reasons{note}", more[REASONING])
+    if turn.content or not turn.calls:
+        _print_text(console, f"{turn.role}{note}", turn.content)
+    if turn.calls:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in more["tool_calls"]]
+        _print_text(console, f"{turn.role} calls{note}", "\n".join(calls))
+
+
+def _print_text(console: Console, head: str, text: str) -> None:
+    console.print(Text(f"{head}:", "bold"))
+    for line in visible(text).split("\n"):
+        console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
@@ -64,12 +86,13 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
         ids: one token a line, with its id.
     """
     parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
-    for line in _legend(console, [part for part in _STYLES if part in parts]):
+    every = "both" if found.kind == "preference pairs" else "all"
+    for line in _legend(console, [part for part in _STYLES if part in parts], every):
         console.print(line, soft_wrap=True)
     for tree in found.trees:
         for section in tree:
             console.print()
-            console.print(_head(section), soft_wrap=True)
+            console.print(_head(section, every), soft_wrap=True)
             if ids:
                 lines = _listed(section, console.is_terminal)
             elif console.is_terminal:
@@ -80,20 +103,20 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
                 console.print(line, soft_wrap=not console.is_terminal or ids)
 
 
-def _legend(console: Console, parts: Sequence[Part]) -> Iterator[Text]:
+def _legend(console: Console, parts: Sequence[Part], every: str) -> Iterator[Text]:
     for part in parts:
         style = _STYLES[part][0] if console.is_terminal else ""
-        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part]}")
+        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part].format(all=every)}")
 
 
-def _head(section: Section) -> Text:
+def _head(section: Section, every: str) -> Text:
     what = {
         "record": "the record",
-        "shared": "what both answers share",
+        "shared": f"what {every} answers share",
     }.get(section.name, section.name)
-    return Text.assemble(
-        (what, "bold"), f": {len(section.tokens)} tokens, {section.trained} of them trained"
-    )
+    count = len(section.tokens)
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
 
 
 def _coloured(section: Section) -> Text:

@@ -26,6 +26,10 @@ _SECTIONS: dict[StageName, type[Training]] = {"sft": Sft, "dpo": Dpo}
 _NO_LIMIT = 2**31 - 1
 
 
+class NotMade(UserError):  # noqa: N818 - named as Stopped is
+    """A stage's data is what another stage makes, and it is not there yet."""
+
+
 @dataclass(frozen=True)
 class StageData:
     """What one stage would read.
@@ -96,9 +100,9 @@ def stage_data(
         sources: in place of the recipe's own data.
         folder: embedded demo data is written there.
 
-    Raises UserError when the recipe lacks the stage, or its data is not made yet.
+    Raises UserError when the recipe lacks the stage, NotMade when its data is not made yet.
     """
-    settings = None if recipe is None else (recipe.sft if stage == "sft" else recipe.dpo)
+    settings = None if recipe is None else _settings(recipe, stage)
     if recipe is not None and settings is None:
         raise UserError(f"recipe {recipe.name} has no {stage} section; name another --stage")
     if sources is None:
@@ -118,6 +122,30 @@ def stage_data(
         tuple(held_out),
         limited=settings is not None,
     )
+
+
+def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[StageData], list[str]]:
+    """What each training stage of a recipe would read; and what to say of data not made yet.
+
+    `folder` is for the embedded demo's data. Raises UserError when there is nothing to look at.
+    """
+    found: list[StageData] = []
+    missing: list[NotMade] = []
+    for stage in KINDS:
+        if _settings(recipe, stage) is None:
+            continue
+        try:
+            found.append(stage_data(stage, recipe, None, folder))
+        except NotMade as error:
+            missing.append(error)
+    if not found and missing:
+        raise missing[0]
+    if not found:
+        raise UserError(
+            f"recipe {recipe.name} has neither an sft nor a dpo section, whose data could be "
+            "looked at; name a file"
+        )
+    return found, [str(error) for error in missing]
 
 
 def plan_of(kind: Kind, settings: Training | None) -> Plan:
@@ -174,6 +202,10 @@ def evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
     return source_specs(named, folder, recipe.seed)
 
 
+def _settings(recipe: Recipe, stage: StageName) -> Training | None:
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
 def _own_sources(
     stage: StageName, recipe: Recipe, settings: Training, folder: Path
 ) -> list[SourceSpec]:
@@ -183,7 +215,7 @@ def _own_sources(
     pairs = made_pairs(made)
     if pairs is not None:
         return [SourceSpec(str(pairs))]
-    raise UserError(
+    raise NotMade(
         f"recipe {recipe.name}: {stage}.data is what its pairs stage makes, and there are none in "
         f"{made} yet. Run it until then (tandem run ... --until pairs), or name a file."
     )

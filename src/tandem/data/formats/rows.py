@@ -50,6 +50,10 @@ class Format:
     turns: bool = False
     suits: Callable[[Fields], bool] | None = None
 
+    def unread(self, fields: Fields) -> set[str]:
+        """The keys of a row that are not read."""
+        return set(fields) - self.keys - self.optional - {"tools"}
+
     def fits(self, fields: Fields) -> bool:
         """Whether a row is of this format by what it holds."""
         return self.keys <= fields.keys() and (self.suits is None or self.suits(fields))
