@@ -212,8 +212,7 @@ def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
     reasons: list[str] = []
     details: list[str] = []
     first = next(i for i, turn in enumerate(turns) if is_answer(turn, work.loss_on))
-    size = work.prompt(turns[:first])
-    if limits.prompt is not None and size > limits.prompt:
+    if limits.prompt is not None and work.prompt(turns[:first]) > limits.prompt:
         cut = work.fit_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
         if cut is None:
             return Refused(NOTHING_LEFT, f"the template alone exceeds {limits.prompt} tokens")
