@@ -6,8 +6,6 @@ Formats are told apart by their keys; extra keys are fine. A row that cannot be 
 
 from __future__ import annotations
 
-import difflib
-
 from tandem.data.formats.conversations import (
     read_alpaca,
     read_completion,
@@ -30,7 +28,7 @@ from tandem.data.formats.questions import (
 from tandem.data.formats.rows import Fields, Format, Kind, Reader, Record, Unusable
 from tandem.data.formats.scored import read_best_vs_rest, read_best_vs_worst
 from tandem.data.formats.unpaired import read_good_answer, read_joined_pair
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 
 __all__ = [
     "FORMATS",
@@ -144,10 +142,11 @@ def format_called(name: str) -> Format:
     names = {_plain(known.name): known for known in FORMATS if "," not in known.name}
     if _plain(name) in names:
         return names[_plain(name)]
-    close = difflib.get_close_matches(_plain(name), names, n=1, cutoff=0.5)
-    hint = f"Did you mean {names[close[0]].name!r}? " if close else ""
-    known = ", ".join(one.name for one in names.values())
-    raise UserError(f"data: there is no format {name!r}. {hint}Known formats: {known}.")
+    known = [one.name for one in names.values()]
+    raise UserError(
+        f"data: there is no format {name!r}.{nearest(name, known)} "
+        f"Known formats: {', '.join(known)}."
+    )
 
 
 def _plain(name: str) -> str:
