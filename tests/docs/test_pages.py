@@ -102,7 +102,7 @@ def test_the_example_records_can_be_read() -> None:
         "orca_dpo_pairs", "explicit preference", "explicit preference", "ShareGPT preference",
         "Alpaca preference", "implicit preference", "UltraFeedback", "question",
     ]  # fmt: skip
-    assert {known.name.partition(",")[0] for known in FORMATS} <= set(found)
+    assert {known.name for known in FORMATS} <= set(found)
 
 
 def test_the_example_sources_can_be_said() -> None:

@@ -37,7 +37,7 @@ def show(argv: list[str]) -> int:
         data = _one(data_of(arguments, recipe, Path(folder)))
         place = find_row(data.sources, data.plan.kind, arguments.file, arguments.row)
         console = result_console()
-        console.print(f"{place.row.origin}: {place.format}", markup=False, soft_wrap=True)
+        console.print(f"{place.row.origin}: {place.format_name}", markup=False, soft_wrap=True)
         if arguments.text:
             print_turns(console, record_in(place))
             return 0

@@ -32,7 +32,6 @@ from tandem.errors import UserError, nearest
 
 __all__ = [
     "FORMATS",
-    "JOINED",
     "QUESTION_KEYS",
     "QUESTION_OPTIONS",
     "Fields",
@@ -45,21 +44,25 @@ __all__ = [
     "describe_formats",
     "detect",
     "format_called",
-    "format_named",
+    "format_with",
     "read_question",
     "variant",
 ]
 
 
-# Two ways of reading the same keys; not for recipes, which say it in other keys.
-JOINED = "unpaired preference, joined"
-_EACH = "UltraFeedback, best against each"
-
-
 def _known(
-    name: str, kind: Kind, keys: str, read: Reader, optional: str = "", *, turns: bool = False
+    name: str,
+    kind: Kind,
+    keys: str,
+    read: Reader,
+    optional: str = "",
+    *,
+    turns: bool = False,
+    completions: str | None = None,
+    joins: bool = False,
 ) -> Format:
-    return Format(name, kind, frozenset(keys.split()), read, frozenset(optional.split()), turns)
+    needed, more = frozenset(keys.split()), frozenset(optional.split())
+    return Format(name, kind, needed, read, more, turns, completions, joins)
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
@@ -87,11 +90,11 @@ FORMATS: tuple[Format, ...] = (
     ),
     _known(
         "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_worst,
-        "system",
+        "system", completions="best_vs_worst",
     ),
     _known(
-        _EACH, "preference pairs", "instruction completions",
-        read_best_vs_rest, "system",
+        "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_rest,
+        "system", completions="best_vs_rest",
     ),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
@@ -100,8 +103,8 @@ FORMATS: tuple[Format, ...] = (
         "system", turns=True,
     ),
     _known(
-        JOINED, "preference pairs", "prompt completion label",
-        read_joined_pair, "system", turns=True,
+        "unpaired preference", "preference pairs", "prompt completion label", read_joined_pair,
+        "system", turns=True, joins=True,
     ),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",
@@ -121,17 +124,17 @@ def detect(fields: Fields) -> Format | None:
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:
     """The format of the same keys that makes records of a kind, if there is one.
 
-    `completions` chooses between those of scored answers (`best_vs_worst`, `best_vs_rest`).
+    `completions` chooses between those of scored answers: `best_vs_worst` (also None) or
+    `best_vs_rest`.
     """
-    same = [one for one in FORMATS if one.keys == known.keys and one.kind == kind]
-    if len(same) > 1:
-        return next(one for one in same if (one.name == _EACH) == (completions == "best_vs_rest"))
-    return same[0] if same else known
+    wanted = (None, completions or "best_vs_worst")
+    same = (one for one in FORMATS if one.keys == known.keys and one.kind == kind)
+    return next((one for one in same if one.completions in wanted), known)
 
 
-def format_named(name: str) -> Format:
-    """The known format of that name."""
-    return next(known for known in FORMATS if known.name == name)
+def format_with(id_: str) -> Format:
+    """The known format of that `id`."""
+    return next(known for known in FORMATS if known.id == id_)
 
 
 def format_called(name: str) -> Format:
@@ -139,13 +142,13 @@ def format_called(name: str) -> Format:
 
     Raises `UserError` for a name that is none, with the nearest one.
     """
-    names = {_plain(known.name): known for known in FORMATS if "," not in known.name}
-    if _plain(name) in names:
-        return names[_plain(name)]
-    known = [one.name for one in names.values()]
+    found = next((known for known in FORMATS if _plain(known.name) == _plain(name)), None)
+    if found is not None:
+        return found
+    names = list(dict.fromkeys(known.name for known in FORMATS))
     raise UserError(
-        f"data: there is no format {name!r}.{nearest(name, known)} "
-        f"Known formats: {', '.join(known)}."
+        f"data: there is no format {name!r}.{nearest(name, names)} "
+        f"Known formats: {', '.join(names)}."
     )
 
 
@@ -155,8 +158,7 @@ def _plain(name: str) -> str:
 
 def describe_formats(kind: Kind) -> str:
     """The known formats of a kind and their keys, for messages."""
-    return "; ".join(
-        f"{known.name.partition(',')[0]} ({', '.join(sorted(known.keys))})"
-        for known in FORMATS
-        if known.kind == kind and known.name != _EACH
+    told = (
+        f"{known.name} ({', '.join(sorted(known.keys))})" for known in FORMATS if known.kind == kind
     )
+    return "; ".join(dict.fromkeys(told))

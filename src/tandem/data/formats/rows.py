@@ -39,6 +39,8 @@ class Format:
         read: the records of a row; raises `Unusable` for a row that holds none.
         optional: more keys that are read when they are there.
         turns: whether turns, with roles and contents, are somewhere in it.
+        completions: what a recipe's `completions` must be for it, where formats differ in that.
+        joins: whether its records are made of two rows each.
     """
 
     name: str
@@ -47,6 +49,14 @@ class Format:
     read: Reader
     optional: frozenset[str] = frozenset()
     turns: bool = False
+    completions: str | None = None
+    joins: bool = False
+
+    @property
+    def id(self) -> str:
+        """What no other format has, for the program itself; some that read other records of the
+        same keys share a name."""
+        return ", ".join(filter(None, (self.name, self.completions, "joined" * self.joins)))
 
 
 def text(fields: Fields, key: str) -> str:
