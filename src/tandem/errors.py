@@ -7,6 +7,9 @@ TandemError            1
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TandemError(Exception):
     """Base of the errors that a command reports without a traceback.
@@ -31,3 +34,10 @@ class Stopped(TandemError):  # noqa: N818 - no error, but the way a run ends ear
     """The run was interrupted, everything needed to go on is on disk."""
 
     exit_code = 3
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for a message that names the nearest of some names, in any case; or nothing."""
+    spelled = {one.lower(): one for one in names}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""

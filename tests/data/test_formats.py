@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from tandem.data.formats import (
+    FORMATS,
     Unusable,
+    describe_formats,
     detect,
     format_called,
-    format_named,
+    format_with,
     read_question,
     variant,
 )
@@ -271,11 +273,22 @@ def test_an_empty_or_equal_scored_answer_costs_its_own_pair_alone() -> None:
     row = answers(9, 5, 3, 1)
     row["completions"][1]["response"] = ""
     row["completions"][2]["response"] = "A1"
-    empty, same, pair = format_named("UltraFeedback, best against each").read(row, ORIGIN)
+    known = variant(format_called("UltraFeedback"), "preference pairs", "best_vs_rest")
+    empty, same, pair = known.read(row, ORIGIN)
     assert str(empty) == "empty answer"
     assert str(same) == "identical answers"
     assert isinstance(pair, PreferencePair)
     assert (pair.chosen, pair.rejected) == ("A1", "A4")
+
+
+def test_what_users_are_told_of_formats_can_be_said_in_recipes() -> None:
+    assert len({known.id for known in FORMATS}) == len(FORMATS)
+    for known in FORMATS:
+        assert format_with(known.id) is known
+        chosen = variant(format_called(known.name), known.kind, known.completions)
+        assert chosen is known
+        assert known.name in describe_formats(known.kind)
+    assert describe_formats("preference pairs").count("UltraFeedback (") == 1
 
 
 def test_formats_have_names_for_recipes() -> None:

@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_told_take_no_partner_with_them(tmp_path: Path) -> N
         (4, "`label` is neither true nor false"),
         (5, "`prompt` is null or missing"),
     ]
-    assert ledger.formats == {str(tmp_path / "kto.jsonl"): "unpaired preference, joined"}
+    assert ledger.formats == {str(tmp_path / "kto.jsonl"): "unpaired preference"}
 
 
 def test_two_answers_that_make_no_pair_say_why(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "co
             {"fields": NAMES | {"chosen": "godo"}},
             "names 'godo', which no row has. Did you mean 'good'",
         ),
+        (PAIR, {"fields": NAMES | {"chosen": "GOOD"}}, "Did you mean 'good'"),
         (
             {"question": "Q", "chosen": "C", "rejected": "R", "messages": [{"role": "bot"}]},
             {"roles": {"bot": "assistant"}},

@@ -293,6 +293,21 @@ def test_a_record_that_the_template_refuses_is_named(
         prepare(prepare_pairs, source, mistral_tokenizer, template=str(strict))
 
 
+def test_a_record_whose_shortened_turns_the_template_refuses_is_named(
+    mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    strict = tmp_path / "strict.jinja"
+    strict.write_text(
+        "{{ bos_token }}{% if messages[0].content == 'later' %}"
+        "{{ raise_exception('not without the first') }}{% endif %}"
+        "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    said = talk("first " * 100, "answer", "later")["messages"]
+    source = write(tmp_path / "p.jsonl", [{"prompt": said, "chosen": "Yes", "rejected": "No"}])
+    with pytest.raises(UserError, match=r"p\.jsonl, row 1: .*not without the first"):
+        prepare(prepare_pairs, source, mistral_tokenizer, template=str(strict), max_length=64)
+
+
 def test_questions_are_read_and_bad_ones_stop(tmp_path: Path) -> None:
     source = write(tmp_path / "q.jsonl", [{"question": "Q", "answer": "A", "accepted": ["a"]}])
     (question,) = read_questions([source])

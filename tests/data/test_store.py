@@ -238,6 +238,29 @@ def test_only_complete_preparations_are_kept(
     assert desk.entries() == set()
 
 
+def test_a_data_set_of_the_hub_is_loaded_once(
+    mistral_tokenizer: Any, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = [{"ask": f"What is {n}?", "chosen": "This.", "rejected": "That."} for n in range(9)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    asked = []
+
+    def load_dataset(*arguments: object, **options: object) -> Any:
+        asked.append((*arguments, *options.values()))
+        return datasets.load_from_disk(str(tmp_path / "saved"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("tandem.data.prepare._FEW", 0)  # as for large data
+    hub = SourceSpec("made/pairs", fields=(("question", "ask"),))
+    assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
+    assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
+    assert asked == [("made/pairs", None, "train", None)]
+    assert len(desk.prepare([replace(hub, revision="v1")], mistral_tokenizer, workers=1)) == 9
+    assert len(asked) == 2
+
+
 def test_a_file_that_changes_meanwhile_is_refused(
     source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,8 @@ def test_a_template_file(mistral_tokenizer: Any, tmp_path: Path) -> None:
 def test_unknown_names_and_broken_files_are_errors(mistral_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither a file nor one of.*Did you mean 'neural-chat'"):
         resolve_template(mistral_tokenizer, "neural_chat")
+    with pytest.raises(UserError, match=r"one of.*zephyr\. Did you mean 'llama-3'\?"):
+        resolve_template(mistral_tokenizer, "LLAMA-3")
     file = tmp_path / "broken.jinja"
     file.write_text("{% for m in messages %}")
     with pytest.raises(UserError, match=r"broken\.jinja', line 1"):

@@ -117,7 +117,7 @@ def verdict(row: dict[str, Any]) -> Any:
     known = detect(row)
     assert known
     chunk = RowChunk("made.jsonl", 1, (Row(row, Origin("made.jsonl", 1)),))
-    (found,) = records_of(chunk, known.name, "stop")
+    (found,) = records_of(chunk, known.id, "stop")
     return found.reason if isinstance(found, Entry) else found
 
 
@@ -165,16 +165,15 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.id)
 def test_every_format_has_tools(tmp_path: Path, known: Format) -> None:
-    name, _, way = known.name.partition(",")
     file = tmp_path / "rows.jsonl"
-    completions = "best_vs_rest" if "best" in way else None
-    source = SourceSpec(str(file), format=name, completions=completions)
+    source = SourceSpec(str(file), format=known.name, completions=known.completions)
     read_all: Any = read_pairs if known.kind == "preference pairs" else read_conversations
 
     def told(tools: str) -> tuple[set[str], set[str]]:
-        file.write_text("".join(json.dumps(row | {"tools": tools}) + "\n" for row in ROWS[name]))
+        rows = [row | {"tools": tools} for row in ROWS[known.name]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ledger = Ledger(None)
         found = {record.tools for record in read_all([source], ledger)}
         return found, {one.reason for one in ledger.entries}

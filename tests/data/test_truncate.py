@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tandem.data import truncate
 from tandem.data.encode import Chat, Encoded, Refused, encode_exchanges
 from tandem.data.lighten import lighten
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
@@ -125,6 +126,24 @@ def test_keep_start_keeps_a_prompt_within_its_own_limit(chat: tuple[Chat, Any]) 
     assert "q59" in text
     assert "q1 " not in text
     assert "gone" not in text
+
+
+def test_keep_start_counts_no_prompt_without_a_limit_of_its_own(
+    chat: tuple[Chat, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = talk("question " * 10, "answer " * 50)
+    length = whole(chat[0], record) - 10
+    counted = []
+
+    def count(*arguments: Any) -> int:
+        counted.append(arguments)
+        return 0
+
+    monkeypatch.setattr(truncate, "prompt_tokens", count)
+    fitted = fit(chat[0], record, Limits(length, None, "keep_start"))
+    assert (fitted.reason, counted) == ("answer cut", [])
+    fit(chat[0], record, Limits(length, length, "keep_start"))
+    assert len(counted) == 1
 
 
 def test_keep_end_takes_only_as_much_old_text_as_must_go(chat: tuple[Chat, Any]) -> None:

@@ -13,7 +13,7 @@ from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.records import Conversation
+from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.data.truncate import Limits
@@ -117,6 +117,17 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
             find_row(sources, "conversations", file, row)
     with pytest.raises(UserError, match="row 3: the record is not valid JSON"):
         record_in(find_row(sources, "conversations", "b.jsonl", 3))
+
+
+def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
+    answers = [{"response": text, "overall_score": number} for number, text in enumerate("BA")]
+    file = write(tmp_path / "a.jsonl", [{"instruction": "Q", "completions": answers}])
+    source = SourceSpec(str(file), completions="best_vs_rest")
+    place = find_row([source], "preference pairs", None, 1)
+    assert place.format_name == "UltraFeedback"
+    assert isinstance(record_in(place), PreferencePair)
+    bad = SourceSpec(str(write(tmp_path / "b.jsonl", ["{"])))
+    assert find_row([bad], "preference pairs", None, 1).format_name == ""
 
 
 def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str:

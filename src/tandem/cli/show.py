@@ -43,7 +43,7 @@ def show(argv: list[str]) -> int:
             notice_console().print(notice, markup=False, soft_wrap=True)
         place = find_row(data.sources, data.plan.kind, arguments.file, arguments.row)
         console = result_console()
-        format_name = f": {place.format}" if place.format else ""
+        format_name = f": {place.format_name}" if place.format else ""
         console.print(f"{place.row.origin}{format_name}", markup=False, soft_wrap=True)
         if arguments.text:
             print_turns(console, record_in(place))

@@ -55,7 +55,7 @@ class Batch:
 
 
 def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
-    """Read, encode and fit the records of a piece, in the format named `known`.
+    """Read, encode and fit the records of a piece, in the format with the id `known`.
 
     Raises `UserError` for rows or turns that stop a run.
     """

@@ -110,7 +110,8 @@ def encode_exchanges(
     prompt, same = "", None
     for exchange in exchanges:
         if same is None or (same.before, same.tools) != (exchange.before, exchange.tools):
-            prompt, same = _render(chat, exchange.before, exchange, prompt=True), exchange
+            prompt = render(chat, exchange.before, exchange.origin, exchange.tools, prompt=True)
+            same = exchange
         texts.append(_delimit(chat, exchange, prompt, limit))
     wanted = dict.fromkeys(
         text
@@ -137,14 +138,21 @@ def encode_text(
     turns = conversation.turns
     if any(turn.role == "assistant" and chat.ending.token in turn.content for turn in turns):
         return Refused(END_INSIDE, chat.ending.token)
-    exchange = Exchange(turns, "", conversation.origin, tools=conversation.tools)
-    text = _render(chat, turns, exchange, prompt=False)
+    text = render(chat, turns, conversation.origin, conversation.tools, prompt=False)
     room = room_for(chat, text, limit)
     (ids,) = chat.codec.tokenize([text[:room]])
     bos = chat.codec.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         return Refused(DOUBLED_BOS)
     return Encoded(ids, 0, whole=room is None)
+
+
+def render(chat: Chat, turns: tuple[Turn, ...], origin: Origin, tools: str, *, prompt: bool) -> str:
+    """The text of some turns of a record; a `UserError` names it when the template refuses them."""
+    try:
+        return chat.codec.render(turns, prompt=prompt, tools=tools)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
 
 
 def room_for(chat: Chat, text: str, limit: int | None) -> int | None:
@@ -209,13 +217,6 @@ def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
     return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
 
 
-def _render(chat: Chat, turns: tuple[Turn, ...], exchange: Exchange, *, prompt: bool) -> str:
-    try:
-        return chat.codec.render(turns, prompt=prompt, tools=exchange.tools)
-    except UserError as error:
-        raise UserError(f"{exchange.origin}: {error}") from error
-
-
 def _look(codec: Codec) -> Taken:
     return look(lambda turns, tools: codec.render(turns, prompt=False, tools=tools))
 
@@ -233,7 +234,8 @@ class _Texts:
 def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> _Texts | Refused:
     """The prompt, and what the template writes after it for this answer, up to the end token."""
     answered = Turn("assistant", exchange.answer, extra=exchange.extra)
-    text = _render(chat, (*exchange.before, answered), exchange, prompt=False)
+    turns = (*exchange.before, answered)
+    text = render(chat, turns, exchange.origin, exchange.tools, prompt=False)
     ending = chat.ending
     # What stands between a text and its end token may stand elsewhere in a call.
     closing = (ending.token if answered.calls else ending.closing) + ending.trailer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tandem.data.encode import END_INSIDE, Chat, Refused, room_for
+from tandem.data.encode import END_INSIDE, Chat, Refused, render, room_for
 from tandem.data.records import Conversation
 from tandem.data.shorten import Turns, first_user, skip_hopeless, users
 from tandem.data.truncate import (
@@ -16,7 +16,6 @@ from tandem.data.truncate import (
     is_trained,
     until_last_trained,
 )
-from tandem.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +50,10 @@ def lighten(
     if loss_on == "answers":
         turns = until_last_trained(turns)
     by_text = limits.too_long == "keep_end"
-    render = partial(_render, chat, conversation, prompt=False)
-    turns, dropped = skip_hopeless(chat, turns, limits.sequence, render, by_text=by_text)
+    shown = partial(
+        render, chat, origin=conversation.origin, tools=conversation.tools, prompt=False
+    )
+    turns, dropped = skip_hopeless(chat, turns, limits.sequence, shown, by_text=by_text)
     return Light(replace(conversation, turns=turns), dropped)
 
 
@@ -71,15 +72,8 @@ def _until_beyond(chat: Chat, conversation: Conversation, limits: Limits, loss_o
     for index in range(first, len(turns)):
         if size > most and is_answer(turns[index], loss_on):
             prompt = before + turns[first:index]
-            text = _render(chat, conversation, prompt, prompt=True)
+            text = render(chat, prompt, conversation.origin, conversation.tools, prompt=True)
             if room_for(chat, text, limits.sequence) is not None:
                 return turns[: index + 1]
         size += len(turns[index].content)
     return turns
-
-
-def _render(chat: Chat, conversation: Conversation, turns: Turns, *, prompt: bool) -> str:
-    try:
-        return chat.codec.render(turns, prompt=prompt, tools=conversation.tools)
-    except UserError as error:
-        raise UserError(f"{conversation.origin}: {error}") from error

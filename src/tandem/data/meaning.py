@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Set
 
 from tandem.data.formats import QUESTION_KEYS, QUESTION_OPTIONS, Format
-from tandem.data.formats.mapping import TURN_KEYS, nearest
+from tandem.data.formats.mapping import TURN_KEYS
 from tandem.data.formats.turns import known_role
 from tandem.data.sources import SourceSpec, unrenamed_rows
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 
 
 def check_meaning(source: SourceSpec, known: Format) -> None:
@@ -77,7 +77,7 @@ def check_use(source: SourceSpec) -> None:
         name = min(names)
         raise UserError(
             f"data: {source.path}: `fields` names {name!r}, which no row has."
-            f"{nearest(name, list(columns))} The rows have: {', '.join(columns)}."
+            f"{nearest(name, columns)} The rows have: {', '.join(columns)}."
         )
     if roles:
         raise UserError(

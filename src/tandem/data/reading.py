@@ -9,7 +9,6 @@ from typing import Literal
 
 from tandem.data.chunks import BadLine, Chunk, Row
 from tandem.data.formats import (
-    JOINED,
     Fields,
     Format,
     Kind,
@@ -19,7 +18,7 @@ from tandem.data.formats import (
     describe_formats,
     detect,
     format_called,
-    format_named,
+    format_with,
     read_question,
     variant,
 )
@@ -93,10 +92,10 @@ def _read(
 def formatted_chunks(
     sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[Chunk, str]]:
-    """The pieces of some sources and the name of each one's format, which the ledger is told.
+    """The pieces of some sources and the id of each one's format, whose name the ledger is told.
 
     A source's first rows tell its format. Raises `UserError` for a source that is empty, of no
-    known format or of another kind. The name is empty for a source without a parsable row.
+    known format or of another kind. The id is empty for a source without a parsable row.
     """
     for source in sources:
         chunks = read_chunks(source)
@@ -106,18 +105,18 @@ def formatted_chunks(
         if known is not None:
             check_meaning(source, known)
             ledger.detected(source.path, known.name)
-            pieces = joined(pieces) if known.name.endswith(JOINED) else pieces
+            pieces = joined(pieces) if known.joins else pieces
         for chunk in pieces:
-            yield chunk, known.name if known else ""
+            yield chunk, known.id if known else ""
 
 
 def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:
-    """A piece's records in the format named `known`; an entry for each one that is dropped.
+    """A piece's records in the format with the id `known`; an entry for each one that is dropped.
 
     A row may hold several of both. Raises `UserError` for a row that cannot be parsed, unless such
     rows are dropped.
     """
-    layout = format_named(known) if known else None
+    layout = format_with(known) if known else None
     for row in chunk.rows():
         if isinstance(row, BadLine):
             if on_bad_record == "stop":

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from tandem.data.encode import Chat, room_for
-from tandem.data.records import Turn
+from tandem.data.encode import Chat, render, room_for
+from tandem.data.records import Origin, Turn
 
 Turns = tuple[Turn, ...]
 
 
-def prompt_tokens(chat: Chat, turns: Turns, tools: str, limit: int) -> int:
+def prompt_tokens(chat: Chat, turns: Turns, origin: Origin, tools: str, limit: int) -> int:
     """Tokens of a rendered prompt; some number above `limit` for one that is very long."""
-    text = chat.codec.render(turns, prompt=True, tools=tools)
+    text = render(chat, turns, origin, tools, prompt=True)
     room = room_for(chat, text, limit)
     return len(chat.codec.tokenize([text if room is None else text[-room:]])[0])
 
 
 def fit_prompt(
-    chat: Chat, turns: Turns, limit: int, *, tools: str = "", by_text: bool = False
+    chat: Chat, turns: Turns, limit: int, *, origin: Origin, tools: str, by_text: bool
 ) -> tuple[Turns, str] | None:
     """The turns of a prompt within `limit` tokens and what was cut, or None if impossible.
 
@@ -33,12 +34,10 @@ def fit_prompt(
     """
 
     def over(turns: Turns) -> int:
-        return prompt_tokens(chat, turns, tools, limit) - limit
+        return prompt_tokens(chat, turns, origin, tools, limit) - limit
 
-    def render(turns: Turns) -> str:
-        return chat.codec.render(turns, prompt=True, tools=tools)
-
-    turns, skipped = skip_hopeless(chat, turns, limit, render, by_text=by_text)
+    shown = partial(render, chat, origin=origin, tools=tools, prompt=True)
+    turns, skipped = skip_hopeless(chat, turns, limit, shown, by_text=by_text)
     reasons = ["old turns dropped"] if skipped else []
     while over(turns) > 0 and users(turns) > 1:
         if by_text and (cut := cut_turn(chat, turns, first_user(turns), limit, over)):

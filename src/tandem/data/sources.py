@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,13 @@ def _load_saved(folder: Path) -> Any:
 
 
 def load_hub(source: SourceSpec) -> Any:
-    """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none."""
-    import datasets
+    """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none.
 
+    A process loads each once, for that asks the Hub, and a preparation needs the table several
+    times.
+    """
     try:
-        return datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision
-        )
+        return _hub_table(source.path, source.subset, source.split, source.revision)
     except Exception as error:  # the Hub's client raises a dozen unrelated types
         raise UserError(
             f"data: {source.path} is no file or folder here, and as a Hub data set (split "
@@ -262,3 +263,10 @@ def load_hub(source: SourceSpec) -> Any:
             f"{str(error).strip().partition(chr(10))[0]} Check name, split, subset, revision and "
             "the network; gated or private data needs `hf auth login`."
         ) from error
+
+
+@lru_cache(maxsize=32)
+def _hub_table(path: str, subset: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, subset, split=split, revision=revision)

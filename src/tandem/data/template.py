@@ -6,7 +6,6 @@ the template, in training and in inference alike.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.records import Turn
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 
 DEFAULT = "neural-chat"
 # Words that no template contains, to find a turn's text in what a template renders.
@@ -251,10 +250,9 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: {choice} cannot be read: {error}.") from error
     names = template_names()
-    near = difflib.get_close_matches(choice, names, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"chat_template: {choice!r} is neither a file nor one of {', '.join(names)}.{meant}"
+        f"chat_template: {choice!r} is neither a file nor one of {', '.join(names)}."
+        f"{nearest(choice, names)}"
     )
 
 

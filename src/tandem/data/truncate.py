@@ -198,12 +198,15 @@ class _Work:
 
     def prompt(self, turns: Turns) -> int:
         """Tokens of some turns as a prompt, more than the limit if they are many."""
-        return prompt_tokens(self.chat, turns, self.conversation.tools, self.limits.sequence)
+        record = self.conversation
+        return prompt_tokens(self.chat, turns, record.origin, record.tools, self.limits.sequence)
 
     def fit_prompt(self, turns: Turns, limit: int, *, by_text: bool) -> tuple[Turns, str] | None:
         """See `shorten.fit_prompt`."""
-        tools = self.conversation.tools
-        return fit_prompt(self.chat, turns, limit, tools=tools, by_text=by_text)
+        record = self.conversation
+        return fit_prompt(
+            self.chat, turns, limit, origin=record.origin, tools=record.tools, by_text=by_text
+        )
 
 
 def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
@@ -212,8 +215,7 @@ def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
     reasons: list[str] = []
     details: list[str] = []
     first = next(i for i, turn in enumerate(turns) if is_answer(turn, work.loss_on))
-    size = work.prompt(turns[:first])
-    if limits.prompt is not None and size > limits.prompt:
+    if limits.prompt is not None and work.prompt(turns[:first]) > limits.prompt:
         cut = work.fit_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
         if cut is None:
             return Refused(NOTHING_LEFT, f"the template alone exceeds {limits.prompt} tokens")
@@ -339,7 +341,14 @@ def _fit_pair_prompt(
             room -= max(1, _longest(answers) - limits.sequence)
         if limits.too_long == "keep_start" and limits.prompt is None:
             return Refused(NOTHING_LEFT, f"the prompt alone fills {limits.sequence} tokens")
-        cut = fit_prompt(chat, pair.prompt, room, tools=pair.tools, by_text=_by_text(limits))
+        cut = fit_prompt(
+            chat,
+            pair.prompt,
+            room,
+            origin=pair.origin,
+            tools=pair.tools,
+            by_text=_by_text(limits),
+        )
         if cut is None:
             return Refused(NOTHING_LEFT, f"the template alone exceeds {room} tokens")
         shortened = replace(pair, prompt=cut[0])

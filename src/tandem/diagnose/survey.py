@@ -12,7 +12,7 @@ import numpy as np
 from tandem.data.batch import Batch, Plan, encode_batch
 from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import format_named
+from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.pool import Pool, available_cores
 from tandem.data.prepare import nothing_left
@@ -189,9 +189,8 @@ class _Survey:
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
         fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
-        layout = format_named(known) if known else None
-        for row in fields.values() if layout else ():
-            self._unread |= layout.unread(row)
+        if known:
+            self._unread.update(*map(format_with(known).unread, fields.values()))
         look_at(records, self._texts, self._tally, self._roles, fields)
         self._compare(records)
 

@@ -10,7 +10,7 @@ from typing import Literal
 from tandem.data.batch import Plan, encode_batch
 from tandem.data.chunks import BadLine, Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import Kind
+from tandem.data.formats import Kind, format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Branch, Conversation, PreferencePair, Tree
@@ -25,10 +25,15 @@ _MOST_BROKEN = 256
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A row of a data set as it stands there, and the format that it is read in."""
+    """A row of a data set as it stands there, and the id of the format that it is read in."""
 
     row: Row | BadLine
     format: str
+
+    @property
+    def format_name(self) -> str:
+        """The format for people, empty if no row of its source can be parsed."""
+        return format_with(self.format).name if self.format else ""
 
     @property
     def chunk(self) -> RowChunk:

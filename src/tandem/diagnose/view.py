@@ -51,16 +51,17 @@ def print_turns(console: Console, record: Conversation | PreferencePair) -> None
     """Print a record's texts, tools, calls and reasoning under the names of their roles."""
     if record.tools:
         _print_text(console, "tools", record.tools)
-    is_pair = isinstance(record, PreferencePair)
-    for turn in record.prompt if is_pair else record.turns:
-        untrained = turn.role == "assistant" and not (turn.trained or is_pair)
-        _print_turn(console, turn, " (weight 0)" if untrained else "")
-    if is_pair:
-        _print_text(console, "chosen", record.chosen)
-        _print_text(console, "rejected", record.rejected)
+    if isinstance(record, Conversation):
+        for turn in record.turns:
+            _print_turn(console, turn, "" if turn.trained else " (weight 0)")
+        return
+    for turn in record.prompt:
+        _print_turn(console, turn)
+    for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
+        _print_text(console, name, text)
 
 
-def _print_turn(console: Console, turn: Turn, note: str) -> None:
+def _print_turn(console: Console, turn: Turn, note: str = "") -> None:
     more = turn.more()
     if turn.reasoned:
         _print_text(console, f"{turn.role} reasons{note}", more[REASONING])

@@ -6,7 +6,6 @@ Formats are told apart by their keys; extra keys are fine. A row that cannot be 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from tandem.data.formats.conversations import (
@@ -41,11 +40,10 @@ from tandem.data.formats.spellings import (
     read_response_pair,
 )
 from tandem.data.formats.unpaired import is_labelled, read_good_answer, read_joined_pair
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 
 __all__ = [
     "FORMATS",
-    "JOINED",
     "QUESTION_KEYS",
     "QUESTION_OPTIONS",
     "Fields",
@@ -58,19 +56,10 @@ __all__ = [
     "describe_formats",
     "detect",
     "format_called",
-    "format_named",
+    "format_with",
     "read_question",
     "variant",
 ]
-
-
-# Two ways of reading the same keys; not for recipes, which say it in other keys.
-JOINED = ", joined"
-_EACH = "UltraFeedback, best against each"
-_LABELLED: tuple[tuple[str, Kind, Reader], ...] = (
-    ("", "conversations", read_good_answer),
-    (JOINED, "preference pairs", read_joined_pair),
-)
 
 
 def _known(
@@ -82,10 +71,26 @@ def _known(
     *,
     turns: bool = False,
     suits: Callable[[Fields], bool] | None = None,
+    completions: str | None = None,
+    joins: bool = False,
 ) -> Format:
-    return Format(
-        name, kind, frozenset(keys.split()), read, frozenset(optional.split()), turns, suits
-    )
+    needed, more = frozenset(keys.split()), frozenset(optional.split())
+    return Format(name, kind, needed, read, more, turns, suits, completions, joins)
+
+
+def _labelled(
+    name: str, keys: str, suits: Callable[[Fields], bool] | None = None
+) -> tuple[Format, Format]:
+    """Answers with a label: good ones as conversations, or a good and a bad one as a pair."""
+    return (
+        _known(
+            name, "conversations", keys, read_good_answer, "system", turns=True, suits=suits
+        ),
+        _known(
+            name, "preference pairs", keys, read_joined_pair, "system", turns=True, suits=suits,
+            joins=True,
+        ),
+    )  # fmt: skip
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
@@ -122,27 +127,17 @@ FORMATS: tuple[Format, ...] = (
     ),
     _known(
         "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_worst,
-        "system",
+        "system", completions="best_vs_worst",
     ),
     _known(
-        _EACH, "preference pairs", "instruction completions",
-        read_best_vs_rest, "system",
+        "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_rest,
+        "system", completions="best_vs_rest",
     ),
-    *(
-        _known(
-            f"{name}{way}", kind, f"{key} label", read, "system", turns=True, suits=is_labelled
-        )
-        for name, key in (("labelled ShareGPT", "conversations"), ("labelled messages", "messages"))
-        for way, kind, read in _LABELLED
-    ),
+    *_labelled("labelled ShareGPT", "conversations label", is_labelled),
+    *_labelled("labelled messages", "messages label", is_labelled),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
-    *(
-        _known(
-            f"unpaired preference{way}", kind, "prompt completion label", read, "system", turns=True
-        )
-        for way, kind, read in _LABELLED
-    ),
+    *_labelled("unpaired preference", "prompt completion label"),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",
         turns=True,
@@ -177,17 +172,17 @@ def detect(fields: Fields) -> Format | None:
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:
     """The format of the same keys that makes records of a kind, if there is one.
 
-    `completions` chooses between those of scored answers (`best_vs_worst`, `best_vs_rest`).
+    `completions` chooses between those of scored answers: `best_vs_worst` (also None) or
+    `best_vs_rest`.
     """
-    same = [one for one in FORMATS if one.keys == known.keys and one.kind == kind]
-    if len(same) > 1:
-        return next(one for one in same if (one.name == _EACH) == (completions == "best_vs_rest"))
-    return same[0] if same else known
+    wanted = (None, completions or "best_vs_worst")
+    same = (one for one in FORMATS if one.keys == known.keys and one.kind == kind)
+    return next((one for one in same if one.completions in wanted), known)
 
 
-def format_named(name: str) -> Format:
-    """The known format of that name."""
-    return next(known for known in FORMATS if known.name == name)
+def format_with(id_: str) -> Format:
+    """The known format of that `id`."""
+    return next(known for known in FORMATS if known.id == id_)
 
 
 def format_called(name: str) -> Format:
@@ -195,13 +190,14 @@ def format_called(name: str) -> Format:
 
     Raises `UserError` for a name that is none, with the nearest one.
     """
-    names = {_plain(known.name): known for known in FORMATS if "," not in known.name}
-    if _plain(name) in names:
-        return names[_plain(name)]
-    close = difflib.get_close_matches(_plain(name), names, n=1, cutoff=0.5)
-    hint = f"Did you mean {names[close[0]].name!r}? " if close else ""
-    known = ", ".join(one.name for one in names.values())
-    raise UserError(f"data: there is no format {name!r}. {hint}Known formats: {known}.")
+    found = next((known for known in FORMATS if _plain(known.name) == _plain(name)), None)
+    if found is not None:
+        return found
+    names = list(dict.fromkeys(known.name for known in FORMATS))
+    raise UserError(
+        f"data: there is no format {name!r}.{nearest(name, names)} "
+        f"Known formats: {', '.join(names)}."
+    )
 
 
 def _plain(name: str) -> str:
@@ -210,8 +206,7 @@ def _plain(name: str) -> str:
 
 def describe_formats(kind: Kind) -> str:
     """The known formats of a kind and their keys, for messages."""
-    return "; ".join(
-        f"{known.name.partition(',')[0]} ({', '.join(sorted(known.keys))})"
-        for known in FORMATS
-        if known.kind == kind and known.name != _EACH
+    told = (
+        f"{known.name} ({', '.join(sorted(known.keys))})" for known in FORMATS if known.kind == kind
     )
+    return "; ".join(dict.fromkeys(told))

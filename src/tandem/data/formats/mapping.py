@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,12 +79,6 @@ def _moved(fields: Fields, names: Sequence[tuple[str, str]]) -> dict[str, object
         if found:
             moved[key] = value
     return moved
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """A hint that names the nearest of some names, or nothing."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _turns(value: object) -> list[Fields]:

@@ -40,6 +40,8 @@ class Format:
         optional: more keys that are read when they are there.
         turns: whether turns, with roles and contents, are somewhere in it.
         suits: whether a row that has the keys can be of this format; None: any can.
+        completions: what a recipe's `completions` must be for it, where formats differ in that.
+        joins: whether its records are made of two rows each.
     """
 
     name: str
@@ -49,14 +51,22 @@ class Format:
     optional: frozenset[str] = frozenset()
     turns: bool = False
     suits: Callable[[Fields], bool] | None = None
+    completions: str | None = None
+    joins: bool = False
 
-    def unread(self, fields: Fields) -> set[str]:
-        """The keys of a row that are not read."""
-        return set(fields) - self.keys - self.optional - {"tools"}
+    @property
+    def id(self) -> str:
+        """What no other format has, for the program itself; some that read other records of the
+        same keys share a name."""
+        return ", ".join(filter(None, (self.name, self.completions, "joined" * self.joins)))
 
     def fits(self, fields: Fields) -> bool:
         """Whether a row is of this format by what it holds."""
         return self.keys <= fields.keys() and (self.suits is None or self.suits(fields))
+
+    def unread(self, fields: Fields) -> set[str]:
+        """The keys of a row that are not read; none of joined rows, which are not as they were."""
+        return set() if self.joins else set(fields) - self.keys - self.optional - {"tools"}
 
 
 def text(fields: Fields, key: str) -> str:
