@@ -33,6 +33,7 @@ class ModelShape:
         attention: multiplications of a visible (query, key) pair, all layers together.
         head: multiplications of a token in the output head.
         in_linear: parameters in linear layers other than the head, which quantization packs.
+        plain: those of them in torch's own linear layers, whose weights a CPU may order.
         largest_layer: parameters of the largest layer, which sharded engines gather at once.
         hidden, layers: of the decoder.
     """
@@ -44,6 +45,7 @@ class ModelShape:
     attention: int
     head: int
     in_linear: int
+    plain: int
     largest_layer: int
     hidden: int
     layers: int
@@ -118,7 +120,7 @@ def shape_of(model: Any) -> ModelShape:
     head: Any = base.get_output_embeddings()
     share = _reached(text)
     linear = adapter = 0.0
-    in_linear = 0
+    in_linear = plain = 0
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
@@ -129,6 +131,7 @@ def shape_of(model: Any) -> ModelShape:
         else:
             linear += reached
             in_linear += size
+            plain += size if isinstance(module, nn.Linear) else 0
     parameters = trained = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
@@ -149,6 +152,7 @@ def shape_of(model: Any) -> ModelShape:
         attention=_attention(text),
         head=_size(head),
         in_linear=in_linear,
+        plain=plain,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),

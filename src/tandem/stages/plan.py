@@ -21,6 +21,7 @@ from tandem.data.trees import Trees
 from tandem.errors import UserError
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, Disk, Memory, disk_of, memory_of
+from tandem.estimate.rate import product_rate, recorded_rate
 from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Work, count_work, guess_work
 from tandem.model.load import model_folder
@@ -30,18 +31,17 @@ from tandem.pairs.select import select_prompts
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Sft, Training
-from tandem.stages.forecast import Forecast, asked_of, forecast, held_by, ordered_bytes
+from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
 from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
 from tandem.stages.records import Records, stage_records
+from tandem.stages.schedule import copies_fit
 from tandem.stages.sources import held_out_sources, source_specs
 from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-# Of the free memory, what copies of the weights in a faster order may take; see `schedule`.
-_COPIES_SHARE = 0.25
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
 
 
@@ -200,7 +200,9 @@ class _Planner:
         made, disk = None, None
         memory: dict[str, Memory] = {}
         if work is not None:
-            made, memory = self._forecast(stage, settings, config, model.shape, work, baseline)
+            made, memory = self._forecast(
+                stage, settings, config, model.shape, work, baseline, free
+            )
             disk = self._disk(settings, config, model.shape, work)
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
@@ -288,12 +290,12 @@ class _Planner:
         shape: ModelShape,
         work: Work,
         baseline: int,
+        free: int,
     ) -> tuple[Forecast, dict[str, Memory]]:
         device = self.device
         engine = self._engine()
-        copies = ordered_bytes(shape)
-        fits = device.is_host and device.weights == torch.float32
-        fits = fits and copies <= device.free_memory() * _COPIES_SHARE / self.processes
+        copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
+        fits = device.weights == torch.float32 and copies_fit(copies, device, free, self.processes)
         held = held_by(
             settings,
             work,
@@ -306,7 +308,10 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        made = forecast(shape, work, settings, setting, device=device, held=held)
+        rate = recorded_rate(setting) or product_rate(
+            device.torch_device, device.weights, device.synchronize
+        )
+        made = forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
         # A single process has but one way.
         engines = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
         return made, {

@@ -345,12 +345,16 @@ class _Stage:
 
     def _forecast(
         self, records: Records, model: Any, schedule: dict[str, Any], held: int
-    ) -> Forecast:
-        return forecast_run(
-            self.kind.name, records.trees, model, self.settings,
-            engine=self.engine, config=self.config, schedule=schedule, parts=records.parts,
-            quantization=self.runtime.quantization, seed=self.seed, baseline=held,
-        )  # fmt: skip
+    ) -> Forecast | None:
+        try:
+            return forecast_run(
+                self.kind.name, records.trees, model, self.settings,
+                engine=self.engine, config=self.config, schedule=schedule, parts=records.parts,
+                quantization=self.runtime.quantization, seed=self.seed, baseline=held,
+            )  # fmt: skip
+        except Exception as error:  # whatever a strange model leads to, training can do without
+            self._tell(f"nothing is estimated of this run ({type(error).__name__}: {error})")
+            return None
 
     def _finish(
         self,
@@ -361,7 +365,7 @@ class _Stage:
         progress: Progress,
         schedule: dict[str, Any],
         compiled: Compiling,
-        expected: Forecast,
+        expected: Forecast | None,
     ) -> None:
         best = best_adapters(self.folder)
         kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -389,11 +393,12 @@ class _Stage:
             "ledger": records.ledger.summary(),
             **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
-        summary["estimate"] = compared(expected, summary)
-        try:
-            keep(expected, summary["estimate"], summary)
-        except OSError as error:
-            self._tell(f"how fast this was cannot be kept for the next plan ({error})")
+        if expected is not None:
+            summary["estimate"] = compared(expected, summary)
+            try:
+                keep(expected, summary["estimate"], summary)
+            except OSError as error:
+                self._tell(f"how fast this was cannot be kept for the next plan ({error})")
         atomic_write_json(self.folder / "summary.json", summary)
         outputs += ["summary.json", "metrics.jsonl"]
         if records.held_out is not None:
