@@ -122,6 +122,41 @@ def test_a_plan_and_the_run_after_it_say_the_same(
     assert "\x1b" not in shown
 
 
+def test_added_tokens_are_planned_as_they_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By SFT, with the adapter; DPO after it has them in its base."""
+    from safetensors import safe_open
+
+    model = make_model_folder(tmp_path / "model")
+    data, pairs = make_conversations(tmp_path / "c.jsonl"), make_pairs(tmp_path / "p.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\nchat_template: chatml\n"
+        "added_tokens: ['<|im_start|>', '<|im_end|>']\n"
+        f"sft:\n  data: {data}\n  max_length: 128\n  max_steps: 1\n"
+        f"dpo:\n  data: {pairs}\n  max_length: 128\n  max_steps: 1\n"
+    )
+    planned = _plan(capsys, str(recipe))["training"]
+    assert main(["run", str(recipe), "--until", "dpo"]) == 0
+    lines = (tmp_path / "cache" / "tandem" / "estimates.jsonl").read_text().splitlines()
+    for stage, folder, line in zip(planned, ("1-sft", "4-dpo"), lines, strict=True):
+        assert stage["model"]["parameters"] == json.loads(line)["setting"]["size"]
+        with safe_open(Path("out", folder, "adapter_model.safetensors"), "np") as file:
+            trained = sum(file.get_tensor(key).size for key in file.keys())  # noqa: SIM118
+        assert stage["model"]["trained"] == trained
+    sft, dpo = planned
+    assert sft["model"]["trained"] == dpo["model"]["trained"] + 2 * 2 * 32
+    capsys.readouterr()
+
+    for engine in ("fsdp2", "deepspeed-zero3"):
+        assert main(["plan", str(recipe), f"engine={engine}", "--nproc=2"]) == 2
+        assert f"added_tokens: the engine {engine} spreads" in capsys.readouterr().err
+    (spread,) = _plan(capsys, str(recipe), "engine=fsdp2", "--nproc=2", "sft=null",
+                      "chat_template=neural-chat", "added_tokens=[]")["training"]  # fmt: skip
+    assert spread["engine"] == "fsdp2"
+
+
 def test_tables_say_what_json_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model_folder(tmp_path / "model")
     recipe = tmp_path / "r.yaml"

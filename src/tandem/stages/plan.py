@@ -20,11 +20,12 @@ from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.errors import UserError
 from tandem.estimate.history import Setting
-from tandem.estimate.memory import ENGINES, Disk, Memory, disk_of, memory_of
+from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
 from tandem.estimate.rate import product_rate, recorded_rate
 from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Work, count_work, guess_work
 from tandem.model.load import model_folder
+from tandem.model.vocabulary import check_added
 from tandem.pairs.output import made_pairs
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import select_prompts
@@ -150,9 +151,14 @@ class _Planner:
     def stage(self, stage: PlannedStage, settings: Training, guess: Guess | None) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        config, tokenizer, template, _ = model_side(
+        config, tokenizer, template, added = model_side(
             self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
         )
+        # An SFT before it leaves them in the merged model.
+        trains_added = stage.name == "sft" or recipe.sft is None
+        engine = self._engine()
+        if trains_added:
+            check_added(added, engine=engine, sharded=engine in SHARDED)
         lora = settings.lora
         model = described(
             config,
@@ -160,6 +166,8 @@ class _Planner:
             alpha=lora.alpha,
             target_modules=lora.target_modules,
             attention=recipe.attention,
+            added_ids=tuple(added.values()),
+            trains_added=trains_added,
         )
         baseline = device.held_memory()
         # Where the run will ask, the model is loaded; on CPU processes share what is free.

@@ -22,13 +22,13 @@ from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.errors import UserError
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
+from tandem.model.vocabulary import check_added
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
@@ -106,13 +106,7 @@ def run_training(
             )
         )
         added = inputs["model"].get("added_tokens", {})
-        if added and engine.sharded:
-            raise UserError(
-                f"added_tokens: the engine {engine.strategy.name} spreads the embeddings over the "
-                "processes, and their new rows cannot be trained there. Use `engine: ddp` (or "
-                "`deepspeed-zero2`), or start from a model that has the tokens, such as the merged "
-                "model of an SFT with added_tokens."
-            )
+        check_added(added, engine=engine.strategy.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
