@@ -209,6 +209,16 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
         (["demo", "--records=3,0", "--tokens-per-record=9,9"], "has a number below 1"),
         (["demo", "--records=many", "--tokens-per-record=9"], "--records: invalid"),
         (["demo", "--recods=3"], "did you mean --records?"),
+        (["demo", "--records=500", "--tokens-per-record=77"], "that of sft and dpo is; leave them"),
+        (
+            ["neural-chat-7b-v3-1", "--records=5,6,7", "--tokens-per-record=7,8,9"],
+            "--records has 3 numbers, one for each of sft, dpo or one for all, and after dpo",
+        ),
+        (
+            ["demo", "sft.data=someone/else", "--records=5,6", "--tokens-per-record=7,8"],
+            "after sft no data is missing; leave the last 1 out",
+        ),
+        (["demo", "output_dir=~nobody-here/x"], "output_dir"),
         (["demo", "sft.data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["demo", "model=./nowhere"], "model folder ./nowhere does not exist"),
         (["demo", "sft.max_length=100000"], "max_length 100000 exceeds the context"),
@@ -220,6 +230,47 @@ def test_mistakes_are_said_and_exit_with_two(
 ) -> None:
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_data_of_the_hub_is_read_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to train on nor held out, nor to keep prompts apart from."""
+    import datasets
+
+    asked: list[str] = []
+
+    def load(path: str, *_: Any, **__: Any) -> Any:
+        asked.append(path)
+        if path == "someone/held-out":
+            turns = [{"from": "human", "value": "say sun"}, {"from": "gpt", "value": "sun moon"}]
+            return datasets.Dataset.from_list([{"conversations": turns}] * 3)
+        return datasets.Dataset.from_list([{"question": "say one 1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  validation: {data: someone/held-out}\n  keep: best\n"
+        f"pairs:\n  prompts: {make_conversations(tmp_path / 'p.jsonl')}\n"
+        "  select: {decontaminate: someone/questions}\n"
+        "dpo:\n  max_length: 128\n"
+    )
+    sft, dpo = _plan(capsys, str(recipe))["training"]
+    assert asked == []
+    assert sft["notes"] == [
+        "someone/held-out: on the Hub, and not read, so nothing is said of the held-out records"
+    ]
+    assert dpo["notes"][0] == (
+        "someone/questions: on the Hub, and not read, so no prompt is left out for what it shares "
+        "with them"
+    )
+    assert sft["work"]["records"] == 24
+    sft, _ = _plan(capsys, str(recipe), "--download")["training"]
+    assert {"someone/held-out", "someone/questions"} == set(asked)
+    assert sft["notes"] == []
 
 
 def test_data_that_training_would_refuse_is_refused(
