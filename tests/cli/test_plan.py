@@ -108,17 +108,53 @@ def test_a_plan_and_the_run_after_it_say_the_same(
     last = after["rate"]["last_run"]
     assert (last["setting"]["stage"], last["setting"]["device"]) == ("dpo", "cpu")
     compared = summary["estimate"]
-    for name, figure in compared.items():
-        if name != "rate_from":
-            ratio = last["actual_by_estimate"][name]
-            assert ratio == pytest.approx(figure["actual"] / figure["estimated"])
+    # A run times nothing by itself, so the first one does not know its seconds.
+    assert compared["rate_from"] is compared["seconds"]["estimated"] is None
+    assert "seconds" not in last["actual_by_estimate"]
+    for name, ratio in last["actual_by_estimate"].items():
+        assert ratio == pytest.approx(compared[name]["actual"] / compared[name]["estimated"])
     # What took that long is expected to take as long again.
     assert after["seconds"] == pytest.approx(summary["train_seconds"])
     assert after["reference_seconds"] == pytest.approx(summary["reference_seconds"])
     assert main(["plan", str(recipe)]) == 0
     shown = capsys.readouterr().out
-    assert f"actual by estimate: time {last['actual_by_estimate']['seconds']:.2f}x" in shown
+    assert f"actual by estimate: memory {last['actual_by_estimate']['memory']:.2f}x" in shown
     assert "\x1b" not in shown
+
+
+def test_added_tokens_are_planned_as_they_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By SFT, with the adapter; DPO after it has them in its base."""
+    from safetensors import safe_open
+
+    model = make_model_folder(tmp_path / "model")
+    data, pairs = make_conversations(tmp_path / "c.jsonl"), make_pairs(tmp_path / "p.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\nchat_template: chatml\n"
+        "added_tokens: ['<|im_start|>', '<|im_end|>']\n"
+        f"sft:\n  data: {data}\n  max_length: 128\n  max_steps: 1\n"
+        f"dpo:\n  data: {pairs}\n  max_length: 128\n  max_steps: 1\n"
+    )
+    planned = _plan(capsys, str(recipe))["training"]
+    assert main(["run", str(recipe), "--until", "dpo"]) == 0
+    lines = (tmp_path / "cache" / "tandem" / "estimates.jsonl").read_text().splitlines()
+    for stage, folder, line in zip(planned, ("1-sft", "4-dpo"), lines, strict=True):
+        assert stage["model"]["parameters"] == json.loads(line)["setting"]["size"]
+        with safe_open(Path("out", folder, "adapter_model.safetensors"), "np") as file:
+            trained = sum(file.get_tensor(key).size for key in file.keys())  # noqa: SIM118
+        assert stage["model"]["trained"] == trained
+    sft, dpo = planned
+    assert sft["model"]["trained"] == dpo["model"]["trained"] + 2 * 2 * 32
+    capsys.readouterr()
+
+    for engine in ("fsdp2", "deepspeed-zero3"):
+        assert main(["plan", str(recipe), f"engine={engine}", "--nproc=2"]) == 2
+        assert f"added_tokens: the engine {engine} spreads" in capsys.readouterr().err
+    (spread,) = _plan(capsys, str(recipe), "engine=fsdp2", "--nproc=2", "sft=null",
+                      "chat_template=neural-chat", "added_tokens=[]")["training"]  # fmt: skip
+    assert spread["engine"] == "fsdp2"
 
 
 def test_tables_say_what_json_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +209,16 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
         (["demo", "--records=3,0", "--tokens-per-record=9,9"], "has a number below 1"),
         (["demo", "--records=many", "--tokens-per-record=9"], "--records: invalid"),
         (["demo", "--recods=3"], "did you mean --records?"),
+        (["demo", "--records=500", "--tokens-per-record=77"], "that of sft and dpo is; leave them"),
+        (
+            ["neural-chat-7b-v3-1", "--records=5,6,7", "--tokens-per-record=7,8,9"],
+            "--records has 3 numbers, one for each of sft, dpo or one for all, and after dpo",
+        ),
+        (
+            ["demo", "sft.data=someone/else", "--records=5,6", "--tokens-per-record=7,8"],
+            "after sft no data is missing; leave the last 1 out",
+        ),
+        (["demo", "output_dir=~nobody-here/x"], "output_dir"),
         (["demo", "sft.data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["demo", "model=./nowhere"], "model folder ./nowhere does not exist"),
         (["demo", "sft.max_length=100000"], "max_length 100000 exceeds the context"),
@@ -184,6 +230,47 @@ def test_mistakes_are_said_and_exit_with_two(
 ) -> None:
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_data_of_the_hub_is_read_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to train on nor held out, nor to keep prompts apart from."""
+    import datasets
+
+    asked: list[str] = []
+
+    def load(path: str, *_: Any, **__: Any) -> Any:
+        asked.append(path)
+        if path == "someone/held-out":
+            turns = [{"from": "human", "value": "say sun"}, {"from": "gpt", "value": "sun moon"}]
+            return datasets.Dataset.from_list([{"conversations": turns}] * 3)
+        return datasets.Dataset.from_list([{"question": "say one 1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  validation: {data: someone/held-out}\n  keep: best\n"
+        f"pairs:\n  prompts: {make_conversations(tmp_path / 'p.jsonl')}\n"
+        "  select: {decontaminate: someone/questions}\n"
+        "dpo:\n  max_length: 128\n"
+    )
+    sft, dpo = _plan(capsys, str(recipe))["training"]
+    assert asked == []
+    assert sft["notes"] == [
+        "someone/held-out: on the Hub, and not read, so nothing is said of the held-out records"
+    ]
+    assert dpo["notes"][0] == (
+        "someone/questions: on the Hub, and not read, so no prompt is left out for what it shares "
+        "with them"
+    )
+    assert sft["work"]["records"] == 24
+    sft, _ = _plan(capsys, str(recipe), "--download")["training"]
+    assert {"someone/held-out", "someone/questions"} == set(asked)
+    assert sft["notes"] == []
 
 
 def test_data_that_training_would_refuse_is_refused(

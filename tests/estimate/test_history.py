@@ -87,14 +87,13 @@ def test_the_rate_is_the_last_runs_or_a_timed_product(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rate, "timed_product", lambda *_: 1e10)
 
-    def here(setting: Setting) -> rate.Rate:
-        return rate.rate_here(setting, torch.device("cpu"), torch.float32, lambda: None)
-
-    first = here(HERE)
+    assert rate.recorded_rate(HERE) is None
+    first = rate.product_rate(torch.device("cpu"), torch.float32, lambda: None)
     assert (first.operations, first.measured) == (5e9, None)
     assert "a timed matrix product" in first.source
     remember(_measured(processes=2))
-    then = here(HERE)
+    then = rate.recorded_rate(HERE)
+    assert then is not None
     assert then.operations == 2.5e8  # of each of two processes
     assert "the last sft run" in then.source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import ModelShape, described, shape_of
 from tandem.estimate.work import Work
 from tandem.model.adapter import add_adapter, modules_out_of_reach, trainable_parameters
+from tandem.model.vocabulary import grow_vocabulary
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -78,6 +80,35 @@ def test_layers_out_of_reach_are_known_without_weights(config: Any) -> None:
         out_of_reach=modules_out_of_reach(model),
     )  # fmt: skip
     assert found.shape == shape_of(adapted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("ids", [(88, 89), (90, 91, 92)], ids=["rows to spare", "grown"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_added_tokens_have_rows_that_are_trained_where_they_are_new(
+    name: str, ids: tuple[int, ...], trained: bool
+) -> None:
+    """And the output head is no layer of the decoder, whatever wraps it."""
+    config = CONFIGS[name]
+    before = _shape(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    grow_vocabulary(model, ids)
+    adapted = add_adapter(
+        model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="", seed=0,
+        added_ids=ids if trained else (),
+    )  # fmt: skip
+    found = described(
+        config, rank=4, alpha=8, target_modules="all-linear", attention="auto",
+        added_ids=ids, trains_added=trained,
+    ).shape  # fmt: skip
+    assert found == shape_of(adapted)
+    assert found.trained == sum(p.numel() for p in trainable_parameters(adapted).values())
+    own_head = not config.tie_word_embeddings
+    rows = (1 + own_head) * len(ids) * 32
+    assert found.trained == before.trained + (rows if trained else 0)
+    assert found.parameters == before.parameters + (rows if max(ids) >= 90 else 0)
+    assert (found.linear, found.in_linear) == (before.linear, before.in_linear)
+    assert (config.vocab_size, config.dtype) == (90, None)
 
 
 def test_a_token_meets_the_experts_it_reaches() -> None:
@@ -153,6 +184,17 @@ def test_a_configuration_that_is_none_is_refused() -> None:
         _shape(config)
     with pytest.raises(UserError, match="'nowhere_proj' fits no module"):
         _shape(CONFIGS["llama"], ("nowhere_proj",))
+
+
+def test_a_model_whose_sizes_have_other_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandem.estimate import shape
+
+    def strange(_: Any) -> Any:
+        raise AttributeError("no attribute 'hidden_size'")
+
+    monkeypatch.setattr(shape, "shape_of", strange)
+    with pytest.raises(UserError, match="no attribute 'hidden_size'"):
+        _shape(CONFIGS["llama"])
 
 
 def test_memory_by_engine() -> None:

@@ -312,3 +312,13 @@ def test_held_out_records_and_weights_as_a_recipe_says_them(small: str) -> None:
     assert recipe.dpo.validation is not None
     assert recipe.dpo.validation.data == (DataSource(path="v.jsonl"),)
     assert [source.weight for source in recipe.sft.data] == [0.5, 1.0]
+
+
+def test_the_home_folder_is_resolved_where_the_recipe_is_read(
+    small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that every command that reads it looks in the same place."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load_recipe(small, ["output_dir=~/runs"]).output_dir == "/home/someone/runs"
+    assert load_recipe(small).output_dir == "runs/small"
+    assert "output_dir" in _message(small, "output_dir=~nobody-of-this-name/runs")

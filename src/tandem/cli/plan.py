@@ -56,6 +56,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         }  # fmt: skip
         if one.forecast is not None and one.disk is not None:
             cast = one.forecast
+            assert cast.rate is not None
             last = cast.rate.measured
             found |= {
                 "work": asdict(cast.work),
@@ -242,15 +243,18 @@ def _time(one: StagePlan) -> list[tuple[str, str]]:
 
     assert one.forecast is not None
     cast = one.forecast
+    if cast.rate is None or cast.seconds is None:
+        return []
     text = f"about {duration(cast.seconds)}"
     if cast.reference_seconds:
         text += f", before it {duration(cast.reference_seconds)} for the reference"
     rows = [("time", f"{text}; from {cast.rate.source}")]
     if cast.rate.measured is not None:
         ratios = cast.rate.measured.ratios
-        words = ", ".join(f"{name} {ratios[key]:.2f}x" for name, key in
-                          (("time", "seconds"), ("memory", "memory"), ("tokens", "tokens"),
-                           ("steps", "steps")))  # fmt: skip
+        names = {"time": "seconds", "memory": "memory", "tokens": "tokens", "steps": "steps"}
+        words = ", ".join(
+            f"{name} {ratios[key]:.2f}x" for name, key in names.items() if key in ratios
+        )
         rows.append(("last run", f"actual by estimate: {words}"))
     return rows
 

@@ -23,7 +23,6 @@ def run(argv: list[str]) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
-    recipe = recipe.model_copy(update={"output_dir": str(run_dir)})
     if arguments.dry_run:
         if launched().speaks:
             print(dry_run_text(recipe, until=arguments.until, start=arguments.start))

@@ -50,6 +50,11 @@ class Part:
         return math.ceil(epochs * self.examples * Fraction(str(self.weight)))
 
 
+def tenth(steps: int) -> int:
+    """How many steps apart things happen that happen about ten times in so many."""
+    return max(1, -(-steps // 10))
+
+
 def total_steps(
     examples: int,
     batch_size: int,

@@ -49,8 +49,9 @@ class Measured:
 
     Attributes:
         setting: where and what.
-        operations: of training, as `operations.count_operations` counts them.
-        estimated, actual: `FIGURES` each.
+        operations: of training, as `operations.count_operations` counts them, if all processes
+            had as many as the busiest one.
+        estimated, actual: `FIGURES` each; seconds are only estimated where a rate was known.
         reference_operations, reference_seconds: of the pass before it, 0 where there was none, or
             its results were found in the store.
     """
@@ -69,8 +70,12 @@ class Measured:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Actual by estimated."""
-        return {name: self.actual[name] / max(self.estimated[name], 1e-9) for name in FIGURES}
+        """Actual by estimated, where it was."""
+        return {
+            name: self.actual[name] / max(self.estimated[name], 1e-9)
+            for name in FIGURES
+            if name in self.estimated
+        }
 
 
 def remember(measured: Measured, path: Path | None = None) -> None:
@@ -115,15 +120,12 @@ def _read(path: Path) -> list[Measured]:
 
 
 def _measured(line: Mapping[str, Any]) -> Measured:
-    figures = {
-        kind: {name: float(line[kind][name]) for name in FIGURES}
-        for kind in ("estimated", "actual")
-    }
+    estimated = line["estimated"]
     return Measured(
         Setting(**line["setting"]),
         float(line["operations"]),
-        figures["estimated"],
-        figures["actual"],
+        {name: float(estimated[name]) for name in FIGURES if name in estimated},
+        {name: float(line["actual"][name]) for name in FIGURES},
         float(line.get("reference_operations", 0.0)),
         float(line.get("reference_seconds", 0.0)),
     )

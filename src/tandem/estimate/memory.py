@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tandem.estimate.shape import ModelShape
 
 ENGINES = ("single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
+# Those that spread the weights over the processes.
+SHARDED = ("deepspeed-zero3", "fsdp2")
 # Adapters, their gradients and AdamW's moments are float32.
 _TRAINED_BYTES = 4
 # nf4 with its blocks' scales, which are quantised as well.
@@ -89,7 +91,7 @@ def memory_of(shape: ModelShape, held: Held, engine: str, processes: int) -> Mem
             weights as well, and gather a layer at a time.
         processes: how many there are.
     """
-    sharded = engine in ("deepspeed-zero3", "fsdp2")
+    sharded = engine in SHARDED
     zero = engine == "deepspeed-zero2" or sharded
     per_parameter = held.weight_bytes
     frozen = float(shape.parameters * per_parameter)

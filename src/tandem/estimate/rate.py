@@ -38,19 +38,19 @@ class Rate:
         return f"the last {self.measured.setting.stage} run of a similar model on this machine"
 
 
-def rate_here(
-    setting: Setting, device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]
-) -> Rate:
-    """The rate of one process in a setting: from the record of runs, or timed now.
+def recorded_rate(setting: Setting) -> Rate | None:
+    """The rate of one process in a setting from the record of runs; None where none is alike."""
+    known = recall(setting)
+    return None if known is None else Rate(known.rate / known.setting.processes, known)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> Rate:
+    """The rate that a timed matrix product lets one expect.
 
     Args:
-        setting: what is to be run.
         device, dtype: where and in what to time.
         synchronize: waits for the device.
     """
-    known = recall(setting)
-    if known is not None:
-        return Rate(known.rate / known.setting.processes, known)
     return Rate(_SHARE * timed_product(device, dtype, synchronize), None)
 
 

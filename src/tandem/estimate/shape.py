@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.adapter import add_adapter, modules_out_of_reach
+from tandem.model.vocabulary import grow_vocabulary, plain_head
 
 # A layer's parameters: everything up to the first number in their names.
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -33,6 +35,7 @@ class ModelShape:
         attention: multiplications of a visible (query, key) pair, all layers together.
         head: multiplications of a token in the output head.
         in_linear: parameters in linear layers other than the head, which quantization packs.
+        plain: those of them in torch's own linear layers, whose weights a CPU may order.
         largest_layer: parameters of the largest layer, which sharded engines gather at once.
         hidden, layers: of the decoder.
     """
@@ -44,6 +47,7 @@ class ModelShape:
     attention: int
     head: int
     in_linear: int
+    plain: int
     largest_layer: int
     hidden: int
     layers: int
@@ -65,7 +69,14 @@ class Described:
 
 
 def described(
-    config: Any, *, rank: int, alpha: float, target_modules: Sequence[str] | str, attention: str
+    config: Any,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    attention: str,
+    added_ids: Sequence[int] = (),
+    trains_added: bool = True,
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
@@ -73,16 +84,18 @@ def described(
         config: the model's transformers configuration.
         rank, alpha, target_modules: the adapter, see `model.adapter.add_adapter`.
         attention: what the recipe asks for.
+        added_ids: tokens that the model does not know, see `model.vocabulary.grow_vocabulary`.
+        trains_added: whether the adapter trains their rows.
 
-    Raises UserError for a configuration that describes no model, and for an adapter that fits none
-    of its modules.
+    Raises UserError for a configuration that describes no model, for one whose sizes have other
+    names, and for an adapter that fits none of its modules.
     """
     try:
         with torch.device("meta"):
             # What a forward needs in which no number is looked at: plain masks, and the one dtype
             # that grouped products of experts take.
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=torch.bfloat16
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
             )
     except Exception as error:  # a strange config can lead a model's constructor anywhere
         raise UserError(
@@ -90,6 +103,8 @@ def described(
             "download it again."
         ) from None
     model.eval()
+    if added_ids:
+        grow_vocabulary(model, added_ids)
     unread = _out_of_reach(model) if target_modules == "all-linear" else []
     padded = attention == "padded" or (
         attention == "auto"
@@ -107,18 +122,26 @@ def described(
         base_name="",
         seed=0,
         out_of_reach=unread or [],
+        added_ids=added_ids if trains_added else (),
     )
-    return Described(shape_of(adapted), padded, unread is not None)
+    try:
+        shape = shape_of(adapted)
+    except (AttributeError, TypeError, ValueError) as error:  # sizes by names of their own
+        raise UserError(
+            f"plan: the sizes of a {type(model).__name__} are not where other models have them "
+            f"({error}), so that nothing can be said of it before a run"
+        ) from None
+    return Described(shape, padded, unread is not None)
 
 
 def shape_of(model: Any) -> ModelShape:
     """The shape of an adapter-wrapped model, wherever its weights are."""
     base = model.get_base_model()
     text = base.config.get_text_config()
-    head: Any = base.get_output_embeddings()
+    head: Any = plain_head(base.get_output_embeddings())
     share = _reached(text)
     linear = adapter = 0.0
-    in_linear = 0
+    in_linear = plain = 0
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
@@ -129,6 +152,7 @@ def shape_of(model: Any) -> ModelShape:
         else:
             linear += reached
             in_linear += size
+            plain += size if isinstance(module, nn.Linear) else 0
     parameters = trained = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
@@ -149,6 +173,7 @@ def shape_of(model: Any) -> ModelShape:
         attention=_attention(text),
         head=_size(head),
         in_linear=in_linear,
+        plain=plain,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),

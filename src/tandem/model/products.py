@@ -109,6 +109,12 @@ def order_weights(model: nn.Module) -> None:
         layer.tandem_ordered = Ordered(layer.weight)  # type: ignore[assignment]
 
 
+def ordered_bytes(model: nn.Module) -> int:
+    """Memory of the copies that `order_weights` keeps, once all are made."""
+    layers = [m for m in model.modules() if "tandem_ordered" in m.__dict__]
+    return 2 * sum(layer.weight.nbytes for layer in layers if isinstance(layer, nn.Linear))
+
+
 def weights_of(layer: nn.Linear) -> Ordered | Plain:
     """A frozen layer's weight, in oneDNN's order where `order_weights` keeps it so."""
     ordered: Any = layer.__dict__.get("tandem_ordered")

@@ -6,7 +6,7 @@ reads their present values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,23 @@ class TrainedRows:
 
     ids: Tensor
     values: Tensor
+
+
+def check_added(added: Collection[str], *, engine: str, sharded: bool) -> None:
+    """Raise UserError where new tokens cannot be trained.
+
+    Args:
+        added: those that the model lacks.
+        engine: its name.
+        sharded: whether processes keep parts of the base.
+    """
+    if added and sharded:
+        raise UserError(
+            f"added_tokens: the engine {engine} spreads the embeddings over the processes, and "
+            "their new rows cannot be trained there. Use `engine: ddp` (or `deepspeed-zero2`), or "
+            "start from a model that has the tokens, such as the merged model of an SFT with "
+            "added_tokens."
+        )
 
 
 def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:

@@ -36,6 +36,16 @@ def checked_engine(engine: str) -> str:
     raise ValueError(f"unknown engine {engine!r}; {hint} (or a DeepSpeed file, NAME.json)")
 
 
+def checked_folder(folder: str) -> str:
+    """A folder's path, `~` resolved; raises ValueError for one of a user that is not there."""
+    if not folder.startswith("~"):
+        return folder
+    try:
+        return str(Path(folder).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {error} Name another folder") from None
+
+
 class Hpu(Section):
     """What only Gaudi cards heed."""
 
@@ -60,7 +70,9 @@ class Recipe(Section):
     model_revision: str | None = Field(
         default=None, description="A commit, tag or branch of a Hub model."
     )
-    output_dir: str = Field(description="The run's folder; every stage gets a folder in it.")
+    output_dir: Annotated[str, AfterValidator(checked_folder)] = Field(
+        description="The run's folder; every stage gets a folder in it."
+    )
     chat_template: str | None = Field(
         default=None,
         description="A shipped one, a file, or null: the model's own, else `neural-chat`.",

@@ -11,11 +11,12 @@ from tandem.data.trees import Trees
 from tandem.estimate.history import FIGURES, Measured, Setting, remember
 from tandem.estimate.memory import Held, Memory, memory_of
 from tandem.estimate.operations import Operations, count_operations
-from tandem.estimate.rate import Rate, rate_here
+from tandem.estimate.rate import Rate, recorded_rate
 from tandem.estimate.shape import ModelShape, shape_of
 from tandem.estimate.work import Asked, Work, count_work
 from tandem.model.attention import is_padded
 from tandem.model.head import block_bytes
+from tandem.model.products import ordered_bytes
 from tandem.recipe.training import Training
 from tandem.train.device import Device, activation_bytes, attention_weight
 from tandem.train.engine import Engine
@@ -28,17 +29,17 @@ class Forecast:
     Attributes:
         setting: where it runs, and of what size it is.
         work, operations, memory: see `estimate`.
-        rate: what time follows from.
-        seconds, reference_seconds: of training, and of DPO's pass before it.
+        rate: what time follows from; None where nobody knows.
+        seconds, reference_seconds: of training, and of DPO's pass before it; None without a rate.
     """
 
     setting: Setting
     work: Work
     operations: Operations
     memory: Memory
-    rate: Rate
-    seconds: float
-    reference_seconds: float
+    rate: Rate | None
+    seconds: float | None
+    reference_seconds: float | None
 
 
 def forecast(
@@ -47,8 +48,9 @@ def forecast(
     settings: Training,
     setting: Setting,
     *,
-    device: Device,
+    host: bool,
     held: Held,
+    rate: Rate | None,
 ) -> Forecast:
     """The estimates that follow from a model's shape and the work.
 
@@ -57,8 +59,9 @@ def forecast(
         work: what is fed.
         settings: of the stage.
         setting: where it runs.
-        device: of this machine, which is timed if no run has said how fast it is.
+        host: whether processes share the machine's processor.
         held: how memory is used.
+        rate: of one process, if it is known.
     """
     operations = count_operations(
         shape,
@@ -66,12 +69,14 @@ def forecast(
         reference=setting.stage == "dpo",
         checkpointing=settings.gradient_checkpointing,
     )
-    rate = rate_here(setting, device.torch_device, device.weights, device.synchronize)
+    memory = memory_of(shape, held, setting.engine, setting.processes)
+    if rate is None:
+        return Forecast(setting, work, operations, memory, None, None, None)
     # On CPU processes share the machine that was timed.
-    together = rate.operations * (setting.processes if not device.is_host else 1)
+    together = rate.operations * (setting.processes if not host else 1)
     before = together
     if rate.measured is not None:
-        if device.is_host:
+        if host:
             together = before = rate.measured.rate
         if rate.measured.reference_seconds > 0:
             before = rate.measured.reference_operations / rate.measured.reference_seconds
@@ -79,7 +84,7 @@ def forecast(
         setting,
         work,
         operations,
-        memory_of(shape, held, setting.engine, setting.processes),
+        memory,
         rate,
         operations.training * work.imbalance / together,
         operations.reference / before,
@@ -188,15 +193,17 @@ def forecast_run(
         device=device,
         config=config,
         quantization=quantization,
-        copies=ordered_bytes(shape) if schedule["ordered_weights"] else 0,
+        copies=ordered_bytes(model),
         baseline=baseline,
     )
-    return forecast(shape, work, settings, setting, device=device, held=held)
+    # Nothing is timed here, where other processes wait.
+    rate = recorded_rate(setting)
+    return forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
 
 
-def ordered_bytes(shape: ModelShape) -> int:
-    """What copies of the frozen weights in oneDNN's order take, see `model.products`."""
-    return 2 * 4 * (shape.in_linear + shape.head)
+def copied_bytes(shape: ModelShape, *, quantized: bool) -> int:
+    """What `model.products.ordered_bytes` will find in a model; 4-bit layers have no copies."""
+    return 2 * 4 * (shape.head + (0 if quantized else shape.plain))
 
 
 def compared(made: Forecast, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def compared(made: Forecast, summary: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": summary["train_seconds"],
     }
     return {
-        "rate_from": made.rate.source,
+        "rate_from": None if made.rate is None else made.rate.source,
         **{name: {"estimated": estimated[name], "actual": actual[name]} for name in FIGURES},
     }
 
@@ -226,8 +233,12 @@ def keep(made: Forecast, comparison: Mapping[str, Any], summary: Mapping[str, An
     remember(
         Measured(
             made.setting,
-            made.operations.training,
-            {name: figure["estimated"] for name, figure in figures.items()},
+            made.operations.training * made.work.imbalance,
+            {
+                name: figure["estimated"]
+                for name, figure in figures.items()
+                if figure["estimated"] is not None
+            },
             {name: figure["actual"] for name, figure in figures.items()},
             made.operations.reference if whole else 0.0,
             summary["reference_seconds"] if whole else 0.0,

@@ -18,6 +18,7 @@ from tandem.pairs.output import made_pairs
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Sft, Training
+from tandem.stages.pipeline import folder_of
 from tandem.stages.sources import held_out_sources, source_specs
 
 StageName = Literal["sft", "dpo"]
@@ -211,7 +212,7 @@ def _own_sources(
 ) -> list[SourceSpec]:
     if settings.data:
         return source_specs(settings.data, folder, recipe.seed)
-    made = Path(recipe.output_dir).expanduser() / "3-pairs"
+    made = folder_of(recipe, "pairs")
     pairs = made_pairs(made)
     if pairs is not None:
         return [SourceSpec(str(pairs))]

@@ -49,6 +49,11 @@ class PlannedStage:
     note: str
 
 
+def folder_of(recipe: Recipe, stage: str) -> Path:
+    """The folder of one of a recipe's stages, whether it has run or not."""
+    return Path(recipe.output_dir) / _FOLDERS[stage]
+
+
 def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
     """The stages that a recipe asks for, in order; needs neither data nor weights."""
     notes: dict[str, str] = {}
@@ -70,9 +75,8 @@ def describe_pipeline(recipe: Recipe) -> list[PlannedStage]:
         named = [n for n in (recipe.evaluate.suite, *recipe.evaluate.tasks) if n]
         if named:
             notes["evaluate"] += f", and on {', '.join(named)}"
-    root = Path(recipe.output_dir)
     return [
-        PlannedStage(name, root / _FOLDERS[name], notes[name]) for name in STAGES if name in notes
+        PlannedStage(name, folder_of(recipe, name), notes[name]) for name in STAGES if name in notes
     ]
 
 

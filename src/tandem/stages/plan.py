@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,30 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.sources import SourceSpec, looks_like_path
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.errors import UserError
 from tandem.estimate.history import Setting
-from tandem.estimate.memory import ENGINES, Disk, Memory, disk_of, memory_of
+from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
+from tandem.estimate.rate import product_rate, recorded_rate
 from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Work, count_work, guess_work
 from tandem.model.load import model_folder
-from tandem.pairs.output import made_pairs
-from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select import select_prompts
+from tandem.model.vocabulary import check_added
 from tandem.recipe.schema import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training import Sft, Training
-from tandem.stages.forecast import Forecast, asked_of, forecast, held_by, ordered_bytes
+from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
-from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
+from tandem.stages.planned_data import DataHere, PlannedData
 from tandem.stages.records import Records, stage_records
-from tandem.stages.sources import held_out_sources, source_specs
+from tandem.stages.schedule import copies_fit
+from tandem.stages.steps import saved_every
 from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-# Of the free memory, what copies of the weights in a faster order may take; see `schedule`.
-_COPIES_SHARE = 0.25
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
 
 
@@ -109,30 +104,43 @@ def plan_recipe(
         console: for progress.
 
     Raises UserError for a model without configuration or tokenizer, an adapter or limits that do
-    not fit it, and data that training would refuse.
+    not fit it, data that training would refuse, and guesses that nothing would come of.
     """
     device = choose_device(recipe.device, recipe.dtype)
-    base = model_folder(recipe.model, recipe.model_revision, weights=False)
     planned = describe_pipeline(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
-        planner = _Planner(recipe, processes, download, console, device, base, Path(scratch))
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
+        here = DataHere(recipe, download, Path(scratch))
+        data = [here.of(settings) for _, settings in wanted]
+        _check_guesses(guesses, [stage.name for stage, _ in wanted], data)
+        base = model_folder(recipe.model, recipe.model_revision, weights=False)
+        planner = _Planner(recipe, processes, console, device, base, Path(scratch))
         trained = [
             planner.stage(
-                stage, settings, guesses[min(number, len(guesses) - 1)] if guesses else None
+                stage, settings, found, guesses[min(number, len(guesses) - 1)] if guesses else None
             )
-            for number, (stage, settings) in enumerate(wanted)
+            for number, ((stage, settings), found) in enumerate(zip(wanted, data, strict=True))
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
 
 
-@dataclass(frozen=True)
-class _Data:
-    """A stage's data as far as it is here."""
-
-    sources: Sequence[SourceSpec]
-    notes: list[str] = field(default_factory=list)
+def _check_guesses(
+    guesses: Sequence[Guess], stages: Sequence[str], data: Sequence[PlannedData]
+) -> None:
+    """Raise UserError for guesses that no stage would use."""
+    away = [number for number, found in enumerate(data, start=1) if not found.sources]
+    if guesses and not away:
+        raise UserError(
+            "tandem plan: --records and --tokens-per-record are for data that is not here, and "
+            f"that of {' and '.join(stages) or 'this recipe'} is; leave them out"
+        )
+    if guesses and len(guesses) > away[-1]:
+        raise UserError(
+            f"tandem plan: --records has {len(guesses)} numbers, one for each of "
+            f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
+            f"missing; leave the last {len(guesses) - away[-1]} out"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,18 +149,24 @@ class _Planner:
 
     recipe: Recipe
     processes: int
-    download: bool
     console: Console
     device: Device
     base: Path
     scratch: Path
 
-    def stage(self, stage: PlannedStage, settings: Training, guess: Guess | None) -> StagePlan:
+    def stage(
+        self, stage: PlannedStage, settings: Training, data: PlannedData, guess: Guess | None
+    ) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        config, tokenizer, template, _ = model_side(
+        config, tokenizer, template, added = model_side(
             self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
         )
+        # An SFT before it leaves them in the merged model.
+        trains_added = stage.name == "sft" or recipe.sft is None
+        engine = self._engine()
+        if trains_added:
+            check_added(added, engine=engine, sharded=engine in SHARDED)
         lora = settings.lora
         model = described(
             config,
@@ -160,6 +174,8 @@ class _Planner:
             alpha=lora.alpha,
             target_modules=lora.target_modules,
             attention=recipe.attention,
+            added_ids=tuple(added.values()),
+            trains_added=trains_added,
         )
         baseline = device.held_memory()
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
@@ -174,54 +190,58 @@ class _Planner:
             config=config,
             padded=model.padded,
         )
-        data = self._data(stage, settings)
+        notes = list(data.notes)
         ledger, work = None, None
         if data.sources:
-            records = self._records(stage, settings, data.sources, tokenizer, template)
+            records = self._records(stage, settings, data, tokenizer, template)
             ledger = records.ledger.summary()
             work = count_work(records.trees, replace(asked, parts=records.parts))
         elif guess is not None:
             work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
-            data.notes.append(
+            notes.append(
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
             )
         else:
-            data.notes.append(
+            notes.append(
                 "steps, time and memory follow from it: --download fetches and reads it, --records "
                 "N --tokens-per-record M plans without it"
             )
         if not model.reached:
-            data.notes.append(
+            notes.append(
                 "which layers all-linear reaches is only known with weights: all are counted"
             )
         if model.padded:
-            data.notes.append("this model reads padded rows: nothing is shared")
+            notes.append("this model reads padded rows: nothing is shared")
         made, disk = None, None
         memory: dict[str, Memory] = {}
         if work is not None:
-            made, memory = self._forecast(stage, settings, config, model.shape, work, baseline)
+            made, memory = self._forecast(
+                stage, settings, config, model.shape, work, baseline, free
+            )
             disk = self._disk(settings, config, model.shape, work)
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            tuple(data.notes),
+            tuple(notes),
         )  # fmt: skip
 
     def _records(
         self,
         stage: PlannedStage,
         settings: Training,
-        sources: Sequence[SourceSpec],
+        data: PlannedData,
         tokenizer: Any,
         template: ChatTemplate,
     ) -> Records:
         prepare = _PREPARE[stage.name]
         if isinstance(settings, Sft):
             prepare = partial(prepare, loss_on=settings.loss_on)
+        if data.held_out is None:
+            settings = settings.model_copy(update={"validation": None})
         return stage_records(
             prepare,
-            sources,
-            held_out_sources(settings, sources, self.scratch, self.recipe.seed),
+            data.sources,
+            data.held_out or (),
             settings,
             tokenizer=tokenizer,
             template=template,
@@ -229,55 +249,6 @@ class _Planner:
             name=stage.name,
             seed=self.recipe.seed,
             console=self.console,
-        )
-
-    def _data(self, stage: PlannedStage, settings: Training) -> _Data:
-        """The stage's sources, none where they are not here, and what to say about that."""
-        if stage.name == "dpo" and not settings.data:
-            return self._pairs()
-        return self._sources(settings.data)
-
-    def _sources(self, wanted: Sequence[DataSource]) -> _Data:
-        """Sources that are here; the whole stage is guessed when one of them is not."""
-        away = [s.path for s in wanted if not _is_here(s.path)]
-        if away and not self.download:
-            return _Data(
-                (),
-                [f"{', '.join(away)}: on the Hub, and not read"],
-            )
-        return _Data(source_specs(wanted, self.scratch, self.recipe.seed))
-
-    def _pairs(self) -> _Data:
-        """What the pairs stage has made, or pairs as its prompts let one expect."""
-        settings = self.recipe.pairs
-        assert settings is not None
-        stages = {stage.name: stage for stage in describe_pipeline(self.recipe)}
-        made = made_pairs(stages["pairs"].folder)
-        if made is not None:
-            return _Data([SourceSpec(str(made))], [f"pairs: those of {made}"])
-        prompts = self._sources(settings.prompts)
-        if not prompts.sources:
-            return prompts
-        select = settings.select
-        asked, _ = select_prompts(
-            read_prompts(prompts.sources, settings.keep, Ledger(None), settings.on_bad_record),
-            selection_of(select),
-            seed=self.recipe.seed,
-            contamination=contamination_of(
-                source_specs(select.decontaminate, self.scratch, self.recipe.seed), select
-            ),
-        )
-        if not asked:
-            raise UserError(f"pairs: none of the records of {settings.prompts} can be asked")
-        guessed = self.scratch / "guessed-pairs.jsonl"
-        rows = (json.dumps(_guessed(prompt), ensure_ascii=False) + "\n" for prompt in asked)
-        guessed.write_text("".join(rows), encoding="utf-8")
-        return _Data(
-            [SourceSpec(str(guessed))],
-            [
-                f"guessed: the pairs are not made yet. Taken are {len(asked)} prompts, with "
-                "rejected answers as long as the chosen ones"
-            ],
         )
 
     def _forecast(
@@ -288,12 +259,12 @@ class _Planner:
         shape: ModelShape,
         work: Work,
         baseline: int,
+        free: int,
     ) -> tuple[Forecast, dict[str, Memory]]:
         device = self.device
         engine = self._engine()
-        copies = ordered_bytes(shape)
-        fits = device.is_host and device.weights == torch.float32
-        fits = fits and copies <= device.free_memory() * _COPIES_SHARE / self.processes
+        copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
+        fits = device.weights == torch.float32 and copies_fit(copies, device, free, self.processes)
         held = held_by(
             settings,
             work,
@@ -306,7 +277,10 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        made = forecast(shape, work, settings, setting, device=device, held=held)
+        rate = recorded_rate(setting) or product_rate(
+            device.torch_device, device.weights, device.synchronize
+        )
+        made = forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
         # A single process has but one way.
         engines = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
         return made, {
@@ -330,23 +304,7 @@ class _Planner:
         return disk_of(
             shape,
             steps=work.steps,
-            save_steps=settings.save_steps or max(1, -(-work.steps // 10)),
+            save_steps=saved_every(settings, work.steps),
             keep=settings.save_total_limit,
             merged_bytes=merged.itemsize,
         )
-
-
-def _is_here(path: str) -> bool:
-    return path.startswith("demo:") or looks_like_path(path)
-
-
-def _guessed(prompt: Prompt) -> dict[str, str]:
-    """A pair in orca_dpo_pairs' form: the answer's own words in another order are rejected."""
-    words = prompt.answer.split(" ")
-    rejected = " ".join(reversed(words))
-    return {
-        "system": prompt.system,
-        "question": prompt.question,
-        "chosen": prompt.answer,
-        "rejected": rejected if rejected != prompt.answer else f"{rejected} {rejected}",
-    }

@@ -14,7 +14,7 @@ from tandem.recipe.making_pairs import Pairs
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Training
-from tandem.stages.sources import source_spec
+from tandem.stages.sources import held_out_of, source_spec
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
@@ -30,7 +30,6 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     folder that is no model, and lengths beyond the base model's context.
     """
     for source in _data(recipe, wanted):
-        source_spec(source, source.path)
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
@@ -41,9 +40,12 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         _check_pairs(recipe.pairs)
 
 
-def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
-    found = [source for section in _trained(recipe, wanted) for source in section.data]
-    found += [source for section in _trained(recipe, wanted) for source in _held_out(section)]
+def _data(recipe: Recipe, wanted: Set[str]) -> list[SourceSpec]:
+    found: list[DataSource] = []
+    held_out: list[SourceSpec] = []
+    for section in _trained(recipe, wanted):
+        found += section.data
+        held_out += held_out_of(section, _named(section.data), _named)
     if recipe.pairs is not None and "pairs" in wanted:
         pairs = recipe.pairs
         found += [*pairs.prompts, *pairs.heldout, *pairs.select.decontaminate]
@@ -53,7 +55,7 @@ def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
             *recipe.evaluate.pairs,
             *recipe.evaluate.heldout,
         ]
-    return found
+    return [*_named(found), *held_out]
 
 
 def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
@@ -63,23 +65,14 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
         for _ in read_pairs(_specs(recipe.dpo.data), ledger, recipe.dpo.on_bad_record):
             ledger.trained()
         ledger.check_share(recipe.dpo.max_dropped)
-        for _ in read_pairs(_specs(_held_out(recipe.dpo)), Ledger(None), recipe.dpo.on_bad_record):
+        held_out = held_out_of(recipe.dpo, _specs(recipe.dpo.data), _specs)
+        for _ in read_pairs(held_out, Ledger(None), recipe.dpo.on_bad_record):
             pass
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
             read_questions(questions)
         for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
             pass
-
-
-def _held_out(section: Training) -> list[DataSource]:
-    """The data sets that a training stage holds out as a whole."""
-    validation = section.validation
-    if validation is None:
-        return []
-    if validation.split is None:
-        return list(validation.data)
-    return [source.model_copy(update={"split": validation.split}) for source in section.data]
 
 
 def _check_tasks(settings: Evaluate) -> None:
@@ -95,7 +88,11 @@ def _check_tasks(settings: Evaluate) -> None:
 
 
 def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
-    return [source_spec(source, source.path) for source in sources if _is_local(source.path)]
+    return [spec for spec in _named(sources) if _is_local(spec.path)]
+
+
+def _named(sources: Sequence[DataSource]) -> list[SourceSpec]:
+    return [source_spec(source, source.path) for source in sources]
 
 
 def _is_local(name: str) -> bool:

@@ -12,7 +12,7 @@ from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.manifest import difference
 from tandem.model.kernels.library import numerics
 from tandem.model.products import bytes_to_order
-from tandem.train.device import token_budget
+from tandem.train.device import Device, token_budget
 from tandem.train.engine import Engine
 from tandem.train.memory import TokenBudget
 from tandem.train.precision import float32_products
@@ -60,7 +60,7 @@ def resolve_schedule(
         lambda: (
             token_budget(requested, device, config),
             torch.get_num_threads(),
-            device.is_host and 0 < copies <= device.free_memory() * _COPIES_SHARE / processes.count,
+            copies_fit(copies, device, device.free_memory(), processes.count),
         )
     )
     return {
@@ -76,6 +76,18 @@ def resolve_schedule(
         "float32_products": float32_products(),
         "compiled": compiled,
     }
+
+
+def copies_fit(copies: int, device: Device, free: int, processes: int) -> bool:
+    """Whether frozen weights are kept in a faster order as well.
+
+    Args:
+        copies: what that would take, in bytes.
+        device: where.
+        free: a process's share of the memory that is free.
+        processes: how many there are.
+    """
+    return device.is_host and 0 < copies <= free * _COPIES_SHARE / processes
 
 
 def repeat_schedule(

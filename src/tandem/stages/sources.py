@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,21 @@ def held_out_sources(
     settings: Training, sources: Sequence[SourceSpec], run_folder: Path, seed: int
 ) -> list[SourceSpec]:
     """The data sets that are held out as a whole; none where a fraction is."""
+    return held_out_of(settings, sources, lambda named: source_specs(named, run_folder, seed))
+
+
+def held_out_of(
+    settings: Training,
+    sources: Sequence[SourceSpec],
+    named: Callable[[Sequence[DataSource]], list[SourceSpec]],
+) -> list[SourceSpec]:
+    """See `held_out_sources`; `named` makes sources of those that the recipe names."""
     validation = settings.validation
     if validation is None or validation.fraction is not None:
         return []
     if validation.split is not None:
         return [replace(source, split=validation.split, weight=1.0) for source in sources]
-    return source_specs(validation.data, run_folder, seed)
+    return named(validation.data)
 
 
 def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.data.order import tenth
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.records import Records
 from tandem.stages.validation import best_by, scored_every
@@ -17,6 +18,11 @@ from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
 from tandem.train.optim import make_schedule, warmup
 from tandem.train.progress import StageProgress
+
+
+def saved_every(settings: TrainingSettings, total: int) -> int:
+    """Steps from one checkpoint to the next."""
+    return settings.save_steps or tenth(total)
 
 
 def take_steps(
@@ -59,7 +65,7 @@ def take_steps(
         seed=seed,
         attention_weight=attention_weight,
         logging_steps=settings.logging_steps,
-        save_steps=settings.save_steps or max(1, -(-total // 10)),
+        save_steps=saved_every(settings, total),
         parts=records.parts,
     )
     held_out = None

@@ -22,13 +22,13 @@ from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.errors import UserError
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import load_model, model_folder
 from tandem.model.products import order_weights
+from tandem.model.vocabulary import check_added
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
@@ -106,13 +106,7 @@ def run_training(
             )
         )
         added = inputs["model"].get("added_tokens", {})
-        if added and engine.sharded:
-            raise UserError(
-                f"added_tokens: the engine {engine.strategy.name} spreads the embeddings over the "
-                "processes, and their new rows cannot be trained there. Use `engine: ddp` (or "
-                "`deepspeed-zero2`), or start from a model that has the tokens, such as the merged "
-                "model of an SFT with added_tokens."
-            )
+        check_added(added, engine=engine.strategy.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -345,12 +339,16 @@ class _Stage:
 
     def _forecast(
         self, records: Records, model: Any, schedule: dict[str, Any], held: int
-    ) -> Forecast:
-        return forecast_run(
-            self.kind.name, records.trees, model, self.settings,
-            engine=self.engine, config=self.config, schedule=schedule, parts=records.parts,
-            quantization=self.runtime.quantization, seed=self.seed, baseline=held,
-        )  # fmt: skip
+    ) -> Forecast | None:
+        try:
+            return forecast_run(
+                self.kind.name, records.trees, model, self.settings,
+                engine=self.engine, config=self.config, schedule=schedule, parts=records.parts,
+                quantization=self.runtime.quantization, seed=self.seed, baseline=held,
+            )  # fmt: skip
+        except Exception as error:  # whatever a strange model leads to, training can do without
+            self._tell(f"nothing is estimated of this run ({type(error).__name__}: {error})")
+            return None
 
     def _finish(
         self,
@@ -361,7 +359,7 @@ class _Stage:
         progress: Progress,
         schedule: dict[str, Any],
         compiled: Compiling,
-        expected: Forecast,
+        expected: Forecast | None,
     ) -> None:
         best = best_adapters(self.folder)
         kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -389,11 +387,12 @@ class _Stage:
             "ledger": records.ledger.summary(),
             **{key: schedule[key] for key in _OF_THE_SCHEDULE},
         }
-        summary["estimate"] = compared(expected, summary)
-        try:
-            keep(expected, summary["estimate"], summary)
-        except OSError as error:
-            self._tell(f"how fast this was cannot be kept for the next plan ({error})")
+        if expected is not None:
+            summary["estimate"] = compared(expected, summary)
+            try:
+                keep(expected, summary["estimate"], summary)
+            except OSError as error:
+                self._tell(f"how fast this was cannot be kept for the next plan ({error})")
         atomic_write_json(self.folder / "summary.json", summary)
         outputs += ["summary.json", "metrics.jsonl"]
         if records.held_out is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from tandem.artifact.files import read_jsonl
 from tandem.data.held_out import choose_held_out, shared_prompts
 from tandem.data.ledger import Ledger
+from tandem.data.order import tenth
 from tandem.data.trees import Trees
 from tandem.recipe.training import Training
 from tandem.train.checkpoint import Progress
@@ -93,7 +94,7 @@ def best_by(settings: Training) -> Best | None:
 def scored_every(settings: Training, total: int) -> int:
     """Steps from one score to the next."""
     assert settings.validation is not None
-    return settings.validation.steps or max(1, -(-total // 10))
+    return settings.validation.steps or tenth(total)
 
 
 def kept_in_words(settings: Training, progress: Progress) -> str:
