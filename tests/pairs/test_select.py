@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from tandem.data.formats.rows import texts_in
 from tandem.data.ledger import Ledger
 from tandem.data.records import Origin, Turn
 from tandem.data.sources import SourceSpec
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import Contamination, similarity, texts_in, words_of
+from tandem.pairs.words import Contamination, similarity, words_of
 
 
 def prompt(question: str, answer: str = "yes", *, row: int = 1, source: int = 0) -> Prompt:
