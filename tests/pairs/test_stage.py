@@ -19,6 +19,7 @@ from tandem.errors import Stopped, UserError
 from tandem.model import packages
 from tandem.recipe.making_pairs import Pairs
 from tandem.recipe.section import DataSource
+from tandem.stages import pairs as pairs_stage
 from tandem.stages import writers
 from tandem.stages.pairs import run_pairs
 from tandem.train.runtime import Runtime
@@ -47,12 +48,12 @@ def conversations(tmp_path: Path) -> Path:
 
 def make(
     conversations: Path, folder: Path, model: Path | str = "", seed: int = 1,
-    console: Console = QUIET, **settings: Any,
+    console: Console = QUIET, dtype: str = "auto", **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
     run_pairs(
         model=str(model), settings=Pairs.model_validate(values), output_dir=folder, seed=seed,
-        runtime=Runtime(device="cpu"), console=console,
+        runtime=Runtime(device="cpu", dtype=dtype), console=console,
     )  # fmt: skip
     return read_jsonl(folder / "pairs.jsonl")
 
@@ -144,6 +145,35 @@ def test_recorded_answers_of_other_sampling_are_not_mixed(
     # Filters are no part of the generation.
     rows = make(conversations, tmp_path / "out", filters={"max_characters": 900}, **served)
     assert len(rows) == COUNT
+
+
+def test_answers_of_two_dtypes_are_not_mixed(
+    conversations: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs_stage, "write_pairs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(conversations, folder, tiny_model, dtype="float32")
+    with pytest.raises(UserError, match=r"finished units of .* another model, dtype or device"):
+        make(conversations, folder, tiny_model, dtype="bfloat16")
+    made = make(conversations, folder, tiny_model, dtype="float32")
+    with pytest.raises(UserError, match=r"computed.dtype: 'float32' -> 'bfloat16'"):
+        make(conversations, folder, tiny_model, dtype="bfloat16")
+    # On a CPU, auto is float32.
+    assert make(conversations, folder, tiny_model) == made
+
+
+def test_what_a_server_answers_has_no_dtype(
+    conversations: Path, tmp_path: Path, desk: Desk
+) -> None:
+    served = {"server": {"base_url": desk.url, "model": "m"}}
+    make(conversations, tmp_path / "out", dtype="float32", **served)
+    make(conversations, tmp_path / "out", dtype="bfloat16", **served)
+    assert len(desk.bodies) == COUNT
 
 
 def test_a_judge_ranks_the_answers_of_one_model(

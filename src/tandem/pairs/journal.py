@@ -76,8 +76,8 @@ class Journal:
                 return 0
             raise UserError(
                 f"{self.path} holds {len(values) - 1} finished units of other prompts, another "
-                "model or other sampling. Use the same to go on with them, choose another output "
-                "folder, or remove the file to generate anew."
+                "model, dtype or device, or other sampling. Use the same to go on with them, "
+                "choose another output folder, or remove the file to generate anew."
             )
         self.entries = values[1:]
         return sum(len(line) + 1 for line in lines[: len(values)])

@@ -90,6 +90,7 @@ def run_evaluation(
         name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
+    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
     inputs = {
         "models": {c.label: c.identity for c in contestants},
         **data,
@@ -97,6 +98,9 @@ def run_evaluation(
         "settings": settings.model_dump(mode="json", exclude={*_OWN, "task_data", "judge"}),
         "chat_template": chat_template,
         "added_tokens": list(added_tokens),
+        "dtype": device.dtype_name,
+        "device": device.kind,
+        "attention": runtime.attention,
     }
     if judge is not None:
         _check_judged(models, settings)
@@ -119,7 +123,6 @@ def run_evaluation(
             settings.max_new_tokens,
             settings.limit,
         )
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
         evaluation = desk.evaluate(models, contestants, plan, settings, judge)
         atomic_write_json(path, evaluation)

@@ -34,6 +34,7 @@ from tandem.recipe.making_pairs import Pairs, Select
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
 from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity
+from tandem.train.device import choose_device
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
@@ -90,6 +91,7 @@ def run_pairs(
         "model": writer_identity(settings, model),
         **{name: data_identity(found) for name, found in specs.items()},
         "scorer": scorer_identity(settings.rank) if settings.rank is not None else None,
+        "computed": _computed(settings, runtime),
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
@@ -118,6 +120,16 @@ def run_pairs(
             outputs = maker.everything(specs, inputs, seed)
         finish_stage(output_dir, outputs)
     return output_dir
+
+
+def _computed(settings: Pairs, runtime: Runtime) -> dict[str, str] | None:
+    """What a model in this process computes with; None where servers do it all."""
+    if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
+        return None
+    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    found = {"dtype": device.dtype_name, "device": device.kind}
+    # To vLLM, auto is the dtype that the model's files say.
+    return found if settings.vllm is None else {**found, "vllm_dtype": runtime.dtype}
 
 
 @dataclass(frozen=True)

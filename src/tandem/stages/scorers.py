@@ -64,6 +64,7 @@ class _Reward:
         self.failed: Counter[str] = Counter()
         self.facts: dict[str, Any] = {
             "model": name, "weights": hash_weights(folder), "by": "transformers",
+            "dtype": device.dtype_name, "device": device.kind,
         }  # fmt: skip
 
     def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
