@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from tandem.model import packages
 from tandem.recipe.making_pairs import Pairs
 from tandem.recipe.section import DataSource
 from tandem.stages import pairs as pairs_stage
-from tandem.stages import writers
+from tandem.stages import scorers, writers
 from tandem.stages.pairs import run_pairs
 from tandem.train.runtime import Runtime
 
@@ -147,17 +148,25 @@ def test_recorded_answers_of_other_sampling_are_not_mixed(
     assert len(rows) == COUNT
 
 
-def test_answers_of_two_dtypes_are_not_mixed(
-    conversations: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is generated and scored, and no pair is written."""
+
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    folder = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(pairs_stage, "write_pairs", killed)
         with pytest.raises(KeyboardInterrupt):
-            make(conversations, folder, tiny_model, dtype="float32")
+            yield
+
+
+def test_answers_of_two_dtypes_are_not_mixed(
+    conversations: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, tiny_model, dtype="float32")
     with pytest.raises(UserError, match=r"finished units of .* another model, dtype or device"):
         make(conversations, folder, tiny_model, dtype="bfloat16")
     made = make(conversations, folder, tiny_model, dtype="float32")
@@ -206,6 +215,48 @@ def test_a_judge_ranks_the_answers_of_one_model(
     assert "Both answers were written by one model" in (folder / "README.md").read_text()
 
 
+def test_a_score_is_of_the_text_that_was_scored(
+    conversations: Path, tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = [""]
+
+    def says(body: dict[str, Any]) -> str:
+        """An answer ends with a number of its own; the judge reads it."""
+        if "[Answer]" not in asked(body):
+            number = 1 + sum(asked(body) == asked(other) for other in desk.bodies) % 3
+            return f"{turn[0]} {number}"
+        scored.append(answer := asked(body).split("[Answer]\n")[1].split("\n\n[End")[0])
+        return answer.split()[-1]
+
+    scored: list[str] = []
+    desk.answer = says
+    served = {"base_url": desk.url, "model": "m", "concurrency": 1}
+    wish: dict[str, Any] = {"samples": 3, "server": served, "rank": {"judge": served, "margin": 1}}
+    folder = tmp_path / "out"
+    turn[0] = "first"
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, **wish)
+    assert len(scored) == 3 * COUNT
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, **wish)
+    assert len(scored) == 3 * COUNT
+    # The way out of a damaged file of answers is to remove it; those that come then are others.
+    (folder / "generated" / "pairs.jsonl").unlink()
+    turn[0] = "second"
+    rows = make(conversations, folder, **wish)
+    assert len(scored) == 6 * COUNT
+    assert len(set(scored)) == 6
+    assert {(row["chosen"], row["rejected"]) for row in rows} == {("second 3", "second 1")}
+    # Another question is another scale.
+    with killed_at_the_end(monkeypatch):
+        make(conversations, tmp_path / "b", **wish)
+    monkeypatch.setattr(scorers, "QUESTION", "Is it good?")
+    with pytest.raises(UserError, match="finished units"):
+        make(conversations, tmp_path / "b", **wish)
+    with pytest.raises(UserError, match=r"scorer\.question"):
+        make(conversations, folder, **wish)
+
+
 def test_a_reward_model_ranks_as_it_does_alone(
     conversations: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -236,7 +287,7 @@ def test_a_reward_model_ranks_as_it_does_alone(
     scores = {
         number: value
         for entry in read_jsonl(tmp_path / "out" / "generated" / "pairs-scores.jsonl")[1:]
-        for number, value in entry
+        for number, (value, _) in entry
     }
     assert score(rows[5], rows[5]["chosen"]) == pytest.approx(
         max(scores[n] for n in (15, 16, 17)), abs=1e-5

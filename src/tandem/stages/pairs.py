@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text
-from tandem.artifact.hashing import hash_json
+from tandem.artifact.hashing import hash_bytes, hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
 from tandem.data.chunks import BadLine
@@ -305,20 +305,7 @@ class _Maker:
             else:
                 dropped[reason] += 1
 
-        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, float]]]:
-            return scorer.scores(
-                [
-                    (number, work.prompts[number // samples], one.text.strip())
-                    for number, one in passing.items()
-                    if number not in done
-                ]
-            )
-
-        # Answers do not change once they are recorded, so that their numbers say which they are.
-        key = hash_json([work.key, scorer.facts])
-        path = self.folder / "generated" / f"{name}-scores.jsonl"
-        with phase(self.console, "scores", len(passing)) as advance:
-            scores = recorded(path, key, missing, self._counted(len(passing), advance))
+        scores = self._scores(scorer, name, work, passing)
         for why, count in scorer.failed.items():
             if count:
                 dropped[f"not scored: {why}"] += count
@@ -337,6 +324,32 @@ class _Maker:
             )
             for i, prompt in enumerate(work.prompts)
         ]
+
+    def _scores(
+        self, scorer: Scorer, name: str, work: Work, passing: dict[int, Candidate]
+    ) -> dict[int, float]:
+        """The scores of answers by number, those of earlier starts included."""
+        texts = {number: one.text.strip() for number, one in passing.items()}
+        # A server's answers may have been generated anew, under the same numbers.
+        digests = {number: hash_bytes(text.encode()) for number, text in texts.items()}
+
+        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, Any]]]:
+            asked = [
+                (number, work.prompts[number // self.settings.samples], text)
+                for number, text in texts.items()
+                if number not in done
+            ]
+            for unit in scorer.scores(asked):
+                yield [(number, [score, digests[number]]) for number, score in unit]
+
+        def holds(number: int, value: Any) -> bool:
+            return number in digests and value[1] == digests[number]
+
+        key = hash_json([work.key, scorer.facts])
+        path = self.folder / "generated" / f"{name}-scores.jsonl"
+        with phase(self.console, "scores", len(texts)) as advance:
+            found = recorded(path, key, missing, self._counted(len(texts), advance), holds)
+        return {number: score for number, (score, _) in found.items()}
 
 
 def _numbers(place: int, samples: int) -> range:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from tandem.artifact.hashing import hash_weights
+from tandem.artifact.hashing import hash_json, hash_weights
 from tandem.model.load import model_folder
-from tandem.pairs.judge import read_verdict, verdict_request
+from tandem.pairs.judge import QUESTION, read_verdict, verdict_request
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import Failure
 from tandem.recipe.making_pairs import Rank, Server
@@ -30,7 +30,7 @@ class Scorer(Protocol):
     """Gives answers numbers."""
 
     facts: dict[str, Any]
-    """What the data card says of the scorer."""
+    """What scores depend on, and the data card says of the scorer."""
     failed: Counter[str]
     """Answers without a score, by reason."""
 
@@ -39,9 +39,10 @@ class Scorer(Protocol):
 
 
 def scorer_identity(rank: Rank) -> Any:
-    """What the scores depend on: a hash of weights, or a server's address and model."""
+    """What scores depend on: a hash of weights, or a server's address, model and question."""
     if rank.judge is not None:
-        return {"base_url": rank.judge.base_url, "model": rank.judge.model}
+        question = hash_json(QUESTION)
+        return {"base_url": rank.judge.base_url, "model": rank.judge.model, "question": question}
     assert rank.reward_model is not None
     return hash_weights(model_folder(rank.reward_model))
 
@@ -86,7 +87,7 @@ class _Judge:
         self._client = open_server(server, console)
         self.failed: Counter[str] = Counter()
         self.facts: dict[str, Any] = {
-            "model": server.model, "by": f"the server at {server.base_url}",
+            "model": server.model, "by": f"the server at {server.base_url}", "question": QUESTION,
         }  # fmt: skip
 
     def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
