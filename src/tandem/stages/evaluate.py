@@ -79,7 +79,8 @@ def run_evaluation(
             gives way; what it measured is used again.
 
     A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
-    not made again after a kill.
+    not made again after a kill. While verdicts are missing the stage stays unfinished: the same
+    call asks for them again.
     """
     plan = tasks_of(settings)
     check_harness(plan)
@@ -126,7 +127,9 @@ def run_evaluation(
         desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
         evaluation = desk.evaluate(models, contestants, plan, settings, judge)
         atomic_write_json(path, evaluation)
-        finish_stage(output_dir, ["evaluation.json"])
+        # What has no verdict is asked again, so that there is more to do.
+        if not any(one["unread"] for one in evaluation.get("judge", {}).get("models", {}).values()):
+            finish_stage(output_dir, ["evaluation.json"])
     return evaluation
 
 
