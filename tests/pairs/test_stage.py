@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -92,6 +93,8 @@ def test_a_server_writes_the_rejected_answers_and_the_key_stays_unseen(
     assert summary["failed"] == {"HTTP 400": 1}
     (entry,) = read_jsonl(folder / "data-ledger.jsonl")
     assert entry["reason"] == "no pair: no answer"
+    assert entry["detail"] == "HTTP 400: status 400, your key was Bearer [key]"
+    assert "1 requests were sent again (HTTP 500: 1)" in said.err
     card = (folder / "README.md").read_text()
     assert "Which weights the server ran" in card
     assert "| not answered: HTTP 400 | 1 |" in card
@@ -185,6 +188,40 @@ def test_what_a_server_answers_has_no_dtype(
     assert len(desk.bodies) == COUNT
 
 
+def test_prompts_whose_own_answer_is_a_refusal_are_not_asked(tmp_path: Path, desk: Desk) -> None:
+    refusals = {1, 4, 5}
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(
+        json.dumps({"question": f"Say {i}.", "answer": "I'm sorry, but I can't." if i in refusals
+                    else f"{i}!"}) + "\n"
+        for i in range(8)
+    ))  # fmt: skip
+    served = {"base_url": desk.url, "model": "m"}
+    wish: dict[str, Any] = {"server": served, "filters": {"drop_refusals": True}}
+    said = StringIO()
+    rows = make(
+        path, tmp_path / "a", console=Console(file=said, width=200), select={"count": 5},
+        heldout=(DataSource(path=str(path)),), **wish,
+    )  # fmt: skip
+    # The sample is of those that can become pairs.
+    assert [row["question"] for row in rows] == [f"Say {i}." for i in (0, 2, 3, 6, 7)]
+    assert len(read_jsonl(tmp_path / "a" / "heldout.jsonl")) == 5
+    assert not any(asked(body) == f"Say {i}." for body in desk.bodies for i in refusals)
+    ledger = read_jsonl(tmp_path / "a" / "data-ledger.jsonl")
+    assert [entry["row"] for entry in ledger] == [2, 5, 6] * 2
+    assert {entry["reason"] for entry in ledger} == {"its own answer is a refusal"}
+    for what in ("prompts selected", "held-out prompts"):
+        assert f"pairs: 5 {what}; left out: 3 its own answer is a refusal\n" in said.getvalue()
+    assert "| its own answer is a refusal | 6 |" in (tmp_path / "a" / "README.md").read_text()
+    # Where nothing is chosen but what a model wrote, the set's answer plays no part.
+    desk.answer = lambda body: "7" if "[Answer]" in asked(body) else "An answer."
+    with pytest.raises(UserError, match="none of 8 prompts"):
+        make(path, tmp_path / "b", samples=2, rank={"judge": served}, **wish)
+    path.write_text(path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(UserError, match=r"no prompt is left \(1 its own answer is a refusal\)"):
+        make(path, tmp_path / "c", **wish)
+
+
 def test_a_judge_ranks_the_answers_of_one_model(
     conversations: Path, tmp_path: Path, tiny_model: Path, desk: Desk
 ) -> None:
@@ -212,6 +249,8 @@ def test_a_judge_ranks_the_answers_of_one_model(
     dropped = read_json(folder / "summary.json")["dropped"]
     assert dropped["not scored: unreadable verdict"] == sum("z" in text for text in found.values())
     assert dropped["scores too close"] > 0
+    details = {entry["detail"] for entry in read_jsonl(folder / "data-ledger.jsonl")}
+    assert details == {"", "unreadable verdict: no idea"}
     assert "Both answers were written by one model" in (folder / "README.md").read_text()
 
 

@@ -25,15 +25,14 @@ from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Work, count_work, guess_work
 from tandem.model.load import model_folder
 from tandem.pairs.output import made_pairs
-from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select import select_prompts
+from tandem.pairs.prompts import Prompt
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, forecast, held_by, ordered_bytes
 from tandem.stages.inputs import model_side
-from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
+from tandem.stages.prompts import asked_prompts
 from tandem.stages.records import Records, stage_records
 from tandem.stages.sources import held_out_sources, source_specs
 from tandem.train.device import Device, choose_device, token_budget
@@ -258,14 +257,13 @@ class _Planner:
         prompts = self._sources(settings.prompts)
         if not prompts.sources:
             return prompts
-        select = settings.select
-        asked, _ = select_prompts(
-            read_prompts(prompts.sources, settings.keep, Ledger(None), settings.on_bad_record),
-            selection_of(select),
-            seed=self.recipe.seed,
-            contamination=contamination_of(
-                source_specs(select.decontaminate, self.scratch, self.recipe.seed), select
-            ),
+        evaluated = settings.select.decontaminate
+        asked, _ = asked_prompts(
+            prompts.sources,
+            source_specs(evaluated, self.scratch, self.recipe.seed),
+            settings,
+            self.recipe.seed,
+            Ledger(None),
         )
         if not asked:
             raise UserError(f"pairs: none of the records of {settings.prompts} can be asked")
