@@ -289,6 +289,28 @@ def test_samples_of_answers(stories_path: Path, tmp_path: Path) -> None:
     assert len(read_jsonl(asked)) == 6
 
 
+def test_what_lies_behind_the_limit_is_not_read(stories_path: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": f"Q {i}?", "answer": "A", "system": "", "chosen": "Yes.", "rejected": "No."}
+        for i in range(600)
+    ]
+    talks = [
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}
+        for _ in range(600)
+    ]
+    for some, name in ((rows, "rows"), (talks, "talks")):
+        lines = [json.dumps(row) for row in some]
+        lines[580] = "{"
+        (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(lines))
+    one = (DataSource(path=str(tmp_path / "rows.jsonl")),)
+    only = Evaluate(
+        questions=one, pairs=one, heldout=(DataSource(path=str(tmp_path / "talks.jsonl")),),
+        max_new_tokens=1, limit=3,
+    )  # fmt: skip
+    found, _ = evaluate({"m": str(stories_path)}, tmp_path / "e", only)
+    assert found["counts"] == {"questions": 3, "pairs": 3, "conversations": 3}
+
+
 def test_figures_of_another_dtype_are_others(stories_path: Path, tmp_path: Path) -> None:
     asked = questions(tmp_path / "q.jsonl")
     only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=4)

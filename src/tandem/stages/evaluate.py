@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def run_evaluation(
             say(console, f"{title} is not measured: {why}")
         questions = sources["questions"]
         material = Material(
-            list(islice(read_questions(questions), settings.limit)) if questions else [],
+            read_questions(questions, settings.limit) if questions else [],
             sources["pairs"],
             sources["heldout"],
             settings.max_new_tokens,
