@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from tandem.artifact.files import read_json, read_jsonl
@@ -334,6 +335,18 @@ def test_a_reward_model_ranks_as_it_does_alone(
     with pytest.raises(UserError, match="no reward model"):
         make(conversations, tmp_path / "two", tiny_model, samples=2,
              rank={"reward_model": str(tiny_model)})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["my set #2.jsonl", "1", "null", "a: b", "[x]", "\u00e9 'q' 😀"])
+def test_a_flag_is_taken_by_the_letter(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompts", name, "--model", f"{name} model", "--output_dir", str(tmp_path / "out")]
+    assert main(["pairs", *flags, "--seed", "7", "--dry-run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["pairs"]["prompts"][0]["path"] == name
+    assert shown["pairs"]["model"] == f"{name} model"
+    assert shown["seed"] == 7
 
 
 def test_parquet_holds_what_json_lines_hold(
