@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tandem.data import prepare as prepare_module
 from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.reading import read_conversations, read_pairs, read_questions
@@ -66,6 +67,36 @@ def test_marked_pairs_stay_together(mistral_tokenizer: Any, tmp_path: Path) -> N
             prompt = text_of(mistral_tokenizer, tree, branch, trained=False)
             assert f"Role {mark}." in prompt
             assert f"Question {mark}?" in prompt
+
+
+@pytest.mark.parametrize("few", [1, 32])
+def test_only_the_first_so_many_are_read(
+    byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """As the first of all of them; what lies far behind is never looked at."""
+    rows: list[Any] = [talk(f"Question {i}", f"Answer {i}") for i in range(2000)]
+    for dropped in (2, 5, 40):
+        rows[dropped] = talk("Question", "")
+    whole = write(tmp_path / "whole.jsonl", rows)
+    # A piece is 256 lines; a few are read ahead by those who share the work.
+    begun = write(tmp_path / "begun.jsonl", [*rows[:1400], "{", *rows[1401:]])
+    options: dict[str, Any] = {"template": "chatml", "workers": 1 if few > 1 else 2}
+    trees, _ = prepare(prepare_conversations, whole, byte_tokenizer, **options)
+    monkeypatch.setattr(prepare_module, "_FEW", few)
+    for limit, lost in ((3, 1), (38, 2), (39, 3), (256, 3), (300, 3)):
+        first, ledger = prepare(
+            prepare_conversations, begun, byte_tokenizer, limit=limit, **options
+        )
+        assert len(first) == limit
+        for one, same in zip(first, trees, strict=False):
+            assert one.sequence(0).input_ids.tolist() == same.sequence(0).input_ids.tolist()
+            assert one.origin.row == same.origin.row
+        assert ledger.counts["dropped"] == lost
+    with pytest.raises(UserError, match="row 1401"):
+        prepare(prepare_conversations, begun, byte_tokenizer, limit=1390, **options)
+    assert len(prepare(prepare_conversations, whole, byte_tokenizer, limit=5000, **options)[0]) == (
+        len(trees)
+    )
 
 
 def test_marked_conversations_stay_together(byte_tokenizer: Any, tmp_path: Path) -> None:

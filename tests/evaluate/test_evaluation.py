@@ -40,9 +40,8 @@ def evaluate(models: dict[str, str], folder: Path, settings: Evaluate, **changes
         output_dir=folder,
         chat_template="neural-chat",
         seed=0,
-        runtime=Runtime(device="cpu"),
         console=Console(file=said, width=200),
-        **changes,
+        **{"runtime": Runtime(device="cpu"), **changes},
     )
     return found, said.getvalue()
 
@@ -288,6 +287,46 @@ def test_samples_of_answers(stories_path: Path, tmp_path: Path) -> None:
     assert found["counts"] == {"questions": 4, "pairs": 0}
     assert [s["prompt"] for s in found["samples"]] == ["What is 0 and one?", "What is 2 and one?"]
     assert len(read_jsonl(asked)) == 6
+
+
+def test_what_lies_behind_the_limit_is_not_read(stories_path: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": f"Q {i}?", "answer": "A", "system": "", "chosen": "Yes.", "rejected": "No."}
+        for i in range(600)
+    ]
+    talks = [
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}
+        for _ in range(600)
+    ]
+    for some, name in ((rows, "rows"), (talks, "talks")):
+        lines = [json.dumps(row) for row in some]
+        lines[580] = "{"
+        (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(lines))
+    one = (DataSource(path=str(tmp_path / "rows.jsonl")),)
+    only = Evaluate(
+        questions=one, pairs=one, heldout=(DataSource(path=str(tmp_path / "talks.jsonl")),),
+        max_new_tokens=1, limit=3,
+    )  # fmt: skip
+    found, _ = evaluate({"m": str(stories_path)}, tmp_path / "e", only)
+    assert found["counts"] == {"questions": 3, "pairs": 3, "conversations": 3}
+
+
+def test_figures_of_another_dtype_are_others(stories_path: Path, tmp_path: Path) -> None:
+    asked = questions(tmp_path / "q.jsonl")
+    only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=4)
+    models = {"m": str(stories_path)}
+
+    def loss(dtype: str, **changes: Any) -> float:
+        runtime = Runtime(device="cpu", dtype=dtype)
+        found, _ = evaluate(models, tmp_path / "e", only, runtime=runtime, **changes)
+        return float(found["models"]["m"]["loss"])
+
+    wide = loss("float32")
+    assert loss("auto") == wide
+    with pytest.raises(UserError, match="dtype: 'float32' -> 'bfloat16'"):
+        loss("bfloat16")
+    assert loss("bfloat16", replace=True) != wide
+    assert loss("float32", replace=True) == wide
 
 
 def test_a_judge_compares_with_the_first_model(

@@ -89,6 +89,22 @@ def test_a_refusal_is_counted(
     assert code == 0, err
     assert "2 without a verdict" in out
     assert "other: 2 of 3 questions have no verdict of wise" in err
+    # The same command asks again, and for what is missing alone.
+    desk.answer = lambda body: "[[B]]"
+    desk.plan["*"] = [400]
+    asked = len(desk.bodies)
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    assert len(desk.bodies) == asked + 4
+    assert "1 without a verdict" in out
+    assert "wise gave no answer to 1 requests (HTTP 400: 1); the first: HTTP 400: status 400" in err
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    assert len(desk.bodies) == asked + 5
+    assert "without a verdict" not in out
+    # By now there is nothing to ask.
+    assert run(capsys, *command) == (0, out, "")
+    assert len(desk.bodies) == asked + 5
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,28 @@ def test_company_does_not_change_an_answer(family: str) -> None:
                 ids.append(token)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_that_changes_nothing_answers_as_its_base(family: str) -> None:
+    """A wrapped model's own signature says nothing of positions, which left padding moves."""
+    from peft import LoraConfig, get_peft_model
+
+    model = FAMILIES[family].make(torch.float64)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 3
+    expected = _answers(model, PROMPTS)
+    computed: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _module, _given, logits: computed.append(logits.shape[1])
+    )
+    # GPT-2's layers hold their weights the other way round.
+    config = LoraConfig(target_modules="all-linear", r=2, fan_in_fan_out=family == "gpt2")
+    adapter = get_peft_model(model, config).eval()
+    assert _answers(adapter, PROMPTS) == expected
+    assert [_answers(adapter, [prompt])[0] for prompt in PROMPTS] == expected
+    assert set(computed) == {1}  # logits of the last position alone
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mamba"])
 def test_company_does_not_change_a_sampled_answer(family: str) -> None:
     """Rows that end leave the batch; what the others say follows from their own numbers."""

@@ -71,13 +71,6 @@ def test_the_chosen_answer_gives_the_language() -> None:
     assert tried("Rome.", prompt=german, language="same")[0] == "Rome."
 
 
-def test_a_chosen_refusal_makes_no_pair() -> None:
-    refusing = Prompt((Turn("user", "?"),), "As an AI language model, I can't.", (), Origin("f", 1))
-    found = tried("Rome.", "Oslo.", prompt=refusing, drop_refusals=True)
-    assert found == ("chosen is a refusal", {"chosen is a refusal": 2})
-    assert tried("Rome.", prompt=refusing)[0] == "Rome."
-
-
 @pytest.mark.parametrize(
     ("text", "refuses"),
     [

@@ -154,7 +154,11 @@ def test_all_wait_as_long_as_the_server_asks(desk: Desk) -> None:
     assert min(late) >= 0.55
     desk.plan, desk.retry_after = {"x": [503]}, "1"
     found(server(desk, tell=told.append), "x")
-    assert [line.partition(": ")[2] for line in told] == ["HTTP 503, waiting 1 s"]
+    assert [line.partition(": ")[2] for line in told] == [
+        "1 requests were sent again (HTTP 429: 1)",
+        "HTTP 503, waiting 1 s",
+        "1 requests were sent again (HTTP 503: 1)",
+    ]
 
 
 def test_a_date_is_a_time_to_wait_for_and_a_day_is_too_long(desk: Desk) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from tandem.artifact.files import read_json, read_jsonl
@@ -19,7 +22,8 @@ from tandem.errors import Stopped, UserError
 from tandem.model import packages
 from tandem.recipe.making_pairs import Pairs
 from tandem.recipe.section import DataSource
-from tandem.stages import writers
+from tandem.stages import pairs as pairs_stage
+from tandem.stages import scorers, writers
 from tandem.stages.pairs import run_pairs
 from tandem.train.runtime import Runtime
 
@@ -47,12 +51,12 @@ def conversations(tmp_path: Path) -> Path:
 
 def make(
     conversations: Path, folder: Path, model: Path | str = "", seed: int = 1,
-    console: Console = QUIET, **settings: Any,
+    console: Console = QUIET, dtype: str = "auto", **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
     run_pairs(
         model=str(model), settings=Pairs.model_validate(values), output_dir=folder, seed=seed,
-        runtime=Runtime(device="cpu"), console=console,
+        runtime=Runtime(device="cpu", dtype=dtype), console=console,
     )  # fmt: skip
     return read_jsonl(folder / "pairs.jsonl")
 
@@ -90,6 +94,8 @@ def test_a_server_writes_the_rejected_answers_and_the_key_stays_unseen(
     assert summary["failed"] == {"HTTP 400": 1}
     (entry,) = read_jsonl(folder / "data-ledger.jsonl")
     assert entry["reason"] == "no pair: no answer"
+    assert entry["detail"] == "HTTP 400: status 400, your key was Bearer [key]"
+    assert "1 requests were sent again (HTTP 500: 1)" in said.err
     card = (folder / "README.md").read_text()
     assert "Which weights the server ran" in card
     assert "| not answered: HTTP 400 | 1 |" in card
@@ -146,6 +152,77 @@ def test_recorded_answers_of_other_sampling_are_not_mixed(
     assert len(rows) == COUNT
 
 
+@contextmanager
+def killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is generated and scored, and no pair is written."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs_stage, "write_pairs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_answers_of_two_dtypes_are_not_mixed(
+    conversations: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, tiny_model, dtype="float32")
+    with pytest.raises(UserError, match=r"finished units of .* another model, dtype or device"):
+        make(conversations, folder, tiny_model, dtype="bfloat16")
+    made = make(conversations, folder, tiny_model, dtype="float32")
+    with pytest.raises(UserError, match=r"computed.dtype: 'float32' -> 'bfloat16'"):
+        make(conversations, folder, tiny_model, dtype="bfloat16")
+    # On a CPU, auto is float32.
+    assert make(conversations, folder, tiny_model) == made
+
+
+def test_what_a_server_answers_has_no_dtype(
+    conversations: Path, tmp_path: Path, desk: Desk
+) -> None:
+    served = {"server": {"base_url": desk.url, "model": "m"}}
+    make(conversations, tmp_path / "out", dtype="float32", **served)
+    make(conversations, tmp_path / "out", dtype="bfloat16", **served)
+    assert len(desk.bodies) == COUNT
+
+
+def test_prompts_whose_own_answer_is_a_refusal_are_not_asked(tmp_path: Path, desk: Desk) -> None:
+    refusals = {1, 4, 5}
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(
+        json.dumps({"question": f"Say {i}.", "answer": "I'm sorry, but I can't." if i in refusals
+                    else f"{i}!"}) + "\n"
+        for i in range(8)
+    ))  # fmt: skip
+    served = {"base_url": desk.url, "model": "m"}
+    wish: dict[str, Any] = {"server": served, "filters": {"drop_refusals": True}}
+    said = StringIO()
+    rows = make(
+        path, tmp_path / "a", console=Console(file=said, width=200), select={"count": 5},
+        heldout=(DataSource(path=str(path)),), **wish,
+    )  # fmt: skip
+    # The sample is of those that can become pairs.
+    assert [row["question"] for row in rows] == [f"Say {i}." for i in (0, 2, 3, 6, 7)]
+    assert len(read_jsonl(tmp_path / "a" / "heldout.jsonl")) == 5
+    assert not any(asked(body) == f"Say {i}." for body in desk.bodies for i in refusals)
+    ledger = read_jsonl(tmp_path / "a" / "data-ledger.jsonl")
+    assert [entry["row"] for entry in ledger] == [2, 5, 6] * 2
+    assert {entry["reason"] for entry in ledger} == {"its own answer is a refusal"}
+    for what in ("prompts selected", "held-out prompts"):
+        assert f"pairs: 5 {what}; left out: 3 its own answer is a refusal\n" in said.getvalue()
+    assert "| its own answer is a refusal | 6 |" in (tmp_path / "a" / "README.md").read_text()
+    # Where nothing is chosen but what a model wrote, the set's answer plays no part.
+    desk.answer = lambda body: "7" if "[Answer]" in asked(body) else "An answer."
+    with pytest.raises(UserError, match="none of 8 prompts"):
+        make(path, tmp_path / "b", samples=2, rank={"judge": served}, **wish)
+    path.write_text(path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(UserError, match=r"no prompt is left \(1 its own answer is a refusal\)"):
+        make(path, tmp_path / "c", **wish)
+
+
 def test_a_judge_ranks_the_answers_of_one_model(
     conversations: Path, tmp_path: Path, tiny_model: Path, desk: Desk
 ) -> None:
@@ -173,7 +250,51 @@ def test_a_judge_ranks_the_answers_of_one_model(
     dropped = read_json(folder / "summary.json")["dropped"]
     assert dropped["not scored: unreadable verdict"] == sum("z" in text for text in found.values())
     assert dropped["scores too close"] > 0
+    details = {entry["detail"] for entry in read_jsonl(folder / "data-ledger.jsonl")}
+    assert details == {"", "unreadable verdict: no idea"}
     assert "Both answers were written by one model" in (folder / "README.md").read_text()
+
+
+def test_a_score_is_of_the_text_that_was_scored(
+    conversations: Path, tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = [""]
+
+    def says(body: dict[str, Any]) -> str:
+        """An answer ends with a number of its own; the judge reads it."""
+        if "[Answer]" not in asked(body):
+            number = 1 + sum(asked(body) == asked(other) for other in desk.bodies) % 3
+            return f"{turn[0]} {number}"
+        scored.append(answer := asked(body).split("[Answer]\n")[1].split("\n\n[End")[0])
+        return answer.split()[-1]
+
+    scored: list[str] = []
+    desk.answer = says
+    served = {"base_url": desk.url, "model": "m", "concurrency": 1}
+    wish: dict[str, Any] = {"samples": 3, "server": served, "rank": {"judge": served, "margin": 1}}
+    folder = tmp_path / "out"
+    turn[0] = "first"
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, **wish)
+    assert len(scored) == 3 * COUNT
+    with killed_at_the_end(monkeypatch):
+        make(conversations, folder, **wish)
+    assert len(scored) == 3 * COUNT
+    # The way out of a damaged file of answers is to remove it; those that come then are others.
+    (folder / "generated" / "pairs.jsonl").unlink()
+    turn[0] = "second"
+    rows = make(conversations, folder, **wish)
+    assert len(scored) == 6 * COUNT
+    assert len(set(scored)) == 6
+    assert {(row["chosen"], row["rejected"]) for row in rows} == {("second 3", "second 1")}
+    # Another question is another scale.
+    with killed_at_the_end(monkeypatch):
+        make(conversations, tmp_path / "b", **wish)
+    monkeypatch.setattr(scorers, "QUESTION", "Is it good?")
+    with pytest.raises(UserError, match="finished units"):
+        make(conversations, tmp_path / "b", **wish)
+    with pytest.raises(UserError, match=r"scorer\.question"):
+        make(conversations, folder, **wish)
 
 
 def test_a_reward_model_ranks_as_it_does_alone(
@@ -206,7 +327,7 @@ def test_a_reward_model_ranks_as_it_does_alone(
     scores = {
         number: value
         for entry in read_jsonl(tmp_path / "out" / "generated" / "pairs-scores.jsonl")[1:]
-        for number, value in entry
+        for number, (value, _) in entry
     }
     assert score(rows[5], rows[5]["chosen"]) == pytest.approx(
         max(scores[n] for n in (15, 16, 17)), abs=1e-5
@@ -214,6 +335,18 @@ def test_a_reward_model_ranks_as_it_does_alone(
     with pytest.raises(UserError, match="no reward model"):
         make(conversations, tmp_path / "two", tiny_model, samples=2,
              rank={"reward_model": str(tiny_model)})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["my set #2.jsonl", "1", "null", "a: b", "[x]", "\u00e9 'q' 😀"])
+def test_a_flag_is_taken_by_the_letter(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompts", name, "--model", f"{name} model", "--output_dir", str(tmp_path / "out")]
+    assert main(["pairs", *flags, "--seed", "7", "--dry-run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["pairs"]["prompts"][0]["path"] == name
+    assert shown["pairs"]["model"] == f"{name} model"
+    assert shown["seed"] == 7
 
 
 def test_parquet_holds_what_json_lines_hold(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,8 @@ def pairs(argv: list[str]) -> int:
     from tandem.recipe.load import load_pairs
 
     given = [
-        f"{key}={value}"
+        # Overrides are read as YAML; a flag's text is what it is.
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in (
             ("pairs.prompts", arguments.prompts),
             ("pairs.model", arguments.model),

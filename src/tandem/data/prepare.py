@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
 from tandem.data.chunks import Chunk
@@ -48,6 +50,7 @@ def prepare_conversations(
     show: Show | None = None,
     workers: int | None = None,
     loss_on: LossOn = "answers",
+    limit: int | None = None,
 ) -> Trees:
     """Read, encode and fit conversations: one tree a record, in reading order.
 
@@ -56,12 +59,13 @@ def prepare_conversations(
     answers or every token of the text. With a `store` the result is found there or kept there,
     otherwise it is held in memory.
     `show` displays the progress of large data; `workers` processes encode it, one a core (but no
-    more than 12) when None. Raises `UserError` for sources, lines or templates that cannot be used,
-    and when no record is left.
+    more than 12) when None. With a `limit` only the first so many trees are made, in memory, and
+    what lies behind their pieces of a source is not read. Raises `UserError` for sources, lines or
+    templates that cannot be used, and when no record is left.
     """
     limits = Limits(max_length, max_prompt_length, too_long)
     plan = Plan("conversations", limits, on_bad_record, loss_on)
-    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers)
+    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers, limit)
     return _prepare(way, store)
 
 
@@ -78,6 +82,7 @@ def prepare_pairs(
     store: EncodedStore | None = None,
     show: Show | None = None,
     workers: int | None = None,
+    limit: int | None = None,
 ) -> Trees:
     """Read, encode and fit preference pairs: one tree a record, in reading order.
 
@@ -86,7 +91,7 @@ def prepare_pairs(
     """
     limits = Limits(max_length, max_prompt_length, too_long)
     plan = Plan("preference pairs", limits, on_bad_record)
-    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers)
+    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers, limit)
     return _prepare(way, store)
 
 
@@ -100,10 +105,11 @@ class _Way:
     ledger: Ledger
     show: Show | None
     workers: int | None
+    limit: int | None
 
 
 def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
-    if store is None:
+    if store is None or way.limit is not None:
         return _in_memory(way)
     parts = way.chat.parts
     key = None if parts is None else encoding_key(way.sources, parts, way.plan)
@@ -135,7 +141,8 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
 def _in_memory(way: _Way) -> Trees:
     writer = TreeWriter(None, origin_names(way.sources))
     _tell(way.ledger, _fill(way, writer))
-    return writer.trees()
+    trees = writer.trees()
+    return trees if way.limit is None else trees.select(np.arange(min(way.limit, len(trees))))
 
 
 def _fill(way: _Way, writer: TreeWriter) -> Ledger:
@@ -150,10 +157,17 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
                 owners.append(number)
                 yield chunk
 
-    for batch in _batches(way, chunks()):
-        writer.add(batch)
-        records[owners.popleft()] += len(batch.columns.parts)
-        ledger.add(batch.entries, len(batch.columns.parts))
+    with closing(_batches(way, chunks())) as batches:
+        for batch in batches:
+            room = None if way.limit is None else way.limit - writer.records
+            writer.add(batch)
+            count = len(batch.columns.parts)
+            records[owners.popleft()] += count
+            if room is not None and room <= count:
+                last = int(batch.columns.rows[room - 1])
+                ledger.add([entry for entry in batch.entries if entry.row <= last], room)
+                break
+            ledger.add(batch.entries, count)
     if not writer.records:
         raise nothing_left(way.sources, ledger)
     formats = [ledger.formats.get(source.path) for source in way.sources]
@@ -167,9 +181,14 @@ def _tell(ledger: Ledger, more: Ledger) -> None:
     ledger.add(more.entries, more.counts["trained"])
 
 
-def _batches(way: _Way, chunks: Iterator[tuple[Chunk, str]]) -> Iterator[Batch]:
+def _batches(way: _Way, chunks: Iterator[tuple[Chunk, str]]) -> Generator[Batch]:
     """The pieces' batches in order; in worker processes and with a display when there are many."""
-    first = list(islice(chunks, _FEW + 1))
+    first: list[tuple[Chunk, str]] = []
+    for piece in chunks:
+        first.append(piece)
+        enough = way.limit is not None and sum(chunk.count for chunk, _ in first) >= way.limit
+        if enough or len(first) > _FEW:
+            break
     pieces = chain(first, chunks)
     if len(first) <= _FEW:
         for chunk, known in pieces:

@@ -55,13 +55,18 @@ def read_pairs(
         yield record
 
 
-def read_questions(sources: Sequence[SourceSpec]) -> list[Question]:
-    """All evaluation questions; every bad row is a `UserError`, for a score needs them all."""
+def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> list[Question]:
+    """Evaluation questions, all or the first so many; what lies behind those is not read.
+
+    Every bad row is a `UserError`, for a score needs them all.
+    """
     questions: list[Question] = []
     for source in sources:
         before = len(questions)
         check_question_meaning(source)
         for row in read_rows(source):
+            if limit is not None and len(questions) >= limit:
+                return questions
             if isinstance(row, BadLine):
                 raise _bad_line(row)
             try:

@@ -44,7 +44,7 @@ class Form:
         files: what to say when there is none.
         evaluated, examples: patterns of the file that is evaluated, and of the one that few-shot
             examples are drawn from; the first that fits is taken.
-        read: a file's text -> rows; raises KeyError, ValueError or IndexError for another form.
+        read: a file's text -> rows; raises ValueError or csv.Error for another form.
         task: the harness's configuration of the task, data and few-shot examples apart.
         note: what makes scores differ from those on the Hub's data.
     """
@@ -57,24 +57,41 @@ class Form:
     note: str = ""
 
 
-def _lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _lines(text: str) -> list[str]:
+    """A file's lines. `str.splitlines` would end one at other characters, too."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _objects(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"row {number}: {error.msg}, column {error.colno}") from None
+        except RecursionError:
+            raise ValueError(f"row {number}: too many brackets within each other") from None
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no JSON object")
         yield number, row
 
 
-def _texts(value: Any, number: int, key: str) -> list[str]:
+def _value(row: dict[str, Any], key: str, number: int) -> Any:
+    if row.get(key) is None:
+        raise ValueError(f"row {number}: no {key!r}")
+    return row[key]
+
+
+def _texts(row: dict[str, Any], key: str, number: int) -> list[str]:
+    value = _value(row, key, number)
     if not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         raise ValueError(f"row {number}: {key} is no list of texts")
     return value
 
 
 def _gold(row: dict[str, Any], choices: Sequence[str], number: int) -> int:
-    gold = row["gold"]
+    gold = _value(row, "gold", number)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise ValueError(f"row {number}: gold is {gold!r}, and there are {len(choices)} choices")
     return gold
@@ -82,11 +99,11 @@ def _gold(row: dict[str, Any], choices: Sequence[str], number: int) -> int:
 
 def _read_choices(text: str) -> Rows:
     rows = []
-    for number, row in _lines(text):
-        choices = _texts(row["choices"], number, "choices")
+    for number, row in _objects(text):
+        choices = _texts(row, "choices", number)
         rows.append(
             {
-                "query": str(row["query"]),
+                "query": str(_value(row, "query", number)),
                 "choices": choices,
                 "gold": _gold(row, choices, number),
             }
@@ -96,12 +113,12 @@ def _read_choices(text: str) -> Rows:
 
 def _read_schema(text: str) -> Rows:
     rows = []
-    for number, row in _lines(text):
-        options = _texts(row["context_options"], number, "context_options")
+    for number, row in _objects(text):
+        options = _texts(row, "context_options", number)
         rows.append(
             {
                 "options": options,
-                "continuation": str(row["continuation"]).strip(),
+                "continuation": str(_value(row, "continuation", number)).strip(),
                 "gold": _gold(row, options, number),
             }
         )
@@ -109,11 +126,14 @@ def _read_schema(text: str) -> Rows:
 
 
 def _read_gsm8k(text: str) -> Rows:
-    return [{"question": str(r["question"]), "answer": str(r["answer"])} for _, r in _lines(text)]
+    return [
+        {key: str(_value(row, key, number)) for key in ("question", "answer")}
+        for number, row in _objects(text)
+    ]
 
 
 def _read_hellaswag(text: str) -> Rows:
-    lines = text.splitlines()
+    lines = _lines(text)
     if len(lines) % 6:
         raise ValueError(f"{len(lines)} lines, and an item has six")
     rows = []
@@ -134,12 +154,15 @@ def _without_brackets(text: str) -> str:
 
 def _read_truthful(text: str) -> Rows:
     rows = []
-    for row in csv.DictReader(io.StringIO(text)):
-        right, wrong = (_answers(row[f"{kind} Answers"]) for kind in ("Correct", "Incorrect"))
+    # The first row names the columns.
+    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=2):
+        right, wrong = (
+            _answers(_value(row, f"{kind} Answers", number)) for kind in ("Correct", "Incorrect")
+        )
         labels = [1] * len(right) + [0] * len(wrong)
         rows.append(
             {
-                "question": row["Question"].strip(),
+                "question": _value(row, "Question", number).strip(),
                 "mc2_targets": {"choices": [*right, *wrong], "labels": labels},
             }
         )

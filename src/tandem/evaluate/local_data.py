@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,20 +131,20 @@ def read_rows(form: Form, path: Path) -> Rows:
     try:
         content = _OPENERS.get(path.suffix, bytes)(path.read_bytes())
         rows = form.read(content.decode("utf-8-sig"))
-    except (ValueError, KeyError, IndexError, TypeError, OSError, EOFError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is not {form.files}: {what}. Check the file.") from None
+    except (ValueError, csv.Error, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"{path} is not {form.files}: {error}. Check the file.") from None
     if not rows:
         raise UserError(f"{path} has no items.")
     return rows
 
 
 def _subjects(folder: Path, name: str) -> LocalData | None:
+    names = {path.name.rpartition("_test.csv")[0] for path in (folder / "test").glob("*_test.csv*")}
     parts = []
-    for path in sorted((folder / "test").glob("*_test.csv")):
-        subject = path.name.removesuffix("_test.csv")
-        examples = folder / "dev" / f"{subject}_dev.csv"
-        parts.append((subject, path, examples if examples.is_file() else None))
+    for subject in sorted(names):
+        path = _first(folder / "test", (f"{subject}_test.csv",))
+        if path is not None:
+            parts.append((subject, path, _first(folder / "dev", (f"{subject}_dev.csv",))))
     return LocalData(name, tuple(parts)) if parts else None
 
 

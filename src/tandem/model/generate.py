@@ -188,7 +188,9 @@ def _decode(
     sampling: Sampling,
 ) -> list[Answer]:
     """Token by token with a KV cache; rows that have ended leave the batch."""
-    accepted = inspect.signature(model.forward).parameters
+    # An adapter's wrapper takes anything, and hands it on.
+    unwrap: Any = getattr(model, "get_base_model", None)
+    accepted = inspect.signature((unwrap() if unwrap else model).forward).parameters
     ids, mask = _padded(prompts, stops[0] if stops else 0, model.device)
     cache: Any = None  # the model makes its own kind
     endings = torch.tensor(stops, dtype=torch.int64, device=model.device)

@@ -46,7 +46,7 @@ class Filters:
             lacks every accepted text or did not stop.
         max_similarity: an answer that is more like the chosen one is left out; see
             `words.similarity`.
-        drop_refusals: leaves out refusals, and prompts whose own answer is one.
+        drop_refusals: leaves out refusals.
         language: a language, or "same": that of the chosen answer. Texts that do not say pass.
         max_characters: of an answer.
         drop_unfinished: leaves out answers that the length limit ended.
@@ -98,9 +98,6 @@ def first_pair(
 
     Raises UserError for a check of the user's that fails.
     """
-    if filters.drop_refusals and is_refusal(prompt.answer):
-        dropped["chosen is a refusal"] += len(candidates)
-        return "chosen is a refusal"
     reasons: list[str] = []
     for candidate in candidates:
         reason = against_answer(candidate, filters, prompt.answer)

@@ -76,8 +76,8 @@ class Journal:
                 return 0
             raise UserError(
                 f"{self.path} holds {len(values) - 1} finished units of other prompts, another "
-                "model or other sampling. Use the same to go on with them, choose another output "
-                "folder, or remove the file to generate anew."
+                "model, dtype or device, or other sampling. Use the same to go on with them, "
+                "choose another output folder, or remove the file to generate anew."
             )
         self.entries = values[1:]
         return sum(len(line) + 1 for line in lines[: len(values)])
@@ -88,6 +88,7 @@ def recorded(
     key: str,
     work: Callable[[Collection[int]], Iterable[Sequence[tuple[int, Any]]]],
     advance: Callable[[int], None],
+    holds: Callable[[int, Any], bool] = lambda _number, _value: True,
 ) -> dict[int, Any]:
     """Values by number: those of a journal, and those that are missing, recorded as they come.
 
@@ -95,11 +96,12 @@ def recorded(
         path, key: the journal's.
         work: from the numbers that are done to the others, unit by unit; plain values.
         advance: told how many more there are, first of all those of earlier starts.
+        holds: whether a number's recorded value still does; one that does not counts as missing.
     """
     found: dict[int, Any] = {}
     with Journal(path, key) as journal:
         for entry in journal.entries:
-            found |= dict(entry)
+            found |= {number: value for number, value in entry if holds(number, value)}
         advance(len(found))
         for unit in work(frozenset(found)):
             if unit:

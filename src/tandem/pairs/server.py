@@ -34,9 +34,9 @@ class ChatServer:
         backoff: seconds before the first retry at most; doubled with each, and drawn at random
             below that, so that requests that failed together do not come back together.
         patience: so many requests without an answer in a row, tries included, end it.
-        tell: told when the server asks for a pause.
+        tell: told when the server asks for a pause, and at the end how many retries there were.
 
-    `retried` counts the retries by reason.
+    `retried` counts the retries of the last requests by reason.
 
     Raises UserError for an address that is none, and for a variable that is not set. The key is
     read from the environment here, sent in the header, and taken out of everything that a
@@ -60,6 +60,7 @@ class ChatServer:
         self._endpoint = Endpoint(base_url, model, key_variable=key_variable, timeout=timeout)
         self.url, self.model = self._endpoint.url, model
         self.retried: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._concurrency = concurrency
         self._retries = retries
         self._backoff = backoff
@@ -80,6 +81,7 @@ class ChatServer:
         is not there, or a first `patience` requests that are all refused. Raises Stopped when as
         many in a row got no answer.
         """
+        self.retried.clear()
         stop = threading.Event()
         todo: queue.SimpleQueue[tuple[int, ChatRequest] | None] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[int, Reply | Failure | BaseException]] = queue.SimpleQueue()
@@ -107,6 +109,11 @@ class ChatServer:
             stop.set()
             for _ in workers:
                 todo.put(None)
+            if self.retried:
+                reasons = ", ".join(f"{why}: {n}" for why, n in self.retried.most_common())
+                self._tell(
+                    f"{self.url}: {self.retried.total()} requests were sent again ({reasons})"
+                )
 
     def _work(
         self,
@@ -139,7 +146,8 @@ class ChatServer:
             else:
                 most = min(self._backoff * 2**attempt, _LONGEST_BACKOFF)
                 stop.wait(draw.uniform(most / 2, most))
-            self.retried[last.reason] += 1
+            with self._counting:
+                self.retried[last.reason] += 1
         tries = f"after {self._retries + 1} tries: " if self._retries else ""
         return Failure(last.reason, tries + last.detail)
 
@@ -157,19 +165,18 @@ class _Silence:
         if isinstance(found, Reply):
             self._answered, self._unanswered = True, 0
             return
-        last = f"{found.reason}: {found.detail}"
         if found.reason.startswith("HTTP 4") and found.reason != "HTTP 429":
             self._refused += 1
             if not self._answered and self._refused >= self._patience:
                 raise UserError(
-                    f"{self._url} refused the first {self._refused} requests ({last}). Check the "
+                    f"{self._url} refused the first {self._refused} requests ({found}). Check the "
                     "model's name and the settings that are sent."
                 )
             return
         self._unanswered += 1
         if self._unanswered >= self._patience:
             raise Stopped(
-                f"{self._url} left {self._unanswered} requests in a row unanswered ({last}). "
+                f"{self._url} left {self._unanswered} requests in a row unanswered ({found}). "
                 "What was answered before is kept; the same command goes on from there."
             )
 

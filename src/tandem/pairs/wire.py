@@ -52,6 +52,9 @@ class Failure:
     reason: str
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
 
 class Passing(Exception):  # noqa: N818 - a reason to try again
     """What another try may cure; `wait` is what the server asks for, in seconds."""

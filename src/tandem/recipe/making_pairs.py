@@ -276,4 +276,9 @@ class Pairs(Section):
             raise ValueError("rank chooses among answers; set samples to 2 or more")
         if self.rank is not None and self.keep == "wrong":
             raise ValueError("keep: wrong is about the set's answers, which rank does not use")
+        if self.rank is not None and self.filters.language == "same":
+            raise ValueError(
+                "filters.language: same is about the set's answers, which rank does not use; name "
+                "a language, or remove it"
+            )
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,8 @@ def run_evaluation(
             gives way; what it measured is used again.
 
     A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
-    not made again after a kill.
+    not made again after a kill. While verdicts are missing the stage stays unfinished: the same
+    call asks for them again.
     """
     plan = tasks_of(settings)
     check_harness(plan)
@@ -90,6 +90,7 @@ def run_evaluation(
         name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
+    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
     inputs = {
         "models": {c.label: c.identity for c in contestants},
         **data,
@@ -97,6 +98,9 @@ def run_evaluation(
         "settings": settings.model_dump(mode="json", exclude={*_OWN, "task_data", "judge"}),
         "chat_template": chat_template,
         "added_tokens": list(added_tokens),
+        "dtype": device.dtype_name,
+        "device": device.kind,
+        "attention": runtime.attention,
     }
     if judge is not None:
         _check_judged(models, settings)
@@ -113,17 +117,18 @@ def run_evaluation(
             say(console, f"{title} is not measured: {why}")
         questions = sources["questions"]
         material = Material(
-            list(islice(read_questions(questions), settings.limit)) if questions else [],
+            read_questions(questions, settings.limit) if questions else [],
             sources["pairs"],
             sources["heldout"],
             settings.max_new_tokens,
             settings.limit,
         )
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
         evaluation = desk.evaluate(models, contestants, plan, settings, judge)
         atomic_write_json(path, evaluation)
-        finish_stage(output_dir, ["evaluation.json"])
+        # What has no verdict is asked again, so that there is more to do.
+        if not any(one["unread"] for one in evaluation.get("judge", {}).get("models", {}).values()):
+            finish_stage(output_dir, ["evaluation.json"])
     return evaluation
 
 

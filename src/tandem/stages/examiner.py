@@ -197,7 +197,7 @@ class Examiner:
                 + (", or lower evaluate.max_new_tokens." if answer else ".")
             )
 
-    def _heldout(self, material: Material) -> list[Tree]:
+    def _heldout(self, material: Material) -> Sequence[Tree]:
         ledger = Ledger(None)
         trees = prepare_conversations(
             material.heldout,
@@ -205,9 +205,10 @@ class Examiner:
             template=self.template,
             max_length=self.context or _NO_LIMIT,
             ledger=ledger,
+            limit=material.limit,
         )
         self._tell(ledger, "conversations", "scored")
-        return _first(trees, material.limit)
+        return trees
 
     def _loss(self, trees: Sequence[Tree]) -> Score:
         logps = self._score(trees)
@@ -219,15 +220,15 @@ class Examiner:
 
     def _prefer(self, material: Material, scores: dict[str, Score]) -> None:
         ledger = Ledger(None)
-        trees = prepare_pairs(
+        chosen = prepare_pairs(
             material.pairs,
             tokenizer=self.tokenizer,
             template=self.template,
             max_length=self.context or _NO_LIMIT,
             ledger=ledger,
+            limit=material.limit,
         )
         self._tell(ledger, "pairs", "compared")
-        chosen = _first(trees, material.limit)
         # Per token: summed log-probs would prefer the shorter answer whatever it says.
         lengths = torch.tensor([sequence_tokens(tree) for tree in chosen])
         margins = (self._score(chosen) / lengths).diff(dim=1).neg()[:, 0]
@@ -259,11 +260,6 @@ class Examiner:
                     found[i, :count] = logps[row : row + count]
                     row += count
         return found
-
-
-def _first(trees: Sequence[Tree], limit: int | None) -> list[Tree]:
-    count = len(trees) if limit is None else min(limit, len(trees))
-    return [trees[i] for i in range(count)]
 
 
 def _items(trees: Sequence[Tree]) -> tuple[str, ...]:

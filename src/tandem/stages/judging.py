@@ -27,14 +27,20 @@ def server_judge(server: Server, console: Console) -> Judge:
 
     def ask(many: Sequence[Messages]) -> Iterator[tuple[int, str | None]]:
         failed: Counter[str] = Counter()
+        first: Failure | None = None
         for number, found in client.answers(ChatRequest(one, options) for one in many):
             if isinstance(found, Failure):
                 failed[found.reason] += 1
+                first = first or found
                 yield number, None
             else:
                 yield number, found.text
         if failed:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
-            say(console, f"{server.model} gave no answer to {failed.total()} requests ({reasons})")
+            say(
+                console,
+                f"{server.model} gave no answer to {failed.total()} requests ({reasons}); the "
+                f"first: {first}",
+            )
 
     return Judge(server.model, ask)

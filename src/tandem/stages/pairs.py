@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +14,31 @@ import torch
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text
-from tandem.artifact.hashing import hash_json
+from tandem.artifact.hashing import hash_bytes, hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
-from tandem.data.chunks import BadLine
-from tandem.data.formats.rows import texts_in
-from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec, read_rows
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
 from tandem.pairs.card import data_card
 from tandem.pairs.check import Check
-from tandem.pairs.filter import Candidate, Filters, Pair, against_answer, first_pair, ranked_pair
+from tandem.pairs.filter import (
+    Candidate,
+    Filters,
+    Pair,
+    against_answer,
+    first_pair,
+    ranked_pair,
+)
 from tandem.pairs.journal import recorded
 from tandem.pairs.output import pairs_file, write_pairs
-from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import Contamination
-from tandem.recipe.making_pairs import Pairs, Select
+from tandem.pairs.prompts import Prompt
+from tandem.recipe.making_pairs import Pairs
+from tandem.stages.prompts import asked_prompts, usable_prompts
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
 from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity
+from tandem.train.device import choose_device
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
@@ -90,6 +95,7 @@ def run_pairs(
         "model": writer_identity(settings, model),
         **{name: data_identity(found) for name, found in specs.items()},
         "scorer": scorer_identity(settings.rank) if settings.rank is not None else None,
+        "computed": _computed(settings, runtime),
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
@@ -120,6 +126,16 @@ def run_pairs(
     return output_dir
 
 
+def _computed(settings: Pairs, runtime: Runtime) -> dict[str, str] | None:
+    """What a model in this process computes with; None where servers do it all."""
+    if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
+        return None
+    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    found = {"dtype": device.dtype_name, "device": device.kind}
+    # To vLLM, auto is the dtype that the model's files say.
+    return found if settings.vllm is None else {**found, "vllm_dtype": runtime.dtype}
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Who writes and ranks, and where the pairs go."""
@@ -145,7 +161,7 @@ class _Maker:
         summary["left_out"] = left_out
         outputs = [pairs_file(self.folder, "pairs", kind).name]
         if specs["heldout"]:
-            heldout = list(self._read(specs["heldout"]))
+            heldout = self._heldout(specs["heldout"])
             summary["heldout"] = self._make("heldout", heldout, seed + _HELDOUT_SEED)
             outputs.append(pairs_file(self.folder, "heldout", kind).name)
         self.ledger.write()
@@ -166,36 +182,45 @@ class _Maker:
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md"]
 
-    def _read(self, sources: Sequence[SourceSpec]) -> Iterator[Prompt]:
-        settings = self.settings
-        return read_prompts(sources, settings.keep, self.ledger, settings.on_bad_record)
-
     def _selected(
         self, specs: dict[str, list[SourceSpec]], seed: int
     ) -> tuple[list[Prompt], dict[str, int]]:
-        select = self.settings.select
-        prompts, left_out = select_prompts(
-            self._read(specs["prompts"]),
-            selection_of(select),
-            seed=seed,
-            contamination=contamination_of(specs["decontaminate"], select),
+        prompts, left_out = asked_prompts(
+            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger
         )
-        if left_out:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-            say(self.console, f"pairs: {len(prompts)} prompts selected; left out: {reasons}")
-        if not prompts:
-            raise UserError(
-                "pairs.select: no prompt is left ("
-                + (", ".join(f"{n} {why}" for why, n in left_out.items()) or "the data has none")
-                + "); ask for less"
-            )
-        if select.count is not None and len(prompts) < select.count:
+        self._account("select", "prompts selected", prompts, self.ledger.entries, left_out)
+        count = self.settings.select.count
+        if count is not None and len(prompts) < count:
             say(
                 self.console,
-                f"pairs: pairs.select.count asks for {select.count} prompts, there are only "
+                f"pairs: pairs.select.count asks for {count} prompts, there are only "
                 f"{len(prompts)}",
             )
         return prompts, left_out
+
+    def _heldout(self, sources: Sequence[SourceSpec]) -> list[Prompt]:
+        before = len(self.ledger.entries)
+        prompts = list(usable_prompts(sources, self.settings, self.ledger))
+        self._account("heldout", "held-out prompts", prompts, self.ledger.entries[before:], {})
+        return prompts
+
+    def _account(
+        self,
+        key: str,
+        what: str,
+        prompts: Sequence[Prompt],
+        entries: Sequence[Entry],
+        left_out: Mapping[str, int],
+    ) -> None:
+        """Say what is not asked; raises UserError when nothing is left."""
+        counts = Counter(entry.reason for entry in entries) + Counter(left_out)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        if not prompts:
+            raise UserError(
+                f"pairs.{key}: no prompt is left ({reasons or 'the data has none'}); ask for less"
+            )
+        if reasons:
+            say(self.console, f"pairs: {len(prompts)} {what}; left out: {reasons}")
 
     def _make(self, name: str, read: Sequence[Prompt], seed: int) -> dict[str, Any]:
         """Write one file of pairs from some prompts; returns the counts for the summary."""
@@ -243,12 +268,15 @@ class _Maker:
         }
 
     def _kept(self, prompts: Sequence[Prompt], found: Sequence[Pair | str]) -> list[Pair]:
+        failed = {**self.writer.failed, **(self.scorer.failed if self.scorer else {})}
         pairs = []
-        for prompt, pair in zip(prompts, found, strict=True):
+        for i, (prompt, pair) in enumerate(zip(prompts, found, strict=True)):
             if isinstance(pair, Pair):
                 pairs.append(pair)
-            else:
-                self.ledger.dropped(prompt.origin, f"no pair: {pair}")
+                continue
+            numbers = _numbers(i, self.settings.samples)
+            why = dict.fromkeys(str(failed[n]) for n in numbers if n in failed)
+            self.ledger.dropped(prompt.origin, f"no pair: {pair}", "; ".join(why))
         self.ledger.trained(len(pairs))
         return pairs
 
@@ -293,24 +321,8 @@ class _Maker:
             else:
                 dropped[reason] += 1
 
-        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, float]]]:
-            return scorer.scores(
-                [
-                    (number, work.prompts[number // samples], one.text.strip())
-                    for number, one in passing.items()
-                    if number not in done
-                ]
-            )
-
-        # Answers do not change once they are recorded, so that their numbers say which they are.
-        key = hash_json([work.key, scorer.facts])
-        path = self.folder / "generated" / f"{name}-scores.jsonl"
-        with phase(self.console, "scores", len(passing)) as advance:
-            scores = recorded(path, key, missing, self._counted(len(passing), advance))
-        for why, count in scorer.failed.items():
-            if count:
-                dropped[f"not scored: {why}"] += count
-        scorer.failed.clear()
+        scores = self._scores(scorer, name, work, passing)
+        dropped.update(f"not scored: {failure.reason}" for failure in scorer.failed.values())
         return [
             ranked_pair(
                 prompt,
@@ -326,30 +338,36 @@ class _Maker:
             for i, prompt in enumerate(work.prompts)
         ]
 
+    def _scores(
+        self, scorer: Scorer, name: str, work: Work, passing: dict[int, Candidate]
+    ) -> dict[int, float]:
+        """The scores of answers by number, those of earlier starts included."""
+        texts = {number: one.text.strip() for number, one in passing.items()}
+        # A server's answers may have been generated anew, under the same numbers.
+        digests = {number: hash_bytes(text.encode()) for number, text in texts.items()}
+
+        def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, Any]]]:
+            asked = [
+                (number, work.prompts[number // self.settings.samples], text)
+                for number, text in texts.items()
+                if number not in done
+            ]
+            for unit in scorer.scores(asked):
+                yield [(number, [score, digests[number]]) for number, score in unit]
+
+        def holds(number: int, value: Any) -> bool:
+            return number in digests and value[1] == digests[number]
+
+        key = hash_json([work.key, scorer.facts])
+        path = self.folder / "generated" / f"{name}-scores.jsonl"
+        with phase(self.console, "scores", len(texts)) as advance:
+            found = recorded(path, key, missing, self._counted(len(texts), advance), holds)
+        return {number: score for number, (score, _) in found.items()}
+
 
 def _numbers(place: int, samples: int) -> range:
     """The numbers of a prompt's answers."""
     return range(place * samples, (place + 1) * samples)
-
-
-def selection_of(select: Select) -> Selection:
-    """What a recipe asks of prompts, evaluation sets aside."""
-    return Selection(**select.model_dump(exclude={"decontaminate", "decontaminate_words"}))
-
-
-def contamination_of(sources: Sequence[SourceSpec], select: Select) -> Contamination | None:
-    """The parts of some evaluation sets; raises UserError for rows that cannot be read."""
-    if not sources:
-        return None
-    return Contamination(_texts(sources), select.decontaminate_words)
-
-
-def _texts(sources: Sequence[SourceSpec]) -> Iterator[str]:
-    for source in sources:
-        for row in read_rows(source):
-            if isinstance(row, BadLine):
-                raise UserError(f"{row.origin}: pairs.select.decontaminate: {row.reason}")
-            yield from texts_in(row.fields)
 
 
 @contextmanager

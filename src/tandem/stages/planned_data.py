@@ -11,13 +11,12 @@ from tandem.data.ledger import Ledger
 from tandem.data.sources import SourceSpec, looks_like_path
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
-from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select import select_prompts
+from tandem.pairs.prompts import Prompt
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Training
-from tandem.stages.pairs import contamination_of, selection_of
 from tandem.stages.pipeline import folder_of
+from tandem.stages.prompts import asked_prompts
 from tandem.stages.sources import held_out_of, source_specs
 
 
@@ -82,16 +81,11 @@ class DataHere:
         prompts = self._here(settings.prompts, notes)
         if not prompts:
             return []
-        select, before = settings.select, len(notes)
-        decontaminate = self._here(select.decontaminate, notes)
+        before = len(notes)
+        decontaminate = self._here(settings.select.decontaminate, notes)
         if len(notes) > before:
             notes[-1] += ", so no prompt is left out for what it shares with them"
-        asked, _ = select_prompts(
-            read_prompts(prompts, settings.keep, Ledger(None), settings.on_bad_record),
-            selection_of(select),
-            seed=self.recipe.seed,
-            contamination=contamination_of(decontaminate, select),
-        )
+        asked, _ = asked_prompts(prompts, decontaminate, settings, self.recipe.seed, Ledger(None))
         if not asked:
             raise UserError(f"pairs: none of the records of {settings.prompts} can be asked")
         guessed = self.scratch / "guessed-pairs.jsonl"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 
-from tandem.artifact.hashing import hash_weights
+from tandem.artifact.hashing import hash_json, hash_weights
 from tandem.model.load import model_folder
-from tandem.pairs.judge import read_verdict, verdict_request
+from tandem.pairs.judge import QUESTION, read_verdict, verdict_request
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import Failure
 from tandem.recipe.making_pairs import Rank, Server
@@ -20,6 +19,8 @@ from tandem.train.runtime import Runtime
 
 # Answers that a reward model scores between two lines of the journal.
 _AT_ONCE = 64
+# Characters of a verdict that cannot be read.
+_SHOWN = 200
 
 Asked = tuple[int, Prompt, str]
 """An answer's number, its prompt, and its text."""
@@ -30,18 +31,19 @@ class Scorer(Protocol):
     """Gives answers numbers."""
 
     facts: dict[str, Any]
-    """What the data card says of the scorer."""
-    failed: Counter[str]
-    """Answers without a score, by reason."""
+    """What scores depend on, and the data card says of the scorer."""
+    failed: dict[int, Failure]
+    """Those of the last answers that got no score, by number."""
 
     def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
         """The scores that could be had, unit by unit."""
 
 
 def scorer_identity(rank: Rank) -> Any:
-    """What the scores depend on: a hash of weights, or a server's address and model."""
+    """What scores depend on: a hash of weights, or a server's address, model and question."""
     if rank.judge is not None:
-        return {"base_url": rank.judge.base_url, "model": rank.judge.model}
+        question = hash_json(QUESTION)
+        return {"base_url": rank.judge.base_url, "model": rank.judge.model, "question": question}
     assert rank.reward_model is not None
     return hash_weights(model_folder(rank.reward_model))
 
@@ -61,46 +63,52 @@ class _Reward:
         device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         folder = model_folder(name)
         self._model = RewardModel(folder, dtype=device.weights, device=device.torch_device)
-        self.failed: Counter[str] = Counter()
+        self.failed: dict[int, Failure] = {}
         self.facts: dict[str, Any] = {
             "model": name, "weights": hash_weights(folder), "by": "transformers",
+            "dtype": device.dtype_name, "device": device.kind,
         }  # fmt: skip
 
     def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
         """Deterministic, a few at a time."""
+        self.failed.clear()
         for at in range(0, len(asked), _AT_ONCE):
             some = asked[at : at + _AT_ONCE]
             found = self._model.scores([(prompt.turns, text) for _, prompt, text in some])
-            self.failed["beyond the reward model's context"] += found.count(None)
-            yield [
-                (number, score)
-                for (number, _, _), score in zip(some, found, strict=True)
-                if score is not None
-            ]
+            unit: Scored = []
+            for (number, _, _), score in zip(some, found, strict=True):
+                if score is None:
+                    self.failed[number] = Failure("beyond the reward model's context", "")
+                else:
+                    unit.append((number, score))
+            yield unit
 
 
 class _Judge:
     def __init__(self, server: Server, console: Console) -> None:
         self._server = server
         self._client = open_server(server, console)
-        self.failed: Counter[str] = Counter()
+        self.failed: dict[int, Failure] = {}
         self.facts: dict[str, Any] = {
-            "model": server.model, "by": f"the server at {server.base_url}",
+            "model": server.model, "by": f"the server at {server.base_url}", "question": QUESTION,
         }  # fmt: skip
 
     def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
         """Verdict by verdict, as they arrive."""
+        self.failed.clear()
         requests = (
             verdict_request(prompt, text, self._server.limit_key) for _, prompt, text in asked
         )
         for place, found in self._client.answers(requests):
+            number = asked[place][0]
             if isinstance(found, Failure):
-                self.failed[found.reason] += 1
+                self.failed[number] = found
                 yield []
                 continue
             score = read_verdict(found.text)
             if score is None:
-                self.failed["unreadable verdict"] += 1
+                said = " ".join(found.text.split())[:_SHOWN]
+                self.failed[number] = Failure("unreadable verdict", said)
                 yield []
             else:
-                yield [(asked[place][0], score)]
+                yield [(number, score)]

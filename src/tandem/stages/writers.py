@@ -112,6 +112,7 @@ class LocalWriter:
             "weights": hash_weights(folder),
             "by": "transformers" if self._vllm is None else "vLLM",
             "dtype": device.dtype_name if self._vllm is None else runtime.dtype,
+            "device": device.kind,
             "chat_template": self._template.name,
         }
 
@@ -127,9 +128,8 @@ class LocalWriter:
             settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, seed
         )
         batches = self._batches(asked)
-        key = hash_json(
-            [self.facts["weights"], self.facts["by"], asked, batches, self._stops, asdict(sampling)]
-        )
+        by = [self.facts[name] for name in ("weights", "by", "dtype", "device")]
+        key = hash_json([*by, asked, batches, self._stops, asdict(sampling)])
         return Work(kept, key, partial(self._write, asked, batches, sampling))
 
     def _write(
