@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
@@ -18,7 +19,7 @@ from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.data.truncate import Limits
 from tandem.diagnose.tokens import encode_row, find_row, record_in, token_texts
-from tandem.diagnose.view import print_encodings, print_turns, visible
+from tandem.diagnose.view import _STYLES, print_encodings, print_turns, visible
 from tandem.errors import UserError
 
 from .made_data import FORGETFUL, conversation, pair, write
@@ -206,9 +207,41 @@ def test_a_conversation_of_two_branches_has_answers_and_is_no_pair(
 
 
 def test_a_terminal_shows_colours_and_the_same_text(byte_tokenizer: Any, tmp_path: Path) -> None:
-    coloured = _printed([pair(1)], byte_tokenizer, tmp_path, force_terminal=True)
+    coloured = _printed(
+        [pair(1)],
+        byte_tokenizer,
+        tmp_path,
+        force_terminal=True,
+        color_system="standard",
+        no_color=False,
+    )
     assert "\x1b[" in coloured
     assert " | " not in coloured
+
+
+def test_each_part_has_colours_of_its_own_where_there_are_few() -> None:
+    console = Console(force_terminal=True, color_system="standard", no_color=False)
+    seen = []
+    for style in [shade for shades in _STYLES.values() for shade in shades]:
+        with console.capture() as captured:
+            console.print(Text("x", style), end="")
+        seen.append(captured.get())
+    assert len(set(seen)) == 8
+
+
+@pytest.mark.parametrize(
+    "colourless", [{"color_system": None}, {"color_system": "standard", "no_color": True}]
+)
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_terminal_without_colours_has_words(
+    ids: bool, colourless: dict[str, Any], byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    printed = _printed(
+        [pair(1)], byte_tokenizer, tmp_path, ids=ids, force_terminal=True, **colourless
+    )
+    lines = [line for line in printed.splitlines() if "|" in line]
+    assert lines
+    assert all("shared" in line or "trained" in line for line in lines)
 
 
 def test_ids_are_listed_on_request(byte_tokenizer: Any, tmp_path: Path) -> None:

@@ -260,8 +260,8 @@ def load_hub(source: SourceSpec) -> Any:
         raise UserError(
             f"data: {source.path} is no file or folder here, and as a Hub data set (split "
             f"{source.split!r}) it could not be loaded: {type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]} Check name, split, subset, revision and "
-            "the network; gated or private data needs `hf auth login`."
+            f"{str(error).strip().partition(chr(10))[0].rstrip('.')}. Check name, split, subset, "
+            "revision and the network; gated or private data needs `hf auth login`."
         ) from error
 
 

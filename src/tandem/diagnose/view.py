@@ -12,12 +12,13 @@ from rich.text import Text
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.diagnose.tokens import Encodings, Part, Section, Token
 
-# Two shades each, in turn, so that tokens can be told apart.
+# Two shades each, in turn, so that tokens can be told apart. Of the 16 colours of every terminal:
+# others become one another where there are no more.
 _STYLES: dict[Part, tuple[str, str]] = {
-    "prompt": ("black on grey78", "black on grey66"),
-    "trained": ("black on pale_green1", "black on dark_sea_green2"),
-    "shared": ("black on sky_blue1", "black on steel_blue1"),
-    "shared and trained": ("black on khaki1", "black on gold1"),
+    "prompt": ("black on white", "black on bright_white"),
+    "trained": ("black on green", "black on bright_green"),
+    "shared": ("black on cyan", "black on bright_cyan"),
+    "shared and trained": ("black on yellow", "black on bright_yellow"),
 }
 _MEANS: dict[Part, str] = {
     "prompt": "fed, not trained",
@@ -79,7 +80,7 @@ def _print_text(console: Console, head: str, text: str) -> None:
 
 
 def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
-    """Print the trees of a row: coloured in a terminal, with words elsewhere.
+    """Print the trees of a row: coloured in a terminal that has colours, with words elsewhere.
 
     Args:
         console: where to.
@@ -88,25 +89,31 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
     """
     parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
     every = "both" if found.kind == "preference pairs" else "all"
-    for line in _legend(console, [part for part in _STYLES if part in parts], every):
+    coloured = _has_colours(console)
+    for line in _legend([part for part in _STYLES if part in parts], every, coloured):
         console.print(line, soft_wrap=True)
     for tree in found.trees:
         for section in tree:
             console.print()
             console.print(_head(section, every), soft_wrap=True)
             if ids:
-                lines = _listed(section, console.is_terminal)
-            elif console.is_terminal:
+                lines = _listed(section, coloured)
+            elif coloured:
                 lines = iter([_coloured(section)])
             else:
                 lines = _labelled(section)
             for line in lines:
-                console.print(line, soft_wrap=not console.is_terminal or ids)
+                console.print(line, soft_wrap=not coloured or ids)
 
 
-def _legend(console: Console, parts: Sequence[Part], every: str) -> Iterator[Text]:
+def _has_colours(console: Console) -> bool:
+    """Whether colours are seen; a dumb terminal, or one with NO_COLOR, has none."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
+
+
+def _legend(parts: Sequence[Part], every: str, coloured: bool) -> Iterator[Text]:
     for part in parts:
-        style = _STYLES[part][0] if console.is_terminal else ""
+        style = _STYLES[part][0] if coloured else ""
         yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part].format(all=every)}")
 
 
