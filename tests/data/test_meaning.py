@@ -90,6 +90,13 @@ def test_a_renamed_key_of_a_turn_is_only_what_the_recipe_says(tmp_path: Path) ->
     assert talk(tmp_path, swapped, role="content", content="role") == asked + said
 
 
+def test_tools_have_names_in_every_format(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "chosen": "C", "rejected": "R", "functions": '[{"name": "look"}]'}]
+    spec = source(tmp_path / "p.jsonl", rows, fields={"tools": "functions"})
+    (found,) = read_pairs([spec], Ledger())
+    assert found.tools == '[{"name": "look"}]'
+
+
 def test_names_reach_into_turns(tmp_path: Path) -> None:
     turns = [{"by": {"role": "user"}, "content": "Q"}, {"by": {"role": "gpt"}, "content": "A"}]
     found = talk(tmp_path, turns, role="by.role")

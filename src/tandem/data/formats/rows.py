@@ -37,7 +37,7 @@ class Format:
         kind: what its rows become.
         keys: all of them, and no others, tell the format.
         read: the records of a row; raises `Unusable` for a row that holds none.
-        optional: more keys that are read when they are there.
+        optional: more keys that are read when they are there; so is `tools`, in all formats.
         turns: whether turns, with roles and contents, are somewhere in it.
         suits: whether a row that has the keys can be of this format; None: any can.
         completions: what a recipe's `completions` must be for it, where formats differ in that.
