@@ -55,7 +55,9 @@ def test_max_length_beyond_the_context_names_both(desk: Desk) -> None:
     desk.refused(desk.train(max_length=300), "max_length 300", "256 tokens")
     # The seed's own value, when the flag is left out.
     desk.refused(desk.train("dpo", max_length=None), "max_length 1536", "256 tokens")
-    desk.refused(["run", desk.recipe(dpo__max_length=257)], "max_length 257", "256 tokens")
+    for command in ("run", "plan"):
+        recipe = desk.recipe(dpo__max_length=257)
+        desk.refused([command, recipe], "Set dpo.max_length to 256", "256 tokens")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 500, None])
@@ -121,6 +123,12 @@ def test_a_template_that_is_not_there(desk: Desk, choice: str) -> None:
 
 def test_target_modules_that_fit_nothing_leave_no_trace(desk: Desk) -> None:
     desk.refused(desk.train(lora_target_modules="wq"), "'wq' fits no module", "q_proj")
+
+
+def test_a_later_stage_s_target_modules_are_looked_at_before_the_first(desk: Desk) -> None:
+    recipe = desk.recipe(dpo__lora__target_modules=["wq"])
+    for command in ("run", "plan"):
+        desk.refused([command, recipe], "dpo.lora.target_modules: 'wq' fits no module", "q_proj")
 
 
 class TestMerge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.adapter import add_adapter, modules_out_of_reach
+from tandem.model.load import model_without_weights
 from tandem.model.vocabulary import grow_vocabulary, plain_head
 
 # A layer's parameters: everything up to the first number in their names.
@@ -90,19 +89,7 @@ def described(
     Raises UserError for a configuration that describes no model, for one whose sizes have other
     names, and for an adapter that fits none of its modules.
     """
-    try:
-        with torch.device("meta"):
-            # What a forward needs in which no number is looked at: plain masks, and the one dtype
-            # that grouped products of experts take.
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
-            )
-    except Exception as error:  # a strange config can lead a model's constructor anywhere
-        raise UserError(
-            f"config.json describes no causal language model that can be made ({error}). Copy or "
-            "download it again."
-        ) from None
-    model.eval()
+    model = model_without_weights(config)
     if added_ids:
         grow_vocabulary(model, added_ids)
     unread = _out_of_reach(model) if target_modules == "all-linear" else []

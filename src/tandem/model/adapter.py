@@ -58,7 +58,7 @@ def add_adapter(
     """
     targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     if isinstance(targets, list):
-        _check_targets(model, targets, out_of_reach)
+        check_targets(model, targets, out_of_reach)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -288,7 +288,13 @@ def _key_dropout(base: nn.Module, p: float) -> None:
         layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str], out_of_reach: Sequence[str]) -> None:
+def check_targets(
+    model: nn.Module,
+    targets: Sequence[str],
+    out_of_reach: Sequence[str] = (),
+    key: str = "lora.target_modules",
+) -> None:
+    """Raise UserError, which calls them `key`, if a target fits no module or one out of reach."""
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -298,13 +304,13 @@ def _check_targets(model: nn.Module, targets: Sequence[str], out_of_reach: Seque
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise UserError(
-                f"lora.target_modules: {target!r} fits no module of {type(model).__name__}; "
+                f"{key}: {target!r} fits no module of {type(model).__name__}; "
                 f"its linear layers are {', '.join(sorted(linear))}"
             )
         for name in out_of_reach:
             if name == target or name.endswith("." + target):
                 raise UserError(
-                    f"lora.target_modules: {target!r} fits {name}, which {type(model).__name__} "
+                    f"{key}: {target!r} fits {name}, which {type(model).__name__} "
                     "does not use as a plain product, so an adapter there would do nothing; leave "
                     "it out"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,26 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
 
 
+def model_without_weights(config: Any) -> Any:
+    """The causal language model that a configuration describes, on torch's meta device.
+
+    Raises UserError for a configuration that describes none.
+    """
+    try:
+        with torch.device("meta"):
+            # What a forward needs in which no number is looked at: plain masks, and the one dtype
+            # that grouped products of experts take.
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
+            )
+    except Exception as error:  # a strange config can lead a model's constructor anywhere
+        raise UserError(
+            f"config.json describes no causal language model that can be made ({error}). Copy or "
+            "download it again."
+        ) from None
+    return model.eval()
+
+
 def load_model(
     folder: Path,
     *,
@@ -238,13 +259,13 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def check_context(config: Any, max_length: int, folder: Path) -> None:
-    """Raise UserError when `max_length` exceeds the positions the model was made for."""
+def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
+    """Raise UserError when `max_length`, called `key`, exceeds the positions of the model."""
     context = context_length(config)
     if context is not None and max_length > context:
         raise UserError(
-            f"max_length {max_length} exceeds the context of {folder}, {context} tokens "
-            f"(max_position_embeddings). Set max_length to {context} or less."
+            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
+            f"(max_position_embeddings). Set {key} to {context} or less."
         )
 
 

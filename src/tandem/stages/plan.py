@@ -30,6 +30,7 @@ from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, h
 from tandem.stages.inputs import model_side
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
 from tandem.stages.planned_data import DataHere, PlannedData
+from tandem.stages.preflight import check_base
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import copies_fit
 from tandem.stages.steps import saved_every
@@ -115,6 +116,7 @@ def plan_recipe(
         data = [here.of(settings) for _, settings in wanted]
         _check_guesses(guesses, [stage.name for stage, _ in wanted], data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
+        check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
         planner = _Planner(recipe, processes, console, device, base, Path(scratch))
         trained = [
             planner.stage(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,20 +21,21 @@ from tandem.stages.sources import held_out_of, source_spec
 def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     """Look for the data and models that a run will need.
 
-    What is on the Hub, and the embedded demo's, is looked for when its stage comes.
+    Data on the Hub, and the embedded demo's, is looked for when its stage comes.
 
     Args:
         recipe: the resolved recipe.
         wanted: names of the stages that are to run.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
-    folder that is no model, and lengths beyond the base model's context.
+    folder that is no model, lengths beyond the base model's context, and adapters on layers that
+    it does not have.
     """
     for source in _data(recipe, wanted):
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
-    _check_model(recipe.model, [s.max_length for s in _trained(recipe, wanted)])
+    _check_trained(recipe, wanted)
     if recipe.evaluate is not None and "evaluate" in wanted:
         _check_tasks(recipe.evaluate)
     if recipe.pairs is not None and "pairs" in wanted:
@@ -100,8 +102,13 @@ def _is_local(name: str) -> bool:
 
 
 def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
+    return [section for name, section in _sections(recipe).items() if name in wanted]
+
+
+def _sections(recipe: Recipe) -> dict[str, Training]:
+    """The training stages of a recipe, in order."""
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
-    return [s for name, s in sections.items() if s is not None and name in wanted]
+    return {name: section for name, section in sections.items() if section is not None}
 
 
 def _check_pairs(settings: Pairs) -> None:
@@ -111,18 +118,46 @@ def _check_pairs(settings: Pairs) -> None:
 
     for name in (settings.model, settings.rank.reward_model if settings.rank else None):
         if name is not None:
-            _check_model(name, [])
+            _check_model(name)
     check_writers(settings)
     if settings.filters.check is not None:
         Check(settings.filters.check)
 
 
-def _check_model(name: str, lengths: list[int]) -> None:
+def _check_model(name: str) -> None:
     if not _is_local(name):
         return
-    from tandem.model.load import check_context, load_config, model_folder
+    from tandem.model.load import load_config, model_folder
 
-    folder = model_folder(name)
-    config = load_config(folder)
-    for length in lengths:
-        check_context(config, length, folder)
+    load_config(model_folder(name))
+
+
+def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
+    """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
+    from tandem.model.load import model_folder
+
+    sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
+    begins = next(iter(_sections(recipe)))
+    if sections and (begins in wanted or _is_local(recipe.model)):
+        folder = model_folder(recipe.model, recipe.model_revision, weights=False)
+        check_base(folder, sections, weights=_is_local(recipe.model))
+
+
+def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
+    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+
+    Args:
+        folder: the base model's.
+        sections: the training stages by name, all of them on models of the base's architecture.
+        weights: whether the folder must hold weights.
+    """
+    from tandem.model.adapter import check_targets
+    from tandem.model.load import check_context, load_config, model_without_weights
+
+    config = load_config(folder, weights=weights)
+    for name, section in sections.items():
+        check_context(config, section.max_length, folder, f"{name}.max_length")
+    for name, section in sections.items():
+        targets = section.lora.target_modules
+        if not isinstance(targets, str):
+            check_targets(model_without_weights(config), targets, (), f"{name}.lora.target_modules")
