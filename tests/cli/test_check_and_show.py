@@ -443,6 +443,48 @@ def test_the_turns_are_shown_with_tools_calls_and_reasoning(
     ]  # fmt: skip
 
 
+def test_flags_say_what_a_recipe_says_of_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"who": "caller", "said": "Warm?"}, {"who": "host", "said": "Yes."}]
+    file = write(tmp_path / "a.jsonl", [{"log": turns}])
+    flags = ["--fields", "messages=log", "role=who", "content=said"]
+    flags += ["--roles", "caller=user", "host=assistant"]
+    code, out, _ = _run(capsys, "check", file, *flags)
+    assert code == 0
+    assert out.startswith(f"{file}: messages, conversations\n1 record read as sft would: 1 to")
+    code, out, _ = _run(capsys, "show", file, "--row", 1, "--text", *flags)
+    assert (code, out) == (0, f"{file}, row 1: messages\nuser:\n  Warm?\nassistant:\n  Yes.\n")
+    pairs = write(tmp_path / "b.jsonl", [{"prompt": "Q", "completion": "A", "label": True}])
+    code, out, _ = _run(capsys, "check", pairs, "--format", "prompt-and-completion")
+    assert out.startswith(f"{pairs}: prompt and completion, conversations\nkeys that are not read:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--fields", "prompt"], "--fields: 'prompt' has no =; write it as in --fields prompt=q"),
+        (["--roles", "caller=boss"], "--roles: roles is 'boss', but it must be 'system', "),
+        (["--completions", "some"], "--completions: completions is 'some', but it must be"),
+        (["--format", "sharegtp"], "there is no format 'sharegtp'. Did you mean 'ShareGPT'?"),
+        (["--fields", "messages=turns"], "`fields` names 'turns', which no row has"),
+        (["--subset", "main"], "a.jsonl"),
+    ],
+)
+def test_flags_about_data_that_mean_nothing_are_refused(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [conversation(1)])
+    for command in (["check"], ["show", "--row", "1", "--text"]):
+        code, _, err = _run(capsys, *command, file, *flags)
+        assert code == 2
+        assert said in err
+    code, _, err = _run(capsys, "check", "--recipe", "demo", "--fields", "prompt=question")
+    assert (code, err) == (
+        2, "error: --fields is about data that is named; name some, or leave it out\n"
+    )  # fmt: skip
+
+
 def test_a_row_of_no_format_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "a.jsonl", ["{"])
     code, out, err = _run(capsys, "show", file, "--row", 1, "--text")

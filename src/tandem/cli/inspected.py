@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tandem.stages.inspection import StageChat, StageData
 
 STAGES = ("sft", "dpo")
+# What a recipe can say of a data set, as flags.
+_SAID = ("split", "subset", "revision", "format", "fields", "roles", "completions")
+_EXAMPLES = {"fields": "--fields prompt=question", "roles": "--roles caller=user"}
 
 
 def add_inspected(parser: Parser) -> None:
@@ -39,6 +42,18 @@ def add_inspected(parser: Parser) -> None:
     parser.add_argument(
         "--stage", choices=STAGES, help="as which stage reads it; default: told by the data"
     )
+
+    saying = parser.add_argument_group("of DATA, as the recipe's keys of these names")
+    saying.add_argument("--format", metavar="NAME", help="the format; default: told by the data")
+    for name, what in (("fields", "KEY=NAME"), ("roles", "NAME=ROLE")):
+        saying.add_argument(
+            f"--{name}", metavar=what, nargs="+", help=f"the data's own names of {name}"
+        )
+    saying.add_argument(
+        "--completions", metavar="WHICH", help="best_vs_worst or best_vs_rest of scored answers"
+    )
+    for name, what in (("split", "train"), ("subset", "none"), ("revision", "the newest")):
+        saying.add_argument(f"--{name}", metavar="NAME", help=f"of a Hub data set; default: {what}")
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
@@ -82,12 +97,17 @@ def data_of(
         stage_of,
     )
 
+    said = _said(arguments)
     if not arguments.data:
+        if said:
+            raise UserError(
+                f"--{min(said)} is about data that is named; name some, or leave it out"
+            )
         assert recipe is not None
         if arguments.stage is None:
             return recipe_data(recipe, folder)
         return [stage_data(arguments.stage, recipe, None, folder)], []
-    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None)
+    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, said)
     if arguments.stage is not None:
         return [stage_data(arguments.stage, recipe, sources, folder)], []
     parts, unknown = by_kind(sources)
@@ -98,3 +118,18 @@ def data_of(
     ]
     found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
     return found, notices
+
+
+def _said(arguments: argparse.Namespace) -> dict[str, str | dict[str, str]]:
+    """What the flags say of the data, as a recipe would."""
+    said: dict[str, str | dict[str, str]] = {}
+    for name in _SAID:
+        value = getattr(arguments, name)
+        if isinstance(value, list):
+            wrong = next((one for one in value if "=" not in one), None)
+            if wrong is not None:
+                raise UserError(f"--{name}: {wrong!r} has no =; write it as in {_EXAMPLES[name]}")
+            said[name] = dict(one.split("=", 1) for one in value)
+        elif value is not None:
+            said[name] = value
+    return said

@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import islice
 
 from tandem.data.chunks import BadLine
-from tandem.data.formats import Kind, detect
+from tandem.data.formats import Kind, detect, format_called
 from tandem.data.sources import SourceSpec, read_rows
 from tandem.errors import UserError
 
@@ -35,6 +35,8 @@ def by_kind(
 
 def _look(source: SourceSpec) -> tuple[Kind | None, int]:
     """The kind of a source's first rows, and after how many of them it was clear, or given up."""
+    if source.format is not None:
+        return format_called(source.format).kind, 0
     rows = 0
     with suppress(UserError):
         for row in islice(read_rows(source), _ROWS):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
@@ -15,6 +17,7 @@ from tandem.data.template import add_tokens, resolve_template
 from tandem.data.truncate import Limits
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
+from tandem.recipe.explain import explain
 from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Sft, Training
@@ -73,16 +76,25 @@ class StageChat:
     notices: tuple[str, ...]
 
 
-def named_sources(paths: Sequence[str], folder: Path, seed: int | None) -> list[SourceSpec]:
+def named_sources(
+    paths: Sequence[str], folder: Path, seed: int | None, said: Mapping[str, object] | None = None
+) -> list[SourceSpec]:
     """Files, folders, Hub ids or `demo:NAME` for the readers.
 
     Args:
         paths: as they were named.
         folder: demo data is written there.
         seed: of demo data; None for that of a recipe which says nothing.
+        said: what a recipe would say of each of them.
+
+    Raises UserError for what a recipe cannot say.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
-    return source_specs([DataSource(path=path) for path in paths], folder, seed)
+    try:
+        sources = [DataSource.model_validate({**(said or {}), "path": path}) for path in paths]
+    except ValidationError as error:
+        raise UserError(explain(error, DataSource, lambda key: f"--{key[0]}")) from None
+    return source_specs(sources, folder, seed)
 
 
 def stage_of(kind: Kind) -> StageName:

@@ -136,8 +136,8 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
     from tandem.model.load import model_folder
 
+    begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
-    begins = next(iter(_sections(recipe)))
     if sections and (begins in wanted or _is_local(recipe.model)):
         folder = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(folder, sections, weights=_is_local(recipe.model))
