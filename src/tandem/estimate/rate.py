@@ -24,17 +24,19 @@ class Rate:
 
     Attributes:
         operations: a second.
-        measured: the run it is from; None: a timed product.
+        measured: the run it is from, if it is from one.
+        basis: what it is from otherwise, in words.
     """
 
     operations: float
     measured: Measured | None
+    basis: str = ""
 
     @property
     def source(self) -> str:
         """Where it is from, in words."""
         if self.measured is None:
-            return f"a timed matrix product, of whose rate training is taken to reach {_SHARE:.0%}"
+            return self.basis
         return f"the last {self.measured.setting.stage} run of a similar model on this machine"
 
 
@@ -51,7 +53,8 @@ def product_rate(device: torch.device, dtype: torch.dtype, synchronize: Callable
         device, dtype: where and in what to time.
         synchronize: waits for the device.
     """
-    return Rate(_SHARE * timed_product(device, dtype, synchronize), None)
+    basis = f"a timed matrix product, of whose rate training is taken to reach {_SHARE:.0%}"
+    return Rate(_SHARE * timed_product(device, dtype, synchronize), None, basis)
 
 
 def timed_product(

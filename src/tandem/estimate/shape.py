@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.adapter import add_adapter, modules_out_of_reach
+from tandem.model.adapter import add_adapter, modules_out_of_reach, refused_modules
+from tandem.model.attention import declared_obstacle
 from tandem.model.load import model_without_weights
 from tandem.model.vocabulary import grow_vocabulary, plain_head
 
@@ -58,7 +59,7 @@ class Described:
 
     Attributes:
         shape: with its adapter.
-        padded: whether it will be fed padded rows.
+        padded: whether it will be fed padded rows, as far as its class says.
         reached: whether it could be told which layers an adapter can act on.
     """
 
@@ -93,13 +94,7 @@ def described(
     if added_ids:
         grow_vocabulary(model, added_ids)
     unread = _out_of_reach(model) if target_modules == "all-linear" else []
-    padded = attention == "padded" or (
-        attention == "auto"
-        and (
-            getattr(model, "_is_stateful", False)
-            or not getattr(model, "_supports_attention_backend", False)
-        )
-    )
+    padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
     adapted = add_adapter(
         model,
         rank=rank,
@@ -108,7 +103,7 @@ def described(
         target_modules=target_modules,
         base_name="",
         seed=0,
-        out_of_reach=unread or [],
+        out_of_reach=refused_modules(model) if unread is None else unread,
         added_ids=added_ids if trains_added else (),
     )
     try:

@@ -114,12 +114,15 @@ def modules_out_of_reach(model: Any) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    fused = model.config.model_type in _FUSED
-    return [
-        name
-        for name, module in linear.items()
-        if module not in called or (fused and name.endswith(".out_proj"))
-    ]
+    refused = set(refused_modules(model))
+    return [name for name, module in linear.items() if module not in called or name in refused]
+
+
+def refused_modules(model: Any) -> list[str]:
+    """Those of `modules_out_of_reach` that peft would not adapt; told by their names."""
+    if model.config.model_type not in _FUSED:
+        return []
+    return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:

@@ -21,7 +21,7 @@ from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
 from tandem.estimate.rate import product_rate, recorded_rate
 from tandem.estimate.shape import ModelShape, described
-from tandem.estimate.work import Work, count_work, guess_work
+from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
 from tandem.model.vocabulary import check_added
 from tandem.recipe.schema import Recipe
@@ -34,6 +34,7 @@ from tandem.stages.preflight import check_base
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import copies_fit
 from tandem.stages.steps import saved_every
+from tandem.stages.trial import Trial, made_up
 from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
@@ -117,7 +118,8 @@ def plan_recipe(
         _check_guesses(guesses, [stage.name for stage, _ in wanted], data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
-        planner = _Planner(recipe, processes, console, device, base, Path(scratch))
+        baseline = device.held_memory()
+        planner = _Planner(recipe, processes, console, device, base, baseline)
         trained = [
             planner.stage(
                 stage, settings, found, guesses[min(number, len(guesses) - 1)] if guesses else None
@@ -147,14 +149,14 @@ def _check_guesses(
 
 @dataclass(frozen=True)
 class _Planner:
-    """One recipe on this machine, and a folder for what is only needed meanwhile."""
+    """One recipe on this machine, and what the process holds before any model."""
 
     recipe: Recipe
     processes: int
     console: Console
     device: Device
     base: Path
-    scratch: Path
+    baseline: int
 
     def stage(
         self, stage: PlannedStage, settings: Training, data: PlannedData, guess: Guess | None
@@ -166,8 +168,8 @@ class _Planner:
         )
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
-        engine = self._engine()
         if trains_added:
+            engine = self._engine()
             check_added(added, engine=engine, sharded=engine in SHARDED)
         lora = settings.lora
         model = described(
@@ -179,7 +181,6 @@ class _Planner:
             added_ids=tuple(added.values()),
             trains_added=trains_added,
         )
-        baseline = device.held_memory()
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
@@ -193,13 +194,16 @@ class _Planner:
             padded=model.padded,
         )
         notes = list(data.notes)
-        ledger, work = None, None
+        ledger = work = trees = None
         if data.sources:
             records = self._records(stage, settings, data, tokenizer, template)
             ledger = records.ledger.summary()
-            work = count_work(records.trees, replace(asked, parts=records.parts))
+            trees, asked = records.trees, replace(asked, parts=records.parts)
+            work = count_work(trees, asked)
         elif guess is not None:
             work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
+            vocabulary = int(config.get_text_config().vocab_size)
+            trees = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
             notes.append(
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
@@ -217,10 +221,19 @@ class _Planner:
             notes.append("this model reads padded rows: nothing is shared")
         made, disk = None, None
         memory: dict[str, Memory] = {}
-        if work is not None:
-            made, memory = self._forecast(
-                stage, settings, config, model.shape, work, baseline, free
+        if work is not None and trees is not None:
+            trial = Trial(
+                config=config,
+                shape=model.shape,
+                settings=settings,
+                device=device,
+                attention=recipe.attention,
+                dropout=stage.name == "sft",
+                copies=self._copies(model.shape, free),
+                added_ids=tuple(added.values()),
+                trains_added=trains_added,
             )
+            made, memory = self._forecast(stage, trial, work, trees, asked)
             disk = self._disk(settings, config, model.shape, work)
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
@@ -253,38 +266,40 @@ class _Planner:
             console=self.console,
         )
 
-    def _forecast(
-        self,
-        stage: PlannedStage,
-        settings: Training,
-        config: Any,
-        shape: ModelShape,
-        work: Work,
-        baseline: int,
-        free: int,
-    ) -> tuple[Forecast, dict[str, Memory]]:
+    def _copies(self, shape: ModelShape, free: int) -> int:
+        """What a run here would take for copies of the weights in a faster order."""
         device = self.device
-        engine = self._engine()
         copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
         fits = device.weights == torch.float32 and copies_fit(copies, device, free, self.processes)
+        return copies if fits else 0
+
+    def _forecast(
+        self, stage: PlannedStage, trial: Trial, work: Work, trees: Trees, asked: Asked
+    ) -> tuple[Forecast, dict[str, Memory]]:
+        device, shape, settings = self.device, trial.shape, trial.settings
+        engine = self._engine()
         held = held_by(
             settings,
             work,
             device=device,
-            config=config,
+            config=trial.config,
             quantization=self.recipe.quantization,
-            copies=copies if fits else 0,
-            baseline=baseline,
+            copies=trial.copies,
+            baseline=self.baseline,
         )
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        rate = recorded_rate(setting) or product_rate(
-            device.torch_device, device.weights, device.synchronize
-        )
+        rate = recorded_rate(setting)
+        if rate is None and self.recipe.quantization is None:
+            rate = trial.rate(trees, asked)
+        if rate is None:
+            rate = product_rate(device.torch_device, device.weights, device.synchronize)
         made = forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
         # A single process has but one way.
-        engines = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
+        engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
+        if trial.added_ids and trial.trains_added:
+            engines = [name for name in engines if name not in SHARDED]
         return made, {
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))

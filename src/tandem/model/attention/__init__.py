@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from tandem.errors import UserError
 from tandem.model.attention.dense import dense_attention
-from tandem.model.attention.examine import Examined, decoder_of, examine
+from tandem.model.attention.examine import Examined, declared_obstacle, decoder_of, examine
 from tandem.model.attention.fused import fused_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.segments import segments_attention
@@ -22,6 +22,7 @@ __all__ = [
     "LAYOUT_KEYWORD",
     "TreeLayout",
     "choose_backend",
+    "declared_obstacle",
     "decoder_of",
     "is_padded",
     "use_backend",

@@ -52,13 +52,9 @@ def examine(model: Any) -> Examined:
         model: a loaded transformers causal language model, without an adapter; its attention
             implementation is the same afterwards.
     """
-    if getattr(model, "_is_stateful", False):
-        return Examined("it keeps state across tokens")
-    if not getattr(model, "_supports_attention_backend", False):
-        return Examined("it does not use transformers' attention interface")
-    decoder = decoder_of(model)
-    if decoder is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return Examined("it cannot be told the positions of its tokens")
+    if declared := declared_obstacle(model):
+        return Examined(declared)
+    decoder: Any = decoder_of(model)
     seen = _Seen()
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, seen.attend)
@@ -80,6 +76,18 @@ def examine(model: Any) -> Examined:
         model.set_attn_implementation(before)
     obstacle = seen.obstacles[0] if seen.obstacles else None
     return Examined(obstacle, seen.softcap, frozenset(seen.head_sizes))
+
+
+def declared_obstacle(model: Any) -> str | None:
+    """What keeps a model from reading packed trees as far as its class says; needs no weights."""
+    if getattr(model, "_is_stateful", False):
+        return "it keeps state across tokens"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "it does not use transformers' attention interface"
+    decoder = decoder_of(model)
+    if decoder is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return "it cannot be told the positions of its tokens"
+    return None
 
 
 def decoder_of(model: Any) -> Any | None:

@@ -1,0 +1,184 @@
+"""A small model of a recipe's shape, tried on a few micro-batches to know how fast it trains.
+
+Of a large model, products take nearly all the time. A small one spends most of it elsewhere: in
+attention, norms and the adapter's narrow products, and in calling all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from tandem.data.batch import Batch
+from tandem.data.collate import collate, record_key
+from tandem.data.columns import to_columns
+from tandem.data.order import steps
+from tandem.data.records import Branch, Origin, Tree
+from tandem.data.store import TreeWriter
+from tandem.data.trees import Trees
+from tandem.estimate.operations import count_operations
+from tandem.estimate.rate import Rate
+from tandem.estimate.shape import ModelShape
+from tandem.estimate.work import Asked, count_work
+from tandem.model.adapter import trainable_parameters
+from tandem.model.attention import choose_backend
+from tandem.model.fused import fuse_elementwise
+from tandem.model.head import order_head
+from tandem.model.products import order_weights, speed_up_frozen_products
+from tandem.model.score import micro_batches, sequence_logps
+from tandem.model.vocabulary import grow_vocabulary
+from tandem.recipe.training import Training
+from tandem.stages.adaptation import adapted
+from tandem.train.device import Device
+from tandem.train.precision import exact_float32
+
+# Parameters of the largest model that is made for it.
+_LARGEST = 50_000_000
+# When no further micro-batch is begun.
+_SECONDS = 1.0
+# Records of a guess that are made up.
+_MADE_UP = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried.
+
+    Attributes:
+        config: the model's configuration; its weights are random ones.
+        shape: of the model with its adapter.
+        settings: of the stage.
+        device: where.
+        attention: what the recipe asks for.
+        dropout: whether the stage has any.
+        copies: bytes of copies of the weights in a faster order that the run would keep.
+        added_ids: tokens that the model does not know.
+        trains_added: whether the adapter trains their rows.
+    """
+
+    config: Any
+    shape: ModelShape
+    settings: Training
+    device: Device
+    attention: str
+    dropout: bool
+    copies: int
+    added_ids: Sequence[int]
+    trains_added: bool
+
+    def rate(self, trees: Trees, asked: Asked) -> Rate | None:
+        """The rate of one process over its first step's micro-batches, as many as a second holds.
+
+        None for models that are too large, and for devices that compile a graph for every shape.
+
+        Args:
+            trees: the stage's records.
+            asked: how it goes through them.
+        """
+        if self.shape.parameters > _LARGEST or self.device.static_shapes:
+            return None
+        model = self._model()
+        (first,) = steps(len(trees), asked.batch_size, seed=asked.seed, count=1, parts=asked.parts)
+        examples = np.asarray(first.examples, dtype=np.int64)
+        groups = micro_batches(model, [trees[i] for i in first.examples], asked.budget)
+        operations = seconds = spent = 0.0
+        for number, group in enumerate(groups):
+            members = np.sort(examples[list(group)])
+            if not number:  # what is only done once
+                self._take(model, trees, members)
+            # The faster of two: whatever else the machine does only makes it slower.
+            both = [self._take(model, trees, members) for _ in range(2)]
+            seconds, spent = seconds + min(both), spent + sum(both)
+            operations += self._operations(trees, members, asked)
+            if spent > _SECONDS:
+                break
+        basis = "a trial of a model of this shape with random weights"
+        return Rate(operations / max(seconds, 1e-9), None, basis)
+
+    def _model(self) -> Any:
+        """Made and adapted as a run does it."""
+        exact_float32()
+        device, settings = self.device, self.settings
+        model: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(self.config), dtype=device.weights
+        )
+        model = model.eval().to(device.torch_device)
+        speed_up_frozen_products(model)
+        fuse_elementwise(model)
+        backend, _ = choose_backend(self.attention, model)
+        if self.added_ids and not self.trains_added:
+            grow_vocabulary(model, self.added_ids)
+        model = adapted(
+            model,
+            settings,
+            backend=backend,
+            dropout=self.dropout,
+            compiled=False,
+            base_name="",
+            seed=0,
+            tell=lambda _: None,
+            added_ids=tuple(self.added_ids) if self.trains_added else (),
+        )
+        if self.copies:
+            order_weights(model)
+            order_head(model.get_base_model())
+        model.train()
+        return model
+
+    def _take(self, model: Any, trees: Trees, members: NDArray[np.int64]) -> float:
+        """Seconds of one micro-batch, forward and backward."""
+        device = self.device
+        keys = [record_key(0, 0, int(i)) for i in members] if self._drops else None
+        autocast = device.autocast
+        device.synchronize()
+        began = time.perf_counter()
+        batch = collate([trees[int(i)] for i in members], keys).to(device.torch_device)
+        with torch.autocast(device.kind, autocast, enabled=autocast is not None):
+            loss = sequence_logps(model, batch, device.sums).sum()
+        torch.autograd.grad(loss, list(trainable_parameters(model).values()), allow_unused=True)
+        device.synchronize()
+        return time.perf_counter() - began
+
+    @property
+    def _drops(self) -> bool:
+        return self.dropout and self.settings.lora.dropout > 0
+
+    def _operations(self, trees: Trees, members: NDArray[np.int64], asked: Asked) -> float:
+        once = replace(
+            asked, batch_size=len(members), epochs=1.0, max_steps=None, processes=1, parts=()
+        )
+        work = count_work(trees.select(members), once)
+        checkpointing = self.settings.gradient_checkpointing
+        return count_operations(
+            self.shape, work, reference=False, checkpointing=checkpointing
+        ).training
+
+
+def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> Trees:
+    """A few of the records that a guess says there are.
+
+    Args:
+        records: how many there are.
+        tokens: of each.
+        answers: share of the tokens that is trained.
+        vocabulary: how many tokens there are to choose from.
+    """
+    ids = (np.arange(tokens) % vocabulary).astype(np.int32)
+    trained = np.arange(tokens) >= round(tokens * (1 - answers))
+    nothing = Branch(ids[:0], trained[:0])
+    count = min(records, _MADE_UP)
+    writer = TreeWriter(None, ["guessed"])
+    trees = [
+        Tree(nothing, (Branch(ids, trained),), Origin("guessed", row + 1)) for row in range(count)
+    ]
+    writer.add(Batch("guessed", to_columns(trees), ()))
+    writer.finish({}, [count])
+    return writer.trees()

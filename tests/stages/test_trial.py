@@ -1,0 +1,136 @@
+"""A small model is tried as a run would train it, its seconds set against its operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import GPT2Config, LlamaConfig, MambaConfig
+
+from tandem.data.order import steps
+from tandem.data.trees import Trees
+from tandem.estimate.operations import count_operations
+from tandem.estimate.shape import described
+from tandem.estimate.work import Asked, count_work, guess_work
+from tandem.recipe.section import DataSource
+from tandem.recipe.training import Dpo, Lora, Sft, Training
+from tandem.stages import trial
+from tandem.stages.trial import Trial, made_up
+from tandem.train.device import choose_device
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+_LLAMA = LlamaConfig(**_SMALL)
+_ASKED = Asked(8, 1.0, None, seed=3, budget=30, processes=1, attention_weight=0.0)
+
+
+def _trial(config: Any = _LLAMA, settings: Training | None = None, **changes: Any) -> Trial:
+    values = {
+        "attention": "auto", "dropout": True, "copies": 0, "added_ids": (), "trains_added": True,
+    } | changes  # fmt: skip
+    settings = settings or Sft(data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4))
+    shape = described(
+        config,
+        rank=settings.lora.rank,
+        alpha=settings.lora.alpha,
+        target_modules=settings.lora.target_modules,
+        attention=values["attention"],
+        added_ids=values["added_ids"],
+        trains_added=values["trains_added"],
+    ).shape
+    return Trial(
+        config=config,
+        shape=shape,
+        settings=settings,
+        device=choose_device("cpu", "float32"),
+        **values,
+    )
+
+
+def _trees(count: int = 20, tokens: int = 12) -> Trees:
+    return made_up(count, tokens, 0.5, vocabulary=90)
+
+
+def test_all_operations_of_a_step_are_set_against_its_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+        taken.append(len(members))
+        return 0.125 if len(taken) % 2 else 0.01
+
+    monkeypatch.setattr(Trial, "_take", take)
+    trees, one = _trees(), _trial()
+    rate = one.rate(trees, _ASKED)
+    assert rate is not None
+    # A record feeds 11 tokens, so that two fit into 30; after one to warm up each is taken twice.
+    assert taken == [2] * 9
+    (first,) = steps(20, 8, seed=3, count=1)
+    whole = count_work(trees.select(np.sort(np.array(first.examples))), _ASKED)
+    assert (whole.tokens, whole.micro_batches) == (8 * 11, 4)
+    found = count_operations(one.shape, whole, reference=False, checkpointing=False)
+    assert rate.operations == pytest.approx(found.training / (4 * 0.01))
+    assert (rate.measured, rate.source) == (
+        None, "a trial of a model of this shape with random weights",
+    )  # fmt: skip
+
+
+def test_a_trial_ends_after_a_while_and_large_models_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+        taken.append(len(members))
+        return 5.0
+
+    monkeypatch.setattr(Trial, "_take", take)
+    assert _trial().rate(_trees(), _ASKED) is not None
+    assert len(taken) == 3
+    monkeypatch.setattr(trial, "_LARGEST", 1000)
+    assert _trial().rate(_trees(), _ASKED) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"copies": 1000},
+        {"settings": Sft(data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4, dropout=0.5))},
+        {
+            "settings": Dpo(
+                data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4),
+                gradient_checkpointing=True,
+            ),
+            "dropout": False,
+        },
+        {"added_ids": (90, 91)},
+        {"added_ids": (90, 91), "trains_added": False},
+        {"config": GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4)},
+        {"config": MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2)},
+        {"attention": "padded"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)  # fmt: skip
+def test_what_a_run_trains_can_be_tried(changes: dict[str, Any]) -> None:
+    one = _trial(**changes)
+    padded = changes.get("attention") == "padded" or "config" in changes
+    rate = one.rate(_trees(), replace(_ASKED, padded=padded))
+    assert rate is not None
+    assert rate.operations > 0
+
+
+def test_made_up_records_are_those_that_were_guessed() -> None:
+    trees = made_up(1000, 120, 0.5, vocabulary=90)
+    assert len(trees) == trial._MADE_UP
+    assert all(tree.branches[0].input_ids.max() < 90 for tree in trees)
+    asked = replace(_ASKED, batch_size=len(trees))
+    real = count_work(trees, asked)
+    guessed = guess_work(len(trees), 120, asked, answers=0.5)
+    assert real.targets == guessed.targets
+    assert real.tokens == guessed.tokens - len(trees)  # the last target is not fed
