@@ -186,8 +186,9 @@ class _Maker:
         self, specs: dict[str, list[SourceSpec]], seed: int
     ) -> tuple[list[Prompt], dict[str, int]]:
         prompts, left_out = asked_prompts(
-            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger
-        )
+            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger,
+            tell=lambda text: say(self.console, f"pairs: {text}"),
+        )  # fmt: skip
         self._account("select", "prompts selected", prompts, self.ledger.entries, left_out)
         count = self.settings.select.count
         if count is not None and len(prompts) < count:
