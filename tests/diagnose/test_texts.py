@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.data.languages import LANGUAGES, language_of
+from tandem.data.words import words_of
 from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
 from tandem.diagnose.credentials import KEYS, credentials, masked
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
 from tandem.diagnose.texts import TextSigns
-from tandem.diagnose.words import words_of
 
 _PROSE = "The bridge was closed for repairs. Everybody had to take the ferry instead of it. " * 2
 

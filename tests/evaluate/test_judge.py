@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.errors import UserError
 from tandem.evaluate.judge import (
     Duel,
     Judge,
@@ -129,6 +130,16 @@ def test_a_kill_asks_nothing_twice(stop_after: int, tmp_path: Path) -> None:
         whole = decide(Judge("j", one_by_one(ask)), duels(4), tmp_path)
     assert len(asked) == len(set(asked)) == 8
     assert whole == decide(Judge("j", one_by_one(honest)), duels(4), tmp_path / "other")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "judgments.jsonl"
+    judge = Judge("j", one_by_one(honest))
+    decide(judge, duels(2), tmp_path)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "no verdict", *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match=r"judgments.jsonl, line 2: damaged"):
+        decide(judge, duels(2), tmp_path)
 
 
 def test_answers_cannot_write_the_verdict_or_the_frame(tmp_path: Path) -> None:

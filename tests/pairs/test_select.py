@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats.rows import texts_in
 from tandem.data.ledger import Ledger
+from tandem.data.overlap import Other
 from tandem.data.records import Origin, Turn
 from tandem.data.sources import SourceSpec
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import Contamination, similarity, words_of
+from tandem.pairs.words import similarity, words_of
 
 
 def prompt(question: str, answer: str = "yes", *, row: int = 1, source: int = 0) -> Prompt:
@@ -124,29 +124,16 @@ def test_similarity_is_the_share_of_common_neighbours() -> None:
 
 def test_prompts_that_share_thirteen_words_with_an_evaluation_set_are_left_out() -> None:
     words = [f"w{i}" for i in range(40)]
-    known = Contamination([" ".join(words[:20]), "which way is up", "yes"], 13)
-    assert known.found_in("So: " + " ".join(words[7:20]).upper().replace(" ", ", "))
-    assert not known.found_in(" ".join(words[8:20]) + " other")
-    assert known.found_in("Which way is up?")
-    assert not known.found_in("tell me which way is up")
-    assert not known.found_in("yes")
+    known = Other("set", form=None)
+    known.add([" ".join(words[:20])], Origin("set", 1))
     prompts = [
         prompt(" ".join(words[2:30]), row=0),
         prompt("fine", " ".join(words[5:18]), row=1),
         prompt("fine", row=2),
     ]
-    chosen, left_out = select_prompts(prompts, Selection(), seed=0, contamination=known)
+    chosen, left_out = select_prompts(prompts, Selection(), seed=0, evaluated=known)
     assert rows(chosen) == [2]
     assert left_out == {"in an evaluation set": 2}
-
-
-def test_real_evaluation_questions_are_found(shared_data: Path) -> None:
-    with (shared_data / "evaluation" / "gsm8k_test.jsonl").open() as file:
-        questions = [json.loads(line) for line, _ in zip(file, range(200), strict=False)]
-    known = Contamination((text for q in questions for text in texts_in(q)), 13)
-    assert all(known.found_in(f"Solve this. {q['question']} Think.") for q in questions)
-    with (shared_data / "pairs" / "orca_dpo_pairs.jsonl").open() as file:
-        assert not any(known.found_in(json.loads(line)["question"]) for line in file)
 
 
 def test_what_cannot_be_a_prompt_is_in_the_ledger(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.data import overlap
 from tandem.errors import Stopped, UserError
 from tandem.model import packages
 from tandem.recipe.making_pairs import Pairs
@@ -221,6 +223,35 @@ def test_prompts_whose_own_answer_is_a_refusal_are_not_asked(tmp_path: Path, des
     path.write_text(path.read_text().splitlines()[1] + "\n")
     with pytest.raises(UserError, match=r"no prompt is left \(1 its own answer is a refusal\)"):
         make(path, tmp_path / "c", **wish)
+
+
+def test_evaluation_sets_of_any_layout_are_looked_in(
+    tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = ["".join(f"{name}{i} " for i in range(60)) for name in "abcd"]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(
+        json.dumps({"question": f"So: {passage}?", "answer": "Yes."}) + "\n"
+        for passage in passages
+    ))  # fmt: skip
+    (tmp_path / "lines.txt.bz2").write_bytes(bz2.compress(f"one\n{passages[0]}\n".encode()))
+    (tmp_path / "table.csv").write_text(f"id,text\n1,{passages[2]}\n")
+    wish: dict[str, Any] = {"server": {"base_url": desk.url, "model": "m"}}
+    sets = [str(tmp_path / name) for name in ("lines.txt.bz2", "table.csv")]
+    said = StringIO()
+    select = {"decontaminate": [{"path": name} for name in sets]}
+    rows = make(path, tmp_path / "out", console=Console(file=said), select=select, **wish)
+    assert [row["question"][4] for row in rows] == ["b", "d"]
+    assert "2 in an evaluation set" in said.getvalue()
+    assert "is looked for" not in said.getvalue()
+    monkeypatch.setattr(overlap, "_MOST_RUNS", 50)
+    rows = make(path, tmp_path / "b", console=Console(file=said, width=300), select=select, **wish)
+    assert [row["question"][4] for row in rows] == ["b", "d"]
+    assert "runs of 13 words, one in 2 is looked for" in said.getvalue()
+    (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{')
+    select = {"decontaminate": [{"path": str(tmp_path / "bad.jsonl")}]}
+    with pytest.raises(UserError, match=r"bad.jsonl, row 2: .*decontaminate needs every row"):
+        make(path, tmp_path / "c", select=select, **wish)
 
 
 def test_a_judge_ranks_the_answers_of_one_model(

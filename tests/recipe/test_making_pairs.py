@@ -1,4 +1,4 @@
-"""Settings of the pairs stage that cannot act together are refused, not passed over."""
+"""Settings of the pairs stage: what cannot act together, and servers that are none, is refused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tandem.recipe.making_pairs import Pairs
+from tandem.recipe.making_pairs import Pairs, Server
 
 SERVER = {"base_url": "http://localhost:8000/v1", "model": "m"}
 RANK = {"judge": SERVER}
+KEY = "sk-not-to-be-seen"
 
 
 def pairs(**settings: Any) -> Pairs:
@@ -42,3 +43,23 @@ def test_what_can_act_is_taken() -> None:
     pairs(filters={"language": "same"})
     pairs(rank=RANK, samples=2, filters={"language": "de"})
     pairs(server=SERVER, temperature=0, samples=2)
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "said"),
+    [
+        ("localhost:8000", None, "no address of a server"),
+        ("ftp://a/v1", None, "no address of a server"),
+        ("http://", None, "no address of a server"),
+        ("http://a:b/v1", None, "no address of a server"),
+        (f"http://me:{KEY}@a/v1", None, "a name, a password or a query"),
+        (f"http://a/v1?api_key={KEY}", None, "a name, a password or a query"),
+        ("http://a/v1", KEY, "no name of an environment variable"),
+    ],
+)
+def test_an_address_or_a_variable_that_is_none(url: str, variable: str | None, said: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Server(base_url=url, model="m", key_variable=variable)
+    (found,) = error.value.errors()
+    assert said in found["msg"]
+    assert KEY not in found["msg"]

@@ -16,7 +16,6 @@ from tandem.cli.parsing import Parser, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
-    from tandem.diagnose.overlap import Other
     from tandem.diagnose.survey import Survey
     from tandem.recipe.schema import Recipe
     from tandem.stages.inspection import StageChat, StageData
@@ -50,7 +49,7 @@ def _survey(
 ) -> Survey:
     from tandem.cli.notices import notice_console
     from tandem.diagnose.survey import Subject, survey
-    from tandem.stages.inspection import require_context
+    from tandem.stages.inspection import other_sets, require_context
     from tandem.train.progress import phase
 
     if chat is not None:
@@ -67,27 +66,11 @@ def _survey(
     console = notice_console()
     return survey(
         subject,
-        others=_others(data, recipe, arguments.against or [], folder),
+        others=other_sets(data, recipe, arguments.against or [], folder),
         limit=arguments.limit,
         shown=arguments.rows,
         show=lambda text, total: phase(console, text, total),
     )
-
-
-def _others(
-    data: StageData, recipe: Recipe | None, against: Sequence[str], folder: Path
-) -> list[Other]:
-    """The sets that the data should share nothing with."""
-    from tandem.diagnose.overlap import read_other
-    from tandem.stages.inspection import evaluation_sources, named_sources
-
-    evaluated = [*(evaluation_sources(recipe, folder) if recipe else [])]
-    named = named_sources(against, folder, recipe.seed if recipe else None)
-    # Records of one kind share their form's words: of validation data only whole prompts count.
-    return [
-        *(read_other(source, runs=False) for source in data.validation),
-        *(read_other(source) for source in (*evaluated, *named)),
-    ]
 
 
 def _print_json(

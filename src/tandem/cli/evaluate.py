@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, positive
 from tandem.errors import UserError
-from tandem.recipe.seed_flags import DEVICES
+from tandem.recipe.seed_flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
     from tandem.recipe.evaluation import Evaluate
     from tandem.recipe.making_pairs import Server
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def evaluate(argv: list[str]) -> int:
@@ -169,7 +167,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="auto: float32 on a CPU, else bfloat16"
+        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else bfloat16"
     )
     parser.add_argument(
         "--output_dir",

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from tandem.cli.environment import prepare_gaudi
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
-from tandem.recipe.seed_flags import DEVICES
+from tandem.recipe.seed_flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
     from tandem.recipe.schema import Recipe
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pairs(argv: list[str]) -> int:
@@ -99,7 +97,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seed", type=_seed, metavar="N", help="of selection and sampling (42)")
     parser.add_argument("--device", choices=DEVICES, help="where to generate")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the model's weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model's weights")
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved settings and stop"
     )

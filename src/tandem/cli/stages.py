@@ -10,7 +10,7 @@ from tandem.cli.environment import prepare_gaudi
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser, add_flag
-from tandem.recipe.seed_flags import DEVICES, Stage, flags_of
+from tandem.recipe.seed_flags import DEVICES, DTYPES, Stage, flags_of
 from tandem.train.gaudi import bridge_installed
 from tandem.train.launch import launched
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tandem.recipe.seed_call import StageCall
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def sft(argv: list[str]) -> int:
@@ -183,7 +181,7 @@ def _merge_parser() -> Parser:
     parser.add_argument("--output-path", help="folder for the merged model", **required)
     parser.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         default="auto",
         help="of the merged weights; auto: the base's own",
     )

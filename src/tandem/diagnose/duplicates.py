@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.diagnose.words import Hashes, Words
+from tandem.data.words import Hashes, Words
 
 # Two records whose sets of runs of words have this much in common are near duplicates.
 NEAR = 0.8

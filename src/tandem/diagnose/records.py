@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.languages import language_of
+from tandem.data.overlap import prompt_digest
 from tandem.data.records import Conversation, PreferencePair, Turn
 from tandem.diagnose.answers import answer_signs, column_signs, pair_signs
 from tandem.diagnose.findings import Sign, Tally
-from tandem.diagnose.overlap import prompt_digest
 from tandem.diagnose.texts import TextSigns
 
 Record = Conversation | PreferencePair

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.records import Origin
+from tandem.data.words import Hashes
 from tandem.diagnose.duplicates import Signatures, Twins, exact_twins, near_twins
 from tandem.diagnose.findings import Sign, Tally, excerpt
-from tandem.diagnose.words import Hashes
 
 EXACT = Sign(
     "exact_duplicates",

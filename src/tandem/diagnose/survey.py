@@ -14,17 +14,18 @@ from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.encode import Chat
 from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.overlap import RUN, Other, many_words, prompt_digest
 from tandem.data.pool import Pool, available_cores
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources import SourceSpec, count_source
 from tandem.data.truncate import Limits
+from tandem.data.words import words_of
 from tandem.data.worker import Setup
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import Finding, Sign, Tally, excerpt
 from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
-from tandem.diagnose.overlap import RUN, Other, many_words, prompt_digest
 from tandem.diagnose.records import (
     Record,
     Roles,
@@ -37,7 +38,6 @@ from tandem.diagnose.records import (
 )
 from tandem.diagnose.repeated import Repeated
 from tandem.diagnose.texts import TextSigns
-from tandem.diagnose.words import words_of
 from tandem.errors import UserError
 
 # Shows a phase: its text and total (None: nobody knows) -> told how many more are done.

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.artifact.files import append_jsonl, read_jsonl
 from tandem.artifact.hashing import hash_json
+from tandem.artifact.journal import Journal
 from tandem.evaluate.scores import Score
 
 Messages = tuple[Mapping[str, str], ...]
 # Asked many conversations: each one's number and the answer, as they arrive; None for no answer.
 Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, str | None]]]
 Verdict = Literal["A", "B", "tie"]
+# Each verdict has its own key, so that one file has those of all judges and questions.
+_JOURNAL = "verdicts"
 
 PROMPT = """\
 Two assistants answered the same question. Say which answer is better: first by correctness, then \
@@ -100,24 +102,27 @@ def judge_duels(
         file: verdicts are written there as they come, and those that are there are not asked for
             again.
         advance: told how many more questions are decided.
+
+    Raises UserError for a file that is damaged, or no file of verdicts.
     """
-    known = _read(file)
     asked = [d for d in duels if d.answer != d.against]
-    open_ = [
-        (duel, swapped, key)
-        for duel in asked
-        for swapped in (False, True)
-        if (key := _key(judge, duel, swapped)) not in known
-    ]
-    advance(2 * len(asked) - len(open_))
-    messages = [_messages(duel, swapped) for duel, swapped, _ in open_]
-    for number, text in judge.ask(messages) if messages else ():
-        verdict = None if text is None else read_verdict(text)
-        if verdict is not None:
-            key = open_[number][2]
-            append_jsonl(file, {"key": key, "judge": judge.name, "verdict": verdict})
-            known[key] = verdict
-        advance(1)
+    with Journal(file, _JOURNAL) as journal:
+        known: dict[str, Verdict] = {one["key"]: one["verdict"] for one in journal.entries}
+        open_ = [
+            (duel, swapped, key)
+            for duel in asked
+            for swapped in (False, True)
+            if (key := _key(judge, duel, swapped)) not in known
+        ]
+        advance(2 * len(asked) - len(open_))
+        messages = [_messages(duel, swapped) for duel, swapped, _ in open_]
+        for number, text in judge.ask(messages) if messages else ():
+            verdict = None if text is None else read_verdict(text)
+            if verdict is not None:
+                key = open_[number][2]
+                journal.add({"key": key, "judge": judge.name, "verdict": verdict})
+                known[key] = verdict
+            advance(1)
     found = {
         duel.item: (
             known.get(_key(judge, duel, False)),
@@ -144,28 +149,12 @@ def one_by_one(ask: Callable[[Messages], str]) -> Ask:
 
 def _messages(duel: Duel, swapped: bool) -> Messages:
     one, other = (duel.against, duel.answer) if swapped else (duel.answer, duel.against)
-    # Not str.format: answers may have braces, and name each other's marks.
-    parts = {"question": duel.question, "one": one, "other": other}
-    text = re.sub(r"\{(question|one|other)\}", lambda match: parts[match.group(1)], PROMPT)
+    text = PROMPT.format(question=duel.question, one=one, other=other)
     return ({"role": "user", "content": text},)
 
 
 def _key(judge: Judge, duel: Duel, swapped: bool) -> str:
     return hash_json([judge.name, _messages(duel, swapped)[0]["content"]])
-
-
-def _read(file: Path) -> dict[str, Verdict]:
-    """The verdicts in a file; half a line, which a killed writer left, goes."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    content = file.read_bytes()
-    if whole := content[: content.rfind(b"\n") + 1]:
-        if whole != content:
-            file.write_bytes(whole)
-    elif content:
-        file.write_bytes(b"")
-    return {row["key"]: row["verdict"] for row in read_jsonl(file)}
 
 
 def _verdicts(

@@ -8,12 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from tandem.artifact.hashing import hash_bytes
 from tandem.data.languages import language_of
+from tandem.data.overlap import Other
 from tandem.pairs.prompts import Prompt
-from tandem.pairs.words import Contamination
+
+# Prompts that are looked for in evaluation sets together.
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def select_prompts(
     selection: Selection,
     *,
     seed: int,
-    contamination: Contamination | None = None,
+    evaluated: Other | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts to ask, in reading order, and how many were left out, by reason.
 
@@ -59,10 +63,10 @@ def select_prompts(
         prompts: in reading order.
         selection: what is asked for.
         seed: of the sample.
-        contamination: parts of evaluation sets; prompts and answers that have one are left out.
+        evaluated: evaluation sets; prompts and answers that share words with them are left out.
     """
     left_out: Counter[str] = Counter()
-    suited = _suited(prompts, selection, contamination, left_out)
+    suited = _suited(prompts, selection, evaluated, left_out)
     if selection.count is None:
         return list(suited), dict(left_out)
     draw = random.Random(seed)
@@ -92,18 +96,12 @@ def select_prompts(
 def _suited(
     prompts: Iterable[Prompt],
     selection: Selection,
-    contamination: Contamination | None,
+    evaluated: Other | None,
     left_out: Counter[str],
 ) -> Iterator[Prompt]:
-    matches = re.compile(selection.matches) if selection.matches else None
-    excludes = re.compile(selection.excludes) if selection.excludes else None
     seen: set[str] = set()
-    for prompt in prompts:
-        reason = _unsuited(prompt, selection, matches, excludes)
-        if reason is None and contamination is not None:
-            texts = (prompt.question, prompt.answer, prompt.system)
-            if any(map(contamination.found_in, texts)):
-                reason = "in an evaluation set"
+    for prompt, of_itself in _one_by_one(prompts, selection, evaluated):
+        reason = of_itself
         if reason is None and selection.distinct:
             key = hash_bytes(prompt.system.encode(), prompt.question.strip().encode())
             if key in seen:
@@ -113,6 +111,25 @@ def _suited(
             yield prompt
         else:
             left_out[reason] += 1
+
+
+def _one_by_one(
+    prompts: Iterable[Prompt], selection: Selection, evaluated: Other | None
+) -> Iterator[tuple[Prompt, str | None]]:
+    """Each prompt, and why it is left out whatever the others are."""
+    matches = re.compile(selection.matches) if selection.matches else None
+    excludes = re.compile(selection.excludes) if selection.excludes else None
+    left = iter(prompts)
+    while some := list(islice(left, _AT_ONCE)):
+        reasons = [_unsuited(prompt, selection, matches, excludes) for prompt in some]
+        if evaluated is not None:
+            texts = [text for p in some for text in (p.question, p.answer, p.system)]
+            held = evaluated.held(texts).reshape(len(some), 3)
+            reasons = [
+                "in an evaluation set" if reason is None and own.any() else reason
+                for reason, own in zip(reasons, held, strict=True)
+            ]
+        yield from zip(some, reasons, strict=True)
 
 
 def _unsuited(

@@ -38,9 +38,9 @@ class ChatServer:
 
     `retried` counts the retries of the last requests by reason.
 
-    Raises UserError for an address that is none, and for a variable that is not set. The key is
-    read from the environment here, sent in the header, and taken out of everything that a
-    server says.
+    Raises UserError for a variable that is not set. The key is read from the environment here, sent
+    in the header, and taken out of everything that a server says. The address is that of a recipe,
+    which is refused there when it is none or has a key in it.
     """
 
     def __init__(

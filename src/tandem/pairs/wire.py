@@ -10,10 +10,8 @@ import email.utils
 import http.client
 import json
 import os
-import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +24,6 @@ _PASSING = frozenset({408, 409, 425, 429})
 _WHOLE_RUN = frozenset({401, 403, 404, 405})
 _MAX_BYTES = 32 * 2**20
 _SHOWN = 200
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +67,15 @@ class Endpoint:
     Args:
         base_url, model, key_variable, timeout: see `server.ChatServer`.
 
-    Raises UserError for an address that is none, and for a variable that is not set.
+    Raises UserError for a variable that is not set. Address and variable are taken as they are:
+    `recipe.making_pairs.Server` has looked at them.
     """
 
     def __init__(
         self, base_url: str, model: str, *, key_variable: str | None, timeout: float
     ) -> None:
-        self.url = f"{checked_base_url(base_url)}/chat/completions"
+        begins = base_url.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{begins}/chat/completions"
         self.model = model
         self._key_variable = key_variable
         self._key = _key(key_variable)
@@ -162,40 +161,6 @@ class Endpoint:
         return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
 
 
-def checked_base_url(base_url: str) -> str:
-    """A server's address without a slash at its end.
-
-    Raises UserError for one that is no address, or that has a password or a query in it.
-    """
-    try:
-        parts = urllib.parse.urlsplit(base_url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        sound = False
-    if not sound:
-        raise UserError(
-            f"base_url: {base_url!r} is no address of a server; write it as "
-            "http://localhost:8000/v1"
-        )
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError(
-            "base_url has a name, a password or a query in it, which would be written into the "
-            "run's files. Leave them out, and name the environment variable that holds the key "
-            "(key_variable)."
-        )
-    return base_url.rstrip("/").removesuffix("/chat/completions")
-
-
-def checked_variable(name: str) -> str:
-    """The name of an environment variable; raises UserError, without saying it, for another."""
-    if not _VARIABLE.fullmatch(name):
-        raise UserError(
-            "key_variable is no name of an environment variable (if it is the key itself, put "
-            "that into a variable, and the variable's name here)"
-        )
-    return name
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would lose its body, and take the key elsewhere."""
 
@@ -249,13 +214,12 @@ def _retry_after(text: str | None) -> float | None:
 def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    name = checked_variable(variable)
-    key = os.environ.get(name, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            f"key_variable: the environment variable {name} is not set; export it with the "
+            f"key_variable: the environment variable {variable} is not set; export it with the "
             "server's key, or remove key_variable for a server that wants none"
         )
     if not key.isascii() or not key.isprintable():
-        raise UserError(f"the key in {name} has characters that no header can carry")
+        raise UserError(f"the key in {variable} has characters that no header can carry")
     return key

@@ -43,6 +43,8 @@ _ATTENTION = ("auto", "segments", "varlen", "dense", "padded")
 
 _TOO_LONG = ("drop", "keep_start", "keep_end", "drop_old_turns")
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 DEVICES = ("auto", "cpu", "cuda", "hpu", "xpu", "mps")
 
 FLAGS: tuple[Flag, ...] = (
@@ -91,7 +93,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),
     Flag("device", str, "where to train", choices=DEVICES),
-    Flag("dtype", str, "of the weights", choices=("auto", "float32", "bfloat16", "float16")),
+    Flag("dtype", str, "of the weights", choices=DTYPES),
     Flag("attention", str, "attention form", choices=_ATTENTION),
     Flag("tokens_per_microbatch", str, "tokens fed at once, or auto; never changes the result"),
     Flag("engine", str, "single, ddp, deepspeed-zero2, deepspeed-zero3, fsdp2 or a DeepSpeed JSON"),

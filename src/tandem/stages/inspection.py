@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
+from tandem.data.overlap import Other, read_other
 from tandem.data.sources import SourceSpec
 from tandem.data.template import add_tokens, resolve_template
 from tandem.data.truncate import Limits
@@ -206,7 +207,24 @@ def require_context(chat: StageChat, data: StageData) -> None:
         check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)
 
 
-def evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
+def other_sets(
+    data: StageData, recipe: Recipe | None, against: Sequence[str], folder: Path
+) -> list[Other]:
+    """The sets that a stage's data should share nothing with, read.
+
+    Those are its validation data, what the recipe evaluates on, and the sets that are named.
+    Raises UserError for one that cannot be read.
+    """
+    evaluated = _evaluation_sources(recipe, folder) if recipe else []
+    named = named_sources(against, folder, recipe.seed if recipe else None)
+    # Records of one kind share their form's words: of validation data only whole prompts count.
+    return [
+        *(read_other(source, runs=False) for source in data.validation),
+        *(read_other(source) for source in (*evaluated, *named)),
+    ]
+
+
+def _evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
     """The questions and held-out pairs that a recipe evaluates on."""
     if recipe.evaluate is None:
         return []

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text
 from tandem.artifact.hashing import hash_bytes, hash_json
+from tandem.artifact.journal import recorded
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
 from tandem.data.ledger import Entry, Ledger
@@ -30,7 +31,6 @@ from tandem.pairs.filter import (
     first_pair,
     ranked_pair,
 )
-from tandem.pairs.journal import recorded
 from tandem.pairs.output import pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.making_pairs import Pairs
@@ -186,8 +186,9 @@ class _Maker:
         self, specs: dict[str, list[SourceSpec]], seed: int
     ) -> tuple[list[Prompt], dict[str, int]]:
         prompts, left_out = asked_prompts(
-            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger
-        )
+            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger,
+            tell=lambda text: say(self.console, f"pairs: {text}"),
+        )  # fmt: skip
         self._account("select", "prompts selected", prompts, self.ledger.entries, left_out)
         count = self.settings.select.count
         if count is not None and len(prompts) < count:

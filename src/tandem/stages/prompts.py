@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from tandem.data.chunks import BadLine
-from tandem.data.formats.rows import texts_in
 from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec, read_rows
+from tandem.data.overlap import Other, fill
+from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
 from tandem.pairs.filter import is_refusal
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import Contamination
 from tandem.recipe.making_pairs import Pairs
 
 
@@ -22,26 +20,32 @@ def asked_prompts(
     settings: Pairs,
     seed: int,
     ledger: Ledger,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts that `settings.select` asks for, and how many it left out, by reason.
 
     Args:
         sources: of prompts.
-        evaluated: evaluation sets; prompts with a part of one are left out.
+        evaluated: evaluation sets; prompts that share words with them are left out.
         settings: of the stage.
         seed: of the sample.
         ledger: gets the records that no selection could ask for.
+        tell: told when the evaluation sets are too large to be kept whole.
 
     Raises UserError for rows of evaluation sets that cannot be read, and as `usable_prompts`.
     """
     select = settings.select
+    known = _set_of(evaluated, select.decontaminate_words) if evaluated else None
+    if known is not None and known.sampled > 1:
+        tell(
+            f"of the evaluation sets' runs of {select.decontaminate_words} words, one in "
+            f"{known.sampled} is looked for; shorter overlaps may stay unseen"
+        )
     return select_prompts(
         usable_prompts(sources, settings, ledger),
         Selection(**select.model_dump(exclude={"decontaminate", "decontaminate_words"})),
         seed=seed,
-        contamination=Contamination(_texts(evaluated), select.decontaminate_words)
-        if evaluated
-        else None,
+        evaluated=known,
     )
 
 
@@ -61,9 +65,12 @@ def usable_prompts(
             yield prompt
 
 
-def _texts(sources: Sequence[SourceSpec]) -> Iterator[str]:
+def _set_of(sources: Sequence[SourceSpec], run: int) -> Other:
+    # What many questions share is no form here, but a passage that they are about.
+    found = Other("evaluation sets", run=run, form=None)
     for source in sources:
-        for row in read_rows(source):
-            if isinstance(row, BadLine):
-                raise UserError(f"{row.origin}: pairs.select.decontaminate: {row.reason}")
-            yield from texts_in(row.fields)
+        fill(found, source)
+        if found.unreadable:
+            raise UserError(f"{found.first_unreadable}: pairs.select.decontaminate needs every row")
+    found.finish()
+    return found

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tandem.artifact.journal import Journal, recorded
 from tandem.errors import UserError
-from tandem.pairs.journal import Journal, recorded
 
 
 def filled(path: Path) -> bytes:

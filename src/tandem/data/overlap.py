@@ -1,6 +1,6 @@
 """Texts that a data set shares with others: validation data, evaluation sets.
 
-Two signs: a prompt that stands in the other set as it is, and thirteen words in a row that stand
+Two signs: a text that stands in the other set as it is, and thirteen words in a row that stand
 there (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C).
 """
 
@@ -23,17 +23,21 @@ from tandem.data.chunks import BadLine
 from tandem.data.formats.rows import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources import SourceSpec, looks_like_path, read_rows
-from tandem.diagnose.words import MOST_CHARACTERS, Hashes, Words, words_of
+from tandem.data.words import MOST_CHARACTERS, Hashes, Words, words_of
 from tandem.errors import UserError
 
 RUN = 13
 # Words in a row in more rows of the other set than this are its form, not its content.
-_FORM = 10
-# A prompt of fewer words is shared by chance.
+FORM = 10
+# A text of fewer words is shared by chance.
 _LEAST_WORDS = 4
+# Characters for a word, by which the parts of a long text lie over each other.
+_SHARED = 16
 # Runs that are kept, 12 bytes each; of a larger set every second, fourth, ... one is.
 _MOST_RUNS = 2**24
+# Texts, or characters of them, that are looked at together.
 _AT_ONCE = 512
+_MOST_AT_ONCE = 2**20
 _WORD = re.compile(r"\w+")
 _OPENERS: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 
@@ -53,24 +57,36 @@ def many_words(text: str) -> bool:
 
 
 class Other:
-    """A set of texts that others are looked for in; filled with `read` or `add`, then asked.
+    """A set of texts that others are looked for in; filled with `fill` or `add`, then asked.
 
     Args:
         name: of the set, for messages.
         runs: whether to look for words in a row, or for whole prompts only.
+        run: so many words in a row are a sign.
+        form: words in a row in more rows than this are the set's form, and no sign; None: all are.
+
+    `rows` counts what was read, `unreadable` what could not be parsed; the first of that is told
+    by `first_unreadable`.
     """
 
-    def __init__(self, name: str, *, runs: bool) -> None:
+    def __init__(
+        self, name: str, *, runs: bool = True, run: int = RUN, form: int | None = FORM
+    ) -> None:
         self.name = name
         self.rows = 0
         self.unreadable = 0
+        self.first_unreadable = ""
         self._with_runs = runs
+        self._run = run
+        self._form = form
         self._origins: list[Origin] = []
         self._prompts: dict[int, int] = {}
+        self._short: set[int] = set()
         self._parts: list[tuple[Hashes, NDArray[np.int32]]] = []
         self._kept = 0
         self._mask = 0
         self._waiting: list[tuple[int, str]] = []
+        self._characters = 0
         self._runs: tuple[Hashes, NDArray[np.int32]] | None = None
 
     @property
@@ -85,10 +101,11 @@ class Other:
         for text in texts:
             if many_words(text):
                 self._prompts.setdefault(prompt_digest(text), number)
-                if self._with_runs:
-                    self._waiting.append((number, text))
-        if len(self._waiting) >= _AT_ONCE:
-            self._take()
+            for piece in _pieces(text, self._run) if self._with_runs else ():
+                self._waiting.append((number, piece))
+                self._characters += len(piece)
+                if len(self._waiting) >= _AT_ONCE or self._characters >= _MOST_AT_ONCE:
+                    self._take()
 
     def prompt(self, digest: int) -> Origin | None:
         """Where a prompt of that digest stands, if it does."""
@@ -98,7 +115,7 @@ class Other:
     def shared(self, words: Words) -> list[tuple[int, Origin]]:
         """The number of each text that has words in a row of this set's, and where those stand."""
         known, rows = self.finish()
-        runs, text_of = words.runs(RUN)
+        runs, text_of = words.runs(self._run)
         if not len(known) or not len(runs):
             return []
         at = np.searchsorted(known, runs)
@@ -110,20 +127,39 @@ class Other:
             for text, one in zip(texts, first, strict=True)
         ]
 
+    def held(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """[texts] whether each has words in a row of this set's, or is one of its short texts."""
+        known, _ = self.finish()
+        pieces = [(n, piece) for n, text in enumerate(texts) for piece in _pieces(text, self._run)]
+        text_of = np.array([n for n, _ in pieces], dtype=np.int64)
+        words = words_of([piece for _, piece in pieces])
+        found = np.zeros(len(texts), dtype=np.bool_)
+        runs, piece_of = words.runs(self._run)
+        if len(known):
+            at = np.searchsorted(known, runs)
+            at[at == len(known)] = 0
+            found[text_of[piece_of[known[at] == runs]]] = True
+        for whole, piece in zip(*words.wholes(_LEAST_WORDS, self._run), strict=True):
+            found[text_of[piece]] |= int(whole) in self._short
+        return found
+
     def words_shared(self, text: str) -> str:
         """The first words in a row of a text that stand here, as far as a plain reading finds."""
         known, _ = self.finish()
         words = _WORD.findall(text[:MOST_CHARACTERS])
-        windows = [" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
-        runs, window_of = words_of(windows).runs(RUN)
+        count = len(words) - self._run + 1
+        windows = [" ".join(words[i : i + self._run]) for i in range(count)]
+        runs, window_of = words_of(windows).runs(self._run)
         hits = window_of[np.isin(runs, known)]
         return windows[int(hits[0])] if len(hits) else ""
 
     def _take(self) -> None:
-        runs, text_of = words_of([text for _, text in self._waiting]).runs(RUN)
+        words = words_of([text for _, text in self._waiting])
+        self._short.update(words.wholes(_LEAST_WORDS, self._run)[0].tolist())
+        runs, text_of = words.runs(self._run)
         numbers = np.array([number for number, _ in self._waiting], dtype=np.int32)
         self._keep(runs, numbers[text_of] if len(runs) else np.zeros(0, dtype=np.int32))
-        self._waiting = []
+        self._waiting, self._characters = [], 0
 
     def _keep(self, runs: Hashes, rows: NDArray[np.int32]) -> None:
         wanted = (runs & np.uint64(self._mask)) == 0
@@ -150,36 +186,53 @@ class Other:
             fresh = np.append(True, (runs[1:] != runs[:-1]) | (rows[1:] != rows[:-1]))[: len(runs)]
             runs, rows = runs[fresh], rows[fresh]
             known, first, counts = np.unique(runs, return_index=True, return_counts=True)
-            content = counts <= _FORM
+            content = counts <= (self._form or len(self._origins))
             self._runs = known[content], rows[first][content]
         return self._runs
 
 
 def read_other(source: SourceSpec, *, runs: bool = True) -> Other:
-    """Read all texts of a source of any layout, or of a file of plain lines, as `Other`.
-
-    CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
-    compressed (.gz, .bz2, .xz). Raises `UserError` for a file that cannot be read.
-    """
+    """A set of one source; see `fill`."""
     other = Other(source.path, runs=runs)
-    for texts, origin in _rows(source):
-        if texts is None:
-            other.unreadable += 1
-        else:
-            other.add(texts, origin)
+    fill(other, source)
     other.finish()
-    if not other.rows:
-        raise UserError(f"data: there is no text in {source.path}.")
     return other
 
 
-def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | None, Origin]]:
+def fill(other: Other, source: SourceSpec) -> None:
+    """Add all texts of a source of any layout, or of a file of plain lines, to `other`.
+
+    CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
+    compressed (.gz, .bz2, .xz). Raises `UserError` for a file that cannot be read, or has no text.
+    """
+    before = other.rows
+    for texts, origin in _rows(source):
+        if isinstance(texts, BadLine):
+            other.unreadable += 1
+            other.first_unreadable = other.first_unreadable or f"{origin}: {texts.reason}"
+        else:
+            other.add(texts, origin)
+    if other.rows == before:
+        raise UserError(f"data: there is no text in {source.path}.")
+
+
+def _pieces(text: str, run: int) -> Iterator[str]:
+    """The parts of a text that `words_of` reads whole; each begins with the last one's end.
+
+    So words in a row that lie across are in one of them.
+    """
+    shared = min(_SHARED * run, MOST_CHARACTERS // 2)
+    for start in range(0, max(1, len(text) - shared), MOST_CHARACTERS - shared):
+        yield text[start : start + MOST_CHARACTERS]
+
+
+def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | BadLine, Origin]]:
     path = Path(source.path).expanduser() if looks_like_path(source.path) else None
     if path is not None and path.is_file() and _is_plain(path):
         yield from _plain_rows(path)
         return
     for row in read_rows(source):
-        yield (None if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
+        yield (row if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
 
 
 def _is_plain(path: Path) -> bool:

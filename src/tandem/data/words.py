@@ -1,7 +1,7 @@
 """Words as 64-bit numbers, many texts at once: what duplicates and overlaps are found by.
 
 Words are runs of letters and digits in lower case; where writing has no spaces between words
-(Chinese, Japanese), each character is one.
+(Chinese, Japanese, Thai), each character is one.
 """
 
 from __future__ import annotations
@@ -46,6 +46,20 @@ class Words:
         within = text_of[:count] == text_of[length - 1 :]
         return runs[within], text_of[:count][within]
 
+    def wholes(self, least: int, below: int) -> tuple[Hashes, NDArray[np.int64]]:
+        """Hashes of the texts of at least `least` and fewer than `below` words, and which they are.
+
+        The hash of a text of n words is that of its run of n.
+        """
+        counts = np.diff(self.starts)
+        texts = np.flatnonzero((counts >= least) & (counts < below))
+        wholes = np.zeros(len(texts), dtype=np.uint64)
+        for offset in range(below - 1):
+            more = counts[texts] > offset
+            word = self.hashes[self.starts[texts[more]] + offset]
+            wholes[more] = _mixed(wholes[more] * _STEP + word)
+        return wholes, texts
+
 
 def words_of(texts: Sequence[str]) -> Words:
     """The words of some texts, each of at most `MOST_CHARACTERS`."""
@@ -68,15 +82,21 @@ def words_of(texts: Sequence[str]) -> Words:
 def _shape(content: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which bytes are within words, and which would begin one."""
     inside = _IN_WORD[content]
-    # General punctuation (dashes, curly quotes) is E2 80 xx in UTF-8.
-    quotes = np.flatnonzero((content[:-1] == 0xE2) & (content[1:] == 0x80))
+    lead, next_ = content[:-1], content[1:]
+    # In UTF-8, general punctuation (dashes, curly quotes) is E2 80 xx, that of Chinese and Japanese
+    # E3 80 xx, and C2 xx what Latin-1 has of marks and spaces.
+    marks = np.flatnonzero(((lead == 0xE2) | (lead == 0xE3)) & (next_ == 0x80))
     for offset in range(3):
-        inside[quotes + offset] = False
-    begins = _OWN_WORD[content]
+        inside[marks + offset] = False
+    latin = np.flatnonzero(lead == 0xC2)
+    inside[latin] = inside[latin + 1] = False
+    own = _OWN_WORD[content]
+    own[:-1] |= (lead == 0xE0) & ((next_ == 0xB8) | (next_ == 0xB9))  # Thai
+    begins = own.copy()
     begins[0] = True
     begins[1:] |= ~inside[:-1]
     # What follows a character that is a word of its own, but for its two other bytes.
-    after = np.flatnonzero(_OWN_WORD[content]) + 3
+    after = np.flatnonzero(own) + 3
     begins[after[after < len(content)]] = True
     return inside, begins
 

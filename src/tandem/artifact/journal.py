@@ -66,8 +66,8 @@ class Journal:
                 if number == len(lines):  # a power cut may leave anything in the last block
                     break
                 raise UserError(
-                    f"{self.path}, line {number}: damaged. Restore the file, or remove it to "
-                    "generate anew."
+                    f"{self.path}, line {number}: damaged. Restore the file, or remove it to begin "
+                    "anew."
                 ) from None
         if not values or not isinstance(values[0], dict):
             return 0
@@ -77,7 +77,7 @@ class Journal:
             raise UserError(
                 f"{self.path} holds {len(values) - 1} finished units of other prompts, another "
                 "model, dtype or device, or other sampling. Use the same to go on with them, "
-                "choose another output folder, or remove the file to generate anew."
+                "choose another output folder, or remove the file to begin anew."
             )
         self.entries = values[1:]
         return sum(len(line) + 1 for line in lines[: len(values)])
