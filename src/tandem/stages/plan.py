@@ -270,7 +270,7 @@ class _Planner:
         """What a run here would take for copies of the weights in a faster order."""
         device = self.device
         copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
-        fits = device.weights == torch.float32 and copies_fit(copies, device, free, self.processes)
+        fits = device.weights == torch.float32 and copies_fit(copies, device, free)
         return copies if fits else 0
 
     def _forecast(

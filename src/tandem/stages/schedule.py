@@ -60,7 +60,7 @@ def resolve_schedule(
         lambda: (
             token_budget(requested, device, config),
             torch.get_num_threads(),
-            copies_fit(copies, device, device.free_memory(), processes.count),
+            copies_fit(copies, device, device.free_memory()),
         )
     )
     return {
@@ -78,16 +78,15 @@ def resolve_schedule(
     }
 
 
-def copies_fit(copies: int, device: Device, free: int, processes: int) -> bool:
+def copies_fit(copies: int, device: Device, free: int) -> bool:
     """Whether frozen weights are kept in a faster order as well.
 
     Args:
         copies: what that would take, in bytes.
         device: where.
         free: a process's share of the memory that is free.
-        processes: how many there are.
     """
-    return device.is_host and 0 < copies <= free * _COPIES_SHARE / processes
+    return device.is_host and 0 < copies <= free * _COPIES_SHARE
 
 
 def repeat_schedule(
