@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tandem.artifact.hashing import hash_bytes, hash_json
 from tandem.artifact.journal import recorded
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
-from tandem.data.ledger import Entry, Ledger
+from tandem.data.ledger import Ledger
 from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
 from tandem.pairs.card import data_card
@@ -34,7 +34,7 @@ from tandem.pairs.filter import (
 from tandem.pairs.output import pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.making_pairs import Pairs
-from tandem.stages.prompts import asked_prompts, usable_prompts
+from tandem.stages.prompts import heldout_prompts, selected_prompts
 from tandem.stages.scorers import Scorer, open_scorer, scorer_identity
 from tandem.stages.sources import data_identity, source_specs
 from tandem.stages.writers import Work, Writer, check_writers, open_writer, writer_identity
@@ -156,12 +156,14 @@ class _Maker:
         for name in ("pairs", "heldout"):  # an earlier start may have had others
             for other in ("jsonl", "parquet"):
                 pairs_file(self.folder, name, other).unlink(missing_ok=True)
-        prompts, left_out = self._selected(specs, seed)
+        prompts, left_out = selected_prompts(
+            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger, self.console
+        )
         summary = self._make("pairs", prompts, seed)
         summary["left_out"] = left_out
         outputs = [pairs_file(self.folder, "pairs", kind).name]
         if specs["heldout"]:
-            heldout = self._heldout(specs["heldout"])
+            heldout = heldout_prompts(specs["heldout"], self.settings, self.ledger, self.console)
             summary["heldout"] = self._make("heldout", heldout, seed + _HELDOUT_SEED)
             outputs.append(pairs_file(self.folder, "heldout", kind).name)
         self.ledger.write()
@@ -181,47 +183,6 @@ class _Maker:
         )
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md"]
-
-    def _selected(
-        self, specs: dict[str, list[SourceSpec]], seed: int
-    ) -> tuple[list[Prompt], dict[str, int]]:
-        prompts, left_out = asked_prompts(
-            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger,
-            tell=lambda text: say(self.console, f"pairs: {text}"),
-        )  # fmt: skip
-        self._account("select", "prompts selected", prompts, self.ledger.entries, left_out)
-        count = self.settings.select.count
-        if count is not None and len(prompts) < count:
-            say(
-                self.console,
-                f"pairs: pairs.select.count asks for {count} prompts, there are only "
-                f"{len(prompts)}",
-            )
-        return prompts, left_out
-
-    def _heldout(self, sources: Sequence[SourceSpec]) -> list[Prompt]:
-        before = len(self.ledger.entries)
-        prompts = list(usable_prompts(sources, self.settings, self.ledger))
-        self._account("heldout", "held-out prompts", prompts, self.ledger.entries[before:], {})
-        return prompts
-
-    def _account(
-        self,
-        key: str,
-        what: str,
-        prompts: Sequence[Prompt],
-        entries: Sequence[Entry],
-        left_out: Mapping[str, int],
-    ) -> None:
-        """Say what is not asked; raises UserError when nothing is left."""
-        counts = Counter(entry.reason for entry in entries) + Counter(left_out)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        if not prompts:
-            raise UserError(
-                f"pairs.{key}: no prompt is left ({reasons or 'the data has none'}); ask for less"
-            )
-        if reasons:
-            say(self.console, f"pairs: {len(prompts)} {what}; left out: {reasons}")
 
     def _make(self, name: str, read: Sequence[Prompt], seed: int) -> dict[str, Any]:
         """Write one file of pairs from some prompts; returns the counts for the summary."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tandem.data.ledger import Ledger
+from rich.console import Console
+
+from tandem.data.ledger import Entry, Ledger
 from tandem.data.overlap import Other, fill
 from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
@@ -12,6 +15,39 @@ from tandem.pairs.filter import is_refusal
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
 from tandem.recipe.making_pairs import Pairs
+from tandem.train.progress import say
+
+
+def selected_prompts(
+    sources: Sequence[SourceSpec],
+    evaluated: Sequence[SourceSpec],
+    settings: Pairs,
+    seed: int,
+    ledger: Ledger,
+    console: Console,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """As `asked_prompts`, and what is left out is said; raises UserError when nothing is left."""
+    prompts, left_out = asked_prompts(
+        sources, evaluated, settings, seed, ledger, tell=lambda text: say(console, f"pairs: {text}")
+    )
+    _account("select", "prompts selected", prompts, ledger.entries, left_out, console)
+    count = settings.select.count
+    if count is not None and len(prompts) < count:
+        say(
+            console,
+            f"pairs: pairs.select.count asks for {count} prompts, there are only {len(prompts)}",
+        )
+    return prompts, left_out
+
+
+def heldout_prompts(
+    sources: Sequence[SourceSpec], settings: Pairs, ledger: Ledger, console: Console
+) -> list[Prompt]:
+    """All `usable_prompts`, and the others are said; raises UserError when there is none."""
+    before = len(ledger.entries)
+    prompts = list(usable_prompts(sources, settings, ledger))
+    _account("heldout", "held-out prompts", prompts, ledger.entries[before:], {}, console)
+    return prompts
 
 
 def asked_prompts(
@@ -74,3 +110,21 @@ def _set_of(sources: Sequence[SourceSpec], run: int) -> Other:
             raise UserError(f"{found.first_unreadable}: pairs.select.decontaminate needs every row")
     found.finish()
     return found
+
+
+def _account(
+    key: str,
+    what: str,
+    prompts: Sequence[Prompt],
+    entries: Sequence[Entry],
+    left_out: Mapping[str, int],
+    console: Console,
+) -> None:
+    counts = Counter(entry.reason for entry in entries) + Counter(left_out)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    if not prompts:
+        raise UserError(
+            f"pairs.{key}: no prompt is left ({reasons or 'the data has none'}); ask for less"
+        )
+    if reasons:
+        say(console, f"pairs: {len(prompts)} {what}; left out: {reasons}")
