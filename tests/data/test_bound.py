@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from tandem.data.bound import longest_token
 from tandem.data.encode import Chat, Encoded, Refused
+from tandem.data.exchanges import encode_conversation
+from tandem.data.limits import Limits, TooLong
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.template import resolve_template
-from tandem.data.truncate import Limits, TooLong, encode_conversation
 from tests.data.test_truncate import POLICIES, fit, fit_two
 
 ORIGIN = Origin("made.jsonl", 1)

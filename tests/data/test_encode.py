@@ -17,9 +17,9 @@ from tandem.data.encode import (
     encode_exchanges,
     pair_tree,
 )
+from tandem.data.exchanges import trained_exchanges
 from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
 from tandem.data.template import prompt_ids, resolve_template
-from tandem.data.truncate import trained_exchanges
 
 ORIGIN = Origin("made.jsonl", 1)
 

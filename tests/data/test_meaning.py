@@ -12,10 +12,10 @@ import pytest
 from tandem.data.batch import Plan
 from tandem.data.identity import encoding_key
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.reading import read_conversations, read_pairs, read_questions
 from tandem.data.records import Turn
 from tandem.data.sources import SourceSpec
-from tandem.data.truncate import Limits
 from tandem.errors import UserError
 from tandem.recipe.section import DataSource
 from tandem.stages.sources import data_identity, source_spec

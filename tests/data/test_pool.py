@@ -23,11 +23,11 @@ from tandem.data.chunks import LineChunk
 from tandem.data.encode import Chat
 from tandem.data.files import file_chunks
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore
 from tandem.data.template import resolve_template
-from tandem.data.truncate import Limits
 from tandem.data.worker import Setup
 from tandem.errors import TandemError, UserError
 

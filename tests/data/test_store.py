@@ -18,13 +18,13 @@ from tandem.data.chunks import RowChunk
 from tandem.data.columns import sequence_digest
 from tandem.data.encode import Chat
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore, TreeWriter
 from tandem.data.template import ChatTemplate, resolve_template
 from tandem.data.trees import Trees
-from tandem.data.truncate import Limits
 from tandem.errors import UserError
 
 from .test_prepare import pair, talk, write

@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 
 from tandem.data import truncate
 from tandem.data.encode import Chat, Encoded, Refused, encode_exchanges
+from tandem.data.exchanges import encode_conversation, pair_exchanges
 from tandem.data.lighten import lighten
+from tandem.data.limits import Limits, TooLong
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.template import prompt_ids, resolve_template
-from tandem.data.truncate import (
-    Fitted,
-    Limits,
-    TooLong,
-    encode_conversation,
-    fit_conversation,
-    fit_pair,
-    pair_exchanges,
-)
+from tandem.data.truncate import Fitted, fit_conversation, fit_pair
 
 ORIGIN = Origin("made.jsonl", 1)
 POLICIES: tuple[TooLong, ...] = ("drop", "keep_start", "keep_end", "drop_old_turns")

@@ -16,11 +16,11 @@ from tandem.data.chunks import Chunk
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.overlap import read_other
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
-from tandem.data.truncate import Limits
 from tandem.diagnose.credentials import masked
 from tandem.diagnose.findings import Finding
 from tandem.diagnose.page import as_json, print_survey

@@ -13,11 +13,11 @@ from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
-from tandem.data.truncate import Limits
 from tandem.diagnose.tokens import encode_row, find_row, record_in, token_texts
 from tandem.diagnose.view import _STYLES, print_encodings, print_turns, visible
 from tandem.errors import UserError

@@ -18,21 +18,15 @@ from tandem.data.encode import (
     encode_text,
     pair_tree,
 )
+from tandem.data.exchanges import LossOn, pair_exchanges, trained_exchanges
 from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
 from tandem.data.lighten import Light, lighten
+from tandem.data.limits import Limits
 from tandem.data.reading import OnBadRecord, records_of
 from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
 from tandem.data.tools import in_form, suited
-from tandem.data.truncate import (
-    Fitted,
-    Limits,
-    LossOn,
-    fit_conversation,
-    fit_pair,
-    pair_exchanges,
-    trained_exchanges,
-)
+from tandem.data.truncate import Fitted, fit_conversation, fit_pair
 
 
 @dataclass(frozen=True, slots=True)

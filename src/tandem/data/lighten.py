@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tandem.data.encode import END_INSIDE, Chat, Refused, render, room_for
-from tandem.data.records import Conversation
-from tandem.data.shorten import Turns, first_user, skip_hopeless, users
-from tandem.data.truncate import (
+from tandem.data.exchanges import (
     UNTRAINED,
-    Limits,
     LossOn,
     is_answer,
     is_trained,
     until_last_trained,
 )
+from tandem.data.limits import Limits
+from tandem.data.records import Conversation
+from tandem.data.shorten import Turns, first_user, skip_hopeless, users
 
 
 @dataclass(frozen=True, slots=True)

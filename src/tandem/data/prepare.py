@@ -14,15 +14,16 @@ import numpy as np
 from tandem.data.batch import Batch, Plan, encode_batch
 from tandem.data.chunks import Chunk
 from tandem.data.encode import Chat
+from tandem.data.exchanges import LossOn
 from tandem.data.identity import encoding_key
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits, TooLong
 from tandem.data.pool import Pool, available_cores
 from tandem.data.reading import OnBadRecord, formatted_chunks, names_of
 from tandem.data.sources import SourceSpec, count_source, origin_names
 from tandem.data.store import EncodedStore, TreeWriter, replay
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.data.truncate import Limits, LossOn, TooLong
 from tandem.data.worker import Setup
 from tandem.errors import UserError
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from tandem.data.encode import (
-    Chat,
-    Encoded,
-    Exchange,
-    Refused,
-    encode_exchanges,
-    encode_text,
+from tandem.data.encode import Chat, Encoded, Exchange, Refused, encode_exchanges
+from tandem.data.exchanges import (
+    UNTRAINED,
+    LossOn,
+    encode_conversation,
+    is_answer,
+    pair_exchanges,
+    until_last_trained,
 )
-from tandem.data.records import Conversation, PreferencePair, Turn
+from tandem.data.limits import Limits
+from tandem.data.records import Conversation, PreferencePair
 from tandem.data.shorten import (
     Turns,
     cut_turn,
@@ -32,38 +33,10 @@ from tandem.data.shorten import (
     without_oldest,
 )
 
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
-LossOn = Literal["answers", "text"]
-
 NOTHING_LEFT = "nothing left to train"
 BEYOND = "longer than max_length"
 PROMPT_BEYOND = "prompt longer than max_prompt_length"
 ANSWER_BEYOND = "the answer alone is longer than max_length"
-UNTRAINED = "every answer has weight 0"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Token limits: a whole sequence, and its prompt part when that must give way.
-
-    `prompt` None lets a prompt have half of `sequence`, or what the answer leaves if more.
-    `too_long` is what a record beyond them loses.
-    """
-
-    sequence: int
-    prompt: int | None
-    too_long: TooLong = "drop_old_turns"
-
-    def for_prompt(self, answer_tokens: int) -> int:
-        """How many tokens a prompt may keep in a sequence that is too long."""
-        if self.too_long == "keep_end":
-            room = self.sequence - answer_tokens
-            return room if self.prompt is None else min(self.prompt, room)
-        if self.prompt is not None:
-            return min(self.prompt, self.sequence - 1)
-        if self.too_long == "keep_start":
-            return self.sequence - 1
-        return min(max(self.sequence // 2, self.sequence - answer_tokens), self.sequence - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,49 +46,6 @@ class Fitted:
     encoded: tuple[Encoded, ...]
     reason: str = ""
     detail: str = ""
-
-
-def trained_exchanges(conversation: Conversation) -> list[Exchange]:
-    """The answers of a conversation that are trained, each with the turns before it."""
-    turns, tools = conversation.turns, conversation.tools
-    return [
-        Exchange(turns[:index], turn.content, conversation.origin, turn.extra, tools)
-        for index, turn in enumerate(turns)
-        if is_trained(turn)
-    ]
-
-
-def until_last_trained(turns: Turns) -> Turns:
-    """The turns up to the last trained answer; nothing behind it can influence training."""
-    return turns[: 1 + max((i for i, turn in enumerate(turns) if is_trained(turn)), default=-1)]
-
-
-def is_answer(turn: Turn, loss_on: LossOn) -> bool:
-    """Whether it is an answer that is trained, alone or with the text."""
-    return turn.role == "assistant" and (turn.trained or loss_on == "text")
-
-
-def is_trained(turn: Turn) -> bool:
-    """Whether it is an answer without weight 0."""
-    return turn.role == "assistant" and turn.trained
-
-
-def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
-    """Both answers of a pair after their prompt, chosen first."""
-    return [
-        Exchange(pair.prompt, text, pair.origin, tools=pair.tools)
-        for text in (pair.chosen, pair.rejected)
-    ]
-
-
-def encode_conversation(
-    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
-) -> list[Encoded | Refused]:
-    """A conversation's trained answers, each after its prompt; or its whole text as one."""
-    if loss_on == "text":
-        return [encode_text(chat, conversation, limits.sequence)]
-    exchanges = trained_exchanges(conversation)
-    return encode_exchanges(chat, exchanges, limits.sequence)
 
 
 def fit_conversation(

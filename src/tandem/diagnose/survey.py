@@ -14,13 +14,13 @@ from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.encode import Chat
 from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.limits import Limits
 from tandem.data.overlap import RUN, Other, many_words, prompt_digest
 from tandem.data.pool import Pool, available_cores
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources import SourceSpec, count_source
-from tandem.data.truncate import Limits
 from tandem.data.words import words_of
 from tandem.data.worker import Setup
 from tandem.diagnose.duplicates import signatures

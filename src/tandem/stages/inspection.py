@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
+from tandem.data.limits import Limits
 from tandem.data.overlap import Other, read_other
 from tandem.data.sources import SourceSpec
 from tandem.data.template import add_tokens, resolve_template
-from tandem.data.truncate import Limits
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
 from tandem.recipe.explain import explain
