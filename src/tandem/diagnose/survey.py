@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 
 import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
-from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
+from tandem.data.chunks import Chunk, Row, RowChunk
 from tandem.data.encode import Chat
 from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
-from tandem.data.overlap import RUN, Other, many_words, prompt_digest
-from tandem.data.pool import Pool, available_cores
+from tandem.data.overlap import Other
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
-from tandem.data.sources import SourceSpec, count_source
+from tandem.data.sources import SourceSpec
 from tandem.data.words import words_of
-from tandem.data.worker import Setup
 from tandem.diagnose.duplicates import signatures
-from tandem.diagnose.findings import Finding, Sign, Tally, excerpt
+from tandem.diagnose.findings import Finding, Sign, Tally
 from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
+from tandem.diagnose.pieces import Show, encoded_pieces
 from tandem.diagnose.records import (
     Record,
     Roles,
@@ -37,18 +34,12 @@ from tandem.diagnose.records import (
     question_of,
 )
 from tandem.diagnose.repeated import Repeated
+from tandem.diagnose.shared import look_for_shared
 from tandem.diagnose.texts import TextSigns
 from tandem.errors import UserError
 
-# Shows a phase: its text and total (None: nobody knows) -> told how many more are done.
-Show = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
-
-# Pieces, of up to 256 records each, beyond which progress is shown and processes encode.
-_FEW = 32
-_MOST_WORKERS = 12
 # Tokens beyond which nobody counts: a text of 50 MB would take gigabytes.
 _COUNTED = 2**17
-
 
 _UNCOUNTED = Sign(
     "very_long",
@@ -56,26 +47,6 @@ _UNCOUNTED = Sign(
     "note",
     "A record this long is often a whole file by mistake: look at it.",
 )
-
-
-def shared_signs(other: str) -> tuple[Sign, Sign]:
-    """The signs that a prompt, and that words in a row, are in another set as well."""
-    return (
-        Sign(
-            "shared_prompts",
-            f"prompts that are in {other} as well",
-            "warning",
-            "What is scored there would be trained on: take them out on one side.",
-            about=other,
-        ),
-        Sign(
-            "shared_words",
-            f"texts with {RUN} words in a row of {other}",
-            "warning",
-            "What is scored there may be trained on: look at the rows, take them out.",
-            about=other,
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +119,16 @@ def survey(
     work = _Survey(subject, others, limit, shown)
     problem = None
     try:
-        for chunk, known, batch in _pieces(subject, work.ledger, limit, show, workers):
+        pieces = encoded_pieces(
+            subject.sources,
+            _plan(subject),
+            subject.chat,
+            work.ledger,
+            limit=limit,
+            show=show,
+            workers=workers,
+        )
+        for chunk, known, batch in pieces:
             work.take(chunk, known, batch)
     except UserError as error:
         problem = str(error)
@@ -163,7 +143,7 @@ class _Survey:
     ) -> None:
         self.ledger = Ledger(None)
         self._subject, self._limit = subject, limit
-        self._others = [(other, *shared_signs(other.name)) for other in others]
+        self._others = tuple(others)
         self._texts = TextSigns(subject.special)
         self._tally, self._roles = Tally(shown), Roles()
         self._lengths = Lengths("tokens" if subject.chat else "characters")
@@ -226,7 +206,7 @@ class _Survey:
                     }
                 )
             ),
-            tuple(other for other, *_ in self._others),
+            self._others,
             problem,
         )
 
@@ -290,21 +270,7 @@ class _Survey:
                 for record in records
             ],
         )
-        for other, prompts, runs in self._others:
-            whole = set()
-            for number, record in enumerate(records):
-                question = question_of(record)
-                at = other.prompt(prompt_digest(question)) if many_words(question) else None
-                if at is not None:
-                    whole.add(number)
-                    said = _like(at, question) if self._tally.wants(prompts) else ""
-                    self._tally.add_example(prompts, record.origin, said)
-            for number, at in other.shared(words):
-                if number not in whole:
-                    said = ""
-                    if self._tally.wants(runs):
-                        said = _like(at, other.words_shared(body_of(records[number])))
-                    self._tally.add_example(runs, records[number].origin, said)
+        look_for_shared(records, words, self._others, self._tally)
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
         """The questions of a few records, from another look at the data."""
@@ -328,59 +294,10 @@ class _Survey:
         return found
 
 
-def _pieces(
-    subject: Subject, ledger: Ledger, limit: int | None, show: Show | None, workers: int | None
-) -> Iterator[tuple[Chunk, str, Batch | None]]:
-    """The pieces of the data with what encoding makes of each, None without a tokenizer."""
+def _plan(subject: Subject) -> Plan:
+    """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
     plan = replace(subject.plan, on_bad_record="drop")
-    if not subject.limited:
-        plan = replace(plan, limits=Limits(_COUNTED, None))
-    chunks = formatted_chunks(subject.sources, plan.kind, ledger, "drop")
-    if limit is not None:
-        chunks = _limited(chunks, limit)
-    first = list(islice(chunks, _FEW + 1))
-    pieces = chain(first, chunks)
-    chat = subject.chat
-    if len(first) <= _FEW:
-        for chunk, known in pieces:
-            yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
-        return
-    with show("checking records", _total(subject, limit)) if show else nullcontext(_unseen) as tell:
-        count = workers or min(available_cores(), _MOST_WORKERS)
-        if chat is None or chat.parts is None or count == 1:
-            for chunk, known in pieces:
-                yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
-                tell(chunk.count)
-            return
-        with Pool(Setup(chat.parts, plan), count) as pool:
-            for (chunk, known), batch in pool.map(pieces):
-                yield chunk, known, batch
-                tell(chunk.count)
-
-
-def _total(subject: Subject, limit: int | None) -> int | None:
-    counts = [count_source(source) for source in subject.sources]
-    total = None if None in counts else sum(count or 0 for count in counts)
-    return total if limit is None or total is None else min(limit, total)
-
-
-def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int) -> Iterator[tuple[Chunk, str]]:
-    """The pieces up to row `limit`."""
-    for chunk, known in chunks:
-        if chunk.count >= limit:
-            rows: tuple[Row | BadLine, ...] = tuple(islice(chunk.rows(), limit))
-            yield RowChunk(chunk.file, len(rows), rows), known
-            return
-        limit -= chunk.count
-        yield chunk, known
-
-
-def _unseen(_: int) -> None:
-    pass
-
-
-def _like(origin: Origin, text: str) -> str:
-    return f"as row {origin.row} there: {excerpt(text)}"
+    return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
 
 
 def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
