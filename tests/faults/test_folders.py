@@ -115,7 +115,7 @@ def test_an_unfinished_stage_with_nothing_to_lose_takes_the_corrected_recipe(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.stages.training.make_optimizer", crash)
+        patch.setattr("tandem.stages.steps.make_optimizer", crash)
         with pytest.raises(AssertionError, match="ZeroDivisionError"):
             desk.accepted(desk.train())
     assert (desk.home / "out" / "manifest.json").exists()

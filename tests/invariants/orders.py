@@ -350,7 +350,7 @@ def _bug(patch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    patch.setattr("tandem.stages.training.choose_backend", crash)
+    patch.setattr("tandem.stages.policy.choose_backend", crash)
 
 
 class _Fails(torch.autograd.Function):

@@ -22,7 +22,7 @@ from tandem.model.load import load_model
 from tandem.model.products import bytes_to_order, order_weights, ordered_bytes
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Lora, Sft
-from tandem.stages import training
+from tandem.stages import stage, training
 from tandem.stages.forecast import Forecast, compared, copied_bytes, forecast, keep
 from tandem.stages.sft import run_sft
 from tandem.train.device import choose_device
@@ -117,7 +117,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
     monkeypatch.setattr(training, "forecast_run", strange)
-    monkeypatch.setattr(training, "say", lambda _, text, **__: told.append(text))
+    monkeypatch.setattr(stage, "say", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
     assert summary["steps"] == 2

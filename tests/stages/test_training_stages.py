@@ -122,7 +122,7 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "changed")
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.training.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr("tandem.stages.stage.say", lambda _, text, **__: said.append(text))
     resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
     assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
     assert distance(resumed, whole) < 5e-5
@@ -132,7 +132,7 @@ def test_kernels_and_order_are_recorded_and_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.training.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr("tandem.stages.stage.say", lambda _, text, **__: said.append(text))
     whole = run("dpo", tiny_model, tmp_path / "whole")
     schedule = read_json(tmp_path / "whole" / "manifest.json")["schedule"]
     assert schedule["kernels"] == numerics()

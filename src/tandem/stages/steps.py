@@ -1,22 +1,25 @@
-"""From a stage's settings to its loop of steps, and to the scores of held-out records beside it."""
+"""From a stage's settings to its optimizer, its loop of steps and its held-out scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from tandem.data.order import tenth
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.records import Records
+from tandem.stages.stage import Stage
 from tandem.stages.validation import best_by, scored_every
-from tandem.train.checkpoint import CheckpointStore, Progress
-from tandem.train.engine import Engine
+from tandem.train.checkpoint import Progress
+from tandem.train.device import attention_weight
 from tandem.train.held_out import HeldOutScores
 from tandem.train.loop import Schedule, Training
 from tandem.train.memory import TokenBudget
 from tandem.train.objective import Objective
-from tandem.train.optim import make_schedule, warmup
+from tandem.train.optim import make_optimizer, make_schedule, warmup
 from tandem.train.progress import StageProgress
 
 
@@ -25,19 +28,38 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
+def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> None:
+    """Hand a stage's model to its engine, with the optimizer that the settings ask for.
+
+    Args:
+        stage: resolved.
+        model: with its adapter.
+        state: the optimizer's tensors where a run goes on; empty in a new one.
+    """
+    engine, settings = stage.engine, stage.settings
+    engine.prepare(
+        model,
+        partial(
+            make_optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            epsilon=settings.adam_epsilon,
+            kind=engine.device.adamw,
+        ),
+        settings.max_grad_norm,
+    )
+    if state:
+        engine.strategy.load_optimizer(state)
+
+
 def take_steps(
-    engine: Engine,
+    stage: Stage,
     model: Any,
     records: Records,
     objectives: Sequence[Objective],
-    settings: TrainingSettings,
     *,
-    dropout: bool,
-    attention_weight: float,
     budget: TokenBudget,
-    seed: int,
-    folder: Path,
-    checkpoints: CheckpointStore,
     progress: Progress,
     total: int,
     display: StageProgress,
@@ -45,25 +67,21 @@ def take_steps(
     """Take all steps that remain of a stage.
 
     Args:
-        engine, model: prepared.
+        stage: resolved, its engine prepared.
+        model: that the engine holds.
         records: to train on, and held out.
         objectives: of the first, and of the second if there are any.
-        settings: of the stage.
-        dropout: whether the stage's kind has any.
-        attention_weight: see `data.packing.tree_cost`.
         budget: tokens of a micro-batch.
-        seed: of order and dropout.
-        folder: the stage's.
-        checkpoints: where they go.
         progress: where the run stands.
         total: steps of the whole run.
         display: told each step and score.
     """
+    settings, checkpoints = stage.settings, stage.checkpoints()
     schedule = Schedule(
         total_steps=total,
         batch_size=settings.batch_size,
-        seed=seed,
-        attention_weight=attention_weight,
+        seed=stage.seed,
+        attention_weight=attention_weight(stage.config),
         logging_steps=settings.logging_steps,
         save_steps=saved_every(settings, total),
         parts=records.parts,
@@ -71,20 +89,20 @@ def take_steps(
     held_out = None
     if records.held_out is not None:
         held_out = HeldOutScores(
-            engine=engine,
+            engine=stage.engine,
             model=model,
             trees=records.held_out.trees,
             objective=objectives[1],
             budget=budget,
-            attention_weight=attention_weight,
+            attention_weight=schedule.attention_weight,
             every=scored_every(settings, total),
-            folder=folder,
+            folder=stage.folder,
             best=best_by(settings),
             checkpoints=checkpoints,
             show=display.scored,
         )
     return Training(
-        engine=engine,
+        engine=stage.engine,
         model=model,
         trees=records.trees,
         objective=objectives[0],
@@ -96,8 +114,8 @@ def take_steps(
         ),
         schedule=schedule,
         budget=budget,
-        dropout=dropout and settings.lora.dropout > 0,
-        folder=folder,
+        dropout=stage.kind.dropout and settings.lora.dropout > 0,
+        folder=stage.folder,
         checkpoints=checkpoints,
         progress=progress,
         advance=display.advance,
