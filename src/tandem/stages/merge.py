@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import (
+    Update,
     added,
     copy_surroundings,
     merge_shards,
@@ -95,16 +97,10 @@ def run_merge(
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
-        target = torch_dtype(dtype)
+        work = _Merge(base_folder, adapter, updates, quantized, torch_dtype(dtype), place)
         try:
             with atomic_folder(output_dir / "saving") as aside:
-                merge_shards(
-                    base_folder, updates, aside, dtype=target, quantized=quantized, device=place
-                )
-                copy_surroundings(base_folder, adapter, aside, target)
-                end = _save_template(aside, chat_template, console)
-                vocabulary_grown(aside, updates, end)
-                verified = _verify(base_folder, adapter, aside, target, place, added(updates))
+                verified = work.into(aside, chat_template, console)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (output_dir / MANIFEST).unlink()
@@ -113,22 +109,78 @@ def run_merge(
         seconds = time.perf_counter() - began
         _write_summary(output_dir, len(updates), verified, seconds, quantized)
         finish_stage(output_dir, [*outputs, "summary.json"])
-        if verified.lossy:
-            say(console, _loss(verified, dtype if target else "the stored dtype"), style="yellow")
-        say(
-            console,
-            f"merge: {len(updates)} weights, log-probs within {verified.difference:.2g} nats of "
-            f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
-            f"-> {output_dir}",
-        )
+        _tell(console, work, verified, seconds, output_dir)
     return output_dir
 
 
-def _loss(verified: Verified, dtype: str) -> str:
-    return (
-        f"merge: rounding to {dtype} took a part of the adapter's effect "
-        f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 to "
-        "keep it"
+@dataclass(frozen=True)
+class _Merge:
+    """A base and an adapter, the sums that they ask for, and how these are computed.
+
+    Attributes:
+        base, adapter: folders.
+        updates: what the adapter adds, by the weights' names.
+        quantized: what the base was rounded to in training, if it was.
+        dtype: of the merged weights; None keeps the base's own.
+        device: where sums and the check are computed.
+    """
+
+    base: Path
+    adapter: Path
+    updates: dict[str, Update]
+    quantized: Quantized | None
+    dtype: torch.dtype | None
+    device: torch.device
+
+    def into(self, folder: Path, chat_template: str | None, console: Console) -> Verified:
+        """Write the merged model into a folder, and compare it with base and adapter together."""
+        merge_shards(
+            self.base,
+            self.updates,
+            folder,
+            dtype=self.dtype,
+            quantized=self.quantized,
+            device=self.device,
+        )
+        copy_surroundings(self.base, self.adapter, folder, self.dtype)
+        end = _save_template(folder, chat_template, console)
+        vocabulary_grown(folder, self.updates, end)
+        return self._verify(folder)
+
+    def _verify(self, merged: Path) -> Verified:
+        tokenizer = load_tokenizer(merged)
+        probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
+        if added_ids := added(self.updates):  # fed and predicted
+            probes = [
+                [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
+                for ids in probes
+            ] + probes
+        return verify_merge(
+            self.base,
+            self.adapter,
+            merged,
+            probes,
+            dtype=self.dtype or _stored_dtype(merged),
+            device=self.device,
+        )
+
+
+def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
+    """What was made, and what rounding took."""
+    if verified.lossy:
+        dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
+        say(
+            console,
+            f"merge: rounding to {dtype} took a part of the adapter's effect "
+            f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 "
+            "to keep it",
+            style="yellow",
+        )
+    say(
+        console,
+        f"merge: {len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
+        f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
+        f"-> {folder}",
     )
 
 
@@ -165,31 +217,6 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
             f"{trained_on[:12]} there, {weights[:12]} here). Name the right base, or merge anyway "
             "with --force."
         )
-
-
-def _verify(
-    base: Path,
-    adapter: Path,
-    merged: Path,
-    target: torch.dtype | None,
-    device: torch.device,
-    added_ids: list[int],
-) -> Verified:
-    tokenizer = load_tokenizer(merged)
-    probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
-    if added_ids:  # fed and predicted
-        probes = [
-            [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
-            for ids in probes
-        ] + probes
-    return verify_merge(
-        base,
-        adapter,
-        merged,
-        probes,
-        dtype=target or _stored_dtype(merged),
-        device=device,
-    )
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
