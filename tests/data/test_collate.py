@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tandem.data.collate import Segment, collate, fed_tokens, record_key, without_sharing
+from tandem.data.collate import Segment, collate, fed_tokens, record_key
 from tandem.data.records import Branch, Origin, Tree
+
+from ..invariants.made import without_sharing
 
 ORIGIN = Origin("made.jsonl", 1)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.evaluate.judge import Judge, Messages, one_by_one
+from tandem.evaluate.judge import Judge, Messages
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import Harness
 from tandem.recipe.evaluation import Evaluate
@@ -28,6 +28,7 @@ from tandem.stages.evaluate import run_evaluation
 from tandem.train.runtime import Runtime
 
 from .made_adapters import make_adapter
+from .test_judge import one_by_one
 
 pytest.importorskip("lm_eval")
 

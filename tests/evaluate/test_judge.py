@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tandem.errors import UserError
 from tandem.evaluate.judge import (
+    Ask,
     Duel,
     Judge,
     Messages,
     Verdicts,
     judge_duels,
-    one_by_one,
     read_verdict,
 )
 
 
 def duels(count: int) -> list[Duel]:
     return [Duel(str(i), f"question {i}?", f"mine {i}", f"theirs {i}") for i in range(count)]
+
+
+def one_by_one(ask: Callable[[Messages], str]) -> Ask:
+    """An `Ask` from a function that answers one conversation."""
+    return lambda many: ((number, ask(one)) for number, one in enumerate(many))
 
 
 def answers_of(messages: Messages) -> tuple[str, str]:

@@ -38,6 +38,14 @@ def make_trees(seed: int = 0) -> list[Tree]:
     return [make_tree(rng, *shape) for shape in shapes]
 
 
+def without_sharing(tree: Tree) -> list[Tree]:
+    """One tree a branch, its prefix repeated: the same sequences with nothing shared."""
+    empty = Branch(tree.prefix.input_ids[:0], tree.prefix.trained[:0])
+    return [
+        Tree(empty, (tree.sequence(branch),), tree.origin) for branch in range(len(tree.branches))
+    ]
+
+
 def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let transformers' norms keep float64, which they otherwise pass through float32."""
     from transformers.models.llama import modeling_llama

@@ -25,7 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
+from tandem.data.collate import MicroBatch, Segment, collate
 from tandem.data.records import Tree
 from tandem.errors import TandemError
 from tandem.model.score import Scorer
@@ -40,7 +40,7 @@ from tandem.train.runtime import Runtime
 from tandem.train.strategies.state import whole as in_one_piece
 
 from ..stages.made_inputs import WORDS, make_model_folder
-from .made import double_precision
+from .made import double_precision, without_sharing
 
 TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.data.collate import collate, padded_shape, record_key, without_sharing
+from tandem.data.collate import collate, padded_shape, record_key
 from tandem.errors import UserError
 from tandem.model.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
 from tandem.model.attention import choose_backend, use_backend
@@ -24,6 +24,7 @@ from .made import (
     make_tree,
     make_trees,
     oracle_logps,
+    without_sharing,
 )
 from .precision import everything_in_float64
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.data.collate import MicroBatch, Segment, collate, without_sharing
+from tandem.data.collate import MicroBatch, Segment, collate
 from tandem.data.records import Branch, Tree
 from tandem.model.adapter import checkpoint_activations
 from tandem.model.attention import use_backend
@@ -24,6 +24,7 @@ from .made import (
     make_model,
     make_trees,
     oracle_logps,
+    without_sharing,
 )
 
 

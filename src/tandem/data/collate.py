@@ -130,14 +130,6 @@ def row_spans(segments: Sequence[Segment]) -> Tensor:
     return torch.tensor(spans, dtype=torch.int64).T.repeat_interleave(lengths, dim=1)
 
 
-def without_sharing(tree: Tree) -> list[Tree]:
-    """One tree a branch, its prefix repeated: the same sequences with nothing shared."""
-    empty = Branch(tree.prefix.input_ids[:0], tree.prefix.trained[:0])
-    return [
-        Tree(empty, (tree.sequence(branch),), tree.origin) for branch in range(len(tree.branches))
-    ]
-
-
 def record_key(seed: int, step: int, example: int, copy: int = 0) -> int:
     """A 64-bit number for one record in one step, from which its dropout masks are drawn.
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 VOCABULARY = 2048
 CONTEXT = 512
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
+# Of the corpus, those that it is learnt from.
+_DOCUMENTS = 6000
 
 
-def train_tokenizer(*, seed: int = 0, sample: int = 6000) -> PreTrainedTokenizerFast:
-    """Learn the tokenizer from the first `sample` documents of the corpus.
+def train_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Learn the tokenizer from the first documents of the corpus.
 
     Byte-level, so every text can be written, the chat format's headers included.
     """
@@ -40,7 +42,7 @@ def train_tokenizer(*, seed: int = 0, sample: int = 6000) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [*islice(documents(seed), sample), " ".join(string.printable)]
+    texts = [*islice(documents(seed), _DOCUMENTS), " ".join(string.printable)]
     tokenizer.train_from_iterator(texts, trainer)
     # As Mistral's: plain text gets a BOS in front. Chat templates write their own.
     tokenizer.post_processor = processors.TemplateProcessing(

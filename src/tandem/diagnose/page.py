@@ -89,7 +89,7 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
     counts = found.counts
     as_stage = f" as {subject.stage} would" if subject.stage else ""
     yield Text(
-        f"{_times(counts['read'], 'record')} read{as_stage}: {counts['trained']:,} to train on"
+        f"{_records(counts['read'])} read{as_stage}: {counts['trained']:,} to train on"
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
     )
     yield Text()
@@ -145,7 +145,7 @@ def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator
         yield Text(
             f"limits: max_length {subject.plan.limits.sequence:,}"
             + (f", max_prompt_length {prompt:,}" if prompt is not None else "")
-            + f"; {_times(found.counts['truncated'], 'record')} truncated"
+            + f"; {_records(found.counts['truncated'])} truncated"
         )
     elif tokenizer:
         yield Text("no limits: give --recipe to see what a run would cut")
@@ -247,5 +247,5 @@ def _share(count: int, total: int) -> str:
     return f"{share:.1%}".replace("%", " %") if share < 0.1 else f"{share:.0%}".replace("%", " %")
 
 
-def _times(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def _records(count: int) -> str:
+    return f"{count:,} record" + ("" if count == 1 else "s")

@@ -142,11 +142,6 @@ def read_verdict(text: str) -> Verdict | None:
     return verdicts[found[-1]]
 
 
-def one_by_one(ask: Callable[[Messages], str]) -> Ask:
-    """An `Ask` from a function that answers one conversation."""
-    return lambda many: ((number, ask(one)) for number, one in enumerate(many))
-
-
 def _messages(duel: Duel, swapped: bool) -> Messages:
     one, other = (duel.against, duel.answer) if swapped else (duel.answer, duel.against)
     text = PROMPT.format(question=duel.question, one=one, other=other)

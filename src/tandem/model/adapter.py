@@ -125,7 +125,7 @@ def refused_modules(model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
 
 
-def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, folder: Path) -> Any:
     """Wrap a model with a saved adapter; a model without its added tokens grows by them.
 
     Raises UserError if the folder's adapter does not fit the model.
@@ -134,7 +134,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         with _quiet():
             if ids := added_ids_of_folder(folder):
                 grow_vocabulary(model, ids)
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            return PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
 

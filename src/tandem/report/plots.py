@@ -18,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 14, 34
 _LEGEND = 18  # more room at the top when several lines need names
 _MAX_POINTS = 400
 _SMOOTH_FROM = 40
+_STEPS = 4  # of an axis, about
 
 
 @dataclass(frozen=True)
@@ -232,15 +233,15 @@ def _path(frame: _Frame, points: list[tuple[float, float]]) -> str:
     return "".join(commands)
 
 
-def _ticks(low: float, high: float, wanted: int = 4, *, whole: bool = False) -> list[float]:
-    """Round numbers that cover low..high, about `wanted` steps of 1, 2, 2.5 or 5 times 10^k.
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Round numbers that cover low..high, about `_STEPS` steps of 1, 2, 2.5 or 5 times 10^k.
 
     `whole` keeps them to whole numbers, for counts and steps.
     """
     if high - low <= 1e-9 * max(abs(high), abs(low)):
         margin = abs(high) * 0.5 or 1.0
         low, high = low - (margin if low < 0 else min(margin, low)), high + margin
-    raw = (high - low) / wanted
+    raw = (high - low) / _STEPS
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
     if whole:

@@ -22,6 +22,8 @@ from tandem.report.results import (
 
 _STYLES = {"good": "green", "bad": "red", "": "dim"}
 _LEFT_OUT = {"mean_answer_tokens"}
+# Sample questions that are shown.
+_SAMPLES = 3
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
@@ -70,10 +72,10 @@ def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
     return [" ".join(said), *task_notes(evaluation)]
 
 
-def samples_table(evaluation: Mapping[str, Any], limit: int = 3) -> Table:
-    """The first `limit` sample questions with the expected answer and each model's own."""
+def samples_table(evaluation: Mapping[str, Any]) -> Table:
+    """The first sample questions with the expected answer and each model's own."""
     raw = evaluation.get("samples")
-    samples = [mapping(s) for s in raw][:limit] if isinstance(raw, list) else []
+    samples = [mapping(s) for s in raw][:_SAMPLES] if isinstance(raw, list) else []
     names = [
         n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
     ]

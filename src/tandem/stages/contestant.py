@@ -31,7 +31,6 @@ class Contestant:
 
     Attributes:
         label: in tables.
-        path: as it was asked for.
         folder: the model, or the adapter's base.
         adapter: the adapter's folder, None for a whole model.
         added_tokens: special tokens of the template for models that have none of their own. A base
@@ -39,7 +38,6 @@ class Contestant:
     """
 
     label: str
-    path: str
     folder: Path
     adapter: Path | None
     added_tokens: tuple[str, ...] = ()
@@ -119,7 +117,7 @@ def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -
     folder = model_folder(path)
     if not (folder / "adapter_config.json").exists():
         require_model(folder)
-        return Contestant(label, path, folder, None, added_tokens)
+        return Contestant(label, folder, None, added_tokens)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     try:
         base = model_folder(named)
@@ -133,7 +131,7 @@ def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -
             f"{path} was trained on other weights than {named} has now (hash {trained_on[:12]} "
             "there). Put the base back, or evaluate the merged model."
         )
-    return Contestant(label, path, base, folder)
+    return Contestant(label, base, folder)
 
 
 def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:
