@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tandem.data import batch, files, pool, prepare, worker
+from tandem.data import batch, files, pieces, pool, worker
 from tandem.data.chunks import LineChunk
 from tandem.data.encode import Chat
 from tandem.data.files import file_chunks
@@ -39,7 +39,7 @@ NEW = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_ROWS", 16)
-    monkeypatch.setattr(prepare, "_FEW", 2)
+    monkeypatch.setattr(pieces, "_FEW", 2)
 
 
 def both_ways(
@@ -236,12 +236,12 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from transformers import AutoTokenizer
-from tandem.data import chunks, prepare
+from tandem.data import chunks, pieces, prepare
 from tandem.data.ledger import Ledger
 from tandem.data.sources import SourceSpec
 from tandem.data.store import EncodedStore
 from tandem.data.template import resolve_template
-chunks._ROWS, prepare._FEW = 16, 2
+chunks._ROWS, pieces._FEW = 16, 2
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 def show(text, total):
     print("started", flush=True)

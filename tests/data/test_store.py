@@ -145,7 +145,7 @@ def test_a_second_start_tells_the_same_without_encoding(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.prepare.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.pieces.encode_batch", encode)
     again = desk.prepare([source], mistral_tokenizer)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary()) == told
@@ -252,7 +252,7 @@ def test_a_data_set_of_the_hub_is_loaded_once(
         return datasets.load_from_disk(str(tmp_path / "saved"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("tandem.data.prepare._FEW", 0)  # as for large data
+    monkeypatch.setattr("tandem.data.pieces._FEW", 0)  # as for large data
     hub = SourceSpec("made/pairs", fields=(("question", "ask"),))
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
@@ -269,7 +269,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
             file.write(json.dumps(pair("More?", "A", "B")) + "\n")
         return encode_batch(*arguments)
 
-    monkeypatch.setattr("tandem.data.prepare.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.pieces.encode_batch", encode)
     with pytest.raises(UserError, match="changed while it was being read"):
         desk.prepare([source], mistral_tokenizer)
     assert desk.entries() == set()

@@ -270,7 +270,7 @@ def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
         encoded.append([row.origin.row for row in chunk.rows()])
         return encode_batch(chat, plan, chunk, known)
 
-    monkeypatch.setattr("tandem.diagnose.pieces.encode_batch", counting)
+    monkeypatch.setattr("tandem.data.pieces.encode_batch", counting)
     monkeypatch.setattr("tandem.diagnose.survey.encode_batch", counting)
     found = _with_chat(mistral_tokenizer, True, file)
     assert encoded == [[*range(1, 257)], [5, 8], [*range(257, 301)], [281]]
@@ -334,7 +334,7 @@ def test_a_conversation_of_two_branches_is_no_pair(byte_tokenizer: Any, tmp_path
 def test_processes_find_what_one_process_finds(
     tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.diagnose.pieces._FEW", 1)
+    monkeypatch.setattr("tandem.data.pieces._FEW", 1)
     rows = [conversation(seed % 800) for seed in range(860)]
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(byte_tokenizer, "chatml")

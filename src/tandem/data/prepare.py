@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tandem.data.batch import Batch, Plan, encode_batch
+from tandem.data.batch import Plan
 from tandem.data.chunks import Chunk
 from tandem.data.encode import Chat
 from tandem.data.exchanges import LossOn
 from tandem.data.identity import encoding_key
 from tandem.data.ledger import Ledger
 from tandem.data.limits import Limits, TooLong
-from tandem.data.pool import Pool, available_cores
+from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.reading import OnBadRecord, formatted_chunks, names_of
-from tandem.data.sources import SourceSpec, count_source, origin_names
+from tandem.data.sources import SourceSpec, count_sources, origin_names
 from tandem.data.store import EncodedStore, TreeWriter, replay
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.data.worker import Setup
 from tandem.errors import UserError
-
-# Shows a phase: its text and total (None: nobody knows) -> told how many more are done.
-Show = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
-
-# Pieces, of up to 256 records each, beyond which worker processes are worth their start: on two
-# cores 4000 conversations are quicker without (1.4 s, 1.8 s), 8000 take the same either way.
-_FEW = 32
-# A worker takes about 140 MB; this many, with the process itself, stay below 2 GB.
-_MOST_WORKERS = 12
 
 
 def prepare_conversations(
@@ -158,8 +148,20 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
                 owners.append(number)
                 yield chunk
 
-    with closing(_batches(way, chunks())) as batches:
-        for batch in batches:
+    with closing(
+        encoded_pieces(
+            chunks(),
+            way.chat,
+            way.plan,
+            doing="encoding records",
+            total=partial(count_sources, way.sources),
+            show=way.show,
+            workers=way.workers,
+            limit=way.limit,
+        )
+    ) as pieces:
+        for _, _, batch in pieces:
+            assert batch is not None
             room = None if way.limit is None else way.limit - writer.records
             writer.add(batch)
             count = len(batch.columns.parts)
@@ -180,38 +182,6 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
 def _tell(ledger: Ledger, more: Ledger) -> None:
     ledger.formats.update(more.formats)
     ledger.add(more.entries, more.counts["trained"])
-
-
-def _batches(way: _Way, chunks: Iterator[tuple[Chunk, str]]) -> Generator[Batch]:
-    """The pieces' batches in order; in worker processes and with a display when there are many."""
-    first: list[tuple[Chunk, str]] = []
-    for piece in chunks:
-        first.append(piece)
-        enough = way.limit is not None and sum(chunk.count for chunk, _ in first) >= way.limit
-        if enough or len(first) > _FEW:
-            break
-    pieces = chain(first, chunks)
-    if len(first) <= _FEW:
-        for chunk, known in pieces:
-            yield encode_batch(way.chat, way.plan, chunk, known)
-        return
-    workers = way.workers or min(available_cores(), _MOST_WORKERS)
-    counts = [count_source(source) for source in way.sources]
-    total = None if None in counts else sum(count or 0 for count in counts)
-    with way.show("encoding records", total) if way.show else nullcontext(_unseen) as advance:
-        if workers == 1 or way.chat.parts is None:
-            for chunk, known in pieces:
-                yield encode_batch(way.chat, way.plan, chunk, known)
-                advance(chunk.count)
-            return
-        with Pool(Setup(way.chat.parts, way.plan), workers) as pool:
-            for (chunk, _), batch in pool.map(pieces):
-                yield batch
-                advance(chunk.count)
-
-
-def _unseen(_: int) -> None:
-    pass
 
 
 def nothing_left(sources: Sequence[SourceSpec], ledger: Ledger) -> UserError:

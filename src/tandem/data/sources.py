@@ -169,11 +169,16 @@ def origin_names(sources: Sequence[SourceSpec]) -> list[str]:
     return names
 
 
-def count_source(source: SourceSpec) -> int | None:
-    """About how many rows a source has, or None when only reading it all can tell.
+def count_sources(sources: Sequence[SourceSpec]) -> int | None:
+    """About how many rows some sources have, or None when only reading them all can tell.
 
     Blank lines count. Raises as `read_rows` does.
     """
+    counts = [_count(source) for source in sources]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _count(source: SourceSpec) -> int | None:
     if not looks_like_path(source.path):
         return len(load_hub(source))
     if saved := _saved(source):

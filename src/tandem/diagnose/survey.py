@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
-from tandem.data.chunks import Chunk, Row, RowChunk
+from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.encode import Chat
 from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
 from tandem.data.overlap import Other
+from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
-from tandem.data.sources import SourceSpec
+from tandem.data.sources import SourceSpec, count_sources
 from tandem.data.words import words_of
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import Finding, Sign, Tally
 from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
-from tandem.diagnose.pieces import Show, encoded_pieces
 from tandem.diagnose.records import (
     Record,
     Roles,
@@ -119,12 +121,13 @@ def survey(
     work = _Survey(subject, others, limit, shown)
     problem = None
     try:
+        plan = _plan(subject)
         pieces = encoded_pieces(
-            subject.sources,
-            _plan(subject),
+            _limited(formatted_chunks(subject.sources, plan.kind, work.ledger, "drop"), limit),
             subject.chat,
-            work.ledger,
-            limit=limit,
+            plan,
+            doing="checking records",
+            total=partial(_total, subject.sources, limit),
             show=show,
             workers=workers,
         )
@@ -298,6 +301,23 @@ def _plan(subject: Subject) -> Plan:
     """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
     plan = replace(subject.plan, on_bad_record="drop")
     return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
+
+
+def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int | None) -> Iterator[tuple[Chunk, str]]:
+    """The pieces up to row `limit`; None: all."""
+    for chunk, known in chunks:
+        if limit is not None and chunk.count >= limit:
+            rows: tuple[Row | BadLine, ...] = tuple(islice(chunk.rows(), limit))
+            yield RowChunk(chunk.file, len(rows), rows), known
+            return
+        if limit is not None:
+            limit -= chunk.count
+        yield chunk, known
+
+
+def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:
+    total = count_sources(sources)
+    return total if limit is None or total is None else min(limit, total)
 
 
 def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
