@@ -29,7 +29,8 @@ def plan(argv: list[str]) -> int:
         )
     from tandem.cli.notices import notice_console, result_console
     from tandem.recipe.load import load_recipe
-    from tandem.stages.plan import Guess, plan_recipe
+    from tandem.stages.plan import plan_recipe
+    from tandem.stages.planned_data import Guess
 
     made = plan_recipe(
         load_recipe(arguments.recipe, arguments.overrides),

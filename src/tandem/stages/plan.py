@@ -16,11 +16,10 @@ from rich.console import Console
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
-from tandem.errors import UserError
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
 from tandem.estimate.rate import product_rate, recorded_rate
-from tandem.estimate.shape import ModelShape, described
+from tandem.estimate.shape import Described, ModelShape, described
 from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
 from tandem.model.vocabulary import check_added
@@ -29,7 +28,7 @@ from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
-from tandem.stages.planned_data import DataHere, PlannedData
+from tandem.stages.planned_data import DataHere, Guess, PlannedData, check_guesses
 from tandem.stages.preflight import check_base
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import copies_fit
@@ -40,14 +39,6 @@ from tandem.train.device import Device, choose_device, token_budget
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
-
-
-@dataclass(frozen=True)
-class Guess:
-    """What is taken for data that is not here: how many records, and tokens of each."""
-
-    records: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ def plan_recipe(
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         here = DataHere(recipe, download, Path(scratch))
         data = [here.of(settings) for _, settings in wanted]
-        _check_guesses(guesses, [stage.name for stage, _ in wanted], data)
+        check_guesses(guesses, [stage.name for stage, _ in wanted], data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
         baseline = device.held_memory()
@@ -129,22 +120,53 @@ def plan_recipe(
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
 
 
-def _check_guesses(
-    guesses: Sequence[Guess], stages: Sequence[str], data: Sequence[PlannedData]
-) -> None:
-    """Raise UserError for guesses that no stage would use."""
-    away = [number for number, found in enumerate(data, start=1) if not found.sources]
-    if guesses and not away:
-        raise UserError(
-            "tandem plan: --records and --tokens-per-record are for data that is not here, and "
-            f"that of {' and '.join(stages) or 'this recipe'} is; leave them out"
+@dataclass(frozen=True)
+class _Known:
+    """Records and the work that they make.
+
+    Attributes:
+        asked: how the stage goes through them.
+        trees: encoded; a few made-up ones where they are guessed.
+        work: counted.
+        ledger: counts of what was read, None where they are guessed.
+    """
+
+    asked: Asked
+    trees: Trees
+    work: Work
+    ledger: dict[str, Any] | None
+
+
+def _read(records: Records, asked: Asked) -> _Known:
+    asked = replace(asked, parts=records.parts)
+    work = count_work(records.trees, asked)
+    return _Known(asked, records.trees, work, records.ledger.summary())
+
+
+def _taken(guess: Guess, asked: Asked, vocabulary: int) -> _Known:
+    work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
+    trees = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
+    return _Known(asked, trees, work, None)
+
+
+def _notes(data: PlannedData, guess: Guess | None, model: Described) -> tuple[str, ...]:
+    """What is missing, guessed or left out."""
+    notes = list(data.notes)
+    if not data.sources and guess is not None:
+        notes.append(
+            f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
+            "trained, no prompt shared"
         )
-    if guesses and len(guesses) > away[-1]:
-        raise UserError(
-            f"tandem plan: --records has {len(guesses)} numbers, one for each of "
-            f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
-            f"missing; leave the last {len(guesses) - away[-1]} out"
+    elif not data.sources:
+        notes.append(
+            "steps, time and memory follow from it: --download fetches and reads it, --records "
+            "N --tokens-per-record M plans without it"
         )
+    if not model.reached:
+        notes.append("which layers all-linear reaches is only known with weights: all are counted")
+    if model.padded:
+        notes.append("this model reads padded rows: nothing is shared")
+    return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -193,35 +215,14 @@ class _Planner:
             config=config,
             padded=model.padded,
         )
-        notes = list(data.notes)
-        ledger = work = trees = None
+        known = None
         if data.sources:
-            records = self._records(stage, settings, data, tokenizer, template)
-            ledger = records.ledger.summary()
-            trees, asked = records.trees, replace(asked, parts=records.parts)
-            work = count_work(trees, asked)
+            known = _read(self._records(stage, settings, data, tokenizer, template), asked)
         elif guess is not None:
-            work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
-            vocabulary = int(config.get_text_config().vocab_size)
-            trees = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
-            notes.append(
-                f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
-                "trained, no prompt shared"
-            )
-        else:
-            notes.append(
-                "steps, time and memory follow from it: --download fetches and reads it, --records "
-                "N --tokens-per-record M plans without it"
-            )
-        if not model.reached:
-            notes.append(
-                "which layers all-linear reaches is only known with weights: all are counted"
-            )
-        if model.padded:
-            notes.append("this model reads padded rows: nothing is shared")
+            known = _taken(guess, asked, int(config.get_text_config().vocab_size))
         made, disk = None, None
         memory: dict[str, Memory] = {}
-        if work is not None and trees is not None:
+        if known is not None:
             trial = Trial(
                 config=config,
                 shape=model.shape,
@@ -233,11 +234,12 @@ class _Planner:
                 added_ids=tuple(added.values()),
                 trains_added=trains_added,
             )
-            made, memory = self._forecast(stage, trial, work, trees, asked)
-            disk = self._disk(settings, config, model.shape, work)
+            made, memory = self._forecast(stage, trial, known)
+            disk = self._disk(settings, config, model.shape, known.work)
+        ledger = None if known is None else known.ledger
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            tuple(notes),
+            _notes(data, guess, model),
         )  # fmt: skip
 
     def _records(
@@ -274,13 +276,13 @@ class _Planner:
         return copies if fits else 0
 
     def _forecast(
-        self, stage: PlannedStage, trial: Trial, work: Work, trees: Trees, asked: Asked
+        self, stage: PlannedStage, trial: Trial, known: _Known
     ) -> tuple[Forecast, dict[str, Memory]]:
         device, shape, settings = self.device, trial.shape, trial.settings
         engine = self._engine()
         held = held_by(
             settings,
-            work,
+            known.work,
             device=device,
             config=trial.config,
             quantization=self.recipe.quantization,
@@ -292,10 +294,12 @@ class _Planner:
         )
         rate = recorded_rate(setting)
         if rate is None and self.recipe.quantization is None:
-            rate = trial.rate(trees, asked)
+            rate = trial.rate(known.trees, known.asked)
         if rate is None:
             rate = product_rate(device.torch_device, device.weights, device.synchronize)
-        made = forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
+        made = forecast(
+            shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
+        )
         # A single process has but one way.
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
         if trial.added_ids and trial.trains_added:

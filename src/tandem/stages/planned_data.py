@@ -36,6 +36,14 @@ class PlannedData:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """What is taken for data that is not here: how many records, and tokens of each."""
+
+    records: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class DataHere:
     """Looks for a recipe's data, in which what is on the Hub is only read if it may be.
 
@@ -96,6 +104,24 @@ class DataHere:
             "answers as long as the chosen ones"
         )
         return [SourceSpec(str(guessed))]
+
+
+def check_guesses(
+    guesses: Sequence[Guess], stages: Sequence[str], data: Sequence[PlannedData]
+) -> None:
+    """Raise UserError for guesses that no stage would use."""
+    away = [number for number, found in enumerate(data, start=1) if not found.sources]
+    if guesses and not away:
+        raise UserError(
+            "tandem plan: --records and --tokens-per-record are for data that is not here, and "
+            f"that of {' and '.join(stages) or 'this recipe'} is; leave them out"
+        )
+    if guesses and len(guesses) > away[-1]:
+        raise UserError(
+            f"tandem plan: --records has {len(guesses)} numbers, one for each of "
+            f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
+            f"missing; leave the last {len(guesses) - away[-1]} out"
+        )
 
 
 def _is_here(path: str) -> bool:
