@@ -9,7 +9,6 @@ from tandem.cli.environment import prepare_gaudi
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
 from tandem.cli.parsing import Parser
-from tandem.errors import UserError
 from tandem.train.launch import launched
 
 if TYPE_CHECKING:
@@ -51,22 +50,16 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
     Raises UserError for a stage that the recipe lacks.
     """
     from tandem.recipe.load import recipe_to_yaml
-    from tandem.stages.pipeline import describe_pipeline
+    from tandem.stages.pipeline import asked_for, describe_pipeline
 
     planned = describe_pipeline(recipe)
-    names = [stage.name for stage in planned]
-    for flag, name in (("--until", until), ("--from", start)):
-        if name is not None and name not in names:
-            raise UserError(f"{flag} {name}: this recipe's stages are {', '.join(names)}")
-    first = names.index(start) if start else 0
-    last = names.index(until) if until else len(names) - 1
-    if first > last:
-        raise UserError(f"--from {start} comes after --until {until}")
-    wide, folders = max(map(len, names)), max(len(str(stage.folder)) for stage in planned)
+    asked = asked_for(planned, until=until, start=start)
+    wide = max(len(stage.name) for stage in planned)
+    folders = max(len(str(stage.folder)) for stage in planned)
     lines = [
         f"#   {stage.name:<{wide}}  {stage.folder!s:<{folders}}  "
-        + (stage.note if first <= number <= last else "not asked for")
-        for number, stage in enumerate(planned)
+        + (stage.note if place in asked else "not asked for")
+        for place, stage in enumerate(planned)
     ]
     head = "# dry run: nothing was downloaded or written\n"
     return f"{head}{recipe_to_yaml(recipe)}# stages\n" + "\n".join(lines)

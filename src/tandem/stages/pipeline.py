@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -155,7 +155,11 @@ def _record(recipe: Recipe, planned: list[PlannedStage], *, new: bool) -> None:
         _write_recipe(recipe, root)
 
 
-def _select(planned: list[PlannedStage], *, until: str | None, start: str | None) -> set[str]:
+def asked_for(planned: Sequence[PlannedStage], *, until: str | None, start: str | None) -> range:
+    """Which of the stages are asked for, by their places.
+
+    Raises UserError for a stage that the recipe lacks, and for an end before the start.
+    """
     names = [stage.name for stage in planned]
     for flag, name in (("--until", until), ("--from", start)):
         if name is not None and name not in names:
@@ -164,10 +168,15 @@ def _select(planned: list[PlannedStage], *, until: str | None, start: str | None
     last = names.index(until) if until else len(names) - 1
     if first > last:
         raise UserError(f"--from {start} comes after --until {until}")
-    for stage in planned[:first]:
+    return range(first, last + 1)
+
+
+def _select(planned: list[PlannedStage], *, until: str | None, start: str | None) -> set[str]:
+    asked = asked_for(planned, until=until, start=start)
+    for stage in planned[: asked.start]:
         if not _is_finished(stage):
             raise UserError(f"--from {start}: the stage before it, {stage.folder}, is not finished")
-    return set(names[first : last + 1])
+    return {planned[place].name for place in asked}
 
 
 def _is_finished(stage: PlannedStage) -> bool:
