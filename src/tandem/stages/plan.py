@@ -19,7 +19,7 @@ from tandem.data.trees import Trees
 from tandem.errors import UserError
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
-from tandem.estimate.rate import product_rate, recorded_rate
+from tandem.estimate.rate import Rate, product_rate, recorded_rate
 from tandem.estimate.shape import ModelShape, described
 from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
@@ -290,11 +290,7 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        rate = recorded_rate(setting)
-        if rate is None and self.recipe.quantization is None:
-            rate = trial.rate(trees, asked)
-        if rate is None:
-            rate = product_rate(device.torch_device, device.weights, device.synchronize)
+        rate = self._rate(setting, trial, trees, asked)
         made = forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
         # A single process has but one way.
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
@@ -304,6 +300,17 @@ class _Planner:
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))
         }
+
+    def _rate(self, setting: Setting, trial: Trial, trees: Trees, asked: Asked) -> Rate:
+        """From the last run that is alike; a trial says more than a brief one."""
+        device, known = self.device, recorded_rate(setting)
+        last = known.measured if known else None
+        tried = None
+        if (last is None or last.brief) and self.recipe.quantization is None:
+            tried = trial.rate(trees, asked)
+        if tried is not None:
+            return replace(tried, measured=last)
+        return known or product_rate(device.torch_device, device.weights, device.synchronize)
 
     def _engine(self) -> str:
         engine = self.recipe.engine
