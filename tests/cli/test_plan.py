@@ -14,6 +14,7 @@ import pytest
 
 from tandem.artifact.files import read_json
 from tandem.cli.main import main
+from tandem.estimate import history
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 
@@ -83,7 +84,7 @@ def test_the_seed_recipe_without_its_data(
 
 
 def test_a_plan_and_the_run_after_it_say_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the plan after that knows how far off this one was."""
     model, data = make_model_folder(tmp_path / "model"), make_pairs(tmp_path / "pairs.jsonl")
@@ -105,6 +106,11 @@ def test_a_plan_and_the_run_after_it_say_the_same(
     assert before["disk"]["kept"] == kept
     capsys.readouterr()
 
+    (after,) = _plan(capsys, str(recipe))["training"]
+    # Seconds are told by a trial all the same: the run was too short to tell them.
+    assert "a trial" in after["rate"]["from"]
+    assert after["rate"]["last_run"]["actual_by_estimate"].keys() == {"tokens", "steps", "memory"}
+    monkeypatch.setattr(history, "_BRIEF", 0.0)
     (after,) = _plan(capsys, str(recipe))["training"]
     last = after["rate"]["last_run"]
     assert (last["setting"]["stage"], last["setting"]["device"]) == ("dpo", "cpu")

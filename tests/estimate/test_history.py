@@ -44,6 +44,8 @@ def test_the_most_alike_counts_and_of_equals_the_last(tmp_path: Path) -> None:
         _measured(5.0, size=64_000_000),
         _measured(6.0, dtype="bfloat16"),
         _measured(7.0, device="cuda"),
+        _measured(20.0, size=16_000_000, stage="dpo"),
+        _measured(8.0, size=16_000_000),
     ):
         remember(one, path)
 
@@ -56,6 +58,8 @@ def test_the_most_alike_counts_and_of_equals_the_last(tmp_path: Path) -> None:
     assert seconds(processes=2, engine="ddp", stage="dpo") == 4.0
     assert seconds(size=1_100_000) == 2.0
     assert seconds(size=50_000_000, stage="dpo") == 5.0
+    # A longer one of another stage says more than a brief one of the same.
+    assert seconds(size=16_000_000) == 20.0
     assert seconds(dtype="bfloat16", stage="dpo", size=9) == 6.0
     assert seconds(device="hpu") is None
 

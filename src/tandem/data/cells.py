@@ -9,13 +9,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from tandem.artifact.tables import allow_long_cells
 from tandem.data.chunks import BOM, BadLine, Row
 from tandem.data.compressed import BrokenStream, read_blocks
 from tandem.data.records import Origin
 from tandem.errors import UserError
 
-# Characters of a cell; more is a quote that was never closed rather than a text.
-_LONGEST_CELL = 2**28
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
@@ -24,7 +23,7 @@ def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
 
     Raises `UserError` for a header that does not name each column once.
     """
-    csv.field_size_limit(_LONGEST_CELL)  # the module's own limit is 128 KiB, for all readers
+    allow_long_cells()
     reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     numbers = count(1)
     columns: list[str] | None = None

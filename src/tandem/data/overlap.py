@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.artifact.tables import allow_long_cells
 from tandem.data.chunks import BadLine
 from tandem.data.formats.rows import texts_in
 from tandem.data.records import Origin
@@ -246,6 +247,7 @@ def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
     opener = _OPENERS.get(path.suffix.lower(), Path.open)
     inner = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     separator = {".csv": ",", ".tsv": "\t"}.get(inner[-1].lower() if inner else "")
+    allow_long_cells()
     try:
         file: IO[str]
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:

@@ -20,6 +20,8 @@ NAME = "estimates.jsonl"
 # What is compared. All are of the whole stage; memory is one process's peak.
 FIGURES = ("tokens", "steps", "memory", "seconds")
 _KEPT = 200
+# Seconds of training up to which a run is mostly its beginning.
+_BRIEF = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Measured:
         return self.operations / max(self.actual["seconds"], 1e-9)
 
     @property
+    def brief(self) -> bool:
+        """Whether it was too short to tell how fast a longer one goes."""
+        return self.actual["seconds"] < _BRIEF
+
+    @property
     def ratios(self) -> dict[str, float]:
         """Actual by estimated, where it was."""
         return {
@@ -92,21 +99,22 @@ def recall(setting: Setting, path: Path | None = None) -> Measured | None:
     """The finished stage whose rate says most about `setting`, None when there is none.
 
     It must be on the same kind of device and in the same dtype. Among those the nearest size class
-    counts first (a factor of two), then the same processes and engine, then the same stage, and of
-    equals the last.
+    counts first (a factor of two), then the same processes and engine, then that it was not a brief
+    one, then the same stage, and of equals the last.
     """
     found = [one for one in _read(path or cache_folder() / NAME) if _comparable(one, setting)]
-    return min(reversed(found), key=lambda one: _distance(one.setting, setting), default=None)
+    return min(reversed(found), key=lambda one: _distance(one, setting), default=None)
 
 
 def _comparable(one: Measured, setting: Setting) -> bool:
     return (one.setting.device, one.setting.dtype) == (setting.device, setting.dtype)
 
 
-def _distance(one: Setting, other: Setting) -> tuple[int, bool, bool]:
+def _distance(measured: Measured, other: Setting) -> tuple[int, bool, bool, bool]:
+    one = measured.setting
     apart = abs(round(log2(max(1, one.size))) - round(log2(max(1, other.size))))
     shared = (one.processes, one.engine) != (other.processes, other.engine)
-    return apart, shared, one.stage != other.stage
+    return apart, shared, measured.brief, one.stage != other.stage
 
 
 def _read(path: Path) -> list[Measured]:

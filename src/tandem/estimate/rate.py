@@ -24,8 +24,8 @@ class Rate:
 
     Attributes:
         operations: a second.
-        measured: the run it is from, if it is from one.
-        basis: what it is from otherwise, in words.
+        measured: the last run that is alike, if there is one.
+        basis: what it is from instead of that run, in words; empty where it is from it.
     """
 
     operations: float
@@ -35,7 +35,7 @@ class Rate:
     @property
     def source(self) -> str:
         """Where it is from, in words."""
-        if self.measured is None:
+        if self.basis or self.measured is None:
             return self.basis
         return f"the last {self.measured.setting.stage} run of a similar model on this machine"
 

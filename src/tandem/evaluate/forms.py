@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.artifact.tables import allow_long_cells
+
 Rows = list[dict[str, Any]]
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
 _TRUTHFUL = """\
@@ -154,6 +156,7 @@ def _without_brackets(text: str) -> str:
 
 def _read_truthful(text: str) -> Rows:
     rows = []
+    allow_long_cells()
     # The first row names the columns.
     for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=2):
         right, wrong = (
@@ -177,6 +180,7 @@ def _answers(text: str) -> list[str]:
 
 def _read_mmlu(text: str) -> Rows:
     rows = []
+    allow_long_cells()
     for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
         if len(row) != 6 or row[5] not in "ABCD" or not row[5]:
             raise ValueError(f"row {number} is not question, A, B, C, D, answer")

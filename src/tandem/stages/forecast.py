@@ -75,7 +75,7 @@ def forecast(
     # On CPU processes share the machine that was timed.
     together = rate.operations * (setting.processes if not host else 1)
     before = together
-    if rate.measured is not None:
+    if rate.measured is not None and not rate.basis:
         if host:
             together = before = rate.measured.rate
         if rate.measured.reference_seconds > 0:

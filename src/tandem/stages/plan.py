@@ -18,7 +18,7 @@ from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
-from tandem.estimate.rate import product_rate, recorded_rate
+from tandem.estimate.rate import Rate, product_rate, recorded_rate
 from tandem.estimate.shape import Described, ModelShape, described
 from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
@@ -292,11 +292,7 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        rate = recorded_rate(setting)
-        if rate is None and self.recipe.quantization is None:
-            rate = trial.rate(known.trees, known.asked)
-        if rate is None:
-            rate = product_rate(device.torch_device, device.weights, device.synchronize)
+        rate = self._rate(setting, trial, known)
         made = forecast(
             shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
         )
@@ -308,6 +304,17 @@ class _Planner:
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))
         }
+
+    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> Rate:
+        """From the last run that is alike; a trial says more than a brief one."""
+        device, recorded = self.device, recorded_rate(setting)
+        last = recorded.measured if recorded else None
+        tried = None
+        if (last is None or last.brief) and self.recipe.quantization is None:
+            tried = trial.rate(known.trees, known.asked)
+        if tried is not None:
+            return replace(tried, measured=last)
+        return recorded or product_rate(device.torch_device, device.weights, device.synchronize)
 
     def _engine(self) -> str:
         engine = self.recipe.engine
