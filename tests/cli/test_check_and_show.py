@@ -390,7 +390,7 @@ def test_a_stage_whose_pairs_are_not_made_is_told(
             ["show", "--recipe", "demo", "--row", "1", "--text", "--chat_template", "chatml"],
             "--text shows the turns alone, for which --chat_template is of no use",
         ),
-        (["check", "a.jsonl", "--limit", "x"], "invalid positive value: 'x'"),
+        (["check", "a.jsonl", "--limit", "x"], "'x' is not a whole number"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

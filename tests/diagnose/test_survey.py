@@ -457,10 +457,33 @@ def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
     print_survey(Console(file=out, width=100), found, None)
     assert "\nkeys that are not read: score, source\n" in out.getvalue()
     assert _survey(write(tmp_path / "b.jsonl", [conversation(1)] * 2)).unread == ()
+    # What a recipe's names lead into is read.
+    nested = write(tmp_path / "n.jsonl", [{"log": conversation(1), "id": 1}])
+    named = SourceSpec(str(nested), fields=(("messages", "log.messages"),))
+    plan = Plan("conversations", Limits(_MANY, None), "stop")
+    assert survey(Subject(None, (named,), plan, 0.05)).unread == ("id",)
     # Of labelled answers those are left out that are put together first.
     answers = [{"prompt": "Q", "completion": c, "label": c == "A"} for c in "AB"]
     kto = _survey(write(tmp_path / "c.jsonl", answers), kind="preference pairs")
     assert (kto.counts["trained"], kto.unread) == (1, ())
+
+
+def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
+    def record(said: str, tool: str) -> dict[str, Any]:
+        call = {"function": {"name": tool, "arguments": {}}}
+        answer = {"role": "assistant", "content": None, "thinking": said, "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": "Q"}, answer]}
+
+    key = "AKIA" + "Q7KZ2M4XW9LPT3VB"
+    rows = [record("", "f"), record("", "g"), record("It is f.", "f"), record(f"{key}.", "h")]
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    assert "exact_duplicates" not in _by_name(found)
+    assert _by_name(found)["secrets"].examples[0].row == 4
+    assert found.roles.languages["reasoning"].total() == 2
+    assert found.roles.turns == {2: 4}
+    assert found.measures["answers"].most == len(f"{key}.")
+    found = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
+    assert _by_name(found)["exact_duplicates"].count == 1
 
 
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def test_terminal_tables_do_not_read_markup() -> None:
     samples = printed(samples_table(evaluation()), width=300)
     assert "[bold]not markup[/bold]" in samples
     assert "(nothing)" in samples
+    rows = len(evaluation()["samples"])
+    for most in (0, rows - 1, rows):
+        assert samples_table(evaluation(), most).row_count == most
     assert "\x1b" not in text + samples
 
 

@@ -66,17 +66,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _sync(aside)
+                sync(file)
+        sync(aside)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

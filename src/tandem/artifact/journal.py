@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.artifact.files import sync
 from tandem.errors import UserError
 
 
@@ -34,7 +35,7 @@ class Journal:
         self._file.truncate(size)
         if not size:
             self._append({"journal": key})
-            _sync_folder(path.parent)
+            sync(path.parent)
 
     def add(self, entry: Any) -> None:
         """Append a finished unit; when this returns it is on disk."""
@@ -109,11 +110,3 @@ def recorded(
             found.update(unit)
             advance(len(unit))
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parsing import Parser, positive
+from tandem.cli.parsing import Parser, positive, seed
 from tandem.recipe.seed_flags import DEVICES
 
 
@@ -55,27 +55,27 @@ def _chat_parser() -> Parser:
     parser.add_argument(
         "--top_p", type=_share, default=0.95, metavar="X", help="nucleus sampling (0.95)"
     )
-    parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampled answers repeatable")
+    parser.add_argument("--seed", type=seed, metavar="N", help="makes sampled answers repeatable")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to answer")
     return parser
 
 
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
-    return number
-
-
 def _not_negative(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return number
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

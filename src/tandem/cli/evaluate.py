@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, positive
+from tandem.cli.parsing import Parser, count, positive
 from tandem.errors import UserError
 from tandem.recipe.seed_flags import DEVICES, DTYPES
 
@@ -49,7 +49,7 @@ def evaluate(argv: list[str]) -> int:
     for note in comparison_notes(found):
         console.print(note, markup=False, soft_wrap=True)
     if found["samples"]:
-        console.print(samples_table(found))
+        console.print(samples_table(found, arguments.samples))
     console.print(f"all figures: {folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0
 
@@ -124,7 +124,7 @@ def _parser() -> Parser:
         "--data", metavar="FOLDER", help="local task data; left out: each task's own, from the Hub"
     )
     tasks.add_argument(
-        "--num_fewshot", type=_count, metavar="N", help="few-shot examples of all tasks"
+        "--num_fewshot", type=count, metavar="N", help="few-shot examples of all tasks"
     )
     tasks.add_argument(
         "--chat",
@@ -147,7 +147,7 @@ def _parser() -> Parser:
         "--max_new_tokens", type=positive, default=64, metavar="N", help="of an answer (64)"
     )
     own.add_argument(
-        "--samples", type=_count, default=3, metavar="N", help="answers kept side by side (3)"
+        "--samples", type=count, default=3, metavar="N", help="answers kept side by side (3)"
     )
     own.add_argument(
         "--chat_template", metavar="NAME|FILE", help="for models without one of their own"
@@ -177,13 +177,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
 
 
 def _batch_size(text: str) -> int | str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem.cli.environment import prepare_gaudi
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, seed
 from tandem.recipe.seed_flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
@@ -95,17 +94,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="begin with the pairs section of this recipe"
     )
-    parser.add_argument("--seed", type=_seed, metavar="N", help="of selection and sampling (42)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of selection and sampling (42)")
     parser.add_argument("--device", choices=DEVICES, help="where to generate")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model's weights")
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved settings and stop"
     )
     return parser
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
-    return number

@@ -62,10 +62,33 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """A whole number above 0, as argparse wants it."""
-    number = int(text)
+    number = _whole(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
+
+
+def count(text: str) -> int:
+    """A whole number from 0, as argparse wants it."""
+    number = _whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def seed(text: str) -> int:
+    """A whole number that torch and numpy take as a seed, as argparse wants it."""
+    number = _whole(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:

@@ -186,7 +186,7 @@ def _keep_newest(work: _Work, answers: tuple[Encoded, ...], dropped: int) -> Fit
         answers = again
     if dropped:
         reasons.insert(0, "old turns dropped")
-        details.append(f"{dropped} oldest exchanges")
+        details.append(f"{dropped} oldest exchange{'s' * (dropped > 1)}")
     if _longest(answers) <= limits.sequence:
         return Fitted(answers, " and ".join(reasons), ", ".join(details))
     fitted = _last_exchange(work, turns)

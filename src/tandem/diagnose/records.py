@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tandem.data.languages import language_of
 from tandem.data.overlap import prompt_digest
-from tandem.data.records import Conversation, PreferencePair, Turn
+from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.diagnose.answers import answer_signs, column_signs, pair_signs
 from tandem.diagnose.findings import Sign, Tally
 from tandem.diagnose.texts import TextSigns
@@ -40,11 +40,17 @@ class Roles:
 
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
-    """A record's texts in order, each with its role; those of a pair's answers have their names."""
+    """A record's texts in order, each with its role; a pair's answers and reasoning have names."""
     if isinstance(record, Conversation):
-        return [(turn.role, turn.content) for turn in record.turns]
-    prompt = [(turn.role, turn.content) for turn in record.prompt]
+        return [text for turn in record.turns for text in _said(turn)]
+    prompt = [text for turn in record.prompt for text in _said(turn)]
     return [*prompt, ("chosen", record.chosen), ("rejected", record.rejected)]
+
+
+def _said(turn: Turn) -> list[tuple[str, str]]:
+    if not turn.reasoned:
+        return [(turn.role, turn.content)]
+    return [("reasoning", turn.more()[REASONING]), (turn.role, turn.content)]
 
 
 def prompt_of(record: Record) -> tuple[Turn, ...]:
@@ -70,18 +76,23 @@ def digests_of(record: Record) -> tuple[int, int, int]:
 
     The last is 0 for a short answer.
     """
-    prompt = "\0".join(f"{turn.role}\1{turn.content}" for turn in prompt_of(record))
+    prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
     if isinstance(record, PreferencePair):
         whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
         answer = record.chosen
     else:
-        whole = "\0".join(f"{turn.role}\1{turn.content}" for turn in record.turns)
+        whole = "\0".join((record.tools, *map(_spelt, record.turns)))
         answer = record.turns[-1].content
     return (
         _digest(whole),
         prompt_digest(prompt),
         _digest(answer) if len(answer) >= _LONG_ANSWER else 0,
     )
+
+
+def _spelt(turn: Turn) -> str:
+    """All of a turn that makes it another one, calls and reasoning included."""
+    return f"{turn.role}\1{turn.content}\1{turn.extra}"
 
 
 def look_at(
@@ -96,7 +107,9 @@ def look_at(
             roles.add(role, text)
             all_texts.append(text)
             owners.append(record)
-        roles.turns[len(own) - isinstance(record, PreferencePair)] += 1
+        roles.turns[
+            len(record.prompt) + 1 if isinstance(record, PreferencePair) else len(record.turns)
+        ] += 1
         for sign, text, at in _of_one(record):
             tally.add(sign, record.origin, text, at)
         if isinstance(record, PreferencePair):
@@ -149,17 +162,19 @@ def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]
     found: dict[str, list[int]] = {}
     for record in records:
         if isinstance(record, PreferencePair):
-            prompt = sum(len(turn.content) for turn in record.prompt)
+            prompt = sum(map(_length, record.prompt))
             answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
             lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}
         else:
             trained = sum(
-                len(turn.content)
-                for turn in record.turns
-                if turn.role == "assistant" and turn.trained
+                _length(turn) for turn in record.turns if turn.role == "assistant" and turn.trained
             )
-            whole = sum(len(turn.content) for turn in record.turns)
+            whole = sum(map(_length, record.turns))
             lengths = {"whole": whole, "prompt": whole - trained, "answers": trained}
         for name, length in lengths.items():
             found.setdefault(name, []).append(length)
     return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
+
+
+def _length(turn: Turn) -> int:
+    return sum(len(text) for _, text in _said(turn))

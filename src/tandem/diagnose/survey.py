@@ -153,6 +153,8 @@ class _Survey:
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
         self._unread: set[str] = set()
+        # Keys that a recipe's names lead into: `answers.good`.
+        self._led = {name.partition(".")[0] for one in subject.sources for _, name in one.fields}
         self._stop: str | None = None
 
     def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
@@ -193,7 +195,7 @@ class _Survey:
             subject,
             self._limit,
             dict(ledger.formats),
-            tuple(sorted(self._unread)),
+            tuple(sorted(self._unread - self._led)),
             counts,
             summary["reasons"],
             self._roles,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.errors import UserError
+from tandem.model.fused import epsilon_of
 
 _PROBE_ROWS = 3
 # Relative difference from the module's own forward that a number format explains.
@@ -128,7 +129,7 @@ def _graphs() -> int:
 
 def _norm(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, _epsilon(module))
+    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, epsilon_of(module))
     return found.view(hidden.shape)
 
 
@@ -182,7 +183,7 @@ def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
 def _choose(module: nn.Module) -> Any:
     """How to take a module, and the function that is its elementwise part; None for others."""
     anything: Any = module
-    if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None:
+    if type(module).__name__.endswith("RMSNorm") and epsilon_of(module) is not None:
         width, take = anything.weight.shape[-1], _norm
         functions: tuple[Any, ...] = (_rms, _rms_cast_last, _rms_from_one)
     elif all(isinstance(getattr(module, n, None), nn.Module) for n in _PARTS):
@@ -203,8 +204,3 @@ def _choose(module: nn.Module) -> Any:
 
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return float(found) if isinstance(found, float) and hasattr(module, "weight") else None

@@ -39,7 +39,7 @@ def fuse_elementwise(model: nn.Module) -> None:
 
 
 def _fused_forward(module: nn.Module) -> Any:
-    if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None:
+    if type(module).__name__.endswith("RMSNorm") and epsilon_of(module) is not None:
         return partial(_norm, module, module.forward)
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
@@ -54,7 +54,7 @@ def _norm(module: Any, plain: Any, hidden: Tensor) -> Tensor:
     if weight.requires_grad or not usable(library, hidden, weight):
         result: Tensor = plain(hidden)
         return result
-    normed: Tensor = RmsNorm.apply(library, hidden, weight, _epsilon(module))
+    normed: Tensor = RmsNorm.apply(library, hidden, weight, epsilon_of(module))
     return normed
 
 
@@ -68,7 +68,8 @@ def _mlp(module: Any, plain: Any, hidden: Tensor) -> Tensor:
     return down
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon_of(module: nn.Module) -> float | None:
+    """A norm's epsilon, None for a module that is no norm with a weight and one."""
     found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return float(found) if isinstance(found, float) and hasattr(module, "weight") else None
 

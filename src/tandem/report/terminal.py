@@ -72,10 +72,10 @@ def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
     return [" ".join(said), *task_notes(evaluation)]
 
 
-def samples_table(evaluation: Mapping[str, Any]) -> Table:
-    """The first sample questions with the expected answer and each model's own."""
+def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
+    """The first sample questions, `most` at most, with the expected answer and each model's own."""
     raw = evaluation.get("samples")
-    samples = [mapping(s) for s in raw][:_SAMPLES] if isinstance(raw, list) else []
+    samples = [mapping(s) for s in raw][:most] if isinstance(raw, list) else []
     names = [
         n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
     ]
