@@ -15,6 +15,14 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names bytes by their argument, so that no test's name holds a time or a version of a packer.
+
+    Every worker collects the tests for itself, and a run stops where their names differ.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real third-party data beside the repository; tests skip without it."""

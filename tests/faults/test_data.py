@@ -102,19 +102,18 @@ def test_rows_that_cannot_be_trained_are_counted_by_reason(desk: Desk) -> None:
     desk.refused(few, "none of the 24 records", said)
 
 
+CUT_GZIP = gzip.compress(b'{"conversations": []}\n' * 9, mtime=0)[:-9]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.parquet", b"PAR1 and no more", "a.parquet is no sound Parquet file"),
         ("a.docx", b"a,b\n", "a.docx is no kind of file that can be read here"),
         ("a.arrow", b"ARROW1 and no more", "a.arrow is no sound Arrow file"),
-        (
-            "a.csv",
-            b"a,a\n1,2\n",
-            "the header of",
-        ),
+        ("a.csv", b"a,a\n1,2\n", "the header of"),
         ("a.json", b'[{"conversations": []}, {', "a.json, row 2"),
-        ("a.jsonl.gz", gzip.compress(b'{"conversations": []}\n' * 9)[:-9], "the gzip data is cut"),
+        ("a.jsonl.gz", CUT_GZIP, "the gzip data is cut"),
         ("a.json", b'{\n  "data": []\n}', "a.json is a JSON object over several lines"),
         ("a.jsonl.zst", b"no zstd", "a.jsonl.zst, row 1: the record and what follows cannot"),
     ],
