@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_sharegpt_roles_weights_and_unknown_columns() -> None:
         ),
         ORIGIN,
     )
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize(("no", "yes"), [(False, True), (0, 1), (0.0, 1.0), (False, None)])
+def test_an_answer_says_whether_it_is_trained_under_several_keys(
+    key: str, no: object, yes: object
+) -> None:
+    turns = [said("user", "Q"), said("assistant", "A")] * 2
+    row = {"messages": [*turns[:1], {**turns[1], key: no}, turns[2], {**turns[3], key: yes}]}
+    conversation = read(row)
+    assert isinstance(conversation, Conversation)
+    assert [turn.trained for turn in conversation.turns if turn.role == "assistant"] == [
+        False,
+        True,
+    ]
 
 
 def test_messages_with_text_parts_and_turns_after_the_last_trained_answer() -> None:
@@ -144,6 +160,10 @@ TALK = [said("user", "Q"), said("assistant", "A")]
             (Turn("system", "S"), *Q_AND_A),
         ),
         ({"prompt": [said("user", "Q")], "completion": [said("assistant", "A")]}, Q_AND_A),
+        ({"instruction": "", "input": "Q", "output": "A"}, Q_AND_A),
+        ({"prompt": "\n\nHuman: Q\n\nAssistant:", "completion": " A"}, Q_AND_A),
+        # No transcript: it ends with no answer to come.
+        ({"prompt": "Q", "response": " A"}, (Q_AND_A[0], Turn("assistant", " A"))),
         (
             {"prompt": [said("system", "S"), said("user", "Q")], "completion": "A"},
             (Turn("system", "S"), *Q_AND_A),
@@ -196,6 +216,14 @@ def test_preference_whose_prompt_is_in_both(row: dict[str, Any], prompt: tuple[T
             "rejected": "R",
         },
         {"prompt": [*TALK, said("user", "More?")], "chosen": "C", "rejected": "R"},
+        # As edited sets of HH-RLHF keep pairs.
+        {"prompt": HH, "chosen": " C", "rejected": " R"},
+        # The prompt is the first question of both.
+        {
+            "prompt": "Q",
+            "chosen": [*TALK, said("user", "More?"), said("assistant", "C")],
+            "rejected": [*TALK, said("user", "More?"), said("assistant", "R")],
+        },
     ],
 )
 def test_pairs_behind_a_conversation(row: dict[str, Any]) -> None:
@@ -269,6 +297,21 @@ def test_scored_answers(row: dict[str, Any], choice: str | None, pairs: list[str
     assert described == pairs
 
 
+def scored_twice(*scores: tuple[float, float]) -> dict[str, Any]:
+    completions = [
+        {"response": f"A{i}", "overall_score": first, "fine-grained_score": second}
+        for i, (first, second) in enumerate(scores, start=1)
+    ]
+    return {"instruction": "Q", "completions": completions}
+
+
+def test_measures_may_differ_as_long_as_the_best_is_not_the_worst() -> None:
+    for scores in ([(9, 4), (8, 4.5), (5, 2)], [(9, 3), (5, 3)], [(9, 3)] + [(1, 3)] * 2):
+        pair = read(scored_twice(*scores))
+        assert isinstance(pair, PreferencePair)
+        assert pair.chosen == "A1"
+
+
 def test_an_empty_or_equal_scored_answer_costs_its_own_pair_alone() -> None:
     row = answers(9, 5, 3, 1)
     row["completions"][1]["response"] = ""
@@ -286,7 +329,7 @@ def test_what_users_are_told_of_formats_can_be_said_in_recipes() -> None:
     for known in FORMATS:
         assert format_with(known.id) is known
         chosen = variant(format_called(known.name), known.kind, known.completions)
-        assert chosen is known
+        assert replace(chosen, stated=False) == known
         assert known.name in describe_formats(known.kind)
     assert describe_formats("preference pairs").count("UltraFeedback (") == 1
 
@@ -375,10 +418,31 @@ def test_formats_have_names_for_recipes() -> None:
             "an answer's weight is neither 0 nor 1",
         ),
         (sharegpt(("human", "\ud800"), ("gpt", "A")), "a text holds half of a surrogate pair"),
-        ({"conversations": "text"}, "`conversations` is not a list of turns"),
+        ({"conversations": "text"}, "`conversations` is a text, not a list of turns"),
         ({"conversations": None}, "`conversations` is not a list of turns"),
         ({"conversations": []}, "`conversations` is not a list of turns"),
-        ({"messages": ["text"]}, "`messages` holds a turn that is not an object"),
+        ({"messages": ["Q", "A"]}, "`messages` holds texts that do not say who speaks"),
+        ({"messages": [5]}, "`messages` holds a turn that is not an object"),
+        (
+            {"messages": [{**said("user", ""), "content": [{"type": "image"}]}, TALK[1]]},
+            "a turn's `content` has a part that is no text",
+        ),
+        (
+            {"messages": [said("user", "Q"), {**TALK[1], "train": 0.5}]},
+            "an answer's train is neither 0 nor 1",
+        ),
+        (
+            {"messages": [said("user", "Q"), {**TALK[1], "train": True, "weight": 0}]},
+            "an answer's `weight` and `train` differ",
+        ),
+        (
+            {"messages": [said("user", "Q"), {**TALK[1], "train_detail": [{"begin_offset": 0}]}]},
+            "an answer's `train_detail` is about parts of it; it is trained or not",
+        ),
+        (scored_twice((10, 1.2), (8.5, 5)), "its scores contradict each other"),
+        (scored_twice((10, 1.2), (9, 2), (8.5, 5)), "its scores contradict each other"),
+        ({"instruction": "", "output": "A"}, "empty `instruction`"),
+        ({"prompt": "\n\nHuman: \n\nAssistant:", "completion": "A"}, "empty user turn"),
         ({"question": "Q", "chosen": "same ", "rejected": "same"}, "identical answers"),
         ({"question": "Q", "chosen": "C", "rejected": ""}, "empty answer"),
         ({"question": "Q", "chosen": None, "rejected": "R"}, "`chosen` is null or missing"),

@@ -13,6 +13,7 @@ import pytest
 
 from tandem.data import joining
 from tandem.data.chunks import Chunk, Row, RowChunk
+from tandem.data.formats import FORMATS
 from tandem.data.joining import joined
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_conversations, read_pairs
@@ -105,6 +106,71 @@ def test_the_answer_may_be_the_last_turn_of_a_conversation(tmp_path: Path, key: 
     assert len(list(read_conversations([classes], Ledger()))) == 2
 
 
+@pytest.mark.parametrize(
+    ("question", "completion", "label"),
+    [
+        ({"instruction": "Why", "input": "so?"}, "output", "label"),
+        ({"instruction": "Why", "input": "so?", "history": [["P", "B"]]}, "output", "kto_tag"),
+        ({"instruction": "Why", "context": "so?"}, "response", "label"),
+        ({"prompt": "Why\n\nso?"}, "response", "label"),
+        ({"query": "Why\n\nso?", "history": [["P", "B"]]}, "response", "label"),
+        ({"question": "Why", "context": "so?"}, "answer", "label"),
+    ],
+)
+def test_answers_of_any_format_may_be_labelled(
+    tmp_path: Path, question: dict[str, Any], completion: str, label: str
+) -> None:
+    def row(answer: str | None, good: object) -> dict[str, Any]:
+        return {**question, "system": "S", completion: answer, label: good, "id": 1}
+
+    source = write(
+        tmp_path / "kto.jsonl",
+        [row("good", True), row("bad", False), row("alone", True), row(None, True)],
+    )
+    ledger = Ledger()
+    (pair,) = read_pairs([source], ledger)
+    before = ["S", "P", "B"] if "history" in question else ["S"]
+    assert [turn.content for turn in pair.prompt] == [*before, "Why\n\nso?"]
+    assert (pair.chosen, pair.rejected) == ("good", "bad")
+    assert {entry.row: entry.reason for entry in ledger.entries} == {
+        3: "no answer to the same prompt is labelled false",
+        4: f"`{completion}` is null or missing",
+    }
+    good = list(read_conversations([source], Ledger()))
+    assert [(one.origin.row, one.turns[-1].content) for one in good] == [(1, "good"), (3, "alone")]
+
+
+@pytest.mark.parametrize("first", [{}, {"label": None}])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"prompt": "Q", "completion": "A"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {"instruction": "Q", "output": "A"},
+    ],
+)
+def test_a_verdict_that_the_first_row_lacks_is_not_overlooked(
+    tmp_path: Path, first: dict[str, Any], rest: dict[str, Any]
+) -> None:
+    rows = [{**rest, **first}, {**rest, "label": False}, {**rest, "label": None}, rest]
+    rows += [{**rest, "chosen": "C", "rejected": "R"}, {**rest, "chosen": "C", "rejected": None}]
+    source = write(tmp_path / "late.jsonl", rows)
+    if "prompt" in rest and "label" in first:
+        # A label decides there, whatever it is.
+        assert not list(read_conversations([source], Ledger()))
+        return
+    ledger = Ledger()
+    assert [one.origin.row for one in read_conversations([source], ledger)] == [1, 3, 4, 6]
+    assert {entry.row: entry.reason.partition(" (")[0] for entry in ledger.entries} == {
+        2: "a row of another format than its source's first",
+        5: "a row of another format than its source's first",
+    }
+    # What a recipe states is not doubted.
+    (name,) = ledger.formats.values()
+    stated = SourceSpec(source.path, format=name)
+    assert len(list(read_conversations([stated], Ledger()))) == len(rows)
+
+
 def test_rows_that_cannot_be_told_take_no_partner_with_them(tmp_path: Path) -> None:
     rows: Rows = [
         answer("Q", "good", True),
@@ -176,9 +242,12 @@ def test_memory_holds_a_few_hundred_bytes_of_an_answer(monkeypatch: pytest.Monke
             fields = answer(f"Q{number % count}", f"{number}" + "x" * size, number < count)
             yield RowChunk("made", 1, (Row(fields, Origin("made", number + 1)),))
 
+    (known,) = (one for one in FORMATS if one.name == "unpaired preference" and one.joins)
     tracemalloc.start()
     try:
-        pairs = sum(len(chunk.read) for chunk in joined(chunks()) if isinstance(chunk, RowChunk))
+        pairs = sum(
+            len(chunk.read) for chunk in joined(chunks(), known) if isinstance(chunk, RowChunk)
+        )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

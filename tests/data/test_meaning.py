@@ -103,6 +103,11 @@ def test_names_reach_into_turns(tmp_path: Path) -> None:
     assert found == [Turn("user", "Q"), Turn("assistant", "A")]
 
 
+def test_an_answers_weight_has_names_too(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "mask": 0}]
+    assert [turn.trained for turn in talk(tmp_path, turns, weight="mask")] == [True, False]
+
+
 def test_questions_have_names_too(tmp_path: Path) -> None:
     spec = source(tmp_path / "q.jsonl", [{"ask": "Q", "key": "A"}], fields={"question": "ask",
                   "answer": "key"})  # fmt: skip

@@ -45,6 +45,26 @@ def known(row: Fields) -> Format:
             {"prompt": "Q", "completion": "A"},
         ),
         (
+            "query and response",
+            {"query": "Q", "response": "A", "system": "S", "history": [["P", "B"]], "input": "no"},
+            {"instruction": "Q", "output": "A", "system": "S", "history": [["P", "B"]]},
+        ),
+        (
+            "question and answer",
+            {"question": "Q", "context": "C", "answer": "A"},
+            {"instruction": "Q", "input": "C", "output": "A"},
+        ),
+        (
+            "question and response",
+            {"id": "niv.1", "system_prompt": "S", "question": "Q", "response": "A"},
+            {"prompt": "Q", "completion": "A", "system": "S"},
+        ),
+        (
+            "question and response",
+            {"system_prompt": "", "question": "Q", "response": "A"},
+            {"prompt": "Q", "completion": "A"},
+        ),
+        (
             "prompt and response",
             {"prompt": "Q", "response": "A", "helpfulness": 3, "system": "S"},
             {"prompt": "Q", "completion": "A", "system": "S"},
@@ -127,6 +147,35 @@ def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> Non
     assert len(list(read_conversations([named], Ledger(None)))) == 1
     assert "does not say what is asked" in refusal({"text": "### Human: hello"})
     assert "If only names differ" in refusal({"asked": "Q", "answered": "A"})
+
+    # Turns alone do not say that they are the record.
+    context = [{"role": "user", "content": "Q"}]
+    answer = [{"role": "assistant", "content": "A"}]
+    assert refusal({"input": context, "output": "A"}).endswith(
+        "But `input` holds turns up to a question: say so in the recipe, and where its answer is, "
+        "with `fields: {prompt: input, completion: ...}`."
+    )
+    assert "`a` and `b` hold turns" in refusal({"a": [*context, *answer], "b": context + answer})
+    prompt = SourceSpec(
+        str(tmp_path / "rows.jsonl"), fields=(("prompt", "input"), ("completion", "output"))
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": context, "output": "A"}) + "\n")
+    assert len(list(read_conversations([prompt], Ledger(None)))) == 1
+
+
+def test_images_that_a_text_needs_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    def dropped(text: str, **more: object) -> list[str]:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}]
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, **more}) + "\n")
+        ledger = Ledger(None)
+        list(read_conversations([SourceSpec(str(tmp_path / "rows.jsonl"))], ledger))
+        return [entry.reason for entry in ledger.entries]
+
+    assert dropped("<image>\nWhat is it?", images=["a.png"]) == [
+        "`images` have places in the text, and only text is read"
+    ]
+    assert not dropped("What is <image>?", images=[])
+    assert not dropped("What is it?", image="cover.png")
 
 
 def test_a_recipe_may_rename_these_keys_as_well() -> None:

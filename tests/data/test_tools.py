@@ -145,6 +145,21 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "ShareGPT": [{"conversations": DIALOGUE}],
     "messages": [{"messages": SAID[4:]}],
     "unpaired preference": [{**HALF, "label": True}, {**HALF, "completion": "B", "label": False}],
+    "labelled Alpaca": [
+        {"instruction": "Q", "output": text, "kto_tag": text == "A"} for text in "AB"
+    ],
+    "labelled instruction and response": [
+        {"instruction": "Q", "response": text, "label": text == "A"} for text in "AB"
+    ],
+    "labelled prompt and response": [
+        {"prompt": "Q", "response": text, "label": text == "A"} for text in "AB"
+    ],
+    "labelled query and response": [
+        {"query": "Q", "response": text, "label": text == "A"} for text in "AB"
+    ],
+    "labelled question and answer": [
+        {"question": "Q", "answer": text, "label": text == "A"} for text in "AB"
+    ],
     "labelled messages": [
         {"messages": [SAID[0], {"role": "assistant", "content": text}], "label": text == "A"}
         for text in "AB"
@@ -161,6 +176,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "instruction and response": [{"instruction": "Q", "response": "A"}],
     "prompt and response": [{"prompt": "Q", "response": "A"}],
     "query and response": [{"query": "Q", "response": "A"}],
+    "question and response": [{"question": "Q", "response": "A"}],
     "question and answer": [{"question": "Q", "answer": "A"}],
 }
 
@@ -224,6 +240,12 @@ def test_every_spelling_is_the_same_record(tmp_path: Path) -> None:
     # Columns of a table have every key in every row.
     said = [{"tool_calls": None, "name": None, "tool_call_id": None, **turn} for turn in SAID]
     assert read({"messages": said, "tools": [json.dumps(TOOLS[0])]}) == wanted
+    # OpenAI's older key; where both are, `tools` is what counts.
+    functions = [tool["function"] for tool in TOOLS]
+    assert read({"messages": SAID, "functions": functions}) == wanted
+    assert read({"messages": SAID, "functions": json.dumps(TOOLS), "tools": None}) == wanted
+    assert read({"messages": SAID, "functions": [{"name": "other"}], "tools": TOOLS}) == wanted
+    assert verdict({"messages": SAID, "functions": [1]}) == "`functions` is not a list of functions"
     for empty in (None, [], "", "[]"):
         assert read({"messages": SAID[:1] + SAID[3:4], "tools": empty}).tools == ""
 

@@ -2,9 +2,9 @@
 
 OpenAI's: `tools` is a list of functions with JSON schemas, `tool_calls` of an assistant's turn a
 list of `{"id", "type": "function", "function": {"name", "arguments"}}`; `tool_call_id` and `name`
-of a tool's turn say what it answers. The older `function_call` is one call. All of them may be JSON
-texts, as data sets on the Hub have them; arguments that are JSON texts become objects, as inference
-servers make them.
+of a tool's turn say what it answers. The older `functions` are tools, `function_call` is one call.
+All of them may be JSON texts, as data sets on the Hub have them; arguments that are JSON texts
+become objects, as inference servers make them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,22 @@ def read_tools(value: object) -> str:
     if not all(isinstance(tool, Mapping) and tool for tool in tools):
         raise Malformed("`tools` is not a list of functions")
     return _text(tools)
+
+
+def read_functions(value: object) -> str:
+    """OpenAI's older `functions` as tools, empty when there are none; raises `Malformed`."""
+    try:
+        listed = read_tools(value)
+    except Malformed as reason:
+        raise Malformed(str(reason).replace("`tools`", "`functions`")) from reason
+    if not listed:
+        return ""
+    return _text(
+        [
+            one if "function" in one else {"type": "function", "function": one}
+            for one in json.loads(listed)
+        ]
+    )
 
 
 def read_answer(calls: object, item: Mapping[str, object]) -> str:

@@ -16,24 +16,23 @@ from tempfile import SpooledTemporaryFile
 
 from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
 from tandem.data.formats.conversations import read_completion
-from tandem.data.formats.rows import Fields, Unusable
+from tandem.data.formats.rows import Fields, Format, Unusable
 from tandem.data.formats.turns import tools_in
-from tandem.data.formats.unpaired import answer_apart, label_of
+from tandem.data.formats.unpaired import BEFORE, label_of
 
 _IN_MEMORY = 2**26
-# What an answer stands behind, and what else is needed of a row that waits.
-_BEFORE = ("prompt", "system", "tools")
-_KEPT = (*_BEFORE, "completion", "label", "messages", "conversations")
 _ROWS = 256
 
 
-def joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+def joined(chunks: Iterable[Chunk], known: Format) -> Iterator[Chunk]:
     """The pieces with each good answer beside a bad one to the same prompt, first come first.
+
+    The rows are in the labelled format `known`.
 
     A pair is the later of its two rows, with `chosen` and `rejected`.
     Rows that stay alone come last, as they are; rows that cannot be told, in their place.
     """
-    with _Waiting() as waiting:
+    with _Waiting(known) as waiting:
         for chunk in chunks:
             rows = [row for row in map(waiting.meet, chunk.rows()) if row is not None]
             yield RowChunk(chunk.file, chunk.count, tuple(rows))
@@ -45,7 +44,9 @@ def joined(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 class _Waiting:
     """Rows without a partner, as a context manager; its file ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Format) -> None:
+        assert known.labelled is not None
+        self._apart, self._keys = known.labelled, known.read_keys
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  (closed by exit)
         # By prompt and label, places in the file, the first come first. Lists, for an empty deque
         # takes more than all else of an answer, and most prompts have few.
@@ -63,8 +64,8 @@ class _Waiting:
         if isinstance(row, BadLine):
             return row
         try:
-            own = answer_apart(row.fields)
-            label = label_of(own)
+            label = label_of(row.fields)
+            own = self._apart(row.fields)
             # Or its partner would be lost with it.
             tools_in(row.fields)
             read_completion(own, row.origin)
@@ -75,14 +76,13 @@ class _Waiting:
                 return None
         except (Unusable, RecursionError):
             return row
-        other = answer_apart(self._read(others.pop(0)).fields)
+        other = self._apart(self._read(others.pop(0)).fields)
         if not others:
             del self._places[prompt, not label]
         good, bad = (own, other) if label else (other, own)
-        fields = {key: own[key] for key in _KEPT if key in own}
         answers = {"chosen": good["completion"], "rejected": bad["completion"]}
         # A label as text might be taken for the name of the preferred answer.
-        return Row(fields | answers | {"label": label}, row.origin)
+        return Row({**own, **answers, "label": label}, row.origin)
 
     def left(self) -> Iterator[Row]:
         """The rows that wait at the end, in reading order."""
@@ -92,7 +92,7 @@ class _Waiting:
     def _keep(self, row: Row) -> int:
         place = self._end
         self._file.seek(place)
-        kept = {key: row.fields[key] for key in _KEPT if key in row.fields}
+        kept = {key: value for key, value in row.fields.items() if key in self._keys}
         pickle.dump(Row(kept, row.origin), self._file, protocol=pickle.HIGHEST_PROTOCOL)
         self._end = self._file.tell()
         return place
@@ -105,6 +105,6 @@ class _Waiting:
 
 def _digest(fields: Fields) -> bytes:
     """Of all that stands before an answer; an empty text there is the same as none."""
-    prompt = [fields.get(key) or None for key in _BEFORE]
+    prompt = [fields.get(key) or None for key in BEFORE]
     text = json.dumps(prompt, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).digest()

@@ -14,7 +14,7 @@ from tandem.errors import UserError, nearest
 def check_meaning(source: SourceSpec, known: Format) -> None:
     """Raise `UserError` for a name, a role or a choice that has no effect in a source's format."""
     check_use(source)  # first, for a misspelt name may lead to another format
-    keys = known.keys | known.optional | {"tools"} | (TURN_KEYS if known.turns else set())
+    keys = known.read_keys | (TURN_KEYS if known.turns else set())
     _check_keys(source, keys, f"the format {known.name}")
     if source.completions is not None and "completions" not in known.keys:
         raise UserError(

@@ -19,11 +19,12 @@ from tandem.data.formats import (
     detect,
     format_called,
     format_with,
+    overlooked,
     read_question,
     variant,
 )
-from tandem.data.formats.spellings import column_of_turns
-from tandem.data.formats.turns import tools_in
+from tandem.data.formats.spellings import columns_of_turns, ends_with_answer
+from tandem.data.formats.turns import check_text_alone, tools_in
 from tandem.data.joining import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
@@ -110,7 +111,7 @@ def formatted_chunks(
         if known is not None:
             check_meaning(source, known)
             ledger.detected(source.path, known.name)
-            pieces = joined(pieces) if known.joins else pieces
+            pieces = joined(pieces, known) if known.joins else pieces
         for chunk in pieces:
             yield chunk, known.id if known else ""
 
@@ -122,6 +123,7 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
     rows are dropped.
     """
     layout = format_with(known) if known else None
+    others: dict[tuple[str, ...], tuple[Format, ...]] = {}
     for row in chunk.rows():
         if isinstance(row, BadLine):
             if on_bad_record == "stop":
@@ -129,7 +131,12 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
         assert layout is not None
+        keys = tuple(row.fields)
+        if keys not in others:
+            others[keys] = overlooked(keys, layout)
         try:
+            _check_format(row.fields, others[keys], layout)
+            check_text_alone(row.fields)
             tools = tools_in(row.fields)
             found = layout.read(row.fields, row.origin)
         except Unusable as verdict:
@@ -141,10 +148,21 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
                 yield replace(one, tools=tools) if tools else one
 
 
+def _check_format(fields: Fields, others: Sequence[Format], known: Format) -> None:
+    """Raise `Unusable` for a row that is of one of these other formats by what it holds."""
+    for other in others:
+        if other.fits(fields) and all(fields[key] is not None for key in other.keys):
+            raise Unusable(
+                f"a row of another format than its source's first ({other.name}, not {known.name})",
+                f"its keys are {', '.join(map(str, fields))}",
+            )
+
+
 def _another_format(fields: Fields, known: Format) -> Unusable | None:
     """The reason of a row that lacks its source's keys, but has those of another format."""
     given = {key: value for key, value in fields.items() if value is not None}
-    if known.keys <= given.keys():
+    # Joined rows are not as they were.
+    if known.joins or known.keys <= given.keys():
         return None
     other = detect(given)
     if other is None or other.keys == known.keys:
@@ -227,19 +245,42 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
             "with `fields: {key of the format: key of the data}`, or correct `format`."
         )
-    column = column_of_turns(row.fields)
-    if column is not None and kind == "conversations":
-        return UserError(
-            f"{row.origin}: a record of no known format; its keys are: {keys}. But `{column}` "
-            f"holds turns: say so in the recipe with `fields: {{messages: {column}}}`."
-        )
-    if row.fields.keys() == {"text"}:
-        return UserError(
-            f"{row.origin}: the record is a `text` alone, which does not say what is asked and "
-            f"what is answered. Known formats of {kind}: {describe_formats(kind)}."
-        )
+    unknown = f"{row.origin}: a record of no known format; its keys are: {keys}."
+    if advice := _advice(row.fields, kind):
+        return UserError(f"{unknown} {advice}")
     return UserError(
-        f"{row.origin}: a record of no known format; its keys are: {keys}. Known formats of "
-        f"{kind}: {describe_formats(kind)}. If only names differ, say so in the recipe: "
-        "`fields: {key of the format: key of the data}`."
+        f"{unknown} Known formats of {kind}: {describe_formats(kind)}. If only names differ, say "
+        "so in the recipe: `fields: {key of the format: key of the data}`."
+    )
+
+
+def _advice(fields: Fields, kind: Kind) -> str | None:
+    """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
+    columns = columns_of_turns(fields)
+    texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
+    if len(columns) > 1:
+        return (
+            f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say in the recipe "
+            "which is what, as `fields: {prompt: ..., chosen: ..., rejected: ...}` of pairs or "
+            "`fields: {messages: ...}`. Where each row says which answer is better, write that "
+            "one into `chosen` first."
+        )
+    if not columns:
+        if len(texts) == 1 and texts[0] == "text":
+            return (
+                "But its `text` does not say what is asked and what is answered. Known formats of "
+                f"{kind}: {describe_formats(kind)}."
+            )
+        return None
+    column = columns[0]
+    answers = "chosen: ..., rejected: ..." if kind == "preference pairs" else "completion: ..."
+    if not ends_with_answer(fields[column]):
+        return (
+            f"But `{column}` holds turns up to a question: say so in the recipe, and where its "
+            f"answer is, with `fields: {{prompt: {column}, {answers}}}`."
+        )
+    if kind == "preference pairs":
+        return None
+    return (
+        f"But `{column}` holds turns: say so in the recipe with `fields: {{messages: {column}}}`."
     )

@@ -6,7 +6,8 @@ Formats are told apart by their keys; extra keys are fine. A row that cannot be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tandem.data.formats.conversations import (
     read_alpaca,
@@ -27,9 +28,12 @@ from tandem.data.formats.questions import (
     Question,
     read_question,
 )
-from tandem.data.formats.rows import Fields, Format, Kind, Reader, Record, Unusable
+from tandem.data.formats.rows import Apart, Fields, Format, Kind, Reader, Record, Unusable
 from tandem.data.formats.scored import read_best_vs_rest, read_best_vs_worst
 from tandem.data.formats.spellings import (
+    INSTRUCTION,
+    QUERY,
+    QUESTION,
     answers_as_texts,
     read_exchanges,
     read_input_pair,
@@ -37,9 +41,17 @@ from tandem.data.formats.spellings import (
     read_prompt_and_response,
     read_query_and_response,
     read_question_and_answer,
+    read_question_and_response,
     read_response_pair,
 )
-from tandem.data.formats.unpaired import is_labelled, read_good_answer, read_joined_pair
+from tandem.data.formats.unpaired import (
+    good_answers,
+    instruction_apart,
+    is_labelled,
+    joined_pairs,
+    last_turn_apart,
+    prompt_apart,
+)
 from tandem.errors import UserError, nearest
 
 __all__ = [
@@ -57,6 +69,7 @@ __all__ = [
     "detect",
     "format_called",
     "format_with",
+    "overlooked",
     "read_question",
     "variant",
 ]
@@ -72,25 +85,28 @@ def _known(
     turns: bool = False,
     suits: Callable[[Fields], bool] | None = None,
     completions: str | None = None,
-    joins: bool = False,
 ) -> Format:
     needed, more = frozenset(keys.split()), frozenset(optional.split())
-    return Format(name, kind, needed, read, more, turns, suits, completions, joins)
+    return Format(name, kind, needed, read, more, turns, suits, completions)
 
 
 def _labelled(
-    name: str, keys: str, suits: Callable[[Fields], bool] | None = None
+    name: str,
+    keys: str,
+    optional: str,
+    apart: Apart,
+    suits: Callable[[Fields], bool] | None = is_labelled,
 ) -> tuple[Format, Format]:
     """Answers with a label: good ones as conversations, or a good and a bad one as a pair."""
+    needed = frozenset(keys.split())
+    more = frozenset(f"system label kto_tag {optional}".split()) - needed
+    good, pairs = good_answers(apart), joined_pairs(apart)
     return (
-        _known(
-            name, "conversations", keys, read_good_answer, "system", turns=True, suits=suits
+        Format(name, "conversations", needed, good, more, True, suits, labelled=apart),
+        Format(
+            name, "preference pairs", needed, pairs, more, True, suits, labelled=apart, joins=True
         ),
-        _known(
-            name, "preference pairs", keys, read_joined_pair, "system", turns=True, suits=suits,
-            joins=True,
-        ),
-    )  # fmt: skip
+    )
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
@@ -133,35 +149,61 @@ FORMATS: tuple[Format, ...] = (
         "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_rest,
         "system", completions="best_vs_rest",
     ),
-    *_labelled("labelled ShareGPT", "conversations label", is_labelled),
-    *_labelled("labelled messages", "messages label", is_labelled),
+    *_labelled("labelled ShareGPT", "conversations", "", last_turn_apart("conversations")),
+    *_labelled("labelled messages", "messages", "", last_turn_apart("messages")),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
-    *_labelled("unpaired preference", "prompt completion label"),
+    *_labelled("unpaired preference", "prompt completion label", "", prompt_apart(), None),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",
         turns=True,
+    ),
+    *_labelled(
+        "labelled Alpaca", "instruction output", "input history", instruction_apart("output")
     ),
     _known(
         "Alpaca", "conversations", "instruction output", read_alpaca, "input system history"
     ),
     _known("conversation", "conversations", "conversation", read_exchanges, "system", turns=True),
+    *_labelled(
+        "labelled instruction and response", "instruction response", "context history",
+        instruction_apart("response", **INSTRUCTION),
+    ),
     _known(
         "instruction and response", "conversations", "instruction response",
         read_instruction_and_response, "context system history",
+    ),
+    *_labelled(
+        "labelled prompt and response", "prompt response", "", prompt_apart(answer="response")
     ),
     _known(
         "prompt and response", "conversations", "prompt response", read_prompt_and_response,
         "system", turns=True,
     ),
+    *_labelled(
+        "labelled query and response", "query response", "history",
+        instruction_apart("response", **QUERY),
+    ),
     _known(
-        "query and response", "conversations", "query response", read_query_and_response, "system"
+        "query and response", "conversations", "query response", read_query_and_response,
+        "system history",
+    ),
+    _known(
+        "question and response", "conversations", "question response", read_question_and_response,
+        "system_prompt", turns=True,
+    ),
+    *_labelled(
+        "labelled question and answer", "question answer", "context history",
+        instruction_apart("answer", **QUESTION),
     ),
     _known(
         "question and answer", "conversations", "question answer", read_question_and_answer,
-        "system",
+        "context system history",
     ),
 )  # fmt: skip
+
+
+_BY_ID = {one.id: one for known in FORMATS for one in (known, replace(known, stated=True))}
 
 
 def detect(fields: Fields) -> Format | None:
@@ -169,30 +211,48 @@ def detect(fields: Fields) -> Format | None:
     return next((known for known in FORMATS if known.fits(fields)), None)
 
 
+def overlooked(keys: Sequence[str], known: Format) -> tuple[Format, ...]:
+    """The formats that rows with some keys may have, and that say more of them than `known`.
+
+    Those come before it: rows with a verdict on their answer, or with a better and a worse one. A
+    source whose first row lacks what tells them is not of theirs, and these rows are not of its.
+    """
+    if known.stated or known.joins:
+        return ()
+    names = frozenset(keys)
+    before = FORMATS[: [one.name for one in FORMATS].index(known.name)]
+    return tuple(
+        one
+        for one in before
+        if one.keys <= names and (one.labelled is not None or one.kind != known.kind)
+    )
+
+
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:
-    """The format of the same keys that makes records of a kind, if there is one.
+    """The format of the same name that makes records of a kind, if there is one.
 
     `completions` chooses between those of scored answers: `best_vs_worst` (also None) or
     `best_vs_rest`.
     """
     wanted = (None, completions or "best_vs_worst")
-    same = (one for one in FORMATS if one.keys == known.keys and one.kind == kind)
-    return next((one for one in same if one.completions in wanted), known)
+    same = (one for one in FORMATS if one.name == known.name and one.kind == kind)
+    found = next((one for one in same if one.completions in wanted), known)
+    return replace(found, stated=True) if known.stated else found
 
 
 def format_with(id_: str) -> Format:
     """The known format of that `id`."""
-    return next(known for known in FORMATS if known.id == id_)
+    return _BY_ID[id_]
 
 
 def format_called(name: str) -> Format:
-    """The format that a recipe calls so, in any case and with `_` or `-` for spaces.
+    """The format that a recipe states so, in any case and with `_` or `-` for spaces.
 
     Raises `UserError` for a name that is none, with the nearest one.
     """
     found = next((known for known in FORMATS if _plain(known.name) == _plain(name)), None)
     if found is not None:
-        return found
+        return replace(found, stated=True)
     names = list(dict.fromkeys(known.name for known in FORMATS))
     raise UserError(
         f"data: there is no format {name!r}.{nearest(name, names)} "

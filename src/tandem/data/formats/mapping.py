@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tandem.data.formats.rows import Fields
 
 # Keys that a turn's own names can be given for, and the columns that turns may be in.
-TURN_KEYS = frozenset({"role", "content"})
+TURN_KEYS = frozenset({"role", "content", "weight"})
 _ROLE_NAMES = ("role", "from")
 # What ShareGPT calls a turn's keys; readers take either.
 _SAME = {"role": "from", "content": "value"}

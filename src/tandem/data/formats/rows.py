@@ -10,6 +10,11 @@ from tandem.data.records import Conversation, Origin, PreferencePair
 
 Kind = Literal["conversations", "preference pairs"]
 Fields = Mapping[str, object]
+# A row with one answer, in the keys `prompt`, `completion` and `label`.
+Apart = Callable[[Fields], Fields]
+
+# What a row of any format may offer to call.
+TOOL_KEYS = frozenset({"tools", "functions"})
 
 _ANSWERS = ("chosen", "rejected", "output", "completion", "response")
 
@@ -37,11 +42,13 @@ class Format:
         kind: what its rows become.
         keys: all of them, and no others, tell the format.
         read: the records of a row; raises `Unusable` for a row that holds none.
-        optional: more keys that are read when they are there; so is `tools`, in all formats.
+        optional: more keys that are read when they are there; so are `TOOL_KEYS`, in all formats.
         turns: whether turns, with roles and contents, are somewhere in it.
         suits: whether a row that has the keys can be of this format; None: any can.
         completions: what a recipe's `completions` must be for it, where formats differ in that.
+        labelled: for rows that say whether their answer is a good one, those as KTO has them.
         joins: whether its records are made of two rows each.
+        stated: whether a recipe says that rows are of it, whatever else they hold.
     """
 
     name: str
@@ -52,21 +59,29 @@ class Format:
     turns: bool = False
     suits: Callable[[Fields], bool] | None = None
     completions: str | None = None
+    labelled: Apart | None = None
     joins: bool = False
+    stated: bool = False
 
     @property
     def id(self) -> str:
         """What no other format has, for the program itself; some that read other records of the
         same keys share a name."""
-        return ", ".join(filter(None, (self.name, self.completions, "joined" * self.joins)))
+        more = (self.completions, "joined" * self.joins, "stated" * self.stated)
+        return ", ".join(filter(None, (self.name, *more)))
 
     def fits(self, fields: Fields) -> bool:
         """Whether a row is of this format by what it holds."""
         return self.keys <= fields.keys() and (self.suits is None or self.suits(fields))
 
+    @property
+    def read_keys(self) -> frozenset[str]:
+        """All keys that are read where they are."""
+        return self.keys | self.optional | TOOL_KEYS
+
     def unread(self, fields: Fields) -> set[str]:
         """The keys of a row that are not read; none of joined rows, which are not as they were."""
-        return set() if self.joins else set(fields) - self.keys - self.optional - {"tools"}
+        return set() if self.joins else set(fields) - self.read_keys
 
 
 def text(fields: Fields, key: str) -> str:
@@ -79,6 +94,12 @@ def text(fields: Fields, key: str) -> str:
     if not value.strip():
         raise Unusable("empty answer" if key in _ANSWERS else f"empty `{key}`", key)
     return sound(value)
+
+
+def named(fields: Fields, names: Mapping[str, str]) -> dict[str, object]:
+    """A row whose keys are called so: `names` are keys, each with the row's name for it."""
+    row = {key: value for key, value in fields.items() if key not in names}
+    return row | {key: fields[name] for key, name in names.items() if name in fields}
 
 
 def sound(value: str) -> str:

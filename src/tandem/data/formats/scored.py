@@ -8,7 +8,7 @@ with a `Rating` from 1 to 5 as text, or "N/A".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tandem.data.formats.preferences import pair
 from tandem.data.formats.rows import Fields, Unusable, text
@@ -40,10 +40,10 @@ def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Unusab
     if not all(isinstance(one, Mapping) for one in completions):
         raise Unusable("`completions` holds an answer that is not an object")
     # One measure for all of a row: scores of different scales cannot be compared.
-    scores = max(
-        ([measure(one) for one in completions] for measure in (_overall, _fine_grained, _rated)),
-        key=lambda found: sum(score is not None for score in found),
-    )
+    measured = [
+        [measure(one) for one in completions] for measure in (_overall, _fine_grained, _rated)
+    ]
+    scores = max(measured, key=lambda found: sum(score is not None for score in found))
     ranked = [
         (place, score, one)
         for place, (score, one) in enumerate(zip(scores, completions, strict=True), start=1)
@@ -53,7 +53,27 @@ def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Unusab
         raise Unusable("fewer than two answers have a score", f"{len(ranked)} of {len(scores)}")
     missing = [place for place, score in enumerate(scores, start=1) if score is None]
     ranked.sort(key=lambda one: (-one[1], one[0]))
+    _check_agreement(ranked[0], ranked[-1], measured)
     return prompt, ranked, [Unusable("an answer without a score", f"answer {at}") for at in missing]
+
+
+def _check_agreement(
+    best: Scored, worst: Scored, measured: Sequence[Sequence[float | None]]
+) -> None:
+    """Raise `Unusable` where another measure has the best answer as the worst of all.
+
+    UltraFeedback has rows in which an `overall_score` of 1 was written down as 10.
+    """
+    for scores in measured:
+        known = [score for score in scores if score is not None]
+        first, last = scores[best[0] - 1], scores[worst[0] - 1]
+        if first is None or last is None or len(known) < len(scores):
+            continue
+        if first == min(known) and first < last:
+            raise Unusable(
+                "its scores contradict each other",
+                f"answer {best[0]}: {best[1]:g} by one measure, {first:g}, the least, by another",
+            )
 
 
 def _against(

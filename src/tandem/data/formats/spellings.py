@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from tandem.data.formats.conversations import conversation_of, read_alpaca, read_completion
 from tandem.data.formats.preferences import read_alpaca_pair, read_orca_pair
-from tandem.data.formats.rows import Fields, Reader, Record, Unusable
-from tandem.data.formats.turns import turns_in
+from tandem.data.formats.rows import Fields, Reader, Record, Unusable, named
+from tandem.data.formats.turns import known_role, turns_in
 from tandem.data.records import Conversation, Origin
 
 
@@ -18,10 +18,8 @@ def spelt(read: Reader, **names: str) -> Reader:
     """
 
     def reader(fields: Fields, origin: Origin) -> list[Record | Unusable]:
-        row = {key: value for key, value in fields.items() if key not in names}
-        row |= {key: fields[name] for key, name in names.items() if name in fields}
         try:
-            return list(read(row, origin))
+            return list(read(named(fields, names), origin))
         except Unusable as verdict:
             reason = verdict.reason
             for key, name in names.items():
@@ -49,19 +47,36 @@ def answers_as_texts(fields: Fields) -> bool:
     return not isinstance(fields.get("chosen"), list)
 
 
-def column_of_turns(fields: Fields) -> str | None:
-    """The key under which a row has a list of turns, if there is one."""
-    for key, value in fields.items():
-        if isinstance(value, list) and value and all(_turn(item) for item in value):
-            return str(key)
-    return None
+def columns_of_turns(fields: Fields) -> list[str]:
+    """The keys under which a row has lists of turns."""
+    return [
+        str(key)
+        for key, value in fields.items()
+        if isinstance(value, list) and value and all(_turn(item) for item in value)
+    ]
 
 
-# GSM8K; MetaMath; HelpSteer; Dolly.
-read_question_and_answer = spelt(read_completion, prompt="question", completion="answer")
-read_query_and_response = spelt(read_completion, prompt="query", completion="response")
+def ends_with_answer(turns: object) -> bool:
+    """Whether the last of some turns is an assistant's, or of a role that nobody knows."""
+    assert isinstance(turns, list)
+    name = next(turns[-1][key] for key in ("role", "from") if key in turns[-1])
+    return known_role(str(name)) in ("assistant", None)
+
+
+# A column that rows do not have, for a key that a spelling is without.
+_NONE = "\0"
+# Names of Alpaca's keys in GSM8K and question sets with a context; MetaMath and ms-swift; Dolly.
+QUESTION = {"instruction": "question", "input": "context"}
+QUERY = {"instruction": "query", "input": _NONE}
+INSTRUCTION = {"input": "context"}
+read_question_and_answer = spelt(read_alpaca, **QUESTION, output="answer")
+read_query_and_response = spelt(read_alpaca, **QUERY, output="response")
+read_instruction_and_response = spelt(read_alpaca, **INSTRUCTION, output="response")
+# HelpSteer; OpenOrca.
 read_prompt_and_response = spelt(read_completion, completion="response")
-read_instruction_and_response = spelt(read_alpaca, input="context", output="response")
+read_question_and_response = spelt(
+    read_completion, system="system_prompt", prompt="question", completion="response"
+)
 # distilabel's edition of orca_dpo_pairs; Argilla's edition of UltraFeedback.
 read_input_pair = spelt(read_orca_pair, question="input")
 read_response_pair = spelt(read_alpaca_pair, chosen="chosen_response", rejected="rejected_response")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tandem.data.calls import Malformed, read_answer, read_result, read_tools
-from tandem.data.formats.rows import Fields, Unusable, sound, text
+from tandem.data.calls import Malformed, read_answer, read_functions, read_result, read_tools
+from tandem.data.formats.rows import Fields, Unusable, sound, text, texts_in
 from tandem.data.records import Role, Turn
 
 _ROLES: dict[str, Role] = {
@@ -35,6 +35,12 @@ _NEXT = {
     "tool": ("tool", "assistant"),
 }
 
+# Under which an answer says whether it is trained: SlimOrca, OpenAI; Axolotl; ms-swift.
+_WEIGHTS = ("weight", "train", "loss")
+# Columns of what is no text, and the marks of their places in one.
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_PLACES = re.compile(r"<(?:image|video|audio)(?:_?\d+)?>")
+
 # How Anthropic's HH-RLHF marks who speaks.
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
@@ -47,6 +53,8 @@ def known_role(name: str) -> Role | None:
 
 def turns_in(value: object, key: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
     """The turns of a list of objects; an empty system turn is none."""
+    if isinstance(value, str):
+        raise Unusable(f"`{key}` is a text, not a list of turns")
     if not isinstance(value, list) or not value:
         raise Unusable(f"`{key}` is not a list of turns")
     turns = [_turn(item, key, role_key, text_key) for item in value]
@@ -80,21 +88,29 @@ def prompt_of(system: object, question: str) -> tuple[Turn, ...]:
 
 
 def prompt_in(fields: Fields) -> tuple[Turn, ...]:
-    """The turns in `prompt`, a text or messages, beside an optional system text."""
+    """The turns in `prompt`, beside an optional system text.
+
+    It is a text, messages, or a transcript of HH-RLHF's kind up to the answer.
+    """
     prompt = fields.get("prompt")
     if isinstance(prompt, list):
         return after_system(fields, turns_in(prompt, "prompt", "role", "content"))
+    if _awaits_answer(prompt):
+        return after_system(fields, _transcript(text(fields, "prompt"), "prompt")[:-1])
     return prompt_of(fields.get("system"), text(fields, "prompt"))
 
 
 def instruction_in(fields: Fields) -> tuple[Turn, ...]:
     """The turns of Alpaca's keys: `instruction` and `input`, after `system` and `history`."""
-    question = text(fields, "instruction")
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
         raise Unusable("`input` is not a text")
     if given and given.strip():
-        question = f"{question}\n\n{sound(given)}"
+        # Some rows have all of the question there.
+        asked = "" if fields.get("instruction") == "" else text(fields, "instruction") + "\n\n"
+        question = asked + sound(given)
+    else:
+        question = text(fields, "instruction")
     history = fields.get("history") or []
     if not isinstance(history, list):
         raise Unusable("`history` is not a list of question and answer")
@@ -119,16 +135,25 @@ def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
-        return prompt, text(fields, key)
+        answer = text(fields, key)
+        return prompt, answer.strip() if _awaits_answer(fields.get("prompt")) else answer
     turns = turns_in(value, key, "role", "content")
     if turns[-1].role != "assistant":
         raise Unusable(f"`{key}` does not end with an assistant turn")
     before = turns[:-1]
-    # A repeated prompt may add a system turn or history that a prompt given as text cannot hold.
+    # A repeated prompt may add a system turn or history that a prompt given as text cannot hold:
+    # the text is then the last question, or the first.
     shorter, longer = sorted((before, prompt), key=len)
-    if shorter and longer[-len(shorter) :] != shorter:
+    if shorter and longer[-len(shorter) :] != shorter and not _begins(before, prompt):
         raise Unusable(f"`{key}` repeats another prompt than `prompt`")
     return longer, said(turns[-1])
+
+
+def _begins(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
+    """Whether some turns begin with a prompt, a system turn aside that it lacks."""
+    if prompt[0].role != "system" and turns[0].role == "system":
+        turns = turns[1:]
+    return turns[: len(prompt)] == prompt
 
 
 def said(answer: Turn) -> str:
@@ -141,9 +166,9 @@ def said(answer: Turn) -> str:
 
 
 def tools_in(fields: Fields) -> str:
-    """The functions in `tools`, see `calls`."""
+    """The functions in `tools`, or in OpenAI's older `functions`; see `calls`."""
     try:
-        return read_tools(fields.get("tools"))
+        return read_tools(fields.get("tools")) or read_functions(fields.get("functions"))
     except Malformed as reason:
         raise Unusable(str(reason)) from reason
 
@@ -180,6 +205,22 @@ def check_order(turns: tuple[Turn, ...]) -> None:
             raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")
 
 
+def check_text_alone(fields: Fields) -> None:
+    """Raise `Unusable` where a text has places for the images, films or sounds of its row."""
+    media = next((key for key in _MEDIA if fields.get(key)), None)
+    if media is not None and any(map(_PLACES.search, texts_in(fields))):
+        raise Unusable(f"`{media}` have places in the text, and only text is read")
+
+
+def _awaits_answer(prompt: object) -> bool:
+    """Whether a prompt is a transcript of HH-RLHF's kind that ends where the answer begins."""
+    return (
+        isinstance(prompt, str)
+        and prompt.lstrip().startswith("Human:")
+        and prompt.rstrip().endswith("\n\nAssistant:")
+    )
+
+
 def _transcript(whole: str, key: str) -> tuple[Turn, ...]:
     before, *parts = _SPEAKER.split(whole)
     if before.strip() or not parts:
@@ -191,6 +232,8 @@ def _transcript(whole: str, key: str) -> tuple[Turn, ...]:
 
 
 def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
+    if isinstance(item, str):
+        raise Unusable(f"`{key}` holds texts that do not say who speaks")
     if not isinstance(item, Mapping):
         raise Unusable(f"`{key}` holds a turn that is not an object")
     # Some sets use role/content where others have from/value, and the other way round.
@@ -220,12 +263,15 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
 
 def _trained(item: Mapping[str, object]) -> bool:
     """Whether an answer's weight says it is trained; without a weight it is."""
-    weight = item.get("weight")
-    if weight is None:
-        return True
-    if weight not in (0, 1):
-        raise Unusable("an answer's weight is neither 0 nor 1", repr(weight))
-    return bool(weight)
+    said = {key: item[key] for key in _WEIGHTS if item.get(key) is not None}
+    for key, weight in said.items():
+        if weight not in (0, 1):
+            raise Unusable(f"an answer's {key} is neither 0 nor 1", repr(weight))
+    if item.get("train_detail"):
+        raise Unusable("an answer's `train_detail` is about parts of it; it is trained or not")
+    if len(set(said.values())) > 1:
+        raise Unusable(f"an answer's {' and '.join(f'`{key}`' for key in said)} differ")
+    return all(said.values())
 
 
 def _content(content: object, key: str) -> str:
@@ -235,10 +281,16 @@ def _content(content: object, key: str) -> str:
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
             for part in content
         ]
-        if all(isinstance(part, str) for part in parts):
-            content = "".join(str(part) for part in parts)
+        if not all(isinstance(part, str) for part in parts):
+            raise Unusable(f"a turn's `{key}` has a part that is no text", _kinds(content))
+        content = "".join(str(part) for part in parts)
     if content is None:
         raise Unusable(f"a turn's `{key}` is null or missing")
     if not isinstance(content, str):
         raise Unusable(f"a turn's `{key}` is not a text")
     return sound(content)
+
+
+def _kinds(parts: list[object]) -> str:
+    kinds = (part.get("type") if isinstance(part, Mapping) else part for part in parts)
+    return ", ".join(dict.fromkeys(repr(kind)[:40] for kind in kinds if kind != "text"))
