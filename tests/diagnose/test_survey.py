@@ -382,7 +382,7 @@ def _run(file: Path, tokenizer: Any) -> None:
         (["{", *map(conversation, range(30))], "a.jsonl, row 1: the record is not valid JSON"),
         ([*map(conversation, range(3)), "[]"], "a.jsonl, row 4: the record is a JSON list"),
         ([], "is empty"),
-        ([{"text": "x"}] * 3, "the record is a `text` alone"),
+        ([{"text": "x"}] * 3, "its `text` does not say what is asked"),
         ([{"a": "x"}] * 3, "a record of no known format; its keys are: a."),
         ([{"a": "x"}] * 30, "a.jsonl, row 1: a record of no known format"),
         ([{"messages": []}] * 3, "none of the 3 records of"),

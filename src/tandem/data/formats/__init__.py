@@ -267,6 +267,8 @@ def _plain(name: str) -> str:
 def describe_formats(kind: Kind) -> str:
     """The known formats of a kind and their keys, for messages."""
     told = (
-        f"{known.name} ({', '.join(sorted(known.keys))})" for known in FORMATS if known.kind == kind
+        f"{known.name} ({', '.join(sorted(known.keys | ({'label'} if known.labelled else set())))})"
+        for known in FORMATS
+        if known.kind == kind
     )
     return "; ".join(dict.fromkeys(told))
