@@ -100,6 +100,11 @@ def test_every_kind_of_secret_is_tested() -> None:
         "SÃO PAULO, à côté, Â, Ångström, naïve café",
         "the flag \U0001f468\u200d\U0001f469\u200d\U0001f467 of a family",
         "## A heading\n### User guide\ntext",
+        "Write it.\n\n### Instruction\n\nExplain tides.",
+        "### Response: 200\n\nThe page is there.",
+        "f <| x |> g, and a<|b",
+        "\n\nAssistant: comes first\n\nHuman: and then",
+        "Human: said he,\n\nis what we are",
     ],
 )
 def test_what_is_no_sign(text: str) -> None:
@@ -122,6 +127,14 @@ def test_what_is_no_sign(text: str) -> None:
         ("[INST] why [/INST]", "template_tokens"),
         ("the end</s>", "template_tokens"),
         ("why?\n### Assistant:\nso", "template_tokens"),
+        ("<|begin_of_thought|>\n\nso", "template_tokens"),
+        ("<|prompter|>why", "template_tokens"),
+        ("<\uff5cUser\uff5c>why", "template_tokens"),
+        ("Human: why?\n\nAssistant: so\n\nHuman: and?", "template_tokens"),
+        ("Why?\n\nHuman: why?\n\nAssistant:", "template_tokens"),
+        ("### Human: why?### Assistant: so", "template_tokens"),
+        ("Below is a task.\n\n### Instruction:\nwhy?\n\n### Response:\nso", "template_tokens"),
+        ("why?\n\n### Response:\n", "template_tokens"),
         ("an <unk> one", "special_tokens"),
     ],
 )
