@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tandem.data.languages import LANGUAGES, language_of
 from tandem.data.words import words_of
-from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
+from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses
 from tandem.diagnose.credentials import KEYS, credentials, masked
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
@@ -163,15 +163,6 @@ def test_any_text_can_be_looked_at(texts: list[str]) -> None:
     for text in texts:
         assert language_of(text) is None or language_of(text) in LANGUAGES
         assert all(c.isprintable() for c in excerpt(text, len(text) // 2))
-
-
-def test_columns_that_score_both_answers() -> None:
-    fields = {
-        "chosen": "a", "rejected": "b", "chosen-rating": 4, "rejected-rating": 5.0,
-        "score_chosen": 1, "score_rejected": "2", "chosen_rank": 1, "rejected_rank": 2,
-        "chosen_tokens": 5, "rejected_tokens": 9, "is_chosen": True, "is_rejected": False,
-    }  # fmt: skip
-    assert score_columns(fields) == [("chosen-rating", "rejected-rating")]
 
 
 def test_excerpts_are_one_short_line_in_which_all_can_be_seen() -> None:
