@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from tandem.data.batch import Plan
-from tandem.data.formats import Kind
+from tandem.data.formats import Kind, format_called
 from tandem.data.limits import Limits
 from tandem.data.sources import SourceSpec
 from tandem.diagnose.page import as_json, print_survey
 from tandem.diagnose.survey import Subject, Survey, survey
+from tandem.diagnose.unread import verdict_sign
 
 from .made_data import conversation, pair, write
 
@@ -47,7 +49,7 @@ def _beside(tmp_path: Path, *columns: dict[str, Any], **row: Any) -> Survey:
     ("column", "good", "bad"),
     [
         ("is_safe", True, False),
-        ("kto_tag", True, False),
+        ("is_desirable", True, False),
         ("is_correct", 1, 0),
         ("correct", "true", "false"),
         ("is_response_accepted", "1", "0"),
@@ -66,7 +68,7 @@ def test_a_verdict_that_is_not_read(column: str, good: Any, bad: Any, tmp_path: 
     assert example.row == 2
     answer = conversation(1)["messages"][1]["content"]
     assert example.excerpt.startswith(f"{column}: {str(bad).lower()} | {answer[:40]}")
-    assert f"--fields label={column}, which makes the set labelled messages" in finding.sign.hint
+    assert f"--fields label={column}" in finding.sign.hint
 
 
 @pytest.mark.parametrize(
@@ -83,19 +85,29 @@ def test_what_is_no_verdict_of_a_bad_answer(columns: dict[str, Any], tmp_path: P
     assert not _beside(tmp_path, columns).findings
 
 
-def test_a_verdict_has_advice_that_suits_the_format(tmp_path: Path) -> None:
-    def hint(row: dict[str, Any], *first: dict[str, Any]) -> str:
-        found = _survey(write(tmp_path / "a.jsonl", [*first, row]))
-        return next(f.sign.hint for f in found.findings if f.sign.name == "verdict_not_read")
+def test_a_tag_is_read_or_missed(tmp_path: Path) -> None:
+    row = {"instruction": ASKED, "output": ANSWERED, "kto_tag": False}
+    (finding,) = _survey(write(tmp_path / "a.jsonl", [row])).findings
+    assert finding.sign.name in ("verdict_not_read", "dropped")
 
-    texts = {"prompt": ASKED, "completion": ANSWERED}
-    assert "say --fields label=is_good, which makes the set unpaired" in hint(
-        {**texts, "is_good": False}
-    )
-    assert "say --format unpaired-preference." in hint({**texts, "label": False}, texts)
-    assert "name `prompt`, `completion` and `label` with --fields" in hint(
-        {"instruction": ASKED, "output": ANSWERED, "kto_tag": False}
-    )
+
+@pytest.mark.parametrize(
+    ("column", "layout", "advice"),
+    [
+        ("is_good", "messages", "say --fields label=is_good, which makes the set labelled mess"),
+        ("is_good", "ShareGPT", "say --fields label=is_good, which makes the set labelled Share"),
+        ("is_good", "prompt and completion", "label=is_good, which makes the set unpaired pref"),
+        ("label", "prompt and completion", "or say --format unpaired-preference."),
+        ("is_good", "prompt and response", "with --fields"),
+    ],
+)
+def test_a_verdict_has_advice_that_suits_the_format(column: str, layout: str, advice: str) -> None:
+    known = replace(format_called(layout), optional=frozenset({"system"}))
+    assert advice in verdict_sign(column, known).hint
+    # Where the format itself has a label, that is all there is to name.
+    known = replace(known, optional=frozenset({"label"}))
+    if column != "label":
+        assert verdict_sign(column, known).hint.endswith("or say --fields label=is_good.")
 
 
 def test_a_verdict_that_is_read_or_beside_a_pair_is_none(tmp_path: Path) -> None:
@@ -182,7 +194,7 @@ def test_what_is_in_the_texts_as_well_is_not_missed(tmp_path: Path) -> None:
         ({"messages": conversation(1)["messages"]}, "system_prompt", "Be brief.",
          "--fields system=system_prompt"),
         ({"instruction": ASKED, "output": ANSWERED}, "context", "A map.", "--fields input=context"),
-        ({"query": ASKED, "response": ANSWERED}, "history", [["Hello?", "Good day."]],
+        ({"query": ASKED, "response": ANSWERED}, "choices", ["north", "south"],
          "write it into the texts"),
         ({"query": ASKED, "response": ANSWERED}, "rejected_response", "No.", "for DPO name"),
         ({"query": ASKED, "response": ANSWERED}, "image", "a.png", "Only text is trained"),

@@ -69,7 +69,9 @@ def verdict_sign(column: str, known: Format) -> Sign:
         frozenset({"conversations"}): "labelled ShareGPT",
         frozenset({"prompt", "completion"}): "unpaired preference",
     }.get(known.keys)
-    if labelled is None:
+    if column != "label" and "label" in known.optional:
+        way = f"say --fields label={column}"
+    elif labelled is None:
         way = "name `prompt`, `completion` and `label` with --fields, which makes the set labelled"
     elif column == "label":
         way = f"say --format {labelled.replace(' ', '-')}"
