@@ -125,7 +125,7 @@ def test_answers_of_any_format_may_be_labelled(
 
     source = write(
         tmp_path / "kto.jsonl",
-        [row("good", True), row("bad", False), row("alone", True), row(None, True)],
+        [row("good", True), row("bad", "False"), row("alone", True), row(None, True)],
     )
     ledger = Ledger()
     (pair,) = read_pairs([source], ledger)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tandem.data.languages import LANGUAGES, language_of
 from tandem.data.words import words_of
-from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses, score_columns
+from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses
 from tandem.diagnose.credentials import KEYS, credentials, masked
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
@@ -100,6 +100,11 @@ def test_every_kind_of_secret_is_tested() -> None:
         "SÃO PAULO, à côté, Â, Ångström, naïve café",
         "the flag \U0001f468\u200d\U0001f469\u200d\U0001f467 of a family",
         "## A heading\n### User guide\ntext",
+        "Write it.\n\n### Instruction\n\nExplain tides.",
+        "### Response: 200\n\nThe page is there.",
+        "f <| x |> g, and a<|b",
+        "\n\nAssistant: comes first\n\nHuman: and then",
+        "Human: said he,\n\nis what we are",
     ],
 )
 def test_what_is_no_sign(text: str) -> None:
@@ -122,6 +127,14 @@ def test_what_is_no_sign(text: str) -> None:
         ("[INST] why [/INST]", "template_tokens"),
         ("the end</s>", "template_tokens"),
         ("why?\n### Assistant:\nso", "template_tokens"),
+        ("<|begin_of_thought|>\n\nso", "template_tokens"),
+        ("<|prompter|>why", "template_tokens"),
+        ("<\uff5cUser\uff5c>why", "template_tokens"),
+        ("Human: why?\n\nAssistant: so\n\nHuman: and?", "template_tokens"),
+        ("Why?\n\nHuman: why?\n\nAssistant:", "template_tokens"),
+        ("### Human: why?### Assistant: so", "template_tokens"),
+        ("Below is a task.\n\n### Instruction:\nwhy?\n\n### Response:\nso", "template_tokens"),
+        ("why?\n\n### Response:\n", "template_tokens"),
         ("an <unk> one", "special_tokens"),
     ],
 )
@@ -150,15 +163,6 @@ def test_any_text_can_be_looked_at(texts: list[str]) -> None:
     for text in texts:
         assert language_of(text) is None or language_of(text) in LANGUAGES
         assert all(c.isprintable() for c in excerpt(text, len(text) // 2))
-
-
-def test_columns_that_score_both_answers() -> None:
-    fields = {
-        "chosen": "a", "rejected": "b", "chosen-rating": 4, "rejected-rating": 5.0,
-        "score_chosen": 1, "score_rejected": "2", "chosen_rank": 1, "rejected_rank": 2,
-        "chosen_tokens": 5, "rejected_tokens": 9, "is_chosen": True, "is_rejected": False,
-    }  # fmt: skip
-    assert score_columns(fields) == [("chosen-rating", "rejected-rating")]
 
 
 def test_excerpts_are_one_short_line_in_which_all_can_be_seen() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from tandem.data.records import PreferencePair
 from tandem.diagnose.findings import Sign
@@ -61,21 +61,6 @@ SWAPPED_EMPTY = Sign(
     "Swapped, most likely: exchange chosen and rejected.",
     of="pairs",
 )
-SWAPPED_SCORE = Sign(
-    "chosen_scored_lower",
-    "a column scores chosen below rejected",
-    "warning",
-    "Swapped, unless lower is better in it: exchange chosen and rejected.",
-    of="pairs",
-)
-SWAPPED_LABEL = Sign(
-    "label_prefers_rejected",
-    "a column says that rejected is the preferred answer",
-    "warning",
-    "Swapped, most likely: exchange chosen and rejected.",
-    of="pairs",
-)
-
 _REFUSES = re.compile(
     r"\b(?:I(?:'m| am) (?:very |so |really )?sorry,? but|I apologi[sz]e,? but|"
     r"(?:I'm|I am) (?:unable|not able) to|Unfortunately, I|"
@@ -107,10 +92,6 @@ _NO_SENTENCE = re.compile(
     r"[{};=<>\\$_]|\w\(|https?://|\w\.\w|#\w|\b(?:sincerely|regards|cheers|yours|love|wishes)\b",
     re.IGNORECASE,
 )
-
-_NOT_SCORES = re.compile(r"rank|len|token|logp|_id$|index|count|size|position|loss|toxic|hash")
-# Columns whose names say that they name the preferred answer.
-_LABELS = ("preferred", "preference", "winner", "better", "label", "choice", "best")
 
 
 def refuses(answer: str) -> bool:
@@ -172,36 +153,3 @@ def pair_signs(pair: PreferencePair) -> Iterator[tuple[Sign, str]]:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
-
-
-def score_columns(fields: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Columns with a number for chosen and one for rejected, by their names."""
-    found = []
-    for name, value in fields.items():
-        if "chosen" not in name.lower() or _NOT_SCORES.search(name.lower()):
-            continue
-        other = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
-        if other != name and _is_number(value) and _is_number(fields.get(other)):
-            found.append((name, other))
-    return found
-
-
-def column_signs(fields: Mapping[str, object]) -> Iterator[tuple[Sign, str]]:
-    """The signs in other columns that a pair is the wrong way round, with what they say."""
-    for chosen, rejected in score_columns(fields):
-        a, b = fields.get(chosen), fields.get(rejected)
-        if isinstance(a, int | float) and isinstance(b, int | float) and a < b:
-            yield SWAPPED_SCORE, f"{chosen} {a:g}, {rejected} {b:g}"
-            break
-    for name in _LABELS:
-        value = fields.get(name)
-        if isinstance(value, str) and (
-            value.strip().lower() == "rejected"
-            or (len(value) > 1 and value == fields.get("rejected"))
-        ):
-            yield SWAPPED_LABEL, f"{name}: {value}"
-            break
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

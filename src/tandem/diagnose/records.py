@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tandem.data.languages import language_of
 from tandem.data.overlap import prompt_digest
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
-from tandem.diagnose.answers import answer_signs, column_signs, pair_signs
+from tandem.diagnose.answers import answer_signs, pair_signs
 from tandem.diagnose.findings import Sign, Tally
 from tandem.diagnose.texts import TextSigns
 
@@ -23,8 +23,8 @@ Record = Conversation | PreferencePair
 _LONG_ANSWER = 40
 
 
-# Rows as they stand in their file, by number.
-Rows = Mapping[int, Mapping[str, object]]
+# The signs in a record's row beside it, with what they say.
+Beside = Callable[[Record], Iterable[tuple[Sign, str]]]
 
 
 @dataclass(slots=True)
@@ -66,6 +66,11 @@ def question_of(record: Record) -> str:
     return next((turn.content for turn in reversed(prompt_of(record)) if turn.role == "user"), "")
 
 
+def answer_of(record: Record) -> str:
+    """A record's last answer, of a pair the chosen one."""
+    return record.chosen if isinstance(record, PreferencePair) else record.turns[-1].content
+
+
 def body_of(record: Record) -> str:
     """All texts of a record but the system's, which many records share."""
     return "\n".join(text for role, text in texts_of(record) if role != "system")
@@ -79,10 +84,9 @@ def digests_of(record: Record) -> tuple[int, int, int]:
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
     if isinstance(record, PreferencePair):
         whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
-        answer = record.chosen
     else:
         whole = "\0".join((record.tools, *map(_spelt, record.turns)))
-        answer = record.turns[-1].content
+    answer = answer_of(record)
     return (
         _digest(whole),
         prompt_digest(prompt),
@@ -96,9 +100,9 @@ def _spelt(turn: Turn) -> str:
 
 
 def look_at(
-    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, rows: Rows
+    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, beside: Beside
 ) -> None:
-    """Count the signs of some records, of pairs those in the other columns as well; and roles."""
+    """Count the signs of some records, those in the other columns as well; and roles."""
     all_texts: list[str] = []
     owners: list[Record] = []
     for record in records:
@@ -112,9 +116,8 @@ def look_at(
         ] += 1
         for sign, text, at in _of_one(record):
             tally.add(sign, record.origin, text, at)
-        if isinstance(record, PreferencePair):
-            for sign, said in column_signs(rows[record.origin.row]):
-                tally.add(sign, record.origin, said)
+        for sign, text in beside(record):
+            tally.add(sign, record.origin, text)
     _of_texts(all_texts, owners, texts, tally)
 
 

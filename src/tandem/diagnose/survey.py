@@ -10,9 +10,8 @@ from itertools import islice
 import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
-from tandem.data.chunks import BadLine, Chunk, Row, RowChunk
+from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
 from tandem.data.overlap import Other
@@ -22,6 +21,7 @@ from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources import SourceSpec, count_sources
 from tandem.data.words import words_of
+from tandem.diagnose.columns import Columns
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import Finding, Sign, Tally
 from tandem.diagnose.lengths import Histogram, Lengths, Measure, token_lengths
@@ -78,8 +78,8 @@ class Subject:
 class Survey:
     """What was found.
 
-    `unread` are keys of the rows that a run ignores; `problem` is the message that it would stop
-    with, None if it would not.
+    `unread` are the keys of rows, and of turns as `messages[].key`, that a run ignores; `problem`
+    is the message that it would stop with, None if it would not.
     """
 
     subject: Subject
@@ -152,14 +152,13 @@ class _Survey:
         self._lengths = Lengths("tokens" if subject.chat else "characters")
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
-        self._unread: set[str] = set()
-        # Keys that a recipe's names lead into: `answers.good`.
-        self._led = {name.partition(".")[0] for one in subject.sources for _, name in one.fields}
+        self._columns = Columns(subject.plan.kind, subject.sources)
         self._stop: str | None = None
 
     def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
         """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
         rows = tuple(chunk.rows())
+        names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
         chunk = RowChunk(chunk.file, chunk.count, rows)
         found = list(records_of(chunk, known, "drop"))
         records = [one for one in found if not isinstance(one, Entry)]
@@ -173,10 +172,8 @@ class _Survey:
             self._measure(chunk, known, batch)
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
-        fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
-        if known:
-            self._unread.update(*map(format_with(known).unread, fields.values()))
-        look_at(records, self._texts, self._tally, self._roles, fields)
+        beside = self._columns.beside(rows, known, names)
+        look_at(records, self._texts, self._tally, self._roles, beside)
         self._compare(records)
 
     def finish(self, problem: str | None) -> Survey:
@@ -195,7 +192,7 @@ class _Survey:
             subject,
             self._limit,
             dict(ledger.formats),
-            tuple(sorted(self._unread - self._led)),
+            self._columns.unread,
             counts,
             summary["reasons"],
             self._roles,
@@ -309,8 +306,11 @@ def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int | None) -> Iterator
     """The pieces up to row `limit`; None: all."""
     for chunk, known in chunks:
         if limit is not None and chunk.count >= limit:
-            rows: tuple[Row | BadLine, ...] = tuple(islice(chunk.rows(), limit))
-            yield RowChunk(chunk.file, len(rows), rows), known
+            names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
+            plain = chunk.inner if isinstance(chunk, RenamedChunk) else chunk
+            rows: tuple[Row | BadLine, ...] = tuple(islice(plain.rows(), limit))
+            first = RowChunk(chunk.file, len(rows), rows)
+            yield RenamedChunk(first, names) if names else first, known
             return
         if limit is not None:
             limit -= chunk.count

@@ -17,14 +17,17 @@ _MOJIBAKE = re.compile(f"[\xc2-\xdf]{_TRAIL}|[\xe0-\xef]{_TRAIL}{{2}}|[\xf0-\xf4
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]")
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{2,5}|#x[0-9a-fA-F]{2,4});")
-# Control tokens of the templates in use, and the tokens that begin and end texts.
+# Marks of the templates in use: control tokens, the tokens that begin and end texts, headings of
+# who speaks. Of headings those that documents have as well must stand where a template has them.
 _TOKENS = re.compile(
-    r"<\|(?:im_start|im_end|im_sep|endoftext|eot_id|eom_id|begin_of_text|end_of_text|user|"
-    r"assistant|system|end|start_header_id|end_header_id|python_tag|pad)\|>"
+    r"<\|[A-Za-z]\w{1,40}\|>|<\uff5c[^<>\uff5c\n]{1,40}\uff5c>"
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
-    r"|^### (?:User|Assistant|System|Human):?[ \t]*$",
+    r"|^### (?:User|Assistant|System|Human):?[ \t]*$|### ?(?:Human|Assistant):"
+    r"|^### ?Instruction:|^### ?Response:\s*\Z",
     re.MULTILINE,
 )
+# How HH-RLHF marks who speaks.
+_ASKED, _ANSWERED = re.compile(r"(?:\A|\n\n)Human:"), "\n\nAssistant:"
 
 REPLACED = Sign(
     "replacement_characters",
@@ -58,9 +61,9 @@ ENTITIES = Sign(
 )
 TOKENS = Sign(
     "template_tokens",
-    "control tokens of a chat template within texts",
+    "marks of a chat template or a transcript within texts",
     "warning",
-    "Texts were rendered before: give turns instead, or remove the tokens.",
+    "Texts were rendered before: give turns instead, or remove the marks.",
 )
 SPECIAL = Sign(
     "special_tokens",
@@ -110,9 +113,10 @@ class TextSigns:
             _Check(EMAILS, ("@",), lambda text: _secret(text, ADDRESSES)),
             _Check(
                 TOKENS,
-                ("<|", "INST]", "SYS>>", "_of_turn>", "s>", "### "),
+                ("<|", "<\uff5c", "INST]", "SYS>>", "_of_turn>", "s>", "###"),
                 _search(_TOKENS, without=tokens),
             ),
+            _Check(TOKENS, (_ANSWERED,), _transcript),
             *([_Check(SPECIAL, tokens, _search(_any_of(tokens)))] if tokens else []),
         )
 
@@ -181,6 +185,15 @@ def _mojibake(text: str) -> tuple[int, str] | None:
 def _byte(character: str) -> bytes:
     code = ord(character)
     return bytes([code]) if code < 0x100 else character.encode("cp1252")
+
+
+def _transcript(text: str) -> tuple[int, str] | None:
+    """Where a text goes on with a speaker after another one."""
+    asked = _ASKED.search(text)
+    if asked is None:
+        return None
+    answered = text.find(_ANSWERED, asked.end())
+    return None if answered < 0 else (answered, "")
 
 
 def _entities(text: str) -> tuple[int, str] | None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tandem.data.calls import Malformed, read_answer, read_functions, read_result, read_tools
+from tandem.data.calls import (
+    REASONING_KEYS,
+    Malformed,
+    read_answer,
+    read_functions,
+    read_result,
+    read_tools,
+)
 from tandem.data.formats.rows import Fields, Unusable, sound, text, texts_in
 from tandem.data.records import Role, Turn
 
@@ -71,6 +78,16 @@ def after_system(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     if not before or turns[0] == before[0]:
         return turns
     return (*before, *turns)
+
+
+def read_keys(role: Role | None) -> frozenset[str]:
+    """The keys that are read of a turn, given who speaks; None: of one whose role is unknown."""
+    keys = {"role", "content", "from", "value", "weight", "train", "loss", "train_detail"}
+    if role == "assistant":
+        keys |= {"tool_calls", "function_call", *REASONING_KEYS}
+    if role == "tool":
+        keys |= {"name", "tool_call_id"}
+    return frozenset(keys)
 
 
 def system_turn(system: object) -> tuple[Turn, ...]:

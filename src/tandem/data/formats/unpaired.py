@@ -30,11 +30,12 @@ def label_of(fields: Fields) -> bool:
 
 
 def is_labelled(fields: Fields) -> bool:
-    """Whether a row has a verdict: `kto_tag`, or a `label` that is a truth value.
+    """Whether a row has a verdict: `kto_tag`, or a `label` that is true or false, also as text.
 
     Beside answers of formats other than TRL's, other labels mean other things.
     """
-    return fields.get("kto_tag") is not None or isinstance(fields.get("label"), bool)
+    said = str(fields.get("label")).strip().lower()
+    return fields.get("kto_tag") is not None or said in ("true", "false")
 
 
 def last_turn_apart(key: str) -> Apart:
