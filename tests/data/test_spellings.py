@@ -172,7 +172,7 @@ def test_images_that_a_text_needs_are_not_left_out_in_silence(tmp_path: Path) ->
         return [entry.reason for entry in ledger.entries]
 
     assert dropped("<image>\nWhat is it?", images=["a.png"]) == [
-        "`images` have places in the text, and only text is read"
+        "the text has places for `images`, and only text is read"
     ]
     assert not dropped("What is <image>?", images=[])
     assert not dropped("What is it?", image="cover.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -104,12 +103,12 @@ def test_a_tag_is_read_or_missed(tmp_path: Path) -> None:
     ],
 )
 def test_a_verdict_has_advice_that_suits_the_format(column: str, layout: str, advice: str) -> None:
-    known = replace(format_called(layout), optional=frozenset({"system"}))
-    assert advice in verdict_sign(column, known).hint
-    # Where the format itself has a label, that is all there is to name.
-    known = replace(known, optional=frozenset({"label"}))
-    if column != "label":
-        assert verdict_sign(column, known).hint.endswith("or say --fields label=is_good.")
+    assert advice in verdict_sign(column, format_called(layout)).hint
+
+
+def test_where_the_format_has_a_label_that_is_all_there_is_to_name() -> None:
+    known = format_called("labelled messages")
+    assert verdict_sign("is_good", known).hint.endswith("or say --fields label=is_good.")
 
 
 def test_a_verdict_that_is_read_or_beside_a_pair_is_none(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def check_text_alone(fields: Fields) -> None:
     """Raise `Unusable` where a text has places for the images, films or sounds of its row."""
     media = next((key for key in _MEDIA if fields.get(key)), None)
     if media is not None and any(map(_PLACES.search, texts_in(fields))):
-        raise Unusable(f"`{media}` have places in the text, and only text is read")
+        raise Unusable(f"the text has places for `{media}`, and only text is read")
 
 
 def _awaits_answer(prompt: object) -> bool:
