@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import main
 from tandem.data.order import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.kernels.library import numerics
@@ -300,6 +302,35 @@ def test_the_folder_is_what_peft_expects_and_the_summary_adds_up(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)
     assert model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_flags_that_say_what_data_means_give_a_recipes_stage(
+    kind: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"asked": f"say {n}", "good": f"{n} it is", "bad": f"not {n}"} for n in "abcdefgh"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ["completion=good"] if kind == "sft" else ["chosen=good", "rejected=bad"]
+    argv = [kind, "--model_name_or_path", f"{tiny_model}", "--output_dir", f"{tmp_path}/out/{kind}"]
+    argv += ["--dataset_name", f"{tmp_path}/own.jsonl", "--fields", "prompt=asked", *answers]
+    argv += ["--max_steps", "2", "--batch_size", "2", "--chat_template", "bare", "--device", "cpu"]
+    argv += ["--max_length", "256"]
+    assert main([*argv, "--dry_run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    recipe = {name: shown[name] for name in ("model", "chat_template", "seed", "device")}
+    recipe |= {"name": "own", "output_dir": str(tmp_path / "run"), kind: shown["settings"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert main(["run", str(tmp_path / "own.yaml"), "--until", kind]) == 0
+    (made,) = (tmp_path / "run").glob(f"*-{kind}")
+    (tmp_path / "out").mkdir()
+    made.rename(tmp_path / "out" / kind)
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert "is finished with these inputs; nothing to do" in capsys.readouterr().err
+    answer = argv.index(answers[0])
+    argv[answer] = argv[answer].replace("good", "bad")
+    assert main(argv) == 2
+    assert f"a finished {kind} stage with other inputs" in capsys.readouterr().err
 
 
 def test_a_context_too_short_and_a_missing_target_are_named(
