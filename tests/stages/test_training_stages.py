@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +50,14 @@ def settings(kind: str, file: Path, **changes: Any) -> Sft | Dpo:
 
 
 def run(
-    kind: str, model: Path, folder: Path, *, budget: int = 2048, seed: int = 1, **changes: Any
+    kind: str,
+    model: Path,
+    folder: Path,
+    *,
+    budget: int = 2048,
+    seed: int = 1,
+    console: Console = QUIET,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     data = folder.parent / f"{kind}.jsonl"
     if not data.exists():
@@ -62,7 +71,7 @@ def run(
         chat_template=None,
         seed=seed,
         runtime=Runtime(device="cpu", tokens_per_microbatch=budget),
-        console=QUIET,
+        console=console,
     )
     return load_file(folder / "adapter_model.safetensors")
 
@@ -302,6 +311,35 @@ def test_the_folder_is_what_peft_expects_and_the_summary_adds_up(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)
     assert model.peft_config["default"].r == 4
+
+
+def test_a_stage_says_what_it_reads_and_what_it_does_not(tiny_model: Path, tmp_path: Path) -> None:
+    """Of every data set, of those held out as well, and again where the data is found encoded."""
+    row = {"prompt": "say a", "completion": "a it is", "by": {"name": "me"}, "id": 1}
+    for name in ("plain", "rich", "held"):
+        kept = {key: row[key] for key in ("prompt", "completion")} if name == "plain" else row
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(kept)}\n" * 8)
+    held = {"path": f"{tmp_path}/held.jsonl", "fields": {"system": "by.name"}}
+    changes = {
+        "data": [{"path": f"{tmp_path}/{name}.jsonl"} for name in ("plain", "rich")],
+        "validation": {"data": [held]},
+        "max_steps": 1,
+    }
+    said = []
+    for folder in ("first", "second"):
+        with Console(file=StringIO(), width=200) as console:
+            run("sft", tiny_model, tmp_path / folder, console=console, **changes)
+        lines = console.file.getvalue().splitlines()
+        said.append([line for line in lines if ".jsonl is " in line])
+        summary = read_json(tmp_path / folder / "summary.json")
+        assert summary["ledger"]["unread_keys"] == {f"{tmp_path}/rich.jsonl": ["by", "id"]}
+        unread = summary["validation"]["ledger"]["unread_keys"]
+        assert unread == {f"{tmp_path}/held.jsonl": ["id"]}
+    assert said[0] == said[1] == [
+        "sft: plain.jsonl is prompt and completion",
+        "sft: rich.jsonl is prompt and completion; not read: by, id",
+        "sft: held out: held.jsonl is prompt and completion; not read: id",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

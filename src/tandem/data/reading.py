@@ -29,6 +29,7 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
+from tandem.data.unread import unread_keys
 from tandem.errors import UserError
 
 OnBadRecord = Literal["stop", "drop"]
@@ -97,10 +98,11 @@ def _read(
 def formatted_chunks(
     sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[Chunk, str]]:
-    """The pieces of some sources and the id of each one's format, whose name the ledger is told.
+    """The pieces of some sources and the id of each one's format.
 
-    A source's first rows tell its format. Raises `UserError` for a source that is empty, of no
-    known format or of another kind. The id is empty for a source without a parsable row.
+    The ledger is told the format's name, and which keys are not read. A source's first rows tell
+    its format. Raises `UserError` for a source that is empty, of no known format or of another
+    kind. The id is empty for a source without a parsable row.
     """
     for source in sources:
         chunks = read_chunks(source)
@@ -109,7 +111,7 @@ def formatted_chunks(
         pieces: Iterator[Chunk] = chain(seen, chunks)
         if known is not None:
             check_meaning(source, known)
-            ledger.detected(source.path, known.name)
+            ledger.detected(source.path, known.name, unread_keys(seen, known, source))
             pieces = joined(pieces) if known.joins else pieces
         for chunk in pieces:
             yield chunk, known.id if known else ""
