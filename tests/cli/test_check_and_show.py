@@ -463,9 +463,6 @@ def test_flags_say_what_a_recipe_says_of_data(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--fields", "prompt"], "--fields: 'prompt' has no =; write it as in --fields prompt=q"),
-        (["--roles", "caller=boss"], "--roles: roles is 'boss', but it must be 'system', "),
-        (["--completions", "some"], "--completions: completions is 'some', but it must be"),
         (["--format", "sharegtp"], "there is no format 'sharegtp'. Did you mean 'ShareGPT'?"),
         (["--fields", "messages=turns"], "`fields` names 'turns', which no row has"),
         (["--subset", "main"], "a.jsonl"),

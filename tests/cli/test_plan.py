@@ -49,7 +49,7 @@ def test_the_demo_is_planned_without_a_run(
     assert made["stages"] == ["sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate"]
     assert sft["records"] == {
         "read": 660, "trained": 660, "truncated": 0, "dropped": 0, "reasons": {},
-        "formats": sft["records"]["formats"],
+        "formats": sft["records"]["formats"], "unread_keys": {},
     }  # fmt: skip
     assert sft["work"]["steps"] == 3 * -(-660 // 32)
     assert sft["work"]["shared_tokens"] == 0 < dpo["work"]["shared_tokens"]

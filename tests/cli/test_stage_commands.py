@@ -13,7 +13,7 @@ import tandem.stages.dpo
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
-from tandem.recipe.seed_flags import Stage, boolean, flags_of
+from tandem.recipe.seed_flags import DATA_FLAGS, Stage, boolean, flags_of
 from tandem.recipe.training import Dpo, Sft
 from tandem.train.runtime import Runtime
 
@@ -61,6 +61,9 @@ SAMPLES = {
     "lora_dropout": "0.25",
     "adam_beta1": "0.25",
     "adam_beta2": "0.25",
+    "fields": "prompt=asked",
+    "roles": "caller=user",
+    "completions": "best_vs_rest",
 }
 
 
@@ -176,6 +179,60 @@ def test_several_data_sets_are_read_in_turn(calls: Calls) -> None:
     argv = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "a", "b"]
     assert main(["sft", *argv]) == 0
     assert [source.path for source in calls[0]["settings"].data] == ["a", "b"]
+
+
+def test_flags_say_of_every_data_set_what_a_recipe_says(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "a", "b"]
+    argv += ["--format", "messages", "--fields", "messages=log", "role=who", "content=said.text"]
+    argv += ["--roles", "caller=user", "host=assistant", "--completions", "best_vs_rest"]
+    said = {
+        "format": "messages",
+        "fields": {"messages": "log", "role": "who", "content": "said.text"},
+        "roles": {"caller": "user", "host": "assistant"},
+        "completions": "best_vs_rest",
+    }
+    for stage, section in (("sft", Sft), ("dpo", Dpo)):
+        assert main([stage, *argv]) == 0
+        data = calls.pop()["settings"].data
+        assert data == section.model_validate(
+            {"learning_rate": 1.0, "data": [{"path": path, **said} for path in ("a", "b")]}
+        ).data  # fmt: skip
+        shown = _dry(capsys, stage, *argv)["settings"]["data"]
+        assert [{name: one[name] for name in said} for one in shown] == [said, said]
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "check", "show"])
+def test_all_commands_that_name_data_say_the_same_of_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for flag in DATA_FLAGS:
+        assert f"--{flag.name} {flag.metavar or 'TEXT'} " in said
+        assert flag.help in said
+
+
+@pytest.mark.parametrize("command", [["sft"], ["dpo"], ["check"], ["show", "--row=1", "--text"]])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--fields", "asked"], "--fields: 'asked' is not KEY=NAME; write it as in --fields prom"),
+        (["--fields", "=asked"], "--fields: '=asked' is not KEY=NAME; write it as in --fields pr"),
+        (["--roles", "caller="], "--roles: 'caller=' is not NAME=ROLE; write it as in --roles ca"),
+        (["--fields", "prompt=a", "prompt=b"], "--fields: prompt is said twice; keep one"),
+        (["--roles", "caller=boss"], "--roles: roles is 'boss', but it must be 'system', "),
+        (["--completions", "some"], "--completions: completions is 'some', but it must be"),
+    ],
+)
+def test_what_flags_cannot_say_of_data(
+    command: list[str], flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = REQUIRED if command[0] in ("sft", "dpo") else ["d"]
+    assert main([*command, *named, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
 
 
 def test_the_environments_world_size_is_a_factor(

@@ -161,7 +161,7 @@ TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "co
             {"completions": "best_vs_worst"},
             "chooses between scored answers",
         ),
-        (PAIR, {"format": "orca_dpo_pairs"}, "the recipe says that .* is orca_dpo_pairs"),
+        (PAIR, {"format": "orca_dpo_pairs"}, "is said to be orca_dpo_pairs"),
         (PAIR, {"format": "orca_dpo_pear"}, "Did you mean 'orca_dpo_pairs'"),
         (TALK, {"format": "messages"}, "holds conversations"),
     ],

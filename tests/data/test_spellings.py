@@ -141,7 +141,8 @@ def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> Non
 
     said = {"dialogue": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     assert refusal(said).endswith(
-        "But `dialogue` holds turns: say so in the recipe with `fields: {messages: dialogue}`."
+        "But `dialogue` holds turns: say so with `fields: {messages: dialogue}` in a recipe, or "
+        "--fields messages=dialogue."
     )
     named = SourceSpec(str(tmp_path / "rows.jsonl"), fields=(("messages", "dialogue"),))
     assert len(list(read_conversations([named], Ledger(None)))) == 1
@@ -152,8 +153,8 @@ def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> Non
     context = [{"role": "user", "content": "Q"}]
     answer = [{"role": "assistant", "content": "A"}]
     assert refusal({"input": context, "output": "A"}).endswith(
-        "But `input` holds turns up to a question: say so in the recipe, and where its answer is, "
-        "with `fields: {prompt: input, completion: ...}`."
+        "But `input` holds turns up to a question: say so, and where its answer is, with "
+        "`fields: {prompt: input, completion: ...}`, or --fields prompt=input and so on."
     )
     assert "`a` and `b` hold turns" in refusal({"a": [*context, *answer], "b": context + answer})
     prompt = SourceSpec(

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import main
 from tandem.data.order import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.kernels.library import numerics
@@ -46,7 +50,14 @@ def settings(kind: str, file: Path, **changes: Any) -> Sft | Dpo:
 
 
 def run(
-    kind: str, model: Path, folder: Path, *, budget: int = 2048, seed: int = 1, **changes: Any
+    kind: str,
+    model: Path,
+    folder: Path,
+    *,
+    budget: int = 2048,
+    seed: int = 1,
+    console: Console = QUIET,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     data = folder.parent / f"{kind}.jsonl"
     if not data.exists():
@@ -60,7 +71,7 @@ def run(
         chat_template=None,
         seed=seed,
         runtime=Runtime(device="cpu", tokens_per_microbatch=budget),
-        console=QUIET,
+        console=console,
     )
     return load_file(folder / "adapter_model.safetensors")
 
@@ -300,6 +311,64 @@ def test_the_folder_is_what_peft_expects_and_the_summary_adds_up(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)
     assert model.peft_config["default"].r == 4
+
+
+def test_a_stage_says_what_it_reads_and_what_it_does_not(tiny_model: Path, tmp_path: Path) -> None:
+    """Of every data set, of those held out as well, and again where the data is found encoded."""
+    row = {"prompt": "say a", "completion": "a it is", "by": {"name": "me"}, "id": 1}
+    for name in ("plain", "rich", "held"):
+        kept = {key: row[key] for key in ("prompt", "completion")} if name == "plain" else row
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(kept)}\n" * 8)
+    held = {"path": f"{tmp_path}/held.jsonl", "fields": {"system": "by.name"}}
+    changes = {
+        "data": [{"path": f"{tmp_path}/{name}.jsonl"} for name in ("plain", "rich")],
+        "validation": {"data": [held]},
+        "max_steps": 1,
+    }
+    said = []
+    for folder in ("first", "second"):
+        with Console(file=StringIO(), width=200) as console:
+            run("sft", tiny_model, tmp_path / folder, console=console, **changes)
+        lines = console.file.getvalue().splitlines()
+        said.append([line for line in lines if ".jsonl is " in line])
+        summary = read_json(tmp_path / folder / "summary.json")
+        assert summary["ledger"]["unread_keys"] == {f"{tmp_path}/rich.jsonl": ["by", "id"]}
+        unread = summary["validation"]["ledger"]["unread_keys"]
+        assert unread == {f"{tmp_path}/held.jsonl": ["id"]}
+    assert said[0] == said[1] == [
+        "sft: plain.jsonl is prompt and completion",
+        "sft: rich.jsonl is prompt and completion; not read: by, id",
+        "sft: held out: held.jsonl is prompt and completion; not read: id",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_flags_that_say_what_data_means_give_a_recipes_stage(
+    kind: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"asked": f"say {n}", "good": f"{n} it is", "bad": f"not {n}"} for n in "abcdefgh"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ["completion=good"] if kind == "sft" else ["chosen=good", "rejected=bad"]
+    argv = [kind, "--model_name_or_path", f"{tiny_model}", "--output_dir", f"{tmp_path}/out/{kind}"]
+    argv += ["--dataset_name", f"{tmp_path}/own.jsonl", "--fields", "prompt=asked", *answers]
+    argv += ["--max_steps", "2", "--batch_size", "2", "--chat_template", "bare", "--device", "cpu"]
+    argv += ["--max_length", "256"]
+    assert main([*argv, "--dry_run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    recipe = {name: shown[name] for name in ("model", "chat_template", "seed", "device")}
+    recipe |= {"name": "own", "output_dir": str(tmp_path / "run"), kind: shown["settings"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert main(["run", str(tmp_path / "own.yaml"), "--until", kind]) == 0
+    (made,) = (tmp_path / "run").glob(f"*-{kind}")
+    (tmp_path / "out").mkdir()
+    made.rename(tmp_path / "out" / kind)
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert "is finished with these inputs; nothing to do" in capsys.readouterr().err
+    answer = argv.index(answers[0])
+    argv[answer] = argv[answer].replace("good", "bad")
+    assert main(argv) == 2
+    assert f"a finished {kind} stage with other inputs" in capsys.readouterr().err
 
 
 def test_a_context_too_short_and_a_missing_target_are_named(

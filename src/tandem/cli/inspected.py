@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, add_flag
 from tandem.errors import UserError
+from tandem.recipe.seed_flags import DATA_FLAGS
 
 if TYPE_CHECKING:
     from tandem.recipe.schema import Recipe
     from tandem.stages.inspection import StageChat, StageData
 
 STAGES = ("sft", "dpo")
-# What a recipe can say of a data set, as flags.
-_SAID = ("split", "subset", "revision", "format", "fields", "roles", "completions")
-_EXAMPLES = {"fields": "--fields prompt=question", "roles": "--roles caller=user"}
 
 
 def add_inspected(parser: Parser) -> None:
@@ -44,16 +42,11 @@ def add_inspected(parser: Parser) -> None:
     )
 
     saying = parser.add_argument_group("of DATA, as the recipe's keys of these names")
-    saying.add_argument("--format", metavar="NAME", help="the format; default: told by the data")
-    for name, what in (("fields", "KEY=NAME"), ("roles", "NAME=ROLE")):
-        saying.add_argument(
-            f"--{name}", metavar=what, nargs="+", help=f"the data's own names of {name}"
-        )
+    for flag in DATA_FLAGS:
+        add_flag(saying, flag)
     saying.add_argument(
-        "--completions", metavar="WHICH", help="best_vs_worst or best_vs_rest of scored answers"
+        "--revision", metavar="NAME", help="commit, tag or branch of a Hub data set"
     )
-    for name, what in (("split", "train"), ("subset", "none"), ("revision", "the newest")):
-        saying.add_argument(f"--{name}", metavar="NAME", help=f"of a Hub data set; default: {what}")
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
@@ -89,6 +82,7 @@ def data_of(
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
     from tandem.diagnose.kind import by_kind
+    from tandem.recipe.named_data import said_of_data
     from tandem.stages.inspection import (
         KINDS,
         named_sources,
@@ -97,7 +91,7 @@ def data_of(
         stage_of,
     )
 
-    said = _said(arguments)
+    said = said_of_data(vars(arguments))
     if not arguments.data:
         if said:
             raise UserError(
@@ -118,18 +112,3 @@ def data_of(
     ]
     found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
     return found, notices
-
-
-def _said(arguments: argparse.Namespace) -> dict[str, str | dict[str, str]]:
-    """What the flags say of the data, as a recipe would."""
-    said: dict[str, str | dict[str, str]] = {}
-    for name in _SAID:
-        value = getattr(arguments, name)
-        if isinstance(value, list):
-            wrong = next((one for one in value if "=" not in one), None)
-            if wrong is not None:
-                raise UserError(f"--{name}: {wrong!r} has no =; write it as in {_EXAMPLES[name]}")
-            said[name] = dict(one.split("=", 1) for one in value)
-        elif value is not None:
-            said[name] = value
-    return said

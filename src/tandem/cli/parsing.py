@@ -91,15 +91,16 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
-    """Declare one of the seed's flags; booleans may stand alone or before true or false."""
+def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
+    """Declare a flag; booleans may stand alone or before true or false."""
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": flag.kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        options["metavar"] = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
+        of_its_kind = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
+        options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
     parser.add_argument(f"--{flag.name}", dest=flag.name, **options)

@@ -12,8 +12,9 @@ from tandem.data.codec import CodecParts
 from tandem.data.compressed import is_compressed, kind_of
 from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_path
 
-# Changes whenever the same records, tokenizer and limits would give other ids, masks or entries.
-_ENCODER = 5
+# Changes whenever the same records, tokenizer and limits would give other ids, masks or entries, or
+# more is kept of them.
+_ENCODER = 6
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:

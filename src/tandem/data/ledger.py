@@ -52,6 +52,7 @@ class Ledger:
         self.path = path
         self.entries: list[Entry] = []
         self.formats: dict[str, str] = {}
+        self.unread: dict[str, tuple[str, ...]] = {}
         self._trained = 0
         self._held_out = 0
 
@@ -73,9 +74,14 @@ class Ledger:
         """Note a record that is not trained at all."""
         self.entries.append(Entry.dropped(origin, reason, detail))
 
-    def detected(self, source: str, format_name: str) -> None:
-        """Note the format that a source was found to be in."""
+    def detected(self, source: str, format_name: str, unread: Iterable[str] = ()) -> None:
+        """Note the format that a source was found to be in, and the keys of it that are not read.
+
+        Those are the keys of its first row of the format, see `data.unread`.
+        """
         self.formats[source] = format_name
+        if keys := {*self.unread.get(source, ()), *unread}:
+            self.unread[source] = tuple(sorted(keys))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -90,9 +96,17 @@ class Ledger:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The counts, the number of records per reason, and the format of every source."""
+        """The counts, the number of records per reason, and the format of every source.
+
+        `unread_keys` are those of sources that have any.
+        """
         reasons = Counter(entry.reason for entry in self.entries)
-        return {**self.counts, "reasons": dict(reasons.most_common()), "formats": self.formats}
+        return {
+            **self.counts,
+            "reasons": dict(reasons.most_common()),
+            "formats": self.formats,
+            "unread_keys": self.unread,
+        }
 
     def check_share(self, most: float) -> None:
         """Raise UserError when more than a share of the records was dropped.

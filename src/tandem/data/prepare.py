@@ -173,14 +173,16 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
             ledger.add(batch.entries, count)
     if not writer.records:
         raise nothing_left(way.sources, ledger)
-    formats = [ledger.formats.get(source.path) for source in way.sources]
-    known = {number: name for number, name in enumerate(formats) if name is not None}
-    writer.finish(known, records)
+    paths = [source.path for source in way.sources]
+    formats = {n: ledger.formats[path] for n, path in enumerate(paths) if path in ledger.formats}
+    unread = {n: ledger.unread[path] for n, path in enumerate(paths) if path in ledger.unread}
+    writer.finish(formats, records, unread)
     return ledger
 
 
 def _tell(ledger: Ledger, more: Ledger) -> None:
-    ledger.formats.update(more.formats)
+    for source, name in more.formats.items():
+        ledger.detected(source, name, more.unread.get(source, ()))
     ledger.add(more.entries, more.counts["trained"])
 
 

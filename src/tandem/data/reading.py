@@ -30,10 +30,12 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
+from tandem.data.unread import unread_keys
 from tandem.errors import UserError
 
 OnBadRecord = Literal["stop", "drop"]
 
+_SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
 # Rows of no known format that a source may begin with before it is given up.
 _UNKNOWN_ROWS = 20
 
@@ -98,10 +100,11 @@ def _read(
 def formatted_chunks(
     sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[Chunk, str]]:
-    """The pieces of some sources and the id of each one's format, whose name the ledger is told.
+    """The pieces of some sources and the id of each one's format.
 
-    A source's first rows tell its format. Raises `UserError` for a source that is empty, of no
-    known format or of another kind. The id is empty for a source without a parsable row.
+    The ledger is told the format's name, and which keys are not read. A source's first rows tell
+    its format. Raises `UserError` for a source that is empty, of no known format or of another
+    kind. The id is empty for a source without a parsable row.
     """
     for source in sources:
         chunks = read_chunks(source)
@@ -110,7 +113,7 @@ def formatted_chunks(
         pieces: Iterator[Chunk] = chain(seen, chunks)
         if known is not None:
             check_meaning(source, known)
-            ledger.detected(source.path, known.name)
+            ledger.detected(source.path, known.name, unread_keys(seen, known, source))
             pieces = joined(pieces, known) if known.joins else pieces
         for chunk in pieces:
             yield chunk, known.id if known else ""
@@ -241,16 +244,16 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
     if source.format is not None:
         known = format_called(source.format)
         return UserError(
-            f"{row.origin}: the recipe says that {source.path} is {known.name}, which needs "
+            f"{row.origin}: {source.path} is said to be {known.name}, which needs "
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
-            "with `fields: {key of the format: key of the data}`, or correct `format`."
+            f"{_SAYING}, or correct `format`."
         )
     unknown = f"{row.origin}: a record of no known format; its keys are: {keys}."
     if advice := _advice(row.fields, kind):
         return UserError(f"{unknown} {advice}")
     return UserError(
         f"{unknown} Known formats of {kind}: {describe_formats(kind)}. If only names differ, say "
-        "so in the recipe: `fields: {key of the format: key of the data}`."
+        f"so {_SAYING}."
     )
 
 
@@ -260,10 +263,9 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
     texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
     if len(columns) > 1:
         return (
-            f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say in the recipe "
-            "which is what, as `fields: {prompt: ..., chosen: ..., rejected: ...}` of pairs or "
-            "`fields: {messages: ...}`. Where each row says which answer is better, write that "
-            "one into `chosen` first."
+            f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say which is what "
+            f"{_SAYING}: prompt, chosen and rejected of pairs, messages of conversations. Where "
+            "each row says which answer is better, write that one into `chosen` first."
         )
     if not columns:
         if len(texts) == 1 and texts[0] == "text":
@@ -276,11 +278,12 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
     answers = "chosen: ..., rejected: ..." if kind == "preference pairs" else "completion: ..."
     if not ends_with_answer(fields[column]):
         return (
-            f"But `{column}` holds turns up to a question: say so in the recipe, and where its "
-            f"answer is, with `fields: {{prompt: {column}, {answers}}}`."
+            f"But `{column}` holds turns up to a question: say so, and where its answer is, with "
+            f"`fields: {{prompt: {column}, {answers}}}`, or --fields prompt={column} and so on."
         )
     if kind == "preference pairs":
         return None
     return (
-        f"But `{column}` holds turns: say so in the recipe with `fields: {{messages: {column}}}`."
+        f"But `{column}` holds turns: say so with `fields: {{messages: {column}}}` in a recipe, or "
+        f"--fields messages={column}."
     )

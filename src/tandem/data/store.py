@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -43,6 +44,7 @@ class Found:
     trees: Trees
     entries: list[Entry]
     formats: dict[int, str]
+    unread: dict[int, tuple[str, ...]]
 
 
 class TreeWriter:
@@ -82,12 +84,18 @@ class TreeWriter:
             self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self.records += count
 
-    def finish(self, formats: dict[int, str], sources: Sequence[int]) -> None:
+    def finish(
+        self,
+        formats: Mapping[int, str],
+        sources: Sequence[int],
+        unread: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         """Complete the columns; nothing may be added after that.
 
         Args:
             formats: names of formats, by source.
             sources: how many records each source gave.
+            unread: keys that are not read, by source.
         """
         self._sources = tuple(sources)
         self._put("trained", np.packbits(self._bits))
@@ -97,6 +105,7 @@ class TreeWriter:
                 "records": self.records,
                 "sources": self._sources,
                 "formats": {str(source): name for source, name in formats.items()},
+                "unread": {str(source): list(keys) for source, keys in unread.items()},
                 "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
             }
             (self._folder / "entry.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -141,8 +150,9 @@ class EncodedStore:
             for name in (*_COLUMNS, _LEDGER):
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
+            unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
             trees = _open(entry, names, about["sources"])
-            found = Found(trees, _ledger_lines(entry, names), formats)
+            found = Found(trees, _ledger_lines(entry, names), formats, unread)
             os.utime(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
@@ -219,5 +229,5 @@ class _Sink:
 def replay(found: Found, ledger: Ledger, sources: Sequence[str]) -> None:
     """Tell the ledger what it was told when the entry was made."""
     for number, name in found.formats.items():
-        ledger.detected(sources[number], name)
+        ledger.detected(sources[number], name, found.unread.get(number, ()))
     ledger.add(found.entries, len(found.trees))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.explain import explain
+from tandem.recipe.named_data import named_data, said_of_data
 from tandem.recipe.schema import Hpu, checked_engine
 from tandem.recipe.seed_flags import FLAGS, Stage, flags_of
 from tandem.recipe.training import Dpo, Sft
@@ -120,7 +121,10 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         **direct,
         **_duration(stage, values),
         **_warmup(stage, values),
-        "data": _sources(values),
+        "data": named_data(
+            values["dataset_name"],
+            said_of_data({**values, "revision": values.get("dataset_revision")}),
+        ),
         "batch_size": batch_size,
         "lora": _lora(stage, values),
     }
@@ -190,12 +194,6 @@ def _warmup(stage: Stage, values: Values) -> dict[str, Any]:
             raise UserError("--warmup_steps and --warmup_ratio are both given; keep one")
         given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
     return given or _SEED_WARMUP[stage]
-
-
-def _sources(values: Values) -> list[dict[str, Any]]:
-    names = {"split": "split", "subset": "subset", "dataset_revision": "revision"}
-    shared = {key: values[name] for name, key in names.items() if name in values}
-    return [{"path": path, **shared} for path in values["dataset_name"]]
 
 
 def _lora(stage: Stage, values: Values) -> dict[str, Any]:

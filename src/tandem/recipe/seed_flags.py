@@ -25,6 +25,7 @@ class Flag:
     many: bool = False
     choices: tuple[str, ...] = ()
     key: str | None = None  # the section's key that it sets as it is
+    metavar: str = ""  # what its values look like, where the type does not say it
 
 
 def boolean(text: str) -> bool:
@@ -47,12 +48,22 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEVICES = ("auto", "cpu", "cuda", "hpu", "xpu", "mps")
 
+# What a recipe says of a data set, by the names of its keys; `tandem check` and `tandem show` have
+# these flags as well.
+DATA_FLAGS: tuple[Flag, ...] = (
+    Flag("format", str, "format of the data; default: told by its keys", metavar="NAME"),
+    Flag("fields", str, "the data's own names of keys", many=True, metavar="KEY=NAME"),
+    Flag("roles", str, "the data's own names of roles", many=True, metavar="NAME=ROLE"),
+    Flag("completions", str, "best_vs_worst or best_vs_rest of scored answers", metavar="WHICH"),
+    Flag("split", str, "split of a Hub data set (train)", metavar="NAME"),
+    Flag("subset", str, "configuration of a Hub data set", metavar="NAME"),
+)
+
 FLAGS: tuple[Flag, ...] = (
     Flag("model_name_or_path", str, "base model: a folder or a Hub id (required)"),
     Flag("model_revision", str, "commit, tag or branch of a Hub model"),
     Flag("dataset_name", str, "Hub id, folder or file; several are read in turn", many=True),
-    Flag("split", str, "split of a Hub data set (train)"),
-    Flag("subset", str, "configuration of a Hub data set"),
+    *DATA_FLAGS,
     Flag("dataset_revision", str, "commit, tag or branch of a Hub data set"),
     Flag("output_dir", str, "folder for the adapter, checkpoints and metrics (required)"),
     Flag("per_device_train_batch_size", int, "examples a device; a factor of the global batch"),

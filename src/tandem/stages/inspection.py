@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
@@ -18,9 +16,8 @@ from tandem.data.sources import SourceSpec
 from tandem.data.template import add_tokens, resolve_template
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
-from tandem.recipe.explain import explain
+from tandem.recipe.named_data import named_data
 from tandem.recipe.schema import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Sft, Training
 from tandem.stages.pipeline import folder_of
 from tandem.stages.sources import held_out_sources, source_specs
@@ -91,11 +88,7 @@ def named_sources(
     Raises UserError for what a recipe cannot say.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
-    try:
-        sources = [DataSource.model_validate({**(said or {}), "path": path}) for path in paths]
-    except ValidationError as error:
-        raise UserError(explain(error, DataSource, lambda key: f"--{key[0]}")) from None
-    return source_specs(sources, folder, seed)
+    return source_specs(named_data(paths, said or {}), folder, seed)
 
 
 def stage_of(kind: Kind) -> StageName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.data.ledger import Ledger
 from tandem.data.order import Part
-from tandem.data.sources import SourceSpec
+from tandem.data.sources import SourceSpec, looks_like_path
 from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
@@ -149,6 +150,8 @@ def prepared_records(
         store=EncodedStore(lambda text: say(console, f"{name}: {text}")),
         show=lambda text, total: phase(console, f"{name}: {text}", total),
     )
+    for line in sources_in_words(ledger):
+        say(console, f"{name}: {'held out: ' if held_out else ''}{line}")
     counts = ledger.summary()
     say(
         console,
@@ -162,3 +165,17 @@ def prepared_records(
         say(console, f"  {count} x {reason}")
     ledger.check_share(settings.max_dropped)
     return ledger, trees
+
+
+def sources_in_words(ledger: Ledger) -> list[str]:
+    """A line on each source: its format, and the keys of its rows that nothing reads.
+
+    A file or folder goes by its own name, unless another source has the same.
+    """
+    names = {path: Path(path).name if looks_like_path(path) else path for path in ledger.formats}
+    shared = Counter(names.values())
+    return [
+        f"{name if shared[name] == 1 else path} is {ledger.formats[path]}"
+        + (f"; not read: {', '.join(ledger.unread[path])}" if path in ledger.unread else "")
+        for path, name in names.items()
+    ]

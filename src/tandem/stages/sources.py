@@ -43,8 +43,8 @@ def source_spec(source: DataSource, path: str) -> SourceSpec:
         source.subset,
         source.revision,
         source.format,
-        tuple(source.fields.items()),
-        tuple(source.roles.items()),
+        tuple(sorted(source.fields.items())),
+        tuple(sorted(source.roles.items())),
         source.completions,
         source.weight,
     )
