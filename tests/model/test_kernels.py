@@ -174,26 +174,31 @@ class GemmaRMSNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(32), requires_grad=False)
+        self.weight = nn.Parameter(torch.randn(32), requires_grad=True)
         self.eps = 1e-6
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, (32,), None, self.eps) * (1.0 + self.weight)
 
 
-def test_only_modules_that_agree_are_fused(library: Kernels) -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_only_modules_that_agree_are_fused(library: Kernels, frozen: bool) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config)
     model.other = GemmaRMSNorm()
+    # As it is loaded, or as it is trained.
+    model.requires_grad_(not frozen)
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits, model.other(torch.ones(1, 32))
         fuse_elementwise(model)
+        assert all(one.requires_grad is not frozen for one in model.parameters())
+        model.requires_grad_(False)
         after = model(input_ids=ids).logits, model.other(torch.ones(1, 32))
     fused = {name for name, module in model.named_modules() if "forward" in module.__dict__}
     layer = "model.layers.0"
