@@ -1,8 +1,8 @@
 """Norms and gated MLPs whose elementwise part takes one pass over memory instead of five.
 
-A class of modules is only replaced after one of its modules gave, on random rows, what the kernel
-gives: names and attributes alone would take Gemma's norm, which multiplies by 1 + weight, for
-Llama's.
+A class of modules is only replaced after one of its modules, of the same width, gave on random rows
+what the kernel gives: names and attributes alone would take Gemma's norm, which multiplies by
+1 + weight, for Llama's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def fuse_elementwise(model: nn.Module) -> None:
     Modules stay in place under their names, only their forward is replaced, and what the kernels
     do not take (other devices and number formats) goes the old way.
     """
-    verdicts: dict[type, bool] = {}
+    verdicts: dict[tuple[type, int], bool] = {}
     for module in model.modules():
         fused = _fused_forward(module)
         if fused is None or "forward" in module.__dict__:
             continue
-        kind = type(module)
+        # What the kernels take depends on the width.
+        kind = type(module), _weight(module).shape[-1]
         if kind not in verdicts:
             verdicts[kind] = _agree(module, fused)
         if verdicts[kind]:
@@ -74,15 +75,21 @@ def epsilon_of(module: nn.Module) -> float | None:
     return float(found) if isinstance(found, float) and hasattr(module, "weight") else None
 
 
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    return weight
+
+
 def _agree(module: nn.Module, fused: Any) -> bool:
-    """Whether a module and its fused form give the same for a few random rows."""
-    anything: Any = module
-    weight = anything.weight if hasattr(module, "weight") else anything.gate_proj.weight
-    if kernels() is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return False
+    """Whether a module and its fused form give the same for a few random rows.
+
+    Only where the fused form takes the kernel: on the old way a module would agree with itself.
+    """
+    weight = _weight(module)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, _PROBE_ROWS, weight.shape[-1], generator=generator)
-    # A norm that is trained goes the old way, and would agree with itself.
+    if not usable(kernels(), rows, weight):
+        return False
     trained = weight.requires_grad
     weight.requires_grad_(False)
     with torch.no_grad():
