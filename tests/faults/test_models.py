@@ -125,10 +125,22 @@ def test_target_modules_that_fit_nothing_leave_no_trace(desk: Desk) -> None:
     desk.refused(desk.train(lora_target_modules="wq"), "'wq' fits no module", "q_proj")
 
 
-def test_a_later_stage_s_target_modules_are_looked_at_before_the_first(desk: Desk) -> None:
-    recipe = desk.recipe(dpo__lora__target_modules=["wq"])
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("wq", "'wq' fits no module"),
+        ("norm", "'norm' fits model.norm, which is LlamaRMSNorm"),
+        ("mlp", "'mlp' fits model.layers.0.mlp, which is LlamaMLP"),
+        ("embed_tokens", "'embed_tokens' fits model.embed_tokens, which is Embedding"),
+        ("lm_head", "'lm_head' is the output head"),
+    ],
+)
+def test_a_later_stage_s_target_modules_are_looked_at_before_the_first(
+    desk: Desk, target: str, said: str
+) -> None:
+    recipe = desk.recipe(dpo__lora__target_modules=["q_proj", target])
     for command in ("run", "plan"):
-        desk.refused([command, recipe], "dpo.lora.target_modules: 'wq' fits no module", "q_proj")
+        desk.refused([command, recipe], f"dpo.lora.target_modules: {said}", "q_proj, ")
 
 
 class TestMerge:

@@ -93,7 +93,8 @@ def described(
     model = model_without_weights(config)
     if added_ids:
         grow_vocabulary(model, added_ids)
-    unread = _out_of_reach(model) if target_modules == "all-linear" else []
+    listed = target_modules != "all-linear"
+    unread = refused_modules(model) if listed else _out_of_reach(model)
     padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
     adapted = add_adapter(
         model,

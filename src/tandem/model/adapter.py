@@ -297,23 +297,38 @@ def check_targets(
     out_of_reach: Sequence[str] = (),
     key: str = "lora.target_modules",
 ) -> None:
-    """Raise UserError, which calls them `key`, if a target fits no module or one out of reach."""
+    """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
+
+    They are neither out of reach nor the output head, whose scores are not computed as a layer's.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    modules = dict(model.named_modules())
     linear = {
         name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name not in out_of_reach
     }
-    names = [name for name, _ in model.named_modules()]
+    its = f"its linear layers are {', '.join(sorted(linear))}"
+    kind = type(model).__name__
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            raise UserError(
-                f"{key}: {target!r} fits no module of {type(model).__name__}; "
-                f"its linear layers are {', '.join(sorted(linear))}"
-            )
-        for name in out_of_reach:
-            if name == target or name.endswith("." + target):
+        fit = [name for name in modules if name == target or name.endswith("." + target)]
+        if not fit:
+            raise UserError(f"{key}: {target!r} fits no module of {kind}; {its}")
+        for name in fit:
+            if modules[name] is head:
                 raise UserError(
-                    f"{key}: {target!r} fits {name}, which {type(model).__name__} "
-                    "does not use as a plain product, so an adapter there would do nothing; leave "
-                    "it out"
+                    f"{key}: {target!r} is the output head of {kind}, which takes no adapter; leave "
+                    f"it out; {its}"
+                )
+            if not isinstance(modules[name], nn.Linear | Conv1D):
+                raise UserError(
+                    f"{key}: {target!r} fits {name}, which is {type(modules[name]).__name__}, and adapters "
+                    f"are for linear layers; {its}"
+                )
+            if name in out_of_reach:
+                raise UserError(
+                    f"{key}: {target!r} fits {name}, which {kind} does not use as a plain product, "
+                    "so an adapter there would do nothing; leave it out"
                 )

@@ -151,7 +151,7 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
         sections: the training stages by name, all of them on models of the base's architecture.
         weights: whether the folder must hold weights.
     """
-    from tandem.model.adapter import check_targets
+    from tandem.model.adapter import check_targets, refused_modules
     from tandem.model.load import check_context, load_config, model_without_weights
 
     config = load_config(folder, weights=weights)
@@ -160,4 +160,6 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
     for name, section in sections.items():
         targets = section.lora.target_modules
         if not isinstance(targets, str):
-            check_targets(model_without_weights(config), targets, (), f"{name}.lora.target_modules")
+            model = model_without_weights(config)
+            key = f"{name}.lora.target_modules"
+            check_targets(model, targets, refused_modules(model), key)
