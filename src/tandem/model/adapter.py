@@ -319,13 +319,13 @@ def check_targets(
         for name in fit:
             if modules[name] is head:
                 raise UserError(
-                    f"{key}: {target!r} is the output head of {kind}, which takes no adapter; leave "
-                    f"it out; {its}"
+                    f"{key}: {target!r} is the output head of {kind}, which takes no adapter; "
+                    f"leave it out; {its}"
                 )
             if not isinstance(modules[name], nn.Linear | Conv1D):
                 raise UserError(
-                    f"{key}: {target!r} fits {name}, which is {type(modules[name]).__name__}, and adapters "
-                    f"are for linear layers; {its}"
+                    f"{key}: {target!r} fits {name}, which is {type(modules[name]).__name__}, and "
+                    f"adapters are for linear layers; {its}"
                 )
             if name in out_of_reach:
                 raise UserError(
