@@ -252,6 +252,12 @@ def test_labelled_and_scored_answers_train_and_add_up(desk: Desk) -> None:
         assert (ledger["read"], ledger["trained"], ledger["dropped"]) == counts
 
 
+def test_prompts_of_the_wrong_kind_are_found_before_the_first_stage(desk: Desk) -> None:
+    pairs = {"prompts": str(desk.pairs)}
+    desk.refused(["run", desk.recipe(pairs=pairs, dpo__data=[])], "holds preference pairs")
+    assert not (desk.home / "run").exists()
+
+
 def test_a_later_stages_bad_row_is_found_before_the_first_stage(desk: Desk) -> None:
     desk.text(PAIR + "{\n", "late.jsonl")
     recipe = desk.recipe(dpo__data="late.jsonl")

@@ -10,6 +10,7 @@ from rich.console import Console
 from tandem.data.ledger import Ledger
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
+from tandem.pairs.prompts import read_prompts
 from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.making_pairs import Pairs
 from tandem.recipe.schema import Recipe
@@ -70,6 +71,11 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
         held_out = held_out_of(recipe.dpo, _specs(recipe.dpo.data), _specs)
         for _ in read_pairs(held_out, Ledger(None), recipe.dpo.on_bad_record):
             pass
+    if recipe.pairs is not None and "pairs" in wanted:
+        making = recipe.pairs
+        for spec in _specs([*making.prompts, *making.heldout]):
+            # The first one tells what kind of records they are.
+            next(read_prompts([spec], making.keep, Ledger(None), making.on_bad_record), None)
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
             read_questions(questions)
