@@ -210,11 +210,19 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
     ("words", "said"),
     [
         (["dema"], "no recipe of that name"),
-        (["demo", "--nproc=0"], "--nproc is 0; it must be at least 1"),
+        (["demo", "--nproc=0"], "argument --nproc: 0 is not above 0"),
+        (["demo", "--nproc=x"], "argument --nproc: 'x' is not a whole number"),
         (["demo", "--records=3"], "--records and --tokens-per-record go together"),
         (["demo", "--records=3,4", "--tokens-per-record=9"], "with as many numbers"),
-        (["demo", "--records=3,0", "--tokens-per-record=9,9"], "has a number below 1"),
-        (["demo", "--records=many", "--tokens-per-record=9"], "--records: invalid"),
+        (["demo", "--records=3,0", "--tokens-per-record=9,9"], "--records: 0 is not above 0"),
+        (
+            ["demo", "--records=many", "--tokens-per-record=9"],
+            "argument --records: 'many' is not a whole number",
+        ),
+        (
+            ["demo", "--records=9", "--tokens-per-record=9,"],
+            "argument --tokens-per-record: '' is not a whole number",
+        ),
         (["demo", "--recods=3"], "did you mean --records?"),
         (["demo", "--records=500", "--tokens-per-record=77"], "that of sft and dpo is; leave them"),
         (
