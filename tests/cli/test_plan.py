@@ -288,6 +288,20 @@ def test_no_data_of_the_hub_is_read_unasked(
     assert sft["notes"] == []
 
 
+def test_data_that_a_step_repeats_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = make_model_folder(tmp_path / "model"), make_conversations(tmp_path / "c.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: [{{path: {data}, weight: 3}}]\n  max_length: 128\n  epochs: 1\n"
+    )
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert sft["work"]["examples"] == 3 * sft["work"]["records"]
+    assert "a trial" in sft["rate"]["from"]
+
+
 def test_data_that_training_would_refuse_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from tandem.data.order import steps
+from tandem.data.order import Part, steps
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import described
@@ -78,6 +78,33 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
     assert (rate.measured, rate.source) == (
         None, "a trial of a model of this shape with random weights",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [1.5, 2.0, 3.0])
+def test_a_record_that_a_step_repeats_is_tried_and_counted_as_often(
+    weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees, one = _trees(), _trial()
+    asked = replace(_ASKED, batch_size=30, budget=60, parts=(Part(20, weight),))
+    (first,) = steps(20, 30, seed=3, count=1, parts=asked.parts)
+    assert len(set(first.examples)) < len(first.examples) == 30
+    rate = one.rate(trees, asked)
+    assert rate is not None
+    assert rate.operations > 0
+    taken: list[int] = []
+
+    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+        taken.extend(members)
+        return 0.01
+
+    monkeypatch.setattr(Trial, "_take", take)
+    rate = one.rate(trees, asked)
+    assert rate is not None
+    assert {*taken} == {*first.examples}
+    whole = count_work(trees, replace(asked, max_steps=1))
+    assert (whole.tokens, whole.micro_batches) == (30 * 11, 6)
+    found = count_operations(one.shape, whole, reference=False, checkpointing=False)
+    assert rate.operations == pytest.approx(found.training / (6 * 0.01))
 
 
 def test_a_trial_ends_after_a_while_and_large_models_have_none(

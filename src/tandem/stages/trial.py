@@ -152,14 +152,20 @@ class Trial:
         return self.dropout and self.settings.lora.dropout > 0
 
     def _operations(self, trees: Trees, members: NDArray[np.int64], asked: Asked) -> float:
-        once = replace(
-            asked, batch_size=len(members), epochs=1.0, max_steps=None, processes=1, parts=()
-        )
-        work = count_work(trees.select(members), once)
+        """Of one micro-batch, in which a record counts as often as it is there."""
+        records, times = np.unique(members, return_counts=True)
         checkpointing = self.settings.gradient_checkpointing
-        return count_operations(
-            self.shape, work, reference=False, checkpointing=checkpointing
-        ).training
+        found = 0.0
+        for showing in range(times.max()):
+            shown = records[times > showing]
+            once = replace(
+                asked, batch_size=len(shown), epochs=1.0, max_steps=None, processes=1, parts=()
+            )
+            work = count_work(trees.select(shown), once)
+            found += count_operations(
+                self.shape, work, reference=False, checkpointing=checkpointing
+            ).training
+        return found
 
 
 def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> Trees:
