@@ -83,6 +83,25 @@ def test_the_seed_recipe_without_its_data(
     assert weights["deepspeed-zero3"] == weights["fsdp2"] < weights["ddp"] / 4
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 200])
+def test_records_of_any_length_that_training_takes_can_be_guessed(
+    tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no other stage's limit is asked, whose data is here."""
+    model, pairs = make_model_folder(tmp_path / "model"), make_pairs(tmp_path / "p.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        "sft: {data: someone/else, max_length: 200}\n"
+        f"dpo: {{data: {pairs}, max_length: 128}}\n"
+    )
+    words = [str(recipe), "--records=9", f"--tokens-per-record={tokens}"]
+    sft, dpo = _plan(capsys, *words)["training"]
+    assert (sft["work"]["records"], sft["work"]["longest"]) == (9, tokens)
+    assert "a trial" in sft["rate"]["from"]
+    assert dpo["records"]["read"] > 9
+
+
 def test_a_plan_and_the_run_after_it_say_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +251,30 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
         (
             ["demo", "sft.data=someone/else", "--records=5,6", "--tokens-per-record=7,8"],
             "after sft no data is missing; leave the last 1 out",
+        ),
+        (
+            [
+                "demo",
+                "sft.data=someone/else",
+                "sft.max_length=256",
+                "--records=9",
+                "--tokens-per-record=257",
+            ],
+            "--tokens-per-record 257 is above sft.max_length 256",
+        ),
+        (
+            [
+                "neural-chat-7b-v3-1",
+                "dpo.max_length=300",
+                "dpo.max_prompt_length=100",
+                "--records=5",
+                "--tokens-per-record=301",
+            ],
+            "--tokens-per-record 301 is above dpo.max_length 300",
+        ),
+        (
+            ["demo", "sft.data=someone/else", "--records=9", "--tokens-per-record=1"],
+            "--tokens-per-record 1 leaves none to train",
         ),
         (["demo", "output_dir=~nobody-here/x"], "output_dir"),
         (["demo", "sft.data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),

@@ -28,7 +28,7 @@ from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
-from tandem.stages.planned_data import DataHere, Guess, PlannedData, check_guesses
+from tandem.stages.planned_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.stages.preflight import check_base
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import copies_fit
@@ -106,15 +106,14 @@ def plan_recipe(
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         here = DataHere(recipe, download, Path(scratch))
         data = [here.of(settings) for _, settings in wanted]
-        check_guesses(guesses, [stage.name for stage, _ in wanted], data)
+        longest = {stage.name: settings.max_length for stage, settings in wanted}
+        check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
         baseline = device.held_memory()
         planner = _Planner(recipe, processes, console, device, base, baseline)
         trained = [
-            planner.stage(
-                stage, settings, found, guesses[min(number, len(guesses) - 1)] if guesses else None
-            )
+            planner.stage(stage, settings, found, guess_for(guesses, number))
             for number, ((stage, settings), found) in enumerate(zip(wanted, data, strict=True))
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
