@@ -15,6 +15,8 @@ import pytest
 from tandem.artifact.files import read_json
 from tandem.cli.main import main
 from tandem.estimate import history
+from tandem.estimate.rate import Rate
+from tandem.stages import plan as stages_plan
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 
@@ -343,6 +345,22 @@ def test_data_that_a_step_repeats_is_planned(
     (sft,) = _plan(capsys, str(recipe))["training"]
     assert sft["work"]["examples"] == 3 * sft["work"]["records"]
     assert "a trial" in sft["rate"]["from"]
+
+
+def test_what_a_trial_would_take_too_long_for_is_told_by_a_product(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Rate(1.0, None, "a timed matrix product")
+    monkeypatch.setattr(stages_plan, "product_rate", lambda *_: slow)
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert sft["rate"]["from"] == "a timed matrix product"
+    assert sft["notes"] == []
 
 
 def test_data_that_training_would_refuse_is_refused(

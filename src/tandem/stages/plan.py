@@ -38,6 +38,8 @@ from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
+# Seconds that a pass of a trial may be expected to take at a product's rate.
+_PASS = 3.0
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
 
 
@@ -308,12 +310,15 @@ class _Planner:
         """From the last run that is alike; a trial says more than a brief one."""
         device, recorded = self.device, recorded_rate(setting)
         last = recorded.measured if recorded else None
+        if recorded and last and not last.brief:
+            return recorded
+        product = product_rate(device.torch_device, device.weights, device.synchronize)
         tried = None
-        if (last is None or last.brief) and self.recipe.quantization is None:
-            tried = trial.rate(known.trees, known.asked)
+        if self.recipe.quantization is None:
+            tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
         if tried is not None:
             return replace(tried, measured=last)
-        return recorded or product_rate(device.torch_device, device.weights, device.synchronize)
+        return recorded or product
 
     def _engine(self) -> str:
         engine = self.recipe.engine
