@@ -14,6 +14,7 @@ import pytest
 
 from tandem.artifact.files import read_json
 from tandem.cli.main import main
+from tandem.errors import UserError
 from tandem.estimate import history
 from tandem.estimate.rate import Rate
 from tandem.stages import plan as stages_plan
@@ -361,6 +362,34 @@ def test_what_a_trial_would_take_too_long_for_is_told_by_a_product(
     (sft,) = _plan(capsys, str(recipe))["training"]
     assert sft["rate"]["from"] == "a timed matrix product"
     assert sft["notes"] == []
+
+
+def test_a_trial_that_fails_ends_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+
+    def strange(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a strange layer")
+
+    monkeypatch.setattr(stages_plan.Trial, "rate", strange)
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert "a timed matrix product" in sft["rate"]["from"]
+    assert sft["notes"] == ["the trial that tells its time failed (RuntimeError: a strange layer)"]
+    assert main(["plan", str(recipe)]) == 0
+    assert "RuntimeError: a strange layer" in capsys.readouterr().out
+
+    def mistaken(*_: Any, **__: Any) -> Any:
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(stages_plan.Trial, "rate", mistaken)
+    assert main(["plan", str(recipe)]) == 2
+    assert "a mistake" in capsys.readouterr().err
 
 
 def test_data_that_training_would_refuse_is_refused(

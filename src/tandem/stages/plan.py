@@ -16,6 +16,7 @@ from rich.console import Console
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
+from tandem.errors import TandemError
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
 from tandem.estimate.rate import Rate, product_rate, recorded_rate
@@ -55,7 +56,7 @@ class StagePlan:
         forecast: work, operations, memory and time; None where nothing is known of the data.
         memory: of one process by engine, where the work is known.
         disk: what it and its merge leave, where the work is known.
-        notes: what is missing, guessed or left out.
+        notes: what is missing, guessed or left out, or has failed.
     """
 
     name: str
@@ -223,6 +224,7 @@ class _Planner:
             known = _taken(guess, asked, int(config.get_text_config().vocab_size))
         made, disk = None, None
         memory: dict[str, Memory] = {}
+        notes = _notes(data, guess, model)
         if known is not None:
             trial = Trial(
                 config=config,
@@ -235,12 +237,13 @@ class _Planner:
                 added_ids=tuple(added.values()),
                 trains_added=trains_added,
             )
-            made, memory = self._forecast(stage, trial, known)
+            made, memory, failed = self._forecast(stage, trial, known)
+            notes += failed
             disk = self._disk(settings, config, model.shape, known.work)
         ledger = None if known is None else known.ledger
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            _notes(data, guess, model),
+            notes,
         )  # fmt: skip
 
     def _records(
@@ -278,7 +281,8 @@ class _Planner:
 
     def _forecast(
         self, stage: PlannedStage, trial: Trial, known: _Known
-    ) -> tuple[Forecast, dict[str, Memory]]:
+    ) -> tuple[Forecast, dict[str, Memory], tuple[str, ...]]:
+        """Estimates, memory by engine, and notes."""
         device, shape, settings = self.device, trial.shape, trial.settings
         engine = self._engine()
         held = held_by(
@@ -293,7 +297,7 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        rate = self._rate(setting, trial, known)
+        rate, failed = self._rate(setting, trial, known)
         made = forecast(
             shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
         )
@@ -301,24 +305,33 @@ class _Planner:
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
         if trial.added_ids and trial.trains_added:
             engines = [name for name in engines if name not in SHARDED]
-        return made, {
+        memory = {
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))
         }
+        return made, memory, failed
 
-    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> Rate:
-        """From the last run that is alike; a trial says more than a brief one."""
+    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> tuple[Rate, tuple[str, ...]]:
+        """From the last run that is alike; a trial says more than a brief one. And notes."""
         device, recorded = self.device, recorded_rate(setting)
         last = recorded.measured if recorded else None
         if recorded and last and not last.brief:
-            return recorded
+            return recorded, ()
         product = product_rate(device.torch_device, device.weights, device.synchronize)
         tried = None
+        failed: tuple[str, ...] = ()
         if self.recipe.quantization is None:
-            tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
+            try:
+                tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
+            except TandemError:
+                raise
+            except Exception as error:  # whatever a strange model leads to, a plan can do without
+                failed = (
+                    f"the trial that tells its time failed ({type(error).__name__}: {error})",
+                )
         if tried is not None:
-            return replace(tried, measured=last)
-        return recorded or product
+            return replace(tried, measured=last), ()
+        return recorded or product, failed
 
     def _engine(self) -> str:
         engine = self.recipe.engine
