@@ -364,6 +364,23 @@ def test_what_a_trial_would_take_too_long_for_is_told_by_a_product(
     assert sft["notes"] == []
 
 
+def test_a_long_run_of_quite_another_size_keeps_no_trial_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    far_off = history.Setting("sft", "cpu", "float32", 7_241_732_096, 1, "single")
+    actual = dict.fromkeys(history.FIGURES, 50_000.0)
+    history.remember(history.Measured(far_off, 1e18, actual, actual))
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert "a trial" in sft["rate"]["from"]
+    assert sft["rate"]["last_run"] is None
+
+
 def test_a_trial_that_fails_ends_no_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
