@@ -14,7 +14,10 @@ import pytest
 
 from tandem.artifact.files import read_json
 from tandem.cli.main import main
+from tandem.errors import UserError
 from tandem.estimate import history
+from tandem.estimate.rate import Rate
+from tandem.stages import plan as stages_plan
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 
@@ -81,6 +84,25 @@ def test_the_seed_recipe_without_its_data(
     weights = {engine: memory["weights"] for engine, memory in sft["memory"].items()}
     assert weights["ddp"] == weights["deepspeed-zero2"] == 2 * 7_241_732_096
     assert weights["deepspeed-zero3"] == weights["fsdp2"] < weights["ddp"] / 4
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 200])
+def test_records_of_any_length_that_training_takes_can_be_guessed(
+    tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no other stage's limit is asked, whose data is here."""
+    model, pairs = make_model_folder(tmp_path / "model"), make_pairs(tmp_path / "p.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        "sft: {data: someone/else, max_length: 200}\n"
+        f"dpo: {{data: {pairs}, max_length: 128}}\n"
+    )
+    words = [str(recipe), "--records=9", f"--tokens-per-record={tokens}"]
+    sft, dpo = _plan(capsys, *words)["training"]
+    assert (sft["work"]["records"], sft["work"]["longest"]) == (9, tokens)
+    assert "a trial" in sft["rate"]["from"]
+    assert dpo["records"]["read"] > 9
 
 
 def test_a_plan_and_the_run_after_it_say_the_same(
@@ -210,11 +232,19 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
     ("words", "said"),
     [
         (["dema"], "no recipe of that name"),
-        (["demo", "--nproc=0"], "--nproc is 0; it must be at least 1"),
+        (["demo", "--nproc=0"], "argument --nproc: 0 is not above 0"),
+        (["demo", "--nproc=x"], "argument --nproc: 'x' is not a whole number"),
         (["demo", "--records=3"], "--records and --tokens-per-record go together"),
         (["demo", "--records=3,4", "--tokens-per-record=9"], "with as many numbers"),
-        (["demo", "--records=3,0", "--tokens-per-record=9,9"], "has a number below 1"),
-        (["demo", "--records=many", "--tokens-per-record=9"], "--records: invalid"),
+        (["demo", "--records=3,0", "--tokens-per-record=9,9"], "--records: 0 is not above 0"),
+        (
+            ["demo", "--records=many", "--tokens-per-record=9"],
+            "argument --records: 'many' is not a whole number",
+        ),
+        (
+            ["demo", "--records=9", "--tokens-per-record=9,"],
+            "argument --tokens-per-record: '' is not a whole number",
+        ),
         (["demo", "--recods=3"], "did you mean --records?"),
         (["demo", "--records=500", "--tokens-per-record=77"], "that of sft and dpo is; leave them"),
         (
@@ -224,6 +254,30 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
         (
             ["demo", "sft.data=someone/else", "--records=5,6", "--tokens-per-record=7,8"],
             "after sft no data is missing; leave the last 1 out",
+        ),
+        (
+            [
+                "demo",
+                "sft.data=someone/else",
+                "sft.max_length=256",
+                "--records=9",
+                "--tokens-per-record=257",
+            ],
+            "--tokens-per-record 257 is above sft.max_length 256",
+        ),
+        (
+            [
+                "neural-chat-7b-v3-1",
+                "dpo.max_length=300",
+                "dpo.max_prompt_length=100",
+                "--records=5",
+                "--tokens-per-record=301",
+            ],
+            "--tokens-per-record 301 is above dpo.max_length 300",
+        ),
+        (
+            ["demo", "sft.data=someone/else", "--records=9", "--tokens-per-record=1"],
+            "--tokens-per-record 1 leaves none to train",
         ),
         (["demo", "output_dir=~nobody-here/x"], "output_dir"),
         (["demo", "sft.data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
@@ -278,6 +332,81 @@ def test_no_data_of_the_hub_is_read_unasked(
     sft, _ = _plan(capsys, str(recipe), "--download")["training"]
     assert {"someone/held-out", "someone/questions"} == set(asked)
     assert sft["notes"] == []
+
+
+def test_data_that_a_step_repeats_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = make_model_folder(tmp_path / "model"), make_conversations(tmp_path / "c.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: [{{path: {data}, weight: 3}}]\n  max_length: 128\n  epochs: 1\n"
+    )
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert sft["work"]["examples"] == 3 * sft["work"]["records"]
+    assert "a trial" in sft["rate"]["from"]
+
+
+def test_what_a_trial_would_take_too_long_for_is_told_by_a_product(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Rate(1.0, None, "a timed matrix product")
+    monkeypatch.setattr(stages_plan, "product_rate", lambda *_: slow)
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert sft["rate"]["from"] == "a timed matrix product"
+    assert sft["notes"] == []
+
+
+def test_a_long_run_of_quite_another_size_keeps_no_trial_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+    far_off = history.Setting("sft", "cpu", "float32", 7_241_732_096, 1, "single")
+    actual = dict.fromkeys(history.FIGURES, 50_000.0)
+    history.remember(history.Measured(far_off, 1e18, actual, actual))
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert "a trial" in sft["rate"]["from"]
+    assert sft["rate"]["last_run"] is None
+
+
+def test_a_trial_that_fails_ends_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+    )
+
+    def strange(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a strange layer")
+
+    monkeypatch.setattr(stages_plan.Trial, "rate", strange)
+    (sft,) = _plan(capsys, str(recipe))["training"]
+    assert "a timed matrix product" in sft["rate"]["from"]
+    assert sft["notes"] == ["the trial that tells its time failed (RuntimeError: a strange layer)"]
+    assert main(["plan", str(recipe)]) == 0
+    assert "RuntimeError: a strange layer" in capsys.readouterr().out
+
+    def mistaken(*_: Any, **__: Any) -> Any:
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(stages_plan.Trial, "rate", mistaken)
+    assert main(["plan", str(recipe)]) == 2
+    assert "a mistake" in capsys.readouterr().err
 
 
 def test_data_that_training_would_refuse_is_refused(

@@ -60,8 +60,23 @@ def test_the_most_alike_counts_and_of_equals_the_last(tmp_path: Path) -> None:
     assert seconds(size=50_000_000, stage="dpo") == 5.0
     # A longer one of another stage says more than a brief one of the same.
     assert seconds(size=16_000_000) == 20.0
-    assert seconds(dtype="bfloat16", stage="dpo", size=9) == 6.0
+    assert seconds(dtype="bfloat16", stage="dpo") == 6.0
     assert seconds(device="hpu") is None
+
+
+def test_a_model_of_quite_another_size_says_nothing(tmp_path: Path) -> None:
+    """The nearest of them neither."""
+    path = tmp_path / "estimates.jsonl"
+    remember(_measured(50_000.0, size=7_241_732_096), path)
+    assert recall(replace(HERE, size=260_000), path) is None
+    assert recall(replace(HERE, size=1_100_000_000), path) is None
+    assert recall(replace(HERE, size=28_000_000_000), path) == _measured(
+        50_000.0, size=7_241_732_096
+    )
+    remember(_measured(2.0, size=100_000), path)
+    found = recall(replace(HERE, size=260_000), path)
+    assert found is not None
+    assert found.actual["seconds"] == 2.0
 
 
 def test_lines_that_are_none_are_passed_over(tmp_path: Path) -> None:

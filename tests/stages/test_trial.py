@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from tandem.data.order import steps
+from tandem.data.order import Part, steps
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import described
@@ -66,7 +67,7 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
 
     monkeypatch.setattr(Trial, "_take", take)
     trees, one = _trees(), _trial()
-    rate = one.rate(trees, _ASKED)
+    rate = one.rate(trees, _ASKED, most=inf)
     assert rate is not None
     # A record feeds 11 tokens, so that two fit into 30; after one to warm up each is taken twice.
     assert taken == [2] * 9
@@ -80,20 +81,83 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
     )  # fmt: skip
 
 
-def test_a_trial_ends_after_a_while_and_large_models_have_none(
+@pytest.mark.parametrize("weight", [1.5, 2.0, 3.0])
+def test_a_record_that_a_step_repeats_is_tried_and_counted_as_often(
+    weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees, one = _trees(), _trial()
+    asked = replace(_ASKED, batch_size=30, budget=60, parts=(Part(20, weight),))
+    (first,) = steps(20, 30, seed=3, count=1, parts=asked.parts)
+    assert len(set(first.examples)) < len(first.examples) == 30
+    rate = one.rate(trees, asked, most=inf)
+    assert rate is not None
+    assert rate.operations > 0
+    taken: list[int] = []
+
+    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+        taken.extend(members)
+        return 0.01
+
+    monkeypatch.setattr(Trial, "_take", take)
+    rate = one.rate(trees, asked, most=inf)
+    assert rate is not None
+    assert {*taken} == {*first.examples}
+    whole = count_work(trees, replace(asked, max_steps=1))
+    assert (whole.tokens, whole.micro_batches) == (30 * 11, 6)
+    found = count_operations(one.shape, whole, reference=False, checkpointing=False)
+    assert rate.operations == pytest.approx(found.training / (6 * 0.01))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times"),
+    [
+        # The first alone says enough.
+        (5.0, [5.0]),
+        # It has warmed up; the one after it says enough.
+        (0.75, [0.75, 0.75]),
+        # A second has passed, and no further micro-batch is begun.
+        (0.4, [0.4] * 3),
+        (0.22, [0.22] * 5),
+    ],
+)
+def test_a_trial_ends_with_the_pass_in_which_a_second_has_passed(
+    seconds: float, times: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+
+    def take(_: Trial, __: Any, ___: Trees, ____: Any) -> float:
+        taken.append(seconds)
+        return seconds
+
+    monkeypatch.setattr(Trial, "_take", take)
+    rate = _trial().rate(_trees(), _ASKED, most=inf)
+    assert taken == times
+    assert rate is not None
+    whole = count_work(_trees(2), _ASKED)
+    found = count_operations(_trial().shape, whole, reference=False, checkpointing=False)
+    assert rate.operations == pytest.approx(found.training / seconds)
+
+
+def test_large_models_and_large_micro_batches_have_no_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[int] = []
 
     def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
         taken.append(len(members))
-        return 5.0
+        return 0.01
 
     monkeypatch.setattr(Trial, "_take", take)
-    assert _trial().rate(_trees(), _ASKED) is not None
-    assert len(taken) == 3
+    one = _trial()
+    whole = count_work(_trees(2), _ASKED)
+    found = count_operations(one.shape, whole, reference=False, checkpointing=False).training
+    assert one.rate(_trees(), _ASKED, most=0.99 * found) is None
+    assert taken == []
+    assert one.rate(_trees(), _ASKED, most=1.01 * found) is not None
+    taken.clear()
     monkeypatch.setattr(trial, "_LARGEST", 1000)
-    assert _trial().rate(_trees(), _ASKED) is None
+    assert one.rate(_trees(), _ASKED, most=inf) is None
+    assert taken == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +184,7 @@ def test_a_trial_ends_after_a_while_and_large_models_have_none(
 def test_what_a_run_trains_can_be_tried(changes: dict[str, Any]) -> None:
     one = _trial(**changes)
     padded = changes.get("attention") == "padded" or "config" in changes
-    rate = one.rate(_trees(), replace(_ASKED, padded=padded))
+    rate = one.rate(_trees(), replace(_ASKED, padded=padded), most=inf)
     assert rate is not None
     assert rate.operations > 0
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 def plan(argv: list[str]) -> int:
     """Print a recipe's plan, as tables or as JSON."""
     arguments = _parser().parse(argv)
-    if arguments.nproc is not None and arguments.nproc < 1:
-        raise UserError(f"tandem plan: --nproc is {arguments.nproc}; it must be at least 1")
     records, tokens = arguments.records or [], arguments.tokens_per_record or []
     if len(records) != len(tokens):
         raise UserError(
@@ -290,7 +287,7 @@ def _parser() -> Parser:
     add("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     add("overrides", metavar="key=value", nargs="*", default=[],
         help="recipe keys with dots, values as in YAML; null unsets")  # fmt: skip
-    add("--nproc", metavar="N", type=int, help="plan for so many processes")
+    add("--nproc", metavar="N", type=positive, help="plan for so many processes")
     add("--json", action="store_true", help="print JSON")
     add("--download", action="store_true", help="fetch data sets of the Hub, and read them")
     add("--records", metavar="N[,N]", type=_numbers,
@@ -300,8 +297,5 @@ def _parser() -> Parser:
 
 
 def _numbers(text: str) -> list[int]:
-    """Positive numbers between commas; argparse says what is wrong with others."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
-    return found
+    """Positive numbers between commas."""
+    return [positive(part) for part in text.split(",")]

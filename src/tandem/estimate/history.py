@@ -22,6 +22,8 @@ FIGURES = ("tokens", "steps", "memory", "seconds")
 _KEPT = 200
 # Seconds of training up to which a run is mostly its beginning.
 _BRIEF = 10.0
+# Factors of two in size beyond which a model is not alike.
+_APART = 2
 
 
 @dataclass(frozen=True)
@@ -98,23 +100,29 @@ def remember(measured: Measured, path: Path | None = None) -> None:
 def recall(setting: Setting, path: Path | None = None) -> Measured | None:
     """The finished stage whose rate says most about `setting`, None when there is none.
 
-    It must be on the same kind of device and in the same dtype. Among those the nearest size class
-    counts first (a factor of two), then the same processes and engine, then that it was not a brief
-    one, then the same stage, and of equals the last.
+    It must be on the same kind of device, in the same dtype and at most two size classes (of a
+    factor of two each) away. Among those the nearest size class counts first, then the same
+    processes and engine, then that it was not a brief one, then the same stage, and of equals the
+    last.
     """
     found = [one for one in _read(path or cache_folder() / NAME) if _comparable(one, setting)]
     return min(reversed(found), key=lambda one: _distance(one, setting), default=None)
 
 
 def _comparable(one: Measured, setting: Setting) -> bool:
-    return (one.setting.device, one.setting.dtype) == (setting.device, setting.dtype)
+    same = (one.setting.device, one.setting.dtype) == (setting.device, setting.dtype)
+    return same and _apart(one.setting, setting) <= _APART
+
+
+def _apart(one: Setting, other: Setting) -> int:
+    """Size classes between two."""
+    return abs(round(log2(max(1, one.size))) - round(log2(max(1, other.size))))
 
 
 def _distance(measured: Measured, other: Setting) -> tuple[int, bool, bool, bool]:
     one = measured.setting
-    apart = abs(round(log2(max(1, one.size))) - round(log2(max(1, other.size))))
     shared = (one.processes, one.engine) != (other.processes, other.engine)
-    return apart, shared, measured.brief, one.stage != other.stage
+    return _apart(one, other), shared, measured.brief, one.stage != other.stage
 
 
 def _read(path: Path) -> list[Measured]:

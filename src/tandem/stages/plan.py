@@ -16,6 +16,7 @@ from rich.console import Console
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
+from tandem.errors import TandemError
 from tandem.estimate.history import Setting
 from tandem.estimate.memory import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
 from tandem.estimate.rate import Rate, product_rate, recorded_rate
@@ -28,7 +29,7 @@ from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
-from tandem.stages.planned_data import DataHere, Guess, PlannedData, check_guesses
+from tandem.stages.planned_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.stages.preflight import check_base
 from tandem.stages.records import Records, stage_records
 from tandem.stages.schedule import copies_fit
@@ -38,6 +39,8 @@ from tandem.train.device import Device, choose_device, token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
+# Seconds that a pass of a trial may be expected to take at a product's rate.
+_PASS = 3.0
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
 
 
@@ -53,7 +56,7 @@ class StagePlan:
         forecast: work, operations, memory and time; None where nothing is known of the data.
         memory: of one process by engine, where the work is known.
         disk: what it and its merge leave, where the work is known.
-        notes: what is missing, guessed or left out.
+        notes: what is missing, guessed or left out, or has failed.
     """
 
     name: str
@@ -106,15 +109,14 @@ def plan_recipe(
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         here = DataHere(recipe, download, Path(scratch))
         data = [here.of(settings) for _, settings in wanted]
-        check_guesses(guesses, [stage.name for stage, _ in wanted], data)
+        longest = {stage.name: settings.max_length for stage, settings in wanted}
+        check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
         baseline = device.held_memory()
         planner = _Planner(recipe, processes, console, device, base, baseline)
         trained = [
-            planner.stage(
-                stage, settings, found, guesses[min(number, len(guesses) - 1)] if guesses else None
-            )
+            planner.stage(stage, settings, found, guess_for(guesses, number))
             for number, ((stage, settings), found) in enumerate(zip(wanted, data, strict=True))
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
@@ -222,6 +224,7 @@ class _Planner:
             known = _taken(guess, asked, int(config.get_text_config().vocab_size))
         made, disk = None, None
         memory: dict[str, Memory] = {}
+        notes = _notes(data, guess, model)
         if known is not None:
             trial = Trial(
                 config=config,
@@ -234,12 +237,13 @@ class _Planner:
                 added_ids=tuple(added.values()),
                 trains_added=trains_added,
             )
-            made, memory = self._forecast(stage, trial, known)
+            made, memory, failed = self._forecast(stage, trial, known)
+            notes += failed
             disk = self._disk(settings, config, model.shape, known.work)
         ledger = None if known is None else known.ledger
         return StagePlan(
             stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            _notes(data, guess, model),
+            notes,
         )  # fmt: skip
 
     def _records(
@@ -277,7 +281,8 @@ class _Planner:
 
     def _forecast(
         self, stage: PlannedStage, trial: Trial, known: _Known
-    ) -> tuple[Forecast, dict[str, Memory]]:
+    ) -> tuple[Forecast, dict[str, Memory], tuple[str, ...]]:
+        """Estimates, memory by engine, and notes."""
         device, shape, settings = self.device, trial.shape, trial.settings
         engine = self._engine()
         held = held_by(
@@ -292,7 +297,7 @@ class _Planner:
         setting = Setting(
             stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
         )
-        rate = self._rate(setting, trial, known)
+        rate, failed = self._rate(setting, trial, known)
         made = forecast(
             shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
         )
@@ -300,21 +305,33 @@ class _Planner:
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
         if trial.added_ids and trial.trains_added:
             engines = [name for name in engines if name not in SHARDED]
-        return made, {
+        memory = {
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))
         }
+        return made, memory, failed
 
-    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> Rate:
-        """From the last run that is alike; a trial says more than a brief one."""
+    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> tuple[Rate, tuple[str, ...]]:
+        """From the last run that is alike; a trial says more than a brief one. And notes."""
         device, recorded = self.device, recorded_rate(setting)
         last = recorded.measured if recorded else None
+        if recorded and last and not last.brief:
+            return recorded, ()
+        product = product_rate(device.torch_device, device.weights, device.synchronize)
         tried = None
-        if (last is None or last.brief) and self.recipe.quantization is None:
-            tried = trial.rate(known.trees, known.asked)
+        failed: tuple[str, ...] = ()
+        if self.recipe.quantization is None:
+            try:
+                tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
+            except TandemError:
+                raise
+            except Exception as error:  # whatever a strange model leads to, a plan can do without
+                failed = (
+                    f"the trial that tells its time failed ({type(error).__name__}: {error})",
+                )
         if tried is not None:
-            return replace(tried, measured=last)
-        return recorded or product_rate(device.torch_device, device.weights, device.synchronize)
+            return replace(tried, measured=last), ()
+        return recorded or product, failed
 
     def _engine(self) -> str:
         engine = self.recipe.engine

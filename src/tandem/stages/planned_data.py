@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +106,22 @@ class DataHere:
         return [SourceSpec(str(guessed))]
 
 
+def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:
+    """What is taken for the data of a stage, counted from 0; the last is for all that follow."""
+    return guesses[min(number, len(guesses) - 1)] if guesses else None
+
+
 def check_guesses(
-    guesses: Sequence[Guess], stages: Sequence[str], data: Sequence[PlannedData]
+    guesses: Sequence[Guess], longest: Mapping[str, int], data: Sequence[PlannedData]
 ) -> None:
-    """Raise UserError for guesses that no stage would use."""
+    """Raise UserError for guesses that no stage would use, or whose records it would not train.
+
+    Args:
+        guesses: see `guess_for`.
+        longest: the max_length of each training stage.
+        data: of each.
+    """
+    stages = list(longest)
     away = [number for number, found in enumerate(data, start=1) if not found.sources]
     if guesses and not away:
         raise UserError(
@@ -121,6 +133,22 @@ def check_guesses(
             f"tandem plan: --records has {len(guesses)} numbers, one for each of "
             f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
             f"missing; leave the last {len(guesses) - away[-1]} out"
+        )
+    for number in away:
+        if guess := guess_for(guesses, number - 1):
+            _check_tokens(guess.tokens, stages[number - 1], longest[stages[number - 1]])
+
+
+def _check_tokens(tokens: int, stage: str, longest: int) -> None:
+    if tokens < 2:
+        raise UserError(
+            f"tandem plan: --tokens-per-record {tokens} leaves none to train after a first one; "
+            "give at least 2"
+        )
+    if tokens > longest:
+        raise UserError(
+            f"tandem plan: --tokens-per-record {tokens} is above {stage}.max_length {longest}: "
+            f"no record that is trained is longer; give at most {longest}, or raise it"
         )
 
 

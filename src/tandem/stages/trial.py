@@ -42,7 +42,7 @@ from tandem.train.precision import exact_float32
 
 # Parameters of the largest model that is made for it.
 _LARGEST = 50_000_000
-# When no further micro-batch is begun.
+# When no further pass is begun.
 _SECONDS = 1.0
 # Records of a guess that are made up.
 _MADE_UP = 64
@@ -74,14 +74,16 @@ class Trial:
     added_ids: Sequence[int]
     trains_added: bool
 
-    def rate(self, trees: Trees, asked: Asked) -> Rate | None:
+    def rate(self, trees: Trees, asked: Asked, *, most: float) -> Rate | None:
         """The rate of one process over its first step's micro-batches, as many as a second holds.
 
-        None for models that are too large, and for devices that compile a graph for every shape.
+        None for models and micro-batches that are too large, and for devices that compile a graph
+        for every shape.
 
         Args:
             trees: the stage's records.
             asked: how it goes through them.
+            most: operations of a micro-batch that is tried: a pass cannot be cut short.
         """
         if self.shape.parameters > _LARGEST or self.device.static_shapes:
             return None
@@ -92,14 +94,18 @@ class Trial:
         operations = seconds = spent = 0.0
         for number, group in enumerate(groups):
             members = np.sort(examples[list(group)])
-            if not number:  # what is only done once
-                self._take(model, trees, members)
-            # The faster of two: whatever else the machine does only makes it slower.
-            both = [self._take(model, trees, members) for _ in range(2)]
-            seconds, spent = seconds + min(both), spent + sum(both)
-            operations += self._operations(trees, members, asked)
-            if spent > _SECONDS:
+            counted = self._operations(trees, members, asked)
+            if counted > most or spent > _SECONDS:
                 break
+            # The fastest: whatever else the machine does, or what is only done once, is no part.
+            taken: list[float] = []
+            while len(taken) < (2 if number else 3) and spent <= _SECONDS:
+                taken.append(self._take(model, trees, members))
+                spent += taken[-1]
+            seconds += min(taken)
+            operations += counted
+        if not operations:
+            return None
         basis = "a trial of a model of this shape with random weights"
         return Rate(operations / max(seconds, 1e-9), None, basis)
 
@@ -152,14 +158,20 @@ class Trial:
         return self.dropout and self.settings.lora.dropout > 0
 
     def _operations(self, trees: Trees, members: NDArray[np.int64], asked: Asked) -> float:
-        once = replace(
-            asked, batch_size=len(members), epochs=1.0, max_steps=None, processes=1, parts=()
-        )
-        work = count_work(trees.select(members), once)
+        """Of one micro-batch, in which a record counts as often as it is there."""
+        records, times = np.unique(members, return_counts=True)
         checkpointing = self.settings.gradient_checkpointing
-        return count_operations(
-            self.shape, work, reference=False, checkpointing=checkpointing
-        ).training
+        found = 0.0
+        for showing in range(times.max()):
+            shown = records[times > showing]
+            once = replace(
+                asked, batch_size=len(shown), epochs=1.0, max_steps=None, processes=1, parts=()
+            )
+            work = count_work(trees.select(shown), once)
+            found += count_operations(
+                self.shape, work, reference=False, checkpointing=checkpointing
+            ).training
+        return found
 
 
 def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> Trees:
