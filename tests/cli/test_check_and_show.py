@@ -508,6 +508,31 @@ def test_a_row_that_would_be_dropped_says_why(
         assert "a run would drop this record: identical answers" in err
 
 
+def test_all_that_a_row_holds_is_shown_and_what_of_it_would_be_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{"response": "No score"}]
+    answers += [{"response": word, "overall_score": n} for n, word in enumerate(("Bad", "Good"))]
+    file = write(tmp_path / "a.jsonl", [{"instruction": "Q", "completions": answers}])
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text")
+    assert (code, err) == (0, "")
+    first, dropped, *turns = out.splitlines()
+    assert first == f"{file}, row 1: UltraFeedback"
+    assert dropped.startswith("dropped: ")
+    assert "score" in dropped
+    pair = ["user:", "  Q", "chosen:", "  Good", "rejected:", "  Bad"]
+    assert turns == pair
+    answers[0]["overall_score"] = -1
+    write(file, [{"instruction": "Q", "completions": answers}])
+    flags = ["--completions", "best_vs_rest"]
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text", *flags)
+    assert (code, err) == (0, "")
+    both = [["", f"record {n} of 2", *pair[:5]] for n in (1, 2)]
+    both[0].append("  No score")
+    both[1].append("  Bad")
+    assert out.splitlines()[1:] == [*both[0], *both[1]]
+
+
 def test_a_recipe_whose_limits_the_model_lacks_is_refused(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

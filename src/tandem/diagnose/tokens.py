@@ -10,10 +10,10 @@ from typing import Literal
 from tandem.data.batch import Plan, encode_batch
 from tandem.data.chunks import BadLine, Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import Kind, format_with
+from tandem.data.formats import Kind, Record, format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.reading import formatted_chunks, records_of
-from tandem.data.records import Branch, Conversation, PreferencePair, Tree
+from tandem.data.records import Branch, Tree
 from tandem.data.sources import SourceSpec, origin_names
 from tandem.data.store import TreeWriter
 from tandem.errors import UserError
@@ -114,21 +114,33 @@ def _file_named(file: str | None, names: Sequence[str]) -> str:
     raise UserError(f"--file {file}: {what} called that; they are {listing}.")
 
 
-def record_in(place: Place) -> Conversation | PreferencePair:
-    """What a row is read as.
+def records_in(place: Place) -> tuple[list[Record], list[Entry]]:
+    """What a row is read as, which may be several records, and what a run would drop of it.
 
-    Raises UserError for a row that cannot be parsed, or that a run would drop.
+    Raises UserError for a row that cannot be parsed, or of which a run would drop all.
     """
-    record = next(iter(records_of(place.chunk, place.format, "stop")))
-    if isinstance(record, Entry):
-        raise would_be_dropped(record)
-    return record
+    found = list(records_of(place.chunk, place.format, "stop"))
+    records = [one for one in found if not isinstance(one, Entry)]
+    entries = [one for one in found if isinstance(one, Entry)]
+    if not records:
+        raise would_be_dropped(entries)
+    return records, entries
 
 
-def would_be_dropped(entry: Entry) -> UserError:
-    """What to say about a record that a run would drop."""
-    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
-    return UserError(f"{entry.file}, row {entry.row}: a run would drop this record: {why}")
+def outcome(entry: Entry) -> str:
+    """What the ledger would say of a record."""
+    return f"{entry.outcome}: {_why(entry)}"
+
+
+def would_be_dropped(entries: Sequence[Entry]) -> UserError:
+    """What to say about a row of which a run would drop all."""
+    first = entries[0]
+    why = "; ".join(dict.fromkeys(map(_why, entries)))
+    return UserError(f"{first.file}, row {first.row}: a run would drop this record: {why}")
+
+
+def _why(entry: Entry) -> str:
+    return f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
 
 
 def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
