@@ -132,6 +132,37 @@ def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
     assert find_row([bad], "preference pairs", None, 1).format_name == ""
 
 
+def test_rows_that_are_put_together_are_told_and_those_left_alone_are_found(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "P1", "completion": "good", "label": True},
+        {"prompt": "P2", "completion": "alone", "label": True},
+        "",
+        {"prompt": "P1", "completion": "other", "label": True},
+        {"prompt": "P1", "completion": "bad", "label": False},
+        {"prompt": "P1", "completion": "worse", "label": False},
+    ]
+    sources = [SourceSpec(str(write(tmp_path / "a.jsonl", rows)))]
+    ((record,), _) = records_in(find_row(sources, "preference pairs", None, 5))
+    assert isinstance(record, PreferencePair)
+    assert (record.chosen, record.rejected) == ("good", "bad")
+    for row, said in (
+        (1, "row 1 of .*a.jsonl is no pair of its own; its answer is in that of .*a.jsonl, row 5"),
+        (4, "row 4 of .*a.jsonl is no pair of its own; its answer is in that of .*a.jsonl, row 6"),
+        (3, "row 3 of .*a.jsonl is empty"),
+        (7, "has no row 7; its last one is 6"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_row(sources, "preference pairs", None, row)
+    with pytest.raises(UserError, match="no answer to the same prompt is labelled false"):
+        records_in(find_row(sources, "preference pairs", None, 2))
+    turns = [{"role": "user", "content": "P1"}, {"role": "assistant", "content": "good"}]
+    others = [{"messages": turns, "label": text} for text in ("true", "false")]
+    sources.insert(0, SourceSpec(str(write(tmp_path / "b.jsonl", others))))
+    for file, row, pair_at in (("a.jsonl", 1, 5), ("b.jsonl", 1, 2)):
+        with pytest.raises(UserError, match=f"in that of .*{file}, row {pair_at}"):
+            find_row(sources, "preference pairs", file, row)
+
+
 def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str:
     kind: Kind = "preference pairs" if "chosen" in rows[0] else "conversations"
     file = write(tmp_path / "a.jsonl", rows)
