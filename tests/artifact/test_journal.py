@@ -69,6 +69,30 @@ def test_other_work_is_refused_unless_nothing_was_done(tmp_path: Path) -> None:
         assert len(journal.entries) == 2
 
 
+@pytest.mark.parametrize(
+    "content", ["[1]\n[2]\n[3]\n", "[1]\n", '{"a": 1}\n', "my notes", "my notes\n", "\n{}\n", "1\n"]
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_as_it_is(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"j.jsonl: no file of finished work"):
+        Journal(path, "k")
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b'{"jou', b'{"journal": "\0\0\n'])
+def test_what_is_left_of_a_journal_that_was_begun_is_begun_anew(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(content)
+    with Journal(path, "k") as journal:
+        assert journal.entries == []
+    assert path.read_text() == '{"journal": "k"}\n'
+
+
 def test_recorded_values_are_not_worked_on_again(tmp_path: Path) -> None:
     path, told, asked = tmp_path / "j.jsonl", list[int](), list[frozenset[int]]()
 

@@ -113,6 +113,57 @@ def test_named_data_takes_the_recipes_stage_of_its_kind(
     assert "limits: max_length 400; " in out
 
 
+def _hold_out(recipe: Path, tmp_path: Path, *rows: dict[str, Any] | str) -> Path:
+    """A data set that the SFT stage of a recipe holds out."""
+    held = write(tmp_path / "held.jsonl", rows)
+    text = recipe.read_text()
+    recipe.write_text(text.replace("sft:\n", f"sft:\n  validation: {{data: {held}}}\n"))
+    return held
+
+
+def test_held_out_data_is_looked_at_as_a_run_reads_it(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = _hold_out(recipe, tmp_path, *map(conversation, range(40, 44)))
+    code, out, _ = _run(capsys, "check", "--recipe", recipe, "--json")
+    assert code == 0
+    found = json.loads(out)["data"]
+    assert [(one["stage"], one["held_out"]) for one in found] == [
+        ("sft", False), ("sft", True), ("dpo", False),
+    ]  # fmt: skip
+    assert found[1]["sources"] == [{"path": str(held), "format": "messages"}]
+    assert (found[1]["records"]["read"], found[1]["compared_with"]) == (4, [])
+    code, out, _ = _run(capsys, "check", "--recipe", recipe, "--stage", "sft")
+    assert code == 0
+    assert "4 records read as sft would to hold them out: 4 to score (" in out
+    assert "a run would score its adapters on this\n" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([conversation(40), "{"], "held.jsonl, row 2: the record is not valid JSON"),
+        ([conversation(40), pair(1)], "1 of 2 records would be dropped"),
+        ([pair(1)], "held.jsonl holds preference pairs"),
+    ],
+)
+def test_held_out_data_that_stops_a_run_is_exit_2(
+    rows: list[dict[str, Any] | str],
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _hold_out(recipe, tmp_path, *rows)
+    code, out, err = _run(capsys, "check", "--recipe", recipe, "--json")
+    assert code == 2
+    value = json.loads(out)
+    assert not value["trains"]
+    assert [one["trains"] for one in value["data"]] == [True, False, True]
+    assert said in value["data"][1]["problem"]
+    assert err == f"error: {value['data'][1]['problem']}\n"
+
+
 def test_the_page_shows_what_is_beyond_the_limit(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -506,6 +557,31 @@ def test_a_row_that_would_be_dropped_says_why(
         assert code == 2
         assert f"{file}, row 2: explicit preference" in out
         assert "a run would drop this record: identical answers" in err
+
+
+def test_all_that_a_row_holds_is_shown_and_what_of_it_would_be_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{"response": "No score"}]
+    answers += [{"response": word, "overall_score": n} for n, word in enumerate(("Bad", "Good"))]
+    file = write(tmp_path / "a.jsonl", [{"instruction": "Q", "completions": answers}])
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text")
+    assert (code, err) == (0, "")
+    first, dropped, *turns = out.splitlines()
+    assert first == f"{file}, row 1: UltraFeedback"
+    assert dropped.startswith("dropped: ")
+    assert "score" in dropped
+    pair = ["user:", "  Q", "chosen:", "  Good", "rejected:", "  Bad"]
+    assert turns == pair
+    answers[0]["overall_score"] = -1
+    write(file, [{"instruction": "Q", "completions": answers}])
+    flags = ["--completions", "best_vs_rest"]
+    code, out, err = _run(capsys, "show", file, "--row", 1, "--text", *flags)
+    assert (code, err) == (0, "")
+    both = [["", f"record {n} of 2", *pair[:5]] for n in (1, 2)]
+    both[0].append("  No score")
+    both[1].append("  Bad")
+    assert out.splitlines()[1:] == [*both[0], *both[1]]
 
 
 def test_a_recipe_whose_limits_the_model_lacks_is_refused(

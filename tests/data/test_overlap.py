@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import random
+from functools import partial
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from tandem.data import overlap
@@ -119,16 +123,17 @@ def test_shared_words_are_those_of_a_plain_search(
 
 
 def test_files_of_any_layout_can_be_compared_with(tmp_path: Path) -> None:
-    import bz2
-    import gzip
-
     text = "the quick brown fox jumps over the lazy dog while seven cats look on quietly"
+    zstd = partial(pyarrow.compress, codec="zstd", asbytes=True)
     files = {
-        "a.csv": f'id,question\n1,"{text}"\n'.encode(),
-        "a.tsv": f"id\tquestion\n1\t{text}\n".encode(),
+        "a.csv": f'id,question\n1,"other"\n\n2,"{text}"\n'.encode(),
+        "a.tsv": f"id\tquestion\n1\tother\n2\t{text}\n".encode(),
         "a.txt": f"first\n{text}\n".encode(),
         "a.txt.bz2": bz2.compress(f"first\n{text}\n".encode()),
-        "a.csv.gz": gzip.compress(f"id,q\n1,{text}\n".encode()),
+        "a.csv.gz": gzip.compress(f"id,q\n1,other\n2,{text}\n".encode()),
+        "a.csv.zst": zstd(f"id,q\n1,other\n2,{text}\n".encode()),
+        "a.csv.bz2": bz2.compress(f"id,q\n1,other\n2,{text}\n".encode()),
+        "a.txt.zst": zstd(f"first\n{text}\n".encode()),
         "plain": f"first\n{text}\n".encode(),
         "a.json": f'[{{"x": 1}}, {{"deep": [{{"er": "{text}"}}]}}]'.encode(),
     }
@@ -138,6 +143,24 @@ def test_files_of_any_layout_can_be_compared_with(tmp_path: Path) -> None:
         other = read_other(SourceSpec(str(path)))
         ((_, origin),) = other.shared(words_of([f"Well, {text.upper()}!"]))
         assert (origin.file, origin.row) == (str(path), 2), name
+        assert other.rows == 2, name
+
+
+def test_rows_of_a_table_are_those_under_its_header(tmp_path: Path) -> None:
+    """One without a header has a row in its place, which is compared as well."""
+    texts = [" ".join(f"{name}{i}" for i in range(20)) for name in "abc"]
+    path = tmp_path / "a.csv"
+    path.write_text("".join(f"{text},A\n" for text in texts))
+    other = read_other(SourceSpec(str(path)))
+    assert other.rows == 2
+    assert [(n, origin.row) for n, origin in other.shared(words_of(texts))] == [
+        (0, 1), (1, 1), (2, 2),
+    ]  # fmt: skip
+
+
+def _damaged(content: bytes) -> bytes:
+    """Compressed data with a byte of its first block turned, which no length or sum tells."""
+    return content[:10] + bytes([content[10] ^ 0xFF]) + content[11:]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +168,9 @@ def test_files_of_any_layout_can_be_compared_with(tmp_path: Path) -> None:
     [
         ("a.txt", b"", "there is no text in"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
+        ("a.txt.gz", _damaged(gzip.compress(b"some words " * 99)), "cannot be read"),
+        ("a.csv.zst", b"not zstd", "cannot be read"),
+        ("a.csv", b"id,question\n", "there is no text in"),
         ("a.jsonl", b"", "there is no text in"),
     ],
 )

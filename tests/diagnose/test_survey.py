@@ -488,8 +488,8 @@ def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
 
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
     keys = {
-        "stage", "kind", "sources", "unread_keys", "limit", "records", "reasons", "turns", "roles",
-        "lengths",
+        "stage", "held_out", "kind", "sources", "unread_keys", "limit", "records", "reasons",
+        "turns", "roles", "lengths",
         "compared_with", "findings", "trains", "problem",
     }  # fmt: skip
     of_a_finding = {

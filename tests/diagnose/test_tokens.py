@@ -18,7 +18,7 @@ from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
-from tandem.diagnose.tokens import encode_row, find_row, record_in, token_texts
+from tandem.diagnose.tokens import encode_row, find_row, records_in, token_texts
 from tandem.diagnose.view import _STYLES, print_encodings, print_turns, visible
 from tandem.errors import UserError
 
@@ -92,7 +92,7 @@ def test_a_dropped_row_says_why(tmp_path: Path, stories_tokenizer: Any) -> None:
     file = write(tmp_path / "a.jsonl", rows)
     place = find_row([SourceSpec(str(file))], "conversations", None, 2)
     with pytest.raises(UserError, match="row 2: a run would drop this record: no assistant turn"):
-        record_in(place)
+        records_in(place)
     chat = Chat.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
     found = encode_row(chat, _plan("conversations"), place)
     assert found.trees == ()
@@ -104,7 +104,7 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
     second = write(tmp_path / "b.jsonl", ["", conversation(7), "{"])
     sources = [SourceSpec(str(first)), SourceSpec(str(second))]
     for name, row, seed in (("a.jsonl", 599, 598), ("b.jsonl", 2, 7), (str(second), 2, 7)):
-        record = record_in(find_row(sources, "conversations", name, row))
+        ((record,), _) = records_in(find_row(sources, "conversations", name, row))
         assert isinstance(record, Conversation)
         assert record.turns[0].content == conversation(seed)["messages"][0]["content"]
     for file, row, said in (
@@ -117,7 +117,7 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             find_row(sources, "conversations", file, row)
     with pytest.raises(UserError, match="row 3: the record is not valid JSON"):
-        record_in(find_row(sources, "conversations", "b.jsonl", 3))
+        records_in(find_row(sources, "conversations", "b.jsonl", 3))
 
 
 def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
@@ -126,9 +126,41 @@ def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
     source = SourceSpec(str(file), completions="best_vs_rest")
     place = find_row([source], "preference pairs", None, 1)
     assert place.format_name == "UltraFeedback"
-    assert isinstance(record_in(place), PreferencePair)
+    ((record,), _) = records_in(place)
+    assert isinstance(record, PreferencePair)
     bad = SourceSpec(str(write(tmp_path / "b.jsonl", ["{"])))
     assert find_row([bad], "preference pairs", None, 1).format_name == ""
+
+
+def test_rows_that_are_put_together_are_told_and_those_left_alone_are_found(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "P1", "completion": "good", "label": True},
+        {"prompt": "P2", "completion": "alone", "label": True},
+        "",
+        {"prompt": "P1", "completion": "other", "label": True},
+        {"prompt": "P1", "completion": "bad", "label": False},
+        {"prompt": "P1", "completion": "worse", "label": False},
+    ]
+    sources = [SourceSpec(str(write(tmp_path / "a.jsonl", rows)))]
+    ((record,), _) = records_in(find_row(sources, "preference pairs", None, 5))
+    assert isinstance(record, PreferencePair)
+    assert (record.chosen, record.rejected) == ("good", "bad")
+    for row, said in (
+        (1, "row 1 of .*a.jsonl is no pair of its own; its answer is in that of .*a.jsonl, row 5"),
+        (4, "row 4 of .*a.jsonl is no pair of its own; its answer is in that of .*a.jsonl, row 6"),
+        (3, "row 3 of .*a.jsonl is empty"),
+        (7, "has no row 7; its last one is 6"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_row(sources, "preference pairs", None, row)
+    with pytest.raises(UserError, match="no answer to the same prompt is labelled false"):
+        records_in(find_row(sources, "preference pairs", None, 2))
+    turns = [{"role": "user", "content": "P1"}, {"role": "assistant", "content": "good"}]
+    others = [{"messages": turns, "label": text} for text in ("true", "false")]
+    sources.insert(0, SourceSpec(str(write(tmp_path / "b.jsonl", others))))
+    for file, row, pair_at in (("a.jsonl", 1, 5), ("b.jsonl", 1, 2)):
+        with pytest.raises(UserError, match=f"in that of .*{file}, row {pair_at}"):
+            find_row(sources, "preference pairs", file, row)
 
 
 def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str:
@@ -254,7 +286,7 @@ def test_ids_are_listed_on_request(byte_tokenizer: Any, tmp_path: Path) -> None:
 
 def test_turns_alone_need_no_tokenizer(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [pair(1)])
-    record = record_in(find_row([SourceSpec(str(file))], "preference pairs", None, 1))
+    ((record,), _) = records_in(find_row([SourceSpec(str(file))], "preference pairs", None, 1))
     console = Console(width=500)
     with console.capture() as captured:
         print_turns(console, record)

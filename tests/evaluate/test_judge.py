@@ -145,6 +145,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     file.write_text("\n".join([lines[0], "no verdict", *lines[1:]]) + "\n")
     with pytest.raises(UserError, match=r"judgments.jsonl, line 2: damaged"):
         decide(judge, duels(2), tmp_path)
+    for other in ('{"verdict": "A"}', '{"key": "k", "verdict": "D"}', '{"key": [], "verdict": "A"}',
+                  "[1]", '{"key": "k"}'):  # fmt: skip
+        file.write_text("\n".join([*lines[:2], other, *lines[2:]]) + "\n")
+        with pytest.raises(UserError, match=r"judgments.jsonl, line 3: no verdict"):
+            decide(judge, duels(2), tmp_path)
+    file.write_text("my notes\n")
+    with pytest.raises(UserError, match=r"judgments.jsonl: no file of finished work"):
+        decide(judge, duels(2), tmp_path)
+    assert file.read_text() == "my notes\n"
 
 
 def test_answers_cannot_write_the_verdict_or_the_frame(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tandem.errors import Stopped, UserError
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
+from tandem.pairs.wire import Endpoint
 
 from .badly_behaved import KEY, Desk, asked, badly_behaved
 
@@ -52,6 +53,14 @@ def test_options_are_sent_and_the_limit_is_no_stop(desk: Desk) -> None:
     ((_, answer),) = server(desk).answers([ask("x", temperature=0.5, max_tokens=3)])
     assert answer == Reply("to x", False)
     assert (desk.bodies[0]["temperature"], desk.bodies[0]["max_tokens"]) == (0.5, 3)
+
+
+def test_a_half_character_in_an_answer_becomes_a_sign_that_can_be_written(desk: Desk) -> None:
+    desk.answer = lambda _: "half \ud83d, whole \U0001f642"
+    ((_, answer),) = server(desk).answers([ask("x")])
+    assert answer == Reply("half \ufffd, whole \U0001f642", True)
+    client = Endpoint(desk.url, "m", key_variable=None, timeout=5)
+    assert client._plain("no \ud83d") == "no \ufffd"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from typing import Any
 from tandem.artifact.files import sync
 from tandem.errors import UserError
 
+# As the first line of each begins.
+_START = b'{"journal": '
+
 
 class Journal:
     """A file of finished units, one synced JSON line each, after a line that says of what.
@@ -22,8 +25,8 @@ class Journal:
         path: the file; made with its folder if need be.
         key: what the units depend on, as a hash.
 
-    `entries` are the units of earlier starts. Raises UserError for a journal of other work, or a
-    damaged one.
+    `entries` are the units of earlier starts. Raises UserError for a journal of other work, a
+    damaged one, and a file that is none.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -58,7 +61,15 @@ class Journal:
 
     def _read(self, key: str) -> int:
         """Read the entries; returns the length of what is whole, 0 to begin anew."""
-        lines = self.path.read_bytes().split(b"\n")[:-1]
+        content = self.path.read_bytes()
+        if not content.strip(b"\0"):  # a power cut may leave the length alone
+            return 0
+        if content[: len(_START)] != _START[: len(content)]:
+            raise UserError(
+                f"{self.path}: no file of finished work; it does not begin as one, and is left as "
+                "it is. Move it away, or choose another output folder."
+            )
+        lines = content.split(b"\n")[:-1]
         values = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -70,7 +81,7 @@ class Journal:
                     f"{self.path}, line {number}: damaged. Restore the file, or remove it to begin "
                     "anew."
                 ) from None
-        if not values or not isinstance(values[0], dict):
+        if not values:
             return 0
         if values[0].get("journal") != key:
             if len(values) == 1:

@@ -26,12 +26,16 @@ def check(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     if not arguments.data and arguments.recipe is None:
         raise UserError("tandem check needs DATA or --recipe. See tandem check --help")
+    from tandem.stages.inspection import with_validation
+
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
         asked, notices = data_of(arguments, recipe, Path(folder))
         chat = chat_of(arguments, recipe)
         notices = [*(chat.notices if chat else ()), *notices]
-        found = [_survey(data, chat, recipe, arguments, Path(folder)) for data in asked]
+        found = [
+            _survey(data, chat, recipe, arguments, Path(folder)) for data in with_validation(asked)
+        ]
         if arguments.json:
             _print_json(found, recipe, chat, notices)
         else:
@@ -62,6 +66,7 @@ def _survey(
         chat=chat.chat if chat else None,
         special=chat.special if chat else (),
         limited=data.limited,
+        held_out=data.held_out,
     )
     console = notice_console()
     return survey(

@@ -32,8 +32,7 @@ def show(argv: list[str]) -> int:
     if arguments.text:
         _require_used(arguments)
     from tandem.cli.notices import notice_console, result_console
-    from tandem.diagnose.tokens import find_row, record_in
-    from tandem.diagnose.view import print_turns
+    from tandem.diagnose.tokens import find_row
 
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
@@ -46,7 +45,7 @@ def show(argv: list[str]) -> int:
         format_name = f": {place.format_name}" if place.format else ""
         console.print(f"{place.row.origin}{format_name}", markup=False, soft_wrap=True)
         if arguments.text:
-            print_turns(console, record_in(place))
+            _show_turns(console, place)
             return 0
         chat = chat_of(arguments, recipe)
         assert chat is not None
@@ -73,11 +72,24 @@ def _one(found: Sequence[StageData]) -> StageData:
     raise UserError(f"the data is that of several stages ({names}): name one with --stage")
 
 
+def _show_turns(console: Console, place: Place) -> None:
+    from tandem.diagnose.tokens import outcome, records_in
+    from tandem.diagnose.view import print_turns
+
+    records, entries = records_in(place)
+    for entry in entries:
+        console.print(outcome(entry), markup=False, soft_wrap=True)
+    for number, record in enumerate(records, start=1):
+        if len(records) > 1:
+            console.print(f"\nrecord {number} of {len(records)}", highlight=False)
+        print_turns(console, record)
+
+
 def _show_tokens(
     console: Console, place: Place, data: StageData, chat: StageChat, *, ids: bool
 ) -> None:
     from tandem.cli.notices import notice_console
-    from tandem.diagnose.tokens import encode_row, would_be_dropped
+    from tandem.diagnose.tokens import encode_row, outcome, would_be_dropped
     from tandem.diagnose.view import print_encodings
     from tandem.stages.inspection import require_context
 
@@ -93,16 +105,13 @@ def _show_tokens(
         else "no limits; give --recipe to see what a run would cut"
     )
     lines = [f"tokenizer {chat.model}, template {chat.template}, {said}"]
-    lines += [
-        f"{entry.outcome}: {entry.reason}" + (f" ({entry.detail})" if entry.detail else "")
-        for entry in found.entries
-    ]
+    lines += map(outcome, found.entries)
     if not found.entries:
         lines.append("trained whole")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if not found.trees:
-        raise would_be_dropped(found.entries[0])
+        raise would_be_dropped(found.entries)
     print_encodings(console, found, ids=ids)
 
 

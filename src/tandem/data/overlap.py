@@ -10,8 +10,10 @@ import bz2
 import csv
 import gzip
 import hashlib
+import io
 import lzma
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +42,17 @@ _MOST_RUNS = 2**24
 _AT_ONCE = 512
 _MOST_AT_ONCE = 2**20
 _WORD = re.compile(r"\w+")
-_OPENERS: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
+
+
+def _open_zstd(path: Path, _mode: str, **how: Any) -> IO[str]:
+    import pyarrow
+
+    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **how)
+
+
+_OPENERS: dict[str, Any] = {
+    ".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd,
+}  # fmt: skip
 
 
 def prompt_digest(text: str) -> int:
@@ -204,7 +216,8 @@ def fill(other: Other, source: SourceSpec) -> None:
     """Add all texts of a source of any layout, or of a file of plain lines, to `other`.
 
     CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
-    compressed (.gz, .bz2, .xz). Raises `UserError` for a file that cannot be read, or has no text.
+    compressed (.gz, .bz2, .xz, .zst). Raises `UserError` for a file that cannot be read, or has no
+    text.
     """
     before = other.rows
     for texts, origin in _rows(source):
@@ -237,7 +250,7 @@ def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | BadLine, Origin]]:
 
 
 def _is_plain(path: Path) -> bool:
-    names = [suffix for suffix in path.suffixes if suffix.lower() not in (*_OPENERS, ".zst")]
+    names = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     return not names or names[-1].lower() not in (
         ".jsonl", ".ndjson", ".json", ".parquet", ".arrow",
     )  # fmt: skip
@@ -251,8 +264,14 @@ def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
     try:
         file: IO[str]
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file, delimiter=separator) if separator else ([x] for x in file)
+            lines: Iterator[list[str]] = ([line] for line in file)
+            header: list[str] = []
+            if separator:
+                lines = filter(None, csv.reader(file, delimiter=separator))
+                header = next(lines, [])
             for number, texts in enumerate(lines, start=1):
-                yield texts, Origin(str(path), number)
-    except (OSError, EOFError, csv.Error, lzma.LZMAError) as error:
+                # Compared with the first row: a table without a header has a row there.
+                yield [*header, *texts], Origin(str(path), number)
+                header = []
+    except (OSError, EOFError, csv.Error, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"data: {path} cannot be read: {error}.") from error

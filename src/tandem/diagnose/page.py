@@ -26,6 +26,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     subject, limits = found.subject, found.subject.plan.limits
     return {
         "stage": subject.stage,
+        "held_out": subject.held_out,
         "kind": subject.plan.kind,
         "sources": [
             {"path": source.path, "format": found.formats.get(source.path)}
@@ -88,8 +89,10 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
     as_stage = f" as {subject.stage} would" if subject.stage else ""
+    as_stage += " to hold them out" if subject.held_out else ""
+    use = "to score" if subject.held_out else "to train on"
     yield Text(
-        f"{_records(counts['read'])} read{as_stage}: {counts['trained']:,} to train on"
+        f"{_records(counts['read'])} read{as_stage}: {counts['trained']:,} {use}"
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
     )
     yield Text()
@@ -222,7 +225,8 @@ def _verdict(found: Survey) -> Iterator[Text]:
     yield Text()
     if found.problem is None:
         so_far = "" if found.unit == "tokens" else ", as far as texts alone can tell"
-        yield Text(f"a run would train on this{so_far}", "bold green")
+        does = "score its adapters" if found.subject.held_out else "train"
+        yield Text(f"a run would {does} on this{so_far}", "bold green")
         return
     yield Text("a run would stop here:", "bold red")
     yield Text(found.problem)

@@ -63,6 +63,7 @@ class Subject:
         chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
         special: the tokenizer's special tokens.
         limited: whether the plan's limits are those of a recipe.
+        held_out: whether a run would score it, and not train on it.
     """
 
     stage: str | None
@@ -72,6 +73,7 @@ class Subject:
     chat: Chat | None = None
     special: tuple[str, ...] = ()
     limited: bool = False
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ from typing import Literal
 from tandem.data.batch import Plan, encode_batch
 from tandem.data.chunks import BadLine, Row, RowChunk
 from tandem.data.encode import Chat
-from tandem.data.formats import Kind, format_with
+from tandem.data.formats import Kind, Record, format_with
+from tandem.data.formats.unpaired import BEFORE, label_of
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.reading import formatted_chunks, records_of
-from tandem.data.records import Branch, Conversation, PreferencePair, Tree
-from tandem.data.sources import SourceSpec, origin_names
+from tandem.data.records import Branch, Origin, Tree
+from tandem.data.sources import SourceSpec, origin_names, read_rows
 from tandem.data.store import TreeWriter
 from tandem.errors import UserError
 
@@ -83,10 +84,11 @@ def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number
     Raises UserError when there is no such file or row, or the sources cannot be read.
     """
     wanted = _file_named(file, origin_names(sources))
-    last = 0
+    last, joins = 0, False
     for chunk, known in formatted_chunks(sources, kind, Ledger(None), "drop"):
         if chunk.file != wanted:
             continue
+        joins = bool(known) and format_with(known).joins
         first = getattr(chunk, "first", None)
         if first is not None:
             last = first + chunk.count - 1
@@ -96,9 +98,36 @@ def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number
             last = max(last, row.origin.row)
             if row.origin.row == number:
                 return Place(row, known)
-        if number <= last:
-            raise UserError(f"data: row {number} of {wanted} is empty.")
-    raise UserError(f"data: {wanted} has no row {number}; its last one is {last}.")
+        # Of rows that are put together, those that stay alone come last.
+        if number <= last and not joins:
+            break
+    if number > last:
+        raise UserError(f"data: {wanted} has no row {number}; its last one is {last}.")
+    for source in sources if joins else ():
+        for row in read_rows(source):
+            if row.origin == Origin(wanted, number) and isinstance(row, Row):
+                raise UserError(
+                    f"data: row {number} of {wanted} is no pair of its own; its answer is in "
+                    f"{_pair_with(row, source, kind)}."
+                )
+    raise UserError(f"data: row {number} of {wanted} is empty.")
+
+
+def _pair_with(wanted: Row, source: SourceSpec, kind: Kind) -> str:
+    """In which pair of its source a row's answer is, which comes after the row."""
+    side = "chosen" if label_of(wanted.fields) else "rejected"
+    for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):
+        apart = format_with(known).labelled
+        assert apart is not None
+        own = apart(wanted.fields)
+        answer = [own.get(key) or None for key in (*BEFORE, "completion")]
+        for row in chunk.rows():
+            if isinstance(row, BadLine) or side not in row.fields:
+                continue
+            later = row.origin.file != wanted.origin.file or row.origin.row > wanted.origin.row
+            if later and [row.fields.get(key) or None for key in (*BEFORE, side)] == answer:
+                return f"that of {row.origin}"
+    return "a later one"
 
 
 def _file_named(file: str | None, names: Sequence[str]) -> str:
@@ -114,21 +143,33 @@ def _file_named(file: str | None, names: Sequence[str]) -> str:
     raise UserError(f"--file {file}: {what} called that; they are {listing}.")
 
 
-def record_in(place: Place) -> Conversation | PreferencePair:
-    """What a row is read as.
+def records_in(place: Place) -> tuple[list[Record], list[Entry]]:
+    """What a row is read as, which may be several records, and what a run would drop of it.
 
-    Raises UserError for a row that cannot be parsed, or that a run would drop.
+    Raises UserError for a row that cannot be parsed, or of which a run would drop all.
     """
-    record = next(iter(records_of(place.chunk, place.format, "stop")))
-    if isinstance(record, Entry):
-        raise would_be_dropped(record)
-    return record
+    found = list(records_of(place.chunk, place.format, "stop"))
+    records = [one for one in found if not isinstance(one, Entry)]
+    entries = [one for one in found if isinstance(one, Entry)]
+    if not records:
+        raise would_be_dropped(entries)
+    return records, entries
 
 
-def would_be_dropped(entry: Entry) -> UserError:
-    """What to say about a record that a run would drop."""
-    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
-    return UserError(f"{entry.file}, row {entry.row}: a run would drop this record: {why}")
+def outcome(entry: Entry) -> str:
+    """What the ledger would say of a record."""
+    return f"{entry.outcome}: {_why(entry)}"
+
+
+def would_be_dropped(entries: Sequence[Entry]) -> UserError:
+    """What to say about a row of which a run would drop all."""
+    first = entries[0]
+    why = "; ".join(dict.fromkeys(map(_why, entries)))
+    return UserError(f"{first.file}, row {first.row}: a run would drop this record: {why}")
+
+
+def _why(entry: Entry) -> str:
+    return f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
 
 
 def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:

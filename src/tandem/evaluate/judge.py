@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.journal import Journal
+from tandem.errors import UserError
 from tandem.evaluate.scores import Score
 
 Messages = tuple[Mapping[str, str], ...]
@@ -107,7 +108,7 @@ def judge_duels(
     """
     asked = [d for d in duels if d.answer != d.against]
     with Journal(file, _JOURNAL) as journal:
-        known: dict[str, Verdict] = {one["key"]: one["verdict"] for one in journal.entries}
+        known = _known(journal)
         open_ = [
             (duel, swapped, key)
             for duel in asked
@@ -131,6 +132,21 @@ def judge_duels(
         for duel in asked
     }
     return _verdicts(duels, found)
+
+
+def _known(journal: Journal) -> dict[str, Verdict]:
+    """The verdicts of a file by their keys."""
+    known: dict[str, Verdict] = {}
+    for line, one in enumerate(journal.entries, start=2):
+        match one:
+            case {"key": str(key), "verdict": "A" | "B" | "tie" as verdict}:
+                known[key] = verdict
+            case _:
+                raise UserError(
+                    f"{journal.path}, line {line}: no verdict. Restore the file, or remove it to "
+                    "ask anew."
+                )
+    return known
 
 
 def read_verdict(text: str) -> Verdict | None:

@@ -125,7 +125,7 @@ class Endpoint:
             text = message.get("refusal") or "" if content is None else content
             if not isinstance(text, str):
                 raise TypeError
-            return Reply(text, choice.get("finish_reason") == "stop")
+            return Reply(_writable(text), choice.get("finish_reason") == "stop")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             said = self._plain(body.decode("utf-8", "replace"))
             raise Passing("malformed answer", f"no chat completion, but {said!r}") from None
@@ -157,7 +157,7 @@ class Endpoint:
         """A server's words on one short line, without the key."""
         if self._key:
             text = text.replace(self._key, "[key]")
-        line = " ".join(text.split())
+        line = " ".join(_writable(text).split())
         return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
 
 
@@ -183,6 +183,11 @@ def _whole(response: Any, deadline: float) -> bytes:
     if expected is not None and expected.isdigit() and size < int(expected):
         raise http.client.IncompleteRead(b"", int(expected) - size)
     return b"".join(parts)
+
+
+def _writable(text: str) -> str:
+    """A text without halves of characters, which JSON can spell and no file can hold: U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _message(body: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class StageData:
         max_dropped: the share of records that it may drop.
         validation: data that it would hold out.
         limited: whether the plan's limits are a recipe's; otherwise there are none.
+        held_out: whether this is such validation data, and nothing is trained on it.
     """
 
     stage: StageName
@@ -51,6 +52,7 @@ class StageData:
     max_dropped: float
     validation: tuple[SourceSpec, ...] = ()
     limited: bool = False
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,16 @@ def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[StageData], list[str
     return found, [str(error) for error in missing]
 
 
+def with_validation(found: Sequence[StageData]) -> list[StageData]:
+    """What stages would read, and after each the data sets that it would hold out, if it does."""
+    return [
+        part
+        for data in found
+        for part in (data, replace(data, sources=data.validation, validation=(), held_out=True))
+        if part.sources
+    ]
+
+
 def plan_of(kind: Kind, settings: Training | None) -> Plan:
     """What a stage's settings make of every record; without settings nothing is cut."""
     if settings is None:
@@ -205,9 +217,11 @@ def other_sets(
 ) -> list[Other]:
     """The sets that a stage's data should share nothing with, read.
 
-    Those are its validation data, what the recipe evaluates on, and the sets that are named.
-    Raises UserError for one that cannot be read.
+    Those are its validation data, what the recipe evaluates on, and the sets that are named; none
+    for data that is held out itself. Raises UserError for one that cannot be read.
     """
+    if data.held_out:
+        return []
     evaluated = _evaluation_sources(recipe, folder) if recipe else []
     named = named_sources(against, folder, recipe.seed if recipe else None)
     # Records of one kind share their form's words: of validation data only whole prompts count.
