@@ -407,6 +407,20 @@ def test_what_would_stop_a_run_is_said_in_its_words(
     assert str(raised.value) == found.problem
 
 
+def test_what_was_read_before_a_source_of_no_format_is_reported(tmp_path: Path) -> None:
+    # More than the pieces that are read ahead, and the last row a repeated one.
+    rows = [conversation(seed) for seed in range(20)]
+    rows = [*rows, *[{"messages": []}] * 8700, rows[3]]
+    large = write(tmp_path / "a.jsonl", rows)
+    unknown = write(tmp_path / "b.jsonl", [{"foo": 1}])
+    found = _survey(large, unknown)
+    assert found.counts["read"] == len(rows)
+    assert "record of no known format; its keys are: foo" in str(found.problem)
+    (example,) = _by_name(found)["exact_duplicates"].examples
+    assert example.row == len(rows)
+    assert example.excerpt.startswith("as row 4: What is it that")
+
+
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     plan = Plan("conversations", Limits(_MANY, None), "drop")

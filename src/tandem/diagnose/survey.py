@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -281,18 +282,20 @@ class _Survey:
         chunks = formatted_chunks(
             self._subject.sources, self._subject.plan.kind, Ledger(None), "drop"
         )
-        for chunk, known in chunks:
-            if len(found) == len(wanted):
-                break
-            first = getattr(chunk, "first", None)
-            if chunk.file not in files or (
-                first is not None
-                and not any(first <= origin.row < first + chunk.count for origin in wanted)
-            ):
-                continue
-            for record in records_of(chunk, known, "drop"):
-                if not isinstance(record, Entry) and record.origin in wanted:
-                    found[record.origin] = question_of(record)
+        # What cannot be read ended the pass itself, which says so; wanted is what came before.
+        with suppress(UserError):
+            for chunk, known in chunks:
+                first = getattr(chunk, "first", None)
+                if chunk.file not in files or (
+                    first is not None
+                    and not any(first <= origin.row < first + chunk.count for origin in wanted)
+                ):
+                    continue
+                for record in records_of(chunk, known, "drop"):
+                    if not isinstance(record, Entry) and record.origin in wanted:
+                        found[record.origin] = question_of(record)
+                if len(found) == len(wanted):
+                    break
         return found
 
 
