@@ -421,6 +421,22 @@ def test_what_was_read_before_a_source_of_no_format_is_reported(tmp_path: Path) 
     assert example.excerpt.startswith("as row 4: What is it that")
 
 
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_few_rows_before_a_source_of_no_format_are_reported_as_well(
+    with_tokens: bool, tmp_path: Path, stories_tokenizer: Any
+) -> None:
+    good = write(tmp_path / "a.jsonl", [*map(conversation, range(5)), conversation(2)])
+    unknown = write(tmp_path / "b.jsonl", [{"foo": 1}])
+    found = (
+        _with_chat(stories_tokenizer, False, good, unknown)
+        if with_tokens
+        else _survey(good, unknown)
+    )
+    assert found.counts["read"] == 6
+    assert "record of no known format; its keys are: foo" in str(found.problem)
+    assert [e.row for e in _by_name(found)["exact_duplicates"].examples] == [6]
+
+
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     plan = Plan("conversations", Limits(_MANY, None), "drop")

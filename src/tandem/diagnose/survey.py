@@ -124,7 +124,7 @@ def survey(
     try:
         plan = _plan(subject)
         pieces = encoded_pieces(
-            _limited(formatted_chunks(subject.sources, plan.kind, work.ledger, "drop"), limit),
+            _limited(work.chunks(), limit),
             subject.chat,
             plan,
             doing="checking records",
@@ -136,7 +136,7 @@ def survey(
             work.take(chunk, known, batch)
     except UserError as error:
         problem = str(error)
-    return work.finish(problem)
+    return work.finish(work.ended or problem)
 
 
 class _Survey:
@@ -155,6 +155,18 @@ class _Survey:
         self._answers = self._records = 0
         self._columns = Columns(subject.plan.kind, subject.sources)
         self._stop: str | None = None
+        self.ended: str | None = None
+
+    def chunks(self) -> Iterator[tuple[Chunk, str]]:
+        """The pieces of the data, up to what cannot be read; `ended` then says why.
+
+        An error would be raised while pieces are read ahead, and those would be lost.
+        """
+        subject = self._subject
+        try:
+            yield from formatted_chunks(subject.sources, subject.plan.kind, self.ledger, "drop")
+        except UserError as error:
+            self.ended = str(error)
 
     def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
         """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
