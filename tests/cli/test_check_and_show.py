@@ -260,6 +260,30 @@ def test_a_quick_look_says_that_it_is_one(
     assert "7 records read" in out
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_cannot_be_printed_is_printed_as_its_code(flags: list[str], tmp_path: Path) -> None:
+    keys = {"\x1b[2J_is_safe": False, "half\ud83d": 1, "red\x1b[31m": 2}
+    row = json.dumps({**conversation(1), **keys})
+    file = tmp_path / os.fsdecode(b"b\xff.jsonl")
+    write(file, [row, row])
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem", "check", file, *flags],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert b"\x1b" not in done.stdout
+    out = done.stdout.decode()
+    if flags:
+        (found,) = json.loads(out)["data"]
+        assert found["unread_keys"] == list(keys)
+        assert found["sources"][0]["path"] == str(file)
+    else:
+        assert "b\\udcff.jsonl: messages, conversations\n" in out
+        assert "keys that are not read: \\x1b[2J_is_safe, half\\ud83d, red\\x1b[31m\n" in out
+        assert "`\\x1b[2J_is_safe` says that the answer is bad" in out
+
+
 def test_the_embedded_demo_is_clean_enough_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

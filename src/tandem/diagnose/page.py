@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.data.sources import origin_names
-from tandem.diagnose.findings import Finding
+from tandem.diagnose.findings import Finding, visible
 from tandem.diagnose.lengths import Histogram, Measure
 from tandem.diagnose.survey import Survey
 
@@ -73,7 +73,19 @@ def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None
         tokenizer: what lengths were measured with, None without.
     """
     for line in _lines(console, found, tokenizer):
-        console.print(line, soft_wrap=True)
+        console.print(_visible(console, line), soft_wrap=True)
+
+
+def _visible(console: Console, line: Text) -> Text:
+    """A line without what would steer a terminal or cannot be encoded: keys and names hold it."""
+    if line.plain.isprintable():
+        return line
+    return Text.assemble(
+        *(
+            ("\n".join(map(visible, part.text.split("\n"))), part.style or "")
+            for part in line.render(console)
+        )
+    )
 
 
 def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
