@@ -453,6 +453,49 @@ def test_only_the_first_rows_are_read_with_a_limit(tmp_path: Path) -> None:
     assert as_json(found)["limit"] == 300
 
 
+def test_a_limit_counts_the_rows_of_labelled_answers_before_they_are_joined(
+    tmp_path: Path,
+) -> None:
+    answers = [
+        {"prompt": f"Q{n}", "completion": f"{said} {n}", "label": said == "good"}
+        for n in range(300)
+        for said in ("good", "bad")
+    ]
+    both = write(tmp_path / "a.jsonl", answers)
+    found = _survey(both, kind="preference pairs", limit=301)
+    assert found.counts == {"read": 151, "trained": 150, "truncated": 0, "dropped": 1}
+    assert [e.row for e in _by_name(found)["dropped"].examples] == [301]
+    # All good ones come first: none of the rows is left unsaid.
+    apart = write(tmp_path / "b.jsonl", sorted(answers, key=lambda row: not row["label"]))
+    found = _survey(apart, kind="preference pairs", limit=280)
+    assert found.counts == {"read": 280, "trained": 0, "truncated": 0, "dropped": 280}
+    assert "none of the 280 records" in str(found.problem)
+    assert "What an answer lacks may be in the rows behind --limit" in str(found.problem)
+
+
+def test_sources_that_were_not_reached_are_not_looked_at(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", map(conversation, range(20)))
+    second = write(tmp_path / "b.jsonl", map(conversation, range(20, 40)))
+    unknown = write(tmp_path / "c.jsonl", [{"foo": 1}])
+
+    def heads(found: Survey) -> list[str]:
+        out = StringIO()
+        print_survey(Console(file=out, width=100), found, None)
+        return [line.rpartition(": ")[2] for line in out.getvalue().splitlines()[:3]]
+
+    found = _survey(first, second, unknown, limit=20)
+    assert (found.counts["read"], found.problem) == (20, None)
+    assert heads(found) == ["messages, conversations", "not looked at", "not looked at"]
+    found = _survey(first, second, unknown, limit=25)
+    assert found.counts["read"] == 25
+    known = "messages, conversations"
+    assert heads(found) == [known, known, "not looked at"]
+    # A source that ends the pass is the last one that is looked at.
+    found = _survey(first, unknown, second)
+    assert heads(found) == [known, "no format was recognised", "not looked at"]
+    assert [one["looked_at"] for one in as_json(found)["sources"]] == [True, True, False]
+
+
 def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> None:
     rows = [conversation(seed) for seed in range(30)]
     question = rows[4]["messages"][0]["content"]

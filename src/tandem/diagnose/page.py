@@ -28,8 +28,9 @@ def as_json(found: Survey) -> dict[str, Any]:
         "stage": subject.stage,
         "kind": subject.plan.kind,
         "sources": [
-            {"path": source.path, "format": found.formats.get(source.path)}
-            for source in subject.sources
+            {"path": source.path, "format": found.formats.get(source.path),
+             "looked_at": number < found.looked_at}
+            for number, source in enumerate(subject.sources)
         ],
         "unread_keys": list(found.unread),
         "limit": found.limit,
@@ -90,9 +91,11 @@ def _visible(console: Console, line: Text) -> Text:
 
 def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
     subject = found.subject
-    for source in subject.sources:
+    for number, source in enumerate(subject.sources):
         known = found.formats.get(source.path)
         what = f"{known}, {subject.plan.kind}" if known else "no format was recognised"
+        if number >= found.looked_at:
+            what = "not looked at"
         yield Text.assemble((source.path, "bold"), f": {what}")
     if found.unread:
         yield Text(f"keys that are not read: {', '.join(found.unread)}")

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
-from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
+from tandem.data.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.encode import Chat
+from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
 from tandem.data.overlap import Other
@@ -79,12 +79,14 @@ class Subject:
 class Survey:
     """What was found.
 
-    `unread` are the keys of rows, and of turns as `messages[].key`, that a run ignores; `problem`
-    is the message that it would stop with, None if it would not.
+    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
+    rows, and of turns as `messages[].key`, that a run ignores; `problem` is the message that it
+    would stop with, None if it would not.
     """
 
     subject: Subject
     limit: int | None
+    looked_at: int
     formats: dict[str, str]
     unread: tuple[str, ...]
     counts: dict[str, int]
@@ -124,7 +126,7 @@ def survey(
     try:
         plan = _plan(subject)
         pieces = encoded_pieces(
-            _limited(work.chunks(), limit),
+            work.chunks(),
             subject.chat,
             plan,
             doing="checking records",
@@ -156,15 +158,25 @@ class _Survey:
         self._columns = Columns(subject.plan.kind, subject.sources)
         self._stop: str | None = None
         self.ended: str | None = None
+        self._looked_at = 0
+        self._joins = False
 
     def chunks(self) -> Iterator[tuple[Chunk, str]]:
         """The pieces of the data, up to what cannot be read; `ended` then says why.
 
         An error would be raised while pieces are read ahead, and those would be lost.
         """
-        subject = self._subject
+        left = self._limit
+        kind = self._subject.plan.kind
         try:
-            yield from formatted_chunks(subject.sources, subject.plan.kind, self.ledger, "drop")
+            for source in self._subject.sources:
+                if left == 0:
+                    return
+                self._looked_at += 1
+                for chunk, known in formatted_chunks([source], kind, self.ledger, "drop", left):
+                    left = None if left is None else max(0, left - chunk.count)
+                    self._joins = self._joins or bool(known and format_with(known).joins)
+                    yield chunk, known
         except UserError as error:
             self.ended = str(error)
 
@@ -204,6 +216,7 @@ class _Survey:
         return Survey(
             subject,
             self._limit,
+            self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
             counts,
@@ -234,6 +247,8 @@ class _Survey:
                 raise nothing_left(self._subject.sources, self.ledger)
             self.ledger.check_share(self._subject.max_dropped)
         except UserError as error:
+            if self._joins and self._limit is not None:
+                return f"{error} What an answer lacks may be in the rows behind --limit."
             return str(error)
         return None
 
@@ -315,21 +330,6 @@ def _plan(subject: Subject) -> Plan:
     """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
     plan = replace(subject.plan, on_bad_record="drop")
     return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
-
-
-def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int | None) -> Iterator[tuple[Chunk, str]]:
-    """The pieces up to row `limit`; None: all."""
-    for chunk, known in chunks:
-        if limit is not None and chunk.count >= limit:
-            names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
-            plain = chunk.inner if isinstance(chunk, RenamedChunk) else chunk
-            rows: tuple[Row | BadLine, ...] = tuple(islice(plain.rows(), limit))
-            first = RowChunk(chunk.file, len(rows), rows)
-            yield RenamedChunk(first, names) if names else first, known
-            return
-        if limit is not None:
-            limit -= chunk.count
-        yield chunk, known
 
 
 def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:
