@@ -19,6 +19,8 @@ from tandem.diagnose.survey import Survey
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Cells of the longest bar.
 _BAR = 40
+# Keys in the list of those that are not read.
+_KEYS = 20
 
 
 def as_json(found: Survey) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def as_json(found: Survey) -> dict[str, Any]:
             for number, source in enumerate(subject.sources)
         ],
         "unread_keys": list(found.unread),
+        "unread_keys_cut": found.unread_cut,
         "limit": found.limit,
         "records": found.counts,
         "reasons": found.reasons,
@@ -98,7 +101,7 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
             what = "not looked at"
         yield Text.assemble((source.path, "bold"), f": {what}")
     if found.unread:
-        yield Text(f"keys that are not read: {', '.join(found.unread)}")
+        yield Text(f"keys that are not read: {_keys(found)}")
     if found.limit is not None:
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
@@ -112,6 +115,13 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
     yield from _lengths(console, found, tokenizer)
     yield from _findings(found)
     yield from _verdict(found)
+
+
+def _keys(found: Survey) -> str:
+    named, left = ", ".join(found.unread[:_KEYS]), len(found.unread) - _KEYS
+    if found.unread_cut:
+        return f"{named}, and more than {left} more (--json lists {len(found.unread)})"
+    return f"{named}, and {left} more (--json lists them)" if left > 0 else named
 
 
 def _turns(found: Survey) -> Iterator[Text]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
-from tandem.data.sources import SourceSpec, count_sources
+from tandem.data.sources import SourceSpec, count_sources, read_rows
 from tandem.data.words import words_of
 from tandem.diagnose.columns import Columns
 from tandem.diagnose.duplicates import signatures
@@ -80,8 +81,8 @@ class Survey:
     """What was found.
 
     `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
-    rows, and of turns as `messages[].key`, that a run ignores; `problem` is the message that it
-    would stop with, None if it would not.
+    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
+    more; `problem` is the message that it would stop with, None if it would not.
     """
 
     subject: Subject
@@ -89,6 +90,7 @@ class Survey:
     looked_at: int
     formats: dict[str, str]
     unread: tuple[str, ...]
+    unread_cut: bool
     counts: dict[str, int]
     reasons: dict[str, int]
     roles: Roles
@@ -155,7 +157,7 @@ class _Survey:
         self._lengths = Lengths("tokens" if subject.chat else "characters")
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
-        self._columns = Columns(subject.plan.kind, subject.sources)
+        self._columns = Columns(subject.plan.kind)
         self._stop: str | None = None
         self.ended: str | None = None
         self._looked_at = 0
@@ -173,10 +175,15 @@ class _Survey:
                 if left == 0:
                     return
                 self._looked_at += 1
-                for chunk, known in formatted_chunks([source], kind, self.ledger, "drop", left):
+                limit, layout = left, None
+                for chunk, known in formatted_chunks([source], kind, self.ledger, "drop", limit):
                     left = None if left is None else max(0, left - chunk.count)
-                    self._joins = self._joins or bool(known and format_with(known).joins)
+                    layout = layout or (format_with(known) if known else None)
                     yield chunk, known
+                if layout is not None and layout.joins:
+                    self._joins = True
+                    # Read once more: the pairs no longer have the keys that nothing reads.
+                    self._columns.joined(islice(read_rows(source), limit), layout, source.fields)
         except UserError as error:
             self.ended = str(error)
 
@@ -219,6 +226,7 @@ class _Survey:
             self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
+            self._columns.unread_cut,
             counts,
             summary["reasons"],
             self._roles,
