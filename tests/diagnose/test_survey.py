@@ -163,6 +163,42 @@ def test_duplicates_are_found_across_files(tmp_path: Path) -> None:
     assert f"as {first}, row 10: " in finding.examples[0].excerpt
 
 
+def _scored(question: str, *answers: str) -> dict[str, Any]:
+    completions = [
+        {"response": text, "overall_score": 9 - number} for number, text in enumerate(answers)
+    ]
+    return {"instruction": question, "completions": completions}
+
+
+def _best_vs_rest(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
+    spec = SourceSpec(str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
+    plan = Plan("preference pairs", Limits(_MANY, None), "stop")
+    found = survey(Subject(None, (spec,), plan, 0.05))
+    return {
+        name: [(e.row, e.excerpt.partition(":")[0]) for e in finding.examples]
+        for name, finding in _by_name(found).items()
+    }
+
+
+def test_the_pairs_of_one_row_do_not_repeat_each_other(tmp_path: Path) -> None:
+    long, other = pair(1)["chosen"], pair(2)["chosen"]
+    first = _scored("Why is the river wide?", long, "No one.", "No other.", long + " So.")
+    assert _best_vs_rest(tmp_path, first) == {}
+    # Short answers are told from each other, too.
+    again = _scored("Why is the river wide?", long, "Nobody at all.")
+    assert _best_vs_rest(tmp_path, first, again) == {"near_duplicates": [(2, "as row 1")]}
+    short = _scored("Is the river wide?", "Yes.", "No.")
+    assert _best_vs_rest(tmp_path, short, _scored("Is the river wide?", "Yes.", "Never.")) == {}
+    # What does repeat another row's is found.
+    found = _best_vs_rest(
+        tmp_path,
+        first,
+        _scored("And the sea?", long, "It is a question of time and of a little patience."),
+        _scored("Why is the river wide?", other, "Who would want to know that of all things?"),
+    )
+    assert found == {"duplicate_answers": [(2, "as row 1")], "duplicate_prompts": [(3, "as row 1")]}
+
+
 def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
     key, other = "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2" * 9
     rows = [_answer(f"Use {key} there."), _ask("What is the token?", f"It is {other}, keep it.")]
@@ -561,8 +597,8 @@ def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
 
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
     keys = {
-        "stage", "kind", "sources", "unread_keys", "limit", "records", "reasons", "turns", "roles",
-        "lengths",
+        "stage", "kind", "sources", "unread_keys", "unread_keys_cut", "limit", "records", "reasons",
+        "turns", "roles", "lengths",
         "compared_with", "findings", "trains", "problem",
     }  # fmt: skip
     of_a_finding = {

@@ -76,10 +76,10 @@ def body_of(record: Record) -> str:
     return "\n".join(text for role, text in texts_of(record) if role != "system")
 
 
-def digests_of(record: Record) -> tuple[int, int, int]:
+def digests_of(record: Record) -> tuple[int, int, int, int]:
     """64 bits each: of the record (a pair's answers in any order), its prompt, its last answer.
 
-    The last is 0 for a short answer.
+    The fourth is the third, but 0 for a short answer.
     """
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
     if isinstance(record, PreferencePair):
@@ -87,11 +87,9 @@ def digests_of(record: Record) -> tuple[int, int, int]:
     else:
         whole = "\0".join((record.tools, *map(_spelt, record.turns)))
     answer = answer_of(record)
-    return (
-        _digest(whole),
-        prompt_digest(prompt),
-        _digest(answer) if len(answer) >= _LONG_ANSWER else 0,
-    )
+    own = _digest(answer)
+    long = own if len(answer) >= _LONG_ANSWER else 0
+    return _digest(whole), prompt_digest(prompt), own, long
 
 
 def _spelt(turn: Turn) -> str:
