@@ -199,6 +199,22 @@ def test_the_pairs_of_one_row_do_not_repeat_each_other(tmp_path: Path) -> None:
     assert found == {"duplicate_answers": [(2, "as row 1")], "duplicate_prompts": [(3, "as row 1")]}
 
 
+def test_an_answer_may_repeat_what_a_tool_says(tmp_path: Path) -> None:
+    said = "It is 18 degrees in Bern today."
+    call = [{"function": {"name": "weather", "arguments": {"city": "Bern"}}}]
+    asked = [
+        {"role": "user", "content": "How warm is it there?"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+    ]
+    answered = {"role": "assistant", "content": said}
+    rows = [
+        {"messages": [*asked, {"role": "tool", "content": said}, answered]},
+        {"messages": [{"role": "user", "content": said}, answered]},
+    ]
+    finding = _by_name(_survey(write(tmp_path / "a.jsonl", rows)))["answer_repeats_the_prompt"]
+    assert [example.row for example in finding.examples] == [2]
+
+
 def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
     key, other = "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2" * 9
     rows = [_answer(f"Use {key} there."), _ask("What is the token?", f"It is {other}, keep it.")]

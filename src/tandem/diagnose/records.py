@@ -137,7 +137,8 @@ def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
         answers = [(record.chosen, question_of(record))]
     else:
         answers = [
-            (turn.content, before.content)
+            # What a tool says may well be the answer.
+            (turn.content, before.content if before.role == "user" else "")
             for before, turn in pairwise(record.turns)
             if turn.role == "assistant" and turn.trained
         ]
