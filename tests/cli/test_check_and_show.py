@@ -209,6 +209,14 @@ def test_data_of_no_known_format_may_be_of_the_other_kind(
     assert notice not in err
 
 
+def test_rows_that_cannot_be_parsed_do_not_hide_the_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", ["{"] * 25 + [json.dumps(pair(n)) for n in range(9)])
+    _, out, _ = _run(capsys, "check", file)
+    assert out.startswith(f"{file}: explicit preference, preference pairs\n34 records read as dpo")
+
+
 def test_rows_of_a_folder_are_told_with_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
