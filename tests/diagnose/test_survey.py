@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.diagnose.credentials import masked
 from tandem.diagnose.findings import Finding
+from tandem.diagnose.lengths import Histogram
 from tandem.diagnose.page import as_json, print_survey
 from tandem.diagnose.survey import Subject, Survey, survey
 from tandem.errors import UserError
@@ -306,6 +308,30 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert sum(found.measures[name].total for name in names) == sum(trained)
     assert found.histogram is not None
     assert sum(found.histogram.counts) == len(longest)
+
+
+@pytest.mark.parametrize(
+    ("edges", "marks"),
+    [
+        ((400, 400), [""]),
+        ((401, 401), ["  beyond max_length"]),
+        ((395, 400), [""]),
+        (
+            (300, 350, 400, 450, 470),
+            ["", "", "  partly beyond max_length", "  beyond max_length"],
+        ),
+    ],
+)
+def test_bars_beyond_max_length_are_marked(
+    edges: tuple[int, ...], marks: list[str], mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    found = _with_chat(mistral_tokenizer, True, write(tmp_path / "a.jsonl", [conversation(1)]))
+    assert found.subject.plan.limits.sequence == 400
+    found = replace(found, histogram=Histogram(edges, (2,) * len(marks)))
+    out = StringIO()
+    print_survey(Console(file=out, width=100), found, "some")
+    bars = [line for line in out.getvalue().splitlines() if "\u2588" in line]
+    assert [line.rpartition("\u2588 2")[2] for line in bars] == marks
 
 
 def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(

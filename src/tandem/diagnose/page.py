@@ -183,7 +183,7 @@ def _cells(measure: Measure, names: Sequence[str]) -> list[str]:
 
 
 def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator[Text]:
-    """A bar for each bin; those beyond the limit in another colour, and marked."""
+    """A bar for each bin; those that reach beyond the limit in another colour, and marked."""
     mark = "\u2588" if "utf" in console.encoding.lower() else "#"
     # The last bar has its upper edge as well.
     ends = [*(high - 1 for high in histogram.edges[1:-1]), histogram.edges[-1]]
@@ -192,14 +192,14 @@ def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator
         for low, high in zip(histogram.edges, ends, strict=False)
     ]
     wide, most = max(map(len, edges)), max(histogram.counts)
-    for name, count, low in zip(edges, histogram.counts, histogram.edges, strict=False):
-        beyond = limit is not None and low >= limit
+    for name, count, low, high in zip(edges, histogram.counts, histogram.edges, ends, strict=False):
+        beyond = limit is not None and high > limit
         cells = max(1, round(_BAR * count / most)) if count else 0
         line = Text(f"  {name:>{wide}}  ")
         line.append(mark * cells, "yellow" if beyond else "green")
         line.append(f" {count:,}" if cells else f"{count:,}")
-        if beyond:
-            line.append("  beyond max_length", "dim")
+        if limit is not None and high > limit:
+            line.append(f"  {'' if low > limit else 'partly '}beyond max_length", "dim")
         yield line
 
 
