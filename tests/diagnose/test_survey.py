@@ -632,9 +632,35 @@ def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
     assert _by_name(found)["secrets"].examples[0].row == 4
     assert found.roles.languages["reasoning"].total() == 2
     assert found.roles.turns == {2: 4}
-    assert found.measures["answers"].most == len(f"{key}.")
+    call = '{"name": "h", "arguments": {}}'
+    assert found.measures["answers"].most == len(f"{key}.{call}")
     found = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
     assert _by_name(found)["exact_duplicates"].count == 1
+
+
+def test_calls_are_compared_and_looked_at_as_texts_are(tmp_path: Path) -> None:
+    def calling(arguments: dict[str, str]) -> dict[str, Any]:
+        call = {"function": {"name": "alarm", "arguments": arguments}}
+        asked = "Please set the alarm on my phone as I asked you before"
+        turns = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return {"messages": turns}
+
+    rows = [
+        calling({"time": "7:00 in the morning", "day": "on Monday"}),
+        calling({"time": "9:30 in the evening", "day": "next Friday"}),
+        calling({"time": "noon", "key": "AKIA" + "Q7KZ2M4XW9LPT3VB", "text": "<|im_end|>"}),
+    ]
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    by_name = _by_name(found)
+    assert set(by_name) == {"duplicate_prompts", "secrets", "template_tokens"}
+    assert [e.row for e in by_name["secrets"].examples] == [3]
+    assert [e.row for e in by_name["template_tokens"].examples] == [3]
+    assert found.roles.languages["call"].total() == 3
+    same = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
+    assert _by_name(same)["exact_duplicates"].count == 1
 
 
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
