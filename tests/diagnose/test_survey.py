@@ -217,6 +217,42 @@ def test_an_answer_may_repeat_what_a_tool_says(tmp_path: Path) -> None:
     assert [example.row for example in finding.examples] == [2]
 
 
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for folder in ("one/a", "two/a", "two/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        files.append(write(tmp_path / folder / "x.jsonl", [_answer("It is\u200b open.")]))
+    files.append(write(tmp_path / "y.jsonl", [_answer("It is\u200b closed.")]))
+
+    def rows(*files: Path) -> list[str]:
+        found = _survey(*files, shown=9)
+        out = StringIO()
+        print_survey(Console(file=out, width=100), found, None)
+        lines = out.getvalue().splitlines()
+        return [line.split("  ")[-2].strip() for line in lines if "\\u200b" in line]
+
+    assert rows(*files) == [
+        "one/a/x.jsonl, row 1", "two/a/x.jsonl, row 1", "b/x.jsonl, row 1", "y.jsonl, row 1",
+    ]  # fmt: skip
+    assert rows(files[0], files[3]) == ["x.jsonl, row 1", "y.jsonl, row 1"]
+    # The one that nothing is found in counts, and a source that is not there ends nothing.
+    clean = write(tmp_path / "two" / "y.jsonl", [conversation(1)])
+    said = rows(files[3], clean, tmp_path / "none.jsonl")
+    assert said == [f"{tmp_path.name}/y.jsonl, row 1"]
+
+
+def test_rows_of_a_folder_to_compare_with_have_their_file(tmp_path: Path) -> None:
+    row = conversation(1)
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    write(folder / "a.jsonl", [conversation(2)])
+    write(folder / "b.jsonl", [{"query": row["messages"][0]["content"]}])
+    file = write(tmp_path / "a.jsonl", [row])
+    found = _by_name(_survey(file, others=[read_other(SourceSpec(str(folder)))]))
+    excerpt = found["shared_prompts"].examples[0].excerpt
+    assert excerpt.startswith(f"as {folder / 'b.jsonl'}, row 1: What is it")
+
+
 def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
     key, other = "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2" * 9
     rows = [_answer(f"Use {key} there."), _ask("What is the token?", f"It is {other}, keep it.")]

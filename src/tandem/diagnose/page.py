@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tandem.data.sources import origin_names
 from tandem.diagnose.findings import Finding, visible
 from tandem.diagnose.lengths import Histogram, Measure
 from tandem.diagnose.survey import Survey
+from tandem.errors import UserError
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Cells of the longest bar.
@@ -215,17 +217,34 @@ def _findings(found: Survey) -> Iterator[Text]:
         yield Text("nothing was found that should be looked at", "green")
         return
     yield Text("findings", "bold")
-    sources = found.subject.sources
-    single = len(sources) == 1 and len(origin_names(sources)) == 1
+    files = _files(found)
     for finding in found.findings:
         yield _head(finding)
         for example in finding.examples:
-            where = (
-                f"row {example.row}" if single else f"{Path(example.file).name}, row {example.row}"
-            )
+            alone = f"row {example.row}"
+            where = alone if len(files) == 1 else f"{_short(example.file, files)}, {alone}"
             shown = f"  {example.excerpt}" if example.excerpt else ""
             yield Text.assemble("      ", (where, "dim"), shown)
         yield Text(f"      {finding.sign.hint}", "dim italic")
+
+
+def _files(found: Survey) -> set[str]:
+    """The files of all sources, those that cannot be read left out."""
+    files = {example.file for finding in found.findings for example in finding.examples}
+    for source in found.subject.sources:
+        with suppress(UserError):
+            files.update(origin_names([source]))
+    return files
+
+
+def _short(file: str, files: Set[str]) -> str:
+    """The end of a file's path that no other one has."""
+    parts = Path(file).parts
+    others = [Path(other).parts for other in files if other != file]
+    for count in range(1, len(parts)):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return str(Path(*parts[-count:]))
+    return file
 
 
 def _head(finding: Finding) -> Text:
