@@ -260,6 +260,14 @@ def test_data_of_no_known_format_may_be_of_the_other_kind(
     assert notice not in err
 
 
+def test_rows_that_cannot_be_parsed_do_not_hide_the_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", ["{"] * 25 + [json.dumps(pair(n)) for n in range(9)])
+    _, out, _ = _run(capsys, "check", file)
+    assert out.startswith(f"{file}: explicit preference, preference pairs\n34 records read as dpo")
+
+
 def test_rows_of_a_folder_are_told_with_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,6 +317,30 @@ def test_a_quick_look_says_that_it_is_one(
     assert code == 0
     assert "only the first 7 rows were looked at" in out
     assert "7 records read" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_cannot_be_printed_is_printed_as_its_code(flags: list[str], tmp_path: Path) -> None:
+    keys = {"\x1b[2J_is_safe": False, "half\ud83d": 1, "red\x1b[31m": 2}
+    row = json.dumps({**conversation(1), **keys})
+    file = tmp_path / os.fsdecode(b"b\xff.jsonl")
+    write(file, [row, row])
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem", "check", file, *flags],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert b"\x1b" not in done.stdout
+    out = done.stdout.decode()
+    if flags:
+        (found,) = json.loads(out)["data"]
+        assert found["unread_keys"] == list(keys)
+        assert found["sources"][0]["path"] == str(file)
+    else:
+        assert "b\\udcff.jsonl: messages, conversations\n" in out
+        assert "keys that are not read: \\x1b[2J_is_safe, half\\ud83d, red\\x1b[31m\n" in out
+        assert "`\\x1b[2J_is_safe` says that the answer is bad" in out
 
 
 def test_the_embedded_demo_is_clean_enough_to_train(

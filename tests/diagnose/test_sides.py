@@ -159,3 +159,11 @@ def test_reversed_rows_are_found_where_a_recipe_names_the_answers(
     (finding,) = found.findings
     assert finding.sign.name == "label_prefers_rejected"
     assert [(e.row, e.excerpt) for e in finding.examples] == [(6, "better_response_id: 1")]
+
+
+def test_numbers_beyond_floats_are_compared_and_shown() -> None:
+    huge = 10**400
+    sides = sides_of(NUMBERED)
+    row: dict[str, Any] = {"score_chosen": 2.5, "score_rejected": huge, "better_response_id": huge}
+    ((sign, said),) = column_signs(row, _PAIR, sides)
+    assert (sign.name, said) == ("chosen_scored_lower", f"score_chosen 2.5, score_rejected {huge}")

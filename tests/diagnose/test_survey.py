@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tandem.data.sources import SourceSpec
 from tandem.data.template import resolve_template
 from tandem.diagnose.credentials import masked
 from tandem.diagnose.findings import Finding
+from tandem.diagnose.lengths import Histogram
 from tandem.diagnose.page import as_json, print_survey
 from tandem.diagnose.survey import Subject, Survey, survey
 from tandem.errors import UserError
@@ -163,6 +165,94 @@ def test_duplicates_are_found_across_files(tmp_path: Path) -> None:
     assert f"as {first}, row 10: " in finding.examples[0].excerpt
 
 
+def _scored(question: str, *answers: str) -> dict[str, Any]:
+    completions = [
+        {"response": text, "overall_score": 9 - number} for number, text in enumerate(answers)
+    ]
+    return {"instruction": question, "completions": completions}
+
+
+def _best_vs_rest(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
+    spec = SourceSpec(str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
+    plan = Plan("preference pairs", Limits(_MANY, None), "stop")
+    found = survey(Subject(None, (spec,), plan, 0.05))
+    return {
+        name: [(e.row, e.excerpt.partition(":")[0]) for e in finding.examples]
+        for name, finding in _by_name(found).items()
+    }
+
+
+def test_the_pairs_of_one_row_do_not_repeat_each_other(tmp_path: Path) -> None:
+    long, other = pair(1)["chosen"], pair(2)["chosen"]
+    first = _scored("Why is the river wide?", long, "No one.", "No other.", long + " So.")
+    assert _best_vs_rest(tmp_path, first) == {}
+    # Short answers are told from each other, too.
+    again = _scored("Why is the river wide?", long, "Nobody at all.")
+    assert _best_vs_rest(tmp_path, first, again) == {"near_duplicates": [(2, "as row 1")]}
+    short = _scored("Is the river wide?", "Yes.", "No.")
+    assert _best_vs_rest(tmp_path, short, _scored("Is the river wide?", "Yes.", "Never.")) == {}
+    # What does repeat another row's is found.
+    found = _best_vs_rest(
+        tmp_path,
+        first,
+        _scored("And the sea?", long, "It is a question of time and of a little patience."),
+        _scored("Why is the river wide?", other, "Who would want to know that of all things?"),
+    )
+    assert found == {"duplicate_answers": [(2, "as row 1")], "duplicate_prompts": [(3, "as row 1")]}
+
+
+def test_an_answer_may_repeat_what_a_tool_says(tmp_path: Path) -> None:
+    said = "It is 18 degrees in Bern today."
+    call = [{"function": {"name": "weather", "arguments": {"city": "Bern"}}}]
+    asked = [
+        {"role": "user", "content": "How warm is it there?"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+    ]
+    answered = {"role": "assistant", "content": said}
+    rows = [
+        {"messages": [*asked, {"role": "tool", "content": said}, answered]},
+        {"messages": [{"role": "user", "content": said}, answered]},
+    ]
+    finding = _by_name(_survey(write(tmp_path / "a.jsonl", rows)))["answer_repeats_the_prompt"]
+    assert [example.row for example in finding.examples] == [2]
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for folder in ("one/a", "two/a", "two/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        files.append(write(tmp_path / folder / "x.jsonl", [_answer("It is\u200b open.")]))
+    files.append(write(tmp_path / "y.jsonl", [_answer("It is\u200b closed.")]))
+
+    def rows(*files: Path) -> list[str]:
+        found = _survey(*files, shown=9)
+        out = StringIO()
+        print_survey(Console(file=out, width=100), found, None)
+        lines = out.getvalue().splitlines()
+        return [line.split("  ")[-2].strip() for line in lines if "\\u200b" in line]
+
+    assert rows(*files) == [
+        "one/a/x.jsonl, row 1", "two/a/x.jsonl, row 1", "b/x.jsonl, row 1", "y.jsonl, row 1",
+    ]  # fmt: skip
+    assert rows(files[0], files[3]) == ["x.jsonl, row 1", "y.jsonl, row 1"]
+    # The one that nothing is found in counts, and a source that is not there ends nothing.
+    clean = write(tmp_path / "two" / "y.jsonl", [conversation(1)])
+    said = rows(files[3], clean, tmp_path / "none.jsonl")
+    assert said == [f"{tmp_path.name}/y.jsonl, row 1"]
+
+
+def test_rows_of_a_folder_to_compare_with_have_their_file(tmp_path: Path) -> None:
+    row = conversation(1)
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    write(folder / "a.jsonl", [conversation(2)])
+    write(folder / "b.jsonl", [{"query": row["messages"][0]["content"]}])
+    file = write(tmp_path / "a.jsonl", [row])
+    found = _by_name(_survey(file, others=[read_other(SourceSpec(str(folder)))]))
+    excerpt = found["shared_prompts"].examples[0].excerpt
+    assert excerpt.startswith(f"as {folder / 'b.jsonl'}, row 1: What is it")
+
+
 def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
     key, other = "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2" * 9
     rows = [_answer(f"Use {key} there."), _ask("What is the token?", f"It is {other}, keep it.")]
@@ -254,6 +344,30 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert sum(found.measures[name].total for name in names) == sum(trained)
     assert found.histogram is not None
     assert sum(found.histogram.counts) == len(longest)
+
+
+@pytest.mark.parametrize(
+    ("edges", "marks"),
+    [
+        ((400, 400), [""]),
+        ((401, 401), ["  beyond max_length"]),
+        ((395, 400), [""]),
+        (
+            (300, 350, 400, 450, 470),
+            ["", "", "  partly beyond max_length", "  beyond max_length"],
+        ),
+    ],
+)
+def test_bars_beyond_max_length_are_marked(
+    edges: tuple[int, ...], marks: list[str], mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    found = _with_chat(mistral_tokenizer, True, write(tmp_path / "a.jsonl", [conversation(1)]))
+    assert found.subject.plan.limits.sequence == 400
+    found = replace(found, histogram=Histogram(edges, (2,) * len(marks)))
+    out = StringIO()
+    print_survey(Console(file=out, width=100), found, "some")
+    bars = [line for line in out.getvalue().splitlines() if "\u2588" in line]
+    assert [line.rpartition("\u2588 2")[2] for line in bars] == marks
 
 
 def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
@@ -407,6 +521,36 @@ def test_what_would_stop_a_run_is_said_in_its_words(
     assert str(raised.value) == found.problem
 
 
+def test_what_was_read_before_a_source_of_no_format_is_reported(tmp_path: Path) -> None:
+    # More than the pieces that are read ahead, and the last row a repeated one.
+    rows = [conversation(seed) for seed in range(20)]
+    rows = [*rows, *[{"messages": []}] * 8700, rows[3]]
+    large = write(tmp_path / "a.jsonl", rows)
+    unknown = write(tmp_path / "b.jsonl", [{"foo": 1}])
+    found = _survey(large, unknown)
+    assert found.counts["read"] == len(rows)
+    assert "record of no known format; its keys are: foo" in str(found.problem)
+    (example,) = _by_name(found)["exact_duplicates"].examples
+    assert example.row == len(rows)
+    assert example.excerpt.startswith("as row 4: What is it that")
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_few_rows_before_a_source_of_no_format_are_reported_as_well(
+    with_tokens: bool, tmp_path: Path, stories_tokenizer: Any
+) -> None:
+    good = write(tmp_path / "a.jsonl", [*map(conversation, range(5)), conversation(2)])
+    unknown = write(tmp_path / "b.jsonl", [{"foo": 1}])
+    found = (
+        _with_chat(stories_tokenizer, False, good, unknown)
+        if with_tokens
+        else _survey(good, unknown)
+    )
+    assert found.counts["read"] == 6
+    assert "record of no known format; its keys are: foo" in str(found.problem)
+    assert [e.row for e in _by_name(found)["exact_duplicates"].examples] == [6]
+
+
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     plan = Plan("conversations", Limits(_MANY, None), "drop")
@@ -421,6 +565,49 @@ def test_only_the_first_rows_are_read_with_a_limit(tmp_path: Path) -> None:
     assert found.counts["read"] == 300
     assert found.problem is None
     assert as_json(found)["limit"] == 300
+
+
+def test_a_limit_counts_the_rows_of_labelled_answers_before_they_are_joined(
+    tmp_path: Path,
+) -> None:
+    answers = [
+        {"prompt": f"Q{n}", "completion": f"{said} {n}", "label": said == "good"}
+        for n in range(300)
+        for said in ("good", "bad")
+    ]
+    both = write(tmp_path / "a.jsonl", answers)
+    found = _survey(both, kind="preference pairs", limit=301)
+    assert found.counts == {"read": 151, "trained": 150, "truncated": 0, "dropped": 1}
+    assert [e.row for e in _by_name(found)["dropped"].examples] == [301]
+    # All good ones come first: none of the rows is left unsaid.
+    apart = write(tmp_path / "b.jsonl", sorted(answers, key=lambda row: not row["label"]))
+    found = _survey(apart, kind="preference pairs", limit=280)
+    assert found.counts == {"read": 280, "trained": 0, "truncated": 0, "dropped": 280}
+    assert "none of the 280 records" in str(found.problem)
+    assert "What an answer lacks may be in the rows behind --limit" in str(found.problem)
+
+
+def test_sources_that_were_not_reached_are_not_looked_at(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", map(conversation, range(20)))
+    second = write(tmp_path / "b.jsonl", map(conversation, range(20, 40)))
+    unknown = write(tmp_path / "c.jsonl", [{"foo": 1}])
+
+    def heads(found: Survey) -> list[str]:
+        out = StringIO()
+        print_survey(Console(file=out, width=100), found, None)
+        return [line.rpartition(": ")[2] for line in out.getvalue().splitlines()[:3]]
+
+    found = _survey(first, second, unknown, limit=20)
+    assert (found.counts["read"], found.problem) == (20, None)
+    assert heads(found) == ["messages, conversations", "not looked at", "not looked at"]
+    found = _survey(first, second, unknown, limit=25)
+    assert found.counts["read"] == 25
+    known = "messages, conversations"
+    assert heads(found) == [known, known, "not looked at"]
+    # A source that ends the pass is the last one that is looked at.
+    found = _survey(first, unknown, second)
+    assert heads(found) == [known, "no format was recognised", "not looked at"]
+    assert [one["looked_at"] for one in as_json(found)["sources"]] == [True, True, False]
 
 
 def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> None:
@@ -481,14 +668,41 @@ def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
     assert _by_name(found)["secrets"].examples[0].row == 4
     assert found.roles.languages["reasoning"].total() == 2
     assert found.roles.turns == {2: 4}
-    assert found.measures["answers"].most == len(f"{key}.")
+    call = '{"name": "h", "arguments": {}}'
+    assert found.measures["answers"].most == len(f"{key}.{call}")
     found = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
     assert _by_name(found)["exact_duplicates"].count == 1
 
 
+def test_calls_are_compared_and_looked_at_as_texts_are(tmp_path: Path) -> None:
+    def calling(arguments: dict[str, str]) -> dict[str, Any]:
+        call = {"function": {"name": "alarm", "arguments": arguments}}
+        asked = "Please set the alarm on my phone as I asked you before"
+        turns = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return {"messages": turns}
+
+    rows = [
+        calling({"time": "7:00 in the morning", "day": "on Monday"}),
+        calling({"time": "9:30 in the evening", "day": "next Friday"}),
+        calling({"time": "noon", "key": "AKIA" + "Q7KZ2M4XW9LPT3VB", "text": "<|im_end|>"}),
+    ]
+    found = _survey(write(tmp_path / "a.jsonl", rows))
+    by_name = _by_name(found)
+    assert set(by_name) == {"duplicate_prompts", "secrets", "template_tokens"}
+    assert [e.row for e in by_name["secrets"].examples] == [3]
+    assert [e.row for e in by_name["template_tokens"].examples] == [3]
+    assert found.roles.languages["call"].total() == 3
+    same = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
+    assert _by_name(same)["exact_duplicates"].count == 1
+
+
 def test_the_json_has_the_same_keys_whatever_is_found(tmp_path: Path) -> None:
     keys = {
-        "stage", "held_out", "kind", "sources", "unread_keys", "limit", "records", "reasons",
+        "stage", "held_out", "kind", "sources", "unread_keys", "unread_keys_cut", "limit",
+        "records", "reasons",
         "turns", "roles", "lengths",
         "compared_with", "findings", "trains", "problem",
     }  # fmt: skip

@@ -268,6 +268,63 @@ def test_keys_of_turns_are_looked_at_wherever_turns_are(tmp_path: Path) -> None:
     assert _survey(file, fields=names).unread == ("messages[].at",)
 
 
+def test_what_a_sources_names_lead_into_is_read_of_that_source_alone(tmp_path: Path) -> None:
+    led = write(tmp_path / "a.jsonl", [{"q": {"text": ASKED}, "completion": ANSWERED}])
+    plain = write(tmp_path / "b.jsonl", [{"prompt": ASKED, "completion": ANSWERED, "q": 1}])
+    sources = (SourceSpec(str(led), fields=(("prompt", "q.text"),)), SourceSpec(str(plain)))
+    plan = Plan("conversations", Limits(2**31 - 1, None), "stop")
+    assert survey(Subject(None, sources[:1], plan, 0.05)).unread == ()
+    assert survey(Subject(None, sources, plan, 0.05)).unread == ("q",)
+
+
+def test_keys_of_a_row_of_another_format_are_not_called_unread(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": ASKED, "completion": ANSWERED, "id": 1},
+        {"messages": [], "other": 1},
+        {"prompt": ASKED, "completion": "", "answer": ANSWERED},
+    ]
+    assert _survey(write(tmp_path / "a.jsonl", rows)).unread == ("answer", "id")
+
+
+def test_keys_beside_labelled_answers_are_listed(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Q", "mood": 1}]
+    rows = [
+        {"prompt": asked, "completion": "good", "label": True, "note": "x"},
+        {"prompt": asked, "completion": "bad", "label": False, "rater": {"of": "y"}},
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    listed = ("note", "prompt[].mood", "rater")
+    assert _survey(file, "preference pairs").unread == listed
+    # Under other names as well, of which those that lead into a key read it.
+    named = write(tmp_path / "b.jsonl", [{**rows[0], "label": 1, "rater": {"of": True}}, rows[1]])
+    fields = (("label", "rater.of"),)
+    assert _survey(named, "preference pairs", fields).unread == ("note", "prompt[].mood")
+    # With a limit, those of the rows that were looked at.
+    plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")
+    found = survey(Subject(None, (SourceSpec(str(file)),), plan, 0.05), limit=1)
+    assert found.unread == ("note", "prompt[].mood")
+
+
+def test_a_long_list_of_keys_is_cut_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**conversation(seed), f"key{seed:02}": 1} for seed in range(30)]
+    file = write(tmp_path / "a.jsonl", rows)
+
+    def line(found: Survey) -> str:
+        out = StringIO()
+        print_survey(Console(file=out, width=100), found, None)
+        return out.getvalue().splitlines()[1]
+
+    found = _survey(file)
+    assert line(found).endswith("key18, key19, and 10 more (--json lists them)")
+    assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (30, False)
+    monkeypatch.setattr("tandem.diagnose.unread._MOST", 25)
+    found = _survey(file)
+    assert line(found).endswith("key18, key19, and more than 5 more (--json lists 25)")
+    assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (25, True)
+
+
 def test_rows_with_endless_sets_of_keys_need_no_endless_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

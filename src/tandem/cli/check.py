@@ -92,7 +92,8 @@ def _print_json(
         "trains": all(one.problem is None for one in found),
         "data": [as_json(one) for one in found],
     }
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    # In ASCII: keys and file names may hold what is no UTF-8.
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def _require_trainable(found: Sequence[Survey], *, whole: bool) -> None:

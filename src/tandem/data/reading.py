@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal
 
-from tandem.data.chunks import BadLine, Chunk, Row
+from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.formats import (
     Fields,
     Format,
@@ -98,16 +98,23 @@ def _read(
 
 
 def formatted_chunks(
-    sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
+    sources: Sequence[SourceSpec],
+    kind: Kind,
+    ledger: Ledger,
+    on_bad_record: OnBadRecord,
+    limit: int | None = None,
 ) -> Iterator[tuple[Chunk, str]]:
     """The pieces of some sources and the id of each one's format.
 
     The ledger is told the format's name, and which keys are not read. A source's first rows tell
     its format. Raises `UserError` for a source that is empty, of no known format or of another
     kind. The id is empty for a source without a parsable row.
+
+    With a `limit`, only so many rows of each source are there, as if its files ended with them.
     """
     for source in sources:
         chunks = read_chunks(source)
+        chunks = chunks if limit is None else _first_rows(chunks, limit)
         seen: list[Chunk] = []
         known = _look(chunks, seen, source, kind, on_bad_record)
         pieces: Iterator[Chunk] = chain(seen, chunks)
@@ -117,6 +124,21 @@ def formatted_chunks(
             pieces = joined(pieces, known) if known.joins else pieces
         for chunk in pieces:
             yield chunk, known.id if known else ""
+
+
+def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
+    """Pieces of `limit` rows together."""
+    for chunk in chunks:
+        if chunk.count > limit:
+            names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
+            plain = chunk.inner if isinstance(chunk, RenamedChunk) else chunk
+            rows = tuple(islice(plain.rows(), limit))
+            first = RowChunk(chunk.file, len(rows), rows)
+            chunk = RenamedChunk(first, names) if names else first
+        yield chunk
+        limit -= chunk.count
+        if limit <= 0:
+            return
 
 
 def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:

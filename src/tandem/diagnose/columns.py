@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tandem.data.chunks import BadLine, Row
 from tandem.data.formats import Format, Kind, format_with
+from tandem.data.formats.mapping import TURN_KEYS
 from tandem.data.records import Conversation, PreferencePair
-from tandem.data.sources import SourceSpec
 from tandem.diagnose.findings import Sign
 from tandem.diagnose.sides import Sides, column_signs, sides_of
 from tandem.diagnose.unread import Unread
@@ -22,18 +23,36 @@ class Columns:
 
     Args:
         kind: what the rows become.
-        sources: where they come from.
     """
 
-    def __init__(self, kind: Kind, sources: Sequence[SourceSpec]) -> None:
-        # What a recipe's names lead into is read: `answers` of `answers.good`.
-        led = {name.partition(".")[0] for one in sources for _, name in one.fields}
-        self._unread = Unread(kind, led)
+    def __init__(self, kind: Kind) -> None:
+        self._unread = Unread(kind)
 
     @property
     def unread(self) -> tuple[str, ...]:
         """The keys that no row's and no turn's reader took, in order."""
         return self._unread.keys
+
+    @property
+    def unread_cut(self) -> bool:
+        """Whether there are more of them."""
+        return self._unread.cut
+
+    def joined(self, rows: Iterable[Row | BadLine], known: Format, names: Names) -> None:
+        """Note the keys of rows as they were before they were joined, see `beside`."""
+        self._note(
+            (row.fields for row in rows if isinstance(row, Row)),
+            replace(known, joins=False),
+            _led(names),
+        )
+
+    def _note(
+        self, rows: Iterable[Mapping[str, object]], layout: Format, led: frozenset[str]
+    ) -> None:
+        for row in rows:
+            # One of another format is dropped, which is said of it.
+            if layout.keys <= row.keys():
+                self._unread.note(row, layout, led)
 
     def beside(self, rows: Sequence[Row | BadLine], known: str, names: Names) -> Beside:
         """Note a piece's keys; what is returned tells the signs beside each of its records.
@@ -46,21 +65,27 @@ class Columns:
         fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
         if not known:
             return _none_of
-        layout, sides = format_with(known), sides_of(names)
-        for row in fields.values():
-            self._unread.note(row, layout)
-        return lambda record: self._signs(fields[record.origin.row], layout, sides, record)
+        layout, sides, led = format_with(known), sides_of(names), _led(names)
+        if not layout.joins:
+            self._note(fields.values(), layout, led)
+        return lambda record: self._signs(fields[record.origin.row], layout, led, sides, record)
 
     def _signs(
         self,
         fields: Mapping[str, object],
         layout: Format,
+        led: frozenset[str],
         sides: Sides,
         record: Conversation | PreferencePair,
     ) -> Iterator[tuple[Sign, str]]:
-        yield from self._unread.signs(fields, layout, record)
+        yield from self._unread.signs(fields, layout, led, record)
         if isinstance(record, PreferencePair):
             yield from column_signs(fields, record, sides)
+
+
+def _led(names: Names) -> frozenset[str]:
+    """The keys that a recipe's names lead into: `answers` of `answers.good`."""
+    return frozenset(name.partition(".")[0] for key, name in names if key not in TURN_KEYS)
 
 
 def _none_of(_: Conversation | PreferencePair) -> Iterator[tuple[Sign, str]]:

@@ -68,13 +68,18 @@ def exact_twins(digests: Hashes) -> Twins:
     return Twins(later, earliest[later].astype(np.int64))
 
 
-def near_twins(found: Signatures, skip: NDArray[np.int64]) -> Twins:
+def near_twins(
+    found: Signatures, skip: NDArray[np.int64], rows: NDArray[np.int64] | None = None
+) -> Twins:
     """Each record that is like an earlier one, with one that it is like.
 
     Args:
         found: [n, 60], see `signatures`.
         skip: numbers of records that are left out, exact duplicates for instance.
+        rows: [n], the row that each is of, if some are of the same; those are not compared.
     """
+    if rows is None:
+        rows = np.arange(len(found))
     partner = np.full(len(found), -1, dtype=np.int64)
     wanted: NDArray[np.bool_] = np.asarray(found.any(axis=1))
     wanted[skip] = False
@@ -89,7 +94,7 @@ def near_twins(found: Signatures, skip: NDArray[np.int64]) -> Twins:
         first = members[np.maximum.accumulate(np.where(fresh, np.arange(len(keys)), 0))]
         before = np.append(members[:1], members[:-1])
         for other in (first, before):
-            open_ = ~fresh & (partner[members] < 0)
+            open_ = ~fresh & (partner[members] < 0) & (rows[members] != rows[other])
             _pair_up(found, members[open_], other[open_], partner)
     later = np.flatnonzero(partner >= 0)
     return Twins(later, partner[later])

@@ -155,12 +155,10 @@ def excerpt(text: str, at: int = 0) -> str:
     left = max(0, start - _AROUND)
     around = masked(text[left : start + _EXCERPT + _AROUND])
     shown = around[start - left : start - left + _EXCERPT]
-    line = "".join(_visible(character) for character in _BLANKS.sub(" ", shown).strip(" "))
+    line = visible(_BLANKS.sub(" ", shown).strip(" "))
     return ("..." if start else "") + line + ("..." if start + _EXCERPT < len(text) else "")
 
 
-def _visible(character: str) -> str:
-    """A character as it can be seen: those that print nothing as their code."""
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+def visible(text: str) -> str:
+    """A text as it can be seen: characters that print nothing as their code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 
-from tandem.data.chunks import BadLine
+from tandem.data.chunks import Row
 from tandem.data.formats import Kind, detect, format_called
 from tandem.data.sources import SourceSpec, read_rows
 from tandem.errors import UserError
 
-# Rows that are looked at; the readers give up no later.
+# Rows that are looked at, of those that can be parsed; the readers give up no later.
 _ROWS = 20
 
 
@@ -39,9 +39,7 @@ def _look(source: SourceSpec) -> tuple[Kind | None, int]:
         return format_called(source.format).kind, 0
     rows = 0
     with suppress(UserError):
-        for row in islice(read_rows(source), _ROWS):
-            if isinstance(row, BadLine):
-                continue
+        for row in islice((row for row in read_rows(source) if isinstance(row, Row)), _ROWS):
             rows += 1
             known = detect(row.fields)
             if known is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.data.sources import origin_names
-from tandem.diagnose.findings import Finding
+from tandem.diagnose.findings import Finding, visible
 from tandem.diagnose.lengths import Histogram, Measure
 from tandem.diagnose.survey import Survey
+from tandem.errors import UserError
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Cells of the longest bar.
 _BAR = 40
+# Keys in the list of those that are not read.
+_KEYS = 20
 
 
 def as_json(found: Survey) -> dict[str, Any]:
@@ -29,10 +33,12 @@ def as_json(found: Survey) -> dict[str, Any]:
         "held_out": subject.held_out,
         "kind": subject.plan.kind,
         "sources": [
-            {"path": source.path, "format": found.formats.get(source.path)}
-            for source in subject.sources
+            {"path": source.path, "format": found.formats.get(source.path),
+             "looked_at": number < found.looked_at}
+            for number, source in enumerate(subject.sources)
         ],
         "unread_keys": list(found.unread),
+        "unread_keys_cut": found.unread_cut,
         "limit": found.limit,
         "records": found.counts,
         "reasons": found.reasons,
@@ -74,17 +80,31 @@ def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None
         tokenizer: what lengths were measured with, None without.
     """
     for line in _lines(console, found, tokenizer):
-        console.print(line, soft_wrap=True)
+        console.print(_visible(console, line), soft_wrap=True)
+
+
+def _visible(console: Console, line: Text) -> Text:
+    """A line without what would steer a terminal or cannot be encoded: keys and names hold it."""
+    if line.plain.isprintable():
+        return line
+    return Text.assemble(
+        *(
+            ("\n".join(map(visible, part.text.split("\n"))), part.style or "")
+            for part in line.render(console)
+        )
+    )
 
 
 def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
     subject = found.subject
-    for source in subject.sources:
+    for number, source in enumerate(subject.sources):
         known = found.formats.get(source.path)
         what = f"{known}, {subject.plan.kind}" if known else "no format was recognised"
+        if number >= found.looked_at:
+            what = "not looked at"
         yield Text.assemble((source.path, "bold"), f": {what}")
     if found.unread:
-        yield Text(f"keys that are not read: {', '.join(found.unread)}")
+        yield Text(f"keys that are not read: {_keys(found)}")
     if found.limit is not None:
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
@@ -100,6 +120,13 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
     yield from _lengths(console, found, tokenizer)
     yield from _findings(found)
     yield from _verdict(found)
+
+
+def _keys(found: Survey) -> str:
+    named, left = ", ".join(found.unread[:_KEYS]), len(found.unread) - _KEYS
+    if found.unread_cut:
+        return f"{named}, and more than {left} more (--json lists {len(found.unread)})"
+    return f"{named}, and {left} more (--json lists them)" if left > 0 else named
 
 
 def _turns(found: Survey) -> Iterator[Text]:
@@ -161,7 +188,7 @@ def _cells(measure: Measure, names: Sequence[str]) -> list[str]:
 
 
 def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator[Text]:
-    """A bar for each bin; those beyond the limit in another colour, and marked."""
+    """A bar for each bin; those that reach beyond the limit in another colour, and marked."""
     mark = "\u2588" if "utf" in console.encoding.lower() else "#"
     # The last bar has its upper edge as well.
     ends = [*(high - 1 for high in histogram.edges[1:-1]), histogram.edges[-1]]
@@ -170,14 +197,14 @@ def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator
         for low, high in zip(histogram.edges, ends, strict=False)
     ]
     wide, most = max(map(len, edges)), max(histogram.counts)
-    for name, count, low in zip(edges, histogram.counts, histogram.edges, strict=False):
-        beyond = limit is not None and low >= limit
+    for name, count, low, high in zip(edges, histogram.counts, histogram.edges, ends, strict=False):
+        beyond = limit is not None and high > limit
         cells = max(1, round(_BAR * count / most)) if count else 0
         line = Text(f"  {name:>{wide}}  ")
         line.append(mark * cells, "yellow" if beyond else "green")
         line.append(f" {count:,}" if cells else f"{count:,}")
-        if beyond:
-            line.append("  beyond max_length", "dim")
+        if limit is not None and high > limit:
+            line.append(f"  {'' if low > limit else 'partly '}beyond max_length", "dim")
         yield line
 
 
@@ -193,17 +220,34 @@ def _findings(found: Survey) -> Iterator[Text]:
         yield Text("nothing was found that should be looked at", "green")
         return
     yield Text("findings", "bold")
-    sources = found.subject.sources
-    single = len(sources) == 1 and len(origin_names(sources)) == 1
+    files = _files(found)
     for finding in found.findings:
         yield _head(finding)
         for example in finding.examples:
-            where = (
-                f"row {example.row}" if single else f"{Path(example.file).name}, row {example.row}"
-            )
+            alone = f"row {example.row}"
+            where = alone if len(files) == 1 else f"{_short(example.file, files)}, {alone}"
             shown = f"  {example.excerpt}" if example.excerpt else ""
             yield Text.assemble("      ", (where, "dim"), shown)
         yield Text(f"      {finding.sign.hint}", "dim italic")
+
+
+def _files(found: Survey) -> set[str]:
+    """The files of all sources, those that cannot be read left out."""
+    files = {example.file for finding in found.findings for example in finding.examples}
+    for source in found.subject.sources:
+        with suppress(UserError):
+            files.update(origin_names([source]))
+    return files
+
+
+def _short(file: str, files: Set[str]) -> str:
+    """The end of a file's path that no other one has."""
+    parts = Path(file).parts
+    others = [Path(other).parts for other in files if other != file]
+    for count in range(1, len(parts)):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return str(Path(*parts[-count:]))
+    return file
 
 
 def _head(finding: Finding) -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,10 @@ class Roles:
 
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
-    """A record's texts in order, each with its role; a pair's answers and reasoning have names."""
+    """A record's texts in order, each with its role.
+
+    A pair's answers, reasoning and calls have names of their own.
+    """
     if isinstance(record, Conversation):
         return [text for turn in record.turns for text in _said(turn)]
     prompt = [text for turn in record.prompt for text in _said(turn)]
@@ -48,9 +52,14 @@ def texts_of(record: Record) -> list[tuple[str, str]]:
 
 
 def _said(turn: Turn) -> list[tuple[str, str]]:
-    if not turn.reasoned:
-        return [(turn.role, turn.content)]
-    return [("reasoning", turn.more()[REASONING]), (turn.role, turn.content)]
+    more = turn.more()
+    reasoning = [("reasoning", more[REASONING])] if REASONING in more else []
+    calls = [
+        ("call", json.dumps(call["function"], ensure_ascii=False))
+        for call in more.get("tool_calls", ())
+    ]
+    own = [(turn.role, turn.content)] if turn.content or not calls else []
+    return [*reasoning, *own, *calls]
 
 
 def prompt_of(record: Record) -> tuple[Turn, ...]:
@@ -76,22 +85,21 @@ def body_of(record: Record) -> str:
     return "\n".join(text for role, text in texts_of(record) if role != "system")
 
 
-def digests_of(record: Record) -> tuple[int, int, int]:
+def digests_of(record: Record) -> tuple[int, int, int, int]:
     """64 bits each: of the record (a pair's answers in any order), its prompt, its last answer.
 
-    The last is 0 for a short answer.
+    The fourth is of that answer's text alone, 0 for a short one.
     """
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
     if isinstance(record, PreferencePair):
         whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
+        own = record.chosen
     else:
         whole = "\0".join((record.tools, *map(_spelt, record.turns)))
+        own = _spelt(record.turns[-1])
     answer = answer_of(record)
-    return (
-        _digest(whole),
-        prompt_digest(prompt),
-        _digest(answer) if len(answer) >= _LONG_ANSWER else 0,
-    )
+    long = _digest(answer) if len(answer) >= _LONG_ANSWER else 0
+    return _digest(whole), prompt_digest(prompt), _digest(own), long
 
 
 def _spelt(turn: Turn) -> str:
@@ -139,7 +147,8 @@ def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
         answers = [(record.chosen, question_of(record))]
     else:
         answers = [
-            (turn.content, before.content)
+            # What a tool says may well be the answer.
+            (turn.content, before.content if before.role == "user" else "")
             for before, turn in pairwise(record.turns)
             if turn.role == "assistant" and turn.trained
         ]

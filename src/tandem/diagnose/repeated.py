@@ -74,7 +74,7 @@ class Repeated:
 
         Args:
             origins: [n], where they come from.
-            digests: [n, 3], see `records.digests_of`.
+            digests: [n, 4], see `records.digests_of`.
             signatures: [n, 60], see `duplicates.signatures`.
             flipped: [n], whether a pair's answers are in the other order than in its digest.
         """
@@ -100,14 +100,20 @@ class Repeated:
         turned = flipped[same.later] != flipped[same.earlier]
         found.append((CONTRADICTION, Twins(same.later[turned], same.earlier[turned])))
         found.append((EXACT, Twins(same.later[~turned], same.earlier[~turned])))
-        for sign, column in ((PROMPTS, 1), (ANSWERS, 2)):
+        rows = self._row_numbers()
+        for sign, column, other in ((PROMPTS, 1, 2), (ANSWERS, 3, 1)):
             twins = exact_twins(digests[:, column])
-            own = ~np.isin(twins.later, same.later)
+            # A row's pairs share their prompt, and the best answer, by nature.
+            own = (
+                ~np.isin(twins.later, same.later)
+                & (digests[twins.later, other] != digests[twins.earlier, other])
+                & (rows[twins.later] != rows[twins.earlier])
+            )
             found.append((sign, Twins(twins.later[own], twins.earlier[own])))
         del digests
         signatures = np.concatenate(self._signatures)
         self._signatures = []
-        found.append((NEAR, near_twins(signatures, same.later)))
+        found.append((NEAR, near_twins(signatures, same.later, rows)))
         shown = {
             self._origin(number)
             for _, twins in found
@@ -126,6 +132,12 @@ class Repeated:
                 where = f"row {like.row}" if like.file == at.file else str(like)
                 tally.add_example(sign, at, f"as {where}: {excerpt(texts.get(at, ''))}")
             tally.count_only(sign, len(twins.later) - min(len(twins.later), self._shown))
+
+    def _row_numbers(self) -> NDArray[np.int64]:
+        """[n]: one number for all records of a row, which follow each other."""
+        files, rows = np.array(self._file_of), np.array(self._rows)
+        fresh = (np.diff(files) != 0) | (np.diff(rows) != 0)
+        return np.concatenate([[0], np.cumsum(fresh)]).astype(np.int64)
 
     def _origin(self, number: int) -> Origin:
         return Origin(self._files[self._file_of[number]], self._rows[number])

@@ -30,13 +30,13 @@ def look_for_shared(
             at = other.prompt(prompt_digest(question)) if many_words(question) else None
             if at is not None:
                 whole.add(number)
-                said = _like(at, question) if tally.wants(prompts) else ""
+                said = _like(at, other, question) if tally.wants(prompts) else ""
                 tally.add_example(prompts, record.origin, said)
         for number, at in other.shared(words):
             if number not in whole:
                 said = ""
                 if tally.wants(runs):
-                    said = _like(at, other.words_shared(body_of(records[number])))
+                    said = _like(at, other, other.words_shared(body_of(records[number])))
                 tally.add_example(runs, records[number].origin, said)
 
 
@@ -60,5 +60,6 @@ def _signs(other: str) -> tuple[Sign, Sign]:
     )
 
 
-def _like(origin: Origin, text: str) -> str:
-    return f"as row {origin.row} there: {excerpt(text)}"
+def _like(origin: Origin, other: Other, text: str) -> str:
+    where = f"row {origin.row} there" if origin.file == other.name else str(origin)
+    return f"as {where}: {excerpt(text)}"

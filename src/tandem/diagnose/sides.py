@@ -96,7 +96,7 @@ class Sides:
         """
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
-        said = f"{value:g}" if isinstance(value, int | float) else value.strip()
+        said = value.strip() if isinstance(value, str) else _written(value)
         if len(said) > _NAME or (not numbers and said.isdigit()):
             return None
         for name, rejected in self.names:
@@ -234,7 +234,12 @@ def scores_in(
 
 def _scores(one: tuple[str, str, float, float, bool]) -> str:
     good, bad, a, b, _ = one
-    return f"{good} {a:g}, {bad} {b:g}"
+    return f"{good} {_written(a)}, {bad} {_written(b)}"
+
+
+def _written(number: float) -> str:
+    """A number in short; whole ones may be too large for a float."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -10,8 +11,9 @@ from itertools import islice
 import numpy as np
 
 from tandem.data.batch import Batch, Plan, encode_batch
-from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
+from tandem.data.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.encode import Chat
+from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
 from tandem.data.overlap import Other
@@ -19,7 +21,7 @@ from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.prepare import nothing_left
 from tandem.data.reading import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
-from tandem.data.sources import SourceSpec, count_sources
+from tandem.data.sources import SourceSpec, count_sources, read_rows
 from tandem.data.words import words_of
 from tandem.diagnose.columns import Columns
 from tandem.diagnose.duplicates import signatures
@@ -80,14 +82,17 @@ class Subject:
 class Survey:
     """What was found.
 
-    `unread` are the keys of rows, and of turns as `messages[].key`, that a run ignores; `problem`
-    is the message that it would stop with, None if it would not.
+    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
+    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
+    more; `problem` is the message that it would stop with, None if it would not.
     """
 
     subject: Subject
     limit: int | None
+    looked_at: int
     formats: dict[str, str]
     unread: tuple[str, ...]
+    unread_cut: bool
     counts: dict[str, int]
     reasons: dict[str, int]
     roles: Roles
@@ -125,7 +130,7 @@ def survey(
     try:
         plan = _plan(subject)
         pieces = encoded_pieces(
-            _limited(formatted_chunks(subject.sources, plan.kind, work.ledger, "drop"), limit),
+            work.chunks(),
             subject.chat,
             plan,
             doing="checking records",
@@ -137,7 +142,7 @@ def survey(
             work.take(chunk, known, batch)
     except UserError as error:
         problem = str(error)
-    return work.finish(problem)
+    return work.finish(work.ended or problem)
 
 
 class _Survey:
@@ -154,8 +159,35 @@ class _Survey:
         self._lengths = Lengths("tokens" if subject.chat else "characters")
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
-        self._columns = Columns(subject.plan.kind, subject.sources)
+        self._columns = Columns(subject.plan.kind)
         self._stop: str | None = None
+        self.ended: str | None = None
+        self._looked_at = 0
+        self._joins = False
+
+    def chunks(self) -> Iterator[tuple[Chunk, str]]:
+        """The pieces of the data, up to what cannot be read; `ended` then says why.
+
+        An error would be raised while pieces are read ahead, and those would be lost.
+        """
+        left = self._limit
+        kind = self._subject.plan.kind
+        try:
+            for source in self._subject.sources:
+                if left == 0:
+                    return
+                self._looked_at += 1
+                limit, layout = left, None
+                for chunk, known in formatted_chunks([source], kind, self.ledger, "drop", limit):
+                    left = None if left is None else max(0, left - chunk.count)
+                    layout = layout or (format_with(known) if known else None)
+                    yield chunk, known
+                if layout is not None and layout.joins:
+                    self._joins = True
+                    # Read once more: the pairs no longer have the keys that nothing reads.
+                    self._columns.joined(islice(read_rows(source), limit), layout, source.fields)
+        except UserError as error:
+            self.ended = str(error)
 
     def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
         """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
@@ -193,8 +225,10 @@ class _Survey:
         return Survey(
             subject,
             self._limit,
+            self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
+            self._columns.unread_cut,
             counts,
             summary["reasons"],
             self._roles,
@@ -223,6 +257,8 @@ class _Survey:
                 raise nothing_left(self._subject.sources, self.ledger)
             self.ledger.check_share(self._subject.max_dropped)
         except UserError as error:
+            if self._joins and self._limit is not None:
+                return f"{error} What an answer lacks may be in the rows behind --limit."
             return str(error)
         return None
 
@@ -283,18 +319,20 @@ class _Survey:
         chunks = formatted_chunks(
             self._subject.sources, self._subject.plan.kind, Ledger(None), "drop"
         )
-        for chunk, known in chunks:
-            if len(found) == len(wanted):
-                break
-            first = getattr(chunk, "first", None)
-            if chunk.file not in files or (
-                first is not None
-                and not any(first <= origin.row < first + chunk.count for origin in wanted)
-            ):
-                continue
-            for record in records_of(chunk, known, "drop"):
-                if not isinstance(record, Entry) and record.origin in wanted:
-                    found[record.origin] = question_of(record)
+        # What cannot be read ended the pass itself, which says so; wanted is what came before.
+        with suppress(UserError):
+            for chunk, known in chunks:
+                first = getattr(chunk, "first", None)
+                if chunk.file not in files or (
+                    first is not None
+                    and not any(first <= origin.row < first + chunk.count for origin in wanted)
+                ):
+                    continue
+                for record in records_of(chunk, known, "drop"):
+                    if not isinstance(record, Entry) and record.origin in wanted:
+                        found[record.origin] = question_of(record)
+                if len(found) == len(wanted):
+                    break
         return found
 
 
@@ -302,21 +340,6 @@ def _plan(subject: Subject) -> Plan:
     """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
     plan = replace(subject.plan, on_bad_record="drop")
     return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
-
-
-def _limited(chunks: Iterator[tuple[Chunk, str]], limit: int | None) -> Iterator[tuple[Chunk, str]]:
-    """The pieces up to row `limit`; None: all."""
-    for chunk, known in chunks:
-        if limit is not None and chunk.count >= limit:
-            names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
-            plain = chunk.inner if isinstance(chunk, RenamedChunk) else chunk
-            rows: tuple[Row | BadLine, ...] = tuple(islice(plain.rows(), limit))
-            first = RowChunk(chunk.file, len(rows), rows)
-            yield RenamedChunk(first, names) if names else first, known
-            return
-        if limit is not None:
-            limit -= chunk.count
-        yield chunk, known
 
 
 def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:

@@ -58,6 +58,8 @@ _SWITCHES = frozenset({
     "high",
 })  # fmt: skip
 
+# Keys that are listed at most; rows whose keys are names of things have one each.
+_MOST = 1000
 # Texts of so few characters are found in any other.
 _SHORT = 3
 
@@ -121,7 +123,7 @@ class _Layout:
     `turns` are columns that turns may be in.
     """
 
-    unread: frozenset[str]
+    unread: tuple[str, ...]
     verdicts: tuple[tuple[str, bool], ...]
     meanings: tuple[tuple[str, str], ...]
     turns: tuple[str, ...]
@@ -133,32 +135,43 @@ class Unread:
 
     Args:
         kind: what the rows become.
-        led: keys that a recipe's names lead into.
+
+    Attributes:
+        cut: whether there are more keys than are kept.
+
+    `led` are the keys of a source that a recipe's names lead into, which is reading them.
     """
 
     kind: Kind
-    led: Set[str] = frozenset()
+    cut: bool = False
     _keys: set[str] = field(default_factory=set)
-    _turn_keys: set[tuple[str, str]] = field(default_factory=set)
-    _layouts: dict[tuple[str, ...], _Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[object, ...], _Layout] = field(default_factory=dict)
     _odd: dict[tuple[object, ...], tuple[str, ...]] = field(default_factory=dict)
     _signs: dict[tuple[str, str], Sign] = field(default_factory=dict)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys that are not read, of rows and of turns (`messages[].thought`), in order."""
-        own = (f"{column}[].{key}" for column, key in self._turn_keys)
-        return tuple(sorted({*self._keys, *own}))
+        return tuple(sorted(self._keys))
 
-    def note(self, fields: Mapping[str, object], known: Format) -> None:
+    def note(self, fields: Mapping[str, object], known: Format, led: Set[str]) -> None:
         """Note the keys of a row and its turns."""
-        layout = self._layout(fields, known)
-        self._keys |= layout.unread
+        layout = self._layout(fields, known, led)
+        for key in layout.unread:
+            self._keep(key)
         for column in layout.turns:
             value = fields[column]
             for item in value if isinstance(value, list) else (value,):
                 if isinstance(item, Mapping):
                     self._note_turn(column, item)
+
+    def _keep(self, key: str) -> None:
+        if key in self._keys:
+            return
+        if len(self._keys) < _MOST:
+            self._keys.add(key)
+        else:
+            self.cut = True
 
     def _note_turn(self, column: str, turn: Mapping[str, object]) -> None:
         said = turn.get("role", turn.get("from"))
@@ -176,16 +189,17 @@ class Unread:
         for key in odd:
             # In tables, every turn has the keys of all.
             if turn[key] is not None:
-                self._turn_keys.add((column, key))
+                self._keep(f"{column}[].{key}")
 
     def signs(
         self,
         fields: Mapping[str, object],
         known: Format,
+        led: Set[str],
         record: Conversation | PreferencePair,
     ) -> Iterator[tuple[Sign, str]]:
         """The signs that what a row holds beside its record should have been read, with a text."""
-        layout = self._layout(fields, known)
+        layout = self._layout(fields, known, led)
         for column, bad in layout.verdicts:
             if _says(fields[column], column) is bad:
                 sign = self._sign(column, known, None)
@@ -203,15 +217,15 @@ class Unread:
             )
         return self._signs[memo]
 
-    def _layout(self, fields: Mapping[str, object], known: Format) -> _Layout:
-        memo = (known.id, *fields)
+    def _layout(self, fields: Mapping[str, object], known: Format, led: Set[str]) -> _Layout:
+        memo = (known.id, led, *fields)
         layout = self._layouts.get(memo)
         if layout is None:
             _make_room(self._layouts)
-            unread = known.unread(fields) - self.led
+            unread = known.unread(fields) - led
             names = [name for name in fields if name in unread]
             layout = _Layout(
-                frozenset(unread),
+                tuple(sorted(unread)),
                 tuple(_verdicts(names)) if self.kind == "conversations" else (),
                 tuple(_meanings(names, self.kind)),
                 tuple(name for name in fields if name in known.keys | known.optional),
@@ -221,7 +235,7 @@ class Unread:
 
 
 def _make_room(
-    memo: dict[tuple[str, ...], _Layout] | dict[tuple[object, ...], tuple[str, ...]],
+    memo: dict[tuple[object, ...], _Layout] | dict[tuple[object, ...], tuple[str, ...]],
 ) -> None:
     if len(memo) >= _REMEMBERED:
         memo.clear()
