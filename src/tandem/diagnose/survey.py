@@ -142,7 +142,7 @@ def survey(
             work.take(chunk, known, batch)
     except UserError as error:
         problem = str(error)
-    return work.finish(work.ended or problem)
+    return work.finish(problem or work.ended)
 
 
 class _Survey:
