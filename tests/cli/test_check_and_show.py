@@ -131,7 +131,8 @@ def test_held_out_data_is_looked_at_as_a_run_reads_it(
     assert [(one["stage"], one["held_out"]) for one in found] == [
         ("sft", False), ("sft", True), ("dpo", False),
     ]  # fmt: skip
-    assert found[1]["sources"] == [{"path": str(held), "format": "messages"}]
+    source = {"path": str(held), "format": "messages", "looked_at": True}
+    assert found[1]["sources"] == [source]
     assert (found[1]["records"]["read"], found[1]["compared_with"]) == (4, [])
     code, out, _ = _run(capsys, "check", "--recipe", recipe, "--stage", "sft")
     assert code == 0
