@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tandem.data.chunks import Chunk, Row
 from tandem.data.formats import Format
-from tandem.data.formats.mapping import TURN_KEYS
+from tandem.data.formats.mapping import led_into
 from tandem.data.sources import SourceSpec
 
 
@@ -27,6 +27,7 @@ def unread_keys(chunks: Iterable[Chunk], known: Format, source: SourceSpec) -> t
     first = next(
         (row for row in rows if known.fits(row) or (stated and known.keys <= row.keys())), {}
     )
-    led = {name.partition(".")[0] for key, name in source.fields if key not in TURN_KEYS}
     # Here rows are as they were, also those that are to be joined.
-    return tuple(sorted(map(str, replace(known, joins=False).unread(first) - led)))
+    return tuple(
+        sorted(map(str, replace(known, joins=False).unread(first) - led_into(source.fields)))
+    )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tandem.data.chunks import BadLine, Row
 from tandem.data.formats import Format, Kind, format_with
-from tandem.data.formats.mapping import TURN_KEYS
+from tandem.data.formats.mapping import Names, led_into
 from tandem.data.records import Conversation, PreferencePair
 from tandem.diagnose.findings import Sign
 from tandem.diagnose.sides import Sides, column_signs, sides_of
@@ -15,7 +15,6 @@ from tandem.diagnose.unread import Unread
 
 # The signs beside a record, each with what its row says.
 Beside = Callable[[Conversation | PreferencePair], Iterator[tuple[Sign, str]]]
-Names = tuple[tuple[str, str], ...]
 
 
 class Columns:
@@ -43,7 +42,7 @@ class Columns:
         self._note(
             (row.fields for row in rows if isinstance(row, Row)),
             replace(known, joins=False),
-            _led(names),
+            led_into(names),
         )
 
     def _note(
@@ -65,7 +64,7 @@ class Columns:
         fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
         if not known:
             return _none_of
-        layout, sides, led = format_with(known), sides_of(names), _led(names)
+        layout, sides, led = format_with(known), sides_of(names), led_into(names)
         if not layout.joins:
             self._note(fields.values(), layout, led)
         return lambda record: self._signs(fields[record.origin.row], layout, led, sides, record)
@@ -81,11 +80,6 @@ class Columns:
         yield from self._unread.signs(fields, layout, led, record)
         if isinstance(record, PreferencePair):
             yield from column_signs(fields, record, sides)
-
-
-def _led(names: Names) -> frozenset[str]:
-    """The keys that a recipe's names lead into: `answers` of `answers.good`."""
-    return frozenset(name.partition(".")[0] for key, name in names if key not in TURN_KEYS)
 
 
 def _none_of(_: Conversation | PreferencePair) -> Iterator[tuple[Sign, str]]:

@@ -153,7 +153,9 @@ FORMATS: tuple[Format, ...] = (
     *_labelled("labelled messages", "messages", "", last_turn_apart("messages")),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
-    *_labelled("unpaired preference", "prompt completion label", "", prompt_apart(), None),
+    *_labelled(
+        "unpaired preference", "prompt completion label", "", prompt_apart("completion"), None
+    ),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",
         turns=True,
@@ -173,9 +175,7 @@ FORMATS: tuple[Format, ...] = (
         "instruction and response", "conversations", "instruction response",
         read_instruction_and_response, "context system history",
     ),
-    *_labelled(
-        "labelled prompt and response", "prompt response", "", prompt_apart(answer="response")
-    ),
+    *_labelled("labelled prompt and response", "prompt response", "", prompt_apart("response")),
     _known(
         "prompt and response", "conversations", "prompt response", read_prompt_and_response,
         "system", turns=True,

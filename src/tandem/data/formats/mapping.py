@@ -18,6 +18,17 @@ _TURN_COLUMNS = (
 )  # fmt: skip
 
 
+Names = tuple[tuple[str, str], ...]
+
+
+def led_into(fields: Names) -> frozenset[str]:
+    """The keys of rows that a recipe's names lead into: `answers` of `answers.good`.
+
+    `fields` are keys of a format, each with the data's name for it.
+    """
+    return frozenset(name.partition(".")[0] for key, name in fields if key not in TURN_KEYS)
+
+
 @dataclass(frozen=True, slots=True)
 class Renaming:
     """What a source's names mean.
@@ -26,8 +37,8 @@ class Renaming:
     `roles` are the data's names of roles, each with the role it means.
     """
 
-    fields: tuple[tuple[str, str], ...] = ()
-    roles: tuple[tuple[str, str], ...] = ()
+    fields: Names = ()
+    roles: Names = ()
 
     def __bool__(self) -> bool:
         return bool(self.fields or self.roles)

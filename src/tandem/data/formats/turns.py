@@ -82,7 +82,7 @@ def after_system(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 def read_keys(role: Role | None) -> frozenset[str]:
     """The keys that are read of a turn, given who speaks; None: of one whose role is unknown."""
-    keys = {"role", "content", "from", "value", "weight", "train", "loss", "train_detail"}
+    keys = {"role", "content", "from", "value", *_WEIGHTS, "train_detail"}
     if role == "assistant":
         keys |= {"tool_calls", "function_call", *REASONING_KEYS}
     if role == "tool":

@@ -50,14 +50,14 @@ def last_turn_apart(key: str) -> Apart:
     return apart
 
 
-def prompt_apart(prompt: str = "prompt", answer: str = "completion") -> Apart:
-    """Prompt and answer by their keys."""
+def prompt_apart(answer: str) -> Apart:
+    """The answer in a key of its own beside `prompt`."""
 
     def apart(fields: Fields) -> Fields:
-        for key in (prompt, answer):
+        for key in ("prompt", answer):
             if not isinstance(fields.get(key), list | Mapping):
                 text(fields, key)
-        return _answered(fields, fields[prompt], fields[answer])
+        return _answered(fields, fields["prompt"], fields[answer])
 
     return apart
 
