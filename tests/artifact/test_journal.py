@@ -27,7 +27,7 @@ def test_what_was_added_is_found_again(tmp_path: Path) -> None:
         journal.add([[3, "d"]])
     with Journal(path, "k") as journal:
         assert len(journal.entries) == 3
-    assert json.loads(path.read_text().split("\n")[0]) == {"journal": "k"}
+    assert json.loads(path.read_text().split("\n")[0]) == {"journal": "k", "checksums": True}
 
 
 def test_cut_anywhere_it_keeps_every_whole_unit_and_goes_on(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_is_left_of_a_journal_that_was_begun_is_begun_anew(
     path.write_bytes(content)
     with Journal(path, "k") as journal:
         assert journal.entries == []
-    assert path.read_text() == '{"journal": "k"}\n'
+    assert path.read_text() == '{"journal": "k", "checksums": true}\n'
 
 
 def test_recorded_values_are_not_worked_on_again(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,13 @@ _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
+# Files on their way to their final names: of what, on which machine (left out before), by which
+# process.
+_ASIDE = re.compile(r"\..+\.(?:(?P<host>[\w-]+)@)?(?P<process>\d+)\.tmp")
+# Seconds after which a half-written file of another machine is nobody's.
+_ABANDONED_SECONDS = 24 * 3600.0
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
     atomic_write_parts(path, [text])
@@ -26,7 +35,9 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    aside = aside_of(path)
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(parts)
         file.flush()
@@ -69,7 +80,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises OSError for what the disk refused, also where a library says so in an error of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -92,6 +103,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where this process writes what becomes `path` when it is whole."""
+    return path.with_name(f".{path.name}.{_host()}@{os.getpid()}.tmp")
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove half-written files, in a folder and its folders, whose processes are gone.
+
+    A process of another machine cannot be asked: what it writes counts as left behind when nothing
+    in it has changed for a day.
+    """
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        match = _ASIDE.fullmatch(path.name)
+        if match is None or _is_written(path, match["host"] or _host(), int(match["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_written(path: Path, host: str, process: int) -> bool:
+    """Whether somebody may still be writing a file or folder."""
+    if host != _host():
+        return time.time() - _last_change(path) < _ABANDONED_SECONDS
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's, and alive
+        return True
+    return True
+
+
+def _last_change(path: Path) -> float:
+    changed = 0.0
+    for one in (path, *path.rglob("*")):
+        with suppress(FileNotFoundError):  # it is written just now
+            changed = max(changed, one.lstat().st_mtime)
+    return changed
+
+
+def _host() -> str:
+    """This machine's name, as far as a file's name can hold it."""
+    return re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40] or "-"
 
 
 def sync(path: Path) -> None:

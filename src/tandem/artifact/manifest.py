@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem import __version__
-from tandem.artifact.files import atomic_write_json, read_json
+from tandem.artifact.files import atomic_write_json, remove_left_behind
 from tandem.artifact.hashing import hash_file, hash_json
+from tandem.artifact.sealed import Damaged, read_object, sealed
 from tandem.errors import UserError
 
 State = Literal["fresh", "resume", "finished"]
@@ -29,7 +29,17 @@ _FOREIGN = (
     "@eaDir", "#recycle", "#snapshot", ".glusterfs", ".gitkeep", ".gitignore", ".keep",
 )  # fmt: skip
 _IGNORED = (NAME, ".lock")
-_KEYS = ("stage", "status", "inputs", "schedule", "outputs", "started_at")
+_KINDS = {
+    "stage": str,
+    "status": str,
+    "inputs": dict,
+    "schedule": dict,
+    "outputs": dict,
+    "started_at": str,
+}
+_WAY_OUT = "Restore it, or use another folder."
+# What a schedule counts, and more of it than any machine has.
+_COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
 # Files on their way to their final names, which a killed process leaves behind.
 _ASIDE = ".*.tmp"
 
@@ -46,7 +56,10 @@ class Opened:
 
 
 def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
-    """Compare a stage folder with what is asked for; write nothing.
+    """Compare a stage folder with what is asked for.
+
+    Nothing is written. In a finished stage's folder, half-written files of processes that are gone
+    are removed.
 
     An unfinished stage with other inputs that has no checkpoint yet is started afresh: there is
     nothing in it to lose.
@@ -74,7 +87,8 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
             f"remove {folder} to start it afresh."
         )
     if state == "finished":
-        _check_outputs(folder, manifest["outputs"])
+        remove_left_behind(folder)
+        check_outputs(folder, manifest["outputs"])
         return Opened("finished", manifest["schedule"])
     return Opened("resume", manifest["schedule"])
 
@@ -84,47 +98,48 @@ def start_stage(
 ) -> None:
     """Record that a stage has begun; on a resume, keep when it first did.
 
-    The caller holds the folder's lock, so half-written files in it are a killed process's.
+    Half-written files of processes that are gone are removed.
     """
     path = folder / NAME
     plain = _plain(inputs)
     before = read_manifest(folder)
     started = before["started_at"] if before and before["inputs"] == plain else _now()
-    for aside in (*folder.glob(_ASIDE), *folder.glob(f"*/{_ASIDE}")):
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-    atomic_write_json(
-        path,
-        {
-            "stage": stage,
-            "status": "running",
-            "inputs": plain,
-            "inputs_hash": hash_json(plain),
-            "schedule": dict(schedule),
-            "versions": versions(),
-            "outputs": {},
-            "started_at": started,
-            "finished_at": None,
-        },
-    )
+    remove_left_behind(folder)
+    record = {
+        "stage": stage,
+        "status": "running",
+        "inputs": plain,
+        "inputs_hash": hash_json(plain),
+        "schedule": dict(schedule),
+        "versions": versions(),
+        "outputs": {},
+        "started_at": started,
+        "finished_at": None,
+    }
+    atomic_write_json(path, sealed(record))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in a stage folder, None when there is none.
 
-    Raises UserError for one that is damaged or no stage's.
+    Raises Damaged for one that is damaged or no stage's.
     """
     path = folder / NAME
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
-    try:
-        manifest: dict[str, Any] = read_json(path)
-        missing = [key for key in _KEYS if key not in manifest]
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}). Restore it, or use another folder."
-        ) from None
-    if missing or not isinstance(manifest, dict):
-        raise UserError(f"{path} is no manifest of a stage. Restore it, or use another folder.")
+    manifest = read_object(path, _KINDS, _WAY_OUT)
+    wrong = [
+        f"{key} {manifest['schedule'][key]!r}"
+        for key, most in _COUNTS.items()
+        if key in manifest["schedule"] and manifest["schedule"][key] not in range(1, most)
+    ]
+    if manifest["status"] not in ("running", "finished"):
+        wrong.append(f"status {manifest['status']!r}")
+    wrong += [
+        f"output {name!r}" for name, one in manifest["outputs"].items() if type(one) is not str
+    ]
+    if wrong:
+        raise Damaged(f"{path} cannot be used: it says {', '.join(wrong)}. {_WAY_OUT}")
     return manifest
 
 
@@ -142,11 +157,12 @@ def _check_empty(folder: Path) -> None:
 
 def finish_stage(folder: Path, outputs: list[str]) -> None:
     """Record the output files with their hashes; from here on the stage counts as finished."""
-    manifest = read_json(folder / NAME)
+    manifest = read_manifest(folder)
+    assert manifest is not None, "start_stage wrote it"
     manifest["outputs"] = {name: hash_file(folder / name) for name in sorted(outputs)}
     manifest["status"] = "finished"
     manifest["finished_at"] = _now()
-    atomic_write_json(folder / NAME, manifest)
+    atomic_write_json(folder / NAME, sealed(manifest))
 
 
 def versions() -> dict[str, str]:
@@ -170,10 +186,11 @@ def difference(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(key, old, new)]
 
 
-def _check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
+def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
+    """Raise UserError for an output of a finished stage that is not as it was left."""
     for name, digest in outputs.items():
         path = folder / name
-        if not path.exists() or hash_file(path) != digest:
+        if not path.is_file() or hash_file(path) != digest:
             raise UserError(
                 f"{path} is missing or was changed after the stage finished. "
                 f"Remove {folder} to make it again."

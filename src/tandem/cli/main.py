@@ -48,6 +48,9 @@ _FOLDER_TROUBLE = {
         (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT),
         "the disk or file server failed; look at it, then run again",
     ),
+    errno.EISDIR: "move this folder away: a file belongs there",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "move it away, or choose another path"),
+    errno.ELOOP: "remove this link",
 }
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.artifact.files import atomic_write_text, sync_open
+from tandem.artifact.files import aside_of, atomic_write_text, sync_open
 from tandem.pairs.filter import Pair
 
 _KEYS = ("system", "question", "chosen", "rejected")
@@ -35,7 +34,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     import pyarrow.parquet
 
     schema = pyarrow.schema([(key, pyarrow.string()) for key in _KEYS])
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_of(path)
     with aside.open("wb") as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file)
         file.flush()

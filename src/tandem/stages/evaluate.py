@@ -165,7 +165,7 @@ class _Desk:
         self.device = device
         self.runtime = runtime
         self.console = console
-        self.kept = Kept(folder / _SCORES)
+        self.kept = Kept(folder / _SCORES, lambda text: say(console, f"evaluate: {text}"))
 
     def evaluate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tandem.artifact.files import atomic_write_json, atomic_write_text, read_json
+from tandem.artifact.files import atomic_write_json, atomic_write_text, remove_left_behind
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.manifest import NAME as MANIFEST
-from tandem.artifact.manifest import read_manifest, versions
+from tandem.artifact.manifest import check_outputs, read_manifest, versions
+from tandem.artifact.sealed import read_object, sealed
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
 from tandem.recipe.schema import Recipe
@@ -174,8 +176,10 @@ def asked_for(planned: Sequence[PlannedStage], *, until: str | None, start: str 
 def _select(planned: list[PlannedStage], *, until: str | None, start: str | None) -> set[str]:
     asked = asked_for(planned, until=until, start=start)
     for stage in planned[: asked.start]:
-        if not _is_finished(stage):
+        manifest = read_manifest(stage.folder)
+        if manifest is None or manifest["status"] != "finished":
             raise UserError(f"--from {start}: the stage before it, {stage.folder}, is not finished")
+        check_outputs(stage.folder, manifest["outputs"])
     return {planned[place].name for place in asked}
 
 
@@ -189,11 +193,14 @@ def _check_root(root: Path) -> None:
     foreign = [name for name in _ROOT_FILES if (root / name).exists()]
     if not foreign:
         return
-    try:
-        if "stages" in read_json(root / MANIFEST):
-            return
-    except (OSError, ValueError, TypeError):
-        pass
+    with suppress(UserError):
+        read_object(root / MANIFEST, {"stages": dict}, "")
+        return
+    # The run's own manifest is written anew after each stage.
+    for folder in _FOLDERS.values():
+        with suppress(UserError):
+            if read_manifest(root / folder) is not None:
+                return
     raise UserError(
         f"output_dir: {root} is no run's folder and has a {foreign[0]}, which the run would write "
         "over. Choose another output_dir."
@@ -350,9 +357,9 @@ def _write_chain(planned: list[PlannedStage], root: Path) -> None:
     """The run's manifest: each stage's inputs and outputs by hash, data to evaluation."""
     chain = {}
     for stage in planned:
-        path = stage.folder / MANIFEST
-        if path.exists():
-            manifest = read_json(path)
+        manifest = read_manifest(stage.folder)
+        if manifest is not None:
             kept = ("stage", "status", "inputs_hash", "outputs", "started_at", "finished_at")
-            chain[stage.folder.name] = {key: manifest[key] for key in kept}
-    atomic_write_json(root / MANIFEST, {"stages": chain, "versions": versions()})
+            chain[stage.folder.name] = {key: manifest.get(key) for key in kept}
+    remove_left_behind(root)
+    atomic_write_json(root / MANIFEST, sealed({"stages": chain, "versions": versions()}))

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from tandem.artifact.files import atomic_write_json, read_json
+from tandem.artifact.files import atomic_write_json
 from tandem.artifact.manifest import difference
+from tandem.artifact.sealed import Damaged, read_object, sealed
 from tandem.model.kernels.library import numerics
 from tandem.model.products import bytes_to_order
 from tandem.train.device import Device, token_budget
@@ -119,11 +120,23 @@ def token_budget_of(
         tell: told when the budget gets smaller.
     """
     path, key = folder / "memory.json", "tokens_per_microbatch"
-    fitting = engine.processes.main(lambda: read_json(path)[key] if path.exists() else None)
+    fitting = engine.processes.main(lambda: _remembered(path, key, tell))
 
     def remember(tokens: int) -> None:
-        atomic_write_json(path, {key: tokens})
+        atomic_write_json(path, sealed({key: tokens}))
         tell(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
 
     tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
+
+
+def _remembered(path: Path, key: str, tell: Callable[[str], None]) -> int | None:
+    """The budget that a file remembers; None where there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found: int = read_object(path, {key: int}, "It is not used.")[key]
+    except Damaged as error:
+        tell(str(error))
+        return None
+    return found if found > 0 else None

@@ -56,4 +56,8 @@ class Stage:
 
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
-        return CheckpointStore(self.folder / "checkpoints", keep=self.settings.save_total_limit)
+        return CheckpointStore(
+            self.folder / "checkpoints",
+            keep=self.settings.save_total_limit,
+            lines=(self.folder / "metrics.jsonl", self.folder / "validation.jsonl"),
+        )

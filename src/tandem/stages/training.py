@@ -34,9 +34,9 @@ from tandem.stages.sources import held_out_sources, source_specs
 from tandem.stages.stage import Stage
 from tandem.stages.steps import prepare_engine, take_steps
 from tandem.stages.validation import kept_in_words, kept_warnings, validation_summary
-from tandem.train.checkpoint import Progress
+from tandem.train.checkpoint import CheckpointStore, Progress
 from tandem.train.device import choose_device
-from tandem.train.held_out import best_adapters
+from tandem.train.held_out import best_adapters, forget_after, why_best_is_gone
 from tandem.train.launch import launched
 from tandem.train.memory import TokenBudget
 from tandem.train.processes import join
@@ -187,12 +187,25 @@ def _forecast(
 def _begin(stage: Stage, model: Any, total: int) -> tuple[Progress, dict[str, Tensor]]:
     """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
     checkpoints, processes = stage.checkpoints(), stage.engine.processes
-    newest = processes.main(checkpoints.newest)
+    usable = partial(why_best_is_gone, best_adapters(stage.folder))
+    newest = processes.main(lambda: checkpoints.newest(stage.tell, usable))
     if newest is None:
         return Progress(), {}
     progress, state = processes.together(partial(checkpoints.load, newest, model))
+    processes.main(lambda: _clean_lines(stage, checkpoints, newest, progress.step))
     stage.tell(f"going on from {newest} (step {progress.step} of {total})")
     return progress, state
+
+
+def _clean_lines(stage: Stage, checkpoints: CheckpointStore, newest: Path, step: int) -> None:
+    """Leave in the files of metrics what a checkpoint knows of, and say what is not as it was."""
+    for path in checkpoints.lines:
+        forget_after(path, step)
+    for path in checkpoints.changed_lines(newest):
+        stage.tell(
+            f"{path} is not as it was at step {step}: it was damaged or changed, lines that cannot "
+            "be read are left out of it. What is trained does not depend on it"
+        )
 
 
 def _objectives(

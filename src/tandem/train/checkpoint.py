@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.artifact.files import atomic_folder, atomic_write_json, read_json
-from tandem.artifact.hashing import hash_file
-from tandem.errors import TandemError
+from tandem.artifact.files import atomic_folder, atomic_write_json
+from tandem.artifact.hashing import hash_bytes, hash_file
+from tandem.artifact.sealed import Damaged, read_object, sealed
 from tandem.model.adapter import load_adapter_weights, save_adapter
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"
+_WAY_OUT = "Restore it, or remove its folder to go on from an earlier step."
+_KINDS = {"progress": dict, "files": dict}
 
 
 @dataclass
@@ -52,11 +55,14 @@ class CheckpointStore:
     Args:
         folder: holds step-000100, step-000200, ...
         keep: how many of the newest stay, all when None.
+        lines: files of JSON lines that grow along with the run. A checkpoint knows what was in
+            them.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None) -> None:
+    def __init__(self, folder: Path, *, keep: int | None, lines: Sequence[Path] = ()) -> None:
         self.folder = folder
         self.keep = keep
+        self.lines = lines
 
     def save(
         self,
@@ -78,17 +84,35 @@ class CheckpointStore:
             save_adapter(model, aside, trained)
             save_file(dict(optimizer), aside / _OPTIMIZER)
             digests = {f.name: hash_file(f) for f in sorted(aside.iterdir()) if f.is_file()}
-            mark = {"progress": asdict(progress), "files": digests}
-            atomic_write_json(aside / _MARK, mark)
-        for old in self._complete()[: -self.keep] if self.keep else []:
+            mark = {
+                "progress": asdict(progress),
+                "files": digests,
+                "lines": {file.name: hash_bytes(_content(file)) for file in self.lines},
+            }
+            atomic_write_json(aside / _MARK, sealed(mark))
+        for old in self._all()[: -self.keep] if self.keep else []:
             shutil.rmtree(old)
         return path
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint whose files are all there and unchanged."""
-        for path in reversed(self._complete()):
-            if _intact(path):
+    def newest(
+        self,
+        tell: Callable[[str], None] = lambda _: None,
+        usable: Callable[[Progress], str] = lambda _: "",
+    ) -> Path | None:
+        """The newest checkpoint whose files are all there and unchanged.
+
+        Args:
+            tell: told of each newer one that is passed over, and why.
+            usable: why a run that stood there cannot go on from it; empty where it can.
+        """
+        for path in reversed(self._all()):
+            try:
+                why = usable(read_checkpoint(path)[0])
+            except Damaged as error:
+                why = str(error)
+            if not why:
                 return path
+            tell(f"{path.name} is passed over: {why}")
         return None
 
     def load(self, path: Path, model: Any) -> tuple[Progress, dict[str, Tensor]]:
@@ -97,12 +121,24 @@ class CheckpointStore:
         Returns the progress and the optimizer's tensors.
         """
         load_adapter_weights(model, path)
-        progress = Progress(**read_json(path / _MARK)["progress"])
-        return progress, load_file(path / _OPTIMIZER)
+        return read_checkpoint(path)[0], load_file(path / _OPTIMIZER)
 
     def steps(self) -> list[Progress]:
-        """Where the run stood at each complete checkpoint, the oldest first."""
-        return [Progress(**read_json(path / _MARK)["progress"]) for path in self._complete()]
+        """Where the run stood at each checkpoint that is whole, the oldest first."""
+        found = []
+        for path in self._all():
+            with suppress(Damaged):
+                found.append(_progress(path, _mark(path)))
+        return found
+
+    def changed_lines(self, path: Path) -> list[Path]:
+        """The files of lines that do not hold what they held at a checkpoint."""
+        known = _mark(path).get("lines", {})
+        return [
+            file
+            for file in self.lines
+            if file.name in known and hash_bytes(_content(file)) != known[file.name]
+        ]
 
     def clear(self) -> None:
         """Remove all checkpoints and the folder."""
@@ -112,30 +148,59 @@ class CheckpointStore:
         """Where the checkpoint of a step is, or would be."""
         return self.folder / f"step-{step:06d}"
 
-    def _complete(self) -> list[Path]:
-        if not self.folder.exists():
-            return []
-        return sorted(p for p in self.folder.glob("step-*") if (p / _MARK).exists())
+    def _all(self) -> list[Path]:
+        """The checkpoints' folders, the oldest first."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted((p for p in found if _step_of(p) >= 0), key=_step_of)
+
+
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, str]]:
+    """Where a run stood at a checkpoint, and its files by their hashes.
+
+    Raises Damaged for one that is not whole, or is another step's.
+    """
+    mark = _mark(path)
+    files = mark["files"]
+    if _OPTIMIZER not in files or len(files) < 2:
+        raise Damaged(f"{path / _MARK} names no adapter or no optimizer. {_WAY_OUT}")
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file() or hash_file(file) != digest:
+            raise Damaged(f"{file} is missing or damaged. {_WAY_OUT}")
+    return _progress(path, mark), files
 
 
 def copy_adapter(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint's adapter, and nothing else of it, into a folder.
 
-    Raises TandemError when the checkpoint is not whole.
+    Raises Damaged when the checkpoint is not whole.
     """
-    if not _intact(checkpoint):
-        raise TandemError(f"{checkpoint} is damaged or gone; remove the folder and train again")
-    for file in sorted(checkpoint.iterdir()):
-        if file.name not in (_MARK, _OPTIMIZER):
-            shutil.copyfile(file, folder / file.name)
+    _, files = read_checkpoint(checkpoint)
+    for name in sorted(files):
+        if name != _OPTIMIZER:
+            shutil.copyfile(checkpoint / name, folder / name)
 
 
-def _intact(path: Path) -> bool:
-    try:
-        files = read_json(path / _MARK)["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (path / name).exists() and hash_file(path / name) == digest
-        for name, digest in files.items()
-    )
+def _mark(path: Path) -> dict[str, Any]:
+    return read_object(path / _MARK, _KINDS, _WAY_OUT)
+
+
+def _progress(path: Path, mark: Mapping[str, Any]) -> Progress:
+    known = {one.name for one in fields(Progress)}
+    said = mark["progress"]
+    figures = [value for key, value in said.items() if key != "sums"]
+    fits = said.keys() <= known and isinstance(said.get("sums", {}), dict)
+    fits &= all(one is None or type(one) in (int, float) for one in figures)
+    if not fits or said.get("step") != _step_of(path):
+        raise Damaged(f"{path / _MARK} is not of {path.name}. {_WAY_OUT}")
+    return Progress(**said)
+
+
+def _step_of(path: Path) -> int:
+    """The step of a checkpoint's folder, -1 where its name says none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""

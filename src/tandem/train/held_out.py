@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import append_jsonl, atomic_write_text, read_jsonl
+from tandem.artifact.files import append_jsonl, atomic_write_text
+from tandem.artifact.sealed import Damaged
 from tandem.data.order import Step
 from tandem.data.packing import plan_step, tree_cost
 from tandem.data.records import Tree
 from tandem.model.score import micro_batches, tokens_fed
-from tandem.train.checkpoint import CheckpointStore, Progress
+from tandem.train.checkpoint import CheckpointStore, Progress, read_checkpoint
 from tandem.train.engine import Engine
 from tandem.train.memory import TokenBudget
 from tandem.train.micro_batches import MicroBatches, StepWork, added, own_work
@@ -165,6 +167,31 @@ def best_adapters(folder: Path) -> CheckpointStore:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps from a file of metrics."""
-    kept = [line for line in read_jsonl(path) if line["step"] <= step]
-    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    """Remove the lines of later steps from a file of metrics, and those that are damaged."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")[:-1]
+    kept = b"".join(line + b"\n" for line in lines if _step_in(line) <= step)
+    atomic_write_text(path, kept.decode())
+
+
+def _step_in(line: bytes) -> float:
+    """The step of a line of metrics; beyond all others where it cannot be told."""
+    try:
+        match json.loads(line.decode()):
+            case {"step": int(step)}:
+                return step
+    except (ValueError, RecursionError):
+        pass
+    return math.inf
+
+
+def why_best_is_gone(best: CheckpointStore, progress: Progress) -> str:
+    """Why the best adapter that a checkpoint remembers cannot be had; empty where it can."""
+    if progress.best_step is None:
+        return ""
+    try:
+        read_checkpoint(best.path_of(progress.best_step))
+    except Damaged as error:
+        return str(error)
+    return ""
