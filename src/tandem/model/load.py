@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.artifact.files import read_json
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
 from tandem.model.fused import fuse_elementwise
@@ -243,11 +242,10 @@ def load_for_inference(path: str, device: str) -> tuple[Any, Any]:
     folder = model_folder(path)
     if (folder / "adapter_config.json").exists():
         from tandem.model.adapter import load_adapter
+        from tandem.model.adapter_base import find_base
 
-        base = model_folder(
-            str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
-        )
-        model = load_adapter(load_base(base, folder, dtype=dtype, device=device), folder)
+        base = load_base(find_base(folder), folder, dtype=dtype, device=device)
+        model = load_adapter(base, folder)
     else:
         model = load_model(folder, dtype=dtype, device=device)
     return model, load_tokenizer(folder)

@@ -17,6 +17,7 @@ from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
+from tandem.model.adapter_base import check_weights
 from tandem.model.adapter_folder import Update, read_updates
 from tandem.model.load import load_tokenizer, model_folder, require_model
 from tandem.model.merge import added, copy_surroundings, merge_shards, vocabulary_grown
@@ -202,13 +203,7 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
             f"{adapter} was trained on a quantised base, but has no {QUANTIZATION}, which says "
             "what was rounded: copy the whole folder again"
         )
-    trained_on = model.get("weights")
-    if trained_on is not None and trained_on != weights:
-        raise UserError(
-            f"{adapter} was trained on other weights than those of {base} (hash "
-            f"{trained_on[:12]} there, {weights[:12]} here). Name the right base, or merge anyway "
-            "with --force."
-        )
+    check_weights(adapter, base, weights, "Name the right base, or merge anyway with --force.")
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
