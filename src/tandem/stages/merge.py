@@ -187,7 +187,7 @@ def _save_template(folder: Path, choice: str | None, console: Console) -> int | 
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
         say(console, f"merge: {notice}")
-    if own != template.source:
+    if own != template.saved:
         tokenizer.save_pretrained(str(folder))
     ending = find_ending(tokenizer, template)
     return None if ending is None else ending.token_id
