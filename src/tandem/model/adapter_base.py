@@ -10,7 +10,7 @@ from tandem.artifact.hashing import hash_weights
 from tandem.artifact.manifest import read_manifest
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
-from tandem.model.adapter_folder import CONFIG, read_config, read_config_values
+from tandem.model.adapter_folder import CONFIG, read_config_values, require_plain
 from tandem.model.load import model_folder, require_model
 
 
@@ -51,7 +51,7 @@ def find_base(adapter: Path) -> Path:
     Raises UserError when it is nowhere, has other weights, or cannot be told from another one of
     the same name, and for an adapter that is no plain LoRA.
     """
-    read_config(adapter)
+    require_plain(adapter)
     named, revision = _named(adapter)
     trained_on = trained_weights(adapter)
     if named.startswith("demo:"):

@@ -7,6 +7,7 @@ wherever transformers keeps them.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from tandem.model.quantization import FILE as QUANTIZATION
 # A tokenizer's vocabulary, in each of the forms that transformers reads.
 _VOCABULARY = (
     "tokenizer.json", "tokenizer.model*", "spiece.model", "sentencepiece*.model", "*.tiktoken",
-    "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "tokenizer.*.json", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "tokenization_*.py")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -127,28 +128,42 @@ def _keep_pieces(base: Path, output: Path) -> None:
             shutil.copyfile(file, output / file.name)
 
 
+def write_templates(folder: Path, templates: str | Mapping[str, str]) -> None:
+    """Make a chat template, or several by name, the only ones of a tokenizer's folder."""
+    for file in _matching(folder, _TEMPLATES):
+        file.unlink()
+    shutil.rmtree(folder / _TEMPLATE_FOLDER, ignore_errors=True)
+    _write_inside(folder, None)
+    named = {"default": templates} if isinstance(templates, str) else templates
+    for name, text in named.items():
+        path = folder / _TEMPLATE_FOLDER / f"{name}.jinja"
+        if name == "default":
+            path = folder / "chat_template.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
-    """The adapter's chat templates if it has any, else the base's; every other place is cleared."""
+    """The adapter's chat templates if it has any, else the base's; no other place has one."""
     for source in (adapter, base):
-        inside = _template_inside(source)
-        files = _matching(source, _TEMPLATES)
-        folder = source / _TEMPLATE_FOLDER
-        if not (inside or files or folder.is_dir()):
-            continue
-        for file in files:
-            shutil.copyfile(file, output / file.name)
-        if folder.is_dir():
-            shutil.copytree(folder, output / _TEMPLATE_FOLDER)
-        _write_inside(output, inside)
-        return
-
-
-def _template_inside(folder: Path) -> Any:
-    """The chat template, or the list of named ones, in tokenizer_config.json."""
-    return _settings(folder).get("chat_template")
+        inside = _settings(source).get("chat_template")
+        jinja, folder = source / "chat_template.jinja", source / _TEMPLATE_FOLDER
+        of_processor = source / "chat_template.json"
+        if jinja.is_file() or folder.is_dir() or inside:
+            if jinja.is_file():
+                shutil.copyfile(jinja, output / jinja.name)
+            if folder.is_dir():
+                shutil.copytree(folder, output / _TEMPLATE_FOLDER)
+            _write_inside(output, inside)
+            return
+        # Where older processors keep theirs; tokenizers do not look there.
+        if of_processor.is_file() and (text := _object(of_processor).get("chat_template")):
+            write_templates(output, text)
+            return
 
 
 def _write_inside(folder: Path, template: Any) -> None:
+    """Put chat templates into tokenizer_config.json; None takes out what is there."""
     path, settings = folder / "tokenizer_config.json", _settings(folder)
     if settings.get("chat_template") == template:
         return
@@ -161,11 +176,13 @@ def _write_inside(folder: Path, template: Any) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return {}
+    return _object(path) if path.exists() else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}. Copy or download it again.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object. Copy or download it again.")

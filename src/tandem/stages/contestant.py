@@ -8,7 +8,6 @@ from typing import Any
 
 from tandem.artifact.hashing import hash_file, hash_json, hash_weights
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
-from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
 from tandem.model.adapter_base import find_base
 from tandem.model.adapter_folder import is_adapter
@@ -21,6 +20,7 @@ from tandem.model.load import (
     require_model,
 )
 from tandem.model.quantization import read_record
+from tandem.model.surroundings import load_combined_tokenizer
 from tandem.model.vocabulary import grow_vocabulary
 from tandem.train.device import Device
 
@@ -63,16 +63,10 @@ class Contestant:
 
     def tokenizer(self, chat_template: str | None) -> tuple[Any, ChatTemplate]:
         """The tokenizer and the template: its own, an adapter's first, else `chat_template`."""
-        places = [self.folder] if self.adapter is None else [self.adapter, self.folder]
-        tokenizer = None
-        for place in places:
-            try:
-                tokenizer = load_tokenizer(place)
-            except UserError:
-                if place == places[-1]:
-                    raise
-                continue
-            break
+        if self.adapter is None:
+            tokenizer = load_tokenizer(self.folder)
+        else:
+            tokenizer = load_combined_tokenizer(self.folder, self.adapter)
         if getattr(tokenizer, "chat_template", None):
             return tokenizer, resolve_template(tokenizer, None)
         add_tokens(tokenizer, self.added_tokens)
