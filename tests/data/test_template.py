@@ -59,8 +59,28 @@ def test_a_model_without_template_gets_neural_chat_and_a_notice(mistral_tokenize
 def test_a_models_own_template_wins_and_may_be_one_of_several(byte_tokenizer: Any) -> None:
     own = resolve_template(byte_tokenizer, "chatml").source
     assert resolve_template(byte_tokenizer, None) == ChatTemplate("the model's own", own)
-    byte_tokenizer.chat_template = {"default": own, "tool_use": "x"}
-    assert resolve_template(byte_tokenizer, None).source == own
+    named = {"default": own, "tool_use": "x"}
+    byte_tokenizer.chat_template = named
+    for _ in range(2):  # the tokenizer keeps all of them
+        template = resolve_template(byte_tokenizer, None)
+        assert template == ChatTemplate("the model's own", own, named=tuple(named.items()))
+        assert byte_tokenizer.chat_template == named
+    byte_tokenizer.chat_template = {"default": own}
+    assert resolve_template(byte_tokenizer, None) == ChatTemplate("the model's own", own)
+
+
+def test_named_templates_without_a_default_are_told_and_can_be_chosen(byte_tokenizer: Any) -> None:
+    own = resolve_template(byte_tokenizer, "chatml").source
+    rag = {"rag": own, "tool_use": own + "x"}
+    byte_tokenizer.chat_template = rag
+    with pytest.raises(UserError, match=r"\(rag, tool_use\), and none is called default.*neural"):
+        resolve_template(byte_tokenizer, None)
+    with pytest.raises(UserError, match=r"one of .*zephyr, rag, tool_use\. Did you mean 'rag'"):
+        resolve_template(byte_tokenizer, "rga")
+    template = resolve_template(byte_tokenizer, "rag")
+    assert (template.name, template.source, template.named) == ("rag", own, ())
+    assert "used for every record" in template.notices[0]
+    assert "(the model also has: tool_use)" in template.notices[0]
     assert byte_tokenizer.chat_template == own
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from tandem.data.batch import Plan, encode_batch
 from tandem.data.calls import Malformed, read_calls, read_tools
 from tandem.data.chunks import Row, RowChunk
 from tandem.data.encode import Chat
 from tandem.data.formats import FORMATS, Format, detect
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.limits import Limits
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.reading import read_conversations, read_pairs, records_of
 from tandem.data.records import Conversation, Origin
@@ -284,6 +286,56 @@ def test_what_the_template_does_not_render_is_dropped_with_the_reason(
         "the chat template does not render tool calls",
         "the chat template does not render tools",
     ]
+
+
+# A model's template for plain turns, which ends answers with a token of another name.
+PLAIN = """{{ bos_token }}
+{%- for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}
+{%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_records_with_tools_take_the_models_template_for_them(
+    mistral_tokenizer: Any, tmp_path: Path, *, rebuilt: bool
+) -> None:
+    headed = HEADED.replace("m.content | trim + eos_token", "m.content | trim + ' ' + eos_token")
+    mistral_tokenizer.chat_template = {"default": PLAIN, "tool_use": headed}
+    template = resolve_template(mistral_tokenizer, None)
+    chat = Chat.of(mistral_tokenizer, template)
+    if rebuilt:  # as another process has it
+        assert chat.parts
+        chat = Chat.from_parts(chat.parts)
+    rows: list[dict[str, Any]] = [
+        {"messages": SAID, "tools": TOOLS}, {"messages": SAID[4:]}, {"messages": SAID}
+    ]  # fmt: skip
+    chunk = RowChunk("f", 3, tuple(Row(row, Origin("f", n)) for n, row in enumerate(rows, 1)))
+    known = detect(rows[0])
+    assert known
+    plan = Plan("conversations", Limits(1024, None), "stop")
+    batch = encode_batch(chat, plan, chunk, known.id)
+    assert batch.columns.rows.tolist() == [1, 2]
+    # Calls without a list of tools take the other template, as in transformers.
+    (dropped,) = batch.entries
+    assert (dropped.row, dropped.reason) == (3, "the chat template does not render tool calls")
+    for tools, row in ((TOOLS, rows[0]), (None, rows[1])):
+        fed = mistral_tokenizer.apply_chat_template(
+            row["messages"][:-1], tools=tools, add_generation_prompt=True,
+            tokenize=True, return_dict=False,
+        )  # fmt: skip
+        record = read(row)
+        assert prompt_ids(mistral_tokenizer, template, record.turns[:-1], record.tools) == fed
+    source = SourceSpec(str(tmp_path / "rows.jsonl"))
+    Path(source.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trees = prepare_conversations(
+        [source], tokenizer=mistral_tokenizer, template=template, max_length=1024,
+        ledger=Ledger(None),
+    )  # fmt: skip
+    texts = [
+        mistral_tokenizer.decode(tree.sequence(len(tree.branches) - 1).input_ids) for tree in trees
+    ]
+    assert '"name": "weather"' in texts[0]
+    assert texts[0].endswith("[assistant]Gladly. </s>")
+    assert texts[1].endswith("[user]Thanks.</s> [assistant]Gladly.</s>")
 
 
 def test_results_need_a_template_that_knows_them(mistral_tokenizer: Any, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tandem.artifact.files import read_json
 from tandem.errors import UserError
-from tandem.model import merge
 from tandem.model.adapter import load_adapter
+from tandem.model.adapter_folder import LowRankUpdate
 from tandem.stages.merge import run_merge
 
 from .made_inputs import QUIET, make_model_folder
@@ -86,10 +86,10 @@ def test_the_stated_dtype_is_cast_to_once(tiny_model: Path, trained: Path, tmp_p
 def test_a_corrupted_merge_is_refused_and_leaves_nothing(
     fault: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = merge.LowRankUpdate.delta
+    plain = LowRankUpdate.delta
     count = 0
 
-    def delta(self: merge.LowRankUpdate) -> torch.Tensor:
+    def delta(self: LowRankUpdate) -> torch.Tensor:
         nonlocal count
         count += 1
         exact = plain(self)
@@ -97,7 +97,7 @@ def test_a_corrupted_merge_is_refused_and_leaves_nothing(
             return exact * (0 if count == 1 else 1)
         return exact * {"forgotten": 0, "doubled": 2}[fault]
 
-    monkeypatch.setattr(merge.LowRankUpdate, "delta", delta)
+    monkeypatch.setattr(LowRankUpdate, "delta", delta)
     with pytest.raises(UserError, match="does not say what base and adapter say"):
         merged(tiny_model, trained, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -77,16 +77,17 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
 
 def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation | PreferencePair:
     """The record with its tool calls as the template takes them."""
+    taken = chat.taken(record.tools)
     if isinstance(record, Conversation):
-        return replace(record, turns=in_form(chat.tools, record.turns))
-    return replace(record, prompt=in_form(chat.tools, record.prompt))
+        return replace(record, turns=in_form(taken, record.turns))
+    return replace(record, prompt=in_form(taken, record.prompt))
 
 
 def _lighten(
     chat: Chat, plan: Plan, record: Conversation | PreferencePair
 ) -> Light | PreferencePair | Refused:
     """What can be encoded of a record together with others, or why it cannot be trained."""
-    if reason := suited(chat.tools, record):
+    if reason := suited(chat.taken(record.tools), record):
         return Refused(reason, f"chat_template: {chat.template.name}")
     if isinstance(record, PreferencePair):
         return record

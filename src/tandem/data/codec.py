@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -97,9 +97,10 @@ class CodecParts:
 
     Attributes:
         tokenizer: the `tokenizers` library's JSON.
-        template: the chat template.
+        template: the chat template, and the one for turns with tools.
         special: the special tokens a template may write, by name.
         ending: how the template ends an answer.
+        tool_ending: how the one for turns with tools does, where it is another and ends it.
         bos_token_id: of the tokenizer, if it has one.
         shown: what a few turns render as; a template may write today's date.
     """
@@ -108,6 +109,7 @@ class CodecParts:
     template: ChatTemplate
     special: tuple[tuple[str, Any], ...]
     ending: Ending
+    tool_ending: Ending | None
     bos_token_id: int | None
     shown: str
 
@@ -124,6 +126,7 @@ class CodecParts:
                 "special": self.special,
                 "bos": self.bos_token_id,
                 "shown": self.shown,
+                **({"for_tools": self.template.for_tools} if self.template.for_tools else {}),
             }
         )
 
@@ -138,6 +141,7 @@ class FastCodec:
         self._template = parts.template
         self._special = dict(parts.special)
         self._render = _compile(parts.template.source)
+        self._render_with_tools: Callable[..., str] | None = None  # compiled when it is needed
         self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
         self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
         self._longest: int | None = None  # found when a text is long enough to ask
@@ -145,7 +149,7 @@ class FastCodec:
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """See `Codec.render`."""
         try:
-            return self._render(
+            return self._compiled(tools)(
                 messages=[turn.message() for turn in turns],
                 tools=json.loads(tools) if tools else None,
                 add_generation_prompt=prompt,
@@ -184,13 +188,20 @@ class FastCodec:
             self._longest = longest_token(self._tokenizer)
         return self._longest * tokens if self._longest else None
 
+    def _compiled(self, tools: str) -> Callable[..., str]:
+        if not tools or self._template.for_tools is None:
+            return self._render
+        if self._render_with_tools is None:
+            self._render_with_tools = _compile(self._template.for_tools)
+        return self._render_with_tools
+
     def _encode(self, texts: list[str]) -> list[Any]:
         encoded: list[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return encoded
 
 
 def make_codec(
-    tokenizer: Any, template: ChatTemplate, ending: Ending
+    tokenizer: Any, template: ChatTemplate, ending: Ending, tool_ending: Ending | None = None
 ) -> tuple[Codec, CodecParts | None]:
     """The quickest codec of a tokenizer of transformers, and the values it is made of, if any.
 
@@ -206,9 +217,10 @@ def make_codec(
     shown = [_shown(theirs, prompt) for prompt in (False, True)]
     parts = CodecParts(
         tokenizer=_plain(backend),
-        template=ChatTemplate(template.name, template.source),
+        template=replace(template, notices=()),
         special=tuple(sorted(_special(tokenizer.special_tokens_map).items())),
         ending=ending,
+        tool_ending=tool_ending,
         bos_token_id=tokenizer.bos_token_id,
         shown=json.dumps(shown),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 
 from tandem.data.codec import Codec, CodecParts, FastCodec, make_codec
 from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
-from tandem.data.template import ChatTemplate, Ending, require_ending
-from tandem.data.tools import Taken, look
+from tandem.data.template import ChatTemplate, Ending, find_ending, require_ending
+from tandem.data.tools import PROBE_TOOLS, Taken, look
 from tandem.errors import UserError
 
 END_INSIDE = "the answer's text contains the end-of-turn token"
@@ -30,28 +31,61 @@ _MARGIN = 64
 class Chat:
     """A tokenizer with its template, and how that template ends an answer.
 
-    `tools` is what the template renders of tools and their calls. `parts` are the plain values
-    that make the same chat in another process, if there are any.
+    `tools` is what the template renders of tools and their calls, `plain` what it renders of calls
+    in a record without a list of tools. `tool_ending` is how answers end in a template of its own
+    for records with tools. `parts` are the plain values that make the same chat in another
+    process, if there are any.
     """
 
     codec: Codec
     template: ChatTemplate
     ending: Ending
     tools: Taken
+    plain: Taken
+    tool_ending: Ending | None = None
     parts: CodecParts | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate) -> Chat:
         """Raises `UserError` when the template ends answers with no token."""
         ending = require_ending(tokenizer, template)
-        codec, parts = make_codec(tokenizer, template, ending)
-        return cls(codec, template, ending, _look(codec), parts)
+        tool_ending = None
+        if template.for_tools is not None:
+            with suppress(UserError):  # said of the first record with tools, if there is one
+                tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
+        codec, parts = make_codec(tokenizer, template, ending, tool_ending)
+        return cls._looked_at(codec, template, ending, tool_ending, parts)
 
     @classmethod
     def from_parts(cls, parts: CodecParts) -> Chat:
         """The chat that `parts` came from."""
-        codec = FastCodec(parts)
-        return cls(codec, parts.template, parts.ending, _look(codec), parts)
+        return cls._looked_at(
+            FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts
+        )
+
+    @classmethod
+    def _looked_at(
+        cls,
+        codec: Codec,
+        template: ChatTemplate,
+        ending: Ending,
+        tool_ending: Ending | None,
+        parts: CodecParts | None,
+    ) -> Chat:
+        def render(turns: Sequence[Turn], tools: str) -> str:
+            return codec.render(turns, prompt=False, tools=tools)
+
+        taken = look(render)
+        plain = taken if template.for_tools is None else look(render, given="")
+        return cls(codec, template, ending, taken, plain, tool_ending, parts)
+
+    def taken(self, tools: str) -> Taken:
+        """What the template of turns with these tools renders of them and of calls."""
+        return self.tools if tools else self.plain
+
+    def ending_for(self, tools: str) -> Ending:
+        """How the template of turns with these tools ends an answer."""
+        return self.tool_ending if tools and self.tool_ending is not None else self.ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +249,6 @@ def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
     if first and len(trained):
         trained[0] = False
     return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
-
-
-def _look(codec: Codec) -> Taken:
-    return look(lambda turns, tools: codec.render(turns, prompt=False, tools=tools))
 
 
 @dataclass(frozen=True, slots=True)

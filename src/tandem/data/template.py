@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,37 @@ from tandem.data.records import Turn
 from tandem.errors import UserError, nearest
 
 DEFAULT = "neural-chat"
+# The name under which a model keeps its template for records with tools, as transformers has it.
+TOOL_USE = "tool_use"
 # Words that no template contains, to find a turn's text in what a template renders.
 _QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: its name, its jinja text, and what the user should hear about it."""
+    """A chat template: its name, its jinja text, and what the user should hear about it.
+
+    `named` are all the templates of a model that has several, each with its name.
+    """
 
     name: str
     source: str
     notices: tuple[str, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
+
+    def source_for(self, tools: str) -> str:
+        """The jinja text for turns with these tools: as transformers chooses among several."""
+        return dict(self.named).get(TOOL_USE, self.source) if tools else self.source
+
+    @property
+    def for_tools(self) -> str | None:
+        """The jinja text of turns with tools, where it is one of its own."""
+        return dict(self.named).get(TOOL_USE)
+
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What a tokenizer keeps of it: the text, or all the texts by name."""
+        return dict(self.named) or self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +73,14 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     """Decide on the chat template and set it as the tokenizer's.
 
     `choice` is a template's name, a .jinja file, or None for the tokenizer's own (for
-    `neural-chat` when it has none, with a notice). Raises `UserError` for an unknown name, a
-    missing file, or a template that cannot render a plain exchange.
+    `neural-chat` when it has none, with a notice). Of several templates that a tokenizer has by
+    name, None takes `default`, and `tool_use` for turns with tools. Raises `UserError` for an
+    unknown name, a missing file, or a template that cannot render a plain exchange.
     """
     template = _choose(tokenizer, choice)
-    tokenizer.chat_template = template.source
-    notices = [*template.notices, *_notices(tokenizer, template)]
-    return ChatTemplate(template.name, template.source, tuple(notices))
+    tokenizer.chat_template = template.saved
+    notices = (*template.notices, *_notices(tokenizer, template))
+    return replace(template, notices=notices)
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
@@ -104,7 +125,7 @@ def render(
         text = tokenizer.apply_chat_template(
             [turn.message() for turn in turns],
             tools=json.loads(tools) if tools else None,
-            chat_template=template.source,
+            chat_template=template.source_for(tools),
             tokenize=False,
             add_generation_prompt=prompt,
         )
@@ -173,9 +194,12 @@ def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
     return ids
 
 
-def find_ending(tokenizer: Any, template: ChatTemplate) -> Ending | None:
-    """How the template closes an answer, or None when no token of the tokenizer does."""
-    text = render(tokenizer, template, _probe(), prompt=False)
+def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Ending | None:
+    """How the template closes an answer, or None when no token of the tokenizer does.
+
+    `tools` are given to the template; a model may have another template for turns with tools.
+    """
+    text = render(tokenizer, template, _probe(), prompt=False, tools=tools)
     if _ANSWER not in text:
         raise UserError(f"chat template {template.name!r} leaves out the assistant's text.")
     closing = text[text.rindex(_ANSWER) + len(_ANSWER) :]
@@ -230,16 +254,24 @@ def _probe() -> tuple[Turn, ...]:
 
 
 def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
+    own = tokenizer.chat_template
+    named: dict[str, str] = dict(own) if isinstance(own, dict) else {}
+    if choice is None and named:
+        return _default_of(named)
     if choice is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
         if own:
             return ChatTemplate("the model's own", own)
         notice = f"the model has no chat template: using {DEFAULT!r}"
         return ChatTemplate(DEFAULT, _packaged(DEFAULT), (notice,))
     if choice in template_names():
         return ChatTemplate(choice, _packaged(choice))
+    if choice in named:
+        others = ", ".join(sorted(named.keys() - {choice}))
+        notice = (
+            f"chat template {choice!r} of the model is used for every record, with tools or "
+            f"without, and is saved as the only one (the model also has: {others})"
+        )
+        return ChatTemplate(choice, named[choice], (notice,) if others else ())
     try:
         path = Path(choice).expanduser()
     except RuntimeError:  # ~ of nobody
@@ -249,11 +281,25 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
             return ChatTemplate(choice, path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: {choice} cannot be read: {error}.") from error
-    names = template_names()
+    names = (*template_names(), *sorted(named))
     raise UserError(
         f"chat_template: {choice!r} is neither a file nor one of {', '.join(names)}."
         f"{nearest(choice, names)}"
     )
+
+
+def _default_of(named: Mapping[str, str]) -> ChatTemplate:
+    """A model's template called default, with the others that it has."""
+    if "default" not in named:
+        names = ", ".join(sorted(named))
+        raise UserError(
+            f"the model has several chat templates by name ({names}), and none is called default, "
+            "which plain conversations take. Say which one to use with `chat_template`: a name of "
+            f"these, a shipped one ({', '.join(template_names())}) or a .jinja file."
+        )
+    if len(named) == 1:
+        return ChatTemplate("the model's own", named["default"])
+    return ChatTemplate("the model's own", named["default"], named=tuple(sorted(named.items())))
 
 
 def _packaged(name: str) -> str:

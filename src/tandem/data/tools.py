@@ -18,7 +18,7 @@ from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 _TOOL, _CALLED, _KEY, _VALUE, _RESULT, _THOUGHT = (
     f"zqprobe{word}zq" for word in ("tool", "called", "key", "value", "result", "thought")
 )
-_TOOLS = json.dumps(
+PROBE_TOOLS = json.dumps(
     [
         {
             "type": "function",
@@ -62,10 +62,14 @@ class Taken:
     reasoning: str = ""
 
 
-def look(render: Callable[[Sequence[Turn], str], str]) -> Taken:
-    """What of tools a template renders; `render` gives the text of turns with some tools."""
+def look(render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS) -> Taken:
+    """What of tools a template renders; `render` gives the text of turns with some tools.
 
-    def shown(turns: Sequence[Turn], *words: str, tools: str = _TOOLS) -> bool:
+    Without tools `given`, it is what the template for turns without tools renders, where a model
+    has one for each.
+    """
+
+    def shown(turns: Sequence[Turn], *words: str, tools: str = given) -> bool:
         try:
             text = render(turns, tools)
         except Exception:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
+from tandem.model.adapter_folder import check_copies, read_config
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record
@@ -128,12 +129,13 @@ def refused_modules(model: Any) -> list[str]:
 def load_adapter(model: Any, folder: Path) -> Any:
     """Wrap a model with a saved adapter; a model without its added tokens grows by them.
 
-    Raises UserError if the folder's adapter does not fit the model.
+    Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
     """
+    if ids := added_ids_of_folder(folder):
+        grow_vocabulary(model, ids)
+    check_copies(folder, model)
     try:
         with _quiet():
-            if ids := added_ids_of_folder(folder):
-                grow_vocabulary(model, ids)
             return PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
@@ -141,8 +143,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 def added_ids_of_folder(folder: Path) -> list[int]:
     """The added tokens whose embeddings a saved adapter brings."""
-    config = LoraConfig.from_pretrained(str(folder))
-    found: Any = getattr(config, "trainable_token_indices", None) or []
+    found: Any = read_config(folder).trainable_token_indices or []
     lists = found.values() if isinstance(found, dict) else [found]
     return sorted({index for ids in lists for index in ids})
 
@@ -217,9 +218,11 @@ def _quiet() -> Iterator[None]:
     """Without peft's warnings about what peft itself does.
 
     It asks transformers for a property that was renamed, and for mixtures of experts it adds
-    patterns of its own, for experts that no target names.
+    patterns of its own, for experts that no target names. Keys of an adapter's configuration that
+    peft does not know were judged before.
     """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did")
         yield

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,95 +17,12 @@ from transformers import AutoConfig
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
+from tandem.model.adapter_folder import NewRows, Update
 from tandem.model.quantization import FILE as QUANTIZATION
-from tandem.model.quantization import Quantized, load_bitsandbytes, read_record
+from tandem.model.quantization import Quantized
 
-load_bitsandbytes()  # peft would import it less quietly
-
-from peft import PeftConfig  # noqa: E402
-
-_PREFIX = "base_model.model."
-_ROWS = ".token_adapter.trainable_tokens_delta"
 # Names that a head has which is no more than the input embedding once more.
 _HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """One module's update: scaling * B @ A, transposed for layers that store [in, out]."""
-
-    a: Tensor  # [rank, in]
-    b: Tensor  # [out, rank]
-    scaling: float
-    transposed: bool
-
-    def delta(self) -> Tensor:
-        """The dense update in float32, in the layout of the base weight."""
-        product = (self.b.float() @ self.a.float()) * self.scaling
-        return product.T if self.transposed else product
-
-
-@dataclass(frozen=True)
-class NewRows:
-    """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
-
-    ids: tuple[int, ...]
-    values: Tensor
-
-
-Update = LowRankUpdate | NewRows
-
-
-def read_updates(adapter: Path) -> dict[str, Update]:
-    """The updates of a LoRA adapter folder by the name of the base weight they belong to.
-
-    Rows of added tokens are among them, for each embedding that has its own.
-
-    Raises UserError for adapters whose effect is not a plain low-rank update of weights.
-    """
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError, TypeError) as error:
-        raise UserError(
-            f"{adapter / 'adapter_config.json'} cannot be used: {error}. Copy the adapter again."
-        ) from None
-    _check_plain(config, adapter)
-    path = adapter / "adapter_model.safetensors"
-    if not path.exists():
-        raise UserError(
-            f"{adapter} has no adapter_model.safetensors: its training is not finished, or it was "
-            "copied in part"
-        )
-    updates: dict[str, Update] = {}
-    record = read_record(adapter)
-    with _opened(path) as file:
-        names = set(file.keys())
-        for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
-            module = name.removesuffix(".lora_A.weight")
-            partner = f"{module}.lora_B.weight"
-            if partner not in names:
-                raise UserError(f"{path}: {name} has no lora_B beside it")
-            target = module.removeprefix(_PREFIX)
-            a, b = file.get_tensor(name), file.get_tensor(partner)
-            rank = a.shape[0]
-            alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
-            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-            weight = f"{target}.weight"
-            # peft sees a quantised layer [out, in] even where its weight is stored turned.
-            turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
-            updates[weight] = LowRankUpdate(a, b, scaling, bool(turned))
-            names -= {name, partner}
-        for name in sorted(n for n in names if n.endswith(_ROWS)):
-            module = name.removesuffix(_ROWS).removeprefix(_PREFIX)
-            ids = _row_ids(config, module)
-            values = file.get_tensor(name)
-            if len(ids) != len(values):
-                raise UserError(f"{path}: {name} has {len(values)} rows for {len(ids)} tokens")
-            updates[f"{module}.weight"] = NewRows(ids, values)
-            names.discard(name)
-    if names:
-        raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
-    return updates
 
 
 def merge_shards(
@@ -223,26 +138,6 @@ def _belongs_to_stage(name: str) -> bool:
     }
 
 
-def _check_plain(config: Any, adapter: Path) -> None:
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        raise UserError(f"{adapter} is a {config.peft_type} adapter; only LoRA can be merged")
-    if config.use_dora:
-        raise UserError(f"{adapter} was trained with DoRA, whose merge is not a low-rank sum")
-    if config.bias != "none" or config.modules_to_save:
-        raise UserError(
-            f"{adapter} trained biases or whole modules as well "
-            f"(bias {config.bias!r}, modules_to_save {config.modules_to_save!r}); merge it with "
-            "peft's merge_and_unload"
-        )
-
-
-def _pattern_value(pattern: dict[str, float], target: str, default: float) -> float:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", target):
-            return value
-    return default
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -256,13 +151,6 @@ def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             yield name, file.get_tensor(name)
-
-
-def _row_ids(config: Any, module: str) -> tuple[int, ...]:
-    found: Any = config.trainable_token_indices or []
-    if isinstance(found, dict):
-        found = next((ids for name, ids in found.items() if module.endswith(name)), [])
-    return tuple(found)
 
 
 def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
@@ -298,13 +186,15 @@ def _add(name: str, weight: Tensor, update: Update | None, dtype: torch.dtype) -
         raise UserError(f"{name} is stored as {weight.dtype}; merge into unquantised weights")
     if isinstance(update, NewRows):
         return _replace(name, weight, update, target)
-    delta = update.delta()
-    if delta.shape != weight.shape:
+    shape = (update.b.shape[0], update.a.shape[1])
+    if update.transposed:
+        shape = shape[::-1]
+    if shape != weight.shape:
         raise UserError(
-            f"{name} has shape {tuple(weight.shape)} in the base and {tuple(delta.shape)} in the "
-            "adapter: is this the model it was trained on?"
+            f"{name} has shape {tuple(weight.shape)} in the base and {shape} in the adapter: is "
+            "this the model it was trained on?"
         )
-    merged = (weight.float() + delta).to(target)
+    merged = update.added_to(weight).to(target)
     if not torch.isfinite(merged).all():
         raise UserError(f"{name} is not finite after merging into {target}")
     return merged.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tandem.data.records import Turn
-from tandem.data.template import ChatTemplate, render, tokenize
+from tandem.data.template import render, resolve_template, tokenize
 from tandem.errors import UserError
 from tandem.model.load import context_length, load_tokenizer, require_model
 
@@ -49,13 +50,13 @@ class RewardModel:
                 "classifier that was trained to score answers."
             )
         self.tokenizer = load_tokenizer(folder)
-        source = getattr(self.tokenizer, "chat_template", None)
-        if not source:
+        if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
                 f"pairs.rank.reward_model: {folder} has no chat template, so nobody can say how it "
                 "wants to read an answer. Put the one it was trained with into its folder."
             )
-        self._template = ChatTemplate("the reward model's own", str(source))
+        own = resolve_template(self.tokenizer, None)
+        self._template = replace(own, name="the reward model's own")
         self._model = model.to(device).eval()
         self._context = context_length(model.config)
 

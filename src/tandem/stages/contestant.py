@@ -138,4 +138,6 @@ def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:
     """Hash of how texts become tokens, the chat template included where it has a part."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
-    return hash_json({"tokenizer": text, "template": template.source if template else None})
+    named = {"named": template.named} if template and template.named else {}
+    source = template.source if template else None
+    return hash_json({"tokenizer": text, "template": source, **named})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.hashing import hash_bytes, hash_file, hash_weights
+from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
@@ -50,7 +50,11 @@ def resolved_inputs(
         },
         "data": data_identity(sources),
         **({"held_out": data_identity(held_out)} if held_out else {}),
-        "chat_template": {"name": template.name, "hash": hash_bytes(template.source.encode())},
+        "chat_template": {
+            "name": template.name,
+            "hash": hash_bytes(template.source.encode()),
+            **({"named": hash_json(template.named)} if template.named else {}),
+        },
         "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
         "seed": seed,
         "dtype": device.dtype_name,

@@ -17,15 +17,9 @@ from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
+from tandem.model.adapter_folder import Update, read_updates
 from tandem.model.load import load_tokenizer, model_folder, require_model
-from tandem.model.merge import (
-    Update,
-    added,
-    copy_surroundings,
-    merge_shards,
-    read_updates,
-    vocabulary_grown,
-)
+from tandem.model.merge import added, copy_surroundings, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
 from tandem.model.verify import Verified, verify_merge
@@ -71,8 +65,6 @@ def run_merge(
     """
     base_folder = model_folder(base)
     require_model(base_folder)
-    if not (adapter / "adapter_config.json").exists():
-        raise UserError(f"{adapter} is no adapter folder: it has no adapter_config.json")
     updates, quantized = read_updates(adapter), read_record(adapter)
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
@@ -194,7 +186,7 @@ def _save_template(folder: Path, choice: str | None, console: Console) -> int | 
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
         say(console, f"merge: {notice}")
-    if own != template.source:
+    if own != template.saved:
         tokenizer.save_pretrained(str(folder))
     ending = find_ending(tokenizer, template)
     return None if ending is None else ending.token_id

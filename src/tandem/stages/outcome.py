@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,25 @@ def save_adapter_folder(
             save_adapter(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
-        tokenizer.chat_template = template.source
+        tokenizer.chat_template = template.saved
         tokenizer.save_pretrained(str(aside))
     return move_up(folder / "saving")
 
 
 def move_up(folder: Path) -> list[str]:
-    """Move a complete folder's files into its parent, and remove it; returns their names."""
+    """Move a complete folder's files into its parent, and remove it; returns their names.
+
+    Files of folders within it go into folders of the same names.
+    """
     names = []
-    for file in sorted(folder.iterdir()):
-        file.replace(folder.parent / file.name)
-        names.append(file.name)
-    folder.rmdir()
+    for path in sorted(folder.rglob("*"), key=lambda path: path.parts):
+        name = path.relative_to(folder)
+        if path.is_dir():
+            (folder.parent / name).mkdir(exist_ok=True)
+        else:
+            path.replace(folder.parent / name)
+            names.append(name.as_posix())
+    shutil.rmtree(folder)
     return names
 
 

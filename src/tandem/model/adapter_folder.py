@@ -1,0 +1,358 @@
+"""A saved LoRA adapter: what kind it is, and what it adds to which weight."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tandem.artifact.files import read_json
+from tandem.errors import UserError
+from tandem.model.quantization import load_bitsandbytes, read_record
+
+load_bitsandbytes()  # peft would import it less quietly
+
+from peft import LoraConfig, PeftConfig  # noqa: E402
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_MAGNITUDE = ".lora_magnitude_vector"
+_WITH_PEFT = (
+    "Merge it with peft (AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()) and "
+    "name the merged folder"
+)
+# Settings with which an adapter is more than sums of low rank, or acts on some inputs alone.
+_MORE = {
+    "modules_to_save": "trained whole modules as well",
+    "lora_bias": "has biases of its own",
+    "layer_replication": "repeats layers of its base",
+    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
+    "use_qalora": "was trained with QA-LoRA, on groups of inputs",
+    "use_bdlora": "was trained with BD-LoRA, in blocks",
+    "arrow_config": "is a router between adapters (Arrow)",
+    "kasa_config": "was trained with KaSA, which cuts a part off its base",
+    "velora_config": "was trained with VeLoRA",
+    "monteclora_config": "was trained with MonteCLoRA, which draws random numbers",
+    "megatron_config": "was trained on Megatron's parallel layers",
+}
+# Initialisations that take a part out of the base before training, which cannot be computed again.
+_LOST = ("pissa_niter_", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One module's update: scaling * B @ A, transposed for layers that store [in, out].
+
+    Attributes:
+        a, b: [rank, in] and [out, rank].
+        scaling: of their product.
+        transposed: whether the weight is stored [in, out].
+        start: pissa or olora if training began from a part of the base, which it took out there.
+        magnitude: DoRA's length of each output's row of the sum [out], None for plain LoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    transposed: bool
+    start: Literal["pissa", "olora"] | None = None
+    magnitude: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """The dense update in float32, in the layout of the base weight."""
+        product = (self.b.float() @ self.a.float()) * self.scaling
+        return product.T if self.transposed else product
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The sum of a base weight and the update in float32, in the weight's layout."""
+        delta, whole = self.delta(), weight.float()
+        if self.start is not None:
+            whole = whole - self._taken(whole)
+        whole = whole + delta
+        if self.magnitude is None:
+            return whole
+        inputs = 0 if self.transposed else 1
+        factor = self.magnitude.float() / whole.norm(dim=inputs)
+        return whole * factor.unsqueeze(inputs)
+
+    def _taken(self, weight: Tensor) -> Tensor:
+        """The part of a base weight that the adapter began as, as peft takes it out."""
+        rank = self.a.shape[0]
+        if self.start == "olora":
+            q, r = torch.linalg.qr(weight)
+            return (q[:, :rank] @ r[:rank]) * self.scaling
+        # Turned or not, the largest singular values are the same.
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
+
+    ids: tuple[int, ...]
+    values: Tensor
+
+
+Update = LowRankUpdate | NewRows
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's configuration."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(adapter: Path) -> Any:
+    """The peft configuration of an adapter folder.
+
+    Raises UserError for adapters whose effect is not a plain low-rank update of weights, by name,
+    and for a file that cannot be used.
+    """
+    path = adapter / CONFIG
+    values = read_config_values(adapter)
+    _refuse(adapter, values)
+    try:
+        with warnings.catch_warnings():
+            # Keys that peft does not know are judged above.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
+
+
+def read_config_values(adapter: Path) -> dict[str, Any]:
+    """What adapter_config.json says, not judged.
+
+    Raises UserError for a folder without one, and for a file that holds no JSON object.
+    """
+    path = adapter / CONFIG
+    if not path.exists():
+        inside = sorted(p.parent.name for p in adapter.glob(f"*/{CONFIG}"))
+        hint = (
+            f"; there are adapters in its folders {', '.join(inside)}: name one" if inside else ""
+        )
+        raise UserError(f"{adapter} is no adapter folder: it has no {CONFIG}{hint}")
+    try:
+        values = read_json(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be used: it holds no JSON object. Copy the adapter again.")
+    return values
+
+
+def read_updates(adapter: Path) -> dict[str, Update]:
+    """The updates of a LoRA adapter folder by the name of the base weight they belong to.
+
+    Rows of added tokens are among them, for each embedding that has its own. Whole weights, which
+    peft may put beside an adapter, are not: see `whole_weights`.
+
+    Raises UserError for adapters whose effect is not a plain low-rank update of weights.
+    """
+    config = read_config(adapter)
+    updates: dict[str, Update] = {}
+    record = read_record(adapter)
+    with _opened(adapter) as file:
+        names = set(file.names) - set(_whole(file.names))
+        for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
+            module = name.removesuffix(".lora_A.weight")
+            partner = f"{module}.lora_B.weight"
+            if partner not in names:
+                raise UserError(f"{file.path}: {name} has no lora_B beside it")
+            target = module.removeprefix(_PREFIX)
+            a, b = file.tensor(name), file.tensor(partner)
+            rank = a.shape[0]
+            alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
+            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+            weight = f"{target}.weight"
+            # peft sees a quantised layer [out, in] even where its weight is stored turned.
+            turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
+            length = {f"{module}{_MAGNITUDE}", f"{module}{_MAGNITUDE}.weight"} & names
+            updates[weight] = LowRankUpdate(
+                a, b, scaling, bool(turned), _start(config),
+                file.tensor(min(length)) if length else None,
+            )  # fmt: skip
+            names -= {name, partner, *length}
+        for name in sorted(n for n in names if n.endswith(_ROWS)):
+            module = name.removesuffix(_ROWS).removeprefix(_PREFIX)
+            ids = _row_ids(config, module)
+            values = file.tensor(name)
+            if len(ids) != len(values):
+                raise UserError(f"{file.path}: {name} has {len(values)} rows for {len(ids)} tokens")
+            updates[f"{module}.weight"] = NewRows(ids, values)
+            names.discard(name)
+    if any(".lora_embedding_" in name for name in names):
+        raise UserError(
+            f"{adapter} changes embeddings by low-rank updates, which tandem does not add. "
+            f"{_WITH_PEFT}."
+        )
+    if names:
+        raise UserError(f"{file.path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
+    return updates
+
+
+def whole_weights(adapter: Path) -> dict[str, Tensor]:
+    """The whole weights in an adapter's file by the base's names; peft copies embeddings there."""
+    with _opened(adapter) as file:
+        return {
+            name.removeprefix(_PREFIX): file.tensor(name) for name in sorted(_whole(file.names))
+        }
+
+
+def check_copies(adapter: Path, model: Any) -> list[str]:
+    """The whole weights that an adapter brings; they change nothing, being the base's own.
+
+    Args:
+        adapter: the folder.
+        model: its base, loaded, without the adapter.
+
+    Raises UserError for one that the base has otherwise.
+    """
+    found = whole_weights(adapter)
+    for name, values in found.items():
+        own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+        if own is None or not _same(own.detach(), values):
+            raise UserError(
+                f"{adapter} holds {name} as a whole, and other values than its base: it trained "
+                f"whole modules as well. {_WITH_PEFT}."
+            )
+    return list(found)
+
+
+def _same(own: Tensor, copy: Tensor) -> bool:
+    """Whether two weights are equal in the narrower one's number format."""
+    if own.shape != copy.shape:
+        return False
+    dtype = min(own.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(own.cpu().to(dtype), copy.to(dtype))
+
+
+def _whole(names: list[str]) -> list[str]:
+    return [
+        name
+        for name in names
+        if name.startswith(_PREFIX)
+        and name.endswith(".weight")
+        and not re.search(r"\.(lora_|token_adapter\.|modules_to_save\.|base_layer\.)", name)
+    ]
+
+
+def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise UserError(
+            f"{adapter} is an adapter of type {kind}; tandem takes LoRA adapters. {_WITH_PEFT}."
+        )
+    if values.get("bias", "none") != "none":
+        raise UserError(
+            f"{adapter} trained biases as well (bias {values['bias']!r}). {_WITH_PEFT}."
+        )
+    for key, does in _MORE.items():
+        if values.get(key):
+            raise UserError(
+                f"{adapter} {does} ({key} {json.dumps(values[key])[:60]}), which is more than a "
+                f"sum of low rank. {_WITH_PEFT}."
+            )
+    start = values.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_LOST):
+        raise UserError(
+            f"{adapter} was trained on a base that its initialisation had changed "
+            f"(init_lora_weights {start!r}), and that cannot be computed again. Convert it where "
+            "it was trained, with peft's save_pretrained(OUT, "
+            "path_initial_model_for_weight_conversion=INITIAL), or merge it into the changed base "
+            "that was saved there, with init_lora_weights set to true in "
+            f"{CONFIG}"
+        )
+    _refuse_unknown(adapter, values)
+
+
+def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
+    """Settings of a newer peft: what is switched on there, this one would ignore."""
+    known = {field.name for field in fields(LoraConfig)}
+    for key, value in values.items():
+        if key not in known and (value is True or (value and isinstance(value, str | list | dict))):
+            if key in ("peft_version", "runtime_config"):
+                continue
+            raise UserError(
+                f"{adapter / CONFIG} has {key} {json.dumps(value)[:60]}, which the installed peft "
+                f"does not know (it was written by peft {values.get('peft_version', 'unknown')}). "
+                "Update peft, or merge the adapter with the peft that wrote it"
+            )
+
+
+def _start(config: Any) -> Literal["pissa", "olora"] | None:
+    """The initialisation of an adapter that changed its base and can be computed again."""
+    named = config.init_lora_weights
+    if named == "pissa":
+        return "pissa"
+    return "olora" if isinstance(named, str) and named.lower() == "olora" else None
+
+
+def _pattern_value(pattern: dict[str, float], target: str, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", target):
+            return value
+    return default
+
+
+def _row_ids(config: Any, module: str) -> tuple[int, ...]:
+    found: Any = config.trainable_token_indices or []
+    if isinstance(found, dict):
+        found = next((ids for name, ids in found.items() if module.endswith(name)), [])
+    return tuple(found)
+
+
+class _Tensors:
+    """An open file of an adapter's tensors."""
+
+    def __init__(self, path: Path, source: Any) -> None:
+        self.path = path
+        self._source = source
+        self.names: list[str] = list(source.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        read = getattr(self._source, "get_tensor", None)
+        found: Tensor = self._source[name] if read is None else read(name)
+        return found
+
+
+@contextmanager
+def _opened(adapter: Path) -> Iterator[_Tensors]:
+    """The adapter's tensors: safetensors, or torch's own format as older trainers write it."""
+    path = adapter / "adapter_model.safetensors"
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield _Tensors(path, file)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+        return
+    path = adapter / "adapter_model.bin"
+    if not path.exists():
+        raise UserError(
+            f"{adapter} has no adapter_model.safetensors: its training is not finished, or it was "
+            "copied in part"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} cannot be read: {said[0]} Convert it where it was made, with peft's "
+            "save_pretrained, which writes adapter_model.safetensors."
+        ) from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds no tensors by name. Copy the adapter again.")
+    yield _Tensors(path, tensors)
