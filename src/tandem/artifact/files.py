@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends without an error it becomes `path`.
 
     Files are synced before the rename, so a folder under its final name is complete even after
-    a power cut. An existing `path` is replaced.
+    a power cut. An existing `path` is replaced. Files get the rights that the umask gives:
+    safetensors writes them for their owner alone, and a server under another name finds nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -64,8 +65,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        rights = aside.stat().st_mode & 0o666
         for file in aside.rglob("*"):
             if file.is_file():
+                if file.stat().st_mode & 0o666 != rights:
+                    with suppress(OSError):  # file systems without rights
+                        file.chmod(rights)
                 sync(file)
         sync(aside)
         if path.exists():
