@@ -32,7 +32,7 @@ NAME = "reference.sqlite"
 # SQLite's codes of a file that is no database of ours: ERROR (other columns), CORRUPT, NOTADB.
 _DAMAGED = frozenset((1, 11, 26))
 # Seconds to wait for another run that writes to the store.
-_PATIENCE = 60
+_PATIENCE = 10
 # Records of one unit: what an interruption redoes, and what one transaction stores.
 _UNIT = 64
 # Records whose log-probs are looked up at once.

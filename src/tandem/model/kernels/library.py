@@ -82,7 +82,8 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
     A file under the right name may be damaged, or on a disk from which nothing may be executed.
     """
-    with suppress(OSError, AttributeError):
+    # A linker that finds no room fails as a compiler does.
+    with suppress(OSError, AttributeError, subprocess.CalledProcessError):
         kept = ctypes.CDLL(str(_built(compiler, cache_folder() / "kernels")))
         _ = kept.tandem_lanes
         return kept
