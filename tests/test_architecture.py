@@ -24,7 +24,7 @@ ALLOWED = {
     "train": {"artifact", "data", "losses", "model"},
     "estimate": {"artifact", "data", "model"},
     "report": {"artifact"},
-    "chat": {"data", "model"},
+    "chat": {"artifact", "data", "model"},
     "stages": {
         "artifact", "data", "demo", "estimate", "evaluate", "model", "pairs", "recipe", "report",
         "train",

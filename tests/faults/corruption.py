@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from tandem.artifact import hashing
-from tandem.artifact.files import read_json
 from tandem.cli.main import main as tandem
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
@@ -280,8 +279,6 @@ def _digest(desk: Path, name: str) -> str:
             content = json.dumps(_steady(values), sort_keys=True).encode()
         except ValueError:
             pass
-    if path.suffix == ".html":
-        return "a page"
     return hashlib.sha256(content).hexdigest()
 
 
@@ -309,7 +306,14 @@ _PAIRS = ("pairs", "--model", "model", "--prompts", "conversations.jsonl", "--ou
           "samples=4", "max_new_tokens=6")  # fmt: skip
 _EVAL = ("eval", "model", "--questions", "questions.jsonl", "--heldout", "heldout.jsonl",
          "--pairs", "pairs.jsonl", "--max_new_tokens", "6", "--output_dir", "out")  # fmt: skip
-_MERGED = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
+_MERGED = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def make_home(home: Path) -> Path:
@@ -394,7 +398,7 @@ def read_by(home: Path, *folders: str) -> tuple[str, ...]:
 def interrupted_scenes(root: Path, base: Path) -> list[Scene]:
     """An interrupted stage of each kind, which the same command goes on with."""
     from tandem.artifact.journal import Journal
-    from tandem.stages import evaluate, merge
+    from tandem.stages import evaluate
     from tandem.train.checkpoint import CheckpointStore
 
     scenes = []
@@ -454,7 +458,8 @@ def finished_scenes(root: Path, base: Path) -> list[Scene]:
               read_by(whole, "run/5-final"), (), other),
         Scene("chat with an adapter", whole, ("chat", "run/1-sft", "--max_new_tokens", "8"),
               read_by(whole, "run/1-sft"), (), other),
-        Scene("report", whole, ("report", "run"), read_by(whole, "run"), ("run/report.html",), other),
+        Scene("report", whole, ("report", "run"), read_by(whole, "run"),
+              ("run/report.html",), other),
         Scene("plan", whole, ("plan", "recipe.yaml"), read_by(whole, "run", "cache"), (), other),
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -259,13 +260,25 @@ def measured_evaluation() -> dict[str, Any]:
     return found
 
 
+def hashed(folder: Path) -> Path:
+    """Put the hashes of the files that are there into the manifests of a run's stages."""
+    for path in folder.rglob("manifest.json"):
+        value = json.loads(path.read_text())
+        for name in value.get("outputs", {}):
+            if (path.parent / name).is_file():
+                content = (path.parent / name).read_bytes()
+                value["outputs"][name] = hashlib.sha256(content).hexdigest()
+        write(path, value)
+    return folder
+
+
 def run_folder(folder: Path, *, until: str = "evaluation", fall: float = 0.4) -> Path:
     """A run; `until` sft stops after the first stage."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     sft_stage(folder / "1-sft")
     if until == "sft":
-        return folder
+        return hashed(folder)
     for name in ("2-sft-merged", "5-final"):
         write(
             folder / name / "manifest.json",
@@ -291,4 +304,4 @@ def run_folder(folder: Path, *, until: str = "evaluation", fall: float = 0.4) ->
         manifest("evaluate", {"questions": digest("q")}, ["evaluation.json"]),
     )
     write(folder / "6-evaluation" / "evaluation.json", evaluation())
-    return folder
+    return hashed(folder)

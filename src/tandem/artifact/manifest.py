@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +40,8 @@ _KINDS = {
 _WAY_OUT = "Restore it, or use another folder."
 # What a schedule counts, and more of it than any machine has.
 _COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
+# Outputs that say what was done, and that nothing is computed from.
+_TOLD_ONLY = ("summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "README.md")
 # Files on their way to their final names, which a killed process leaves behind.
 _ASIDE = ".*.tmp"
 
@@ -150,7 +152,7 @@ def _check_empty(folder: Path) -> None:
     present = [n for n in names if not any(fnmatchcase(n, one) for one in passed_over)]
     if present:
         raise UserError(
-            f"{folder} is not empty and was not written by tandem "
+            f"{folder} is not empty and was not written by tandem, or its {NAME} is gone "
             f"(found {', '.join(sorted(present)[:5])}). Choose another output folder."
         )
 
@@ -188,13 +190,48 @@ def difference(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
 
 def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
     """Raise UserError for an output of a finished stage that is not as it was left."""
-    for name, digest in outputs.items():
-        path = folder / name
-        if not path.is_file() or hash_file(path) != digest:
-            raise UserError(
-                f"{path} is missing or was changed after the stage finished. "
-                f"Remove {folder} to make it again."
-            )
+    for name in _changed(folder, outputs):
+        raise UserError(
+            f"{folder / name} is missing or was changed after the stage finished. "
+            f"Remove {folder} to make it again."
+        )
+
+
+def check_made(folder: Path, tell: Callable[[str], None]) -> None:
+    """Compare a model's or an adapter's folder with what the stage that made it left there.
+
+    A folder that no stage has finished is taken as it is. Files beside the weights may have been
+    changed on purpose: `tell` is told their names.
+
+    Raises UserError for weights that are damaged or were replaced.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except Damaged as error:  # perhaps of another program
+        tell(f"{error} What lies beside it is used as it is.")
+        return
+    if manifest is None or manifest["status"] != "finished":
+        return
+    changed = _changed(folder, manifest["outputs"])
+    if weights := [name for name in changed if name.endswith(".safetensors")]:
+        raise UserError(
+            f"{folder / weights[0]} is missing, damaged or was changed after the "
+            f"{manifest['stage']} stage finished. Restore it, make {folder} again, or remove "
+            f"{folder / NAME} to use it as it is."
+        )
+    if used := [name for name in changed if name not in _TOLD_ONLY]:
+        tell(
+            f"{folder} is not as the {manifest['stage']} stage left it: changed or missing are "
+            f"{', '.join(used)}"
+        )
+
+
+def _changed(folder: Path, outputs: Mapping[str, str]) -> list[str]:
+    return [
+        name
+        for name, digest in outputs.items()
+        if not (folder / name).is_file() or hash_file(folder / name) != digest
+    ]
 
 
 def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:

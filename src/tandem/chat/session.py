@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tandem.artifact.manifest import check_made
 from tandem.chat.generate import (
     Answer,
     Sampling,
@@ -96,6 +97,8 @@ def run_chat(
         folder = model_in_run(path)
         if folder != path:
             console.print(Text(f"{path} is a run; talking to its {folder}", "dim"))
+        if Path(folder).is_dir():
+            check_made(Path(folder), lambda text: console.print(Text(text, "yellow")))
         with console.status(Text(f"loading {label}")):
             speakers.append(_load(folder, label, chat_template, device))
         for notice in speakers[-1].template.notices:

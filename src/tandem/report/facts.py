@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from tandem.artifact.files import read_json
+from tandem.artifact.hashing import hash_file
+from tandem.artifact.sealed import unsealed
 from tandem.errors import UserError
 from tandem.report.results import mapping
 
@@ -30,6 +32,16 @@ STAGE_TITLES = {
     "5-final": "Merge of the DPO adapter",
     "6-evaluation": "Evaluation",
 }
+# Outputs of stages that a page shows something of.
+_SHOWN = (
+    "summary.json",
+    "metrics.jsonl",
+    "validation.jsonl",
+    "data-ledger.jsonl",
+    "pairs.jsonl",
+    "pairs.parquet",
+    "evaluation.json",
+)
 KIND_TITLES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
@@ -131,6 +143,7 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
     manifest = _object(folder / "manifest.json", problems)
     metrics = _lines(folder / "metrics.jsonl", problems)
     kind = STAGE_FOLDERS.get(name) or _kind(folder, manifest, metrics)
+    problems += _changed(folder, mapping(manifest.get("outputs")))
     return StageFacts(
         name=name or folder.resolve().name,
         title=STAGE_TITLES.get(name) or KIND_TITLES.get(kind, kind),
@@ -156,12 +169,26 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
     return stage or "unknown"
 
 
+def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
+    """What a stage has left, is shown here, and is no longer as it left it."""
+    found = []
+    for name in _SHOWN:
+        path = folder / name
+        if name in outputs and (not path.is_file() or hash_file(path) != outputs[name]):
+            found.append(
+                f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was "
+                "changed"
+            )
+    return found
+
+
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return {}
     try:
         value = read_json(path)
-    except (ValueError, OSError) as error:
+        value = unsealed(value) if isinstance(value, dict) else value
+    except (ValueError, OSError, RecursionError) as error:
         problems.append(f"{path.parent.name}/{path.name} cannot be read: {error}")
         return {}
     if not isinstance(value, Mapping):
@@ -170,7 +197,9 @@ def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
 
 
 def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[Any, ...]:
-    if not path.exists():
+    if not path.is_file():
+        if path.exists() or path.is_symlink():
+            problems.append(f"{path.parent.name}/{path.name} is no file")
         return ()
     found: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -181,16 +210,20 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
                 continue
             if isinstance(value, Mapping):
                 found.append(value)
+            else:
+                problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
     return tuple(found)
 
 
 def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
-    if not path.exists():
+    if not path.is_file():
+        if path.exists() or path.is_symlink():
+            problems.append("recipe.yaml is no file")
         return "", {}
     text = path.read_text(encoding="utf-8", errors="replace")
     try:

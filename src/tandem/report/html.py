@@ -204,19 +204,19 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
 def _first_pairs(folder: Path) -> list[Mapping[str, Any]]:
     """The first pairs that the stage made, whatever their file's kind."""
     parquet, path = folder / "pairs.parquet", folder / "pairs.jsonl"
-    if parquet.exists():
+    if parquet.is_file():
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(parquet) as file:
             first = next(file.iter_batches(batch_size=_PAIRS_SHOWN), None)
         return [mapping(row) for row in first.to_pylist()] if first is not None else []
     examples: list[Mapping[str, Any]] = []
-    if path.exists():
+    if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
             for line, _ in zip(file, range(_PAIRS_SHOWN), strict=False):
                 try:
                     examples.append(mapping(json.loads(line)))
-                except ValueError:
+                except (ValueError, RecursionError):
                     break  # a file still being written
     return examples
 

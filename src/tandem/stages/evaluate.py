@@ -11,7 +11,13 @@ from rich.console import Console
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
+from tandem.artifact.manifest import (
+    check_made,
+    finish_stage,
+    open_stage,
+    read_manifest,
+    start_stage,
+)
 from tandem.data.formats import Question
 from tandem.data.reading import read_questions
 from tandem.errors import UserError
@@ -86,6 +92,9 @@ def run_evaluation(
     if judge is None and settings.judge is not None:
         judge = server_judge(settings.judge, console)
     contestants = [find_contestant(label, path, added_tokens) for label, path in models.items()]
+    for one in contestants:
+        for folder in (one.folder, *([one.adapter] if one.adapter else [])):
+            check_made(folder, lambda text: say(console, f"evaluate: {text}", style="yellow"))
     sources = {
         name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }

@@ -14,7 +14,13 @@ from tandem.artifact.files import atomic_folder, atomic_write_json
 from tandem.artifact.hashing import hash_file, hash_weights, weight_files
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import NAME as MANIFEST
-from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
+from tandem.artifact.manifest import (
+    check_made,
+    finish_stage,
+    open_stage,
+    read_manifest,
+    start_stage,
+)
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
@@ -70,6 +76,8 @@ def run_merge(
     base_folder = model_folder(base)
     check_unquantized(base_folder, load_config(base_folder))
     updates, quantized = read_updates(adapter), read_record(adapter)
+    for folder in (base_folder, adapter):
+        check_made(folder, lambda text: say(console, f"merge: {text}", style="yellow"))
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {

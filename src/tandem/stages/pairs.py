@@ -182,7 +182,7 @@ class _Maker:
             files=outputs,
         )
         atomic_write_text(self.folder / "README.md", card)
-        return [*outputs, "summary.json", "README.md"]
+        return [*outputs, "summary.json", "README.md", "data-ledger.jsonl"]
 
     def _make(self, name: str, read: Sequence[Prompt], seed: int) -> dict[str, Any]:
         """Write one file of pairs from some prompts; returns the counts for the summary."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import Opened, check_made, finish_stage, open_stage, start_stage
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
 from tandem.model.compiled import Compiling
@@ -78,6 +78,7 @@ def run_training(
         held_out = processes.main_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
         )
+        processes.main(lambda: check_made(base, lambda text: say(console, f"{kind.name}: {text}")))
         config, tokenizer, template, inputs = processes.together(
             lambda: resolved_inputs(
                 base,
@@ -280,6 +281,8 @@ def _finish(
     outputs += ["summary.json", "metrics.jsonl"]
     if records.held_out is not None:
         outputs.append("validation.jsonl")
+    if (stage.folder / "data-ledger.jsonl").exists():
+        outputs.append("data-ledger.jsonl")
     finish_stage(stage.folder, outputs)
     best.clear()
     if words := kept_in_words(stage.settings, progress):

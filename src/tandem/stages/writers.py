@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tandem.artifact.hashing import hash_json, hash_weights
+from tandem.artifact.manifest import check_made
 from tandem.data.ledger import Ledger
 from tandem.data.template import ChatTemplate, prompt_ids, resolve_template
 from tandem.errors import UserError
@@ -79,6 +80,7 @@ def open_writer(settings: Pairs, model: str, runtime: Runtime, console: Console)
     """
     if settings.server is not None:
         return ServerWriter(settings, settings.server, console)
+    check_made(model_folder(model), lambda text: say(console, f"pairs: {text}", style="yellow"))
     return LocalWriter(settings, model_folder(model), model, runtime, console)
 
 
