@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,20 @@ def data_of(
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
+    from tandem.data.sources import not_read
+    from tandem.stages.inspection import with_validation
+
+    found, notices = _asked(arguments, recipe, folder)
+    with suppress(UserError):  # reading it says what is wrong
+        said = not_read([source for data in with_validation(found) for source in data.sources])
+        notices = [*notices, *said]
+    return found, notices
+
+
+def _asked(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """See `data_of`."""
     from tandem.diagnose.kind import by_kind
     from tandem.recipe.named_data import said_of_data
     from tandem.stages.inspection import (
