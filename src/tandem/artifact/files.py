@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
+# written as JSON escapes, which reading turns back.
+HALVES = "backslashreplace"
+
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
@@ -20,7 +24,7 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
@@ -39,7 +43,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: Any) -> None:
     """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import sync
+from tandem.artifact.files import HALVES, sync
 from tandem.errors import UserError
 
 # As the first line of each begins.
@@ -55,7 +55,7 @@ class Journal:
         self.close()
 
     def _append(self, value: Any) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(value, ensure_ascii=False).encode(errors=HALVES) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
