@@ -29,9 +29,9 @@ def names_of(root: Path, split: str = "train") -> list[str]:
 
 
 WORDS = (
-    "train training validation valid dev val test testing eval evaluation trained unit evaluate "
-    "data part stories devel 2 v2 a"
-).split()
+    *("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval"),
+    *("evaluation", "trained", "unit", "evaluate", "data", "part", "stories", "devel", "2", "a"),
+)
 
 
 def invented(noise: random.Random) -> list[str]:

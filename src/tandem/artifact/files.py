@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tandem.errors import UserError
 
 # For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
 # written as JSON escapes, which reading turns back.
@@ -78,6 +81,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def spelled(folder: Path) -> Iterator[Path]:
+    """A folder under a name that is UTF-8, for libraries that take no other.
+
+    It is the folder itself where it can be, else a link to it that is gone afterwards.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as home:
+            link = Path(home) / "folder"
+            link.symlink_to(folder.absolute())
+            yield link
+    else:
+        yield folder
+
+
+def require_spelled(folder: Path) -> None:
+    """Raise UserError for a folder of a name that is no UTF-8, whose weights nothing can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the name of the folder {folder} is no UTF-8, and safetensors opens no file under "
+            "such a name. Rename it, or make a link to it under another name, and name that."
+        ) from None
 
 
 def sync(path: Path) -> None:

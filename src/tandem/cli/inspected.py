@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,14 +81,10 @@ def data_of(
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
-    from tandem.data.sources import not_read
-    from tandem.stages.inspection import with_validation
+    from tandem.stages.inspection import left_out
 
     found, notices = _asked(arguments, recipe, folder)
-    with suppress(UserError):  # reading it says what is wrong
-        said = not_read([source for data in with_validation(found) for source in data.sources])
-        notices = [*notices, *said]
-    return found, notices
+    return found, [*notices, *left_out(found)]
 
 
 def _asked(

@@ -81,7 +81,9 @@ class TreeWriter:
             self._put(name, getattr(columns, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
-            self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode(errors=HALVES) + b"\n")
+            self._sinks[_LEDGER].write(
+                json.dumps(line, ensure_ascii=False).encode(errors=HALVES) + b"\n"
+            )
         self.records += count
 
     def finish(
