@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,10 @@ from tandem.errors import UserError
 # For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
 # written as JSON escapes, which reading turns back.
 HALVES = "backslashreplace"
+# What file systems answer that cannot do this; the data is as safe as they keep any.
+_CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+# And those that do not let folders be opened, or synced when they are.
+_CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -30,7 +36,7 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     with aside.open("w", encoding="utf-8", errors=HALVES) as file:
         file.writelines(parts)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     aside.replace(path)
 
 
@@ -63,7 +69,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends without an error it becomes `path`.
 
     Files are synced before the rename, so a folder under its final name is complete even after
-    a power cut. An existing `path` is replaced.
+    a power cut. An existing `path` is replaced. They get the rights that any new file gets here,
+    whatever library wrote them: safetensors lets nobody else read its files.
+
+    Raises OSError for what the disk refused, also where a library says so in an error of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -71,14 +80,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        rights = aside.stat().st_mode & 0o666
         for file in aside.rglob("*"):
             if file.is_file():
+                with suppress(OSError):  # a file system without rights
+                    file.chmod(rights)
                 sync(file)
         sync(aside)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
         sync(path.parent)
+    except Exception as error:
+        number = None if isinstance(error, OSError) else _error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -112,9 +129,32 @@ def require_spelled(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on disk.
+
+    Folders that cannot be synced are passed over: network and FUSE file systems have such.
+    """
+    passed_over = _CANNOT_SYNC_FOLDERS if path.is_dir() else _CANNOT_SYNC
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in passed_over:
+            raise
+
+
+def sync_open(descriptor: int) -> None:
+    """Wait until an open file's content is on disk, where its file system can tell."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number in a library's message: "(os error 28)" of safetensors."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else None

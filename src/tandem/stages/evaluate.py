@@ -106,7 +106,7 @@ def run_evaluation(
     if judge is not None:
         _check_judged(models, settings)
         inputs["judge"] = judge.name
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
         if not (replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"

@@ -79,7 +79,7 @@ def run_merge(
         "chat_template": chat_template,
         **({"quantization": hash_file(adapter / QUANTIZATION)} if quantized else {}),
     }
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"merge: {text}")):
         opened = open_stage(output_dir, "merge", inputs)
         if opened.state == "finished":
             say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")

@@ -100,7 +100,7 @@ def run_pairs(
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
     }
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
         if opened.state == "finished":
             say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
