@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,8 @@ def test_what_lies_in_the_runs_own_folder_is_no_data(
 
 
 def test_names_that_are_no_utf8_train_and_are_recognised_again(desk: Desk) -> None:
+    assert isinstance(sys.stderr, TextIOWrapper)
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own is
     data, out = (os.fsdecode(name) for name in (b"donn\xe9es.jsonl", b"sortie\xe9"))
     rows = [json.loads(line) for line in desk.conversations.read_text().splitlines()]
     rows[0] = {"\ud800": "half", **rows[0]}
