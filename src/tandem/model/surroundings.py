@@ -30,11 +30,13 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 # Of a base, what is worth copying beside its weights.
 _OF_THE_BASE = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-# What stages and trainers write of themselves.
+# What stages and trainers write of themselves, and what their maker's own format needs.
 _NOT_OF_THE_MODEL = {
     "manifest.json", "summary.json", "adapter_config.json", QUANTIZATION, "trainer_state.json",
-    "checkpoint.json", "model.safetensors.index.json",
+    "checkpoint.json", "params.json",
 }  # fmt: skip
+# Which file has which weight, of the base's files as they were.
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
@@ -48,6 +50,7 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
     """
     for file in sorted(base.iterdir()):
         wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
+        wanted = wanted and not file.name.endswith(_INDICES)
         if file.is_file() and wanted and not _of_a_tokenizer(file.name):
             shutil.copyfile(file, output / file.name)
     combine_tokenizers(base, adapter, output)
