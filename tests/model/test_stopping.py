@@ -83,7 +83,7 @@ def test_the_end_token_is_known_to_generation_configuration_and_tokenizer(
         }
     assert said == (
         f"answers end with <|im_end|> ({end}): generation stops at "
-        f"{', '.join(map(str, listed))}; config.json and the tokenizer name it as eos_token"
+        f"{', '.join(map(str, listed))}; it is eos_token of config.json and the tokenizer as well"
     )
     assert settle(folder, "chatml") is None  # everything says so by now
 

@@ -75,7 +75,7 @@ def write_ends(
             _name_in_tokenizer(folder, token)
             named.append("the tokenizer")
     if named:
-        parts.append(f"{' and '.join(named)} name it as eos_token")
+        parts.append(f"it is eos_token of {' and '.join(named)} as well")
     return f"answers end with {token} ({ending.token_id}): {'; '.join(parts)}" if parts else None
 
 

@@ -70,7 +70,6 @@ def run_merge(
     base_folder = model_folder(base)
     check_unquantized(base_folder, load_config(base_folder))
     updates, quantized = read_updates(adapter), read_record(adapter)
-    copies = list(whole_weights(adapter))
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -91,11 +90,6 @@ def run_merge(
                 console,
                 f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to",
-            )
-        if copies:
-            say(
-                console,
-                f"merge: {', '.join(copies)} in {adapter} is passed over: a copy of the base's own",
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
@@ -169,6 +163,8 @@ class _Merge:
 
 def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
     """What was made, and what rounding took."""
+    for name in whole_weights(work.adapter):
+        say(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
         say(
