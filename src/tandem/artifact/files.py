@@ -12,8 +12,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from tandem.errors import UserError
+
+# For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
+# written as JSON escapes, which reading turns back.
+HALVES = "backslashreplace"
 # What file systems answer that cannot do this; the data is as safe as they keep any.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 # And those that do not let folders be opened, or synced when they are.
@@ -38,7 +44,7 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     if path.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = aside_of(path)
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
         file.writelines(parts)
         file.flush()
         sync_open(file.fileno())
@@ -57,7 +63,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: Any) -> None:
     """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -150,6 +156,34 @@ def _last_change(path: Path) -> float:
 def _host() -> str:
     """This machine's name, as far as a file's name can hold it."""
     return re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40] or "-"
+
+
+@contextmanager
+def spelled(folder: Path) -> Iterator[Path]:
+    """A folder under a name that is UTF-8, for libraries that take no other.
+
+    It is the folder itself where it can be, else a link to it that is gone afterwards.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as home:
+            link = Path(home) / "folder"
+            link.symlink_to(folder.absolute())
+            yield link
+    else:
+        yield folder
+
+
+def require_spelled(folder: Path) -> None:
+    """Raise UserError for a folder of a name that is no UTF-8, whose weights nothing can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the name of the folder {folder} is no UTF-8, and safetensors opens no file under "
+            "such a name. Rename it, or make a link to it under another name, and name that."
+        ) from None
 
 
 def sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from tandem.artifact.manifest import (
 )
 from tandem.data.formats import Question
 from tandem.data.reading import read_questions
+from tandem.data.sources import not_read
 from tandem.errors import UserError
 from tandem.evaluate.comparison import compared, items_of
 from tandem.evaluate.judge import Duel, Judge, Verdicts, judge_duels
@@ -122,6 +123,8 @@ def run_evaluation(
             found: dict[str, Any] = read_json(path)
             return found
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
+        for line in not_read([spec for specs in sources.values() for spec in specs]):
+            say(console, line)
         for title, why in plan.left_out:
             say(console, f"{title} is not measured: {why}")
         questions = sources["questions"]
