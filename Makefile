@@ -5,13 +5,16 @@ STAMP := .venv/.installed
 LOCK := requirements/lock.txt
 DEEPSPEED := requirements/deepspeed.txt
 
-.PHONY: demo test lint format setup bench clean
+.PHONY: demo test corruption lint format setup bench clean
 
 demo: setup
 	$(BIN)/tandem run demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+corruption: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.corruption
 
 lint: setup
 	$(BIN)/ruff check .

@@ -221,9 +221,11 @@ def judged(scene: Scene, sound: Outcome, file: str, damaged: Outcome) -> str:
         return "traceback"
     name = Path(file).name
     # A page of a run names its files anyway.
-    names = damaged.said.count(name) > sound.said.count(name) or (
-        Path(file).parent.name in damaged.said and sound.said.count(Path(file).parent.name) == 0
-    )
+    names = damaged.said.count(name) > sound.said.count(name)
+    # A refusal may name the stage's or the checkpoint's folder instead.
+    names |= str(Path(file).parent) in damaged.said.partition("error: ")[2]
+    step = Path(file).parent.name
+    names |= step.startswith("step-") and f"{step} is passed over" in damaged.said
     if damaged.code:
         return "refused" if names else "unnamed"
     if damaged.results == sound.results:
@@ -395,7 +397,7 @@ def read_by(home: Path, *folders: str) -> tuple[str, ...]:
     return tuple(str(path.relative_to(home)) for path in found if path.is_file())
 
 
-def interrupted_scenes(root: Path, base: Path) -> list[Scene]:
+def interrupted_scenes(root: Path, base: Path, *, others: bool = True) -> list[Scene]:
     """An interrupted stage of each kind, which the same command goes on with."""
     from tandem.artifact.journal import Journal
     from tandem.stages import evaluate
@@ -406,14 +408,14 @@ def interrupted_scenes(root: Path, base: Path) -> list[Scene]:
     def add(name: str, command: tuple[str, ...], target: Any, function: str, after: int,
             results: Sequence[str], *more: str) -> None:  # fmt: skip
         homes = []
-        for label, changes in (("", ()), ("-other", ("seed=9",))):
+        for label, changes in (("", ()), ("-other", ("seed=9",)))[: 1 + others]:
             with interrupted(target, function, after):
                 if changes and command[0] != "run":
                     changes = ("--limit", "4") if command[0] == "eval" else ("--seed", "9")
                 homes.append(began(base, root / (name + label), command, 3, *changes))
         files = read_by(homes[0], "out", "cache", *more)
         scenes.append(
-            Scene(name, homes[0], command, files, tuple(f"out/{one}" for one in results), homes[1])
+            Scene(name, homes[0], command, files, tuple(f"out/{one}" for one in results), homes[-1])
         )
 
     add("killed sft", _SFT, CheckpointStore, "save", 6, [f"1-sft/{one}" for one in _TRAINED])
@@ -423,12 +425,13 @@ def interrupted_scenes(root: Path, base: Path) -> list[Scene]:
     return scenes
 
 
-def finished_scenes(root: Path, base: Path) -> list[Scene]:
-    """A finished run, and the commands that read it."""
+def finished_scenes(root: Path, base: Path, *, others: bool = True) -> list[Scene]:
+    """A finished run, and the commands that read it; without `others` none has another run's."""
     whole = began(base, root / "whole", ("run", "recipe.yaml"), 0)
-    other = began(
-        base, root / "whole-other", ("run", "recipe.yaml"), 0, "seed=9", "sft.max_steps=3"
-    )
+    other = whole
+    if others:
+        changes = ("seed=9", "sft.max_steps=3")
+        other = began(base, root / "whole-other", ("run", "recipe.yaml"), 0, *changes)
     weights = tuple(
         f"run/{name}"
         for name in ("1-sft/adapter_model.safetensors", "2-sft-merged/model.safetensors",

@@ -119,8 +119,8 @@ def aside_of(path: Path) -> Path:
 def remove_left_behind(folder: Path) -> None:
     """Remove half-written files, in a folder and its folders, whose processes are gone.
 
-    A process of another machine cannot be asked: what it writes counts as left behind when nothing
-    in it has changed for a day.
+    Called when this process writes nothing there. A process of another machine cannot be asked:
+    what it writes counts as left behind when nothing in it has changed for a day.
     """
     for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         match = _ASIDE.fullmatch(path.name)
@@ -136,6 +136,8 @@ def _is_written(path: Path, host: str, process: int) -> bool:
     """Whether somebody may still be writing a file or folder."""
     if host != _host():
         return time.time() - _last_change(path) < _ABANDONED_SECONDS
+    if process == os.getpid():  # a container gives each of its lives the same number
+        return False
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
