@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tandem.artifact.files import read_json
+from tandem.artifact.files import read_json, require_spelled
 from tandem.errors import UserError
 from tandem.model.load import adapters_inside
 from tandem.model.quantization import load_bitsandbytes, read_record
@@ -142,6 +142,7 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
         raise UserError(
             f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
         )
+    require_spelled(adapter)
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:

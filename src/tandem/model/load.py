@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tandem.artifact.files import require_spelled
 from tandem.artifact.hashing import weight_files
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
@@ -105,6 +106,7 @@ def _local_folder(name: str) -> Path:
         )
     if not is_folder:
         raise UserError(f"model {name} is a file. Name the folder that holds the model.")
+    require_spelled(folder)
     return folder
 
 
