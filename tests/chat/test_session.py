@@ -277,3 +277,35 @@ def test_adapter_folder(stories_path: Path, tmp_path: Path) -> None:
     plain = talk([stories_path], "Once upon a time", max_new_tokens=30)
     tuned = talk([tmp_path / "adapter"], "Once upon a time", max_new_tokens=30)
     assert plain.splitlines()[1:] != tuned.splitlines()[1:]
+
+
+def test_a_line_that_is_no_text_is_named_and_the_next_one_is_answered(
+    stories_path: Path, prompts: list[str]
+) -> None:
+    text = talk(
+        [stories_path], "caf\udce9", "half \ud800", "/system \udcff", "caf\udcc3\udca9", "nul \0"
+    )
+    assert "That line was not sent: its byte 4 (0xe9) is no UTF-8" in text
+    assert "it has half a character" in text
+    assert "its byte 9 (0xff)" in text
+    # Bytes of UTF-8 that an input in ASCII did not know are text.
+    assert len(prompts) == 2
+    assert "caf\u00e9" in prompts[0]
+
+
+def test_a_system_prompt_that_is_no_text_is_a_mistake(stories_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--system: its byte 2 \(0xff\) is no UTF-8"):
+        talk([stories_path], "Hi", system="a\udcff")
+
+
+def test_a_terminal_that_is_gone_ends_the_chat(stories_path: Path) -> None:
+    def read(prompt: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="the input cannot be read: Input/output error"):
+        run_chat(
+            [str(stories_path)], console=console, read=read, system=None,
+            chat_template="neural-chat", max_new_tokens=4, temperature=0.0, top_p=1.0, seed=7,
+            device="cpu",
+        )  # fmt: skip

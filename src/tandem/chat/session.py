@@ -88,6 +88,11 @@ def run_chat(
     that does not render a system prompt that is given.
     """
     _check(models, max_new_tokens, temperature, top_p)
+    if system is not None:
+        try:
+            system = _whole_text(system)
+        except UnicodeError as error:
+            raise UserError(f"--system: {_not_text(error)}.") from error
     labels = labels_of(models)
     speakers = []
     for path, label in zip(models, labels, strict=True):
@@ -115,10 +120,15 @@ def run_chat(
 def _loop(chat: _Chat, read: Callable[[str], str]) -> None:
     while True:
         try:
-            line = read(_PROMPT).strip()
+            line = _whole_text(read(_PROMPT)).strip()
         except EOFError:
             chat.console.print()
             return
+        except UnicodeError as error:
+            chat.console.print(Text(f"That line was not sent: {_not_text(error)}", "yellow"))
+            continue
+        except OSError as error:  # a terminal that is gone
+            raise UserError(f"the input cannot be read: {error.strerror}") from error
         except KeyboardInterrupt:
             chat.console.print(Text("\n/quit or Ctrl-D leaves", "dim"))
             continue
@@ -132,6 +142,22 @@ def _loop(chat: _Chat, read: Callable[[str], str]) -> None:
             _ask(chat, line.removeprefix("/") if line.startswith("//") else line)
         except KeyboardInterrupt:
             chat.console.print(Text("\ninterrupted", "dim"))
+
+
+def _whole_text(line: str) -> str:
+    """A line as text; bytes that the input's encoding does not know are read as UTF-8.
+
+    Raises UnicodeError for those that are no UTF-8 either, and for halves of characters.
+    """
+    return line.encode("utf-8", "surrogateescape").decode("utf-8")
+
+
+def _not_text(error: UnicodeError) -> str:
+    """What makes a line no text, and where in it."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"its byte {error.start + 1} (0x{byte:02x}) is no UTF-8; write it in UTF-8"
+    return "it has half a character, which no text can hold"
 
 
 def _command(chat: _Chat, line: str) -> bool:

@@ -17,6 +17,7 @@ from importlib import import_module
 
 from tandem import __version__
 from tandem.cli.parsing import Parser
+from tandem.cli.streams import Streams
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.train.launch import forget_accelerates_settings, launched, without_local_rank
 
@@ -43,6 +44,10 @@ _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),
     **dict.fromkeys((errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there and run again"),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT),
+        "the disk or file server failed; look at it, then run again",
+    ),
 }
 
 
@@ -65,10 +70,6 @@ def main(argv: Sequence[str]) -> int:
         if _speaks():
             _complain("stopped by the keyboard; the same command again goes on")
         return Stopped.exit_code
-    except BrokenPipeError:  # `tandem ... | head`
-        # The interpreter flushes stdout once more at exit, into nothing now.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
             way_out = _FOLDER_TROUBLE[error.errno]
@@ -81,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
 
 def entry_point() -> int:
     """What the installed `tandem` command calls."""
-    return main(sys.argv[1:])
+    streams = Streams()
+    return streams.settle(main(sys.argv[1:]), sys.argv[1:])
 
 
 def _says_it() -> bool:

@@ -76,6 +76,7 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
         samples_table,
     )
 
+    page = write_report(run_dir)
     console = result_console()
     if found is not None:
         console.print(result_table(found))
@@ -85,7 +86,7 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
                 console.print(note, markup=False, soft_wrap=True)
         if found.get("samples"):
             console.print(samples_table(found))
-    console.print(f"report: {write_report(run_dir)}", soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
 
 
 def _parser() -> Parser:

@@ -97,7 +97,8 @@ def run_training(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
         )
-        processes.main(lambda: held.enter_context(folder_lock(output_dir)))
+        lock = folder_lock(output_dir, lambda text: say(console, f"{kind.name}: {text}"))
+        processes.main(lambda: held.enter_context(lock))
         opened = processes.main(lambda: open_stage(output_dir, kind.name, inputs))
         if opened.state == "finished":
             say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
@@ -234,9 +235,7 @@ def _finish(
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
-    outputs = save_adapter_folder(
-        stage.folder, model, trained, stage.tokenizer, stage.template, kept
-    )
+    outputs = save_adapter_folder(stage, model, trained, kept)
     warnings = [
         *stage.kind.warnings(read_jsonl(stage.folder / "metrics.jsonl")),
         *kept_warnings(stage.settings, progress),

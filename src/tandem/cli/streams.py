@@ -1,0 +1,131 @@
+"""The process's own streams: what they cannot take is replaced or lost, and ends no command."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from tandem.errors import UserError
+
+ERRORS = "tandem-plain"
+"""The name of the error handler for characters that a stream's encoding lacks."""
+
+# What the tables, bars and messages use, in ASCII; all else becomes a question mark.
+_PLAIN = {
+    "▲": "^", "▼": "v", "→": "->", "–": "-", "—": "-", "−": "-", "≥": ">=", "±": "+-", "×": "x",
+    "·": ".", "…": "...",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "━": "-", "─": "-", "│": "|", "•": "*", "\u00a0": " ",
+}  # fmt: skip
+# Commands that leave files behind: their work is done, whoever could read the output.
+_LEAVES_FILES = ("run", "sft", "merge", "pairs", "dpo", "eval", "report")
+
+
+def plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for characters that a stream's encoding lacks, as `codecs` wants it.
+
+    A byte that was no UTF-8 is shown as `\\xe9`, another lone half of a character as `\\ud800`.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = []
+    for character in error.object[error.start : error.end]:
+        code = ord(character)
+        if 0xDC80 <= code <= 0xDCFF:
+            shown.append(f"\\x{code - 0xDC00:02x}")
+        elif 0xD800 <= code <= 0xDFFF:
+            shown.append(f"\\u{code:04x}")
+        else:
+            shown.append(_PLAIN.get(character, "?"))
+    return "".join(shown), error.end
+
+
+class _LastingBytes(io.RawIOBase):
+    """A stream's file descriptor, writing to which never fails: `trouble` says why it did."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.trouble: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any, /) -> int:
+        while self.trouble is None:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # who started us has made the descriptor non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                self.trouble = error
+        return len(data)
+
+
+class Streams:
+    """stdin, stdout and stderr of this process, prepared.
+
+    A terminal that is gone, a reader that left and a full disk end no command, least of all one
+    that trains: what is written from then on is lost. Descriptors that are closed are opened on
+    nothing, or the first file that is opened would take their numbers, and with them what C
+    libraries print.
+    """
+
+    def __init__(self) -> None:
+        codecs.register_error(ERRORS, plain)
+        for descriptor in (0, 1, 2):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if sys.stdin is None:
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        # What reads it says what is wrong with a byte; see `chat.session`.
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        self._out, sys.stdout = _lasting(sys.stdout, 1)
+        self._err, sys.stderr = _lasting(sys.stderr, 2)
+
+    def settle(self, code: int, argv: Sequence[str]) -> int:
+        """Write out what is left; returns the exit code of a command line that ended with `code`.
+
+        It stays what it is, but for a command whose output is all of its work, where that could
+        not be written.
+        """
+        sys.stdout.flush()
+        trouble = self._out.trouble
+        if trouble is not None and trouble.errno != errno.EPIPE:  # `| head` has what it wanted
+            done = bool(argv) and argv[0] in _LEAVES_FILES and not _only_shows(argv)
+            kept = "; the files are written" if done and code == 0 else ""
+            print(f"standard output: {trouble.strerror}; the output is cut{kept}", file=sys.stderr)
+            code = code if done or code else UserError.exit_code
+        sys.stderr.flush()
+        return code
+
+
+def _only_shows(argv: Sequence[str]) -> bool:
+    return any(argument.replace("_", "-") == "--dry-run" for argument in argv)
+
+
+def _lasting(stream: TextIO | None, descriptor: int) -> tuple[_LastingBytes, TextIO]:
+    raw = _LastingBytes(descriptor)
+    old = stream if isinstance(stream, io.TextIOWrapper) else None
+    if old is not None:
+        old.flush()
+    return raw, io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=old.encoding if old is not None else "utf-8",
+        errors=ERRORS,
+        line_buffering=old.line_buffering if old is not None else False,
+        write_through=old.write_through if old is not None else False,
+    )
