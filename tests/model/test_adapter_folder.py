@@ -178,6 +178,9 @@ def test_copies_of_the_base_s_embeddings_change_nothing(
         ({"init_lora_weights": "lora_ga"}, "cannot be computed again"),
         ({"use_lora_of_tomorrow": True, "peft_version": "9.1"}, "use_lora_of_tomorrow true"),
         ({"tomorrow_config": {"a": 1}}, "Update peft"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": 0}, "r 0"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is {'q_proj': '4'}"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -231,3 +234,22 @@ def test_a_merge_and_a_chat_answer_alike(
         chat = load_for_inference(str(tmp_path / "adapter"), "cpu")[0](input_ids=ids).logits
         whole = load_for_inference(str(merged), "cpu")[0](input_ids=ids).logits
     torch.testing.assert_close(chat, whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["a layer more", "a layer less", "other names"])
+def test_weights_that_find_no_layer_are_not_left_out_in_silence(
+    base: Path, plain: Path, tmp_path: Path, case: str
+) -> None:
+    folder = shutil.copytree(plain, tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if case == "a layer more":
+        old, new = "layers.1.", "layers.7."
+        tensors |= {name.replace(old, new): t for name, t in tensors.items() if old in name}
+    elif case == "a layer less":
+        tensors = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    else:
+        tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    with pytest.raises(UserError, match=r"does not fit its base model: only the .* has "):
+        load_for_inference(str(folder), "cpu")

@@ -20,8 +20,8 @@ from tandem.model.products import speed_up_frozen_products
 from tandem.model.quantization import quantize, read_record
 from tandem.model.whole import check_whole
 
-# What a model folder may hold, its weights first; everything else on a Hub page stays there.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+# What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
+_FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
 # The same weights again in their maker's own layout, as some Hub pages have them.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
 # Each of these is enough to make a tokenizer of.
@@ -44,7 +44,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    return _fetched(name, revision, _FILES if weights else _FILES[1:])
+    return _fetched(name, revision, _FILES if weights else _FILES[2:])
 
 
 def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
