@@ -436,8 +436,7 @@ def finished_scenes(root: Path, base: Path, *, others: bool = True) -> list[Scen
         f"run/{name}"
         for name in ("1-sft/adapter_model.safetensors", "2-sft-merged/model.safetensors",
                      "3-pairs/pairs.jsonl", "4-dpo/adapter_model.safetensors",
-                     "5-final/model.safetensors", "6-evaluation/evaluation.json",
-                     "recipe.yaml")
+                     "5-final/model.safetensors", "6-evaluation/evaluation.json")
     )  # fmt: skip
     half = root / "half"
     shutil.copytree(whole, half)
