@@ -140,17 +140,23 @@ def _check_model(name: str) -> None:
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
-    from tandem.model.load import model_folder
+    from tandem.model.load import check_fetchable, model_folder
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
     if sections and (begins in wanted or _is_local(recipe.model)):
         folder = model_folder(recipe.model, recipe.model_revision, weights=False)
-        check_base(folder, sections, weights=_is_local(recipe.model))
+        if looks_like_path(recipe.model) or recipe.model.startswith("demo:"):
+            check_base(folder, sections, weights=_is_local(recipe.model))
+            return
+        check_fetchable(recipe.model, folder, recipe.model_revision)
+        check_base(folder, sections, weights=False)
 
 
 def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
     """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+
+    So it is for a base that is quantised already.
 
     Args:
         folder: the base model's.
@@ -159,8 +165,10 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
     """
     from tandem.model.adapter import check_targets, refused_modules
     from tandem.model.load import check_context, load_config, model_without_weights
+    from tandem.model.whole import check_unquantized
 
     config = load_config(folder, weights=weights)
+    check_unquantized(folder, config)
     for name, section in sections.items():
         check_context(config, section.max_length, folder, f"{name}.max_length")
     for name, section in sections.items():
