@@ -41,7 +41,8 @@ def check(argv: list[str]) -> int:
 
             for one in found:
                 if one.subject.stage is not None and not one.subject.held_out:
-                    notices += doubts_of(one.subject.stage, recipe, one.counts["trained"])
+                    doubts = doubts_of(one.subject.stage, recipe, one.counts["trained"])
+                    notices = [*doubts, *notices]
         if arguments.json:
             _print_json(found, recipe, chat, notices)
         else:
