@@ -146,7 +146,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
     # peft leaves out what finds no layer, and warns of layers that find nothing.
     if not getattr(model, "_checkpoint_conversion_mapping", None):
-        taken, brought = set(get_peft_model_state_dict(adapted)), set(update_names(folder))
+        taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        brought = set(update_names(folder))
         if strange := sorted(taken ^ brought):
             whose = "the adapter" if strange[0] in brought else "the model"
             raise UserError(
