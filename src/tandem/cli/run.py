@@ -74,8 +74,7 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
     """The result table, sample answers side by side, and where the page is."""
     from tandem.cli.notices import result_console
-    from tandem.report.facts import read_run
-    from tandem.report.findings import find
+    from tandem.report.findings import findings_of_run
     from tandem.report.html import write_report
     from tandem.report.terminal import (
         comparison_notes,
@@ -95,7 +94,7 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
                 console.print(note, markup=False, soft_wrap=True)
         if found.get("samples"):
             console.print(samples_table(found))
-    for line in finding_lines(find(read_run(run_dir))):
+    for line in finding_lines(findings_of_run(run_dir)):
         console.print(line, soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
-from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts
+from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts, read_run
 from tandem.report.results import ROW_LABELS, mapping, model_names, sampling_error
 from tandem.report.training import find_key
 from tandem.report.wording import count, is_number, number, percent
@@ -49,6 +50,14 @@ def find(facts: RunFacts) -> list[Finding]:
             Finding("note", "partial run", f"The recipe also asks for: {names}. Not there yet.")
         )
     return sorted(found, key=lambda f: f.level != "warning")
+
+
+def findings_of_run(run_dir: Path) -> list[Finding]:
+    """What `find` finds in a run's folder, for the terminal.
+
+    Raises UserError if the folder holds nothing of tandem's.
+    """
+    return find(read_run(run_dir))
 
 
 def chosen_collapse(metrics: Sequence[Mapping[str, Any]], beta: object) -> str | None:
