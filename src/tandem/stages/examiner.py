@@ -164,11 +164,16 @@ class Examiner:
             self._check_room(question, len(ids), material.max_new_tokens)
         answers = self._generate(prompts, material.max_new_tokens, "answers")
         texts = self._decode(answers)
-        right = [
-            answer.stopped and contains_accepted(text, question.accepted)
-            for answer, text, question in zip(answers, texts, questions, strict=True)
+        has_it = [
+            contains_accepted(text, question.accepted)
+            for text, question in zip(texts, questions, strict=True)
         ]
+        ends = [answer.stopped for answer in answers]
+        # What goes on after the right text may take it back, so that only an end makes it right.
+        right = [has and end for has, end in zip(has_it, ends, strict=True)]
+        cut = [has and not end for has, end in zip(has_it, ends, strict=True)]
         scores["answer_accuracy"] = per_item([float(r) for r in right])
+        scores["right_cut"] = per_item([float(c) for c in cut])
         scores["stop_rate"] = per_item([float(answer.stopped) for answer in answers])
         scores["mean_answer_tokens"] = per_item([float(len(a.ids)) for a in answers])
         return texts
