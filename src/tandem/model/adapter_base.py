@@ -92,7 +92,8 @@ def _named(adapter: Path) -> tuple[str, str | None]:
         said = "is missing" if "base_model_name_or_path" not in values else f"is {named!r}"
         raise UserError(
             f"{adapter / CONFIG} does not say which model it was trained on: "
-            f"base_model_name_or_path {said.replace('None', 'null')}. To use it, {_merge_it(adapter)}"
+            f"base_model_name_or_path {said.replace('None', 'null')}. To use it, "
+            f"{_merge_it(adapter)}"
         )
     return named, revision if isinstance(revision, str) else None
 
