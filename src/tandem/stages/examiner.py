@@ -24,6 +24,7 @@ from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.evaluate.scores import Score, per_item, score_of
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.generate import Answer, generate_answers
+from tandem.model.head import scores_head
 from tandem.model.load import context_length
 from tandem.model.score import check_head, micro_batches, sequence_logps
 from tandem.model.stopping import all_stop_ids
@@ -105,6 +106,11 @@ class Examiner:
             say(console, f"{self.label}: attention padded ({why})")
         check_head(self._base)
         self.model = contestant.with_adapter(self._base)
+        if contestant.adapter is not None and not scores_head(self.model):
+            raise UserError(
+                f"{contestant.adapter} changes the output head, which evaluation scores without an "
+                "adapter. Merge it with tandem merge, and evaluate the merged model."
+            )
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
 
