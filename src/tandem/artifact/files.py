@@ -10,8 +10,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from tandem.errors import UserError
+
+# For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
+# written as JSON escapes, which reading turns back.
+HALVES = "backslashreplace"
 # What file systems answer that cannot do this; the data is as safe as they keep any.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 # And those that do not let folders be opened, or synced when they are.
@@ -27,7 +33,7 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
         file.writelines(parts)
         file.flush()
         sync_open(file.fileno())
@@ -46,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: Any) -> None:
     """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -92,6 +98,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def spelled(folder: Path) -> Iterator[Path]:
+    """A folder under a name that is UTF-8, for libraries that take no other.
+
+    It is the folder itself where it can be, else a link to it that is gone afterwards.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as home:
+            link = Path(home) / "folder"
+            link.symlink_to(folder.absolute())
+            yield link
+    else:
+        yield folder
+
+
+def require_spelled(folder: Path) -> None:
+    """Raise UserError for a folder of a name that is no UTF-8, whose weights nothing can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the name of the folder {folder} is no UTF-8, and safetensors opens no file under "
+            "such a name. Rename it, or make a link to it under another name, and name that."
+        ) from None
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tandem.artifact.files import HALVES
 from tandem.errors import UserError
 
 _SINGLE = "model.safetensors"
@@ -26,7 +27,7 @@ def hash_bytes(*parts: bytes) -> str:
 
 def hash_json(value: Any) -> str:
     """SHA-256 of a plain value's canonical JSON."""
-    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors=HALVES))
 
 
 def hash_file(path: Path) -> str:

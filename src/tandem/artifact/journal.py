@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import sync, sync_open
+from tandem.artifact.files import HALVES, sync, sync_open
 from tandem.errors import UserError
 
 # As the first line of each begins.
@@ -54,7 +54,7 @@ class Journal:
         self.close()
 
     def _append(self, value: Any) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(value, ensure_ascii=False).encode(errors=HALVES) + b"\n")
         self._file.flush()
         sync_open(self._file.fileno())
 

@@ -89,6 +89,16 @@ def data_of(
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
+    from tandem.stages.inspection import left_out
+
+    found, notices = _asked(arguments, recipe, folder)
+    return found, [*notices, *left_out(found)]
+
+
+def _asked(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """See `data_of`."""
     from tandem.diagnose.kind import by_kind
     from tandem.recipe.named_data import said_of_data
     from tandem.stages.inspection import (

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.artifact.cache import cache_folder, prune_folders, remove
-from tandem.artifact.files import atomic_folder, read_json
+from tandem.artifact.files import HALVES, atomic_folder, read_json
 from tandem.data.batch import Batch
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.trees import Bytes, Index, Trees
@@ -81,7 +81,9 @@ class TreeWriter:
             self._put(name, getattr(columns, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
-            self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._sinks[_LEDGER].write(
+                json.dumps(line, ensure_ascii=False).encode(errors=HALVES) + b"\n"
+            )
         self.records += count
 
     def finish(

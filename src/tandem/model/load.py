@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tandem.artifact.files import require_spelled
 from tandem.artifact.hashing import weight_files
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
@@ -19,8 +20,8 @@ from tandem.model.products import speed_up_frozen_products
 from tandem.model.quantization import quantize, read_record
 from tandem.model.whole import check_whole
 
-# What a model folder may hold, its weights first; everything else on a Hub page stays there.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+# What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
+_FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
 # The same weights again in their maker's own layout, as some Hub pages have them.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
 # Each of these is enough to make a tokenizer of.
@@ -43,7 +44,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    return _fetched(name, revision, _FILES if weights else _FILES[1:])
+    return _fetched(name, revision, _FILES if weights else _FILES[2:])
 
 
 def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
@@ -105,6 +106,7 @@ def _local_folder(name: str) -> Path:
         )
     if not is_folder:
         raise UserError(f"model {name} is a file. Name the folder that holds the model.")
+    require_spelled(folder)
     return folder
 
 

@@ -194,8 +194,13 @@ def check_sums(folder: Path, model: Any, changed: Iterable[str]) -> None:
         for name in part.weights:
             parts[name].append(part)
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied: dict[int, list[str]] = defaultdict(list)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in named.items():
+        tied[id(weight)].append(name)
     for name in changed:
-        if not parts[name]:
+        # Of weights that are one in memory, the files may have one or both.
+        if not any(parts[own] for own in tied[id(named.get(name))] or [name]):
             raise UserError(
                 f"{folder} has no weight for {name} in its files, so an adapter of it could not be "
                 "merged. Copy or download the folder again, or correct config.json."

@@ -160,7 +160,7 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
             _write_inside(output, inside)
             return
         # Where older processors keep theirs; tokenizers do not look there.
-        if of_processor.is_file() and (text := _object(of_processor).get("chat_template")):
+        if of_processor.is_file() and (text := read_object(of_processor).get("chat_template")):
             write_templates(output, text)
             return
 
@@ -179,10 +179,11 @@ def _write_inside(folder: Path, template: Any) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _object(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a model folder's file; UserError for a file that holds none."""
     try:
         found = read_json(path)
     except (ValueError, OSError) as error:

@@ -74,7 +74,6 @@ def run_merge(
     read_config(adapter)
     model = model_without_weights(config)
     updates, quantized = read_updates(adapter, model), read_record(adapter)
-    copies = list(whole_weights(adapter))
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -95,11 +94,6 @@ def run_merge(
                 console,
                 f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to",
-            )
-        if copies:
-            say(
-                console,
-                f"merge: {', '.join(copies)} in {adapter} is passed over: a copy of the base's own",
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
@@ -176,6 +170,8 @@ class _Merge:
 
 def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
     """What was made, and what rounding took."""
+    for name in whole_weights(work.adapter):
+        say(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
         say(

@@ -8,9 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
+from tandem.data.omissions import check_asked
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
+from tandem.data.template import add_tokens, resolve_template
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.making_pairs import Pairs
@@ -79,9 +82,26 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
             next(read_prompts([spec], making.keep, Ledger(None), making.on_bad_record), None)
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
-            read_questions(questions)
+            _check_asked(recipe, read_questions(questions))
         for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
             pass
+
+
+def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
+    """That the chat templates of a run leave nothing out of the questions; on local models."""
+    if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
+        return
+    from tandem.model.load import load_tokenizer, model_folder
+
+    tokenizer = load_tokenizer(model_folder(recipe.model))
+    add_tokens(tokenizer, recipe.added_tokens)
+    # The base is asked in its own template, if it has one, and the others in the run's.
+    own = tokenizer.chat_template
+    choices = {recipe.chat_template, None} if own else {recipe.chat_template}
+    for choice in choices:
+        tokenizer.chat_template = own
+        template = resolve_template(tokenizer, choice)
+        check_asked(tokenizer, template, questions, recipe.model)
 
 
 def _check_tasks(settings: Evaluate) -> None:
