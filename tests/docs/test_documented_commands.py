@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import tandem.chat.session
+import tandem.report.findings
 import tandem.report.html
 import tandem.stages.dpo
 import tandem.stages.evaluate
@@ -45,6 +46,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
+        (tandem.report.findings, "findings_of_run", []),
         (tandem.train.agent, "run_processes", 0),
     ):
 

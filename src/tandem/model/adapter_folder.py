@@ -177,7 +177,7 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
     return values
 
 
-def read_updates(adapter: Path, model: Any) -> dict[str, Update]:
+def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
     Rows of added tokens are among them, for each embedding that has its own. Whole weights, which
@@ -185,7 +185,7 @@ def read_updates(adapter: Path, model: Any) -> dict[str, Update]:
 
     Args:
         adapter: the folder.
-        model: the base; its weights may be on the meta device.
+        model: the base, its weights on any device; where experts are adapted, it says which.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -360,6 +360,8 @@ def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | No
         where the entry is of a module.
     """
     wanted = config.target_parameters or ()
+    if wanted and model is None:
+        raise ValueError("the updates of an adapter with target_parameters need the base")
     path = re.sub(r"(\.base_layer)+$", "", target)
     depth = target.count(".base_layer")
     module = dict(model.named_modules()).get(path) if wanted else None

@@ -21,7 +21,7 @@ from tandem.model.quantization import Quantized
 from tandem.model.stored import Part, parts_of
 
 # Names that a head has which is no more than the input embedding once more.
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def merge_shards(
@@ -133,7 +133,7 @@ class _Sums:
         kept = self._dtype or weight.dtype
         seen = self._quantized.rounded(name, weight, self._device) if self._quantized else weight
         update = self._updates.get(name)
-        if update is None and name in _HEADS:
+        if update is None and name in HEADS:
             update = self._tied
         if not isinstance(update, ExpertsUpdate):
             return _add(name, seen, update, kept)
