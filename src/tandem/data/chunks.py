@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.data.formats.mapping import Renaming
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Unreadable
+from tandem.data.values import values_of
 from tandem.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
+# What to do about text that is not UTF-8.
+LATIN = "if the file is Latin-1 or Windows-1252, save it as UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as it stands in its file."""
+    """One record as it stands in its file; `broken` if some of its values are `Unreadable`."""
 
     fields: dict[str, object]
     origin: Origin
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +79,35 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True)
 class ArrowChunk:
-    """`count` rows of a table, as one Arrow record batch."""
+    """`count` rows of a table, as one Arrow record batch.
+
+    `lost` are columns that are not in it, for they cannot be read, each with the reason.
+    """
 
     file: str
     first: int
     count: int
     batch: bytes
+    lost: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """The rows as Python values."""
+        """The rows as Python values, with `Unreadable` for what cannot be one."""
         import pyarrow
 
         with pyarrow.ipc.open_stream(self.batch) as stream:
-            values = stream.read_next_batch().to_pylist()
-        for number, value in enumerate(values, start=self.first):
-            yield Row(value, Origin(self.file, number))
+            batch = stream.read_next_batch()
+        lost = {name: Unreadable(reason) for name, reason in self.lost}
+        names = batch.schema.names
+        columns = {
+            name: [Unreadable("stands in more than one column of this name")] * self.count
+            if names.count(name) > 1
+            else values_of(batch.column(number))
+            for number, name in enumerate(names)
+        }
+        for at in range(self.count):
+            fields = {name: values[at] for name, values in columns.items()}
+            origin = Origin(self.file, self.first + at)
+            yield Row({**fields, **lost}, origin, bool(lost) or _is_broken([*fields.values()]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +144,7 @@ class RenamedChunk:
         """The rows, renamed."""
         for row in self.inner.rows():
             if isinstance(row, Row):
-                yield Row(self.renaming.apply(row.fields), row.origin)
+                yield Row(self.renaming.apply(row.fields), row.origin, row.broken)
             else:
                 yield row
 
@@ -140,7 +158,7 @@ def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadLine(origin, f"is not valid UTF-8 (byte {error.start + 1} of the line)")
+        return BadLine(origin, f"is not valid UTF-8 ({_byte(error)} of the line; {LATIN})")
     except json.JSONDecodeError as error:
         return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
@@ -148,11 +166,23 @@ def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
     return object_row(value, origin)
 
 
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1}, 0x{error.object[error.start]:02x},"
+
+
 def object_row(value: object, origin: Origin) -> Row | BadLine:
     """A row, if a JSON value is an object."""
     if not isinstance(value, dict):
         return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
     return Row(value, origin)
+
+
+def _is_broken(value: object) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_broken, value))
+    if isinstance(value, dict):
+        return any(map(_is_broken, value.values()))
+    return isinstance(value, Unreadable)
 
 
 def cannot_read(file: str, error: OSError) -> UserError:

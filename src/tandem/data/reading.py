@@ -9,6 +9,8 @@ from typing import Literal
 
 from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.formats import (
+    QUESTION_KEYS,
+    QUESTION_OPTIONS,
     Fields,
     Format,
     Kind,
@@ -30,7 +32,7 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
-from tandem.data.unread import unread_keys
+from tandem.data.unread import unread_keys, unreadable
 from tandem.errors import UserError
 
 OnBadRecord = Literal["stop", "drop"]
@@ -72,6 +74,9 @@ def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> l
                 return questions
             if isinstance(row, BadLine):
                 raise _bad_line(row)
+            asked = QUESTION_KEYS | QUESTION_OPTIONS
+            if row.broken and (said := unreadable(row.fields, asked)):
+                raise _bad_line(BadLine(row.origin, said))
             try:
                 questions.append(read_question(row.fields, row.origin))
             except Unusable as reason:
@@ -156,6 +161,12 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
         assert layout is not None
+        if row.broken and (said := unreadable(row.fields, layout.read_keys)):
+            bad = BadLine(row.origin, said)
+            if on_bad_record == "stop":
+                raise _bad_line(bad)
+            yield Entry.dropped(row.origin, "unparsable", said)
+            continue
         keys = tuple(row.fields)
         if keys not in others:
             others[keys] = overlooked(keys, layout)
@@ -279,6 +290,12 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
     )
 
 
+def _holds_records(value: object) -> bool:
+    """Whether a value is a list of rows of a known format."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and detect(first) is not None
+
+
 def _advice(fields: Fields, kind: Kind) -> str | None:
     """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
     columns = columns_of_turns(fields)
@@ -290,6 +307,9 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
             "each row says which answer is better, write that one into `chosen` first."
         )
     if not columns:
+        lists = [key for key, value in fields.items() if _holds_records(value)]
+        if len(lists) == 1:
+            return f"But `{lists[0]}` holds a list of records: save that list alone."
         if len(texts) == 1 and texts[0] == "text":
             return (
                 "But its `text` does not say what is asked and what is answered. Known formats of "

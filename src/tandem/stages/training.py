@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor
 from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import finish_stage, open_stage, start_stage
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
+from tandem.data.template import ChatTemplate
 from tandem.model.compiled import Compiling
 from tandem.model.load import model_folder
 from tandem.model.vocabulary import check_added
 from tandem.recipe.training import Training as TrainingSettings
+from tandem.recipe.unmeant import unmeant
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
@@ -43,6 +45,8 @@ from tandem.train.processes import join
 from tandem.train.progress import StageProgress, say
 from tandem.train.runtime import Runtime
 
+# Of the schedule: what a template that writes the date gets.
+_DATE = "template_date"
 # What the summary repeats of the schedule.
 _OF_THE_SCHEDULE = ("processes", "engine", "attention", "device", "float32_products")
 
@@ -105,17 +109,26 @@ def run_training(
             return output_dir
         for notice in template.notices:
             say(console, f"{kind.name}: {notice}")
+        template, recorded = processes.main(lambda: _dated(template, opened.schedule))
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template, tuple(added.values()),
         )  # fmt: skip
-        _run(stage, opened, inputs, sources, held_out)
+        _run(stage, recorded, inputs, sources, held_out)
     return output_dir
+
+
+def _dated(template: ChatTemplate, recorded: dict[str, Any]) -> tuple[ChatTemplate, dict[str, Any]]:
+    """The template with the date that a stage began with, and the rest of its schedule."""
+    rest = {key: value for key, value in recorded.items() if key != _DATE}
+    if template.now is not None and _DATE in recorded:
+        template = replace(template, now=datetime.fromisoformat(recorded[_DATE]))
+    return template, rest
 
 
 def _run(
     stage: Stage,
-    opened: Opened,
+    recorded: dict[str, Any],
     inputs: dict[str, Any],
     sources: list[SourceSpec],
     held_out: list[SourceSpec],
@@ -127,7 +140,9 @@ def _run(
     if processes.count > 1:
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
-    model, schedule, budget = make_policy(stage, records, opened.schedule)
+    model, schedule, budget = make_policy(stage, records, recorded)
+    if stage.template.now is not None:
+        schedule[_DATE] = stage.template.now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
     processes.main(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
     processes.main(records.write_ledgers)
@@ -138,6 +153,9 @@ def _run(
     expected = processes.main(lambda: _forecast(stage, records, model, schedule, held))
     compiled = compile_policy(stage, model, records.trees, schedule)
     progress, state = _begin(stage, model, total)
+    doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
+    for doubt in doubts:
+        say(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
     prepare_engine(stage, model, state)
     made = _objectives(stage, model, records, hash_json(inputs["model"]), schedule, budget)
     with StageProgress(
@@ -150,7 +168,7 @@ def _run(
     trained = engine.strategy.trained()
     processes.main(
         lambda: _finish(
-            stage, model, trained, records, made, progress, schedule, compiled, expected
+            stage, model, trained, records, made, progress, schedule, compiled, expected, doubts
         )
     )
 
@@ -232,6 +250,7 @@ def _finish(
     schedule: dict[str, Any],
     compiled: Compiling,
     expected: Forecast | None,
+    doubts: Sequence[str],
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -251,7 +270,7 @@ def _finish(
         "reference_seconds": sum(each.reference_seconds for each in made),
         "reference_computed": sum(each.reference_computed for each in made),
         "peak_memory_bytes": stage.engine.device.peak_memory(),
-        "warnings": [*records.warnings(), *warnings],
+        "warnings": [*doubts, *records.warnings(), *warnings],
         "dtype": stage.engine.device.dtype_name,
         "quantization": stage.runtime.quantization,
         "ledger": records.ledger.summary(),
