@@ -95,6 +95,8 @@ def test_a_cache_folder_may_begin_with_a_tilde_and_must_be_absolute(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
     assert cache_folder() == tmp_path / "x" / "tandem"
+    monkeypatch.setenv("XDG_CACHE_HOME", "$HOME/y")
+    assert cache_folder() == tmp_path / "y" / "tandem"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == tmp_path / ".cache" / "tandem"
 

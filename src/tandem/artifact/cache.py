@@ -15,7 +15,7 @@ _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`.
+    """`$XDG_CACHE_HOME/tandem`, `~` and variables in it resolved, by default `~/.cache/tandem`.
 
     A relative `$XDG_CACHE_HOME` does not count, as the XDG Base Directory Specification says.
 
