@@ -41,11 +41,11 @@ def cache_report() -> list[tuple[str, int]]:
 
 def clear_cache() -> int:
     """Delete what the cache holds; returns the bytes freed."""
-    freed = 0
-    for entry in list(_entries(cache_folder())):
-        freed += size_of(entry)
+    folder = cache_folder()
+    before = size_of(folder)
+    for entry in list(_entries(folder)):
         remove(entry)
-    return freed
+    return max(0, before - size_of(folder))
 
 
 def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:
