@@ -44,11 +44,16 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     if path.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = aside_of(path)
-    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
-        file.writelines(parts)
-        file.flush()
-        sync_open(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8", errors=HALVES) as file:
+            file.writelines(parts)
+            file.flush()
+            sync_open(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

@@ -123,7 +123,12 @@ def token_budget_of(
     fitting = engine.processes.main(lambda: _remembered(path, key, tell))
 
     def remember(tokens: int) -> None:
-        atomic_write_json(path, sealed({key: tokens}))
+        try:
+            atomic_write_json(path, sealed({key: tokens}))
+        except OSError as error:
+            if engine.sharded:  # the start that goes on would run out of memory again
+                raise
+            tell(f"what fits in memory cannot be kept for the next start ({error})")
         tell(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
 
     tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
@@ -135,8 +140,11 @@ def _remembered(path: Path, key: str, tell: Callable[[str], None]) -> int | None
     if not path.exists():
         return None
     try:
-        found: int = read_object(path, {key: int}, "It is not used.")[key]
+        found: int = read_object(path, {key: int}, "What fits in memory is tried again.")[key]
     except Damaged as error:
         tell(str(error))
         return None
-    return found if found > 0 else None
+    if found > 0:
+        return found
+    tell(f"{path} is damaged ({key} is {found}): what fits in memory is tried again")
+    return None
