@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,28 @@ class Ending:
     trailer: str
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens whose embeddings are trained, with their ids.
+
+    Attributes:
+        new: those that the tokenizer lacked.
+        known: those that it had.
+    """
+
+    new: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of their ids, ascending."""
+        return tuple(sorted({*self.new.values(), *self.known.values()}))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.new or self.known)
+
+
 def template_names() -> tuple[str, ...]:
     """The names of the templates in the package."""
     folder = files("tandem.data") / "templates"
@@ -83,10 +105,10 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     return replace(template, notices=notices)
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
-    """Add special tokens to a tokenizer; returns those it did not have, with their new ids.
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
+    """Add special tokens to a tokenizer; returns all of them, those it had already apart.
 
-    They are taken out of a text as they stand, wherever they are written.
+    New ones are taken out of a text as they stand, wherever they are written.
 
     Raises `UserError` for an empty token and for one that begins or ends with a blank.
     """
@@ -105,7 +127,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
             [AddedToken(token, normalized=False, special=True) for token in new],
             special_tokens=True,
         )
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new}
+    had = [token for token in dict.fromkeys(tokens) if token in known]
+    return AddedTokens(
+        {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new},
+        {token: int(known[token]) for token in had},
+    )
 
 
 def render(

@@ -29,7 +29,7 @@ _ORDERED_COLUMNS = 2048
 class Head:
     """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
 
-    All of it is frozen but the rows of added tokens.
+    All of it is frozen but the rows of `added_tokens`.
 
     Attributes:
         weight: [V, H].

@@ -90,7 +90,7 @@ class Contestant:
         return (
             []
             if tokenizer.chat_template
-            else list(add_tokens(tokenizer, self.added_tokens).values())
+            else list(add_tokens(tokenizer, self.added_tokens).new.values())
         )
 
     def load_base(self, device: Device) -> Any:

@@ -194,7 +194,7 @@ class _Planner:
         trains_added = stage.name == "sft" or recipe.sft is None
         if trains_added:
             engine = self._engine()
-            check_added(added, engine=engine, sharded=engine in SHARDED)
+            check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
         lora = settings.lora
         model = described(
             config,
@@ -202,7 +202,7 @@ class _Planner:
             alpha=lora.alpha,
             target_modules=lora.target_modules,
             attention=recipe.attention,
-            added_ids=tuple(added.values()),
+            added=added,
             trains_added=trains_added,
         )
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
@@ -234,7 +234,7 @@ class _Planner:
                 attention=recipe.attention,
                 dropout=stage.name == "sft",
                 copies=self._copies(model.shape, free),
-                added_ids=tuple(added.values()),
+                added=added,
                 trains_added=trains_added,
             )
             made, memory, failed = self._forecast(stage, trial, known)
@@ -303,7 +303,7 @@ class _Planner:
         )
         # A single process has but one way.
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
-        if trial.added_ids and trial.trains_added:
+        if trial.added and trial.trains_added:
             engines = [name for name in engines if name not in SHARDED]
         memory = {
             name: memory_of(shape, held, name, self.processes)

@@ -68,7 +68,7 @@ def make_policy(
             base_name=str(stage.base) if stage.base_name.startswith("demo:") else stage.base_name,
             seed=stage.seed,
             tell=stage.tell,
-            added_ids=stage.added_ids,
+            added=stage.added,
         )
     )
     if schedule["ordered_weights"]:

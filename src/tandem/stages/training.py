@@ -78,7 +78,7 @@ def run_training(
         held_out = processes.main_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
         )
-        config, tokenizer, template, inputs = processes.together(
+        config, tokenizer, template, added, inputs = processes.together(
             lambda: resolved_inputs(
                 base,
                 sources,
@@ -91,8 +91,7 @@ def run_training(
                 added_tokens,
             )
         )
-        added = inputs["model"].get("added_tokens", {})
-        check_added(added, engine=engine.strategy.name, sharded=engine.sharded)
+        check_added({*added.new, *added.known}, engine=engine.strategy.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -106,7 +105,7 @@ def run_training(
             say(console, f"{kind.name}: {notice}")
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
-            tokenizer, template, tuple(added.values()),
+            tokenizer, template, added,
         )  # fmt: skip
         _run(stage, opened, inputs, sources, held_out)
     return output_dir
