@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tandem.artifact.files import read_json
 from tandem.errors import UserError
+from tandem.model.load import adapters_inside
 from tandem.model.quantization import load_bitsandbytes, read_record
 
 load_bitsandbytes()  # peft would import it less quietly
@@ -28,6 +28,7 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _MAGNITUDE = ".lora_magnitude_vector"
+_KNOWN = rf"(\.lora_[AB]\.weight|{re.escape(_ROWS)}|{re.escape(_MAGNITUDE)}(\.weight)?)$"
 _WITH_PEFT = (
     "Merge it with peft (AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()) and "
     "name the merged folder"
@@ -138,11 +139,9 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
     """
     path = adapter / CONFIG
     if not path.exists():
-        inside = sorted(p.parent.name for p in adapter.glob(f"*/{CONFIG}"))
-        hint = (
-            f"; there are adapters in its folders {', '.join(inside)}: name one" if inside else ""
+        raise UserError(
+            f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
         )
-        raise UserError(f"{adapter} is no adapter folder: it has no {CONFIG}{hint}")
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:
@@ -164,7 +163,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     updates: dict[str, Update] = {}
     record = read_record(adapter)
     with _opened(adapter) as file:
-        names = set(file.names) - set(_whole(file.names))
+        names = set(file.names)
         for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
             module = name.removesuffix(".lora_A.weight")
             partner = f"{module}.lora_B.weight"
@@ -183,7 +182,6 @@ def read_updates(adapter: Path) -> dict[str, Update]:
                 a, b, scaling, bool(turned), _start(config),
                 file.tensor(min(length)) if length else None,
             )  # fmt: skip
-            names -= {name, partner, *length}
         for name in sorted(n for n in names if n.endswith(_ROWS)):
             module = name.removesuffix(_ROWS).removeprefix(_PREFIX)
             ids = _row_ids(config, module)
@@ -191,15 +189,17 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             if len(ids) != len(values):
                 raise UserError(f"{file.path}: {name} has {len(values)} rows for {len(ids)} tokens")
             updates[f"{module}.weight"] = NewRows(ids, values)
-            names.discard(name)
-    if any(".lora_embedding_" in name for name in names):
-        raise UserError(
-            f"{adapter} changes embeddings by low-rank updates, which tandem does not add. "
-            f"{_WITH_PEFT}."
-        )
-    if names:
-        raise UserError(f"{file.path} holds tensors that are no LoRA update: {sorted(names)[:3]}")
     return updates
+
+
+def require_plain(adapter: Path) -> None:
+    """Raise UserError unless an adapter is a plain low-rank update of weights; see `read_updates`.
+
+    Only the configuration and the tensors' names are read.
+    """
+    read_config(adapter)
+    with _opened(adapter):
+        pass
 
 
 def whole_weights(adapter: Path) -> dict[str, Tensor]:
@@ -314,12 +314,20 @@ def _row_ids(config: Any, module: str) -> tuple[int, ...]:
 
 
 class _Tensors:
-    """An open file of an adapter's tensors."""
+    """An open file of an adapter's tensors; UserError for some that are no low-rank update."""
 
     def __init__(self, path: Path, source: Any) -> None:
         self.path = path
         self._source = source
         self.names: list[str] = list(source.keys())
+        if any(".lora_embedding_" in name for name in self.names):
+            raise UserError(
+                f"{path.parent} changes embeddings by low-rank updates, which tandem does not add. "
+                f"{_WITH_PEFT}."
+            )
+        strange = {name for name in self.names if not re.search(_KNOWN, name)}
+        if strange := strange.difference(_whole(self.names)):
+            raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(strange)[:3]}")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
@@ -346,8 +354,10 @@ def _opened(adapter: Path) -> Iterator[_Tensors]:
             "copied in part"
         )
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how a file that is then refused was pickled
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles lead anywhere
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{path} cannot be read: {said[0]} Convert it where it was made, with peft's "

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.artifact.files import read_json
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
 from tandem.model.fused import fuse_elementwise
@@ -98,14 +97,20 @@ def require_model(folder: Path, *, weights: bool = True) -> None:
         )
     if not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} is no model folder: it has no config.json. Name the folder that holds "
-            "config.json, *.safetensors and the tokenizer."
+            f"{folder} is no model folder: it has no config.json{adapters_inside(folder)}. Name "
+            "the folder that holds config.json, *.safetensors and the tokenizer."
         )
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no *.safetensors weights. Convert older formats first by loading the "
             "model with transformers and calling save_pretrained."
         )
+
+
+def adapters_inside(folder: Path) -> str:
+    """What to add to a message about a folder whose own folders are adapters."""
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return f"; its folders {', '.join(inside)} are adapters: name one" if inside else ""
 
 
 def load_config(folder: Path, *, weights: bool = True) -> Any:
@@ -214,12 +219,17 @@ def load_base(
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local folder.
 
     Raises UserError when there is none, or none that can be loaded.
     """
-    if not any((folder / name).exists() for name in _TOKENIZERS):
+    if not has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
             "tokenizer_config.json, or tokenizer.model."
@@ -243,14 +253,13 @@ def load_for_inference(path: str, device: str) -> tuple[Any, Any]:
     folder = model_folder(path)
     if (folder / "adapter_config.json").exists():
         from tandem.model.adapter import load_adapter
+        from tandem.model.adapter_base import find_base
+        from tandem.model.surroundings import load_combined_tokenizer
 
-        base = model_folder(
-            str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
-        )
-        model = load_adapter(load_base(base, folder, dtype=dtype, device=device), folder)
-    else:
-        model = load_model(folder, dtype=dtype, device=device)
-    return model, load_tokenizer(folder)
+        base = find_base(folder)
+        tokenizer = load_combined_tokenizer(base, folder)
+        return load_adapter(load_base(base, folder, dtype=dtype, device=device), folder), tokenizer
+    return load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
 
 
 def context_length(config: Any) -> int | None:

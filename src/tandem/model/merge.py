@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
 from tandem.model.adapter_folder import NewRows, Update
-from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized
 
 # Names that a head has which is no more than the input embedding once more.
@@ -85,34 +83,14 @@ def merge_shards(
     return written
 
 
-def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
-    """Config and generation config from the base; tokenizer and template from the adapter.
-
-    An adapter folder without a tokenizer leaves the base's.
-    """
-    for folder in (base, adapter):
-        for file in sorted(folder.iterdir()):
-            wanted = file.suffix in {".json", ".jinja", ".model", ".txt", ".py"}
-            if file.is_file() and wanted and not _belongs_to_stage(file.name):
-                shutil.copyfile(file, output / file.name)
-    if dtype is not None:
-        config = read_json(output / "config.json")
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        atomic_write_json(output / "config.json", config)
-
-
 def added(updates: dict[str, Update]) -> list[int]:
     """The added tokens whose embeddings an adapter brings."""
     rows = [update for update in updates.values() if isinstance(update, NewRows)]
     return sorted({index for one in rows for index in one.ids})
 
 
-def vocabulary_grown(output: Path, updates: dict[str, Update], end_id: int | None) -> None:
-    """Let a merged folder's configuration know its added tokens.
-
-    `vocab_size` counts their rows, and generation stops at `end_id`, too.
-    """
+def vocabulary_grown(output: Path, updates: dict[str, Update]) -> None:
+    """Let a merged folder's configuration count the rows of its added tokens."""
     ids = added(updates)
     if not ids:
         return
@@ -120,22 +98,6 @@ def vocabulary_grown(output: Path, updates: dict[str, Update], end_id: int | Non
     text = config if "vocab_size" in config else config["text_config"]
     text["vocab_size"] = max(text["vocab_size"], max(ids) + 1)
     atomic_write_json(output / "config.json", config)
-    path = output / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if end_id is not None and end_id not in known:
-        atomic_write_json(path, {**generation, "eos_token_id": [*known, end_id]})
-
-
-def _belongs_to_stage(name: str) -> bool:
-    return name in {
-        "manifest.json",
-        "summary.json",
-        "adapter_config.json",
-        QUANTIZATION,
-        "model.safetensors.index.json",
-    }
 
 
 @contextmanager

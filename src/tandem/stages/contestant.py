@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import read_json
 from tandem.artifact.hashing import hash_file, hash_json, hash_weights
-from tandem.artifact.manifest import read_manifest
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
-from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
+from tandem.model.adapter_base import find_base
+from tandem.model.adapter_folder import is_adapter
 from tandem.model.load import (
     load_base,
     load_config,
@@ -21,6 +20,7 @@ from tandem.model.load import (
     require_model,
 )
 from tandem.model.quantization import read_record
+from tandem.model.surroundings import load_combined_tokenizer
 from tandem.model.vocabulary import grow_vocabulary
 from tandem.train.device import Device
 
@@ -63,16 +63,10 @@ class Contestant:
 
     def tokenizer(self, chat_template: str | None) -> tuple[Any, ChatTemplate]:
         """The tokenizer and the template: its own, an adapter's first, else `chat_template`."""
-        places = [self.folder] if self.adapter is None else [self.adapter, self.folder]
-        tokenizer = None
-        for place in places:
-            try:
-                tokenizer = load_tokenizer(place)
-            except UserError:
-                if place == places[-1]:
-                    raise
-                continue
-            break
+        if self.adapter is None:
+            tokenizer = load_tokenizer(self.folder)
+        else:
+            tokenizer = load_combined_tokenizer(self.folder, self.adapter)
         if getattr(tokenizer, "chat_template", None):
             return tokenizer, resolve_template(tokenizer, None)
         add_tokens(tokenizer, self.added_tokens)
@@ -115,23 +109,10 @@ def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -
     has other weights than those it was trained on.
     """
     folder = model_folder(path)
-    if not (folder / "adapter_config.json").exists():
+    if not is_adapter(folder):
         require_model(folder)
         return Contestant(label, folder, None, added_tokens)
-    named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    try:
-        base = model_folder(named)
-        require_model(base)
-    except UserError as error:
-        raise UserError(f"{path} is an adapter of {named}: {error}") from None
-    manifest = read_manifest(folder)
-    trained_on = manifest["inputs"].get("model", {}).get("weights") if manifest else None
-    if trained_on is not None and trained_on != hash_weights(base):
-        raise UserError(
-            f"{path} was trained on other weights than {named} has now (hash {trained_on[:12]} "
-            "there). Put the base back, or evaluate the merged model."
-        )
-    return Contestant(label, base, folder)
+    return Contestant(label, find_base(folder), folder)
 
 
 def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:

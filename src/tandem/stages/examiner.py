@@ -16,7 +16,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate, prompt_ids, stop_ids
+from tandem.data.template import ChatTemplate, prompt_ids
 from tandem.errors import UserError
 from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.evaluate.scores import Score, per_item, score_of
@@ -24,6 +24,7 @@ from tandem.model.attention import choose_backend, use_backend
 from tandem.model.generate import Answer, generate_answers
 from tandem.model.load import context_length
 from tandem.model.score import check_head, micro_batches, sequence_logps
+from tandem.model.stopping import all_stop_ids
 from tandem.stages.contestant import Contestant
 from tandem.train.device import Device, token_budget
 from tandem.train.objective import sequence_tokens, trained_tokens
@@ -88,6 +89,7 @@ class Examiner:
         console: Console,
     ) -> None:
         self.label = contestant.label
+        self._folder = contestant.folder
         self.console = console
         self.tokenizer = tokenizer
         self.template = template
@@ -132,7 +134,7 @@ class Examiner:
             return generate_answers(
                 self.model,
                 prompts,
-                stop_ids=stop_ids(self.tokenizer, self.template),
+                stop_ids=all_stop_ids(self._folder, self.tokenizer, self.template),
                 max_new_tokens=most,
                 temperature=0.0,
                 top_p=1.0,

@@ -17,11 +17,14 @@ from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
-from tandem.model.adapter_folder import Update, read_updates
+from tandem.model.adapter_base import check_weights
+from tandem.model.adapter_folder import Update, read_updates, whole_weights
 from tandem.model.load import load_tokenizer, model_folder, require_model
-from tandem.model.merge import added, copy_surroundings, merge_shards, vocabulary_grown
+from tandem.model.merge import added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
+from tandem.model.stopping import write_ends
+from tandem.model.surroundings import copy_surroundings, write_templates
 from tandem.model.verify import Verified, verify_merge
 from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
@@ -66,6 +69,7 @@ def run_merge(
     base_folder = model_folder(base)
     require_model(base_folder)
     updates, quantized = read_updates(adapter), read_record(adapter)
+    copies = list(whole_weights(adapter))
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -86,6 +90,11 @@ def run_merge(
                 console,
                 f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to",
+            )
+        if copies:
+            say(
+                console,
+                f"merge: {', '.join(copies)} in {adapter} is passed over: a copy of the base's own",
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
@@ -135,8 +144,8 @@ class _Merge:
             device=self.device,
         )
         copy_surroundings(self.base, self.adapter, folder, self.dtype)
-        end = _save_template(folder, chat_template, console)
-        vocabulary_grown(folder, self.updates, end)
+        vocabulary_grown(folder, self.updates)
+        _settle_template(self.base, folder, chat_template, console)
         return self._verify(folder)
 
     def _verify(self, merged: Path) -> Verified:
@@ -176,20 +185,18 @@ def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, fo
     )
 
 
-def _save_template(folder: Path, choice: str | None, console: Console) -> int | None:
-    """Settle the merged folder's chat template; what it brings already stays untouched.
-
-    Returns the token that ends its answers.
-    """
+def _settle_template(base: Path, folder: Path, choice: str | None, console: Console) -> None:
+    """Settle the merged folder's chat template, and let its files end answers as it does."""
     tokenizer = load_tokenizer(folder)
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
         say(console, f"merge: {notice}")
     if own != template.saved:
-        tokenizer.save_pretrained(str(folder))
+        write_templates(folder, template.saved)
     ending = find_ending(tokenizer, template)
-    return None if ending is None else ending.token_id
+    if ending and (said := write_ends(folder, base, tokenizer, template, ending)):
+        say(console, f"merge: {said}")
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
@@ -202,13 +209,7 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
             f"{adapter} was trained on a quantised base, but has no {QUANTIZATION}, which says "
             "what was rounded: copy the whole folder again"
         )
-    trained_on = model.get("weights")
-    if trained_on is not None and trained_on != weights:
-        raise UserError(
-            f"{adapter} was trained on other weights than those of {base} (hash "
-            f"{trained_on[:12]} there, {weights[:12]} here). Name the right base, or merge anyway "
-            "with --force."
-        )
+    check_weights(adapter, base, weights, "Name the right base, or merge anyway with --force.")
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

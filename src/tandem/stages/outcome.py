@@ -11,33 +11,34 @@ from torch import Tensor
 
 from tandem.artifact.files import atomic_folder
 from tandem.artifact.hashing import hash_bytes
-from tandem.data.template import ChatTemplate
+from tandem.data.template import find_ending
 from tandem.data.trees import Trees
 from tandem.model.adapter import save_adapter
+from tandem.model.stopping import write_ends
+from tandem.stages.stage import Stage
 from tandem.train.checkpoint import Progress, copy_adapter
 
 
 def save_adapter_folder(
-    folder: Path,
-    model: Any,
-    trained: Mapping[str, Tensor],
-    tokenizer: Any,
-    template: ChatTemplate,
-    checkpoint: Path | None = None,
+    stage: Stage, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
-    The template is saved with the tokenizer, so that inference uses the one of training. The
-    adapter is the model's, or a checkpoint's.
+    The template is saved with the tokenizer, so that inference uses the one of training, and the
+    folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
     """
-    with atomic_folder(folder / "saving") as aside:
+    tokenizer, template = stage.tokenizer, stage.template
+    with atomic_folder(stage.folder / "saving") as aside:
         if checkpoint is None:
             save_adapter(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
         tokenizer.chat_template = template.saved
         tokenizer.save_pretrained(str(aside))
-    return move_up(folder / "saving")
+        ending = find_ending(tokenizer, template)
+        if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
+            stage.tell(said)
+    return move_up(stage.folder / "saving")
 
 
 def move_up(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tandem.data.trees import Trees
+from tandem.model.adapter_base import lasting_name
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
@@ -58,6 +59,7 @@ def make_policy(
         )
     if device.is_host and (reason := why_not()):
         stage.tell(f"torch's own operators, no C kernels: {reason}")
+    base_name, revision = lasting_name(stage.base_name, stage.base)
     model = processes.together(
         lambda: adapted(
             base,
@@ -65,12 +67,13 @@ def make_policy(
             backend=backend,
             dropout=stage.kind.dropout,
             compiled=schedule["compiled"],
-            base_name=str(stage.base) if stage.base_name.startswith("demo:") else stage.base_name,
+            base_name=base_name,
             seed=stage.seed,
             tell=stage.tell,
             added=stage.added,
         )
     )
+    model.peft_config["default"].revision = revision
     if schedule["ordered_weights"]:
         order_weights(model)
         order_head(model.get_base_model())

@@ -233,9 +233,7 @@ def _finish(
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
-    outputs = save_adapter_folder(
-        stage.folder, model, trained, stage.tokenizer, stage.template, kept
-    )
+    outputs = save_adapter_folder(stage, model, trained, kept)
     warnings = [
         *stage.kind.warnings(read_jsonl(stage.folder / "metrics.jsonl")),
         *kept_warnings(stage.settings, progress),

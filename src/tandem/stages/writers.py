@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tandem.artifact.hashing import hash_json, hash_weights
 from tandem.data.ledger import Ledger
-from tandem.data.template import ChatTemplate, prompt_ids, resolve_template, stop_ids
+from tandem.data.template import ChatTemplate, prompt_ids, resolve_template
 from tandem.errors import UserError
 from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
 from tandem.model.load import (
@@ -23,6 +23,7 @@ from tandem.model.load import (
     model_folder,
 )
 from tandem.model.packages import require
+from tandem.model.stopping import all_stop_ids
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
 from tandem.recipe.making_pairs import Pairs, Server
@@ -91,7 +92,7 @@ class LocalWriter:
         device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
         self._tokenizer = load_tokenizer(folder)
         self._template: ChatTemplate = resolve_template(self._tokenizer, None)
-        self._stops = stop_ids(self._tokenizer, self._template)
+        self._stops = all_stop_ids(folder, self._tokenizer, self._template)
         self._context = context_length(load_config(folder))
         self._model: Any = None
         self._vllm: Any = None

@@ -1,0 +1,189 @@
+"""What lies beside the weights of a model made of base and adapter: configuration and tokenizer.
+
+The configuration is the base's; tokenizer, special tokens and chat templates are the adapter's,
+wherever transformers keeps them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tandem.artifact.files import atomic_write_json, read_json
+from tandem.errors import UserError
+from tandem.model.load import has_tokenizer, load_tokenizer
+from tandem.model.quantization import FILE as QUANTIZATION
+
+# A tokenizer's vocabulary, in each of the forms that transformers reads.
+_VOCABULARY = (
+    "tokenizer.json", "tokenizer.model*", "spiece.model", "sentencepiece*.model", "*.tiktoken",
+    "tokenizer.*.json", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "tokenization_*.py")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATE_FOLDER = "additional_chat_templates"
+# Of a base, what is worth copying beside its weights.
+_OF_THE_BASE = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+# What stages and trainers write of themselves.
+_NOT_OF_THE_MODEL = {
+    "manifest.json", "summary.json", "adapter_config.json", QUANTIZATION, "trainer_state.json",
+    "checkpoint.json", "model.safetensors.index.json",
+}  # fmt: skip
+
+
+def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """Put everything but the weights of base and adapter together into `output`.
+
+    Args:
+        base: its configuration goes along, and what the adapter's folder lacks of the rest.
+        adapter: its tokenizer, special tokens and chat templates go along, and nothing else.
+        output: an existing folder.
+        dtype: of the merged weights, for the configuration; None keeps the base's.
+    """
+    for file in sorted(base.iterdir()):
+        wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
+        if file.is_file() and wanted and not _of_a_tokenizer(file.name):
+            shutil.copyfile(file, output / file.name)
+    combine_tokenizers(base, adapter, output)
+    if dtype is not None:
+        config = read_json(output / "config.json")
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        atomic_write_json(output / "config.json", config)
+
+
+def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
+    """Put the adapter's tokenizer and chat templates into `output`; the base's where it has none.
+
+    Vocabulary and settings go together: no file of another tokenizer stays beside them. A
+    SentencePiece model of the base does where its pieces are the adapter's, too, as converters
+    read it. Of chat templates those of one folder are taken, whatever place they are in.
+    """
+    source = adapter if has_tokenizer(adapter) else base
+    for file in _matching(source, _VOCABULARY + _SETTINGS):
+        shutil.copyfile(file, output / file.name)
+    if source == base:
+        # Settings without a vocabulary, as trainers leave them that save in parts.
+        for file in _matching(adapter, _SETTINGS):
+            shutil.copyfile(file, output / file.name)
+        if (adapter / "tokenizer_config.json").exists():
+            _remove_unless(adapter, output, "special_tokens_map.json")
+    else:
+        _keep_pieces(base, output)
+    _combine_templates(base, adapter, output)
+
+
+def load_combined_tokenizer(base: Path, adapter: Path) -> Any:
+    """The tokenizer of base and adapter together, as `combine_tokenizers` has it.
+
+    Raises UserError when there is none.
+    """
+    with TemporaryDirectory(prefix="tandem-") as name:
+        folder = Path(name)
+        combine_tokenizers(base, adapter, folder)
+        if (base / "config.json").exists():  # may say which class the tokenizer is of
+            shutil.copyfile(base / "config.json", folder / "config.json")
+        if not has_tokenizer(folder):
+            raise UserError(
+                f"neither {adapter} nor its base {base} has a tokenizer. Put the base's own there: "
+                "tokenizer.json with tokenizer_config.json, or tokenizer.model."
+            )
+        return load_tokenizer(folder)
+
+
+def _of_a_tokenizer(name: str) -> bool:
+    patterns = (*_VOCABULARY, *_SETTINGS, *_TEMPLATES)
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns)
+    )
+
+
+def _remove_unless(source: Path, output: Path, name: str) -> None:
+    if not (source / name).exists():
+        (output / name).unlink(missing_ok=True)
+
+
+def _keep_pieces(base: Path, output: Path) -> None:
+    """Keep the base's SentencePiece file where the adapter's tokenizer has all of its tokens."""
+    missing = [
+        file for file in _matching(base, ("tokenizer.model",)) if not (output / file.name).exists()
+    ]
+    if not missing or not has_tokenizer(base):
+        return
+    ours, theirs = load_tokenizer(base).get_vocab(), load_tokenizer(output).get_vocab()
+    if ours.items() <= theirs.items():
+        for file in missing:
+            shutil.copyfile(file, output / file.name)
+
+
+def write_templates(folder: Path, templates: str | Mapping[str, str]) -> None:
+    """Make a chat template, or several by name, the only ones of a tokenizer's folder."""
+    for file in _matching(folder, _TEMPLATES):
+        file.unlink()
+    shutil.rmtree(folder / _TEMPLATE_FOLDER, ignore_errors=True)
+    _write_inside(folder, None)
+    named = {"default": templates} if isinstance(templates, str) else templates
+    for name, text in named.items():
+        path = folder / _TEMPLATE_FOLDER / f"{name}.jinja"
+        if name == "default":
+            path = folder / "chat_template.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
+    """The adapter's chat templates if it has any, else the base's; no other place has one."""
+    for source in (adapter, base):
+        inside = _settings(source).get("chat_template")
+        jinja, folder = source / "chat_template.jinja", source / _TEMPLATE_FOLDER
+        of_processor = source / "chat_template.json"
+        if jinja.is_file() or folder.is_dir() or inside:
+            if jinja.is_file():
+                shutil.copyfile(jinja, output / jinja.name)
+            if folder.is_dir():
+                shutil.copytree(folder, output / _TEMPLATE_FOLDER)
+            _write_inside(output, inside)
+            return
+        # Where older processors keep theirs; tokenizers do not look there.
+        if of_processor.is_file() and (text := _object(of_processor).get("chat_template")):
+            write_templates(output, text)
+            return
+
+
+def _write_inside(folder: Path, template: Any) -> None:
+    """Put chat templates into tokenizer_config.json; None takes out what is there."""
+    path, settings = folder / "tokenizer_config.json", _settings(folder)
+    if settings.get("chat_template") == template:
+        return
+    if template is None:
+        settings.pop("chat_template")
+    else:
+        settings["chat_template"] = template
+    atomic_write_json(path, settings)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return _object(path) if path.exists() else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Copy or download it again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object. Copy or download it again.")
+    return found

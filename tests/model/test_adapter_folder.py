@@ -1,0 +1,208 @@
+"""Adapters of every kind that peft writes: merged exactly, or refused by name in every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tandem.errors import UserError
+from tandem.model.adapter import load_adapter
+from tandem.model.adapter_folder import read_updates, whole_weights
+from tandem.model.load import load_for_inference, load_model
+from tandem.model.merge import merge_shards
+from tandem.stages.contestant import find_contestant
+
+from ..stages.made_inputs import make_model_folder
+
+# peft 0.21 still asks transformers 5 under the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("base"))
+
+
+def make_adapter(base: Path, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """Save an adapter that has learnt something; returns the weights that peft merges it to."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS} | settings
+    model = get_peft_model(
+        load_model(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **options)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.1 * float(parameter.std()) if "magnitude" in name else 0.05
+                parameter += scale * torch.randn_like(parameter)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    merged: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
+    return merged
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    make_adapter(base, folder)
+    return folder
+
+
+@pytest.fixture
+def spoilt(plain: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a plain adapter whose configuration says something else."""
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.copytree(plain, folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return folder
+
+    return make
+
+
+def refused(folder: Path, *said: str) -> None:
+    """Merging, chat and evaluation refuse an adapter with the same words."""
+    heard = []
+    for command in (
+        lambda: read_updates(folder),
+        lambda: load_for_inference(str(folder), "cpu"),
+        lambda: find_contestant("it", str(folder)),
+    ):
+        with pytest.raises(UserError) as error:
+            command()
+        heard.append(str(error.value))
+    assert len(set(heard)) == 1
+    for words in said:
+        assert words in heard[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "orthogonal"},
+        {"use_dora": True},
+        {"use_dora": True, "init_lora_weights": "pissa"},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
+        {"exclude_modules": ["down_proj"]},
+        {"layers_to_transform": [1]},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)) or "plain",
+)
+def test_the_sum_is_what_peft_merges(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    expected = make_adapter(base, tmp_path / "adapter", **settings)
+    (tmp_path / "merged").mkdir()
+    merge_shards(base, read_updates(tmp_path / "adapter"), tmp_path / "merged", dtype=None)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
+    assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+def test_torch_s_own_format_is_read_as_safetensors_is(
+    base: Path, plain: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(plain, old)
+    tensors = load_file(old / "adapter_model.safetensors")
+    (old / "adapter_model.safetensors").unlink()
+    torch.save(tensors, old / "adapter_model.bin")
+    ours, theirs = read_updates(old), read_updates(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].delta(), theirs[name].delta()) for name in ours)  # type: ignore[union-attr]
+    load_for_inference(str(plain), "cpu")
+    (old / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(UserError, match=r"adapter_model\.bin cannot be read: .*Convert it"):
+        read_updates(old)
+
+
+def test_copies_of_the_base_s_embeddings_change_nothing(
+    base: Path, plain: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(plain, copied)
+    name = "model.embed_tokens.weight"
+    path = copied / "adapter_model.safetensors"
+    tensors, own = load_file(path), load_file(base / "model.safetensors")[name]
+    save_file({**tensors, f"base_model.model.{name}": own.to(torch.bfloat16)}, path)
+    assert list(whole_weights(copied)) == [name]
+    assert read_updates(copied).keys() == read_updates(plain).keys()
+    load_for_inference(str(copied), "cpu")
+    save_file({**tensors, f"base_model.model.{name}": own * 1.1}, path)
+    with pytest.raises(UserError, match=r"holds model\.embed_tokens\.weight as a whole.*peft"):
+        load_adapter(load_model(base, dtype=torch.float32), copied)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"peft_type": "LOHA"}, "type LOHA"),
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"peft_type": "VERA"}, "type VERA"),
+        ({"peft_type": "PROMPT_TUNING"}, "type PROMPT_TUNING"),
+        ({"peft_type": "OF_NO_KIND"}, "type OF_NO_KIND"),
+        ({"bias": "all"}, "biases as well (bias 'all')"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules as well"),
+        ({"lora_bias": True}, "biases of its own (lora_bias true)"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "repeats layers"),
+        ({"alora_invocation_tokens": [1, 2]}, "invocation tokens"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+        ({"arrow_config": {"top_k": 1}}, "Arrow"),
+        ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+        ({"velora_config": {"num_groups": 2}}, "VeLoRA"),
+        ({"monteclora_config": {"a": 1}}, "MonteCLoRA"),
+        ({"megatron_config": {"a": 1}}, "Megatron"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16'"),
+        ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights set to true"),
+        ({"init_lora_weights": "lora_ga"}, "cannot be computed again"),
+        ({"use_lora_of_tomorrow": True, "peft_version": "9.1"}, "use_lora_of_tomorrow true"),
+        ({"tomorrow_config": {"a": 1}}, "Update peft"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_is_more_than_a_sum_of_low_rank_is_named_in_every_command(
+    spoilt: Callable[..., Path], settings: dict[str, Any], said: str
+) -> None:
+    folder = spoilt(**settings)
+    refused(folder, str(folder), said)
+
+
+def test_a_newer_peft_s_settings_that_are_off_are_no_matter(
+    spoilt: Callable[..., Path],
+) -> None:
+    folder = spoilt(use_lora_of_tomorrow=False, tomorrow_config=None, tomorrow_group_size=16)
+    assert read_updates(folder)
+    load_for_inference(str(folder), "cpu")
+
+
+def test_low_rank_updates_of_embeddings_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    refused(tmp_path / "adapter", "changes embeddings by low-rank updates")
+
+
+def test_adapters_in_the_folders_of_a_folder_are_named(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "all" / "one")
+    shutil.copytree(plain, tmp_path / "all" / "two")
+    with pytest.raises(UserError, match="its folders one, two are adapters: name one"):
+        read_updates(tmp_path / "all")
+    for command in (load_for_inference, lambda folder, _: find_contestant("it", folder)):
+        with pytest.raises(UserError, match="its folders one, two are adapters: name one"):
+            command(str(tmp_path / "all"), "cpu")
