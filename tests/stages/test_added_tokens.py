@@ -291,6 +291,28 @@ def test_a_real_model_learns_chatml_and_stops(stories_path: Path, tmp_path: Path
     assert answer.shape[1] < ids.shape[1] + 150
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
+    named: bool, stories_path: Path, tmp_path: Path
+) -> None:
+    """Only with its row trained: frozen, it is one of many equal rows, and a warning says so."""
+    adapter = tmp_path / "sft"
+    run(
+        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=25, max_length=256,
+        save_steps=100, chat_template="neural-chat", added_tokens=("</s>",) if named else (),
+    )  # fmt: skip
+    warnings = [w for w in read_json(adapter / "summary.json")["warnings"] if "learn to stop" in w]
+    assert len(warnings) == (0 if named else 1)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = load_adapter(load_model(stories_path, dtype=torch.float32), adapter)
+    turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+    place = ids[0].tolist().index(2)
+    with torch.no_grad():
+        probability = model(input_ids=ids).logits[0, place - 1].softmax(-1)[2]
+    assert probability > 0.1 if named else probability < 0.02
+
+
 def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'added_tokens: \["<\|im_start\|>", "<\|im_end\|>"\]'):
         run("sft", bases["untied"], tmp_path / "sft", added_tokens=())

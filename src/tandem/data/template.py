@@ -242,6 +242,32 @@ def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Endi
     return Ending(closing[:end], token, tokens[token], closing[end:])
 
 
+def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
+    """The single tokens that a template writes around turns with their ids, the ending first.
+
+    Those are special and other added tokens; what is written as text, in several tokens, is none.
+    """
+    question, answer = _probe()
+    system = (Turn("system", _QUESTION),)
+    for before in (system, ()):  # templates may refuse a system turn, or a second question
+        try:
+            ids = prompt_ids(tokenizer, template, (*before, question, answer, question))
+            break
+        except UserError:
+            continue
+    else:
+        ids = prompt_ids(tokenizer, template, (question,))
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
+    found = {
+        index: str(tokenizer.convert_ids_to_tokens(index))
+        for index in [*first, *ids]
+        if index in special
+    }
+    # Some tokenizers have runs of blanks as added tokens.
+    return {token: index for index, token in found.items() if token.strip()}
+
+
 def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
     """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
     ending = find_ending(tokenizer, template)

@@ -48,6 +48,12 @@ def rows_of(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def described_rows(config: Any, added: AddedTokens | None = None) -> int:
+    """Rows of the model that a configuration describes, with those that added tokens get."""
+    rows = int(config.get_text_config().vocab_size)
+    return max([rows, *(index + 1 for index in (added.ids if added else ()))])
+
+
 def make_rows(model: Any, added: AddedTokens) -> None:
     """Give those of the tokens a row that have none to start from; see `grow_vocabulary`.
 

@@ -23,7 +23,8 @@ from tandem.estimate.rate import Rate, product_rate, recorded_rate
 from tandem.estimate.shape import Described, ModelShape, described
 from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
-from tandem.model.vocabulary import check_added
+from tandem.model.untrained import in_words, untrained_tokens
+from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.schema import Recipe
 from tandem.recipe.training import Sft, Training
 from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
@@ -219,9 +220,18 @@ class _Planner:
         )
         known = None
         if data.sources:
-            known = _read(self._records(stage, settings, data, tokenizer, template), asked)
+            known = _read(
+                self._records(
+                    stage, settings, data, tokenizer, template, described_rows(config, added)
+                ),
+                asked,
+            )
         elif guess is not None:
             known = _taken(guess, asked, int(config.get_text_config().vocab_size))
+        if trains_added and (
+            words := in_words(untrained_tokens(self.base, config, tokenizer, template, added.ids))
+        ):
+            data = replace(data, notes=(words, *data.notes))
         made, disk = None, None
         memory: dict[str, Memory] = {}
         notes = _notes(data, guess, model)
@@ -253,6 +263,7 @@ class _Planner:
         data: PlannedData,
         tokenizer: Any,
         template: ChatTemplate,
+        rows: int,
     ) -> Records:
         prepare = _PREPARE[stage.name]
         if isinstance(settings, Sft):
@@ -270,6 +281,7 @@ class _Planner:
             name=stage.name,
             seed=self.recipe.seed,
             console=self.console,
+            rows=rows,
         )
 
     def _copies(self, shape: ModelShape, free: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.model.vocabulary import described_rows
 from tandem.recipe.training import Training
 from tandem.stages.kind import StageKind
 from tandem.train.checkpoint import CheckpointStore
@@ -34,6 +35,7 @@ class Stage:
         base_name: what the run calls the model.
         tokenizer, template: of the model.
         added: tokens whose embeddings are trained.
+        warnings: what was found of the model before its data was read.
     """
 
     kind: StageKind
@@ -49,6 +51,12 @@ class Stage:
     tokenizer: Any
     template: ChatTemplate
     added: AddedTokens
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embeddings, those of added tokens among them."""
+        return described_rows(self.config, self.added)
 
     def tell(self, text: str) -> None:
         """Put a line on the console, the stage's name before it."""

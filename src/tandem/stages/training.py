@@ -19,9 +19,12 @@ from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
+from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.data.token_rows import row_notices
 from tandem.model.compiled import Compiling
 from tandem.model.load import model_folder
-from tandem.model.vocabulary import check_added
+from tandem.model.untrained import in_words, untrained_tokens
+from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs
@@ -101,12 +104,16 @@ def run_training(
         if opened.state == "finished":
             say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
-        for notice in template.notices:
+        rows = described_rows(config, added)
+        for notice in (*template.notices, *row_notices(tokenizer, rows)):
             say(console, f"{kind.name}: {notice}")
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template, added,
+            processes.main(lambda: _row_warnings(base, config, tokenizer, template, added)),
         )  # fmt: skip
+        for warning in stage.warnings:
+            say(console, f"{kind.name}: {warning}", style="yellow")
         _run(stage, opened, inputs, sources, held_out)
     return output_dir
 
@@ -153,6 +160,13 @@ def _run(
     )
 
 
+def _row_warnings(
+    base: Path, config: Any, tokenizer: Any, template: ChatTemplate, added: AddedTokens
+) -> tuple[str, ...]:
+    words = in_words(untrained_tokens(base, config, tokenizer, template, added.ids))
+    return () if words is None else (words,)
+
+
 def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
     return stage_records(
         stage.kind.prepare,
@@ -165,6 +179,7 @@ def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]
         name=stage.kind.name,
         seed=stage.seed,
         console=stage.console,
+        rows=stage.rows,
     )
 
 
@@ -249,7 +264,7 @@ def _finish(
         "reference_seconds": sum(each.reference_seconds for each in made),
         "reference_computed": sum(each.reference_computed for each in made),
         "peak_memory_bytes": stage.engine.device.peak_memory(),
-        "warnings": [*records.warnings(), *warnings],
+        "warnings": [*stage.warnings, *records.warnings(), *warnings],
         "dtype": stage.engine.device.dtype_name,
         "quantization": stage.runtime.quantization,
         "ledger": records.ledger.summary(),
