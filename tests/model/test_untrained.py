@@ -56,8 +56,6 @@ def test_an_end_token_among_equal_rows_of_the_head(
     assert said.startswith("the model cannot learn to stop: answers end with '</s>', whose row")
     assert "nearly equal to those of 4 other tokens" in said
     assert "`added_tokens: [\"</s>\"]` in the recipe, `--added_tokens '</s>'` for a stage" in said
-        "`added_tokens: [\"</s>\"]` in the recipe, `--added_tokens '</s>'` for a stage."
-    )
     assert found(folder, trained=(1,)) == []
 
 

@@ -298,7 +298,7 @@ def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
     """Only with its row trained: frozen, it is one of many equal rows, and a warning says so."""
     adapter = tmp_path / "sft"
     run(
-        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=25, max_length=256,
+        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=30, max_length=256,
         save_steps=100, chat_template="neural-chat", added_tokens=("</s>",) if named else (),
     )  # fmt: skip
     warnings = [w for w in read_json(adapter / "summary.json")["warnings"] if "learn to stop" in w]
@@ -309,8 +309,9 @@ def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
     ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
     place = ids[0].tolist().index(2)
     with torch.no_grad():
-        probability = model(input_ids=ids).logits[0, place - 1].softmax(-1)[2]
-    assert probability > 0.1 if named else probability < 0.02
+        probability = float(model(input_ids=ids).logits[0, place - 1].softmax(-1)[2])
+    # Frozen, it shares what it gets with 238 others.
+    assert probability > 0.02 if named else probability < 1 / 238, probability
 
 
 def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Path) -> None:
