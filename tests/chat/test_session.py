@@ -77,6 +77,36 @@ def test_history_system_and_reset(stories_path: Path, prompts: list[str]) -> Non
     assert "(cut after 12 tokens: --max_new_tokens)" in text
 
 
+DEAF = (
+    "{{ bos_token }}{% for m in messages if m.role != 'system' %}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+)
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + DEAF
+
+
+def test_a_system_prompt_that_a_template_does_not_render_is_not_set(
+    stories_path: Path, prompts: list[str], tmp_path: Path
+) -> None:
+    for source, why in ((DEAF, "does not render the system turn"), (STRICT, "no system")):
+        (tmp_path / "t.jinja").write_text(source)
+        template = str(tmp_path / "t.jinja")
+        text = talk([stories_path], "/system Be brief.", "/system", "Hi", chat_template=template)
+        assert "The system prompt is not set. stories260K: " in text
+        assert why in " ".join(text.split())
+        assert "System prompt: (none)" in text
+        assert prompts.pop() == "<s> Hi"
+        with pytest.raises(UserError, match=rf"--system: stories260K: .*{why}"):
+            talk([stories_path], system="Be brief.", chat_template=template)
+
+
+def test_what_a_template_leaves_out_of_a_longer_conversation_is_said(
+    stories_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(DEAF.replace("in messages", "in messages[-2:]"))
+    text = talk([stories_path], "One", "Two", chat_template=str(tmp_path / "t.jinja"))
+    assert text.count("not asked all of this: the chat template does not render every user") == 1
+
+
 def test_answers_are_what_transformers_generates(stories_path: Path, prompts: list[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

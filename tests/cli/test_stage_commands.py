@@ -267,3 +267,57 @@ def test_a_dry_run_calls_no_stage(calls: Calls, capsys: pytest.CaptureFixture[st
     shown = _dry(capsys, "dpo", *REQUIRED)
     assert not calls
     assert shown["settings"]["beta"] == 0.1
+
+
+def test_the_home_folder_and_variables_are_resolved_in_flags_that_name_paths(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves `~` as it is in `--output_dir=~/x`."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    shown = _dry(
+        capsys, "sft", "--model_name_or_path=~/m", "--dataset_name=$SCRATCH/d.jsonl",
+        "--output_dir=~/o", "--chat_template=${SCRATCH}/t.jinja",
+    )  # fmt: skip
+    assert (shown["model"], shown["output_dir"]) == ("/home/somebody/m", "/home/somebody/o")
+    assert shown["chat_template"] == "/scratch/t.jinja"
+    assert shown["settings"]["data"][0]["path"] == "/scratch/d.jsonl"
+    flags = ["--base-model-path=~/b", "--lora-model-path=~/a", "--output-path=$SCRATCH/m"]
+    assert main(["merge", *flags]) == 0
+    assert calls[0]["base"] == "/home/somebody/b"
+    assert calls[0]["adapter"] == Path("/home/somebody/a")
+    assert calls[0]["output_dir"] == Path("/scratch/m")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "$NOT_SET/o"],
+        [
+            "merge",
+            "--base-model-path",
+            "$NOT_SET/b",
+            "--lora-model-path",
+            "a",
+            "--output-path",
+            "o",
+        ],
+        ["chat", "$NOT_SET/m"],
+        ["eval", "m", "--questions", "$NOT_SET/q.jsonl"],
+        ["eval", "m", "--output_dir", "$NOT_SET/o"],
+        ["check", "$NOT_SET/d.jsonl"],
+        ["check", "d.jsonl", "--against", "$NOT_SET/d.jsonl"],
+        ["show", "$NOT_SET/d.jsonl", "--row", "1", "--text"],
+        ["report", "$NOT_SET/run"],
+        ["pairs", "--prompts", "$NOT_SET/d.jsonl", "--model", "m", "--output_dir", "o"],
+        ["run", "$NOT_SET/r.yaml"],
+        ["plan", "demo", "output_dir=$NOT_SET/o"],
+    ],
+    ids=" ".join,
+)
+def test_a_variable_that_is_not_set_is_named_in_every_command(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert main(argv) == 2
+    assert "the environment variable NOT_SET is not set" in capsys.readouterr().err

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tandem.data.behind_prompt import Refused
 from tandem.data.bound import longest_token
-from tandem.data.encode import Chat, Encoded, Refused
+from tandem.data.encode import Chat, Encoded
 from tandem.data.exchanges import encode_conversation
 from tandem.data.limits import Limits, TooLong
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tandem.data.behind_prompt import Refused
 from tandem.data.encode import (
     Chat,
     Encoded,
     Exchange,
-    Refused,
     conversation_tree,
     encode_exchanges,
     pair_tree,

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data import truncate
-from tandem.data.encode import Chat, Encoded, Refused, encode_exchanges
+from tandem.data.behind_prompt import Refused
+from tandem.data.encode import Chat, Encoded, encode_exchanges
 from tandem.data.exchanges import encode_conversation, pair_exchanges
 from tandem.data.lighten import lighten
 from tandem.data.limits import Limits, TooLong

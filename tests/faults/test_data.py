@@ -5,13 +5,20 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import shutil
+import signal
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.cli.main import main
 from tandem.data.formats.turns import UNKNOWN_ROLE
+from tandem.train import loop
 
 from .desk import Desk
 
@@ -285,3 +292,50 @@ def test_a_row_that_only_dpo_would_stumble_over_can_be_dropped(desk: Desk, tmp_p
     desk.accepted(["run", recipe, "--until", "dpo"])
     ledger = read_json(desk.home / "run" / "4-dpo" / "summary.json")["ledger"]
     assert (ledger["read"], ledger["dropped"]) == (25, 1)
+
+
+def test_what_lies_in_the_runs_own_folder_is_no_data(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = desk.home / "data"
+    data.mkdir()
+    desk.conversations.rename(data / "conversations.jsonl")
+    call = desk.train(dataset_name="data", output_dir="data/out", max_steps=3)
+    plain = loop.Training._take
+
+    def take(self: Any, step: Any) -> None:
+        plain(self, step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_take", take)
+        assert main(call) == 3
+    assert (data / "out" / "checkpoints").is_dir()
+    said = desk.accepted(call)
+    assert "24 of 24 records to train on" in said
+    assert "sft: not read of data: out (the folder of a run of tandem)" in said
+    assert "nothing to do" in desk.accepted(call)
+    assert "not read of data: out" in desk.accepted(["check", "data"])
+
+
+def test_names_that_are_no_utf8_train_and_are_recognised_again(desk: Desk) -> None:
+    assert isinstance(sys.stderr, TextIOWrapper)
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own is
+    data, out = (os.fsdecode(name) for name in (b"donn\xe9es.jsonl", b"sortie\xe9"))
+    rows = [json.loads(line) for line in desk.conversations.read_text().splitlines()]
+    rows[0] = {"\ud800": "half", **rows[0]}
+    desk.text("".join(json.dumps(row) + "\n" for row in [*rows, {"conversations": []}]), data)
+    call = desk.train(dataset_name=data, output_dir=out)
+    desk.accepted(call)
+    assert "nothing to do" in desk.accepted(call)
+    ledger = read_json(desk.home / out / "summary.json")["ledger"]
+    assert ledger["unread_keys"] == {data: ["\ud800"]}
+    assert read_jsonl(desk.home / out / "data-ledger.jsonl")[-1]["file"] == data
+    # What was trained is there; the libraries that read weights open no such name.
+    way_out = "Rename it, or make a link to it under another name"
+    desk.refused(desk.merge(desk.model, desk.home / out), "safetensors opens no file", way_out)
+    odd = shutil.copytree(desk.model, desk.home / f"model-{out}")
+    desk.refused(desk.train(model_name_or_path=odd), "safetensors opens no file", way_out)
+    (desk.home / "link").symlink_to(desk.home / out)
+    desk.accepted(desk.merge(desk.model, desk.home / "link"))
+    desk.refused(["run", desk.recipe(), f"output_dir={out}"], "special characters are not")

@@ -73,9 +73,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     files = {file.name: file.read_bytes() for file in model.iterdir()}
     # What a page may hold besides: weights in other layouts, which are not fetched.
     files |= {"pytorch_model.bin": b"old", "consolidated.safetensors": b"own", "README.md": b"#"}
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()
+    without = {name: data for name, data in files.items() if name != "model.safetensors"}
     hub = Hub(
         repos={
             "models/some/tiny": files,
+            "models/some/bins": {**without, "consolidated.safetensors": b""},
+            "models/some/shards": {**without, "model.safetensors.index.json": index},
             "models/some/adapter": {"adapter_config.json": b"{}"},
             "datasets/some/talks": {
                 "train.jsonl": make_conversations(folder / "a.jsonl").read_bytes()
@@ -166,6 +170,28 @@ def test_a_model_that_the_hub_refuses(shell: Shell, name: str, flags: list[str],
     assert said in message
     assert "Traceback" not in message
     assert message.count("error: ") == 1
+    assert not (shell.home / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("some/bins", "has no model.safetensors, and no model.safetensors.index.json"),
+        ("some/shards", "lacks model-00001-of-00002.safetensors"),
+    ],
+)
+def test_a_page_without_weights_that_can_be_loaded_is_refused_before_the_first_stage(
+    shell: Shell, name: str, said: str
+) -> None:
+    sft = "{data: gone.jsonl, max_length: 200, max_steps: 2}"
+    (shell.home / "gone.jsonl").write_text("{}\n")
+    (shell.home / "recipe.yaml").write_text(
+        f"name: r\nmodel: {name}\noutput_dir: refused\nsft: {sft}\n"
+    )
+    code, message = shell.run("run", "recipe.yaml")
+    assert code == 2
+    assert f"model {name} of the Hub" in message
+    assert said in message
     assert not (shell.home / "refused").exists()
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tandem.artifact.hashing import hash_weights
+
 from .desk import Desk
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -76,12 +81,123 @@ def test_a_weight_that_is_missing_is_not_made_up(desk: Desk) -> None:
 
 
 def test_a_shard_that_the_index_names_and_nobody_copied(desk: Desk) -> None:
-    index = {"metadata": {}, "weight_map": {"a": WEIGHTS, "b": "model-2.safetensors"}}
-    name = desk.model / "model.safetensors.index.json"
-    name.write_text(json.dumps(index))
+    (desk.model / WEIGHTS).rename(desk.model / "model-1.safetensors")
+    name = desk.model / INDEX
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    name.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     desk.refused(desk.train(), "lacks model-2.safetensors")
+    desk.refused(["run", desk.recipe()], "lacks model-2.safetensors")
     name.write_text("{")
     desk.refused(desk.train(), "index.json is damaged")
+    name.write_text('{"weight_map": {}}')
+    desk.refused(desk.train(), "names no file with weights")
+    name.unlink()
+    desk.refused(desk.train(), "has no model.safetensors, and no", INDEX, "(model-1.safetensors)")
+    desk.refused(["run", desk.recipe()], "transformers would load none of them")
+
+
+def test_of_two_editions_the_one_that_transformers_loads_is_trained_and_merged(
+    desk: Desk,
+) -> None:
+    weights = load_file(desk.model / WEIGHTS)
+    plain, base = desk.home / "plain", desk.home / "editions"
+    desk.accepted(desk.train(output_dir=plain))
+    desk.accepted(desk.merge(desk.model, plain))
+    shutil.copytree(desk.model, base)
+    # An index and shards that another download left, the maker's own format, other precisions.
+    other = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(other, base / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    save_file(other, base / "model.fp16.safetensors", metadata={"format": "pt"})
+    save_file({"tok_embeddings.weight": torch.zeros(3, 2)}, base / "consolidated.safetensors")
+    names = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names | {"a": "gone"}}))
+    (base / "consolidated.safetensors.index.json").write_text("{}")
+    (base / "params.json").write_text('{"dim": 2}')
+    assert hash_weights(base) == hash_weights(desk.model)
+    adapter = desk.home / "adapter"
+    desk.accepted(desk.train(model_name_or_path=base, output_dir=adapter))
+    desk.accepted(desk.merge(base, adapter, "one"))
+    one = {path.name for path in (desk.home / "one").iterdir()}
+    assert not any("consolidated" in name or "index" in name or "0000" in name for name in one)
+    assert "params.json" not in one
+    expected = load_file(desk.home / "merged" / WEIGHTS)
+    for name, weight in load_file(desk.home / "one" / WEIGHTS).items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_weights_in_the_one_file_that_an_index_names_load_after_the_merge(desk: Desk) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = load_file(desk.model / WEIGHTS)
+    (desk.model / WEIGHTS).rename(desk.model / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (desk.model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    desk.accepted(desk.train())
+    desk.accepted(desk.merge(desk.model, desk.home / "out"))
+    _, found = AutoModelForCausalLM.from_pretrained(desk.home / "merged", output_loading_info=True)
+    assert not found["missing_keys"]
+
+
+def test_weights_that_the_configuration_names_are_taken_as_transformers_does(desk: Desk) -> None:
+    (desk.model / WEIGHTS).rename(desk.model / "mine.safetensors")
+    config = json.loads((desk.model / "config.json").read_text())
+    config["transformers_weights"] = "mine.safetensors"
+    (desk.model / "config.json").write_text(json.dumps(config))
+    desk.accepted(desk.train())
+    desk.accepted(desk.merge(desk.model, desk.home / "out"))
+    assert (desk.home / "merged" / "mine.safetensors").is_file()
+
+
+QUANTIZED = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    {"load_in_4bit": True},
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "compressed-tensors", "config_groups": {}},
+    {"quant_method": "mxfp4"},
+]
+
+
+@pytest.mark.parametrize("settings", QUANTIZED, ids=str)
+def test_a_base_that_is_quantised_already_is_refused_before_the_first_stage(
+    desk: Desk, settings: dict[str, Any]
+) -> None:
+    config = json.loads((desk.model / "config.json").read_text())
+    (desk.model / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    adapter = desk.home / "adapter"
+    for argv in (
+        desk.train(),
+        desk.train("dpo"),
+        ["run", desk.recipe()],
+        ["plan", desk.recipe()],
+        desk.merge(desk.model, adapter),
+    ):
+        desk.refused(argv, "is quantised already", "16-bit edition", "`quantization: nf4`")
+
+
+def test_a_quantised_model_that_needs_a_package_is_no_traceback_in_chat(desk: Desk) -> None:
+    config = json.loads((desk.model / "config.json").read_text())
+    settings = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "format": "int-quantized",
+    }
+    (desk.model / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    desk.refused(["chat", str(desk.model)], "cannot be loaded as a model", "compressed")
+
+
+def test_weight_files_get_the_rights_that_the_umask_gives(desk: Desk) -> None:
+    before = os.umask(0o022)
+    try:
+        desk.accepted(desk.train(save_steps=1))
+        desk.accepted(desk.merge(desk.model, desk.home / "out"))
+    finally:
+        os.umask(before)
+    written = [path for name in ("out", "merged") for path in (desk.home / name).rglob("*")]
+    found = {p.name: p.stat().st_mode & 0o777 for p in written if p.suffix == ".safetensors"}
+    assert found.keys() >= {"adapter_model.safetensors", WEIGHTS}
+    assert set(found.values()) == {0o644}
 
 
 @pytest.mark.parametrize(

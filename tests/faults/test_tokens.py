@@ -133,10 +133,8 @@ def test_an_end_token_that_was_never_trained_is_a_warning_everywhere(desk: Desk)
     recipe = desk.recipe()
     assert needle in said(["plan", recipe])
     assert needle in said(["run", recipe, "--until", "sft"])
-    assert (
-        needle.partition(":")[0] in said(["report", str(desk.home / "run")])
-        or needle[:30] in (desk.home / "run" / "report.html").read_text()
-    )
+    said(["report", str(desk.home / "run")])
+    assert "the model cannot learn to stop" in (desk.home / "run" / "report.html").read_text()
     for stage in ("sft", "dpo"):
         assert needle in said(desk.train(stage, max_steps=1, output_dir=desk.home / stage))
     named = desk.recipe(added_tokens=["</s>"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
@@ -18,6 +20,7 @@ from tandem.model.adapter_folder import read_updates, whole_weights
 from tandem.model.load import load_for_inference, load_model
 from tandem.model.merge import merge_shards
 from tandem.stages.contestant import find_contestant
+from tandem.stages.merge import run_merge
 
 from ..stages.made_inputs import make_model_folder
 
@@ -175,6 +178,9 @@ def test_copies_of_the_base_s_embeddings_change_nothing(
         ({"init_lora_weights": "lora_ga"}, "cannot be computed again"),
         ({"use_lora_of_tomorrow": True, "peft_version": "9.1"}, "use_lora_of_tomorrow true"),
         ({"tomorrow_config": {"a": 1}}, "Update peft"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": 0}, "r 0"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is {'q_proj': '4'}"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -206,3 +212,44 @@ def test_adapters_in_the_folders_of_a_folder_are_named(plain: Path, tmp_path: Pa
     for command in (load_for_inference, lambda folder, _: find_contestant("it", folder)):
         with pytest.raises(UserError, match="its folders one, two are adapters: name one"):
             command(str(tmp_path / "all"), "cpu")
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_a_merge_and_a_chat_answer_alike(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    make_adapter(base, tmp_path / "adapter", **settings)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    copied = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(load_file(path) | {"base_model.model.model.embed_tokens.weight": copied}, path)
+    heard = StringIO()
+    merged = run_merge(
+        base=str(base), adapter=tmp_path / "adapter", output_dir=tmp_path / "merged", dtype="auto",
+        force=False, device="cpu", console=Console(file=heard, width=1000),
+    )  # fmt: skip
+    assert "model.embed_tokens.weight in " in heard.getvalue()
+    assert "is passed over: it is the base's own" in heard.getvalue()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        chat = load_for_inference(str(tmp_path / "adapter"), "cpu")[0](input_ids=ids).logits
+        whole = load_for_inference(str(merged), "cpu")[0](input_ids=ids).logits
+    torch.testing.assert_close(chat, whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["a layer more", "a layer less", "other names"])
+def test_weights_that_find_no_layer_are_not_left_out_in_silence(
+    base: Path, plain: Path, tmp_path: Path, case: str
+) -> None:
+    folder = shutil.copytree(plain, tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if case == "a layer more":
+        old, new = "layers.1.", "layers.7."
+        tensors |= {name.replace(old, new): t for name, t in tensors.items() if old in name}
+    elif case == "a layer less":
+        tensors = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    else:
+        tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    with pytest.raises(UserError, match=r"does not fit its base model: only the .* has "):
+        load_for_inference(str(folder), "cpu")

@@ -240,6 +240,26 @@ def test_the_library_is_built_once(library: Kernels, tmp_path: Path) -> None:
     assert built[0] == built[1]
 
 
+def test_a_damaged_library_is_built_again(library: Kernels, tmp_path: Path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path)}
+    folder = tmp_path / "tandem" / "kernels"
+    assert _python(_ASK, variables).stdout.startswith("Kernels")
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:5000] + b"\x90" + whole[5001:]):
+        file.write_bytes(damaged)
+        assert _python(_ASK, variables).stdout.startswith("Kernels")
+        (file,) = folder.iterdir()
+        assert file.read_bytes() != damaged
+
+
+def test_without_a_cache_a_library_is_built_for_the_process(
+    library: Kernels, tmp_path: Path
+) -> None:
+    (tmp_path / "tandem").write_text("a file in the way")
+    assert _python(_ASK, {"XDG_CACHE_HOME": str(tmp_path)}).stdout.startswith("Kernels")
+
+
 def _python(code: str, variables: dict[str, str]) -> Any:
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from tandem.artifact.files import read_json
 from tandem.data.records import Turn
 from tandem.data.template import find_ending, prompt_ids, render, resolve_template, tokenize
+from tandem.errors import UserError
 from tandem.model.load import load_tokenizer
 from tandem.model.stopping import all_stop_ids, end_ids, write_ends
 
@@ -83,7 +84,7 @@ def test_the_end_token_is_known_to_generation_configuration_and_tokenizer(
         }
     assert said == (
         f"answers end with <|im_end|> ({end}): generation stops at "
-        f"{', '.join(map(str, listed))}; config.json and the tokenizer name it as eos_token"
+        f"{', '.join(map(str, listed))}; it is eos_token of config.json and the tokenizer as well"
     )
     assert settle(folder, "chatml") is None  # everything says so by now
 
@@ -164,3 +165,22 @@ def test_an_answer_ends_at_the_old_end_token_as_well(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     template = resolve_template(tokenizer, "chatml")
     assert all_stop_ids(folder, tokenizer, template) == [tokenizer.eos_token_id, 1]
+
+
+def test_a_generation_config_without_an_end_gets_the_one_of_the_configuration(
+    folder: Path,
+) -> None:
+    change(folder / "generation_config.json", top_k=5)
+    said = settle(folder, "neural-chat")
+    assert said == "answers end with </s> (1): generation stops at 1"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 1
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, [1, None], {"a": 1}])
+def test_an_end_that_is_no_id_is_named(folder: Path, value: Any) -> None:
+    change(folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is "):
+        settle(folder, "chatml")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json holds no JSON object"):
+        end_ids(folder)

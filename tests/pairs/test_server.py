@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from tandem.errors import Stopped, UserError
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
-from tandem.pairs.wire import Endpoint
+from tandem.pairs.wire import Endpoint, is_here
 
 from .badly_behaved import KEY, Desk, asked, badly_behaved
 
@@ -214,3 +215,74 @@ def test_requests_are_taken_as_there_is_room_and_leaving_early_ends_them(desk: D
     assert not any(worker.is_alive() for worker in workers)
     # Each that was taken was asked at most once, and nobody is left who would ask more.
     assert 3 <= len(desk.bodies) <= len(taken)
+
+
+_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment with a proxy at which nobody listens, and no exceptions."""
+    for name in _VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("http_proxy", "http://somebody:secret@127.0.0.1:9")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "0.0.0.0", "LOCALHOST"])
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_no_proxy_comes_between_us_and_a_server_on_this_machine(
+    desk: Desk, proxied: pytest.MonkeyPatch, host: str, variable: str
+) -> None:
+    proxied.delenv("http_proxy")
+    proxied.setenv(variable, "http://127.0.0.1:9")
+    client = ChatServer(desk.url.replace("127.0.0.1", host), "m", timeout=5, backoff=0.01)
+    assert found(client, "x") == [Reply("to x", True)]
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("::1", True), ("::", True), ("::ffff:127.0.0.1", True), ("127.9.9.9", True),
+        ("model.localhost", True), (socket.gethostname(), True), ("10.0.0.1", False),
+        ("localhost.example", False), ("127.0.0.1.example", False), ("", False),
+        ("LOCALHOST.", True), ("fe80::1%e", False),
+    ],
+)  # fmt: skip
+def test_what_this_machine_is_called(host: str, here: bool) -> None:
+    assert is_here(host) is here
+
+
+def test_a_proxy_that_fails_is_named_with_its_variable_and_without_its_password(
+    proxied: pytest.MonkeyPatch,
+) -> None:
+    client = ChatServer("http://models.example/v1", "m", timeout=5, retries=0, patience=1)
+    with pytest.raises(Stopped) as caught:
+        found(client, "x")
+    message = str(caught.value)
+    assert "through the proxy 127.0.0.1:9 of http_proxy; no_proxy=models.example" in message
+    assert "secret" not in message
+
+
+def test_a_proxy_is_asked_for_servers_elsewhere_and_no_proxy_is_heeded(
+    desk: Desk, proxied: pytest.MonkeyPatch
+) -> None:
+    proxied.setenv("HTTP_PROXY", desk.url.removesuffix("/v1"))
+    proxied.delenv("http_proxy")
+    assert found(ChatServer("http://models.example/v1", "m", timeout=5), "x") == [
+        Reply("to x", True)
+    ]
+    for exception in ("models.example", "models.example:8123", ".example", "*"):
+        proxied.setenv("no_proxy", exception)
+        endpoint = Endpoint("http://models.example:8123/v1", "m", key_variable=None, timeout=1)
+        assert (exception, endpoint._way()) == (exception, "")
+
+
+def test_a_proxy_that_wants_a_password_is_told_from_the_server(
+    desk: Desk, proxied: pytest.MonkeyPatch
+) -> None:
+    proxied.setenv("http_proxy", desk.url.removesuffix("/v1"))
+    desk.plan = {"*": [407] * 9}
+    with pytest.raises(UserError, match="The proxy wants a name and a password"):
+        found(ChatServer("http://models.example/v1", "m", timeout=5), "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -366,6 +367,44 @@ def test_a_reward_model_ranks_as_it_does_alone(
     with pytest.raises(UserError, match="no reward model"):
         make(conversations, tmp_path / "two", tiny_model, samples=2,
              rank={"reward_model": str(tiny_model)})  # fmt: skip
+
+
+DEAF = (
+    "<s>{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+)
+OMITTED = "the chat template does not render the system turn"
+
+
+def test_prompts_that_lose_their_system_turn_are_neither_asked_nor_ranked(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = [{"prompt": f"say {i}", "completion": "red", "system": "S" * (i % 2)} for i in range(6)]
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deaf = shutil.copytree(tiny_model, tmp_path / "deaf")
+    tokenizer = AutoTokenizer.from_pretrained(deaf)
+    tokenizer.chat_template = DEAF
+    tokenizer.save_pretrained(deaf)
+    out = StringIO()
+    made = make(data, tmp_path / "out", deaf, console=Console(file=out, width=500))
+    assert [row["question"] for row in made] == ["say 0", "say 2", "say 4"]
+    assert f"3 of 6 prompts are not asked: {OMITTED} (each in " in out.getvalue()
+    entries = read_jsonl(tmp_path / "out" / "data-ledger.jsonl")
+    assert [(one["row"], one["reason"]) for one in entries] == [(n, OMITTED) for n in (2, 4, 6)]
+    data.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match=rf"none of 1 prompts .*{OMITTED}: 1\. Choose another `cha"):
+        make(data, tmp_path / "none", deaf)
+
+    reward = shutil.copytree(deaf, tmp_path / "reward")
+    AutoModelForSequenceClassification.from_pretrained(
+        tiny_model, num_labels=1, pad_token_id=0
+    ).save_pretrained(reward)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make(data, tmp_path / "ranked", tiny_model, samples=2, rank={"reward_model": str(reward)})
+    summary = read_json(tmp_path / "ranked" / "summary.json")
+    assert f"not scored: {OMITTED}" in json.dumps(summary)
 
 
 @pytest.mark.parametrize("name", ["my set #2.jsonl", "1", "null", "a: b", "[x]", "\u00e9 'q' 😀"])

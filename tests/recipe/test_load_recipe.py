@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tandem.errors import UserError
 from tandem.recipe.load import load_recipe, recipe_names, recipe_to_yaml
 from tandem.recipe.section import DataSource
+from tandem.recipe.yaml_source import dump_yaml, parse_yaml
 
 SMALL = """\
 name: small
@@ -237,8 +239,9 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path: Path, text: str, 
 
 def test_a_binary_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "weights.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x80")
-    assert _message(str(path)) == f"{path}: not a text file in UTF-8, so no recipe"
+    path.write_bytes(b"\x89PNG\xff")
+    message = f"{path}: not a text file in UTF-8, so no recipe; save it in UTF-8"
+    assert _message(str(path)) == message
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "sft..rank=3", ".seed=3"])
@@ -322,3 +325,128 @@ def test_the_home_folder_is_resolved_where_the_recipe_is_read(
     assert load_recipe(small, ["output_dir=~/runs"]).output_dir == "/home/someone/runs"
     assert load_recipe(small).output_dir == "runs/small"
     assert "output_dir" in _message(small, "output_dir=~nobody-of-this-name/runs")
+
+
+WHOLE = "name: x\nmodel: m\noutput_dir: o\nsft:\n  data: d.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("seed: 010", ":6: not valid YAML: 010 is octal, or hours and minutes, to YAML"),
+        ("seed: 1:30", ":6: not valid YAML: 1:30 is octal, or hours and minutes, to YAML"),
+        ("timeout_minutes: 1:30.5", ":6: not valid YAML: 1:30.5 is octal"),
+        ("model_revision: 0123456", "or a text in quotes"),
+        ("seed: !!int abc", "a value does not fit its type in YAML (invalid literal"),
+        ("seed: !!timestamp x", "a value does not fit its type in YAML"),
+        ("seed: " + "1" * 5000, "a value does not fit its type in YAML (Exceeds the limit"),
+        ("? [a, b]\n: x", ":6: not valid YAML: a key is a list or a mapping; write a name"),
+        ("description: " + "[" * 3000, "its lists are nested too deeply"),
+        ("---\nname: y", "keep what belongs to one recipe, without a second ---"),
+        ("\tseed: 1", "indent with spaces, not with tabs"),
+        ('chat_template: "C:\\data"', "write the text in single quotes"),
+        ('chat_template: "C:\\new"', "has a control character ('\\n')"),
+        ("description: no", "description is false, but it must be a valid string; put a text in q"),
+        ("description: 2024", "description is 2024, but it must be a valid string; put a text in"),
+        ("seed: .inf", "seed is inf, but it must be a valid integer"),
+    ],
+)
+def test_what_yaml_reads_as_nobody_means_it_is_refused(
+    tmp_path: Path, line: str, said: str
+) -> None:
+    path = _file_with(tmp_path, f"{WHOLE}{line}\n")
+    message = _message(path)
+    assert message.startswith(path)
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("0x10", 16), ("1_000", 1000), ("+7", 7), ("0", 0), ("!!int '12'", 12)]
+)
+def test_whole_numbers_that_are_clear_are_read(small: str, text: str, number: int) -> None:
+    assert load_recipe(small, [f"seed={text}"]).seed == number
+
+
+def test_an_octal_override_is_refused(small: str) -> None:
+    assert "override seed=010" in _message(small, "seed=010")
+
+
+def test_keys_are_names_whatever_yaml_takes_them_for(small: str) -> None:
+    fields = "{yes: a, on: b, 010: c, 1:30: d, null: e, 1e3: f, 2024-01-01: g}"
+    recipe = load_recipe(small, [f"sft.data={{path: d.jsonl, fields: {fields}}}"])
+    assert recipe.sft is not None
+    names = ["yes", "on", "010", "1:30", "null", "1e3", "2024-01-01"]
+    assert recipe.sft.data[0].fields == dict(zip(names, "abcdefg", strict=True))
+
+
+@pytest.mark.parametrize("text", ["1e5", "1E+5", "yes", "010", "1:30", "2024-01-01", "~", "<<", ""])
+def test_texts_that_look_like_something_else_are_printed_in_quotes(text: str) -> None:
+    assert parse_yaml(dump_yaml({"name": text, text: 1}), "x")[0] == {"name": text, text: 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WHOLE.encode("utf-16"),
+        codecs.BOM_UTF16_BE + WHOLE.encode("utf-16-be"),
+        WHOLE.encode("utf-8-sig"),
+        WHOLE.replace("\n", "\r\n").encode(),
+    ],
+    ids=["utf-16", "utf-16-be", "utf-8 with a mark", "crlf"],
+)
+def test_recipes_as_editors_save_them(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    assert load_recipe(str(tmp_path / "r.yaml")).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("$SCRATCH/run", "/scratch/run"),
+        ("${SCRATCH}/run", "/scratch/run"),
+        ("/a/$SCRATCH_2$SCRATCH", "/a/two/scratch"),
+        ("~/run", "/home/somebody/run"),
+        ("$TILDE/run", "/home/somebody/run"),
+        ("cost$", "cost$"),
+        ("100$.d", "100$.d"),
+    ],
+)
+def test_variables_and_the_home_folder_are_resolved_in_every_path(
+    small: str, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    for name, value in {
+        "SCRATCH": "/scratch", "SCRATCH_2": "two", "HOME": "/home/somebody", "TILDE": "~",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    keys = (
+        "model", "output_dir", "chat_template", "sft.data.0.path", "sft.validation.data.0.path",
+        "pairs.prompts.0.path", "pairs.heldout.0.path", "pairs.model", "pairs.rank.reward_model",
+        "pairs.filters.check", "pairs.select.decontaminate.0.path", "evaluate.questions.0.path",
+        "evaluate.pairs.0.path", "evaluate.heldout.0.path", "evaluate.task_data",
+    )  # fmt: skip
+    sources = [key for key in keys if key.endswith(".0.path")]
+    single = [f"{key.removesuffix('.0.path')}=[{{path: {written!r}}}]" for key in sources]
+    rest = [f"{key}={written!r}" for key in keys if key not in sources]
+    recipe = load_recipe(small, ["pairs.samples=2", *single, *rest])
+    plain = recipe.model_dump(mode="json")
+    for key in keys:
+        found = plain
+        for part in key.split("."):
+            found = found[int(part)] if part.isdigit() else found[part]
+        assert (key, found) == (key, meant)
+
+
+@pytest.mark.parametrize("written", ["$NOT_SET/run", "${NOT_SET}/run", "$EMPTY/run", "${A:-b}/run"])
+def test_a_variable_that_is_not_set_is_named(
+    small: str, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    message = _message(small, f"output_dir={written}")
+    assert f"output_dir: {written}: the environment variable" in message
+    assert "is not set, or it is empty" in message
+
+
+def test_a_name_with_a_dollar_that_exists_is_left_alone(small: str, tmp_path: Path) -> None:
+    (tmp_path / "a$b").mkdir()
+    assert load_recipe(small, [f"model={tmp_path}/a$b"]).model == f"{tmp_path}/a$b"

@@ -103,8 +103,8 @@ def test_a_line_says_what_was_set_and_only_where_something_was(made: tuple[Path,
     lines = [line for line in made[1].splitlines() if "answers end with" in line]
     assert [line.split(":")[0].split()[-1] for line in lines] == ["sft", "merge"]
     assert "generation stops at 1, " in lines[0]
-    assert "the tokenizer name it as eos_token" in lines[0]
-    assert "config.json name it as eos_token" in lines[1]
+    assert "it is eos_token of the tokenizer as well" in lines[0]
+    assert "it is eos_token of config.json as well" in lines[1]
 
 
 def test_an_adapter_of_a_relative_base_is_found_from_another_folder(

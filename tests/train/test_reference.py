@@ -41,15 +41,17 @@ def test_keys_follow_weights_tokens_and_targets_alone() -> None:
 
 
 def test_what_is_stored_is_found_and_stays(tmp_path: Path) -> None:
-    store = ReferenceStore(tmp_path)
+    store = ReferenceStore(folder=tmp_path)
     keys = [bytes([i]) * 32 for i in range(3)]
     store.put(keys[:2], [-1.5, -2.5], [3, 4])
     store.put(keys[1:], [-9.0, -3.5], [4, 5])
-    assert ReferenceStore(tmp_path).get(keys) == dict(zip(keys, [-1.5, -2.5, -3.5], strict=True))
+    assert ReferenceStore(folder=tmp_path).get(keys) == dict(
+        zip(keys, [-1.5, -2.5, -3.5], strict=True)
+    )
 
 
 def test_the_longest_unused_go_first(tmp_path: Path) -> None:
-    store = ReferenceStore(tmp_path)
+    store = ReferenceStore(folder=tmp_path)
     keys = [bytes([i]) * 32 for i in range(10)]
     for key in keys:
         store.put([key], [0.0], [1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -14,13 +15,26 @@ _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`.
+
+    A relative `$XDG_CACHE_HOME` does not count, as the XDG Base Directory Specification says.
+
+    Raises FileNotFoundError for an account without a home folder.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+        return (base if base.is_absolute() else Path.home() / ".cache") / "tandem"
+    except RuntimeError:  # pathlib's, where neither $HOME nor the account's entry names one
+        raise FileNotFoundError(
+            errno.ENOENT, "this account has no home folder; set XDG_CACHE_HOME to have a cache"
+        ) from None
 
 
 def cache_report() -> list[tuple[str, int]]:
-    """Names and sizes in bytes of what the cache holds; an entry of a store is one line."""
+    """Names and sizes in bytes of what the cache holds; an entry of a store is one line.
+
+    Raises OSError where there is no cache, or it cannot be read.
+    """
     folder = cache_folder()
     return [(str(entry.relative_to(folder)), size_of(entry)) for entry in _entries(folder)]
 
@@ -61,15 +75,17 @@ def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    if path.is_dir():
-        return sum(size_of(inner) for inner in path.iterdir())
-    return path.stat().st_size
+    """Bytes of a file, or of all files in a folder; links are not followed."""
+    with suppress(FileNotFoundError):  # another process removes, too
+        if path.is_dir() and not path.is_symlink():
+            return sum(size_of(inner) for inner in path.iterdir())
+        return path.lstat().st_size
+    return 0
 
 
 def remove(path: Path) -> None:
     """Delete a file or folder; a folder is renamed first, so that nobody finds half of it."""
-    if not path.is_dir():
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.gone")
@@ -82,8 +98,10 @@ def _entries(folder: Path) -> Iterator[Path]:
     """Files of the cache, and the folders that its folders hold."""
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(folder))
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             yield from sorted(path.iterdir())
         else:
             yield path

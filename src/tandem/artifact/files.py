@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tandem.errors import UserError
+
+# For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
+# written as JSON escapes, which reading turns back.
+HALVES = "backslashreplace"
+# What file systems answer that cannot do this; the data is as safe as they keep any.
+_CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+# And those that do not let folders be opened, or synced when they are.
+_CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -20,10 +33,10 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
         file.writelines(parts)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     aside.replace(path)
 
 
@@ -39,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 def append_jsonl(path: Path, value: Any) -> None:
     """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -56,7 +69,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends without an error it becomes `path`.
 
     Files are synced before the rename, so a folder under its final name is complete even after
-    a power cut. An existing `path` is replaced.
+    a power cut. An existing `path` is replaced. They get the rights that any new file gets here,
+    whatever library wrote them: safetensors lets nobody else read its files.
+
+    Raises OSError for what the disk refused, also where a library says so in an error of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -64,22 +80,81 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        rights = aside.stat().st_mode & 0o666
         for file in aside.rglob("*"):
             if file.is_file():
+                with suppress(OSError):  # a file system without rights
+                    file.chmod(rights)
                 sync(file)
         sync(aside)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
         sync(path.parent)
+    except Exception as error:
+        number = None if isinstance(error, OSError) else _error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def spelled(folder: Path) -> Iterator[Path]:
+    """A folder under a name that is UTF-8, for libraries that take no other.
+
+    It is the folder itself where it can be, else a link to it that is gone afterwards.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as home:
+            link = Path(home) / "folder"
+            link.symlink_to(folder.absolute())
+            yield link
+    else:
+        yield folder
+
+
+def require_spelled(folder: Path) -> None:
+    """Raise UserError for a folder of a name that is no UTF-8, whose weights nothing can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the name of the folder {folder} is no UTF-8, and safetensors opens no file under "
+            "such a name. Rename it, or make a link to it under another name, and name that."
+        ) from None
+
+
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on disk.
+
+    Folders that cannot be synced are passed over: network and FUSE file systems have such.
+    """
+    passed_over = _CANNOT_SYNC_FOLDERS if path.is_dir() else _CANNOT_SYNC
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in passed_over:
+            raise
+
+
+def sync_open(descriptor: int) -> None:
+    """Wait until an open file's content is on disk, where its file system can tell."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number in a library's message: "(os error 28)" of safetensors."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else None

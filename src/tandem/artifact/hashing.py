@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tandem.artifact.files import HALVES
 from tandem.errors import UserError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 def hash_bytes(*parts: bytes) -> str:
@@ -23,7 +27,7 @@ def hash_bytes(*parts: bytes) -> str:
 
 def hash_json(value: Any) -> str:
     """SHA-256 of a plain value's canonical JSON."""
-    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors=HALVES))
 
 
 def hash_file(path: Path) -> str:
@@ -43,34 +47,106 @@ def hash_files(paths: Iterable[Path]) -> str:
     return hash_json(sorted((path.name, hash_file(path)) for path in paths))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors (else bin) files that a model or adapter folder consists of, by name.
+def weight_files(folder: Path, *, named: Collection[str] | None = None) -> list[Path]:
+    """The files that a model's or an adapter's weights are loaded from, by name.
 
-    Where there is an index, they are the files it names: makers put the same weights beside them
-    in a layout of their own.
+    They are those that transformers and peft take, and only these: for a model the file that
+    config.json names as `transformers_weights`, else `model.safetensors`, else what
+    `model.safetensors.index.json` names. Makers put the same weights beside them in other formats
+    and layouts, and an index may be left from another download.
+
+    Args:
+        folder: with config.json and the index, if there is one.
+        named: the files' names, where the large ones are not in the folder yet.
 
     Raises UserError when there are none, or one that the index names is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}). Copy or download it again.") from None
-        shards = sorted(folder / str(name) for name in named)
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(
-                    f"{folder} lacks {shard.name}, which {index.name} names. Copy or download it "
-                    "again."
-                )
-        return shards
-    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not shards:
-        raise UserError(f"{folder} is no model or adapter folder: it has no *.safetensors weights")
-    return shards
+    if (folder / "adapter_config.json").exists():
+        return [_adapter_file(folder)]
+    there = _Names(folder, named)
+    if (index := _index(folder, there)) is not None:
+        return _shards(folder, index, there)
+    single = _named_weights(folder) or _SINGLE
+    if single in there:
+        return [folder / single]
+    if others := there.safetensors():
+        raise UserError(
+            f"{folder} has no {single}, and no {_INDEX} that names its files "
+            f"({', '.join(others[:3])}): transformers would load none of them. Copy or download "
+            "the missing file."
+        )
+    raise UserError(
+        f"{folder} has no *.safetensors weights. Convert older formats first by loading the "
+        "model with transformers and calling save_pretrained."
+    )
+
+
+def weight_index(folder: Path) -> Path | None:
+    """The file that says which of a model's weights are in which of its files, if they have one."""
+    return _index(folder, _Names(folder, None))
 
 
 def hash_weights(folder: Path) -> str:
     """Hash of the weight bytes of a local model or adapter folder; see `weight_files`."""
     return hash_files(weight_files(folder))
+
+
+class _Names:
+    """The names of a folder's files, or of those that are still to be fetched into it."""
+
+    def __init__(self, folder: Path, named: Collection[str] | None) -> None:
+        self._folder, self._named = folder, named
+
+    def __contains__(self, name: str) -> bool:
+        return (self._folder / name).is_file() if self._named is None else name in self._named
+
+    def safetensors(self) -> list[str]:
+        """Those of the safetensors files at its root."""
+        names = self._named
+        if names is None:
+            names = [file.name for file in self._folder.iterdir()]
+        return sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
+
+
+def _index(folder: Path, there: _Names) -> Path | None:
+    named = _named_weights(folder)
+    if named.endswith(".index.json"):
+        return folder / named
+    if named or _SINGLE in there or _INDEX not in there:
+        return None
+    return folder / _INDEX
+
+
+def _named_weights(folder: Path) -> str:
+    """The file with weights that config.json names, empty where it names none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        named = config.get("transformers_weights")
+    except (OSError, ValueError, AttributeError):  # the configuration's own reader says so
+        return ""
+    return str(named or "")
+
+
+def _shards(folder: Path, index: Path, there: _Names) -> list[Path]:
+    try:
+        read = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in read})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error}). Copy or download it again.") from None
+    if not names:
+        raise UserError(f"{index} names no file with weights. Copy or download it again.")
+    if missing := [name for name in names if name not in there]:
+        raise UserError(
+            f"{folder} lacks {missing[0]}, which {index.name} names. Copy or download it again."
+        )
+    return [folder / name for name in names]
+
+
+def _adapter_file(folder: Path) -> Path:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder} has no adapter_model.safetensors: its training is not finished, or it was "
+        "copied in part"
+    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import sync
+from tandem.artifact.files import HALVES, sync, sync_open
 from tandem.errors import UserError
 
 # As the first line of each begins.
@@ -55,9 +54,9 @@ class Journal:
         self.close()
 
     def _append(self, value: Any) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(value, ensure_ascii=False).encode(errors=HALVES) + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_open(self._file.fileno())
 
     def _read(self, key: str) -> int:
         """Read the entries; returns the length of what is whole, 0 to begin anew."""

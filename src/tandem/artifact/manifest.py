@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,14 @@ from tandem.errors import UserError
 
 State = Literal["fresh", "resume", "finished"]
 NAME = "manifest.json"
-_IGNORED = {NAME, ".lock"}
+# What operating systems, file managers and file servers put into folders of their own accord.
+_FOREIGN = (
+    "lost+found", ".snapshot", ".snapshots", ".zfs", ".nfs*", ".fuse_hidden*", ".Trash-*",
+    ".Trashes", ".DS_Store", "._*", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".apdisk",
+    "System Volume Information", "$RECYCLE.BIN", "desktop.ini", "Thumbs.db", ".directory",
+    "@eaDir", "#recycle", "#snapshot", ".glusterfs", ".gitkeep", ".gitignore", ".keep",
+)  # fmt: skip
+_IGNORED = (NAME, ".lock")
 _KEYS = ("stage", "status", "inputs", "schedule", "outputs", "started_at")
 # Files on their way to their final names, which a killed process leaves behind.
 _ASIDE = ".*.tmp"
@@ -122,7 +130,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _check_empty(folder: Path) -> None:
     found = folder.iterdir() if folder.exists() else ()
-    present = [path.name for path in found if path.name not in _IGNORED and not path.match(_ASIDE)]
+    passed_over = (*_IGNORED, _ASIDE, *_FOREIGN)
+    names = [path.name for path in found]
+    present = [n for n in names if not any(fnmatchcase(n, one) for one in passed_over)]
     if present:
         raise UserError(
             f"{folder} is not empty and was not written by tandem "

@@ -22,6 +22,7 @@ from tandem.chat.generate import (
     model_stop_ids,
     stream_answer,
 )
+from tandem.data.omissions import Omissions, omissions_of
 from tandem.data.records import Turn
 from tandem.data.template import (
     ChatTemplate,
@@ -54,6 +55,7 @@ class _Speaker:
     stop: list[int]
     context: int | None
     rows: int | None
+    omissions: Omissions
     turns: list[Turn] = field(default_factory=list)
 
 
@@ -85,7 +87,8 @@ def run_chat(
     """Read messages with `read`, stream each model's answer, until /quit or the end of input.
 
     `models` are model or adapter folders or Hub ids; each keeps its own history. `temperature` 0
-    is greedy. Raises UserError for a model that cannot be loaded or has no chat template.
+    is greedy. Raises UserError for a model that cannot be loaded, has no chat template, or has one
+    that does not render a system prompt that is given.
     """
     _check(models, max_new_tokens, temperature, top_p)
     if system is not None:
@@ -103,6 +106,11 @@ def run_chat(
             speakers.append(_load(folder, label, chat_template, device))
         for notice in speakers[-1].template.notices:
             console.print(Text(f"{label}: {notice}", "dim"))
+    if system and (refusal := _system_refused(speakers, system)):
+        raise UserError(
+            f"--system: {refusal} Leave it out, or choose the --chat_template that the model was "
+            "tuned with."
+        )
     sampling = Sampling(max_new_tokens, temperature, top_p)
     chat = _Chat(speakers, system, sampling, seed, console)
     console.print(Text(f"Chat with {', '.join(labels)}. /help lists the commands.", "dim"))
@@ -167,7 +175,9 @@ def _command(chat: _Chat, line: str) -> bool:
             speaker.turns.clear()
         chat.console.print(Text("The conversation starts anew.", "dim"))
     elif name == "/system":
-        if rest.strip():
+        if rest.strip() and (refusal := _system_refused(chat.speakers, rest.strip())):
+            chat.console.print(Text(f"The system prompt is not set. {refusal}", "yellow"))
+        elif rest.strip():
             chat.system = rest.strip()
             chat.console.print(Text("The system prompt is set; /reset forgets the turns.", "dim"))
         else:
@@ -175,6 +185,19 @@ def _command(chat: _Chat, line: str) -> bool:
     else:
         chat.console.print(Text(f"There is no command {name}. /help lists them.", "yellow"))
     return True
+
+
+def _system_refused(speakers: Sequence[_Speaker], system: str) -> str:
+    """Why a model would not get a system prompt, as a sentence; empty when all of them would."""
+    turns = (Turn("system", system), Turn("user", "Hello."))
+    for speaker in speakers:
+        try:
+            prompt_ids(speaker.tokenizer, speaker.template, turns)
+        except UserError as error:
+            return f"{speaker.label}: {error}"
+        if reason := speaker.omissions.of_prompt(turns):
+            return f"{speaker.label}: {reason} ({speaker.template.name})."
+    return ""
 
 
 def _ask(chat: _Chat, message: str) -> None:
@@ -230,6 +253,9 @@ def _answer(chat: _Chat, speaker: _Speaker, message: str, show: Callable[[str], 
     except UserError as error:
         return [str(error)]
     remarks = []
+    system = [Turn("system", chat.system)] if chat.system else []
+    if reason := speaker.omissions.of_prompt([*system, *kept]):
+        remarks.append(f"The model was not asked all of this: {reason}.")
     if dropped:
         remarks.append(
             f"The oldest {dropped} {'turn' if dropped == 1 else 'turns'} no longer fit the context "
@@ -308,9 +334,9 @@ def _load(path: str, label: str, chat_template: str | None, device: str) -> _Spe
         )
     template = resolve_template(tokenizer, chat_template)
     stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
-    return _Speaker(
-        label, model, tokenizer, template, stop, context_length(model), embedding_rows(model)
-    )
+    omissions, context = omissions_of(tokenizer, template), context_length(model)
+    rows = embedding_rows(model)
+    return _Speaker(label, model, tokenizer, template, stop, context, rows, omissions)
 
 
 def _check(models: Sequence[str], max_new_tokens: int, temperature: float, top_p: float) -> None:

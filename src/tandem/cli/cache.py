@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tandem.cli.parsing import Parser
+from tandem.errors import UserError
 
 
 def cache(argv: list[str]) -> int:
@@ -17,10 +18,13 @@ def cache(argv: list[str]) -> int:
     action = parser.parse(argv).action
     from tandem.artifact.cache import cache_report, clear_cache
 
-    if action == "clear":
-        print(f"freed {_size(clear_cache())}")
-        return 0
-    entries = cache_report()
+    try:
+        if action == "clear":
+            print(f"freed {_size(clear_cache())}")
+            return 0
+        entries = cache_report()
+    except OSError as error:
+        raise UserError(f"the cache cannot be read or emptied: {error}") from None
     for name, size in entries:
         print(f"{_size(size):>10}  {name}")
     print(f"{_size(sum(size for _, size in entries)):>10}  in all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parsing import Parser, positive, seed
+from tandem.cli.parsing import Parser, path, positive, seed
 from tandem.recipe.seed_flags import DEVICES
 
 
@@ -37,10 +37,15 @@ def _chat_parser() -> Parser:
         description="Streaming chat with a model folder, an adapter folder or a Hub id; several "
         "answer side by side.",
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="model, adapter or run folder")
+    parser.add_argument(
+        "models", type=path, metavar="MODEL", nargs="+", help="model, adapter or run folder"
+    )
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
-        "--chat_template", metavar="NAME|FILE", help="default: the one saved with the model"
+        "--chat_template",
+        type=path,
+        metavar="NAME|FILE",
+        help="default: the one saved with the model",
     )
     parser.add_argument(
         "--max_new_tokens", type=positive, default=256, metavar="N", help="of an answer (256)"

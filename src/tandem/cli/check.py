@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tandem import __version__
 from tandem.cli.inspected import add_inspected, chat_of, data_of, recipe_of
-from tandem.cli.parsing import Parser, positive
+from tandem.cli.parsing import Parser, path, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def _parser() -> Parser:
     add_inspected(parser)
     parser.add_argument(
         "--against",
+        type=path,
         metavar="FILE",
         nargs="+",
         help="evaluation or validation sets of any layout, with which nothing should be shared",

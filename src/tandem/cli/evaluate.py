@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, count, positive
+from tandem.cli.parsing import Parser, count, path, positive
 from tandem.errors import UserError
 from tandem.recipe.seed_flags import DEVICES, DTYPES
 
@@ -112,7 +112,11 @@ def _parser() -> Parser:
         "runs/comparison\nThe same command again goes on where it was stopped.",
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="model, adapter or run folder, or a Hub id"
+        "models",
+        type=path,
+        metavar="MODEL",
+        nargs="+",
+        help="model, adapter or run folder, or a Hub id",
     )
     many: dict[str, Any] = {"nargs": "+", "default": []}
     tasks = parser.add_argument_group("tasks (they need the extra eval)")
@@ -121,7 +125,10 @@ def _parser() -> Parser:
     )
     tasks.add_argument("--tasks", metavar="NAME", help="the harness's names for tasks", **many)
     tasks.add_argument(
-        "--data", metavar="FOLDER", help="local task data; left out: each task's own, from the Hub"
+        "--data",
+        type=path,
+        metavar="FOLDER",
+        help="local task data; left out: each task's own, from the Hub",
     )
     tasks.add_argument(
         "--num_fewshot", type=count, metavar="N", help="few-shot examples of all tasks"
@@ -140,9 +147,10 @@ def _parser() -> Parser:
         help="requests fed at once (1); scores may round with it",
     )
     own = parser.add_argument_group("data of your own")
-    own.add_argument("--questions", metavar="DATA", help="questions with known answers", **many)
-    own.add_argument("--pairs", metavar="DATA", help="held-out preference pairs", **many)
-    own.add_argument("--heldout", metavar="DATA", help="held-out conversations, for loss", **many)
+    data: dict[str, Any] = {**many, "type": path, "metavar": "DATA"}
+    own.add_argument("--questions", help="questions with known answers", **data)
+    own.add_argument("--pairs", help="held-out preference pairs", **data)
+    own.add_argument("--heldout", help="held-out conversations, for loss", **data)
     own.add_argument(
         "--max_new_tokens", type=positive, default=64, metavar="N", help="of an answer (64)"
     )
@@ -150,7 +158,10 @@ def _parser() -> Parser:
         "--samples", type=count, default=3, metavar="N", help="answers kept side by side (3)"
     )
     own.add_argument(
-        "--chat_template", metavar="NAME|FILE", help="for models without one of their own"
+        "--chat_template",
+        type=path,
+        metavar="NAME|FILE",
+        help="for models without one of their own",
     )
     judge = parser.add_argument_group("a judge of the answers to --questions")
     judge.add_argument(
@@ -171,6 +182,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--output_dir",
+        type=path,
         default="runs/evaluation",
         metavar="FOLDER",
         help="what is measured is kept there (runs/evaluation)",

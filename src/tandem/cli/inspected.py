@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.cli.parsing import Parser, add_flag
+from tandem.cli.parsing import Parser, add_flag, path
 from tandem.errors import UserError
 from tandem.recipe.seed_flags import DATA_FLAGS
 
@@ -24,16 +24,24 @@ def add_inspected(parser: Parser) -> None:
         "data",
         metavar="DATA",
         nargs="*",
+        type=path,
         help="files, folders or Hub ids; left out: the recipe's data",
     )
     parser.add_argument(
-        "--recipe", metavar="R", help="whose data, limits, tokenizer and template: a name or a file"
+        "--recipe",
+        type=path,
+        metavar="R",
+        help="whose data, limits, tokenizer and template: a name or a file",
     )
     parser.add_argument(
-        "--model", metavar="M", help="whose tokenizer: a folder or a Hub id; no weights are fetched"
+        "--model",
+        type=path,
+        metavar="M",
+        help="whose tokenizer: a folder or a Hub id; no weights are fetched",
     )
     parser.add_argument(
         "--chat_template",
+        type=path,
         metavar="NAME|FILE",
         help="default: the recipe's, else the model's own",
     )
@@ -81,6 +89,16 @@ def data_of(
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
     """
+    from tandem.stages.inspection import left_out
+
+    found, notices = _asked(arguments, recipe, folder)
+    return found, [*notices, *left_out(found)]
+
+
+def _asked(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """See `data_of`."""
     from tandem.diagnose.kind import by_kind
     from tandem.recipe.named_data import said_of_data
     from tandem.stages.inspection import (

@@ -44,6 +44,10 @@ _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),
     **dict.fromkeys((errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there and run again"),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT),
+        "the disk or file server failed; look at it, then run again",
+    ),
 }
 
 

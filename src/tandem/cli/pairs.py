@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tandem.cli.environment import prepare_gaudi
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, seed
+from tandem.cli.parsing import Parser, path, seed
 from tandem.recipe.seed_flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
@@ -86,11 +86,14 @@ def _parser() -> Parser:
         default=[],
         help="keys of a recipe's pairs section, with dots; values as in YAML",
     )
-    parser.add_argument("--prompts", metavar="DATA", help="the instruction set: a file, a folder "
-                        "or a Hub id")  # fmt: skip
-    parser.add_argument("--model", metavar="MODEL", help="writes the rejected answers; left out "
-                        "where the key `server` names one")  # fmt: skip
-    parser.add_argument("--output_dir", metavar="FOLDER", required=True, help="where pairs go")
+    for flag, what, text in (
+        ("--prompts", "DATA", "the instruction set: a file, a folder or a Hub id"),
+        ("--model", "MODEL", "writes the rejected answers; or the key `server` names one"),
+        ("--output_dir", "FOLDER", "where pairs go"),
+    ):
+        parser.add_argument(
+            flag, type=path, metavar=what, required=flag == "--output_dir", help=text
+        )
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="begin with the pairs section of this recipe"
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tandem.errors import UserError
+from tandem.recipe.paths import expanded
 from tandem.recipe.seed_flags import Flag, boolean, nearest_flag
 
 
@@ -60,6 +61,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: unknown flag {name}{hint}{self.unknown_hint}")
 
 
+def path(text: str) -> str:
+    """A path, `~` and variables resolved, as argparse wants it."""
+    try:  # a shell leaves `~` in `--flag=~/x` as it is
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as argparse wants it."""
     number = _whole(text)
@@ -93,7 +102,8 @@ def _whole(text: str) -> int:
 
 def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
     """Declare a flag; booleans may stand alone or before true or false."""
-    options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": flag.kind}
+    kind = path if flag.kind is expanded else flag.kind
+    options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.cli.parsing import Parser
+from tandem.cli.parsing import Parser, path
 from tandem.errors import UserError
 
 
@@ -15,7 +15,9 @@ def report(argv: list[str]) -> int:
         usage="tandem report RUN",
         description="Rebuild a run's report.html from the files in its folder.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, for instance runs/demo")
+    parser.add_argument(
+        "run", type=path, metavar="RUN", help="a run's folder, for instance runs/demo"
+    )
     run_dir = Path(parser.parse(argv).run)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder; name the folder of a run")

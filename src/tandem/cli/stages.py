@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.environment import prepare_gaudi
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, add_flag
+from tandem.cli.parsing import Parser, add_flag, path
 from tandem.recipe.seed_flags import DEVICES, DTYPES, Stage, flags_of
 from tandem.train.gaudi import bridge_installed
 from tandem.train.launch import launched
@@ -175,7 +175,7 @@ def _merge_parser() -> Parser:
         usage="tandem merge --base-model-path B --lora-model-path L --output-path O [flags]",
         description="Merge a LoRA adapter into its base: added in float32, cast once, verified.",
     )
-    required: dict[str, Any] = {"required": True, "metavar": "PATH"}
+    required: dict[str, Any] = {"required": True, "metavar": "PATH", "type": path}
     parser.add_argument("--base-model-path", help="model folder or Hub id", **required)
     parser.add_argument("--lora-model-path", help="adapter folder", **required)
     parser.add_argument("--output-path", help="folder for the merged model", **required)
@@ -189,7 +189,10 @@ def _merge_parser() -> Parser:
         "--force", action="store_true", help="merge even into other weights than the adapter's own"
     )
     parser.add_argument(
-        "--chat_template", metavar="NAME|FILE", help="default: the one in the adapter's folder"
+        "--chat_template",
+        type=path,
+        metavar="NAME|FILE",
+        help="default: the one in the adapter's folder",
     )
     parser.add_argument(
         "--device",

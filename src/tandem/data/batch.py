@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from tandem.data.behind_prompt import Refused
 from tandem.data.chunks import Chunk
 from tandem.data.columns import Columns, to_columns
 from tandem.data.encode import (
     Chat,
     Encoded,
     Exchange,
-    Refused,
     conversation_tree,
     encode_exchanges,
     encode_text,
     pair_tree,
 )
-from tandem.data.exchanges import LossOn, pair_exchanges, trained_exchanges
+from tandem.data.exchanges import LossOn, is_answer, pair_exchanges, trained_exchanges
 from tandem.data.formats import Kind
 from tandem.data.ledger import Entry
 from tandem.data.lighten import Light, lighten
 from tandem.data.limits import Limits
 from tandem.data.reading import OnBadRecord, records_of
 from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
-from tandem.data.tools import in_form, suited
+from tandem.data.tools import NO_REASONING, in_form, suited
 from tandem.data.truncate import Fitted, fit_conversation, fit_pair
 
 
@@ -87,11 +87,31 @@ def _lighten(
     chat: Chat, plan: Plan, record: Conversation | PreferencePair
 ) -> Light | PreferencePair | Refused:
     """What can be encoded of a record together with others, or why it cannot be trained."""
-    if reason := suited(chat.taken(record.tools), record):
-        return Refused(reason, f"chat_template: {chat.template.name}")
+    taken = chat.taken(record.tools)
+    reason = suited(taken, record)
+    if reason == NO_REASONING and chat.thought is not None and plan.loss_on == "answers":
+        reason = ""  # it is written behind the prompt, which opens it
     if isinstance(record, PreferencePair):
-        return record
-    return lighten(chat, record, plan.limits, plan.loss_on)
+        reason = reason or chat.omissions.of_prompt(record.prompt, record.tools)
+        return Refused(reason, _named(chat)) if reason else record
+    if reason:
+        return Refused(reason, _named(chat))
+    light = lighten(chat, record, plan.limits, plan.loss_on)
+    if isinstance(light, Refused):
+        return light
+    turns = light.conversation.turns
+    answers = [i for i, turn in enumerate(turns) if is_answer(turn, plan.loss_on)]
+    if plan.loss_on == "text":
+        answers = answers[-1:]
+    reason = chat.omissions.of_answers(
+        turns, answers, record.tools, reasoned=bool(taken.reasoning) and plan.loss_on == "answers"
+    )
+    return Refused(reason, _named(chat)) if reason else light
+
+
+def _named(chat: Chat) -> str:
+    """Which template does not render something."""
+    return f"chat_template: {chat.template.name}"
 
 
 def _exchanges(plan: Plan, light: Light | PreferencePair | Refused) -> list[Exchange]:

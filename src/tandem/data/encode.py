@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from tandem.data.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.codec import Codec, CodecParts, FastCodec, make_codec
+from tandem.data.omissions import Omissions
 from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
 from tandem.data.template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.token_rows import NoRow
@@ -33,9 +35,10 @@ class Chat:
     """A tokenizer with its template, and how that template ends an answer.
 
     `tools` is what the template renders of tools and their calls, `plain` what it renders of calls
-    in a record without a list of tools. `tool_ending` is how answers end in a template of its own
-    for records with tools. `parts` are the plain values that make the same chat in another
-    process, if there are any.
+    in a record without a list of tools. `omissions` says what the template leaves out. `thought` is
+    the tag with which its prompts open the reasoning, if they do. `tool_ending` is how answers end
+    in a template of its own for records with tools. `parts` are the plain values that make the
+    same chat in another process, if there are any.
     """
 
     codec: Codec
@@ -43,6 +46,8 @@ class Chat:
     ending: Ending
     tools: Taken
     plain: Taken
+    omissions: Omissions
+    thought: Thought | None = None
     tool_ending: Ending | None = None
     parts: CodecParts | None = None
 
@@ -81,7 +86,9 @@ class Chat:
 
         taken = look(render)
         plain = taken if template.for_tools is None else look(render, given="")
-        return cls(codec, template, ending, taken, plain, tool_ending, parts)
+        omissions = Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools))
+        thought = open_thought(codec.render([Turn("user", "Which?")], prompt=True))
+        return cls(codec, template, ending, taken, plain, omissions, thought, tool_ending, parts)
 
     def taken(self, tools: str) -> Taken:
         """What the template of turns with these tools renders of them and of calls."""
@@ -122,14 +129,6 @@ class Encoded:
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens; an answer that loses its end loses its end token."""
         return Encoded(self.ids[:length], self.start)
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Why an answer cannot be encoded."""
-
-    reason: str
-    detail: str = ""
 
 
 def encode_exchanges(
@@ -190,8 +189,9 @@ def encode_text(
     `limit` is as in `encode_exchanges`. Raises `UserError` when the template refuses the turns.
     """
     turns = conversation.turns
-    if any(turn.role == "assistant" and chat.ending.token in turn.content for turn in turns):
-        return Refused(END_INSIDE, chat.ending.token)
+    end = chat.ending_for(conversation.tools).token
+    if any(turn.role == "assistant" and end in turn.content for turn in turns):
+        return Refused(END_INSIDE, end)
     text = render(chat, turns, conversation.origin, conversation.tools, prompt=False)
     room = room_for(chat, text, limit)
     try:
@@ -280,6 +280,7 @@ class _Texts:
 
     prompt: str
     answer: str
+    end: int  # the id of the end token
     whole: bool
     clipped: bool  # the answer's end, and its end token with it, are left out
 
@@ -289,21 +290,21 @@ def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> 
     answered = Turn("assistant", exchange.answer, extra=exchange.extra)
     turns = (*exchange.before, answered)
     text = render(chat, turns, exchange.origin, exchange.tools, prompt=False)
-    ending = chat.ending
-    # What stands between a text and its end token may stand elsewhere in a call.
-    closing = (ending.token if answered.calls else ending.closing) + ending.trailer
-    if not text.startswith(prompt) or not text.endswith(closing):
-        return Refused("the chat template does not continue its own prompt with the answer")
-    answer = text[len(prompt) : len(text) - len(ending.trailer)]
+    ending = chat.ending_for(exchange.tools)
+    reasoned = bool(chat.taken(exchange.tools).reasoning)
+    answer = text_behind(answered, prompt, text, ending, reasoned=reasoned)
+    if isinstance(answer, Refused):
+        return answer
     if ending.token in answer[: -len(ending.token)]:
         return Refused(END_INSIDE, ending.token)
     before, behind = room_for(chat, prompt, limit), room_for(chat, answer, limit)
     if before is None and behind is None:
-        return _Texts(prompt, answer, whole=True, clipped=False)
+        return _Texts(prompt, answer, ending.token_id, whole=True, clipped=False)
     # The end of a long prompt, for the answer's length depends on what stands before it.
     return _Texts(
         prompt if before is None else prompt[-before:],
         answer[:behind],
+        ending.token_id,
         whole=False,
         clipped=behind is not None,
     )
@@ -313,13 +314,12 @@ def _join(chat: Chat, prompt: list[int], whole: list[int], texts: _Texts) -> Enc
     bos = chat.codec.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
         return Refused(DOUBLED_BOS)
-    end = chat.ending.token_id
     if not _continues(whole, prompt):
         continuation = _continuation(chat, prompt, whole, texts.answer)
         if continuation is None:
             return Refused("the tokenizer merges prompt and answer, and not reversibly")
         whole = prompt + continuation
-    if len(whole) <= len(prompt) or (whole[-1] != end and not texts.clipped):
+    if len(whole) <= len(prompt) or (whole[-1] != texts.end and not texts.clipped):
         return Refused("the answer does not end with the end-of-turn token")
     return Encoded(whole, len(prompt), texts.whole)
 

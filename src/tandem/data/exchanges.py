@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tandem.data.encode import Chat, Encoded, Exchange, Refused, encode_exchanges, encode_text
+from tandem.data.behind_prompt import Refused
+from tandem.data.encode import Chat, Encoded, Exchange, encode_exchanges, encode_text
 from tandem.data.limits import Limits
 from tandem.data.records import Conversation, PreferencePair, Turn
 

@@ -14,7 +14,7 @@ from tandem.data.sources import SourceSpec, data_files, load_hub, looks_like_pat
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries, or
 # more is kept of them.
-_ENCODER = 6
+_ENCODER = 7
 
 
 def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:

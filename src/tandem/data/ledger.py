@@ -124,10 +124,12 @@ class Ledger:
             + ("; ...)" if count > _SHOWN else ")")
             for reason, count in reasons.most_common()
         )
+        rendering = any(reason.startswith("the chat template") for reason in reasons)
+        template = ", choose another `chat_template`" if rendering else ""
         raise UserError(
             f"{counts['dropped']} of {counts['read']} records would be dropped, "
             f"{counts['dropped'] / counts['read']:.1%}; max_dropped allows {most:.1%}:\n{listing}\n"
-            "Mend the data, or set max_dropped to what you can do without."
+            f"Mend the data{template}, or set max_dropped to what you can do without."
         )
 
     def write(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tandem.data.encode import END_INSIDE, Chat, Refused, render, room_for
+from tandem.data.behind_prompt import Refused
+from tandem.data.encode import END_INSIDE, Chat, render, room_for
 from tandem.data.exchanges import (
     UNTRAINED,
     LossOn,
@@ -38,8 +39,9 @@ def lighten(
     most = chat.codec.most_characters(2 * limits.sequence) if size > limits.sequence else None
     if most is None or size <= most or users(turns) == 1:
         return Light(conversation)
-    if any(is_trained(turn) and chat.ending.token in turn.content for turn in turns):
-        return Refused(END_INSIDE, chat.ending.token)
+    end = chat.ending_for(conversation.tools).token
+    if any(is_trained(turn) and end in turn.content for turn in turns):
+        return Refused(END_INSIDE, end)
     if not any(is_answer(turn, loss_on) for turn in turns):
         return Refused(UNTRAINED)
     if limits.too_long in ("drop", "keep_start"):

@@ -18,6 +18,7 @@ from tandem.data.exchanges import LossOn
 from tandem.data.identity import encoding_key
 from tandem.data.ledger import Ledger
 from tandem.data.limits import Limits, TooLong
+from tandem.data.omissions import way_out
 from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.reading import OnBadRecord, formatted_chunks, names_of
 from tandem.data.sources import SourceSpec, count_sources, origin_names
@@ -204,4 +205,4 @@ def _example(ledger: Ledger) -> str:
     if entry is None:
         return ""
     why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
-    return f"The first, {entry.file}, row {entry.row}: {why}. Correct the data or the limits."
+    return f"The first, {entry.file}, row {entry.row}: {why}. {way_out(entry.reason)}"

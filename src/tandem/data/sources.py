@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
-from tandem.data.files import KINDS, count_rows, file_chunks, is_data, table_chunks
+from tandem.data.files import count_rows, file_chunks, table_chunks
+from tandem.data.folders import check_regular, files_of, left_out, look_into, same_split
 from tandem.data.formats.mapping import Renaming
 from tandem.errors import UserError
 
-# Descriptions that lie beside the data in saved and downloaded data sets.
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _PATH_SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow",
     ".gz", ".zst", ".zip", ".bz2", ".xz",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +86,27 @@ def local_files(path: str, split: str = "train") -> list[Path]:
     Raises `UserError` when nothing is there, or nothing that can be read.
     """
     root = _existing(path)
-    if root.is_file():
+    if not root.is_dir():
+        check_regular(root)
         return [root]
     if saved := _saved_folder(root, split):
         return sorted(file for file in saved.iterdir() if file.suffix in (".arrow", ".json"))
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.is_file()
-        and is_data(file)
-        and file.name not in _NOT_DATA
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
-    if not files:
-        raise UserError(f"data: the folder {path} holds no {KINDS} file.")
-    chosen = [file for file in files if _split_of(file.relative_to(root)) == split]
-    if not chosen:
-        found = sorted({_split_of(file.relative_to(root)) for file in files})
-        raise UserError(
-            f"data: the folder {path} has no files of split {split!r}; its files belong to: "
-            f"{', '.join(found)}. Set `split` to one of those."
-        )
-    return chosen
+    return files_of(look_into(root), split)
+
+
+def not_read(sources: Sequence[SourceSpec]) -> list[str]:
+    """A line on each folder of which the sources leave something out: what, and why.
+
+    Raises as `read_rows` does.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for source in sources:
+        if looks_like_path(source.path) and not _saved(source):
+            root = _existing(source.path)
+            if root.is_dir():
+                folders.setdefault(root, []).extend(local_files(source.path, source.split))
+    found = {root: left_out(look_into(root), read) for root, read in folders.items()}
+    return [f"not read of {root}: {said}" for root, said in found.items() if said]
 
 
 def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
@@ -196,7 +193,7 @@ def _saved(source: SourceSpec) -> Path | None:
             "data set, cannot apply. Remove them."
         )
     root = _existing(source.path)
-    if not root.is_file():
+    if root.is_dir():
         return _saved_folder(root, source.split)
     if source.split != "train":
         raise UserError(
@@ -220,13 +217,6 @@ def _existing(path: str) -> Path:
     )
 
 
-def _split_of(file: Path) -> str:
-    """The split a file's name or folder states; files that state none are training data."""
-    words = re.split(r"[^a-z]+", str(file.with_suffix("")).lower())
-    stated = [word for word in words if word in _SPLITS]
-    return stated[-1] if stated else "train"
-
-
 def _saved_folder(root: Path, split: str) -> Path | None:
     """Where a folder written by `datasets`' save_to_disk keeps a split; None for other folders."""
     if (root / "dataset_dict.json").is_file():
@@ -234,9 +224,10 @@ def _saved_folder(root: Path, split: str) -> Path | None:
             names = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         except (ValueError, KeyError) as error:
             raise UserError(f"data: {root / 'dataset_dict.json'} is not sound: {error}.") from error
-        if split not in names:
+        name = same_split(split, names)
+        if name is None:
             raise UserError(f"data: {root} has the splits {', '.join(names)}, not {split!r}.")
-        return root / split
+        return root / name
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         if split != "train":
             raise UserError(f"data: {root} is one saved split; `split: {split}` cannot apply.")

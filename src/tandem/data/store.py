@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.artifact.cache import cache_folder, prune_folders, remove
-from tandem.artifact.files import atomic_folder, read_json
+from tandem.artifact.files import HALVES, atomic_folder, read_json
 from tandem.data.batch import Batch
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.trees import Bytes, Index, Trees
@@ -81,7 +81,9 @@ class TreeWriter:
             self._put(name, getattr(columns, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
-            self._sinks[_LEDGER].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._sinks[_LEDGER].write(
+                json.dumps(line, ensure_ascii=False).encode(errors=HALVES) + b"\n"
+            )
         self.records += count
 
     def finish(
@@ -108,6 +110,7 @@ class TreeWriter:
                 "unread": {str(source): list(keys) for source, keys in unread.items()},
                 "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
             }
+            about["check"] = _own_check(about)
             (self._folder / "entry.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def close(self) -> None:
@@ -138,15 +141,25 @@ class EncodedStore:
 
     def __init__(self, say: Callable[[str], None], folder: Path | None = None) -> None:
         self.say = say
-        self.folder = folder or cache_folder() / "encoded"
+        self._folder = folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries are; raises OSError for an account without a home folder."""
+        return self._folder or cache_folder() / "encoded"
 
     def find(self, key: str, names: Sequence[str]) -> Found | None:
         """The entry of that key, its files now called `names`; None when there is no sound one."""
-        entry = self.folder / key
-        if not entry.exists():
+        try:
+            entry = self.folder / key
+            if not entry.exists():
+                return None
+        except OSError:  # `writing` says why it cannot be reached
             return None
         try:
             about = read_json(entry / "entry.json")
+            if about.get("check", crc := _own_check(about)) != crc:
+                raise ValueError("the checksum of entry.json differs")
             for name in (*_COLUMNS, _LEDGER):
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
@@ -154,7 +167,7 @@ class EncodedStore:
             trees = _open(entry, names, about["sources"])
             found = Found(trees, _ledger_lines(entry, names), formats, unread)
             os.utime(entry)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
             with suppress(OSError):
                 remove(entry)
@@ -191,6 +204,12 @@ def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> Trees:
 def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
     with (entry / _LEDGER).open(encoding="utf-8") as lines:
         return [Entry(names[file], *rest) for file, *rest in (json.loads(line) for line in lines)]
+
+
+def _own_check(about: Mapping[str, Any]) -> int:
+    """The checksum of what entry.json says; those written before have none."""
+    content = {key: value for key, value in about.items() if key != "check"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _check(file: Path, size: int, crc: int) -> None:

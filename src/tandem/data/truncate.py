@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tandem.data.encode import Chat, Encoded, Exchange, Refused, encode_exchanges
+from tandem.data.behind_prompt import Refused
+from tandem.data.encode import Chat, Encoded, Exchange, encode_exchanges
 from tandem.data.exchanges import (
     UNTRAINED,
     LossOn,
@@ -221,8 +222,9 @@ def _last_exchange(work: _Work, turns: Turns) -> Fitted | Refused:
         return alone
     keep_end = limits.too_long == "keep_end"
     size = _size(alone)
-    if work.loss_on == "text" and chat.ending.trailer:
-        size += len(chat.codec.tokenize([chat.ending.trailer])[0])
+    trailer = chat.ending_for(tools).trailer
+    if work.loss_on == "text" and trailer:
+        size += len(chat.codec.tokenize([trailer])[0])
     room = limits.for_prompt(size)
     if room <= 0:
         detail = f"answer {_told(size, alone, limits)} tokens, max_length {limits.sequence}"

@@ -16,6 +16,7 @@ from tandem.data.encode import Chat
 from tandem.data.formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.limits import Limits
+from tandem.data.omissions import way_out
 from tandem.data.overlap import Other
 from tandem.data.pieces import Show, encoded_pieces
 from tandem.data.prepare import nothing_left
@@ -347,6 +348,10 @@ def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:
     return total if limit is None or total is None else min(limit, total)
 
 
+def _mend(reason: str) -> str:
+    return way_out(reason) if reason.startswith("the chat template") else "Mend them."
+
+
 def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
     """The sign that a reason of the ledger is; an error if it is what stops a run.
 
@@ -362,7 +367,7 @@ def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
             "error" if stops or too_many else "warning",
             "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
             if stops
-            else "Mend them; more than max_dropped of them stop a run.",
+            else f"{_mend(entry.reason)} More than max_dropped of them stop a run.",
             about=entry.reason,
         )
     return Sign(

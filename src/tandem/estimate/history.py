@@ -105,7 +105,7 @@ def recall(setting: Setting, path: Path | None = None) -> Measured | None:
     processes and engine, then that it was not a brief one, then the same stage, and of equals the
     last.
     """
-    found = [one for one in _read(path or cache_folder() / NAME) if _comparable(one, setting)]
+    found = [one for one in _read(path) if _comparable(one, setting)]
     return min(reversed(found), key=lambda one: _distance(one, setting), default=None)
 
 
@@ -125,12 +125,13 @@ def _distance(measured: Measured, other: Setting) -> tuple[int, bool, bool, bool
     return _apart(one, other), shared, measured.brief, one.stage != other.stage
 
 
-def _read(path: Path) -> list[Measured]:
+def _read(path: Path | None) -> list[Measured]:
     """What the file holds; lines that cannot be read, by whatever wrote them, are passed over."""
     found = []
     with suppress(OSError, UnicodeDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(KeyError, TypeError, ValueError):
+        content = (path or cache_folder() / NAME).read_text(encoding="utf-8")
+        for line in content.splitlines():
+            with suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
                 found.append(_measured(json.loads(line)))
     return found
 

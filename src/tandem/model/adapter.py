@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.adapter_folder import check_copies, read_config
+from tandem.model.adapter_folder import check_copies, read_config, update_names
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record
@@ -23,7 +23,12 @@ from tandem.model.vocabulary import embedding_names, make_missing_rows
 
 load_bitsandbytes()  # peft would import it less quietly
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
@@ -135,9 +140,20 @@ def load_adapter(model: Any, folder: Path) -> Any:
     check_copies(folder, model)
     try:
         with _quiet():
-            return PeftModel.from_pretrained(model, str(folder))
+            adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
+    # peft leaves out what finds no layer, and warns of layers that find nothing.
+    if not getattr(model, "_checkpoint_conversion_mapping", None):
+        taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        brought = set(update_names(folder))
+        if strange := sorted(taken ^ brought):
+            whose = "the adapter" if strange[0] in brought else "the model"
+            raise UserError(
+                f"{folder} does not fit its base model: only {whose} has {strange[0]} (and "
+                f"{len(strange) - 1} more). Is this the model it was trained on?"
+            )
+    return adapted
 
 
 def added_ids_of_folder(folder: Path) -> list[int]:
@@ -218,10 +234,11 @@ def _quiet() -> Iterator[None]:
 
     It asks transformers for a property that was renamed, and for mixtures of experts it adds
     patterns of its own, for experts that no target names. Keys of an adapter's configuration that
-    peft does not know were judged before.
+    peft does not know were judged before; those of its weights are judged after loading.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did")
         yield

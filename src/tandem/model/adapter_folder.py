@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tandem.artifact.files import read_json
+from tandem.artifact.files import read_json, require_spelled
 from tandem.errors import UserError
 from tandem.model.load import adapters_inside
 from tandem.model.quantization import load_bitsandbytes, read_record
@@ -142,6 +142,7 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
         raise UserError(
             f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
         )
+    require_spelled(adapter)
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:
@@ -200,6 +201,12 @@ def require_plain(adapter: Path) -> None:
     read_config(adapter)
     with _opened(adapter):
         pass
+
+
+def update_names(adapter: Path) -> list[str]:
+    """The names of the tensors in an adapter's file that are no whole weights."""
+    with _opened(adapter) as file:
+        return sorted(set(file.names).difference(_whole(file.names)))
 
 
 def whole_weights(adapter: Path) -> dict[str, Tensor]:
@@ -274,7 +281,22 @@ def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:
             "that was saved there, with init_lora_weights set to true in "
             f"{CONFIG}"
         )
+    if not (_is_number(values.get("lora_alpha", 8)) and _is_number(values.get("r", 8))):
+        raise UserError(
+            f"{adapter / CONFIG} cannot be used: lora_alpha is {values.get('lora_alpha')!r} and r "
+            f"{values.get('r')!r}. Copy the adapter again."
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            raise UserError(
+                f"{adapter / CONFIG} cannot be used: {key} is {pattern!r}. Copy the adapter again."
+            )
     _refuse_unknown(adapter, values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:

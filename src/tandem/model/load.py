@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tandem.artifact.files import require_spelled
+from tandem.artifact.hashing import weight_files
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
 from tandem.model.fused import fuse_elementwise
@@ -18,8 +20,8 @@ from tandem.model.products import speed_up_frozen_products
 from tandem.model.quantization import quantize, read_record
 from tandem.model.whole import check_whole
 
-# What a model folder may hold, its weights first; everything else on a Hub page stays there.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+# What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
+_FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
 # The same weights again in their maker's own layout, as some Hub pages have them.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
 # Each of these is enough to make a tokenizer of.
@@ -42,7 +44,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
         return materialise(name, Path(), seed=0)
     if looks_like_path(name):
         return _local_folder(name)
-    return _fetched(name, revision, _FILES if weights else _FILES[1:])
+    return _fetched(name, revision, _FILES if weights else _FILES[2:])
 
 
 def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
@@ -70,6 +72,28 @@ def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
     raise UserError(f"model {name} is no local folder, and cannot be fetched from the Hub: {why}.")
 
 
+def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
+    """Raise UserError when the Hub's files of a model hold no weights that could be loaded.
+
+    Nothing is said where the Hub does not answer: what was fetched before is used then.
+
+    Args:
+        name: the model's id.
+        folder: what is small of it, see `model_folder`.
+        revision: as there.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        listed = HfApi().model_info(name, revision=revision).siblings or []
+    except (OSError, ValueError, RuntimeError):
+        return
+    try:
+        weight_files(folder, named=[file.rfilename for file in listed])
+    except UserError as error:
+        raise UserError(f"model {name} of the Hub: {error}") from None
+
+
 def _local_folder(name: str) -> Path:
     try:
         folder = Path(name).expanduser()
@@ -82,6 +106,7 @@ def _local_folder(name: str) -> Path:
         )
     if not is_folder:
         raise UserError(f"model {name} is a file. Name the folder that holds the model.")
+    require_spelled(folder)
     return folder
 
 
@@ -100,11 +125,8 @@ def require_model(folder: Path, *, weights: bool = True) -> None:
             f"{folder} is no model folder: it has no config.json{adapters_inside(folder)}. Name "
             "the folder that holds config.json, *.safetensors and the tokenizer."
         )
-    if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no *.safetensors weights. Convert older formats first by loading the "
-            "model with transformers and calling save_pretrained."
-        )
+    if weights:
+        weight_files(folder)
 
 
 def adapters_inside(folder: Path) -> str:
@@ -189,7 +211,8 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    # Quantised ones ask for packages.
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a model: {_first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(

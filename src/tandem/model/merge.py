@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tandem.artifact.files import atomic_write_json, read_json
-from tandem.artifact.hashing import weight_files
+from tandem.artifact.hashing import weight_files, weight_index
 from tandem.errors import UserError
 from tandem.model.adapter_folder import NewRows, Update
 from tandem.model.quantization import Quantized
@@ -74,12 +74,11 @@ def merge_shards(
             f"{base} has no weight named {missing[0]} (and {len(missing) - 1} more "
             "that the adapter changes): is this the model it was trained on?"
         )
-    if len(written) > 1:
-        name = "model.safetensors.index.json"
+    if (listed := weight_index(base)) is not None:
         atomic_write_json(
-            output / name, {"metadata": {"total_size": total_bytes}, "weight_map": index}
+            output / listed.name, {"metadata": {"total_size": total_bytes}, "weight_map": index}
         )
-        written.append(name)
+        written.append(listed.name)
     return written
 
 

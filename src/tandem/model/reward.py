@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from tandem.data.omissions import omissions_of
 from tandem.data.records import Turn
 from tandem.data.template import render, resolve_template, tokenize
 from tandem.data.token_rows import require_rows
@@ -59,8 +60,14 @@ class RewardModel:
             )
         own = resolve_template(self.tokenizer, None)
         self._template = replace(own, name="the reward model's own")
+        self._omissions = omissions_of(self.tokenizer, self._template)
         self._model = model.to(device).eval()
         self._context = context_length(model.config)
+
+    def left_out(self, turns: Sequence[Turn]) -> str:
+        """Why the model would not read all of some turns before an answer, empty when it would."""
+        answered = [*turns, Turn("assistant", "That.")]
+        return self._omissions.of_answers(answered, [len(turns)], reasoned=False)
 
     def scores(self, asked: Sequence[tuple[Sequence[Turn], str]]) -> list[float | None]:
         """The score of each answer to its turns, None for one beyond the model's context.

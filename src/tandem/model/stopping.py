@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import atomic_write_json, read_json
+from tandem.artifact.files import atomic_write_json
 from tandem.data.template import ChatTemplate, Ending, stop_ids
+from tandem.errors import UserError
+from tandem.model.surroundings import read_object
 
 _GENERATION = "generation_config.json"
 
@@ -17,15 +19,13 @@ def end_ids(folder: Path) -> list[int]:
 
     transformers asks generation_config.json first, and config.json where there is none.
     """
-    generation = _values(folder / _GENERATION).get("eos_token_id")
-    if generation is not None:
-        return _listed(generation)
-    config = _values(folder / "config.json")
-    inner = config.get("text_config")
-    found = config.get("eos_token_id")
-    if found is None and isinstance(inner, dict):
-        found = inner.get("eos_token_id")
-    return _listed(found)
+    for path in (folder / _GENERATION, folder / "config.json"):
+        values = _values(path)
+        inner = values.get("text_config")
+        for place in (values, inner if isinstance(inner, dict) else {}):
+            if (found := _ends_in(path, place)) is not None:
+                return found
+    return []
 
 
 def all_stop_ids(folder: Path, tokenizer: Any, template: ChatTemplate) -> list[int]:
@@ -55,10 +55,13 @@ def write_ends(
     """
     token = ending.token
     known = end_ids(base)
-    wanted = list(dict.fromkeys([*known, *_listed(tokenizer.eos_token_id), ending.token_id]))
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    wanted = list(dict.fromkeys([*known, *own, ending.token_id]))
     parts = []
-    if set(wanted) - set(known):
-        generation = _values((folder if (folder / _GENERATION).exists() else base) / _GENERATION)
+    path = (folder if (folder / _GENERATION).exists() else base) / _GENERATION
+    generation = _values(path)
+    # Where there is such a file, transformers does not look into config.json.
+    if set(wanted) - set((_ends_in(path, generation) or []) if path.exists() else known):
         atomic_write_json(
             folder / _GENERATION,
             {**generation, "eos_token_id": wanted if len(wanted) > 1 else wanted[0]},
@@ -67,15 +70,17 @@ def write_ends(
     named = []
     if (folder / "config.json").exists() and _name_in_config(folder, ending.token_id):
         named.append("config.json")
-    own = tokenizer.eos_token
-    if own != token:
+    before = tokenizer.eos_token
+    if before != token:
         if _renders_eos(template):
-            parts.append(f"the tokenizer's eos_token stays {own}, which the chat template writes")
+            parts.append(
+                f"the tokenizer's eos_token stays {before}, which the chat template writes"
+            )
         else:
             _name_in_tokenizer(folder, token)
             named.append("the tokenizer")
     if named:
-        parts.append(f"{' and '.join(named)} name it as eos_token")
+        parts.append(f"it is eos_token of {' and '.join(named)} as well")
     return f"answers end with {token} ({ending.token_id}): {'; '.join(parts)}" if parts else None
 
 
@@ -87,15 +92,15 @@ def _renders_eos(template: ChatTemplate) -> bool:
 def _name_in_config(folder: Path, token_id: int) -> bool:
     """Whether config.json had to be changed to name a token; lists get it beside their own."""
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_object(path)
     places = [config]
     if isinstance(inner := config.get("text_config"), dict) and "eos_token_id" in inner:
         places.append(inner)
     changed = False
     for place in places:
-        before = place.get("eos_token_id")
-        if token_id in _listed(before):
+        if token_id in (_ends_in(path, place) or []):
             continue
+        before = place.get("eos_token_id")
         place["eos_token_id"] = [*before, token_id] if isinstance(before, list) else token_id
         changed = True
     if changed:
@@ -112,13 +117,17 @@ def _name_in_tokenizer(folder: Path, token: str) -> None:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    found = read_json(path)
-    return found if isinstance(found, dict) else {}
+    return read_object(path) if path.exists() else {}
 
 
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else [int(index) for index in ids]
+def _ends_in(path: Path, values: Mapping[str, Any]) -> list[int] | None:
+    """The ids of end tokens that a file's values name, None if they name none."""
+    found = values.get("eos_token_id")
+    if found is None:
+        return None
+    listed = found if isinstance(found, list) else [found]
+    if not all(type(index) is int for index in listed):
+        raise UserError(
+            f"{path}: eos_token_id is {found!r}, and should be a token's id or a list of them"
+        )
+    return listed

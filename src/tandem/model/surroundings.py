@@ -30,11 +30,13 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 # Of a base, what is worth copying beside its weights.
 _OF_THE_BASE = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-# What stages and trainers write of themselves.
+# What stages and trainers write of themselves, and what their maker's own format needs.
 _NOT_OF_THE_MODEL = {
     "manifest.json", "summary.json", "adapter_config.json", QUANTIZATION, "trainer_state.json",
-    "checkpoint.json", "model.safetensors.index.json",
+    "checkpoint.json", "params.json",
 }  # fmt: skip
+# Which file has which weight, of the base's files as they were.
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
@@ -48,6 +50,7 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
     """
     for file in sorted(base.iterdir()):
         wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
+        wanted = wanted and not file.name.endswith(_INDICES)
         if file.is_file() and wanted and not _of_a_tokenizer(file.name):
             shutil.copyfile(file, output / file.name)
     combine_tokenizers(base, adapter, output)
@@ -157,7 +160,7 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
             _write_inside(output, inside)
             return
         # Where older processors keep theirs; tokenizers do not look there.
-        if of_processor.is_file() and (text := _object(of_processor).get("chat_template")):
+        if of_processor.is_file() and (text := read_object(of_processor).get("chat_template")):
             write_templates(output, text)
             return
 
@@ -176,10 +179,11 @@ def _write_inside(folder: Path, template: Any) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _object(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a model folder's file; UserError for a file that holds none."""
     try:
         found = read_json(path)
     except (ValueError, OSError) as error:

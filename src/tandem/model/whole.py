@@ -49,6 +49,28 @@ def check_whole(folder: Path, config: Any) -> None:
         )
 
 
+def check_unquantized(folder: Path, config: Any) -> None:
+    """Raise UserError for a model whose weights are quantised already: nothing is merged into it.
+
+    Args:
+        folder: a local model folder.
+        config: its transformers configuration.
+    """
+    found = (
+        getattr(one, "quantization_config", None) for one in (config, config.get_text_config())
+    )
+    settings = next((each for each in found if each is not None), None)
+    if settings is None:
+        return
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(values.get("quant_method") or "")
+    raise UserError(
+        f"{folder} is quantised already ({method or 'quantization_config in config.json'}), and "
+        "an adapter that is trained on it could not be merged into it. Take the model's 16-bit "
+        "edition; with `quantization: nf4` training holds it in 4 bits."
+    )
+
+
 def _sizes(shard: Path) -> dict[str, int]:
     """How many numbers each tensor of a safetensors file holds."""
     try:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.artifact.files import atomic_write_text
+from tandem.artifact.files import atomic_write_text, sync_open
 from tandem.pairs.filter import Pair
 
 _KEYS = ("system", "question", "chosen", "rejected")
@@ -39,5 +39,5 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     with aside.open("wb") as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file)
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     aside.replace(path)

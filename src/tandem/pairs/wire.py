@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import ipaddress
 import json
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from tandem.errors import UserError
 
 # Statuses that another try may cure; the other 4xx say what is wrong with the request.
 _PASSING = frozenset({408, 409, 425, 429})
-_WHOLE_RUN = frozenset({401, 403, 404, 405})
+_WHOLE_RUN = frozenset({401, 403, 404, 405, 407})
 _MAX_BYTES = 32 * 2**20
 _SHOWN = 200
 
@@ -80,7 +83,11 @@ class Endpoint:
         self._key_variable = key_variable
         self._key = _key(key_variable)
         self._timeout = timeout
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        # A server on this machine is never behind a proxy, whatever no_proxy forgets to say.
+        self._proxies = {} if is_here(urlsplit(self.url).hostname or "") else _proxies_to(self.url)
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(self._proxies), _NoRedirect
+        )
 
     def ask(self, request: ChatRequest) -> Reply | Failure:
         """The answer, or a failure that another try cannot help.
@@ -104,16 +111,18 @@ class Endpoint:
             with error:
                 return self._status(error, deadline)
         except TimeoutError:
-            raise Passing("timeout", f"no whole answer in {self._timeout:g} s") from None
+            text = f"no whole answer in {self._timeout:g} s"
+            raise Passing("timeout", text + self._way()) from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
-                raise Passing("timeout", f"no answer in {self._timeout:g} s") from None
-            raise Passing("no connection", self._plain(str(error.reason))) from None
+                text = f"no answer in {self._timeout:g} s"
+                raise Passing("timeout", text + self._way()) from None
+            raise Passing("no connection", self._plain(str(error.reason)) + self._way()) from None
         except http.client.IncompleteRead:
             raise Passing("cut answer", "the connection ended within an answer") from None
         except (http.client.HTTPException, OSError) as error:
             detail = f"{type(error).__name__}: {error}"
-            raise Passing("broken connection", self._plain(detail)) from None
+            raise Passing("broken connection", self._plain(detail) + self._way()) from None
 
     def _read(self, body: bytes) -> Reply:
         try:
@@ -128,7 +137,9 @@ class Endpoint:
             return Reply(_writable(text), choice.get("finish_reason") == "stop")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             said = self._plain(body.decode("utf-8", "replace"))
-            raise Passing("malformed answer", f"no chat completion, but {said!r}") from None
+            raise Passing(
+                "malformed answer", f"no chat completion, but {said!r}{self._way()}"
+            ) from None
 
     def _status(self, error: urllib.error.HTTPError, deadline: float) -> Failure:
         code, reason = error.code, f"HTTP {error.code}"
@@ -136,7 +147,7 @@ class Endpoint:
             said = self._plain(_message(_whole(error, deadline)))
         except (OSError, http.client.HTTPException):
             said = ""
-        said = said or self._plain(str(error.reason))
+        said = (said or self._plain(str(error.reason))) + self._way()
         if code in _PASSING or code >= 500:
             raise Passing(reason, said, _retry_after(error.headers.get("Retry-After")))
         if code in _WHOLE_RUN or code < 400:
@@ -148,10 +159,25 @@ class Endpoint:
             if self._key is None:
                 return "It wants a key: name the environment variable that holds it (key_variable)."
             return f"It refuses the key in the environment variable {self._key_variable}."
+        if code == 407:
+            return "The proxy wants a name and a password: set them in its variable, or leave it."
         if code < 400:
             place = self._plain(error.headers.get("Location") or "elsewhere")
             return f"It points to {place}; requests are not sent on, so set base_url to the server."
         return "Check base_url (most end in /v1) and the model's name on the server."
+
+    def _way(self) -> str:
+        """Through which proxy the server is asked, and which variable says so; "" without one."""
+        for scheme, proxy in self._proxies.items():
+            variable = next(
+                (n for n in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY") if os.environ.get(n)),
+                "the system's settings",
+            )
+            # A name and a password in it are nobody's business.
+            place = proxy.rpartition("@")[2] if "@" in proxy else proxy
+            host = urlsplit(self.url).hostname
+            return f" (through the proxy {place} of {variable}; no_proxy={host} goes without)"
+        return ""
 
     def _plain(self, text: str) -> str:
         """A server's words on one short line, without the key."""
@@ -159,6 +185,39 @@ class Endpoint:
             text = text.replace(self._key, "[key]")
         line = " ".join(_writable(text).split())
         return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine: the loopback, every address of it, or its own name.
+
+    Nothing is looked up. `host` is as in an address, IPv6 without brackets.
+    """
+    name = host.rstrip(".").lower()
+    own = socket.gethostname().lower()
+    if (
+        name == "localhost"
+        or name.endswith(".localhost")
+        or name in {own, own.split(".")[0]} - {""}
+    ):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        try:  # 127.1 and other short forms
+            address = ipaddress.ip_address(socket.inet_aton(name))
+        except (OSError, ValueError):
+            return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
+
+
+def _proxies_to(url: str) -> dict[str, str]:
+    """The proxy of an address by scheme, as the environment says it; empty for none."""
+    parts = urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return {}
+    return {parts.scheme: proxy}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tandem.recipe.making_pairs import Server
-from tandem.recipe.section import Positive, Section, Unweighted
+from tandem.recipe.section import PathText, Positive, Section, Unweighted
 
 
 class Evaluate(Section):
@@ -36,7 +36,7 @@ class Evaluate(Section):
     tasks: tuple[str, ...] = Field(
         default=(), description="Tasks of lm-evaluation-harness, by its names for them."
     )
-    task_data: str | None = Field(
+    task_data: PathText | None = Field(
         default=None, description="A folder of task data; null: the harness's own, from the Hub."
     )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(

@@ -82,7 +82,10 @@ def _sentence(location: Location, items: list[Any], model: type[BaseModel]) -> s
             f"{key or 'a recipe'} must be a mapping of keys to values, not {_shown(first['input'])}"
         )
     wanted = " or ".join(dict.fromkeys(_wanted(item["msg"]) for item in items))
-    return f"{key} is {_shown(first['input'])}, but it must be {wanted}"
+    # YAML's yes, no, on and off are truth values, and 2024 is a number, even for a name.
+    texts = any(item["type"] == "string_type" for item in items)
+    hint = "; put a text in quotes" if texts and isinstance(first["input"], int | float) else ""
+    return f"{key} is {_shown(first['input'])}, but it must be {wanted}{hint}"
 
 
 def _wanted(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.explain import dotted, explain
+from tandem.recipe.paths import expanded
 from tandem.recipe.schema import Recipe
 from tandem.recipe.yaml_source import Location, dump_yaml, parse_yaml
 
@@ -112,16 +114,18 @@ def _read(name_or_path: str) -> tuple[str, str]:
     if "/" not in name_or_path and shipped.is_file():
         return f"{name_or_path}.yaml (shipped)", shipped.read_text(encoding="utf-8")
     try:
-        path = Path(name_or_path).expanduser()
-    except RuntimeError as error:  # ~ of nobody
+        path = Path(expanded(name_or_path))
+    except ValueError as error:
         raise UserError(f"{name_or_path}: no such file: {error}") from error
     if (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     if path.is_file():
         try:
-            return str(path), path.read_text(encoding="utf-8")
+            return str(path), _text_of(path.read_bytes())
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a text file in UTF-8, so no recipe") from error
+            raise UserError(
+                f"{path}: not a text file in UTF-8, so no recipe; save it in UTF-8"
+            ) from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if path.is_dir():
@@ -135,6 +139,12 @@ def _read(name_or_path: str) -> tuple[str, str]:
         f"{name_or_path}: no recipe of that name, and no such file. {hint}"
         f"Shipped recipes: {', '.join(names)}"
     )
+
+
+def _text_of(content: bytes) -> str:
+    """A recipe's text, in UTF-8, or in UTF-16 as its first two bytes say it."""
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig")
 
 
 def _parse_override(override: str) -> tuple[Location, Any]:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tandem.recipe.section import Positive, Section, Unweighted
+from tandem.recipe.section import PathText, Positive, Section, Unweighted
 
 # As data/languages.py can tell them.
 Language = Literal[
@@ -145,7 +145,7 @@ class PairFilters(Section):
     drop_unfinished: bool = Field(
         default=False, description="Pass over answers that `max_new_tokens` ended."
     )
-    check: str | None = Field(
+    check: PathText | None = Field(
         default=None,
         description="A Python function, `module:function` or `file.py:function`, that takes a pair "
         "as a dict and returns True, or False or a reason to pass it over.",
@@ -192,7 +192,7 @@ class Rank(Section):
     A reward model scores them, or a judge on a server gives each a number from 1 to 10.
     """
 
-    reward_model: str | None = Field(
+    reward_model: PathText | None = Field(
         default=None, description="A sequence classifier with one label: a folder or a Hub id."
     )
     judge: Server | None = Field(default=None, description="A model that is asked for a number.")
@@ -223,7 +223,7 @@ class Pairs(Section):
         description="Records for held-out pairs, which are evaluated and never trained on.",
     )
     select: Select = Field(default=Select(), description="Which of the prompts are asked.")
-    model: str | None = Field(
+    model: PathText | None = Field(
         default=None,
         description="Writes the rejected answers, a weaker model; null: the merged SFT model.",
     )

@@ -55,6 +55,11 @@ tandem run demo sft.learning_rate=2e-3 sft.lora.target_modules='[q_proj, v_proj]
 
 A key that does not exist, a key given twice and a value of the wrong type are errors; nothing is
 ignored. Keys without a default must be given.
+
+In every path `~`, `$NAME` and `${{NAME}}` are resolved; a variable that is not set is an error.
+Keys are text whatever they look like (`no`, `010`). Numbers that YAML 1.1 reads as octal or as
+hours and minutes (`010`, `1:30`) are refused; a text that looks like a number or a truth value
+(`2024`, `no`) needs quotes.
 """
 
 

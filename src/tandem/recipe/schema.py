@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.making_pairs import Pairs
-from tandem.recipe.section import Positive, Section
+from tandem.recipe.paths import expanded
+from tandem.recipe.section import PathText, Positive, Section
 from tandem.recipe.training import Dpo, Dtype, Merge, Sft
 
 Device = Literal["auto", "cpu", "cuda", "hpu", "xpu", "mps"]
@@ -20,30 +21,20 @@ ENGINES = ("auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2
 
 
 def checked_engine(engine: str) -> str:
-    """An engine's name, or the path of a DeepSpeed configuration, `~` resolved.
+    """An engine's name, or the path of a DeepSpeed configuration, `~` and variables resolved.
 
     Raises ValueError for a name that is none, with the nearest one, and a file that is not there.
     """
     if engine in ENGINES:
         return engine
     if engine.endswith(".json"):
-        path = Path(engine).expanduser()
+        path = Path(expanded(engine))
         if path.is_file():
             return str(path)
         raise ValueError(f"there is no DeepSpeed configuration {path}; check the path")
     close = difflib.get_close_matches(engine.lower().replace("_", "-"), ENGINES, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else f"it may be {', '.join(ENGINES)}"
     raise ValueError(f"unknown engine {engine!r}; {hint} (or a DeepSpeed file, NAME.json)")
-
-
-def checked_folder(folder: str) -> str:
-    """A folder's path, `~` resolved; raises ValueError for one of a user that is not there."""
-    if not folder.startswith("~"):
-        return folder
-    try:
-        return str(Path(folder).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: {error} Name another folder") from None
 
 
 class Hpu(Section):
@@ -66,14 +57,12 @@ class Recipe(Section):
 
     name: str = Field(description="The run's name.")
     description: str = Field(default="", description="One line about it.")
-    model: str = Field(description="The base model: a Hub id, a folder, or `demo:base`.")
+    model: PathText = Field(description="The base model: a Hub id, a folder, or `demo:base`.")
     model_revision: str | None = Field(
         default=None, description="A commit, tag or branch of a Hub model."
     )
-    output_dir: Annotated[str, AfterValidator(checked_folder)] = Field(
-        description="The run's folder; every stage gets a folder in it."
-    )
-    chat_template: str | None = Field(
+    output_dir: PathText = Field(description="The run's folder; every stage gets a folder in it.")
+    chat_template: PathText | None = Field(
         default=None,
         description="A shipped one, a file, or null: the model's own, else `neural-chat`.",
     )

@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from tandem.recipe.paths import expanded
+
 Positive = Annotated[int, Field(gt=0)]
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A file, a folder, or a name that is neither, such as a Hub id; see `paths.expanded`."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -30,7 +34,7 @@ class Section(BaseModel):
 class DataSource(Section):
     """One data set: a file, a folder, a Hub id, or `demo:NAME` for the embedded data."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="A file (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, a Hub id, or "
         "`demo:NAME`."
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tandem.recipe.paths import expanded
+
 Stage = Literal["sft", "dpo"]
 
 
@@ -60,12 +62,12 @@ DATA_FLAGS: tuple[Flag, ...] = (
 )
 
 FLAGS: tuple[Flag, ...] = (
-    Flag("model_name_or_path", str, "base model: a folder or a Hub id (required)"),
+    Flag("model_name_or_path", expanded, "base model: a folder or a Hub id (required)"),
     Flag("model_revision", str, "commit, tag or branch of a Hub model"),
-    Flag("dataset_name", str, "Hub id, folder or file; several are read in turn", many=True),
+    Flag("dataset_name", expanded, "Hub id, folder or file; several are read in turn", many=True),
     *DATA_FLAGS,
     Flag("dataset_revision", str, "commit, tag or branch of a Hub data set"),
-    Flag("output_dir", str, "folder for the adapter, checkpoints and metrics (required)"),
+    Flag("output_dir", expanded, "folder for the adapter, checkpoints and metrics (required)"),
     Flag("per_device_train_batch_size", int, "examples a device; a factor of the global batch"),
     Flag("gradient_accumulation_steps", int, "a factor of the global batch"),
     Flag("batch_size", int, "global batch, in place of the two flags above"),
@@ -99,7 +101,9 @@ FLAGS: tuple[Flag, ...] = (
         "on_bad_record", str, "on an unparsable line", choices=("stop", "drop"), key="on_bad_record"
     ),
     Flag("max_dropped", float, "share of records that may be dropped (0.05)", key="max_dropped"),
-    Flag("chat_template", str, "a shipped one (neural-chat) or a file; default: the model's own"),
+    Flag(
+        "chat_template", expanded, "a shipped one (neural-chat) or a file; default: the model's own"
+    ),
     Flag("added_tokens", str, "special tokens that the template needs, to be trained", many=True),
     Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
     Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),

@@ -83,7 +83,7 @@ def _objective(start: Start, beta: float) -> Made:
         }
     )
     processes = start.engine.processes
-    store = processes.main_first(ReferenceStore)
+    store = ReferenceStore(lambda text: say(start.console, f"dpo: {text}"))
     with (
         adapter_off(start.model),
         phase(start.console, "reference log-probs", len(start.trees)) as advance,

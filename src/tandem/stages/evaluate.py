@@ -14,6 +14,7 @@ from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
 from tandem.data.formats import Question
 from tandem.data.reading import read_questions
+from tandem.data.sources import not_read
 from tandem.errors import UserError
 from tandem.evaluate.comparison import compared, items_of
 from tandem.evaluate.judge import Duel, Judge, Verdicts, judge_duels
@@ -105,7 +106,7 @@ def run_evaluation(
     if judge is not None:
         _check_judged(models, settings)
         inputs["judge"] = judge.name
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
         if not (replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
@@ -113,6 +114,8 @@ def run_evaluation(
             found: dict[str, Any] = read_json(path)
             return found
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
+        for line in not_read([spec for specs in sources.values() for spec in specs]):
+            say(console, line)
         for title, why in plan.left_out:
             say(console, f"{title} is not measured: {why}")
         questions = sources["questions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from tandem.data.collate import collate
 from tandem.data.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
 from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
+from tandem.data.omissions import check_asked, way_out
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
@@ -119,6 +121,7 @@ class Examiner:
         """
         scores: dict[str, Score] = {}
         answers: list[str] = []
+        check_asked(self.tokenizer, self.template, material.questions, self.label)
         if material.questions:
             answers = self._answer(material, scores)
             if completions:
@@ -190,7 +193,11 @@ class Examiner:
         encoded = encode_exchanges(Chat.of(self.tokenizer, self.template, self._rows), exchanges)
         for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
-                raise UserError(f"{question.origin}: the question cannot be encoded: {one}")
+                why = f"{one.reason} ({one.detail})" if one.detail else one.reason
+                raise UserError(
+                    f"{question.origin}: the question with its answer cannot be encoded: {why}. "
+                    f"{way_out(one.reason)}"
+                )
             self._check_room(question, len(one.ids), 0)
             trees.append(conversation_tree([one], question.origin))
         return trees
@@ -254,10 +261,13 @@ class Examiner:
     def _tell(self, ledger: Ledger, what: str, done: str) -> None:
         counts = ledger.counts
         if counts["truncated"] or counts["dropped"]:
+            dropped = Counter(e.reason for e in ledger.entries if e.outcome == "dropped")
+            why = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
             say(
                 self.console,
                 f"{self.label}: of {counts['read']} {what}, {counts['truncated']} were cut to the "
-                f"model's context of {self.context} and {counts['dropped']} cannot be {done}",
+                f"model's context of {self.context} and {counts['dropped']} cannot be {done}"
+                + (f" ({why})" if why else ""),
             )
 
     def _score(self, trees: Sequence[Tree]) -> torch.Tensor:

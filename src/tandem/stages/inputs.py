@@ -10,6 +10,7 @@ from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weigh
 from tandem.data.sources import SourceSpec
 from tandem.data.template import AddedTokens, ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
+from tandem.model.whole import check_unquantized
 from tandem.recipe.training import Training
 from tandem.stages.sources import data_identity
 from tandem.train.device import Device
@@ -76,6 +77,7 @@ def model_side(
     Without `weights` it need have none.
     """
     config = load_config(base, weights=weights)
+    check_unquantized(base, config)
     check_context(config, settings.max_length, base)
     tokenizer = load_tokenizer(base)
     added = add_tokens(tokenizer, added_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.limits import Limits
 from tandem.data.overlap import Other, read_other
-from tandem.data.sources import SourceSpec
+from tandem.data.sources import SourceSpec, not_read
 from tandem.data.template import add_tokens, resolve_template
 from tandem.data.token_rows import row_notices
 from tandem.errors import UserError
@@ -166,6 +167,16 @@ def with_validation(found: Sequence[StageData]) -> list[StageData]:
         for part in (data, replace(data, sources=data.validation, validation=(), held_out=True))
         if part.sources
     ]
+
+
+def left_out(found: Sequence[StageData]) -> list[str]:
+    """A line on each folder of which stages would leave something out.
+
+    Of data that cannot be read nothing is said here, for reading it says what is wrong.
+    """
+    with suppress(UserError):
+        return not_read([source for data in with_validation(found) for source in data.sources])
+    return []
 
 
 def plan_of(kind: Kind, settings: Training | None) -> Plan:

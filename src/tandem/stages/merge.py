@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from tandem.artifact.files import atomic_folder, atomic_write_json
-from tandem.artifact.hashing import hash_file, hash_weights
+from tandem.artifact.hashing import hash_file, hash_weights, weight_files
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, start_stage
@@ -19,7 +19,7 @@ from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
 from tandem.model.adapter_folder import Update, read_updates, whole_weights
-from tandem.model.load import load_config, load_tokenizer, model_folder, require_model
+from tandem.model.load import load_config, load_tokenizer, model_folder
 from tandem.model.merge import added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
@@ -27,6 +27,7 @@ from tandem.model.stopping import write_ends
 from tandem.model.surroundings import copy_surroundings, write_templates
 from tandem.model.verify import Verified, verify_merge
 from tandem.model.vocabulary import described_rows
+from tandem.model.whole import check_unquantized
 from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
 from tandem.train.progress import say
@@ -68,9 +69,8 @@ def run_merge(
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
     base_folder = model_folder(base)
-    require_model(base_folder)
+    check_unquantized(base_folder, load_config(base_folder))
     updates, quantized = read_updates(adapter), read_record(adapter)
-    copies = list(whole_weights(adapter))
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -80,7 +80,7 @@ def run_merge(
         "chat_template": chat_template,
         **({"quantization": hash_file(adapter / QUANTIZATION)} if quantized else {}),
     }
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"merge: {text}")):
         opened = open_stage(output_dir, "merge", inputs)
         if opened.state == "finished":
             say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
@@ -91,11 +91,6 @@ def run_merge(
                 console,
                 f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to",
-            )
-        if copies:
-            say(
-                console,
-                f"merge: {', '.join(copies)} in {adapter} is passed over: a copy of the base's own",
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
@@ -171,6 +166,8 @@ class _Merge:
 
 def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
     """What was made, and what rounding took."""
+    for name in whole_weights(work.adapter):
+        say(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
         say(
@@ -216,7 +213,7 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    shard = min(folder.glob("*.safetensors"))
+    shard = weight_files(folder)[0]
     with safe_open(shard, framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
     narrow = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d in dtypes]

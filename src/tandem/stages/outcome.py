@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tandem.artifact.files import atomic_folder
+from tandem.artifact.files import atomic_folder, spelled
 from tandem.artifact.hashing import hash_bytes
 from tandem.data.template import find_ending
 from tandem.data.trees import Trees
@@ -34,7 +34,8 @@ def save_adapter_folder(
         else:
             copy_adapter(checkpoint, aside)
         tokenizer.chat_template = template.saved
-        tokenizer.save_pretrained(str(aside))
+        with spelled(aside) as named:
+            tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
         if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
             stage.tell(said)

@@ -19,7 +19,7 @@ from tandem.artifact.journal import recorded
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage, versions
 from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec
+from tandem.data.sources import SourceSpec, not_read
 from tandem.errors import UserError
 from tandem.pairs.card import data_card
 from tandem.pairs.check import Check
@@ -100,13 +100,15 @@ def run_pairs(
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
     }
-    with folder_lock(output_dir):
+    with folder_lock(output_dir, lambda text: say(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
         if opened.state == "finished":
             say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         threads = opened.schedule.get("threads", torch.get_num_threads())
         start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
+        for line in not_read([spec for named in specs.values() for spec in named]):
+            say(console, f"pairs: {line}")
         with _threads(threads):
             maker = _Maker(
                 open_writer(settings, model, runtime, console),

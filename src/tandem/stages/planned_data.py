@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec, looks_like_path
+from tandem.data.sources import SourceSpec, looks_like_path, not_read
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
 from tandem.pairs.prompts import Prompt
@@ -68,6 +68,7 @@ class DataHere:
         if len(notes) > before:
             notes[-1] += ", so nothing is said of the held-out records"
             return PlannedData(sources, None, tuple(notes))
+        notes += not_read([*sources, *held_out])
         return PlannedData(sources, held_out, tuple(notes))
 
     def _here(self, wanted: Sequence[DataSource], notes: list[str]) -> list[SourceSpec]:

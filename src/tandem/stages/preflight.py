@@ -9,7 +9,9 @@ from rich.console import Console
 
 from tandem.artifact.files import read_json
 from tandem.data.encode import Chat
+from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
+from tandem.data.omissions import check_asked
 from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
@@ -85,9 +87,26 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
             next(read_prompts([spec], making.keep, Ledger(None), making.on_bad_record), None)
     if recipe.evaluate is not None and "evaluate" in wanted:
         if questions := _specs(recipe.evaluate.questions):
-            read_questions(questions)
+            _check_asked(recipe, read_questions(questions))
         for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
             pass
+
+
+def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
+    """That the chat templates of a run leave nothing out of the questions; on local models."""
+    if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
+        return
+    from tandem.model.load import load_tokenizer, model_folder
+
+    tokenizer = load_tokenizer(model_folder(recipe.model))
+    add_tokens(tokenizer, recipe.added_tokens)
+    # The base is asked in its own template, if it has one, and the others in the run's.
+    own = tokenizer.chat_template
+    choices = {recipe.chat_template, None} if own else {recipe.chat_template}
+    for choice in choices:
+        tokenizer.chat_template = own
+        template = resolve_template(tokenizer, choice)
+        check_asked(tokenizer, template, questions, recipe.model)
 
 
 def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
@@ -205,17 +224,23 @@ def _check_model(name: str) -> None:
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
-    from tandem.model.load import model_folder
+    from tandem.model.load import check_fetchable, model_folder
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
     if sections and (begins in wanted or _is_local(recipe.model)):
         folder = model_folder(recipe.model, recipe.model_revision, weights=False)
-        check_base(folder, sections, weights=_is_local(recipe.model))
+        if looks_like_path(recipe.model) or recipe.model.startswith("demo:"):
+            check_base(folder, sections, weights=_is_local(recipe.model))
+            return
+        check_fetchable(recipe.model, folder, recipe.model_revision)
+        check_base(folder, sections, weights=False)
 
 
 def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
     """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+
+    So it is for a base that is quantised already.
 
     Args:
         folder: the base model's.
@@ -224,8 +249,10 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
     """
     from tandem.model.adapter import check_targets, refused_modules
     from tandem.model.load import check_context, load_config, model_without_weights
+    from tandem.model.whole import check_unquantized
 
     config = load_config(folder, weights=weights)
+    check_unquantized(folder, config)
     for name, section in sections.items():
         check_context(config, section.max_length, folder, f"{name}.max_length")
     for name, section in sections.items():

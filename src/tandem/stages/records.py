@@ -15,7 +15,7 @@ from rich.console import Console
 from tandem.artifact.hashing import hash_json
 from tandem.data.ledger import Ledger
 from tandem.data.order import Part
-from tandem.data.sources import SourceSpec, looks_like_path
+from tandem.data.sources import SourceSpec, looks_like_path, not_read
 from tandem.data.store import EncodedStore
 from tandem.data.template import ChatTemplate
 from tandem.data.trees import Trees
@@ -97,6 +97,8 @@ def stage_records(
     def tell(text: str) -> None:
         say(console, f"{name}: {text}")
 
+    for line in not_read([*sources, *held_out]):
+        tell(line)
     ledger, read = prepared(sources)
     trees, held = hold_out(
         settings, read, ledger,

@@ -73,7 +73,12 @@ class _Reward:
         """Deterministic, a few at a time."""
         self.failed.clear()
         for at in range(0, len(asked), _AT_ONCE):
-            some = asked[at : at + _AT_ONCE]
+            some = []
+            for one in asked[at : at + _AT_ONCE]:
+                if reason := self._model.left_out(one[1].turns):
+                    self.failed[one[0]] = Failure(reason, "of the reward model")
+                else:
+                    some.append(one)
             found = self._model.scores([(prompt.turns, text) for _, prompt, text in some])
             unit: Scored = []
             for (number, _, _), score in zip(some, found, strict=True):

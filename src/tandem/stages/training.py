@@ -99,7 +99,8 @@ def run_training(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
         )
-        processes.main(lambda: held.enter_context(folder_lock(output_dir)))
+        lock = folder_lock(output_dir, lambda text: say(console, f"{kind.name}: {text}"))
+        processes.main(lambda: held.enter_context(lock))
         opened = processes.main(lambda: open_stage(output_dir, kind.name, inputs))
         if opened.state == "finished":
             say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from tandem.artifact.hashing import hash_json, hash_weights
 from tandem.data.ledger import Ledger
+from tandem.data.omissions import omissions_of, way_out
 from tandem.data.template import ChatTemplate, prompt_ids, resolve_template
 from tandem.data.token_rows import NoRow, require_rows
 from tandem.errors import UserError
@@ -95,6 +97,7 @@ class LocalWriter:
         self._tokenizer = load_tokenizer(folder)
         self._template: ChatTemplate = resolve_template(self._tokenizer, None)
         self._stops = all_stop_ids(folder, self._tokenizer, self._template)
+        self._omissions = omissions_of(self._tokenizer, self._template)
         config = load_config(folder)
         self._context, self._rows = context_length(config), described_rows(config)
         self._model: Any = None
@@ -171,8 +174,13 @@ class LocalWriter:
         self, prompts: Sequence[Prompt], ledger: Ledger
     ) -> tuple[list[Prompt], list[list[int]]]:
         """The prompts that leave room for an answer in the model's context, and their tokens."""
-        kept, asked = [], []
+        kept, asked, long = [], [], 0
+        left_out: Counter[str] = Counter()
         for prompt in prompts:
+            if reason := self._omissions.of_prompt(prompt.turns):
+                ledger.dropped(prompt.origin, reason, f"chat_template: {self._template.name}")
+                left_out[reason] += 1
+                continue
             ids = prompt_ids(self._tokenizer, self._template, prompt.turns)
             try:
                 require_rows(ids, self._rows, self._tokenizer.decode)
@@ -185,19 +193,31 @@ class LocalWriter:
                 kept.append(prompt)
                 asked.append(ids)
             else:
+                long += 1
                 detail = f"{len(ids)} tokens, of a context of {self._context}"
                 ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
-        if len(kept) < len(prompts):
+        for reason, count in left_out.items():
             say(
                 self._console,
-                f"pairs: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for "
+                f"pairs: {count} of {len(prompts)} prompts are not asked: {reason} (each in "
+                f"{ledger.path})",
+            )
+        if long:
+            say(
+                self._console,
+                f"pairs: {long} of {len(prompts)} prompts leave no room for "
                 f"{self._settings.max_new_tokens} tokens in the model's context of {self._context} "
                 f"(each in {ledger.path})",
             )
         if not kept:
+            reasons = "".join(f"; {reason}: {count}" for reason, count in left_out.items())
+            ways = [way_out(reason) for reason in left_out]
+            if long:
+                ways.insert(0, "Lower pairs.max_new_tokens or give shorter prompts.")
             raise UserError(
-                f"pairs: none of {len(prompts)} prompts can be asked; lower pairs.max_new_tokens "
-                "or give shorter prompts"
+                f"pairs: none of {len(prompts)} prompts can be asked"
+                + (f"; without room for an answer: {long}" if long else "")
+                + f"{reasons}. {' '.join(ways)}"
             )
         return kept, asked
 

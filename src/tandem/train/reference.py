@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,13 @@ from tandem.model.score import micro_batches, tokens_fed
 from tandem.train.engine import Engine
 from tandem.train.memory import TokenBudget, no_room
 
+T = TypeVar("T")
+
+NAME = "reference.sqlite"
+# SQLite's codes of a file that is no database of ours: ERROR (other columns), CORRUPT, NOTADB.
+_DAMAGED = frozenset((1, 11, 26))
+# Seconds to wait for another run that writes to the store.
+_PATIENCE = 10
 # Records of one unit: what an interruption redoes, and what one transaction stores.
 _UNIT = 64
 # Records whose log-probs are looked up at once.
@@ -36,57 +46,137 @@ class ReferenceStore:
 
     The key holds nothing about learning rates, seeds, adapters, beta or losses, so other runs
     over the same data and reference find what this one computed; a changed weight byte or token
-    misses.
+    misses. Every row has a checksum: a damaged one counts as missing.
+
+    It never costs a run: what cannot be read is computed again, and a store that cannot be opened,
+    read or written is done without.
 
     Args:
+        say: told, once, when something is damaged or the store is done without.
         folder: where the store lives, `cache_folder()` unless told otherwise.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.path = (folder or cache_folder()) / "reference.sqlite"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection() as connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS logps "
-                "(key BLOB PRIMARY KEY, logp REAL, tokens INTEGER, used REAL) WITHOUT ROWID"
-            )
+    def __init__(
+        self, say: Callable[[str], None] = lambda _: None, folder: Path | None = None
+    ) -> None:
+        self._say = say
+        self._folder = folder
+        self._usable = True
+        self._damage_is_told = False
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, float]:
-        """The log-probs that are there."""
-        found: dict[bytes, float] = {}
-        with self._connection() as connection:
-            for start in range(0, len(keys), 500):
-                part = keys[start : start + 500]
-                marks = ",".join("?" * len(part))
-                query = f"SELECT key, logp FROM logps WHERE key IN ({marks})"
-                found.update(connection.execute(query, part).fetchall())
-                connection.execute(
-                    f"UPDATE logps SET used = ? WHERE key IN ({marks})", [time.time(), *part]
-                )
+        """The log-probs that are there and sound."""
+        none: tuple[dict[bytes, float], int] = ({}, 0)
+        found, damaged = self._try(partial(_get, keys), none)
+        if damaged and not self._damage_is_told:
+            self._damage_is_told = True
+            self._say(
+                f"{damaged} of the stored reference log-probs are damaged: they are computed again"
+            )
         return found
 
     def put(self, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]) -> None:
         """Store log-probs in one transaction; what is there already stays as it is."""
-        rows = zip(keys, logps, tokens, [time.time()] * len(keys), strict=True)
-        with self._connection() as connection:
-            connection.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?, ?)", rows)
+        used = time.time()
+        rows = [
+            (key, logp, count, used, _checksum(key, logp, count))
+            for key, logp, count in zip(keys, logps, tokens, strict=True)
+        ]
+
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.executemany("INSERT OR IGNORE INTO checked VALUES (?, ?, ?, ?, ?)", rows)
+
+        self._try(insert, None)
 
     def prune(self, limit_bytes: int = _BYTES_LIMIT) -> int:
         """Forget the longest unused log-probs beyond the limit; returns how many."""
-        with self._connection() as connection:
-            (count,) = connection.execute("SELECT COUNT(*) FROM logps").fetchone()
-            excess = max(0, count - limit_bytes // _ROW_BYTES)
-            if excess:
-                connection.execute(
-                    "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used LIMIT ?)",
-                    [excess],
-                )
-            return int(excess)
+        return self._try(partial(_prune, limit_bytes), 0)
+
+    def _try(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """What `work` gives; `otherwise` where the store cannot be used, now and from now on."""
+        for attempt in range(2):
+            if not self._usable:
+                break
+            try:
+                with self._connection() as connection:
+                    return work(connection)
+            except (sqlite3.Error, OSError) as error:
+                code = getattr(error, "sqlite_errorcode", None)
+                if attempt == 0 and code is not None and code & 0xFF in _DAMAGED:
+                    self._begin_anew(error)
+                else:
+                    self._do_without(error)
+        return otherwise
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+        path = self._path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=_PATIENCE)) as connection, connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS checked (key BLOB PRIMARY KEY, logp REAL, "
+                "tokens INTEGER, used REAL, checksum INTEGER) WITHOUT ROWID"
+            )
+            # Rows without checksums, as they were kept before.
+            connection.execute("DROP TABLE IF EXISTS logps")
             yield connection
+
+    def _path(self) -> Path:
+        return (self._folder or cache_folder()) / NAME
+
+    def _begin_anew(self, error: Exception) -> None:
+        path = self._path()
+        self._say(f"the store of reference log-probs {path} is damaged ({error}): it begins anew")
+        try:
+            for tail in ("", "-journal", "-wal", "-shm"):
+                path.with_name(path.name + tail).unlink(missing_ok=True)
+        except OSError as trouble:
+            self._do_without(trouble)
+
+    def _do_without(self, error: Exception) -> None:
+        self._usable = False
+        self._say(f"reference log-probs are not kept for other runs: {error}")
+
+
+def _get(keys: Sequence[bytes], connection: sqlite3.Connection) -> tuple[dict[bytes, float], int]:
+    """The sound log-probs of some keys, and how many damaged ones were removed."""
+    found: dict[bytes, float] = {}
+    damaged = 0
+    for start in range(0, len(keys), 500):
+        part = keys[start : start + 500]
+        marks = ",".join("?" * len(part))
+        query = f"SELECT key, logp, tokens, checksum FROM checked WHERE key IN ({marks})"
+        for key, logp, tokens, checksum in connection.execute(query, part).fetchall():
+            if _sound(key, logp, tokens, checksum):
+                found[key] = logp
+            else:  # or it would stay in the place of the one that is computed now
+                connection.execute("DELETE FROM checked WHERE key = ?", [key])
+                damaged += 1
+        connection.execute(
+            f"UPDATE checked SET used = ? WHERE key IN ({marks})", [time.time(), *part]
+        )
+    return found, damaged
+
+
+def _prune(limit_bytes: int, connection: sqlite3.Connection) -> int:
+    (count,) = connection.execute("SELECT COUNT(*) FROM checked").fetchone()
+    excess = max(0, count - limit_bytes // _ROW_BYTES)
+    if excess:
+        connection.execute(
+            "DELETE FROM checked WHERE key IN (SELECT key FROM checked ORDER BY used LIMIT ?)",
+            [excess],
+        )
+    return int(excess)
+
+
+def _checksum(key: bytes, logp: float, tokens: int) -> int:
+    return zlib.crc32(key + struct.pack("<dq", logp, tokens))
+
+
+def _sound(key: Any, logp: Any, tokens: Any, checksum: Any) -> bool:
+    """Whether a row is as it was written; damage can also give its columns other types."""
+    right = isinstance(key, bytes) and isinstance(logp, float) and isinstance(tokens, int)
+    return right and checksum == _checksum(key, logp, tokens)
 
 
 def reference_logps(
@@ -123,8 +213,10 @@ def reference_logps(
         return _compute_unit(engine, [trees[i] for i in unit], trees[part[0].start], budget)
 
     def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
-        store.put(keys, [logp for logp, _ in fresh], [count for _, count in fresh])
-        return store.get(keys)
+        logps = [logp for logp, _ in fresh]
+        store.put(keys, logps, [count for _, count in fresh])
+        # What another run has stored meanwhile is taken by both.
+        return dict(zip(keys, logps, strict=True)) | store.get(keys)
 
     logps: list[NDArray[np.float64]] = []
     computed = 0

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _load() -> tuple[Kernels | None, str]:
     if compiler is None:
         return None, "no C compiler (cc, gcc or clang) is installed"
     try:
-        functions = ctypes.CDLL(str(_built(compiler)))
+        functions = _loaded(compiler)
         functions.tandem_lanes.restype = ctypes.c_int64
         return Kernels(functions, int(functions.tandem_lanes())), ""
     except subprocess.CalledProcessError as error:
@@ -76,26 +77,50 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"{compiler}: {error}"
 
 
-def _built(compiler: str) -> Path:
-    """The library's file, compiled unless the cache has it for these sources and processor."""
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library of the cache; where that cannot be kept or loaded, one made for this process.
+
+    A file under the right name may be damaged, or on a disk from which nothing may be executed.
+    """
+    # A linker that finds no room fails as a compiler does.
+    with suppress(OSError, AttributeError, subprocess.CalledProcessError):
+        kept = ctypes.CDLL(str(_built(compiler, cache_folder() / "kernels")))
+        _ = kept.tandem_lanes
+        return kept
+    with tempfile.TemporaryDirectory(prefix="tandem-kernels-") as folder:
+        return ctypes.CDLL(str(_built(compiler, Path(folder))))
+
+
+def _built(compiler: str, folder: Path) -> Path:
+    """The library's file in a folder, compiled unless it is there for these sources and processor.
+
+    Raises OSError where it cannot be written, CalledProcessError where it cannot be compiled.
+    """
     here = Path(__file__).parent
     # ARM's compilers call it -mcpu.
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler.split(), native, *_FLAGS]
     version = _run([*compiler.split(), "--version"])
     digest = hashlib.sha256("\0".join([*command, version, _processor()]).encode())
-    for name in _SOURCES:
-        digest.update((here / name).read_bytes())
-    path = cache_folder() / "kernels" / f"{digest.hexdigest()[:32]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, for several processes may build at once.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-            made = Path(folder) / path.name
-            code = [str(here / name) for name in _SOURCES if name.endswith(".c")]
-            _run([*command, *code, "-o", str(made), "-lm"])
-            made.replace(path)
-    return path
+    for source in _SOURCES:
+        digest.update((here / source).read_bytes())
+    name = digest.hexdigest()[:32]
+    for kept in folder.glob(f"{name}-*.so"):
+        if kept.name == _named(name, kept):
+            return kept
+        kept.unlink()  # damaged: it could compute anything, or end the process
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed into place, for several processes may build at once.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as aside:
+        made = Path(aside) / "made.so"
+        code = [str(here / source) for source in _SOURCES if source.endswith(".c")]
+        _run([*command, *code, "-o", str(made), "-lm"])
+        return made.replace(folder / _named(name, made))
+
+
+def _named(name: str, library: Path) -> str:
+    """The file name of a library: what it was made of, and a checksum of what it is."""
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _run(command: list[str]) -> str:

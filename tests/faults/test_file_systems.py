@@ -1,0 +1,266 @@
+"""File systems and accounts that lack something, and caches that cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pwd
+import sqlite3
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from safetensors import SafetensorError
+
+from tandem.artifact.cache import cache_folder
+from tandem.cli.main import main
+
+from .desk import Desk
+
+_ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES]
+)
+def test_folders_that_cannot_be_synced(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    desk.accepted(desk.train(save_steps=1))
+    assert (desk.home / "out" / _ADAPTER).exists()
+    desk.accepted(desk.merge(desk.model, desk.home / "out"))
+
+
+def test_a_disk_that_fails_while_it_syncs_is_no_success(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        desk.stopped(desk.train(), "Input/output error", "run again")
+    desk.accepted(desk.train())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_systems_without_locks(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert "a file system without locks" in desk.accepted(desk.train())
+    assert "a file system without locks" in desk.accepted(desk.merge(desk.model, desk.home / "out"))
+    assert not list(desk.home.rglob(".lock"))
+
+
+def test_an_account_without_a_home(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object) -> NoReturn:
+        raise KeyError("getpwuid(): uid not found: 4242")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    said = desk.accepted(desk.train())
+    assert "the encoded data cannot be kept" in said
+    assert "set XDG_CACHE_HOME" in said
+    desk.accepted(desk.merge(desk.model, desk.home / "out"))
+    said = desk.accepted(desk.train("dpo", output_dir=desk.home / "dpo"))
+    assert "reference log-probs are not kept for other runs" in said
+    assert "9 and 0" not in said
+    desk.refused(["cache"], "no home folder", "XDG_CACHE_HOME")
+
+
+def test_a_cache_folder_may_begin_with_a_tilde_and_must_be_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
+    assert cache_folder() == tmp_path / "x" / "tandem"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == tmp_path / ".cache" / "tandem"
+
+
+def _full(number: int) -> Callable[..., NoReturn]:
+    def save(*_: object, **__: object) -> NoReturn:
+        raise SafetensorError(
+            f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        )
+
+    return save
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_disk_that_is_full_when_weights_are_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.train.checkpoint.save_file", _full(number))
+        desk.stopped(desk.train(save_steps=1), os.strerror(number), "make room there and run again")
+    assert not list(desk.home.rglob("*.tmp"))
+    desk.accepted(desk.train(save_steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.model.merge.save_file", _full(number))
+        desk.stopped(desk.merge(desk.model, desk.home / "out"), "make room there and run again")
+    assert not list(desk.home.rglob("*.tmp"))
+    desk.accepted(desk.merge(desk.model, desk.home / "out"))
+
+
+def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_checkpoint(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = desk.train(save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("tandem.stages.outcome.save_adapter", _full(errno.ENOSPC))
+        desk.stopped(command, "make room there and run again")
+    assert "going on from" in desk.accepted(command)
+    assert (desk.home / "out" / _ADAPTER).exists()
+
+
+def test_weights_get_the_rights_that_new_files_get(desk: Desk) -> None:
+    for mask, rights in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            desk.accepted(desk.train(save_steps=1, output_dir=desk.home / f"out{mask}"))
+            desk.accepted(desk.merge(desk.model, desk.home / f"out{mask}", f"merged{mask}"))
+        finally:
+            os.umask(before)
+        files = [*desk.home.glob(f"out{mask}/**/*"), *desk.home.glob(f"merged{mask}/**/*")]
+        assert {path.stat().st_mode & 0o777 for path in files if path.is_file()} == {rights}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lost+found", ".snapshot", ".nfs000123", ".DS_Store", ".Trash-0", "System Volume Information"],
+)
+def test_what_a_file_system_puts_into_a_folder_does_not_fill_it(desk: Desk, name: str) -> None:
+    (desk.home / "out" / name).mkdir(parents=True)
+    desk.accepted(desk.train())
+    desk.accepted(desk.train())
+
+
+def _dpo(desk: Desk, name: str) -> tuple[str, bytes]:
+    """What a DPO run says, and its adapter's bytes."""
+    said = desk.accepted(desk.train("dpo", output_dir=desk.home / name))
+    return said, (desk.home / name / _ADAPTER).read_bytes()
+
+
+def _changed(statement: str) -> Callable[[Path], None]:
+    def change(store: Path) -> None:
+        with sqlite3.connect(store) as connection:
+            connection.executescript(statement)
+        connection.close()
+
+    return change
+
+
+def _written(content: bytes) -> Callable[[Path], None]:
+    def write(store: Path) -> None:
+        store.write_bytes(content)
+
+    return write
+
+
+def _folder(store: Path) -> None:
+    store.unlink()
+    store.mkdir()
+
+
+def _link(store: Path) -> None:
+    store.unlink()
+    store.symlink_to("/nowhere/at/all")
+
+
+def _cut(store: Path) -> None:
+    store.write_bytes(store.read_bytes()[: store.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_written(os.urandom(8192)), "is damaged"),
+        (_written(b"SQLite format 3\0" + bytes(4096)), "is damaged"),
+        (_written(b""), ""),
+        (_cut, "is damaged"),
+        (_folder, "are not kept for other runs"),
+        (_changed("UPDATE checked SET logp = logp + 1e-9"), "are damaged: they are computed again"),
+        (_changed("UPDATE checked SET logp = -1.5, used = 0"), "are computed again"),
+        (_changed("UPDATE checked SET logp = NULL"), "are computed again"),
+        (_changed("UPDATE checked SET logp = 'much', tokens = 'many'"), "are computed again"),
+        (_changed("DROP TABLE checked; CREATE TABLE checked (a, b)"), "is damaged"),
+        (
+            _changed(
+                "CREATE TABLE logps (key BLOB PRIMARY KEY, logp REAL, tokens INTEGER, used REAL) "
+                "WITHOUT ROWID; INSERT INTO logps SELECT key, -1.0, tokens, used FROM checked; "
+                "DROP TABLE checked"
+            ),
+            "",
+        ),
+        (_link, "not kept"),
+    ],
+    ids=[
+        "noise", "a header alone", "nothing", "half", "a folder", "a small change", "one value",
+        "null", "texts", "another table", "as it was kept before", "a link to nowhere",
+    ],
+)  # fmt: skip
+def test_a_damaged_store_of_reference_log_probs_trains_the_same_model(
+    desk: Desk, damage: Callable[[Path], None], said: str
+) -> None:
+    _, expected = _dpo(desk, "first")
+    damage(cache_folder() / "reference.sqlite")
+    told, adapter = _dpo(desk, "second")
+    assert said in told
+    assert adapter == expected
+    assert " 0 found in the store" in told.replace("and 0 found", " 0 found")
+
+
+def test_a_cache_in_the_place_of_which_a_file_lies(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = _dpo(desk, "first")
+    desk.text("a file", "in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(desk.home / "in the way"))
+    said, adapter = _dpo(desk, "second")
+    assert "the encoded data cannot be kept" in said
+    assert "are not kept for other runs" in said
+    assert adapter == expected
+    assert main(["cache"]) == 0
+
+
+def test_a_store_that_another_program_holds_is_done_without(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = _dpo(desk, "first")
+    monkeypatch.setattr("tandem.train.reference._PATIENCE", 0)
+    holder = sqlite3.connect(cache_folder() / "reference.sqlite")
+    holder.execute("BEGIN EXCLUSIVE")
+    said, adapter = _dpo(desk, "second")
+    holder.close()
+    assert "are not kept for other runs: database is locked" in said
+    assert adapter == expected
+
+
+@pytest.mark.parametrize("key", ["sources", "records", "formats", "check"])
+def test_encoded_data_whose_description_was_changed_is_encoded_again(desk: Desk, key: str) -> None:
+    desk.accepted(desk.train())
+    (entry,) = (cache_folder() / "encoded").glob("*/entry.json")
+    whole = entry.read_text()
+    for other in ("[]", "7", '"x"'):
+        start = whole.index(f'"{key}":') + len(key) + 3
+        entry.write_text(f'{whole[:start]} {other}, "rest": {whole[start:]}')
+        said = desk.accepted(desk.train(output_dir=desk.home / f"out{other}".replace('"', "")))
+        assert "is damaged" in said
+        assert entry.read_text() == whole
