@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -111,6 +113,45 @@ def test_a_tokenizer_that_says_otherwise_keeps_its_own_way(mistral_tokenizer: An
         mistral_tokenizer.__class__ = own
     assert isinstance(codec, TransformersCodec)
     assert parts is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}",
+        "{{ m }}{{ m.content + eos_token }}",
+        "{% set n = namespace(x=loop.index) %}{% set n.x = n.x + 1 %}{{ n.x }}{{ m.content }}</s>",
+        "{{ bos_token or 'none' }}{{ enable_thinking is defined }}{{ m.get('name') }}"
+        "{{ m.content }}</s>{% if loop.last %}{% break %}{% endif %}",
+    ],
+)
+def test_what_templates_of_the_hub_use_is_rendered_as_by_transformers(
+    source: str, mistral_tokenizer: Any
+) -> None:
+    template = ChatTemplate("t", "{% for m in messages %}" + source + "{% endfor %}")
+    chat = Chat.of(mistral_tokenizer, template)
+    assert isinstance(chat.codec, FastCodec)
+    theirs = TransformersCodec(mistral_tokenizer, template)
+    turns = [Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"), Turn("user", "Q2")]
+    for _ in range(2):  # nothing of one rendering is left for the next
+        for some in (turns, turns[1:], turns[:3]):
+            assert chat.codec.render(some, prompt=True) == theirs.render(some, prompt=True)
+
+
+def test_all_renderings_of_a_run_have_the_same_time(mistral_tokenizer: Any) -> None:
+    zephyr = resolve_template(mistral_tokenizer, "zephyr").source
+    dated = ChatTemplate(
+        "dated", "{{ strftime_now('%d %b %Y, %H:%M') }}" + zephyr, now=datetime(2024, 2, 29, 23, 59)
+    )
+    chat = Chat.of(mistral_tokenizer, dated)
+    assert chat.parts
+    for one in (chat, Chat.from_parts(chat.parts)):
+        assert isinstance(one.codec, FastCodec)
+        text = one.codec.render([Turn("user", "Q")], prompt=True)
+        assert text.startswith("29 Feb 2024, 23:59<s><|user|>")
+    later = Chat.of(mistral_tokenizer, replace(dated, now=datetime(2024, 3, 1)))
+    assert later.parts
+    assert later.parts.identity != chat.parts.identity
 
 
 def test_a_template_that_writes_the_date_has_another_identity_every_day(

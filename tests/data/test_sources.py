@@ -207,9 +207,9 @@ def test_hub_ids_go_to_datasets_with_all_their_options(monkeypatch: pytest.Monke
 
     calls = []
 
-    def load_dataset(*args: object, **options: object) -> list[dict[str, object]]:
+    def load_dataset(*args: object, **options: object) -> datasets.Dataset:
         calls.append((args, options))
-        return ROWS
+        return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read("Intel/orca_dpo_pairs", split="test", subset="s", revision="v1")

@@ -166,6 +166,29 @@ def test_a_template_file(mistral_tokenizer: Any, tmp_path: Path) -> None:
     assert "renders no BOS token (<s>)" in notice
 
 
+def test_a_mark_that_an_editor_puts_in_front_of_a_file_is_no_text(
+    mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text(WITHOUT_BOS, encoding="utf-8-sig")
+    template = resolve_template(mistral_tokenizer, str(tmp_path / "mine.jinja"))
+    assert template.source == WITHOUT_BOS
+
+
+def test_a_template_that_draws_is_refused_and_one_with_the_date_is_noticed(
+    mistral_tokenizer: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jinja"
+    for drawn in ("{{ ['Hi', 'Ho'] | random }}", "{{ lipsum(1) }}"):
+        file.write_text("{{ bos_token }}" + drawn + WITHOUT_BOS)
+        with pytest.raises(UserError, match=r"differently each time: it uses `(random|lipsum)`"):
+            resolve_template(mistral_tokenizer, str(file))
+    file.write_text("{{ bos_token + strftime_now('%d') }}{# random #}" + WITHOUT_BOS)
+    template = resolve_template(mistral_tokenizer, str(file))
+    (notice,) = template.notices
+    assert "may write the date: all records of a stage get that of its start" in notice
+    assert template.now is not None
+
+
 def test_unknown_names_and_broken_files_are_errors(mistral_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither a file nor one of.*Did you mean 'neural-chat'"):
         resolve_template(mistral_tokenizer, "neural_chat")
@@ -181,8 +204,8 @@ def test_unknown_names_and_broken_files_are_errors(mistral_tokenizer: Any, tmp_p
     file.write_text("{{ bos_token }}{{ messages[0].content }}")
     with pytest.raises(UserError, match="leaves out the assistant's text"):
         resolve_template(mistral_tokenizer, str(file))
-    file.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="cannot be read"):
+    file.write_bytes(WITHOUT_BOS.encode("utf-16"))
+    with pytest.raises(UserError, match=r"broken\.jinja cannot be read: .*Save it as UTF-8"):
         resolve_template(mistral_tokenizer, str(file))
 
 

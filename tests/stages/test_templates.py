@@ -1,16 +1,23 @@
-"""Chat templates through the training stages: named ones go along."""
+"""Chat templates through the training stages: named ones go along, dates stay the start's."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tandem.artifact.files import read_json
+from tandem.data import template as template_module
+from tandem.errors import Stopped
+from tandem.train import loop
 
 from .test_training_stages import run
 
@@ -64,3 +71,39 @@ def test_named_templates_go_along_and_records_with_tools_take_theirs(
         outputs
     )
     run("sft", base, tmp_path / "out", **changes)  # recognised as finished
+
+
+def test_a_run_that_goes_on_the_next_day_has_the_date_that_it_began_with(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    dated = DEFAULT.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d %b %Y') }}")
+    (base / "chat_template.jinja").write_text(dated)
+    run("sft", base, tmp_path / "whole", save_steps=1)
+    taken, plain = 0, loop.Training._take
+
+    def take(self: Any, step: Any) -> None:
+        nonlocal taken
+        plain(self, step)
+        taken += 1
+        if taken == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_take", take)
+        with pytest.raises(Stopped):
+            run("sft", base, tmp_path / "out", save_steps=1)
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(days=1)
+
+    monkeypatch.setattr(template_module, "datetime", Tomorrow)
+    resumed = run("sft", base, tmp_path / "out", save_steps=1)
+    whole = run("sft", base, tmp_path / "whole", save_steps=1)  # finished, and read again
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("out", "whole")]
+    assert len({one["examples_hash"] for one in summaries}) == 1
+    other = run("sft", base, tmp_path / "other", save_steps=1)
+    assert any(not torch.equal(other[name], whole[name]) for name in whole)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.data.formats.mapping import Renaming
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Unreadable
+from tandem.data.values import values_of
 from tandem.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -21,10 +22,11 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as it stands in its file."""
+    """One record as it stands in its file; `broken` if some of its values are `Unreadable`."""
 
     fields: dict[str, object]
     origin: Origin
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +77,35 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True)
 class ArrowChunk:
-    """`count` rows of a table, as one Arrow record batch."""
+    """`count` rows of a table, as one Arrow record batch.
+
+    `lost` are columns that are not in it, for they cannot be read, each with the reason.
+    """
 
     file: str
     first: int
     count: int
     batch: bytes
+    lost: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """The rows as Python values."""
+        """The rows as Python values, with `Unreadable` for what cannot be one."""
         import pyarrow
 
         with pyarrow.ipc.open_stream(self.batch) as stream:
-            values = stream.read_next_batch().to_pylist()
-        for number, value in enumerate(values, start=self.first):
-            yield Row(value, Origin(self.file, number))
+            batch = stream.read_next_batch()
+        lost = {name: Unreadable(reason) for name, reason in self.lost}
+        names = batch.schema.names
+        columns = {
+            name: [Unreadable("stands in more than one column of this name")] * self.count
+            if names.count(name) > 1
+            else values_of(batch.column(number))
+            for number, name in enumerate(names)
+        }
+        for at in range(self.count):
+            fields = {name: values[at] for name, values in columns.items()}
+            origin = Origin(self.file, self.first + at)
+            yield Row({**fields, **lost}, origin, bool(lost) or _is_broken([*fields.values()]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +142,7 @@ class RenamedChunk:
         """The rows, renamed."""
         for row in self.inner.rows():
             if isinstance(row, Row):
-                yield Row(self.renaming.apply(row.fields), row.origin)
+                yield Row(self.renaming.apply(row.fields), row.origin, row.broken)
             else:
                 yield row
 
@@ -153,6 +169,14 @@ def object_row(value: object, origin: Origin) -> Row | BadLine:
     if not isinstance(value, dict):
         return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
     return Row(value, origin)
+
+
+def _is_broken(value: object) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_broken, value))
+    if isinstance(value, dict):
+        return any(map(_is_broken, value.values()))
+    return isinstance(value, Unreadable)
 
 
 def cannot_read(file: str, error: OSError) -> UserError:

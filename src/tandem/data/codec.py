@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import chain
 from typing import Any, Protocol
 
@@ -149,7 +150,7 @@ class FastCodec:
         self._rows = parts.rows
         self._template = parts.template
         self._special = dict(parts.special)
-        self._render = _compile(parts.template.source)
+        self._render = _compile(parts.template.source, parts.template.now)
         self._render_with_tools: Callable[..., str] | None = None  # compiled when it is needed
         self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
         self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
@@ -206,7 +207,7 @@ class FastCodec:
         if not tools or self._template.for_tools is None:
             return self._render
         if self._render_with_tools is None:
-            self._render_with_tools = _compile(self._template.for_tools)
+            self._render_with_tools = _compile(self._template.for_tools, self._template.now)
         return self._render_with_tools
 
     def _encode(self, texts: list[str]) -> list[Any]:
@@ -247,14 +248,20 @@ def make_codec(
         rows=rows,
     )
     texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
-    ours = FastCodec(parts)
+    # transformers writes today's date, whatever day a run began on.
+    ours = FastCodec(replace(parts, template=replace(parts.template, now=None)))
     encoded = theirs.tokenize(texts)
     same = (
         shown == [_shown(ours, prompt) for prompt in (False, True)]
         and encoded == ours.tokenize(texts)
         and [theirs.decode(ids) for ids in encoded] == [ours.decode(ids) for ids in encoded]
     )
-    return (ours, parts) if same else (theirs, None)
+    if not same:
+        return theirs, None
+    if template.now is not None:
+        ours = FastCodec(parts)
+        parts = replace(parts, shown=json.dumps([_shown(ours, prompt) for prompt in (False, True)]))
+    return ours, parts
 
 
 def _shown(codec: Codec, prompt: bool) -> str:
@@ -287,8 +294,11 @@ def _special(tokens: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compile(source: str) -> Callable[..., str]:
-    """transformers' own environment for chat templates, entered without its costly call."""
+def _compile(source: str, now: datetime | None = None) -> Callable[..., str]:
+    """transformers' own environment for chat templates, entered without its costly call.
+
+    What a template asks for as the present time is `now`, if it is given.
+    """
     from transformers.utils import chat_template_utils as theirs
 
     compiler = getattr(theirs, "_compile_jinja_template", None)
@@ -296,6 +306,8 @@ def _compile(source: str) -> Callable[..., str]:
         template = compiler(source)
         # A chain of mappings otherwise, gone through anew by every call.
         template.globals = dict(template.globals)
+        if now is not None:
+            template.globals["strftime_now"] = now.strftime
         return lambda **values: str(template.render(documents=None, **values))
 
     def through_the_front(messages: list[Any], **values: Any) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tandem.data.arrays import array_rows
 from tandem.data.cells import cell_rows
 from tandem.data.chunks import (
     BOM,
-    ArrowChunk,
     BadLine,
     LineChunk,
     Plain,
@@ -23,6 +21,7 @@ from tandem.data.chunks import (
 )
 from tandem.data.compressed import BrokenStream, is_compressed, kind_of, read_blocks
 from tandem.data.records import Origin
+from tandem.data.tables import table_file_chunks
 from tandem.errors import UserError
 
 _LINES = (".jsonl", ".ndjson")
@@ -54,7 +53,7 @@ def file_chunks(file: Path) -> Iterator[Plain]:
             )
         kind = kind_of(file)
         if kind in _TABLES:
-            yield from _table_file_chunks(file)
+            yield from table_file_chunks(file)
         elif kind in _DELIMITERS:
             yield from _row_chunks(cell_rows(file, _DELIMITERS[kind]), str(file))
         elif _is_array(file):
@@ -71,12 +70,6 @@ def file_chunks(file: Path) -> Iterator[Plain]:
             yield from _line_chunks(file)
     except OSError as error:
         raise cannot_read(str(file), error) from error
-
-
-def table_chunks(table: Iterable[Any], name: str) -> Iterator[Plain]:
-    """The pieces of a table of `datasets`."""
-    rows = (Row(dict(fields), Origin(name, row)) for row, fields in enumerate(table, start=1))
-    return _row_chunks(rows, name)
 
 
 def count_rows(file: Path) -> int | None:
@@ -181,52 +174,3 @@ def _start(file: Path) -> bytes:
 def _row_chunks(rows: Iterator[Row | BadLine], name: str) -> Iterator[Plain]:
     while some := tuple(islice(rows, _ROWS)):
         yield RowChunk(name, len(some), some)
-
-
-def _table_file_chunks(file: Path) -> Iterator[Plain]:
-    import pyarrow
-
-    what = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
-    batches = _parquet_batches(file) if what == "Parquet" else _arrow_batches(file)
-    row = 0
-    try:
-        for batch in batches:
-            for at in range(0, batch.num_rows, _ROWS):
-                part = batch.slice(at, _ROWS)
-                yield ArrowChunk(str(file), row + 1, part.num_rows, _serialised(part))
-                row += part.num_rows
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data: {file} is no sound {what} file (after row {row}: {error}).") from (
-            error
-        )
-
-
-def _parquet_batches(file: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    # Read through a small buffer: otherwise a row group, often the whole file, is in memory.
-    with pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False) as table:
-        yield from table.iter_batches(batch_size=_ROWS)
-
-
-def _arrow_batches(file: Path) -> Iterator[Any]:
-    """The batches of an Arrow file, which begins with its name, or of an Arrow stream."""
-    import pyarrow
-
-    with file.open("rb") as start:
-        whole = start.read(6) == b"ARROW1"
-    with pyarrow.memory_map(str(file)) as source:
-        if whole:
-            table = pyarrow.ipc.open_file(source)
-            yield from (table.get_batch(number) for number in range(table.num_record_batches))
-        else:
-            yield from pyarrow.ipc.open_stream(source)
-
-
-def _serialised(batch: Any) -> bytes:
-    import pyarrow
-
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    return bytes(sink.getvalue())

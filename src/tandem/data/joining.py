@@ -93,7 +93,7 @@ class _Waiting:
         place = self._end
         self._file.seek(place)
         kept = {key: value for key, value in row.fields.items() if key in self._keys}
-        pickle.dump(Row(kept, row.origin), self._file, protocol=pickle.HIGHEST_PROTOCOL)
+        pickle.dump(Row(kept, row.origin, row.broken), self._file, protocol=pickle.HIGHEST_PROTOCOL)
         self._end = self._file.tell()
         return place
 

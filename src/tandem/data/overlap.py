@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.artifact.tables import allow_long_cells
-from tandem.data.chunks import BadLine
+from tandem.data.chunks import BadLine, Row
 from tandem.data.formats.rows import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources import SourceSpec, looks_like_path, read_rows
+from tandem.data.unread import unreadable_text
 from tandem.data.words import MOST_CHARACTERS, Hashes, Words, words_of
 from tandem.errors import UserError
 
@@ -246,6 +247,8 @@ def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | BadLine, Origin]]:
         yield from _plain_rows(path)
         return
     for row in read_rows(source):
+        if isinstance(row, Row) and row.broken and (said := unreadable_text(row.fields)):
+            row = BadLine(row.origin, said)
         yield (row if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
 
 

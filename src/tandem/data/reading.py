@@ -9,6 +9,8 @@ from typing import Literal
 
 from tandem.data.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.formats import (
+    QUESTION_KEYS,
+    QUESTION_OPTIONS,
     Fields,
     Format,
     Kind,
@@ -30,7 +32,7 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.meaning import check_meaning, check_question_meaning, check_use
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources import SourceSpec, read_chunks, read_rows
-from tandem.data.unread import unread_keys
+from tandem.data.unread import unread_keys, unreadable
 from tandem.errors import UserError
 
 OnBadRecord = Literal["stop", "drop"]
@@ -72,6 +74,9 @@ def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> l
                 return questions
             if isinstance(row, BadLine):
                 raise _bad_line(row)
+            asked = QUESTION_KEYS | QUESTION_OPTIONS
+            if row.broken and (said := unreadable(row.fields, asked)):
+                raise _bad_line(BadLine(row.origin, said))
             try:
                 questions.append(read_question(row.fields, row.origin))
             except Unusable as reason:
@@ -156,6 +161,12 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
         assert layout is not None
+        if row.broken and (said := unreadable(row.fields, layout.read_keys)):
+            bad = BadLine(row.origin, said)
+            if on_bad_record == "stop":
+                raise _bad_line(bad)
+            yield Entry.dropped(row.origin, "unparsable", said)
+            continue
         keys = tuple(row.fields)
         if keys not in others:
             others[keys] = overlooked(keys, layout)

@@ -31,6 +31,17 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What stands in a row for a value that cannot be had, and why; `text` where it is a text.
+
+    Nobody who does not read it need mind.
+    """
+
+    reason: str
+    text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation; `trained` only matters for assistant turns.
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
-from tandem.data.files import count_rows, file_chunks, table_chunks
+from tandem.data.files import count_rows, file_chunks
 from tandem.data.folders import check_regular, files_of, left_out, look_into, same_split
 from tandem.data.formats.mapping import Renaming
+from tandem.data.tables import dataset_chunks
 from tandem.errors import UserError
 
 _PATH_SUFFIXES = (
@@ -135,10 +136,10 @@ def unrenamed_rows(source: SourceSpec) -> Iterator[Row]:
 
 def _chunks_as_they_are(source: SourceSpec) -> Iterator[Plain]:
     if not looks_like_path(source.path):
-        yield from table_chunks(load_hub(source), f"{source.path}:{source.split}")
+        yield from dataset_chunks(load_hub(source), f"{source.path}:{source.split}")
         return
     if saved := _saved(source):
-        yield from table_chunks(_load_saved(saved), str(saved))
+        yield from dataset_chunks(_load_saved(saved), str(saved))
         return
     for file in local_files(source.path, source.split):
         yield from file_chunks(file)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ _QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
 class ChatTemplate:
     """A chat template: its name, its jinja text, and what the user should hear about it.
 
-    `named` are all the templates of a model that has several, each with its name.
+    `named` are all the templates of a model that has several, each with its name. `now` is the time
+    that one which writes the date gets, the same for all records of a run; None for all others.
     """
 
     name: str
     source: str
     notices: tuple[str, ...] = ()
     named: tuple[tuple[str, str], ...] = ()
+    now: datetime | None = None
 
     def source_for(self, tools: str) -> str:
         """The jinja text for turns with these tools: as transformers chooses among several."""
@@ -102,7 +105,11 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     template = _choose(tokenizer, choice)
     tokenizer.chat_template = template.saved
     notices = (*template.notices, *_notices(tokenizer, template))
-    return replace(template, notices=notices)
+    texts = (template.source, *dict(template.named).values())
+    dated = any("strftime_now" in text for text in texts)
+    return replace(
+        template, notices=notices, now=datetime.now().replace(microsecond=0) if dated else None
+    )
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
@@ -180,6 +187,12 @@ def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exceptio
         return UserError(
             f"chat template {template.name!r}, line {error.lineno}: {said}. Correct it, or "
             "choose another `chat_template`."
+        )
+    if "no loader for this environment" in said:
+        return UserError(
+            f"chat template {template.name!r} includes, imports or extends another file, and there "
+            "is no loader for that: chat templates are one file, here as in transformers. Write "
+            "the other one into it."
         )
     roles = " ".join(turn.role for turn in turns)
     return UserError(
@@ -330,8 +343,14 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
         path = Path(choice)
     if path.is_file():
         try:
-            return ChatTemplate(choice, path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            # Some editors put a mark in front of UTF-8, which is no text.
+            return ChatTemplate(choice, path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"chat_template: {choice} cannot be read: it is no UTF-8 ({error}). "
+                "Save it as UTF-8."
+            ) from error
+        except OSError as error:
             raise UserError(f"chat_template: {choice} cannot be read: {error}.") from error
     names = (*template_names(), *sorted(named))
     raise UserError(
@@ -358,11 +377,39 @@ def _packaged(name: str) -> str:
     return (files("tandem.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def _random_part(template: ChatTemplate) -> str:
+    """The name in a template of what gives another text each time, if there is one."""
+    import jinja2
+    from transformers.utils import chat_template_utils as theirs
+
+    compiler: Any = getattr(theirs, "_compile_jinja_template", None)
+    for source in () if compiler is None else (template.source, *dict(template.named).values()):
+        try:
+            tree = compiler(source).environment.parse(source)
+        except jinja2.TemplateError:  # said when it is rendered
+            continue
+        if any(one.name == "random" for one in tree.find_all(jinja2.nodes.Filter)):
+            return "random"
+        if any(one.name == "lipsum" for one in tree.find_all(jinja2.nodes.Name)):
+            return "lipsum"
+    return ""
+
+
 def _notices(tokenizer: Any, template: ChatTemplate) -> list[str]:
     """What is unusual about a template, from rendering one exchange; doubled BOS is an error."""
     ids = prompt_ids(tokenizer, template, _probe()[:1])
     bos = tokenizer.bos_token_id
     notices = []
+    if name := _random_part(template):
+        raise UserError(
+            f"chat template {template.name!r} renders the same turns differently each time: it "
+            f"uses `{name}`. Take that out of it, or choose another `chat_template`."
+        )
+    if "strftime_now" in template.source:
+        notices.append(
+            f"chat template {template.name!r} may write the date: all records of a stage get that "
+            "of its start, answers later that of their day"
+        )
     if bos is not None and ids[:2] == [bos, bos]:
         raise UserError(
             f"chat template {template.name!r} begins with two BOS tokens ({tokenizer.bos_token}). "

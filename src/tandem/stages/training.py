@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import Opened, finish_stage, open_stage, start_stage
+from tandem.artifact.manifest import finish_stage, open_stage, start_stage
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
 from tandem.data.template import AddedTokens, ChatTemplate
@@ -46,6 +46,8 @@ from tandem.train.processes import join
 from tandem.train.progress import StageProgress, say
 from tandem.train.runtime import Runtime
 
+# Of the schedule: what a template that writes the date gets.
+_DATE = "template_date"
 # What the summary repeats of the schedule.
 _OF_THE_SCHEDULE = ("processes", "engine", "attention", "device", "float32_products")
 
@@ -108,6 +110,7 @@ def run_training(
         rows = described_rows(config, added)
         for notice in (*template.notices, *row_notices(tokenizer, rows)):
             say(console, f"{kind.name}: {notice}")
+        template, recorded = processes.main(lambda: _dated(template, opened.schedule))
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template, added,
@@ -115,13 +118,21 @@ def run_training(
         )  # fmt: skip
         for warning in stage.warnings:
             say(console, f"{kind.name}: {warning}", style="yellow")
-        _run(stage, opened, inputs, sources, held_out)
+        _run(stage, recorded, inputs, sources, held_out)
     return output_dir
+
+
+def _dated(template: ChatTemplate, recorded: dict[str, Any]) -> tuple[ChatTemplate, dict[str, Any]]:
+    """The template with the date that a stage began with, and the rest of its schedule."""
+    rest = {key: value for key, value in recorded.items() if key != _DATE}
+    if template.now is not None and _DATE in recorded:
+        template = replace(template, now=datetime.fromisoformat(recorded[_DATE]))
+    return template, rest
 
 
 def _run(
     stage: Stage,
-    opened: Opened,
+    recorded: dict[str, Any],
     inputs: dict[str, Any],
     sources: list[SourceSpec],
     held_out: list[SourceSpec],
@@ -133,7 +144,9 @@ def _run(
     if processes.count > 1:
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
-    model, schedule, budget = make_policy(stage, records, opened.schedule)
+    model, schedule, budget = make_policy(stage, records, recorded)
+    if stage.template.now is not None:
+        schedule[_DATE] = stage.template.now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
     processes.main(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
     processes.main(records.write_ledgers)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.data.formats.rows import Fields
+from tandem.data.records import Unreadable
 
 # Keys that a turn's own names can be given for, and the columns that turns may be in.
 TURN_KEYS = frozenset({"role", "content", "weight"})
@@ -74,6 +75,8 @@ def reach(fields: Fields, name: str) -> tuple[bool, object]:
         return True, fields[name]
     head, dot, rest = name.partition(".")
     inner = fields.get(head)
+    if dot and isinstance(inner, Unreadable):
+        return True, inner
     return reach(inner, rest) if dot and isinstance(inner, Mapping) else (False, None)
 
 
