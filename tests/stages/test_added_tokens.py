@@ -310,8 +310,8 @@ def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
     place = ids[0].tolist().index(2)
     with torch.no_grad():
         probability = float(model(input_ids=ids).logits[0, place - 1].softmax(-1)[2])
-    # Frozen, it shares what it gets with 238 others.
-    assert probability > 0.02 if named else probability < 1 / 238, probability
+    # Frozen, it shares what it gets with 238 others, after however many steps.
+    assert probability > 2 / 238 if named else probability < 1 / 238, probability
 
 
 def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Path) -> None:
