@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import tandem.artifact.cache
+import tandem.report.findings
 import tandem.report.html
 import tandem.stages.pipeline
 from tandem.cli.main import main
@@ -26,6 +27,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]
 
     monkeypatch.setattr(tandem.stages.pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(tandem.report.html, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(tandem.report.findings, "findings_of_run", lambda folder: [])
     return made
 
 

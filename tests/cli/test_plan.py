@@ -450,3 +450,25 @@ def test_memory_is_within_a_factor_of_two_of_what_a_run_held(
     memory = read_json(tmp_path / "out" / "summary.json")["estimate"]["memory"]
     assert memory["estimated"] / 2 < memory["actual"] < memory["estimated"] * 2
     assert memory["estimated"] > 700 * 2**20  # of which the process itself is the smaller part
+
+
+def test_a_plan_says_what_settings_will_not_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model_folder(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
+        f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  batch_size: 64\n  warmup_steps: 10\n"
+    )
+    (found,) = _plan(capsys, str(recipe))["training"]
+    notes = " ".join(found["notes"])
+    assert "batch_size 64 is more than the 24 records" in notes
+    assert "warmup_steps 10: the warm-up of 10 is as long as the run's 1 step" in notes
+    assert "logging_steps 10 is more than the run's 1 step" in notes
+    # `tandem check` counts the records, too.
+    assert main(["check", "--recipe", str(recipe), "--json"]) == 0
+    notices = " ".join(json.loads(capsys.readouterr().out)["notices"])
+    assert "sft: batch_size 64 is more than the 24 records" in notices
+    assert "warmup_steps 10" in notices

@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tandem.data.chunks import LATIN
 from tandem.data.sources import BadLine, Row, SourceSpec, local_files, looks_like_path, read_rows
 from tandem.errors import UserError
 
@@ -329,7 +330,7 @@ def test_bad_rows_of_a_table_are_told_and_the_next_is_read(tmp_path: Path) -> No
     assert bad(found) == [
         (2, "has 1 cells, while the header has 2"),
         (3, "has 3 cells, while the header has 2"),
-        (4, "is not valid UTF-8"),
+        (4, f"is not valid UTF-8 (byte 0xff in `a`; {LATIN})"),
         (5, "is not valid CSV (',' expected after '\"'; lines 6 to 6 of the file)"),
         (7, "is not valid CSV (unexpected end of data; lines 8 to 9 of the file)"),
     ]

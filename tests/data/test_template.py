@@ -172,6 +172,11 @@ def test_a_mark_that_an_editor_puts_in_front_of_a_file_is_no_text(
     (tmp_path / "mine.jinja").write_text(WITHOUT_BOS, encoding="utf-8-sig")
     template = resolve_template(mistral_tokenizer, str(tmp_path / "mine.jinja"))
     assert template.source == WITHOUT_BOS
+    for own in ("\ufeff" + WITHOUT_BOS, {"default": "\ufeff" + WITHOUT_BOS, "rag": "\ufeffx"}):
+        mistral_tokenizer.chat_template = own
+        template = resolve_template(mistral_tokenizer, None)
+        assert template.source == WITHOUT_BOS
+        assert "\ufeff" not in str(mistral_tokenizer.chat_template)
 
 
 def test_a_template_that_draws_is_refused_and_one_with_the_date_is_noticed(

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.data.answers import refuses
 from tandem.data.languages import LANGUAGES, language_of
 from tandem.data.words import words_of
-from tandem.diagnose.answers import breaks_off, leaves_code_open, refuses
+from tandem.diagnose.answers import breaks_off, leaves_code_open
 from tandem.diagnose.credentials import KEYS, credentials, masked
 from tandem.diagnose.duplicates import signatures
 from tandem.diagnose.findings import excerpt
@@ -40,22 +41,6 @@ def test_code_blocks_left_open() -> None:
     assert leaves_code_open("So:\n```python\nx = 1\n")
     assert not leaves_code_open("So:\n```python\nx = 1```")
     assert not leaves_code_open("no code")
-
-
-@pytest.mark.parametrize(
-    ("answer", "refusal"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I\u2019m sorry, but I cannot assist with this request.", True),
-        ("As an AI language model, I do not have feelings.", True),
-        ("I apologize, but I am unable to open files.", True),
-        ("Sorry is a short word.", False),
-        ("I cannot stress enough how good the bridge is.", False),
-        ("The bridge is open.", False),
-    ],
-)
-def test_refusals(answer: str, refusal: bool) -> None:
-    assert refuses(answer) == refusal
 
 
 _SECRETS = {

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import tandem.chat.session
+import tandem.report.findings
 import tandem.report.html
 import tandem.stages.dpo
 import tandem.stages.evaluate
@@ -45,6 +46,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
+        (tandem.report.findings, "findings_of_run", []),
         (tandem.train.agent, "run_processes", 0),
     ):
 
@@ -101,9 +103,9 @@ def test_a_shown_command_is_understood(
     if words[1] in ("check", "show"):
         assert not stages
         return
-    assert len(stages) == ("--dry-run" not in words and words[1] not in ("cache", "plan")) + (
-        words[1] == "run" and "--dry-run" not in words
-    )
+    works = "--dry-run" not in words and words[1] not in ("cache", "plan")
+    # A run has a page and findings besides.
+    assert len(stages) == works + 2 * (words[1] == "run" and works)
 
 
 @pytest.mark.parametrize("words", launches(), ids=lambda words: " ".join(words)[:70])

@@ -395,3 +395,21 @@ def test_a_recipe_measures_its_models_by_one_line(
     page = (run / "report.html").read_text()
     assert "Winogrande" in page
     assert "few-shot examples are drawn from the evaluated file itself" in page
+
+
+def test_right_answers_that_did_not_end_are_counted_apart(
+    stories_path: Path, tmp_path: Path
+) -> None:
+    """A base model that was never taught to end says the right word, and goes on."""
+    row = {"question": "Once upon a time", "answer": "said", "accepted": ["said"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    only = Evaluate(questions=(DataSource(path=f"{tmp_path}/q.jsonl"),), max_new_tokens=24)
+    found, _ = evaluate({"sft": str(stories_path)}, tmp_path / "e", only)
+    figures = found["models"]["sft"]
+    assert (figures["answer_accuracy"], figures["stop_rate"]) == (0.0, 0.0)
+    assert figures["right_cut"] == 1.0
+    assert found["warnings"] == [
+        "SFT gives right answers that do not end: 1 of 1 answers have the right text and did not "
+        "end by themselves, so that they do not count as right: the model talks on until "
+        "max_new_tokens."
+    ]

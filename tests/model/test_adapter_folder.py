@@ -20,7 +20,10 @@ from tandem.model.adapter_folder import read_updates, whole_weights
 from tandem.model.load import load_for_inference, load_model
 from tandem.model.merge import merge_shards
 from tandem.stages.contestant import find_contestant
+from tandem.stages.examiner import Examiner
 from tandem.stages.merge import run_merge
+from tandem.train.device import choose_device
+from tandem.train.runtime import Runtime
 
 from ..stages.made_inputs import make_model_folder
 
@@ -104,6 +107,7 @@ def refused(folder: Path, *said: str) -> None:
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
         {"exclude_modules": ["down_proj"]},
         {"layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "lm_head"]},
     ],
     ids=lambda settings: "-".join(map(str, settings)) or "plain",
 )
@@ -253,3 +257,31 @@ def test_weights_that_find_no_layer_are_not_left_out_in_silence(
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
     with pytest.raises(UserError, match=r"does not fit its base model: only the .* has "):
         load_for_inference(str(folder), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings")
+def test_an_adapter_on_a_head_that_is_the_embedding_is_named(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    tied = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = make_model_folder(tmp_path / "tied", config=tied)
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UserError, match=r"changes the output head \(lm_head\.weight\)"):
+        run_merge(
+            base=str(base), adapter=tmp_path / "adapter", output_dir=tmp_path / "merged",
+            dtype="auto", force=False, device="cpu", console=Console(quiet=True),
+        )  # fmt: skip
+    assert not (tmp_path / "merged").exists()
+
+
+def test_evaluation_says_that_it_scores_no_adapter_on_the_head(base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    adapter = find_contestant("it", str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="changes the output head, which evaluation scores"):
+        Examiner(
+            adapter, *adapter.tokenizer("neural-chat"), choose_device("cpu", "auto"),
+            Runtime(device="cpu"), Console(quiet=True),
+        )  # fmt: skip

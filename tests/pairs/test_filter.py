@@ -11,7 +11,7 @@ import pytest
 from tandem.data.records import Origin, Turn
 from tandem.errors import UserError
 from tandem.pairs.check import Check
-from tandem.pairs.filter import Candidate, Filters, Pair, first_pair, is_refusal, ranked_pair
+from tandem.pairs.filter import Candidate, Filters, Pair, first_pair, ranked_pair
 from tandem.pairs.judge import read_verdict, verdict_request
 from tandem.pairs.prompts import Prompt
 
@@ -69,27 +69,6 @@ def test_the_chosen_answer_gives_the_language() -> None:
     english, own = "This is what you have asked for.", "Und das ist auch nicht die Antwort."
     assert tried(english, own, prompt=german, language="same") == (own, {"in another language": 1})
     assert tried("Rome.", prompt=german, language="same")[0] == "Rome."
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m sorry, I cannot answer.", True),
-        ("Sorry, I can't do that.", True),
-        ("As an AI language model, I do not have opinions.", True),
-        ("I am unable to assist with this request.", True),
-        ("I cannot provide medical advice.", True),
-        ("Unfortunately, I cannot tell.", True),
-        ("I'm sorry to hear that you are ill.", False),
-        ("She said: sorry, we are closed.", False),
-        ("I can help you with that.", False),
-        ("You cannot divide by zero.", False),
-        ("x" * 300 + " I'm sorry, but I can't help.", False),
-    ],
-)
-def test_refusals(text: str, refuses: bool) -> None:
-    assert is_refusal(text) == refuses
 
 
 CHECK = """

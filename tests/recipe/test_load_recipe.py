@@ -427,7 +427,8 @@ def test_variables_and_the_home_folder_are_resolved_in_every_path(
     sources = [key for key in keys if key.endswith(".0.path")]
     single = [f"{key.removesuffix('.0.path')}=[{{path: {written!r}}}]" for key in sources]
     rest = [f"{key}={written!r}" for key in keys if key not in sources]
-    recipe = load_recipe(small, ["pairs.samples=2", *single, *rest])
+    set_up = ["pairs.samples=2", "evaluate.tasks=[t]"]
+    recipe = load_recipe(small, [*set_up, *single, *rest])
     plain = recipe.model_dump(mode="json")
     for key in keys:
         found = plain

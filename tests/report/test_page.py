@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli.run import _finish
 from tandem.errors import UserError
 from tandem.report.facts import read_run
-from tandem.report.findings import evaluation_findings, find
+from tandem.report.findings import chosen_collapse, evaluation_findings, find, in_words
 from tandem.report.html import write_report
+from tandem.report.results import shown_measures
 from tandem.report.training import tiles
 
 from .made_runs import (
@@ -152,7 +154,7 @@ def test_folder_that_is_no_run(tmp_path: Path, name: str) -> None:
 
 def test_collapse_is_named(tmp_path: Path) -> None:
     found = find(read_run(run_folder(tmp_path / "bad", fall=9.0)))
-    assert [f.name for f in found] == ["collapse of the chosen log-probs"]
+    assert [f.text.partition(":")[0] for f in found] == ["collapse of the chosen log-probs"]
     assert "−" not in found[0].text
     assert find(read_run(run_folder(tmp_path / "good", fall=0.4))) == []
 
@@ -171,8 +173,69 @@ def test_loss_of_accuracy_beyond_chance_is_named() -> None:
     assert evaluation_findings(value) == []
     value["models"]["dpo"]["answer_accuracy"] = 0.40
     assert [f.name for f in evaluation_findings(value)] == ["DPO lost answer accuracy"]
-    value["warnings"] = ["collapse: DPO lost right answers"]
-    assert [f.text for f in evaluation_findings(value)] == value["warnings"]
+    # What an evaluation said of it itself, now or in an earlier version, is not said twice.
+    (one,) = evaluation_findings(value)
+    value["warnings"] = [in_words(one), "collapse: DPO lost right answers, 80% -> 40%", "another"]
+    assert [f.text for f in evaluation_findings(value)] == ["another", one.text]
+    # Where the same questions are asked of both, their differences say more than two samples do.
+    value["models"]["dpo"]["differences"] = {"answer_accuracy": {"previous": [-0.45, 0.30]}}
+    value["warnings"] = []
+    assert evaluation_findings(value) == []
+
+
+@pytest.mark.parametrize(
+    ("answer_length", "fall", "collapsed"),
+    [(400, 30.0, False), (400, 110.0, True), (4, 1.9, False), (4, 2.1, True), (40, 11.0, True)],
+)
+def test_stage_and_page_call_the_same_a_collapse(
+    answer_length: int, fall: float, collapsed: bool
+) -> None:
+    """A long answer of 400 nats may fall by 30, a short one of 4 by 1.9."""
+    beta = 0.1
+    line = {
+        "logps/chosen": -answer_length - fall,
+        "rewards/chosen": -beta * fall,
+        "rewards/margins": 1.0,
+        "rewards/accuracies": 1.0,
+    }
+    from tandem.stages.dpo import _warnings as stage_warnings
+
+    said = stage_warnings([line] * 8, beta)
+    assert bool(said) is collapsed
+    assert said == [text for text in [chosen_collapse([line] * 8, beta)] if text]
+
+
+def test_right_answers_that_did_not_end_are_counted_apart(tmp_path: Path) -> None:
+    value = evaluation()
+    value["models"]["sft"] |= {"answer_accuracy": 0.0, "right_cut": 0.75, "stop_rate": 0.0}
+    value["models"]["dpo"]["right_cut"] = 0.0
+    titles = [measure.title for measure in shown_measures(value)]
+    assert titles[:2] == ["answer accuracy", "right text, cut"]
+    found = {f.name: f for f in evaluation_findings(value)}
+    one = found["SFT gives right answers that do not end"]
+    assert one.level == "warning"
+    assert one.text.startswith("90 of 120 answers have the right text and did not end")
+    folder = run_folder(tmp_path / "run")
+    write(folder / "6-evaluation" / "evaluation.json", value)
+    text = page_of(folder).text
+    assert "right text, cut" in text
+    assert "90 of 120 answers" in text
+    # Where no model has one, nothing is said.
+    value["models"]["sft"]["right_cut"] = 0.0
+    assert "right text, cut" not in [measure.title for measure in shown_measures(value)]
+
+
+def test_what_the_page_warns_of_is_printed_at_the_end_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run", fall=9.0)
+    _finish(folder, evaluation())
+    printed = " ".join(capsys.readouterr().out.split())
+    found = find(read_run(folder))
+    assert found
+    for one in found:
+        assert f"{one.level}: {in_words(one)}" in printed
+        assert one.text in page_of(folder).text
 
 
 def test_how_several_processes_shared_the_work(tmp_path: Path) -> None:

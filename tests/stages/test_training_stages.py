@@ -27,6 +27,8 @@ from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.kernels.library import numerics
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Dpo, Lora, Sft
+from tandem.report.facts import read_run
+from tandem.report.findings import find
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import loop
@@ -390,3 +392,23 @@ def test_two_runs_in_one_folder(tiny_model: Path, tmp_path: Path) -> None:
 
     with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="in use"):
         run("sft", tiny_model, tmp_path / "out")
+
+
+def test_settings_that_nobody_means_are_said_before_the_first_step_and_kept(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    said = StringIO()
+    with Console(file=said, width=400) as console:
+        run(
+            "sft", tiny_model, tmp_path / "out", console=console, max_steps=2, batch_size=500,
+            logging_steps=1, save_steps=3, warmup_steps=9,
+        )  # fmt: skip
+    warnings = read_json(tmp_path / "out" / "summary.json")["warnings"]
+    assert [text.partition(":")[0].split()[0] for text in warnings] == [
+        "batch_size", "warmup_steps", "save_steps",
+    ]  # fmt: skip
+    lines = said.getvalue().splitlines()
+    first_step = next(i for i, line in enumerate(lines) if "step 1/2" in line)
+    for text in warnings:
+        assert lines.index(f"sft: {text}") < first_step
+    assert [f.text for f in find(read_run(tmp_path / "out"))] == warnings

@@ -22,7 +22,7 @@ def cache_folder() -> Path:
     Raises FileNotFoundError for an account without a home folder.
     """
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+        base = Path(os.path.expandvars(os.environ.get("XDG_CACHE_HOME", ""))).expanduser()
         return (base if base.is_absolute() else Path.home() / ".cache") / "tandem"
     except RuntimeError:  # pathlib's, where neither $HOME nor the account's entry names one
         raise FileNotFoundError(

@@ -36,6 +36,13 @@ def check(argv: list[str]) -> int:
         found = [
             _survey(data, chat, recipe, arguments, Path(folder)) for data in with_validation(asked)
         ]
+        if recipe is not None and arguments.limit is None:
+            from tandem.stages.inspection import doubts_of
+
+            for one in found:
+                if one.subject.stage is not None and not one.subject.held_out:
+                    doubts = doubts_of(one.subject.stage, recipe, one.counts["trained"])
+                    notices = [*doubts, *notices]
         if arguments.json:
             _print_json(found, recipe, chat, notices)
         else:

@@ -24,7 +24,13 @@ def evaluate(argv: list[str]) -> int:
     settings = _settings(arguments)
     from tandem.chat.session import labels_of, model_in_run
     from tandem.cli.notices import notice_console, result_console
-    from tandem.report.terminal import comparison_notes, comparison_table, samples_table
+    from tandem.report.findings import evaluation_findings
+    from tandem.report.terminal import (
+        comparison_notes,
+        comparison_table,
+        finding_lines,
+        samples_table,
+    )
     from tandem.stages.evaluate import check_something, run_evaluation
     from tandem.train.runtime import Runtime
 
@@ -50,31 +56,39 @@ def evaluate(argv: list[str]) -> int:
         console.print(note, markup=False, soft_wrap=True)
     if found["samples"]:
         console.print(samples_table(found, arguments.samples))
+    for line in finding_lines(evaluation_findings(found)):
+        console.print(line, soft_wrap=True)
     console.print(f"all figures: {folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0
 
 
 def _settings(arguments: argparse.Namespace) -> Evaluate:
+    from pydantic import ValidationError
+
     from tandem.recipe.evaluation import Evaluate
 
     def sources(paths: Sequence[str]) -> Any:
         return tuple({"path": path} for path in paths)
 
-    return Evaluate(
-        questions=sources(arguments.questions),
-        pairs=sources(arguments.pairs),
-        heldout=sources(arguments.heldout),
-        max_new_tokens=arguments.max_new_tokens,
-        samples=arguments.samples,
-        suite=arguments.suite,
-        tasks=tuple(name for text in arguments.tasks for name in text.split(",") if name),
-        task_data=arguments.data,
-        num_fewshot=arguments.num_fewshot,
-        chat=arguments.chat == "on",
-        judge=_judge(arguments),
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-    )
+    try:
+        return Evaluate(
+            questions=sources(arguments.questions),
+            pairs=sources(arguments.pairs),
+            heldout=sources(arguments.heldout),
+            max_new_tokens=arguments.max_new_tokens,
+            samples=arguments.samples,
+            suite=arguments.suite,
+            tasks=tuple(name for text in arguments.tasks for name in text.split(",") if name),
+            task_data=arguments.data,
+            num_fewshot=arguments.num_fewshot,
+            chat=arguments.chat == "on",
+            judge=_judge(arguments),
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+        )
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"tandem eval: {said.replace('task_data', 'data')}") from None
 
 
 def _judge(arguments: argparse.Namespace) -> Server | None:

@@ -54,6 +54,7 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
     Raises UserError for a stage that the recipe lacks.
     """
     from tandem.recipe.load import recipe_to_yaml
+    from tandem.recipe.unmeant import unmeant
     from tandem.stages.pipeline import asked_for, describe_pipeline
 
     planned = describe_pipeline(recipe)
@@ -65,6 +66,11 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
         + (stage.note if place in asked else "not asked for")
         for place, stage in enumerate(planned)
     ]
+    for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+        if settings is not None:
+            # Records are only counted where data is read: by `tandem plan`, and when it runs.
+            doubts = unmeant(settings, steps=settings.max_steps, records=None)
+            lines += [f"# {name}: {doubt}" for doubt in doubts]
     head = "# dry run: nothing was downloaded or written\n"
     return f"{head}{recipe_to_yaml(recipe)}# stages\n" + "\n".join(lines)
 
@@ -72,10 +78,12 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
     """The result table, sample answers side by side, and where the page is."""
     from tandem.cli.notices import result_console
+    from tandem.report.findings import findings_of_run
     from tandem.report.html import write_report
     from tandem.report.terminal import (
         comparison_notes,
         comparison_table,
+        finding_lines,
         result_table,
         samples_table,
     )
@@ -90,6 +98,8 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
                 console.print(note, markup=False, soft_wrap=True)
         if found.get("samples"):
             console.print(samples_table(found))
+    for line in finding_lines(findings_of_run(run_dir)):
+        console.print(line, soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 
 

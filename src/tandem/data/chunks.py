@@ -18,6 +18,8 @@ from tandem.data.values import values_of
 from tandem.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
+# What to do about text that is not UTF-8.
+LATIN = "if the file is Latin-1 or Windows-1252, save it as UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +158,16 @@ def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadLine(origin, f"is not valid UTF-8 (byte {error.start + 1} of the line)")
+        return BadLine(origin, f"is not valid UTF-8 ({_byte(error)} of the line; {LATIN})")
     except json.JSONDecodeError as error:
         return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadLine(origin, f"is not valid JSON ({error})")
     return object_row(value, origin)
+
+
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1}, 0x{error.object[error.start]:02x},"
 
 
 def object_row(value: object, origin: Origin) -> Row | BadLine:

@@ -21,6 +21,7 @@ from tandem.data.chunks import (
 )
 from tandem.data.compressed import BrokenStream, is_compressed, kind_of, read_blocks
 from tandem.data.records import Origin
+from tandem.data.signatures import check_signature
 from tandem.data.tables import table_file_chunks
 from tandem.errors import UserError
 
@@ -51,6 +52,7 @@ def file_chunks(file: Path) -> Iterator[Plain]:
             raise UserError(
                 f"data: {file} is no kind of file that can be read here. Use one of {KINDS}."
             )
+        check_signature(file)
         kind = kind_of(file)
         if kind in _TABLES:
             yield from table_file_chunks(file)

@@ -290,6 +290,12 @@ def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
     )
 
 
+def _holds_records(value: object) -> bool:
+    """Whether a value is a list of rows of a known format."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and detect(first) is not None
+
+
 def _advice(fields: Fields, kind: Kind) -> str | None:
     """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
     columns = columns_of_turns(fields)
@@ -301,6 +307,9 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
             "each row says which answer is better, write that one into `chosen` first."
         )
     if not columns:
+        lists = [key for key, value in fields.items() if _holds_records(value)]
+        if len(lists) == 1:
+            return f"But `{lists[0]}` holds a list of records: save that list alone."
         if len(texts) == 1 and texts[0] == "text":
             return (
                 "But its `text` does not say what is asked and what is answered. Known formats of "

@@ -21,6 +21,7 @@ from tandem.errors import UserError, nearest
 DEFAULT = "neural-chat"
 # The name under which a model keeps its template for records with tools, as transformers has it.
 TOOL_USE = "tool_use"
+_MARK = "\ufeff"
 # Words that no template contains, to find a turn's text in what a template renders.
 _QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
 
@@ -319,8 +320,13 @@ def _probe() -> tuple[Turn, ...]:
 
 
 def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
+    # Some editors put a mark in front of UTF-8, which is no text.
     own = tokenizer.chat_template
-    named: dict[str, str] = dict(own) if isinstance(own, dict) else {}
+    named: dict[str, str] = {}
+    if isinstance(own, dict):
+        named = {name: str(text).removeprefix(_MARK) for name, text in own.items()}
+    elif isinstance(own, str):
+        own = own.removeprefix(_MARK)
     if choice is None and named:
         return _default_of(named)
     if choice is None:
@@ -343,8 +349,7 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
         path = Path(choice)
     if path.is_file():
         try:
-            # Some editors put a mark in front of UTF-8, which is no text.
-            return ChatTemplate(choice, path.read_text(encoding="utf-8-sig"))
+            return ChatTemplate(choice, path.read_text(encoding="utf-8").removeprefix(_MARK))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"chat_template: {choice} cannot be read: it is no UTF-8 ({error}). "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from tandem.data.answers import refuses, refuses_only
 from tandem.data.records import PreferencePair
 from tandem.diagnose.findings import Sign
 
@@ -28,7 +29,7 @@ OPEN_CODE = Sign(
 )
 REFUSAL = Sign(
     "refusals",
-    "answers that refuse, or excuse themselves as an AI",
+    "answers that refuse, or speak of themselves as an AI",
     "note",
     "A model learns how often to refuse: leave out those that are not meant.",
     of="answers",
@@ -61,27 +62,6 @@ SWAPPED_EMPTY = Sign(
     "Swapped, most likely: exchange chosen and rejected.",
     of="pairs",
 )
-_REFUSES = re.compile(
-    r"\b(?:I(?:'m| am) (?:very |so |really )?sorry,? but|I apologi[sz]e,? but|"
-    r"(?:I'm|I am) (?:unable|not able) to|Unfortunately, I|"
-    r"I (?:cannot|can't|can not|won't|will not) (?:\w+ )?"
-    r"(?:assist|help|provide|fulfil|comply|answer|create|generate|write|engage|support|do that|"
-    r"give|share|produce|participate|offer)|"
-    r"As an AI(?: language model| assistant)?,? (?:I|it))",
-    re.IGNORECASE,
-)
-_REFUSED = re.compile(
-    r"\b(?:cannot|can't|can not|unable|not able|won't|will not|don't|do not|not (?:appropriate|"
-    r"possible|comfortable|capable))\b",
-    re.IGNORECASE,
-)
-_SHORT = 600
-_HELPS = re.compile(
-    r"\b(?:however|instead|for example|in general|sure|suggest|recommend|"
-    r"I(?: can|'ll|'d| would| will| could| believe) (?!not)|here(?:'s| is| are)|can still|"
-    r"let me)\b",
-    re.IGNORECASE,
-)
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•#|>]|\d+[.)]|[A-Za-z][.)]\s|Step \d)")
 _SENTENCE_END = re.compile(r"[.!?]\s")
 _WORD = re.compile(r"\w+")
@@ -92,18 +72,6 @@ _NO_SENTENCE = re.compile(
     r"[{};=<>\\$_]|\w\(|https?://|\w\.\w|#\w|\b(?:sincerely|regards|cheers|yours|love|wishes)\b",
     re.IGNORECASE,
 )
-
-
-def refuses(answer: str) -> bool:
-    """Whether an answer begins with what refusals begin with, and says no in it."""
-    start = answer[:200].replace("\u2019", "'")
-    found = _REFUSES.search(start[:120])
-    return found is not None and _REFUSED.search(start) is not None
-
-
-def refuses_only(answer: str) -> bool:
-    """Whether an answer refuses, is short, and does not go on to help."""
-    return len(answer) < _SHORT and refuses(answer) and _HELPS.search(answer) is None
 
 
 def breaks_off(answer: str) -> bool:

@@ -69,6 +69,11 @@ class HeadBlocks:
         return cls(tuple((i, Ordered(weight[i : i + _ORDERED_COLUMNS])) for i in starts))
 
 
+def scores_head(model: nn.Module) -> bool:
+    """Whether the output head is a plain linear layer, but for rows of added tokens."""
+    return isinstance(plain_head(model.get_output_embeddings()), nn.Linear)  # type: ignore[operator]
+
+
 def head_of(model: nn.Module) -> Head:
     """The head of a transformers causal language model.
 
@@ -77,8 +82,8 @@ def head_of(model: nn.Module) -> Head:
     """
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    layer = plain_head(output)
-    if not isinstance(layer, nn.Linear):
+    layer: Any = plain_head(output)
+    if not scores_head(model):
         raise UserError(
             f"the output head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
             "linear layer: leave it out of lora.target_modules"

@@ -20,7 +20,7 @@ from tandem.model.adapter_folder import NewRows, Update
 from tandem.model.quantization import Quantized
 
 # Names that a head has which is no more than the input embedding once more.
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def merge_shards(
@@ -61,7 +61,7 @@ def merge_shards(
             unseen.discard(name)
             kept = dtype or weight.dtype
             update = remaining.pop(name, None)
-            if update is None and name in _HEADS:
+            if update is None and name in HEADS:
                 update = tied
             merged = _add(name, seen, update, kept)
             tensors[name] = merged

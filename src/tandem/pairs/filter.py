@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tandem.data.answers import refuses
 from tandem.data.languages import language_of
 from tandem.evaluate.answers import contains_accepted
 from tandem.pairs.check import Check
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.words import similarity
-
-# How refusals and disclaimers (`As an AI language model, ...`) begin, near an answer's start.
-_REFUSAL_WITHIN = 200
-_REFUSAL = re.compile(
-    r"\b(?:"
-    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|i(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model)\b"
-    r"|i(?:'m| am) (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b"
-    r"|i (?:can(?:'t|not| not)|(?:am|'m) (?:un|not )able to|won't|will not|must decline to)"
-    r" (?:help|assist|answer|provide|fulfil|comply|do that|discuss|create|generate|engage|support)"
-    r"|i(?:'m| am) (?:unable|not able) to (?:help|assist|answer|provide|fulfil|comply|discuss)"
-    r"|(?:sorry|unfortunately|apologies),? (?:but )?i (?:can(?:'t|not| not)|am (?:un|not )able to)"
-    r")",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -80,11 +65,6 @@ class Pair:
         }
 
 
-def is_refusal(text: str) -> bool:
-    """Whether a text begins as refusals and disclaimers of language models do (in English)."""
-    return _REFUSAL.search(text[:_REFUSAL_WITHIN].replace("\u2019", "'")) is not None
-
-
 def first_pair(
     prompt: Prompt, candidates: Sequence[Candidate], filters: Filters, dropped: Counter[str]
 ) -> Pair | str:
@@ -120,7 +100,7 @@ def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = 
         return "not finished"
     if filters.max_characters is not None and len(text) > filters.max_characters:
         return "too long"
-    if filters.drop_refusals and is_refusal(text):
+    if filters.drop_refusals and refuses(text):
         return "refusal"
     language = filters.language
     if language == "same":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tandem.recipe.making_pairs import Server
 from tandem.recipe.section import PathText, Positive, Section, Unweighted
@@ -57,3 +57,19 @@ class Evaluate(Section):
     limit: Positive | None = Field(
         default=None, description="Only the first so many items of everything; for trials."
     )
+
+    @model_validator(mode="after")
+    def _effective(self) -> Evaluate:
+        of_tasks = {
+            "task_data": self.task_data is not None,
+            "num_fewshot": self.num_fewshot is not None,
+            "chat": self.chat,
+            "batch_size": self.batch_size != 1,
+        }
+        unused = [name for name, is_set in of_tasks.items() if is_set]
+        if unused and not self.tasks and self.suite is None:
+            raise ValueError(
+                f"{' and '.join(unused)} {'are' if len(unused) > 1 else 'is'} about tasks, and no "
+                "tasks and no suite are named; name some, or remove it"
+            )
+        return self

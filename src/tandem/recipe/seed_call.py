@@ -193,6 +193,8 @@ def _warmup(stage: Stage, values: Values) -> dict[str, Any]:
         if all(given.values()):
             raise UserError("--warmup_steps and --warmup_ratio are both given; keep one")
         given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
+    if not given and values.get("lr_scheduler_type") == "constant":
+        return {"warmup_steps": 0}
     return given or _SEED_WARMUP[stage]
 
 

@@ -165,6 +165,11 @@ class Training(Section):
             raise ValueError(
                 "warmup_steps and warmup_ratio are both set; keep one, the other is null"
             )
+        if self.lr_scheduler == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError(
+                "a warm-up has no effect with lr_scheduler: constant; take constant_with_warmup, "
+                "or remove it"
+            )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "

@@ -32,6 +32,13 @@ MEASURES = (
         "held-out questions, asked through the chat template, whose answer is right",
     ),
     Measure(
+        "right_cut",
+        "right text, cut",
+        "share",
+        "lower",
+        "answers with the right text that did not end by themselves; they do not count as right",
+    ),
+    Measure(
         "loss",
         "held-out loss",
         "number",
@@ -77,6 +84,8 @@ MEASURES = (
 )
 
 
+# Measures that say nothing where every model has 0.
+_CASES = ("right_cut",)
 # Metrics of tasks that are shares, and of those that are better when lower.
 _SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc")
 _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -122,9 +131,10 @@ def model_names(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def shown_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
-    """The measures that at least one model has a value for."""
+    """The measures that at least one model has a value for, or a case of where cases are few."""
     models = [mapping(m) for m in mapping(evaluation.get("models")).values()]
-    return [m for m in MEASURES if any(is_number(model.get(m.key)) for model in models)]
+    values = {m.key: [v for one in models if is_number(v := one.get(m.key))] for m in MEASURES}
+    return [m for m in MEASURES if any(values[m.key]) or (values[m.key] and m.key not in _CASES)]
 
 
 def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:

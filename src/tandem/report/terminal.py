@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tandem.report.findings import Finding, in_words
 from tandem.report.results import (
     ROW_LABELS,
     Cell,
@@ -90,6 +91,14 @@ def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
             *(Text("–" if text is None else str(text).strip() or "(nothing)") for text in texts)
         )
     return table
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[Text]:
+    """What a reader must not overlook, as the page has it: a line each, warnings in yellow."""
+    return [
+        Text(f"{one.level}: {in_words(one)}", "yellow" if one.level == "warning" else "dim")
+        for one in findings
+    ]
 
 
 def _cell(cell: Cell) -> Text:

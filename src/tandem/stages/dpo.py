@@ -14,6 +14,7 @@ from tandem.artifact.hashing import hash_json
 from tandem.data.prepare import prepare_pairs
 from tandem.model.adapter import adapter_off
 from tandem.recipe.training import Dpo
+from tandem.report.findings import chosen_collapse
 from tandem.stages.kind import Made, StageKind, Start
 from tandem.stages.training import run_training
 from tandem.train.objective import PreferenceObjective
@@ -25,9 +26,6 @@ from tandem.train.runtime import Runtime
 _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"
 # Relative differences of log-probs that a dtype explains, of sums over whole answers.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
-# A chosen answer that is this much less likely than before DPO has been unlearnt: e^-10 of its
-# probability, while the margin still grows because the rejected one fell further.
-_COLLAPSE_NATS = 10.0
 
 
 def run_dpo(
@@ -112,13 +110,8 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
         return []
     last = metrics[-max(1, math.ceil(len(metrics) / 4)) :]
     mean = {key: sum(line[key] for line in last) / len(last) for key in metrics[0]}
-    fallen = -mean["rewards/chosen"] / beta
-    found = []
-    if fallen > _COLLAPSE_NATS and mean["rewards/margins"] > 0:
-        found.append(
-            f"collapse: the chosen answers' log-probs fell by {fallen:.1f} nats below the "
-            "reference while margins grew; lower the learning rate or raise beta"
-        )
+    collapse = chosen_collapse(metrics, beta)
+    found = [] if collapse is None else [collapse]
     if mean["rewards/accuracies"] < 0.5 and mean["rewards/margins"] < 0:
         found.append(
             f"the policy prefers the chosen answer in only {mean['rewards/accuracies']:.0%} of "

@@ -23,6 +23,7 @@ from tandem.evaluate.leaderboard import TaskScores
 from tandem.evaluate.scores import Score
 from tandem.evaluate.suite import Plan, TaskPlan
 from tandem.recipe.evaluation import Evaluate
+from tandem.report.findings import evaluation_findings, in_words
 from tandem.stages.contestant import Contestant, find_contestant, tokenizer_identity
 from tandem.stages.examiner import Examined, Examiner, Material, examined_of
 from tandem.stages.judging import server_judge
@@ -39,8 +40,6 @@ from tandem.train.device import Device, choose_device
 from tandem.train.progress import phase, say
 from tandem.train.runtime import Runtime
 
-# A fall of this share of right answers from SFT to DPO is called a collapse.
-_COLLAPSE = 0.1
 # Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
 _JUDGMENTS = "judgments.jsonl"
@@ -287,12 +286,14 @@ def _evaluation(
     }
     if material.heldout:
         counts["conversations"] = items_of([one.scores for one in own.values()], "heldout_loss")
-    return {
+    evaluation: dict[str, Any] = {
         "models": {label: {"path": models[label], **figures[label]} for label in own},
         "counts": counts,
         "samples": _samples(material.questions, own, settings.samples),
-        "warnings": _warnings(figures),
     }
+    found = evaluation_findings(evaluation)
+    evaluation["warnings"] = [in_words(one) for one in found if one.level == "warning"]
+    return evaluation
 
 
 def _samples(
@@ -306,17 +307,6 @@ def _samples(
             "answers": {label: one.answers[i] for label, one in asked.items()},
         }
         for i in range(0, len(questions), stride)[:count]
-    ]
-
-
-def _warnings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    before = results.get("sft", {}).get("answer_accuracy")
-    after = results.get("dpo", {}).get("answer_accuracy")
-    if before is None or after is None or float(before) - float(after) <= _COLLAPSE:
-        return []
-    return [
-        f"collapse: DPO lost right answers, {float(before):.0%} -> {float(after):.0%}; prefer "
-        "answers the model can give, lower the learning rate or raise beta"
     ]
 
 

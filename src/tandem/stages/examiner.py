@@ -25,6 +25,7 @@ from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.evaluate.scores import Score, per_item, score_of
 from tandem.model.attention import choose_backend, use_backend
 from tandem.model.generate import Answer, generate_answers
+from tandem.model.head import scores_head
 from tandem.model.load import context_length
 from tandem.model.score import check_head, micro_batches, sequence_logps
 from tandem.model.stopping import all_stop_ids
@@ -107,6 +108,11 @@ class Examiner:
             say(console, f"{self.label}: attention padded ({why})")
         check_head(self._base)
         self.model = contestant.with_adapter(self._base)
+        if contestant.adapter is not None and not scores_head(self.model):
+            raise UserError(
+                f"{contestant.adapter} changes the output head, which evaluation scores without an "
+                "adapter. Merge it with tandem merge, and evaluate the merged model."
+            )
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
         self._rows = rows_of(self.model)
@@ -162,11 +168,16 @@ class Examiner:
             self._check_room(question, len(ids), material.max_new_tokens)
         answers = self._generate(prompts, material.max_new_tokens, "answers")
         texts = self._decode(answers)
-        right = [
-            answer.stopped and contains_accepted(text, question.accepted)
-            for answer, text, question in zip(answers, texts, questions, strict=True)
+        has_it = [
+            contains_accepted(text, question.accepted)
+            for text, question in zip(texts, questions, strict=True)
         ]
+        ends = [answer.stopped for answer in answers]
+        # What goes on after the right text may take it back, so that only an end makes it right.
+        right = [has and end for has, end in zip(has_it, ends, strict=True)]
+        cut = [has and not end for has, end in zip(has_it, ends, strict=True)]
         scores["answer_accuracy"] = per_item([float(r) for r in right])
+        scores["right_cut"] = per_item([float(c) for c in cut])
         scores["stop_rate"] = per_item([float(answer.stopped) for answer in answers])
         scores["mean_answer_tokens"] = per_item([float(len(a.ids)) for a in answers])
         return texts

@@ -12,6 +12,7 @@ from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
 from tandem.data.limits import Limits
+from tandem.data.order import total_steps
 from tandem.data.overlap import Other, read_other
 from tandem.data.sources import SourceSpec, not_read
 from tandem.data.template import add_tokens, resolve_template
@@ -21,6 +22,7 @@ from tandem.pairs.output import made_pairs
 from tandem.recipe.named_data import named_data
 from tandem.recipe.schema import Recipe
 from tandem.recipe.training import Dpo, Sft, Training
+from tandem.recipe.unmeant import unmeant
 from tandem.stages.pipeline import folder_of
 from tandem.stages.sources import held_out_sources, source_specs
 
@@ -76,6 +78,17 @@ class StageChat:
     chat: Chat
     special: tuple[str, ...]
     notices: tuple[str, ...]
+
+
+def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
+    """What a recipe's training stage will not do as it says, with so many records to train on."""
+    settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
+    if settings is None or not records:
+        return []
+    steps = total_steps(
+        records, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
+    )
+    return [f"{stage}: {doubt}" for doubt in unmeant(settings, steps=steps, records=records)]
 
 
 def named_sources(

@@ -18,9 +18,9 @@ from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, st
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
-from tandem.model.adapter_folder import Update, read_updates, whole_weights
+from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
 from tandem.model.load import load_config, load_tokenizer, model_folder
-from tandem.model.merge import added, merge_shards, vocabulary_grown
+from tandem.model.merge import HEADS, added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
 from tandem.model.stopping import write_ends
@@ -71,6 +71,7 @@ def run_merge(
     base_folder = model_folder(base)
     check_unquantized(base_folder, load_config(base_folder))
     updates, quantized = read_updates(adapter), read_record(adapter)
+    _check_head(adapter, base_folder, updates)
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
     inputs = {
@@ -197,6 +198,21 @@ def _settle_template(base: Path, folder: Path, choice: str | None, console: Cons
     ending = find_ending(tokenizer, template)
     if ending and (said := write_ends(folder, base, tokenizer, template, ending)):
         say(console, f"merge: {said}")
+
+
+def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:
+    """Raise UserError for an adapter on a head that is no more than the input embedding."""
+    adapted = [
+        name
+        for name, update in updates.items()
+        if name.endswith(HEADS) and not isinstance(update, NewRows)
+    ]
+    if adapted and load_config(base).get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"{adapter} changes the output head ({adapted[0]}), whose weights {base} shares with "
+            "its input embedding, so that no merged model has both. Serve it without a merge, or "
+            "train one that leaves the head out."
+        )
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:

@@ -27,6 +27,7 @@ from tandem.model.untrained import in_words, untrained_tokens
 from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.schema import Recipe
 from tandem.recipe.training import Sft, Training
+from tandem.recipe.unmeant import unmeant
 from tandem.stages.forecast import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.stages.inputs import model_side
 from tandem.stages.pipeline import PlannedStage, describe_pipeline
@@ -248,7 +249,12 @@ class _Planner:
                 trains_added=trains_added,
             )
             made, memory, failed = self._forecast(stage, trial, known)
-            notes += failed
+            count = guess.records if guess is not None else len(known.trees)
+            count = len(known.trees) if known.ledger is not None else count
+            doubts = unmeant(
+                settings, steps=known.work.steps, records=count, processes=self.processes
+            )
+            notes += (*failed, *doubts)
             disk = self._disk(settings, config, model.shape, known.work)
         ledger = None if known is None else known.ledger
         return StagePlan(

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 
+from tandem.data.answers import refuses
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.overlap import Other, fill
 from tandem.data.sources import SourceSpec
 from tandem.errors import UserError
-from tandem.pairs.filter import is_refusal
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select import Selection, select_prompts
 from tandem.recipe.making_pairs import Pairs
@@ -95,7 +95,7 @@ def usable_prompts(
     """
     choosing = settings.rank is None and settings.filters.drop_refusals
     for prompt in read_prompts(sources, settings.keep, ledger, settings.on_bad_record):
-        if choosing and is_refusal(prompt.answer):
+        if choosing and refuses(prompt.answer):
             ledger.dropped(prompt.origin, "its own answer is a refusal")
         else:
             yield prompt

@@ -26,6 +26,7 @@ from tandem.model.load import model_folder
 from tandem.model.untrained import in_words, untrained_tokens
 from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.training import Training as TrainingSettings
+from tandem.recipe.unmeant import unmeant
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
 from tandem.stages.inputs import resolved_inputs
 from tandem.stages.kind import Made, StageKind, Start
@@ -157,6 +158,9 @@ def _run(
     expected = processes.main(lambda: _forecast(stage, records, model, schedule, held))
     compiled = compile_policy(stage, model, records.trees, schedule)
     progress, state = _begin(stage, model, total)
+    doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
+    for doubt in doubts:
+        say(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
     prepare_engine(stage, model, state)
     made = _objectives(stage, model, records, hash_json(inputs["model"]), schedule, budget)
     with StageProgress(
@@ -169,7 +173,7 @@ def _run(
     trained = engine.strategy.trained()
     processes.main(
         lambda: _finish(
-            stage, model, trained, records, made, progress, schedule, compiled, expected
+            stage, model, trained, records, made, progress, schedule, compiled, expected, doubts
         )
     )
 
@@ -259,6 +263,7 @@ def _finish(
     schedule: dict[str, Any],
     compiled: Compiling,
     expected: Forecast | None,
+    doubts: Sequence[str],
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -278,7 +283,7 @@ def _finish(
         "reference_seconds": sum(each.reference_seconds for each in made),
         "reference_computed": sum(each.reference_computed for each in made),
         "peak_memory_bytes": stage.engine.device.peak_memory(),
-        "warnings": [*stage.warnings, *records.warnings(), *warnings],
+        "warnings": [*stage.warnings, *doubts, *records.warnings(), *warnings],
         "dtype": stage.engine.device.dtype_name,
         "quantization": stage.runtime.quantization,
         "ledger": records.ledger.summary(),
