@@ -99,6 +99,31 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
+class ExpertsUpdate:
+    """The updates of all experts of a mixture, whose weights are one tensor in memory.
+
+    Attributes:
+        a: [experts * rank, in], one expert after the other.
+        b: [out, rank * experts], the experts within each rank.
+        scaling: of their product.
+        experts: how many there are.
+        transposed: whether each one's weight is stored [in, out].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    experts: int
+    transposed: bool
+
+    def of(self, expert: int) -> LowRankUpdate:
+        """One expert's update."""
+        a = self.a.reshape(self.experts, -1, self.a.shape[1])[expert]
+        b = self.b.reshape(self.b.shape[0], -1, self.experts)[:, :, expert]
+        return LowRankUpdate(a, b, self.scaling, self.transposed)
+
+
+@dataclass(frozen=True)
 class NewRows:
     """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
 
@@ -106,7 +131,7 @@ class NewRows:
     values: Tensor
 
 
-Update = LowRankUpdate | NewRows
+Update = LowRankUpdate | ExpertsUpdate | NewRows
 
 
 def is_adapter(folder: Path) -> bool:
@@ -152,11 +177,15 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
     return values
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
+def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
     Rows of added tokens are among them, for each embedding that has its own. Whole weights, which
     peft may put beside an adapter, are not: see `whole_weights`.
+
+    Args:
+        adapter: the folder.
+        model: the base, its weights on any device; where experts are adapted, it says which.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -172,6 +201,9 @@ def read_updates(adapter: Path) -> dict[str, Update]:
                 raise UserError(f"{file.path}: {name} has no lora_B beside it")
             target = module.removeprefix(_PREFIX)
             a, b = file.tensor(name), file.tensor(partner)
+            if (wrapped := _wrapped(target, config, model)) is not None:
+                updates[wrapped[0]] = _experts(a, b, config, *wrapped)
+                continue
             rank = a.shape[0]
             alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
@@ -311,6 +343,48 @@ def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
                 f"does not know (it was written by peft {values.get('peft_version', 'unknown')}). "
                 "Update peft, or merge the adapter with the peft that wrote it"
             )
+
+
+def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | None:
+    """A parameter that is adapted by itself, for an entry of an adapter's file.
+
+    peft wraps a module once for each of its parameters, the first one innermost.
+
+    Args:
+        target: the wrapper's name, with a `.base_layer` for each wrapper around it.
+        config: the adapter's.
+        model: the base.
+
+    Returns:
+        The parameter's name, itself, and whether its experts' weights are stored [in, out]; None
+        where the entry is of a module.
+    """
+    wanted = config.target_parameters or ()
+    if wanted and model is None:
+        raise ValueError("the updates of an adapter with target_parameters need the base")
+    path = re.sub(r"(\.base_layer)+$", "", target)
+    depth = target.count(".base_layer")
+    module = dict(model.named_modules()).get(path) if wanted else None
+    if module is None:
+        return None
+    named = {f"{path}.{name}": each for name, each in module.named_parameters(recurse=False)}
+    fit = [name for name in named if any(f".{name}".endswith(f".{key}") for key in wanted)]
+    if depth >= len(fit):
+        return None
+    name = fit[len(fit) - 1 - depth]
+    return name, named[name], bool(getattr(module, "is_transposed", False))
+
+
+def _experts(
+    a: Tensor, b: Tensor, config: Any, name: str, weight: Any, transposed: bool
+) -> LowRankUpdate | ExpertsUpdate:
+    experts = weight.shape[0] if weight.dim() == 3 else 1
+    rank = a.shape[0] // experts
+    alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    if weight.dim() == 2:
+        return LowRankUpdate(a, b, scaling, False)
+    return ExpertsUpdate(a, b, scaling, experts, transposed)
 
 
 def _start(config: Any) -> Literal["pissa", "olora"] | None:

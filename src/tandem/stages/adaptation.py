@@ -11,7 +11,12 @@ import torch
 from tandem.data.collate import collate, record_key
 from tandem.data.records import Tree
 from tandem.data.template import AddedTokens
-from tandem.model.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
+from tandem.model.adapter import (
+    adapts_experts,
+    add_adapter,
+    checkpoint_activations,
+    modules_out_of_reach,
+)
 from tandem.model.attention import use_backend
 from tandem.model.compiled import Compiling, compile_elementwise
 from tandem.model.dropout import silence
@@ -81,6 +86,11 @@ def adapted(
         out_of_reach=out_of_reach,
         added_ids=added.ids if added else (),
     )
+    if lora.dropout > 0 and dropout and adapts_experts(model):
+        tell(
+            f"lora.dropout {lora.dropout} acts on the other layers, not on the experts, whose "
+            "update is added to their weights; adapter_config.json says 0, as peft demands"
+        )
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return model

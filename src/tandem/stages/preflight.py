@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -240,7 +241,8 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
 def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
     """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
 
-    So it is for a base that is quantised already.
+    So it is for a base that is quantised already, and for one into whose files no adapter could be
+    merged.
 
     Args:
         folder: the base model's.
@@ -261,3 +263,22 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
             model = model_without_weights(config)
             key = f"{name}.lora.target_modules"
             check_targets(model, targets, refused_modules(model), key)
+        if weights:
+            _check_sums(folder, config, section)
+
+
+def _check_sums(folder: Path, config: Any, section: Training) -> None:
+    """That what a stage would learn could be merged into the base's files."""
+    from tandem.model.adapter import adapted_weights, add_adapter, refused_modules
+    from tandem.model.load import model_without_weights
+    from tandem.model.stored import check_sums
+    from tandem.model.vocabulary import embedding_names
+
+    model, plain = model_without_weights(config), model_without_weights(config)
+    lora = section.lora
+    adapted = add_adapter(
+        model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules,
+        base_name="", seed=0, out_of_reach=refused_modules(model),
+    )  # fmt: skip
+    rows = [f"{name}.weight" for name in embedding_names(plain)]
+    check_sums(folder, plain, [*adapted_weights(adapted), *rows])
