@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.adapter_folder import check_copies, read_config, update_names
+from tandem.model.adapter_config import read_config
+from tandem.model.adapter_folder import check_copies, update_names
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record

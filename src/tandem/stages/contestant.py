@@ -10,7 +10,7 @@ from tandem.artifact.hashing import hash_file, hash_json, hash_weights
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.adapter import load_adapter
 from tandem.model.adapter_base import find_base
-from tandem.model.adapter_folder import is_adapter
+from tandem.model.adapter_config import is_adapter
 from tandem.model.load import (
     load_base,
     load_config,

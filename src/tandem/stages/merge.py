@@ -19,7 +19,8 @@ from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, st
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
-from tandem.model.adapter_folder import NewRows, Update, read_config, read_updates, whole_weights
+from tandem.model.adapter_config import read_config
+from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
 from tandem.model.load import load_config, load_tokenizer, model_folder, model_without_weights
 from tandem.model.merge import HEADS, added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
