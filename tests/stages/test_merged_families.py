@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
 from tandem.model.load import load_model
+from tandem.stages.sft import run_sft
+from tandem.train.runtime import Runtime
 
 from ..invariants.families import ALTERNATING, GATED, PADDED, TREES
-from .made_inputs import make_model_folder
+from .made_inputs import QUIET, make_conversations, make_model_folder
 from .test_merge import merged
-from .test_training_stages import run
+from .test_training_stages import run, settings
 
 WEIGHTS = "model.safetensors"
 Form = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -147,6 +149,28 @@ def test_experts_are_merged_one_by_one_to_the_last_bit(tmp_path: Path) -> None:
             expected = before[f"{name}.{own}.weight"] + delta
             torch.testing.assert_close(ours[f"{name}.{own}.weight"], expected, rtol=0, atol=1e-6)
             assert delta.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"added_tokens": ["<x>"]}, {"quantization": "nf4"}], ids=str)
+def test_added_tokens_and_rounded_weights_are_found_under_the_files_names(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    base = make_base(tmp_path / "base", config_of("gpt2"), ON_THE_HUB["gpt2"])
+    run_sft(
+        model=str(base), revision=None, output_dir=tmp_path / "sft", chat_template=None, seed=1,
+        settings=settings("sft", make_conversations(tmp_path / "data.jsonl"), max_steps=1),
+        runtime=Runtime(
+            device="cpu", tokens_per_microbatch=2048, quantization=changes.get("quantization")
+        ),
+        console=QUIET, added_tokens=changes.get("added_tokens", []),
+    )  # fmt: skip
+    # The merge compares log-probs with base and adapter, of the added token, too.
+    merged(base, tmp_path / "sft", tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / WEIGHTS)
+    assert sorted(weights) == sorted(load_file(base / WEIGHTS))
+    assert len(weights["wte.weight"]) == len(load_file(base / WEIGHTS)["wte.weight"]) + bool(
+        changes.get("added_tokens")
+    )
 
 
 def test_a_weight_of_eight_bits_is_refused_before_a_step(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.adapter_folder import check_copies, read_config, update_names
+from tandem.model.adapter_config import read_config
+from tandem.model.adapter_folder import check_copies, update_names
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record
-from tandem.model.vocabulary import embedding_names, grow_vocabulary
+from tandem.model.vocabulary import embedding_names, make_missing_rows
 
 load_bitsandbytes()  # peft would import it less quietly
 
@@ -60,7 +61,7 @@ def add_adapter(
         base_name: what the saved adapter names as its base.
         seed: seeds A.
         out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
-        added_ids: tokens whose embeddings are trained as well; see `vocabulary.grow_vocabulary`.
+        added_ids: tokens whose embeddings are trained as well, from the rows that are there.
 
     Raises UserError if a target fits no module of the model, or one out of reach.
     """
@@ -140,8 +141,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
     """
-    if ids := added_ids_of_folder(folder):
-        grow_vocabulary(model, ids)
+    make_missing_rows(model, added_ids_of_folder(folder))
     check_copies(folder, model)
     try:
         with _quiet():
@@ -162,7 +162,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def added_ids_of_folder(folder: Path) -> list[int]:
-    """The added tokens whose embeddings a saved adapter brings."""
+    """The tokens whose embeddings a saved adapter brings."""
     found: Any = read_config(folder).trainable_token_indices or []
     lists = found.values() if isinstance(found, dict) else [found]
     return sorted({index for ids in lists for index in ids})

@@ -10,7 +10,8 @@ from tandem.artifact.hashing import hash_weights
 from tandem.artifact.manifest import read_manifest
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
-from tandem.model.adapter_folder import CONFIG, read_config_values, require_plain
+from tandem.model.adapter_config import CONFIG, read_config_values
+from tandem.model.adapter_folder import require_plain
 from tandem.model.load import model_folder, require_model
 
 

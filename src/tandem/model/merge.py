@@ -216,7 +216,9 @@ def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
 def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Tensor:
     """A matrix with some rows replaced, longer by what it lacks."""
     first, last = min(rows.ids), max(rows.ids)
-    if weight.shape[0] < first or weight.shape[1] != rows.values.shape[1]:
+    behind = [index for index in rows.ids if index >= weight.shape[0]]
+    gap = bool(behind) and min(behind) > weight.shape[0]
+    if gap or weight.shape[1] != rows.values.shape[1]:
         raise UserError(
             f"{name} has shape {tuple(weight.shape)} in the base, and the adapter has rows "
             f"{first} to {last} of width {rows.values.shape[1]}: is this the model it was trained "

@@ -25,7 +25,8 @@ from tandem.artifact.manifest import (
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
-from tandem.model.adapter_folder import NewRows, Update, read_config, read_updates, whole_weights
+from tandem.model.adapter_config import read_config
+from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
 from tandem.model.load import load_config, load_tokenizer, model_folder, model_without_weights
 from tandem.model.merge import HEADS, added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
@@ -33,6 +34,7 @@ from tandem.model.quantization import Quantized, read_record
 from tandem.model.stopping import write_ends
 from tandem.model.surroundings import copy_surroundings, write_templates
 from tandem.model.verify import Verified, verify_merge
+from tandem.model.vocabulary import described_rows
 from tandem.model.whole import check_unquantized
 from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
@@ -161,7 +163,9 @@ class _Merge:
 
     def _verify(self, merged: Path) -> Verified:
         tokenizer = load_tokenizer(merged)
-        probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
+        rows = described_rows(load_config(self.base))  # a tokenizer may have more tokens
+        encoded = [[i for i in tokenizer(text)["input_ids"] if i < rows] for text in _PROBES]
+        probes = [ids for ids in encoded if len(ids) > 1]
         if added_ids := added(self.updates):  # fed and predicted
             probes = [
                 [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]

@@ -72,7 +72,7 @@ def make_policy(
             base_name=base_name,
             seed=stage.seed,
             tell=stage.tell,
-            added_ids=stage.added_ids,
+            added=stage.added,
         )
     )
     processes.together(
