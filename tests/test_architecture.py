@@ -45,7 +45,7 @@ HOMES = {
         "chat",
         "demo",
     },
-    "peft": {"model/adapter.py", "model/adapter_folder.py"},
+    "peft": {"model/adapter.py", "model/adapter_config.py"},
     "accelerate": {"train/engine.py"},
     "bitsandbytes": {"model/quantization.py"},
     "lm_eval": {"evaluate/leaderboard.py"},

@@ -162,7 +162,7 @@ def test_added_tokens_are_planned_as_they_are_trained(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\nchat_template: chatml\n"
-        "added_tokens: ['<|im_start|>', '<|im_end|>']\n"
+        "added_tokens: ['<|im_start|>', '<|im_end|>', '</s>']\n"
         f"sft:\n  data: {data}\n  max_length: 128\n  max_steps: 1\n"
         f"dpo:\n  data: {pairs}\n  max_length: 128\n  max_steps: 1\n"
     )
@@ -175,7 +175,7 @@ def test_added_tokens_are_planned_as_they_are_trained(
             trained = sum(file.get_tensor(key).size for key in file.keys())  # noqa: SIM118
         assert stage["model"]["trained"] == trained
     sft, dpo = planned
-    assert sft["model"]["trained"] == dpo["model"]["trained"] + 2 * 2 * 32
+    assert sft["model"]["trained"] == dpo["model"]["trained"] + 3 * 2 * 32
     capsys.readouterr()
 
     for engine in ("fsdp2", "deepspeed-zero3"):

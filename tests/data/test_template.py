@@ -11,6 +11,7 @@ import pytest
 
 from tandem.data.records import Turn
 from tandem.data.template import (
+    AddedTokens,
     ChatTemplate,
     add_tokens,
     find_ending,
@@ -171,6 +172,11 @@ def test_a_mark_that_an_editor_puts_in_front_of_a_file_is_no_text(
     (tmp_path / "mine.jinja").write_text(WITHOUT_BOS, encoding="utf-8-sig")
     template = resolve_template(mistral_tokenizer, str(tmp_path / "mine.jinja"))
     assert template.source == WITHOUT_BOS
+    for own in ("\ufeff" + WITHOUT_BOS, {"default": "\ufeff" + WITHOUT_BOS, "rag": "\ufeffx"}):
+        mistral_tokenizer.chat_template = own
+        template = resolve_template(mistral_tokenizer, None)
+        assert template.source == WITHOUT_BOS
+        assert "\ufeff" not in str(mistral_tokenizer.chat_template)
 
 
 def test_a_template_that_draws_is_refused_and_one_with_the_date_is_noticed(
@@ -262,10 +268,11 @@ def test_what_a_template_writes_and_the_tokenizer_lacks_can_be_added(
     template = resolve_template(tokenizer, "chatml")
     assert missing_tokens(tokenizer, template) == ["<|im_start|>", "<|im_end|>"]
     added = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>", "</s>"])
-    assert added == {"<|im_start|>": 512, "<|im_end|>": 513}
+    assert added == AddedTokens({"<|im_start|>": 512, "<|im_end|>": 513}, {"</s>": 2})
+    assert added.ids == (2, 512, 513)
     assert missing_tokens(tokenizer, template) == []
     assert require_ending(tokenizer, template).token == "<|im_end|>"
     assert tokenizer.encode("a<|im_end|>", add_special_tokens=False)[-1] == 513
-    assert add_tokens(tokenizer, ["<|im_end|>"]) == {}
+    assert add_tokens(tokenizer, ["<|im_end|>"]) == AddedTokens({}, {"<|im_end|>": 513})
     with pytest.raises(UserError, match="blank at its edge"):
         add_tokens(tokenizer, [" <x>"])

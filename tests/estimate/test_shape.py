@@ -20,6 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
+from tandem.data.template import AddedTokens
 from tandem.errors import UserError
 from tandem.estimate.memory import ENGINES, Held, memory_of
 from tandem.estimate.operations import count_operations
@@ -27,7 +28,7 @@ from tandem.estimate.shape import ModelShape, described, shape_of
 from tandem.estimate.work import Work
 from tandem.model.adapter import add_adapter, modules_out_of_reach, trainable_parameters
 from tandem.model.attention.examine import examine
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.vocabulary import make_rows
 
 from ..invariants.families import PADDED
 
@@ -86,7 +87,9 @@ def test_layers_out_of_reach_are_known_without_weights(config: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("ids", [(88, 89), (90, 91, 92)], ids=["rows to spare", "grown"])
+@pytest.mark.parametrize(
+    "ids", [(88, 89), (90, 91, 92), (2, 90)], ids=["rows to spare", "grown", "known and grown"]
+)
 @pytest.mark.parametrize("trained", [True, False])
 def test_added_tokens_have_rows_that_are_trained_where_they_are_new(
     name: str, ids: tuple[int, ...], trained: bool
@@ -95,21 +98,22 @@ def test_added_tokens_have_rows_that_are_trained_where_they_are_new(
     config = CONFIGS[name]
     before = _shape(config)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    grow_vocabulary(model, ids)
+    added = AddedTokens({str(i): i for i in ids if i > 80}, {str(i): i for i in ids if i < 80})
+    make_rows(model, added)
     adapted = add_adapter(
         model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="", seed=0,
         added_ids=ids if trained else (),
     )  # fmt: skip
     found = described(
         config, rank=4, alpha=8, target_modules="all-linear", attention="auto",
-        added_ids=ids, trains_added=trained,
+        added=added, trains_added=trained,
     ).shape  # fmt: skip
     assert found == shape_of(adapted)
     assert found.trained == sum(p.numel() for p in trainable_parameters(adapted).values())
     own_head = not config.tie_word_embeddings
     rows = (1 + own_head) * len(ids) * 32
     assert found.trained == before.trained + (rows if trained else 0)
-    assert found.parameters == before.parameters + (rows if max(ids) >= 90 else 0)
+    assert found.parameters == before.parameters + (1 + own_head) * sum(i >= 90 for i in ids) * 32
     assert (found.linear, found.in_linear) == (before.linear, before.in_linear)
     assert (config.vocab_size, config.dtype) == (90, None)
 

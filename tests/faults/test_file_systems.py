@@ -8,15 +8,20 @@ import os
 import pwd
 import sqlite3
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from safetensors import SafetensorError
 
-from tandem.artifact.cache import cache_folder
+from tandem.artifact.cache import cache_folder, clear_cache
+from tandem.artifact.files import atomic_write_text
 from tandem.cli.main import main
+from tandem.data.store import EncodedStore
+from tandem.stages.schedule import token_budget_of
 
 from .desk import Desk
 
@@ -90,6 +95,8 @@ def test_a_cache_folder_may_begin_with_a_tilde_and_must_be_absolute(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
     assert cache_folder() == tmp_path / "x" / "tandem"
+    monkeypatch.setenv("XDG_CACHE_HOME", "$HOME/y")
+    assert cache_folder() == tmp_path / "y" / "tandem"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == tmp_path / ".cache" / "tandem"
 
@@ -264,3 +271,114 @@ def test_encoded_data_whose_description_was_changed_is_encoded_again(desk: Desk,
         said = desk.accepted(desk.train(output_dir=desk.home / f"out{other}".replace('"', "")))
         assert "is damaged" in said
         assert entry.read_text() == whole
+
+
+def _cannot_write(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_cache_that_may_only_be_read_is_used_and_is_not_called_damaged(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.accepted(desk.train())
+    monkeypatch.setattr(os, "utime", _cannot_write)
+    monkeypatch.setattr("tandem.data.prepare._fill", _cannot_write)
+    assert "damaged" not in desk.accepted(desk.train(output_dir=desk.home / "again"))
+
+
+def test_an_entry_of_encoded_data_nested_too_deep_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "entry.json").write_text("[" * 100_000)
+    said: list[str] = []
+    assert EncodedStore(said.append, tmp_path).find("key", ["a.jsonl"]) is None
+    assert "is damaged" in said[0]
+    assert not (tmp_path / "key").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+def test_a_damaged_record_of_estimates_costs_no_training(desk: Desk, content: bytes) -> None:
+    history = cache_folder() / "estimates.jsonl"
+    history.parent.mkdir(parents=True, exist_ok=True)
+    history.write_bytes(content)
+    desk.accepted(desk.train())
+    assert (desk.home / "out" / _ADAPTER).exists()
+    assert history.read_bytes().startswith(content)
+
+
+def _budget(folder: Path, said: list[str], *, sharded: bool = False) -> Any:
+    """The token budget of a stage in a folder, whose schedule says 64."""
+    engine: Any = SimpleNamespace(
+        processes=SimpleNamespace(main=lambda work: work(), count=1),
+        device=SimpleNamespace(release_memory=lambda: None),
+        sharded=sharded,
+    )
+    return token_budget_of(engine, folder, {"tokens_per_microbatch": 64}, said.append)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "7",
+        "{",
+        "null",
+        *(f'{{"tokens_per_microbatch": {v}}}' for v in ("0", '"x"', "-3")),
+    ],
+)
+def test_a_damaged_memory_of_what_fits_is_named_and_found_out_again(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "memory.json").write_text(content)
+    said: list[str] = []
+    assert _budget(tmp_path, said).tokens == 64
+    assert "is damaged" in said[0]
+    (tmp_path / "memory.json").write_text('{"tokens_per_microbatch": 16}')
+    assert _budget(tmp_path, said).tokens == 16
+    assert len(said) == 1
+
+
+def test_a_smaller_budget_that_cannot_be_kept_ends_only_runs_that_must_begin_anew(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "memory.json").mkdir()
+    said: list[str] = []
+    budget = _budget(tmp_path, said)
+    budget.settle([8], SimpleNamespace(main=lambda work: work()))
+    assert budget.tokens == 8
+    assert "cannot be kept for the next start" in said[1]
+    with pytest.raises(OSError, match="directory"):
+        _budget(tmp_path, said, sharded=True).settle([8], SimpleNamespace(main=lambda work: work()))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def test_where_nothing_temporary_can_be_written_the_way_out_is_named(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "_gettempdir", nowhere)
+    desk.refused(["check", str(desk.conversations)], "No usable temporary directory", "TMPDIR")
+
+
+def test_a_file_that_could_not_be_written_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", _cannot_write)
+    with pytest.raises(OSError, match="Read-only"):
+        atomic_write_text(tmp_path / "summary.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_removed_from_the_cache_is_not_counted_as_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache_folder() / "encoded" / "entry").mkdir(parents=True)
+    (cache_folder() / "encoded" / "entry" / "ids").write_bytes(bytes(2000))
+    (cache_folder() / "estimates.jsonl").write_bytes(bytes(100))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        assert clear_cache() == 100
+    assert clear_cache() == 2000

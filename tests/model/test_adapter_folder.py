@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tandem.errors import UserError
 from tandem.model.adapter import load_adapter
 from tandem.model.adapter_folder import read_updates, whole_weights
-from tandem.model.load import load_for_inference, load_model
+from tandem.model.load import load_config, load_for_inference, load_model, model_without_weights
 from tandem.model.merge import merge_shards
 from tandem.stages.contestant import find_contestant
 from tandem.stages.examiner import Examiner
@@ -114,7 +114,9 @@ def refused(folder: Path, *said: str) -> None:
 def test_the_sum_is_what_peft_merges(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     expected = make_adapter(base, tmp_path / "adapter", **settings)
     (tmp_path / "merged").mkdir()
-    merge_shards(base, read_updates(tmp_path / "adapter"), tmp_path / "merged", dtype=None)
+    described = model_without_weights(load_config(base))
+    updates = read_updates(tmp_path / "adapter")
+    merge_shards(base, updates, tmp_path / "merged", model=described, dtype=None)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     before = load_file(base / "model.safetensors")
     for name, weight in found.items():

@@ -134,3 +134,16 @@ def test_trained_rows_are_scored_and_get_gradients(
     gradients = torch.autograd.grad((found * weights).sum(), (hidden, values))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", [101, -1])
+@pytest.mark.parametrize("rows", [None, TrainedRows(torch.tensor([3]), torch.randn(1, 8))])
+def test_a_target_beyond_the_rows_is_never_a_score(wanted: int, rows: TrainedRows | None) -> None:
+    """On CPU an error; where nobody looks, a log-prob that is not a number."""
+    torch.manual_seed(0)
+    head, hidden = Head(torch.randn(101, 8), rows=rows), torch.randn(4, 8)
+    target = torch.tensor([5, 100, wanted, 0])
+    with torch.no_grad(), pytest.raises(IndexError, match=f"target {wanted} is no row .* 101"):
+        linear_logprob(hidden, head, target)
+    unseen = head_module._chunk(hidden, Head(head.weight), target, torch.float32, None)
+    assert unseen.isnan().tolist() == [False, False, True, False]

@@ -47,7 +47,7 @@ def make_model_folder(
         bos_token_id=0,
         eos_token_id=1,
     )
-    config.vocab_size = tokenizer.get_vocab_size()
+    config.get_text_config().vocab_size = tokenizer.get_vocab_size()
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(str(folder))
     return folder
 

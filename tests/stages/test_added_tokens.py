@@ -1,9 +1,10 @@
-"""Special tokens that a model lacks: added, their embeddings grown, trained, resumed, merged."""
+"""Special tokens that a model lacks or never learnt: grown, trained, resumed, merged."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from tandem.artifact.files import read_json, read_jsonl
 from tandem.data.collate import collate
 from tandem.data.records import Branch, Origin, Tree
+from tandem.data.template import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.adapter import adapter_off, add_adapter, load_adapter
 from tandem.model.attention import use_backend
@@ -100,7 +102,7 @@ def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path
         use_backend(model, "padded" if plain else "segments")
         return count, add_adapter(
             model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="x",
-            seed=0, added_ids=[count, count + 1],
+            seed=0, added_ids=[1, count, count + 1],
         )  # fmt: skip
 
     gradients, losses = [], []
@@ -111,7 +113,7 @@ def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
-        ids = [count, 7, 9, 30, count + 1, count, 8, 11, count + 1]
+        ids = [count, 7, 1, 30, count + 1, count, 8, 1, count + 1]
         if plain:
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
             logps = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -148,9 +150,66 @@ def test_train_merge_and_align(name: str, bases: dict[str, Path], tmp_path: Path
     summary = read_json(tmp_path / "merged" / "summary.json")
     assert summary["adapter_effect"] > 0.1
     assert summary["logp_difference"] < 1e-4
-    # The second stage finds the tokens, and has nothing to add.
-    aligned = run("dpo", tmp_path / "merged", tmp_path / "dpo", chat_template=None)
+    # The second stage finds the tokens, and a run has it add nothing.
+    aligned = run("dpo", tmp_path / "merged", tmp_path / "dpo", chat_template=None, added_tokens=())
     assert not [key for key in aligned if "trainable_tokens" in key]
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_tokens_that_the_model_has_are_trained_from_their_own_rows(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """In both embeddings, merged, and through the second stage; nothing else of them moves."""
+    base = bases[name]
+    known = {"chat_template": "neural-chat", "added_tokens": ("</s>",)}
+    trained = run("sft", base, tmp_path / "sft", **known)
+    rows = [trained[key] for key in sorted(trained, reverse=True) if "trainable_tokens" in key]
+    assert [tuple(row.shape) for row in rows] == [(1, 32)] * (1 if name == "tied" else 2)
+    inputs = read_json(tmp_path / "sft" / "manifest.json")["inputs"]["model"]
+    assert inputs["trained_tokens"] == {"</s>": 1}
+    assert "added_tokens" not in inputs
+    with pytest.raises(UserError, match="trained_tokens"):
+        run("sft", base, tmp_path / "sft", **known | {"added_tokens": ()})
+    before = load_file(base / "model.safetensors")
+    merged = merge(base, tmp_path / "sft", tmp_path / "merged")
+    matrices = merged.keys() & {"model.embed_tokens.weight", "lm_head.weight"}
+    for key in matrices:
+        moved = (merged[key] != before[key]).any(dim=1)
+        assert moved.nonzero().flatten().tolist() == [1]
+    assert torch.equal(merged["model.embed_tokens.weight"][1], rows[0][0])
+    assert (rows[0] - before["model.embed_tokens.weight"][1]).abs().max() > 1e-3
+    config = read_json(tmp_path / "merged" / "config.json")
+    assert config["vocab_size"] == read_json(base / "config.json")["vocab_size"]
+    # Asked with the adapter it answers as the merged model does.
+    ids = torch.tensor([[0, 5, 1, 7]])
+    with torch.no_grad():
+        together = load_adapter(load_model(base, dtype=torch.float32), tmp_path / "sft")
+        alone = load_model(tmp_path / "merged", dtype=torch.float32)
+        torch.testing.assert_close(
+            together(input_ids=ids).logits, alone(input_ids=ids).logits, atol=1e-4, rtol=0
+        )
+    # The reference of DPO is the model as it is, and the rows go on from there.
+    aligned = run(
+        "dpo", tmp_path / "merged", tmp_path / "dpo", max_steps=1, logging_steps=1, **known
+    )
+    (line,) = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert [key for key in aligned if "trainable_tokens" in key]
+
+
+def test_a_token_without_a_row_gets_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the model has rows: naming the token is the way out."""
+    shutil.copytree(bases["untied"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    count = len(tokenizer)
+    add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=f"name the tokens with the ids {count} to {count} as well"):
+        run("sft", tmp_path / "base", tmp_path / "half", added_tokens=("<|im_end|>",), max_steps=1)
+    run("sft", tmp_path / "base", tmp_path / "sft", max_steps=2)
+    merged = merge(tmp_path / "base", tmp_path / "sft", tmp_path / "merged")
+    assert merged["lm_head.weight"].shape[0] == count + 2
+    assert read_json(tmp_path / "merged" / "config.json")["vocab_size"] == count + 2
 
 
 def test_the_schedule_does_not_change_the_rows(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -191,7 +250,8 @@ def test_the_reference_is_the_model_with_the_mean_rows(
 def test_a_stopped_run_ends_with_the_same_bits(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uninterrupted = run("sft", bases["tied"], tmp_path / "uninterrupted")
+    tokens = (*CHATML, "</s>")  # two that it lacks, one that it has
+    uninterrupted = run("sft", bases["tied"], tmp_path / "uninterrupted", added_tokens=tokens)
     taken, plain = 0, loop.Training._take
 
     def take(self: Any, step: Any) -> None:
@@ -204,8 +264,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Training, "_take", take)
         with pytest.raises(Stopped):
-            run("sft", bases["tied"], tmp_path / "stopped")
-    resumed = run("sft", bases["tied"], tmp_path / "stopped")
+            run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)
+    resumed = run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)
     assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
 
 
@@ -229,6 +289,29 @@ def test_a_real_model_learns_chatml_and_stops(stories_path: Path, tmp_path: Path
     answer = model.generate(ids, max_new_tokens=150, do_sample=False, pad_token_id=0)
     assert answer[0, -1] == end  # by generation_config.json alone
     assert answer.shape[1] < ids.shape[1] + 150
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
+    named: bool, stories_path: Path, tmp_path: Path
+) -> None:
+    """Only with its row trained: frozen, it is one of many equal rows, and a warning says so."""
+    adapter = tmp_path / "sft"
+    run(
+        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=30, max_length=256,
+        save_steps=100, chat_template="neural-chat", added_tokens=("</s>",) if named else (),
+    )  # fmt: skip
+    warnings = [w for w in read_json(adapter / "summary.json")["warnings"] if "learn to stop" in w]
+    assert len(warnings) == (0 if named else 1)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = load_adapter(load_model(stories_path, dtype=torch.float32), adapter)
+    turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+    place = ids[0].tolist().index(2)
+    with torch.no_grad():
+        probability = float(model(input_ids=ids).logits[0, place - 1].softmax(-1)[2])
+    # Frozen, it shares what it gets with 238 others, after however many steps.
+    assert probability > 2 / 238 if named else probability < 1 / 238, probability
 
 
 def test_without_the_key_the_error_says_how(bases: dict[str, Path], tmp_path: Path) -> None:

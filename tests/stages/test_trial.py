@@ -11,6 +11,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from tandem.data.order import Part, steps
+from tandem.data.template import AddedTokens
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import described
@@ -31,7 +32,8 @@ _ASKED = Asked(8, 1.0, None, seed=3, budget=30, processes=1, attention_weight=0.
 
 def _trial(config: Any = _LLAMA, settings: Training | None = None, **changes: Any) -> Trial:
     values = {
-        "attention": "auto", "dropout": True, "copies": 0, "added_ids": (), "trains_added": True,
+        "attention": "auto", "dropout": True, "copies": 0,
+        "added": AddedTokens(), "trains_added": True,
     } | changes  # fmt: skip
     settings = settings or Sft(data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4))
     shape = described(
@@ -40,7 +42,7 @@ def _trial(config: Any = _LLAMA, settings: Training | None = None, **changes: An
         alpha=settings.lora.alpha,
         target_modules=settings.lora.target_modules,
         attention=values["attention"],
-        added_ids=values["added_ids"],
+        added=values["added"],
         trains_added=values["trains_added"],
     ).shape
     return Trial(
@@ -173,8 +175,8 @@ def test_large_models_and_large_micro_batches_have_no_trial(
             ),
             "dropout": False,
         },
-        {"added_ids": (90, 91)},
-        {"added_ids": (90, 91), "trains_added": False},
+        {"added": AddedTokens({"a": 90, "b": 91}, {"c": 3})},
+        {"added": AddedTokens({"a": 90, "b": 91}, {"c": 3}), "trains_added": False},
         {"config": GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4)},
         {"config": MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2)},
         {"attention": "padded"},

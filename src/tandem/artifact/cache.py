@@ -15,7 +15,7 @@ _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/tandem`, by default `~/.cache/tandem`.
+    """`$XDG_CACHE_HOME/tandem`, `~` and variables in it resolved, by default `~/.cache/tandem`.
 
     A relative `$XDG_CACHE_HOME` does not count, as the XDG Base Directory Specification says.
 
@@ -41,11 +41,11 @@ def cache_report() -> list[tuple[str, int]]:
 
 def clear_cache() -> int:
     """Delete what the cache holds; returns the bytes freed."""
-    freed = 0
-    for entry in list(_entries(cache_folder())):
-        freed += size_of(entry)
+    folder = cache_folder()
+    before = size_of(folder)
+    for entry in list(_entries(folder)):
         remove(entry)
-    return freed
+    return max(0, before - size_of(folder))
 
 
 def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:

@@ -33,11 +33,16 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8", errors=HALVES) as file:
-        file.writelines(parts)
-        file.flush()
-        sync_open(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8", errors=HALVES) as file:
+            file.writelines(parts)
+            file.flush()
+            sync_open(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

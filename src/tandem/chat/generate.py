@@ -79,6 +79,12 @@ def context_length(model: Any) -> int | None:
     return int(length) if length else None
 
 
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids the model can read, None if it does not say."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return None if embedding is None else int(embedding.weight.shape[0])
+
+
 class _TextStream(BaseStreamer):
     """Turns the tokens that generate hands over, one by one, into pieces of text."""
 

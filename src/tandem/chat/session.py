@@ -18,6 +18,7 @@ from tandem.chat.generate import (
     Answer,
     Sampling,
     context_length,
+    embedding_rows,
     model_stop_ids,
     stream_answer,
 )
@@ -30,6 +31,7 @@ from tandem.data.template import (
     stop_ids,
     template_names,
 )
+from tandem.data.token_rows import require_rows
 from tandem.errors import UserError
 
 HELP = """\
@@ -52,6 +54,7 @@ class _Speaker:
     template: ChatTemplate
     stop: list[int]
     context: int | None
+    rows: int | None
     omissions: Omissions
     turns: list[Turn] = field(default_factory=list)
 
@@ -293,6 +296,7 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
     kept = list(turns)
     while True:
         ids = prompt_ids(speaker.tokenizer, speaker.template, [*system, *kept])
+        require_rows(ids, speaker.rows, speaker.tokenizer.decode)
         if speaker.context is None:
             return ids, kept, 0
         # A quarter of the context at most is held free: a huge max_new_tokens must not push out
@@ -330,8 +334,9 @@ def _load(path: str, label: str, chat_template: str | None, device: str) -> _Spe
         )
     template = resolve_template(tokenizer, chat_template)
     stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
-    omissions = omissions_of(tokenizer, template)
-    return _Speaker(label, model, tokenizer, template, stop, context_length(model), omissions)
+    omissions, context = omissions_of(tokenizer, template), context_length(model)
+    rows = embedding_rows(model)
+    return _Speaker(label, model, tokenizer, template, stop, context, rows, omissions)
 
 
 def _check(models: Sequence[str], max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -50,6 +50,9 @@ _FOLDER_TROUBLE = {
     ),
 }
 
+# What Python's tempfile says where no folder takes a file; its number means a missing file.
+_NO_SCRATCH = "No usable temporary directory"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line, the program's name left out; returns the exit code."""
@@ -74,6 +77,9 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
             way_out = _FOLDER_TROUBLE[error.errno]
             _complain(f"error: {error.filename or 'a file'}: {error.strerror}; {way_out}")
+            return UserError.exit_code
+        if isinstance(error, FileNotFoundError) and _NO_SCRATCH in str(error):
+            _complain(f"error: {error.strerror}; make room there, or set TMPDIR to another folder")
             return UserError.exit_code
         _settle()
         traceback.print_exc()

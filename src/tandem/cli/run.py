@@ -23,6 +23,10 @@ def run(argv: list[str]) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     if arguments.dry_run:
+        from tandem.stages.pipeline import STAGES
+        from tandem.stages.preflight import check_tokens
+
+        check_tokens(recipe, set(STAGES))
         if launched().speaks:
             print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0

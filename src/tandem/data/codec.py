@@ -17,6 +17,7 @@ from tandem.artifact.hashing import hash_json
 from tandem.data.bound import longest_token
 from tandem.data.records import Turn
 from tandem.data.template import ChatTemplate, Ending, cannot_render, refusals, render, tokenize
+from tandem.data.token_rows import require_rows, tokens_without_row
 from tandem.errors import UserError
 
 # Turns that show whether a codec renders and encodes as transformers does.
@@ -38,7 +39,7 @@ class Codec(Protocol):
         ...
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts."""
+        """Token ids of rendered texts; raises `NoRow` where the model has no row for one."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -57,9 +58,10 @@ class Codec(Protocol):
 class TransformersCodec:
     """Any tokenizer of transformers, through its own methods."""
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._rows = rows
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
@@ -68,7 +70,10 @@ class TransformersCodec:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Codec.tokenize`."""
-        return tokenize(self._tokenizer, texts)
+        found = tokenize(self._tokenizer, texts)
+        for ids in found:
+            require_rows(ids, self._rows, self.decode)
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """See `Codec.decode`."""
@@ -104,6 +109,7 @@ class CodecParts:
         tool_ending: how the one for turns with tools does, where it is another and ends it.
         bos_token_id: of the tokenizer, if it has one.
         shown: what a few turns render as; a template may write today's date.
+        rows: of the model's embedding, where the tokenizer has more tokens; None: all have a row.
     """
 
     tokenizer: str
@@ -113,6 +119,7 @@ class CodecParts:
     tool_ending: Ending | None
     bos_token_id: int | None
     shown: str
+    rows: int | None = None
 
     @property
     def identity(self) -> str:
@@ -128,6 +135,7 @@ class CodecParts:
                 "bos": self.bos_token_id,
                 "shown": self.shown,
                 **({"for_tools": self.template.for_tools} if self.template.for_tools else {}),
+                **({} if self.rows is None else {"rows": self.rows}),
             }
         )
 
@@ -139,6 +147,7 @@ class FastCodec:
         from tokenizers import Tokenizer
 
         self.bos_token_id = parts.bos_token_id
+        self._rows = parts.rows
         self._template = parts.template
         self._special = dict(parts.special)
         self._render = _compile(parts.template.source, parts.template.now)
@@ -168,10 +177,11 @@ class FastCodec:
         each piece keeps the token before and behind it, so that its surroundings are, too.
         """
         if self._cut is None:
-            return [found.ids for found in self._encode(list(texts))]
+            return [self._checked(found.ids) for found in self._encode(list(texts))]
         pieces = [_cut(text, self._cut) for text in texts]
         wanted = list(dict.fromkeys(chain.from_iterable(pieces)))
-        ids = {piece: found.ids for piece, found in zip(wanted, self._encode(wanted), strict=True)}
+        encoded = zip(wanted, self._encode(wanted), strict=True)
+        ids = {piece: self._checked(found.ids) for piece, found in encoded}
         return [_assemble([ids[piece] for piece in some]) for some in pieces]
 
     def decode(self, ids: list[int]) -> str:
@@ -189,6 +199,10 @@ class FastCodec:
             self._longest = longest_token(self._tokenizer)
         return self._longest * tokens if self._longest else None
 
+    def _checked(self, ids: list[int]) -> list[int]:
+        require_rows(ids, self._rows, self.decode)
+        return ids
+
     def _compiled(self, tools: str) -> Callable[..., str]:
         if not tools or self._template.for_tools is None:
             return self._render
@@ -202,14 +216,21 @@ class FastCodec:
 
 
 def make_codec(
-    tokenizer: Any, template: ChatTemplate, ending: Ending, tool_ending: Ending | None = None
+    tokenizer: Any,
+    template: ChatTemplate,
+    ending: Ending,
+    tool_ending: Ending | None = None,
+    rows: int | None = None,
 ) -> tuple[Codec, CodecParts | None]:
     """The quickest codec of a tokenizer of transformers, and the values it is made of, if any.
 
     There are none for tokenizers written in Python, and for one that renders or encodes a few
-    turns differently from what its values say.
+    turns differently from what its values say. `rows` are those of the model's embedding. Raises
+    `NoRow` where what the template itself writes has none.
     """
-    theirs = TransformersCodec(tokenizer, template)
+    if rows is not None and not tokens_without_row(tokenizer, rows):
+        rows = None
+    theirs = TransformersCodec(tokenizer, template, rows)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not getattr(tokenizer, "is_fast", False) or backend is None:
         return theirs, None
@@ -224,6 +245,7 @@ def make_codec(
         tool_ending=tool_ending,
         bos_token_id=tokenizer.bos_token_id,
         shown=json.dumps(shown),
+        rows=rows,
     )
     texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
     # transformers writes today's date, whatever day a run began on.

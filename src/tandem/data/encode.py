@@ -20,6 +20,7 @@ from tandem.data.codec import Codec, CodecParts, FastCodec, make_codec
 from tandem.data.omissions import Omissions
 from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
 from tandem.data.template import ChatTemplate, Ending, find_ending, require_ending
+from tandem.data.token_rows import NoRow
 from tandem.data.tools import PROBE_TOOLS, Taken, look
 from tandem.errors import UserError
 
@@ -51,14 +52,17 @@ class Chat:
     parts: CodecParts | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, template: ChatTemplate) -> Chat:
-        """Raises `UserError` when the template ends answers with no token."""
+    def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> Chat:
+        """A chat with a model of so many `rows` in its embedding; None: enough for every token.
+
+        Raises `UserError` when the template ends answers with no token, or writes one without row.
+        """
         ending = require_ending(tokenizer, template)
         tool_ending = None
         if template.for_tools is not None:
             with suppress(UserError):  # said of the first record with tools, if there is one
                 tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
-        codec, parts = make_codec(tokenizer, template, ending, tool_ending)
+        codec, parts = make_codec(tokenizer, template, ending, tool_ending, rows)
         return cls._looked_at(codec, template, ending, tool_ending, parts)
 
     @classmethod
@@ -152,13 +156,29 @@ def encode_exchanges(
         if not isinstance(pair, Refused)
         for text in (pair.prompt, pair.prompt + pair.answer)
     )
-    ids = dict(zip(wanted, chat.codec.tokenize(list(wanted)), strict=True))
+    try:
+        ids = dict(zip(wanted, chat.codec.tokenize(list(wanted)), strict=True))
+    except NoRow as error:
+        raise _of_record(chat, exchanges, texts, error) from None
     return [
         pair
         if isinstance(pair, Refused)
         else _join(chat, ids[pair.prompt], ids[pair.prompt + pair.answer], pair)
         for pair in texts
     ]
+
+
+def _of_record(
+    chat: Chat, exchanges: Sequence[Exchange], texts: Sequence[_Texts | Refused], error: NoRow
+) -> NoRow:
+    """The same error of the first record that has it, with its file and row."""
+    for exchange, text in zip(exchanges, texts, strict=True):
+        try:
+            if not isinstance(text, Refused):
+                chat.codec.tokenize([text.prompt, text.prompt + text.answer])
+        except NoRow as own:
+            return NoRow(f"{exchange.origin}: {own}")
+    return error
 
 
 def encode_text(
@@ -174,7 +194,10 @@ def encode_text(
         return Refused(END_INSIDE, end)
     text = render(chat, turns, conversation.origin, conversation.tools, prompt=False)
     room = room_for(chat, text, limit)
-    (ids,) = chat.codec.tokenize([text[:room]])
+    try:
+        (ids,) = chat.codec.tokenize([text[:room]])
+    except NoRow as error:
+        raise NoRow(f"{conversation.origin}: {error}") from None
     bos = chat.codec.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         return Refused(DOUBLED_BOS)

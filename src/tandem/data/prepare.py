@@ -43,6 +43,7 @@ def prepare_conversations(
     workers: int | None = None,
     loss_on: LossOn = "answers",
     limit: int | None = None,
+    rows: int | None = None,
 ) -> Trees:
     """Read, encode and fit conversations: one tree a record, in reading order.
 
@@ -52,12 +53,13 @@ def prepare_conversations(
     otherwise it is held in memory.
     `show` displays the progress of large data; `workers` processes encode it, one a core (but no
     more than 12) when None. With a `limit` only the first so many trees are made, in memory, and
-    what lies behind their pieces of a source is not read. Raises `UserError` for sources, lines or
-    templates that cannot be used, and when no record is left.
+    what lies behind their pieces of a source is not read. `rows` are those of the model's
+    embedding, None: enough for every token. Raises `UserError` for sources, lines or templates that
+    cannot be used, for a record with a token beyond the rows, and when no record is left.
     """
     limits = Limits(max_length, max_prompt_length, too_long)
     plan = Plan("conversations", limits, on_bad_record, loss_on)
-    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers, limit)
+    way = _Way(sources, Chat.of(tokenizer, template, rows), plan, ledger, show, workers, limit)
     return _prepare(way, store)
 
 
@@ -75,6 +77,7 @@ def prepare_pairs(
     show: Show | None = None,
     workers: int | None = None,
     limit: int | None = None,
+    rows: int | None = None,
 ) -> Trees:
     """Read, encode and fit preference pairs: one tree a record, in reading order.
 
@@ -83,7 +86,7 @@ def prepare_pairs(
     """
     limits = Limits(max_length, max_prompt_length, too_long)
     plan = Plan("preference pairs", limits, on_bad_record)
-    way = _Way(sources, Chat.of(tokenizer, template), plan, ledger, show, workers, limit)
+    way = _Way(sources, Chat.of(tokenizer, template, rows), plan, ledger, show, workers, limit)
     return _prepare(way, store)
 
 

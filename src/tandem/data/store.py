@@ -35,6 +35,8 @@ _COLUMNS = (*_DTYPES, "ids", "trained", "digests")
 _LEDGER = "ledger"
 _BYTES_LIMIT = 20 * 2**30
 _BLOCK = 2**22
+# What reading a damaged entry leads to; thousands of brackets recurse.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +168,9 @@ class EncodedStore:
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
             trees = _open(entry, names, about["sources"])
             found = Found(trees, _ledger_lines(entry, names), formats, unread)
-            os.utime(entry)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            with suppress(OSError):  # a cache that may only be read
+                os.utime(entry)
+        except _DAMAGE as error:
             self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
             with suppress(OSError):
                 remove(entry)

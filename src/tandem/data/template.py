@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from tandem.errors import UserError, nearest
 DEFAULT = "neural-chat"
 # The name under which a model keeps its template for records with tools, as transformers has it.
 TOOL_USE = "tool_use"
+_MARK = "\ufeff"
 # Words that no template contains, to find a turn's text in what a template renders.
 _QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
 
@@ -65,6 +66,28 @@ class Ending:
     trailer: str
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens whose embeddings are trained, with their ids.
+
+    Attributes:
+        new: those that the tokenizer lacked.
+        known: those that it had.
+    """
+
+    new: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of their ids, ascending."""
+        return tuple(sorted({*self.new.values(), *self.known.values()}))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.new or self.known)
+
+
 def template_names() -> tuple[str, ...]:
     """The names of the templates in the package."""
     folder = files("tandem.data") / "templates"
@@ -90,10 +113,10 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     )
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
-    """Add special tokens to a tokenizer; returns those it did not have, with their new ids.
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
+    """Add special tokens to a tokenizer; returns all of them, those it had already apart.
 
-    They are taken out of a text as they stand, wherever they are written.
+    New ones are taken out of a text as they stand, wherever they are written.
 
     Raises `UserError` for an empty token and for one that begins or ends with a blank.
     """
@@ -112,7 +135,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
             [AddedToken(token, normalized=False, special=True) for token in new],
             special_tokens=True,
         )
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new}
+    had = [token for token in dict.fromkeys(tokens) if token in known]
+    return AddedTokens(
+        {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new},
+        {token: int(known[token]) for token in had},
+    )
 
 
 def render(
@@ -229,6 +256,32 @@ def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Endi
     return Ending(closing[:end], token, tokens[token], closing[end:])
 
 
+def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
+    """The single tokens that a template writes around turns with their ids, the ending first.
+
+    Those are special and other added tokens; what is written as text, in several tokens, is none.
+    """
+    question, answer = _probe()
+    system = (Turn("system", _QUESTION),)
+    for before in (system, ()):  # templates may refuse a system turn, or a second question
+        try:
+            ids = prompt_ids(tokenizer, template, (*before, question, answer, question))
+            break
+        except UserError:
+            continue
+    else:
+        ids = prompt_ids(tokenizer, template, (question,))
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
+    found = {
+        index: str(tokenizer.convert_ids_to_tokens(index))
+        for index in [*first, *ids]
+        if index in special
+    }
+    # Some tokenizers have runs of blanks as added tokens.
+    return {token: index for index, token in found.items() if token.strip()}
+
+
 def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
     """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
     ending = find_ending(tokenizer, template)
@@ -267,8 +320,13 @@ def _probe() -> tuple[Turn, ...]:
 
 
 def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
+    # Some editors put a mark in front of UTF-8, which is no text.
     own = tokenizer.chat_template
-    named: dict[str, str] = dict(own) if isinstance(own, dict) else {}
+    named: dict[str, str] = {}
+    if isinstance(own, dict):
+        named = {name: str(text).removeprefix(_MARK) for name, text in own.items()}
+    elif isinstance(own, str):
+        own = own.removeprefix(_MARK)
     if choice is None and named:
         return _default_of(named)
     if choice is None:
@@ -291,8 +349,7 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
         path = Path(choice)
     if path.is_file():
         try:
-            # Some editors put a mark in front of UTF-8, which is no text.
-            return ChatTemplate(choice, path.read_text(encoding="utf-8-sig"))
+            return ChatTemplate(choice, path.read_text(encoding="utf-8").removeprefix(_MARK))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"chat_template: {choice} cannot be read: it is no UTF-8 ({error}). "

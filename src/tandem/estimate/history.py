@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import log2
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ _KEPT = 200
 _BRIEF = 10.0
 # Factors of two in size beyond which a model is not alike.
 _APART = 2
+# What a damaged line leads to; thousands of brackets recurse.
+_NO_LINE = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def remember(measured: Measured, path: Path | None = None) -> None:
     path = path or cache_folder() / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     append_jsonl(path, asdict(measured))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if len(lines) > 2 * _KEPT:
         atomic_write_text(path, "".join(lines[-_KEPT:]))
 
@@ -128,21 +132,27 @@ def _distance(measured: Measured, other: Setting) -> tuple[int, bool, bool, bool
 def _read(path: Path | None) -> list[Measured]:
     """What the file holds; lines that cannot be read, by whatever wrote them, are passed over."""
     found = []
-    with suppress(OSError, UnicodeDecodeError):
-        content = (path or cache_folder() / NAME).read_text(encoding="utf-8")
+    with suppress(OSError):
+        content = (path or cache_folder() / NAME).read_text(encoding="utf-8", errors="replace")
         for line in content.splitlines():
-            with suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            with suppress(*_NO_LINE):
                 found.append(_measured(json.loads(line)))
     return found
 
 
 def _measured(line: Mapping[str, Any]) -> Measured:
     estimated = line["estimated"]
-    return Measured(
-        Setting(**line["setting"]),
+    setting = Setting(**line["setting"])
+    if type(setting.size) is not int:
+        raise TypeError("the size of a model is a whole number")
+    measured = Measured(
+        setting,
         float(line["operations"]),
         {name: float(estimated[name]) for name in FIGURES if name in estimated},
         {name: float(line["actual"][name]) for name in FIGURES},
         float(line.get("reference_operations", 0.0)),
         float(line.get("reference_seconds", 0.0)),
     )
+    if not all(map(isfinite, (measured.operations, *measured.actual.values()))):
+        raise ValueError("a figure is no number")
+    return measured

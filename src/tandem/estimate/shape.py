@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tandem.data.template import AddedTokens
 from tandem.errors import UserError
 from tandem.model.adapter import add_adapter, modules_out_of_reach, refused_modules
 from tandem.model.attention import declared_obstacle
 from tandem.model.load import model_without_weights
-from tandem.model.vocabulary import grow_vocabulary, plain_head
+from tandem.model.vocabulary import make_rows, plain_head
 
 # A layer's parameters: everything up to the first number in their names.
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -75,7 +76,7 @@ def described(
     alpha: float,
     target_modules: Sequence[str] | str,
     attention: str,
-    added_ids: Sequence[int] = (),
+    added: AddedTokens | None = None,
     trains_added: bool = True,
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
@@ -84,15 +85,15 @@ def described(
         config: the model's transformers configuration.
         rank, alpha, target_modules: the adapter, see `model.adapter.add_adapter`.
         attention: what the recipe asks for.
-        added_ids: tokens that the model does not know, see `model.vocabulary.grow_vocabulary`.
+        added: tokens whose embeddings are trained, see `model.vocabulary.make_rows`.
         trains_added: whether the adapter trains their rows.
 
     Raises UserError for a configuration that describes no model, for one whose sizes have other
     names, and for an adapter that fits none of its modules.
     """
     model = model_without_weights(config)
-    if added_ids:
-        grow_vocabulary(model, added_ids)
+    if added:
+        make_rows(model, added)
     listed = target_modules != "all-linear"
     unread = refused_modules(model) if listed else _out_of_reach(model)
     padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
@@ -105,7 +106,7 @@ def described(
         base_name="",
         seed=0,
         out_of_reach=refused_modules(model) if unread is None else unread,
-        added_ids=added_ids if trains_added else (),
+        added_ids=added.ids if added and trains_added else (),
     )
     try:
         shape = shape_of(adapted)

@@ -40,6 +40,7 @@ class Subject:
         dtype: of the weights, by name.
         device: by torch's name.
         batch_size: as the harness takes it: a number, or `auto`.
+        look: shown the token ids of each text; it raises UserError for those that cannot be fed.
     """
 
     pretrained: Any
@@ -48,6 +49,7 @@ class Subject:
     dtype: str
     device: str
     batch_size: str
+    look: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,25 @@ class Harness:
                 batch_size=self.subject.batch_size,
                 **({} if self.subject.adapter is None else {"peft": str(self.subject.adapter)}),
             )
+            if self.subject.look is not None:
+                _look_at_tokens(self._model, self.subject.look)
+
+
+def _look_at_tokens(model: Any, look: Callable[[Sequence[int]], None]) -> None:
+    """Have the harness's model show the token ids of each text to `look`, which may raise."""
+    one, several = model.tok_encode, model.tok_batch_encode
+
+    def encode(*args: Any, **settings: Any) -> Any:
+        ids = one(*args, **settings)
+        look(ids)
+        return ids
+
+    def encode_batch(*args: Any, **settings: Any) -> Any:
+        ids, mask = several(*args, **settings)
+        look(ids.flatten().tolist())
+        return ids, mask
+
+    model.tok_encode, model.tok_batch_encode = encode, encode_batch
 
 
 def _why(plan: TaskPlan, error: Exception) -> str:

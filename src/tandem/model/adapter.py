@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.adapter_folder import check_copies, read_config, update_names
+from tandem.model.adapter_config import read_config
+from tandem.model.adapter_folder import check_copies, update_names
 from tandem.model.dropout import DropoutKeys, KeyedDropout
 from tandem.model.products import low_rank_product, takes_frozen
 from tandem.model.quantization import load_bitsandbytes, write_record
-from tandem.model.vocabulary import embedding_names, grow_vocabulary
+from tandem.model.vocabulary import embedding_names, make_missing_rows
 
 load_bitsandbytes()  # peft would import it less quietly
 
@@ -31,6 +32,7 @@ from peft import (  # noqa: E402
 )
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 
 # Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -53,12 +55,13 @@ def add_adapter(
     Args:
         model: a transformers causal language model; its weights are frozen.
         rank, alpha: the update is (alpha / rank) * B @ A.
-        dropout: on the adapter's input, with masks that do not depend on the schedule.
+        dropout: on the adapter's input, with masks that do not depend on the schedule. A mixture's
+            experts have none, see `adapts_experts`.
         target_modules: endings of module names, or "all-linear".
         base_name: what the saved adapter names as its base.
         seed: seeds A.
         out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
-        added_ids: tokens whose embeddings are trained as well; see `vocabulary.grow_vocabulary`.
+        added_ids: tokens whose embeddings are trained as well, from the rows that are there.
 
     Raises UserError if a target fits no module of the model, or one out of reach.
     """
@@ -68,7 +71,7 @@ def add_adapter(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_dropout=0.0,  # put there below, where it can be
         target_modules=targets,
         exclude_modules=list(out_of_reach) if out_of_reach and targets == "all-linear" else None,
         bias="none",
@@ -85,6 +88,8 @@ def add_adapter(
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     if dropout > 0:
         _key_dropout(wrapped.get_base_model(), dropout)
+        # peft does not load an adapter of experts that claims to have dropout.
+        wrapped.peft_config["default"].lora_dropout = 0.0 if adapts_experts(wrapped) else dropout
     _fuse(wrapped.get_base_model())
     if added_ids:
         _look_up_few(wrapped.get_base_model().get_input_embeddings().token_adapter)
@@ -136,8 +141,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
     """
-    if ids := added_ids_of_folder(folder):
-        grow_vocabulary(model, ids)
+    make_missing_rows(model, added_ids_of_folder(folder))
     check_copies(folder, model)
     try:
         with _quiet():
@@ -158,7 +162,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def added_ids_of_folder(folder: Path) -> list[int]:
-    """The added tokens whose embeddings a saved adapter brings."""
+    """The tokens whose embeddings a saved adapter brings."""
     found: Any = read_config(folder).trainable_token_indices or []
     lists = found.values() if isinstance(found, dict) else [found]
     return sorted({index for ids in lists for index in ids})
@@ -222,6 +226,27 @@ def adapter_off(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def adapts_experts(model: nn.Module) -> bool:
+    """Whether parameters are adapted by themselves, as a mixture's experts are.
+
+    Their update is added to the weights before an input is known, so that dropout, which acts on an
+    adapter's input, cannot act there.
+    """
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
+
+
+def adapted_weights(model: nn.Module) -> list[str]:
+    """The names that a model's weights had before it was wrapped, of those that adapters change."""
+    found = []
+    for name, module in model.named_modules():
+        own = name.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):
+            found.append(f"{own.replace('.base_layer', '')}.{module.parameter_name}")
+        elif isinstance(module, LoraLayer) or hasattr(module, "token_adapter"):
+            found.append(f"{own}.weight")
+    return found
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -306,7 +331,11 @@ def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
 def _key_dropout(base: nn.Module, p: float) -> None:
     shared = DropoutKeys()
     base.tandem_dropout = shared  # type: ignore[assignment]
-    layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    layers = [
+        module
+        for module in base.modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    ]
     for number, layer in enumerate(layers):
         layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
 

@@ -10,7 +10,8 @@ from tandem.artifact.hashing import hash_weights
 from tandem.artifact.manifest import read_manifest
 from tandem.data.sources import looks_like_path
 from tandem.errors import UserError
-from tandem.model.adapter_folder import CONFIG, read_config_values, require_plain
+from tandem.model.adapter_config import CONFIG, read_config_values
+from tandem.model.adapter_folder import require_plain
 from tandem.model.load import model_folder, require_model
 
 
@@ -92,7 +93,8 @@ def _named(adapter: Path) -> tuple[str, str | None]:
         said = "is missing" if "base_model_name_or_path" not in values else f"is {named!r}"
         raise UserError(
             f"{adapter / CONFIG} does not say which model it was trained on: "
-            f"base_model_name_or_path {said.replace('None', 'null')}. {_merge_it(adapter)}"
+            f"base_model_name_or_path {said.replace('None', 'null')}. To use it, "
+            f"{_merge_it(adapter)}"
         )
     return named, revision if isinstance(revision, str) else None
 
@@ -144,7 +146,7 @@ def _only(adapter: Path, named: str, places: list[Path]) -> Path:
         raise UserError(
             f"{adapter} is an adapter of {named}, and there are several models of that name with "
             f"other weights: {listing}. Its folder has no manifest that tells them apart. "
-            f"{_merge_it(adapter)}"
+            f"To use it, {_merge_it(adapter)}"
         )
     return places[0]
 
@@ -153,14 +155,14 @@ def _from_hub(adapter: Path, named: str, revision: str | None) -> Path:
     if named.startswith(("/", "~", ".")) or looks_like_path(named):
         raise UserError(
             f"{adapter} is an adapter of {named}, and that folder is gone; beside the adapter "
-            f"there is none of that name, either. Put it back. {_merge_it(adapter)}"
+            f"there is none of that name, either. Put it back, or {_merge_it(adapter)}"
         )
     try:
         return model_folder(named, revision)
     except UserError as error:
         raise UserError(
             f"{adapter} is an adapter of {named}. There is no such folder in {Path.cwd()} or "
-            f"above the adapter; and as a Hub id: {error} {_merge_it(adapter)}"
+            f"above the adapter; and as a Hub id: {error} To use it, {_merge_it(adapter)}"
         ) from None
 
 
@@ -171,13 +173,13 @@ def _checked(adapter: Path, named: str, base: Path, trained_on: str | None) -> P
         raise UserError(f"{adapter} is an adapter of {named}: {error}") from None
     if trained_on is not None:
         check_weights(
-            adapter, named, hash_weights(base), f"Put the base back. {_merge_it(adapter)}"
+            adapter, named, hash_weights(base), f"Put the base back, or {_merge_it(adapter)}"
         )
     return base
 
 
 def _merge_it(adapter: Path) -> str:
     return (
-        "Or merge it into its base, and name the merged folder: tandem merge --base-model-path "
+        "merge it into its base, and name the merged folder: tandem merge --base-model-path "
         f"BASE --lora-model-path {adapter} --output-path OUT"
     )

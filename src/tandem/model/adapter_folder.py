@@ -1,13 +1,12 @@
-"""A saved LoRA adapter: what kind it is, and what it adds to which weight."""
+"""A saved LoRA adapter: what it adds to which weight."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,40 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tandem.artifact.files import read_json, require_spelled
 from tandem.errors import UserError
-from tandem.model.load import adapters_inside
-from tandem.model.quantization import load_bitsandbytes, read_record
+from tandem.model.adapter_config import WITH_PEFT, read_config
+from tandem.model.quantization import read_record
 
-load_bitsandbytes()  # peft would import it less quietly
-
-from peft import LoraConfig, PeftConfig  # noqa: E402
-
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _MAGNITUDE = ".lora_magnitude_vector"
 _KNOWN = rf"(\.lora_[AB]\.weight|{re.escape(_ROWS)}|{re.escape(_MAGNITUDE)}(\.weight)?)$"
-_WITH_PEFT = (
-    "Merge it with peft (AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()) and "
-    "name the merged folder"
-)
-# Settings with which an adapter is more than sums of low rank, or acts on some inputs alone.
-_MORE = {
-    "modules_to_save": "trained whole modules as well",
-    "lora_bias": "has biases of its own",
-    "layer_replication": "repeats layers of its base",
-    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
-    "use_qalora": "was trained with QA-LoRA, on groups of inputs",
-    "use_bdlora": "was trained with BD-LoRA, in blocks",
-    "arrow_config": "is a router between adapters (Arrow)",
-    "kasa_config": "was trained with KaSA, which cuts a part off its base",
-    "velora_config": "was trained with VeLoRA",
-    "monteclora_config": "was trained with MonteCLoRA, which draws random numbers",
-    "megatron_config": "was trained on Megatron's parallel layers",
-}
-# Initialisations that take a part out of the base before training, which cannot be computed again.
-_LOST = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -99,6 +72,31 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
+class ExpertsUpdate:
+    """The updates of all experts of a mixture, whose weights are one tensor in memory.
+
+    Attributes:
+        a: [experts * rank, in], one expert after the other.
+        b: [out, rank * experts], the experts within each rank.
+        scaling: of their product.
+        experts: how many there are.
+        transposed: whether each one's weight is stored [in, out].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    experts: int
+    transposed: bool
+
+    def of(self, expert: int) -> LowRankUpdate:
+        """One expert's update."""
+        a = self.a.reshape(self.experts, -1, self.a.shape[1])[expert]
+        b = self.b.reshape(self.b.shape[0], -1, self.experts)[:, :, expert]
+        return LowRankUpdate(a, b, self.scaling, self.transposed)
+
+
+@dataclass(frozen=True)
 class NewRows:
     """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
 
@@ -106,57 +104,18 @@ class NewRows:
     values: Tensor
 
 
-Update = LowRankUpdate | NewRows
+Update = LowRankUpdate | ExpertsUpdate | NewRows
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter's configuration."""
-    return (folder / CONFIG).is_file()
-
-
-def read_config(adapter: Path) -> Any:
-    """The peft configuration of an adapter folder.
-
-    Raises UserError for adapters whose effect is not a plain low-rank update of weights, by name,
-    and for a file that cannot be used.
-    """
-    path = adapter / CONFIG
-    values = read_config_values(adapter)
-    _refuse(adapter, values)
-    try:
-        with warnings.catch_warnings():
-            # Keys that peft does not know are judged above.
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
-            return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
-
-
-def read_config_values(adapter: Path) -> dict[str, Any]:
-    """What adapter_config.json says, not judged.
-
-    Raises UserError for a folder without one, and for a file that holds no JSON object.
-    """
-    path = adapter / CONFIG
-    if not path.exists():
-        raise UserError(
-            f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
-        )
-    require_spelled(adapter)
-    try:
-        values = read_json(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be used: it holds no JSON object. Copy the adapter again.")
-    return values
-
-
-def read_updates(adapter: Path) -> dict[str, Update]:
+def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
     Rows of added tokens are among them, for each embedding that has its own. Whole weights, which
     peft may put beside an adapter, are not: see `whole_weights`.
+
+    Args:
+        adapter: the folder.
+        model: the base, its weights on any device; where experts are adapted, it says which.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -172,6 +131,9 @@ def read_updates(adapter: Path) -> dict[str, Update]:
                 raise UserError(f"{file.path}: {name} has no lora_B beside it")
             target = module.removeprefix(_PREFIX)
             a, b = file.tensor(name), file.tensor(partner)
+            if (wrapped := _wrapped(target, config, model)) is not None:
+                updates[wrapped[0]] = _experts(a, b, config, *wrapped)
+                continue
             rank = a.shape[0]
             alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
@@ -232,7 +194,7 @@ def check_copies(adapter: Path, model: Any) -> list[str]:
         if own is None or not _same(own.detach(), values):
             raise UserError(
                 f"{adapter} holds {name} as a whole, and other values than its base: it trained "
-                f"whole modules as well. {_WITH_PEFT}."
+                f"whole modules as well. {WITH_PEFT}."
             )
     return list(found)
 
@@ -255,62 +217,46 @@ def _whole(names: list[str]) -> list[str]:
     ]
 
 
-def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise UserError(
-            f"{adapter} is an adapter of type {kind}; tandem takes LoRA adapters. {_WITH_PEFT}."
-        )
-    if values.get("bias", "none") != "none":
-        raise UserError(
-            f"{adapter} trained biases as well (bias {values['bias']!r}). {_WITH_PEFT}."
-        )
-    for key, does in _MORE.items():
-        if values.get(key):
-            raise UserError(
-                f"{adapter} {does} ({key} {json.dumps(values[key])[:60]}), which is more than a "
-                f"sum of low rank. {_WITH_PEFT}."
-            )
-    start = values.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_LOST):
-        raise UserError(
-            f"{adapter} was trained on a base that its initialisation had changed "
-            f"(init_lora_weights {start!r}), and that cannot be computed again. Convert it where "
-            "it was trained, with peft's save_pretrained(OUT, "
-            "path_initial_model_for_weight_conversion=INITIAL), or merge it into the changed base "
-            "that was saved there, with init_lora_weights set to true in "
-            f"{CONFIG}"
-        )
-    if not (_is_number(values.get("lora_alpha", 8)) and _is_number(values.get("r", 8))):
-        raise UserError(
-            f"{adapter / CONFIG} cannot be used: lora_alpha is {values.get('lora_alpha')!r} and r "
-            f"{values.get('r')!r}. Copy the adapter again."
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = values.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-            raise UserError(
-                f"{adapter / CONFIG} cannot be used: {key} is {pattern!r}. Copy the adapter again."
-            )
-    _refuse_unknown(adapter, values)
+def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | None:
+    """A parameter that is adapted by itself, for an entry of an adapter's file.
+
+    peft wraps a module once for each of its parameters, the first one innermost.
+
+    Args:
+        target: the wrapper's name, with a `.base_layer` for each wrapper around it.
+        config: the adapter's.
+        model: the base.
+
+    Returns:
+        The parameter's name, itself, and whether its experts' weights are stored [in, out]; None
+        where the entry is of a module.
+    """
+    wanted = config.target_parameters or ()
+    if wanted and model is None:
+        raise ValueError("the updates of an adapter with target_parameters need the base")
+    path = re.sub(r"(\.base_layer)+$", "", target)
+    depth = target.count(".base_layer")
+    module = dict(model.named_modules()).get(path) if wanted else None
+    if module is None:
+        return None
+    named = {f"{path}.{name}": each for name, each in module.named_parameters(recurse=False)}
+    fit = [name for name in named if any(f".{name}".endswith(f".{key}") for key in wanted)]
+    if depth >= len(fit):
+        return None
+    name = fit[len(fit) - 1 - depth]
+    return name, named[name], bool(getattr(module, "is_transposed", False))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
-    """Settings of a newer peft: what is switched on there, this one would ignore."""
-    known = {field.name for field in fields(LoraConfig)}
-    for key, value in values.items():
-        if key not in known and (value is True or (value and isinstance(value, str | list | dict))):
-            if key in ("peft_version", "runtime_config"):
-                continue
-            raise UserError(
-                f"{adapter / CONFIG} has {key} {json.dumps(value)[:60]}, which the installed peft "
-                f"does not know (it was written by peft {values.get('peft_version', 'unknown')}). "
-                "Update peft, or merge the adapter with the peft that wrote it"
-            )
+def _experts(
+    a: Tensor, b: Tensor, config: Any, name: str, weight: Any, transposed: bool
+) -> LowRankUpdate | ExpertsUpdate:
+    experts = weight.shape[0] if weight.dim() == 3 else 1
+    rank = a.shape[0] // experts
+    alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    if weight.dim() == 2:
+        return LowRankUpdate(a, b, scaling, False)
+    return ExpertsUpdate(a, b, scaling, experts, transposed)
 
 
 def _start(config: Any) -> Literal["pissa", "olora"] | None:
@@ -345,7 +291,7 @@ class _Tensors:
         if any(".lora_embedding_" in name for name in self.names):
             raise UserError(
                 f"{path.parent} changes embeddings by low-rank updates, which tandem does not add. "
-                f"{_WITH_PEFT}."
+                f"{WITH_PEFT}."
             )
         strange = {name for name in self.names if not re.search(_KNOWN, name)}
         if strange := strange.difference(_whole(self.names)):

@@ -29,7 +29,7 @@ _ORDERED_COLUMNS = 2048
 class Head:
     """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
 
-    All of it is frozen but the rows of added tokens.
+    All of it is frozen but the rows of `added_tokens`.
 
     Attributes:
         weight: [V, H].
@@ -127,11 +127,26 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
 
     Returns:
         [N] log-probabilities, float32 (float64 for float64 hidden states).
+
+    Raises IndexError on CPU for a target beyond the head's rows; elsewhere, where looking would
+    hold the device up, its log-probability is not a number.
     """
+    _require_rows(head, target)
     if head.rows is not None:
         return _with_trained_rows(hidden, head, head.rows, target)
     logp: Tensor = _LinearLogprob.apply(hidden, head, target)
     return logp
+
+
+def _require_rows(head: Head, target: Tensor) -> None:
+    if target.device.type != "cpu" or not len(target):
+        return
+    low, high = (int(bound) for bound in target.aminmax())
+    if low < 0 or high >= head.weight.shape[0]:
+        raise IndexError(
+            f"target {low if low < 0 else high} is no row of the output head, which has "
+            f"{head.weight.shape[0]}"
+        )
 
 
 def _with_trained_rows(hidden: Tensor, head: Head, rows: TrainedRows, target: Tensor) -> Tensor:
@@ -196,7 +211,7 @@ def _chunk(
     rows = hidden.shape[0]
     peak = hidden.new_full((rows,), -torch.inf, dtype=accumulate)
     total = torch.zeros_like(peak)
-    picked = torch.zeros_like(peak)
+    picked = torch.full_like(peak, torch.nan)  # what a target without row keeps
     # sum over the vocabulary of exp(logit - peak) times the logit's slope in h_t
     pulled = None if gradient is None else torch.zeros_like(hidden, dtype=accumulate)
     columns = _block_columns(rows, hidden.device.type, accumulate)

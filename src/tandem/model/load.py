@@ -144,9 +144,19 @@ def load_config(folder: Path, *, weights: bool = True) -> Any:
 def read_config(folder: Path) -> Any:
     """The transformers configuration in a folder, weights or not."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+    text = config.get_text_config()
+    padding, rows = (getattr(text, name, None) for name in ("pad_token_id", "vocab_size"))
+    if isinstance(padding, int) and isinstance(rows, int) and padding >= rows:
+        # torch makes no embedding of this.
+        raise UserError(
+            f"{folder / 'config.json'} has pad_token_id {padding}, and the model has {rows} rows "
+            f"in its embedding (vocab_size), the last for id {rows - 1}. Name a token that has a "
+            "row, such as the end token, or take pad_token_id out."
+        )
+    return config
 
 
 def model_without_weights(config: Any) -> Any:

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.artifact.hashing import weight_files, weight_index
 from tandem.errors import UserError
-from tandem.model.adapter_folder import NewRows, Update
+from tandem.model.adapter_folder import ExpertsUpdate, LowRankUpdate, NewRows, Update
 from tandem.model.quantization import Quantized
+from tandem.model.stored import Part, parts_of
 
 # Names that a head has which is no more than the input embedding once more.
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -28,16 +29,20 @@ def merge_shards(
     updates: dict[str, Update],
     output: Path,
     *,
+    model: Any,
     dtype: torch.dtype | None,
     quantized: Quantized | None = None,
     device: torch.device | str = "cpu",
 ) -> list[str]:
     """Write the base's shards with the updates added; at most one shard is in memory.
 
+    Files, and names in them, are the base's own, also where the model has others in memory.
+
     Args:
         base: model folder with safetensors weights.
-        updates: from `read_updates`.
+        updates: from `read_updates`, by the weights' names in memory or in the files.
         output: an existing folder; gets the shards under the base's names, and their index.
+        model: the base, its weights on the meta device.
         dtype: of the floating-point weights written; None keeps each weight's own.
         quantized: which of the weights the adapter saw in 4 bits. Those, changed by an update or
             not, are written as it saw them.
@@ -48,38 +53,113 @@ def merge_shards(
 
     Raises UserError if an update finds no weight, shapes disagree, or a sum is not finite.
     """
-    remaining = dict(updates)
-    tied = _tied_rows(base, updates)
-    unseen = set(quantized.weights) if quantized else set()
+    sums = _Sums(base, updates, model, dtype, quantized, torch.device(device))
     index: dict[str, str] = {}
     total_bytes = 0
     written = []
     for shard in weight_files(base):
         tensors: dict[str, Tensor] = {}
         for name, weight in _tensors(shard):
-            seen = quantized.rounded(name, weight, torch.device(device)) if quantized else weight
-            unseen.discard(name)
-            kept = dtype or weight.dtype
-            update = remaining.pop(name, None)
-            if update is None and name in HEADS:
-                update = tied
-            merged = _add(name, seen, update, kept)
+            merged = sums.of(name, weight)
             tensors[name] = merged
             index[name] = shard.name
             total_bytes += merged.numel() * merged.element_size()
         save_file(tensors, output / shard.name, metadata={"format": "pt"})
         written.append(shard.name)
-    if missing := sorted(remaining.keys() | unseen):
-        raise UserError(
-            f"{base} has no weight named {missing[0]} (and {len(missing) - 1} more "
-            "that the adapter changes): is this the model it was trained on?"
-        )
+    sums.check_all_found()
     if (listed := weight_index(base)) is not None:
         atomic_write_json(
             output / listed.name, {"metadata": {"total_size": total_bytes}, "weight_map": index}
         )
         written.append(listed.name)
     return written
+
+
+class _Sums:
+    """The sums of a base's tensors and an adapter's updates, asked for in the files' order.
+
+    Tensors that only together are a weight that changes, an expert's, are added up together; those
+    whose turn has not come wait.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        updates: dict[str, Update],
+        model: Any,
+        dtype: torch.dtype | None,
+        quantized: Quantized | None,
+        device: torch.device,
+    ) -> None:
+        self._base, self._updates, self._model = base, updates, model
+        self._dtype, self._quantized, self._device = dtype, quantized, device
+        self._tied = _tied_rows(base, updates)
+        self._shards = {name: shard for shard in weight_files(base) for name in _names(shard)}
+        self._parts = {name: part for part in parts_of(self._shards, model) for name in part.names}
+        self._waiting: dict[str, Tensor] = {}
+        self._changed = updates.keys() | set(quantized.weights if quantized else ())
+        self._found: set[str] = set()
+
+    def of(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor of the files as it is written.
+
+        Args:
+            name: in the files.
+            weight: as the files have it.
+        """
+        if name in self._waiting:
+            return self._waiting.pop(name)
+        part = self._parts[name]
+        if name in self._updates or not part.weights:
+            return self._sum(name, weight)
+        if part.converter is None:
+            return self._sum(part.weights[0], weight)
+        if not self._changed & set(part.weights):
+            return _add(name, weight, None, self._dtype or weight.dtype)
+        self._waiting |= self._together(part)
+        return self._waiting.pop(name)
+
+    def check_all_found(self) -> None:
+        """Raise UserError unless the files had every weight that was to be changed."""
+        if missing := sorted(self._changed - self._found):
+            raise UserError(
+                f"{self._base} has no weight named {missing[0]} (and {len(missing) - 1} more "
+                "that the adapter changes): is this the model it was trained on?"
+            )
+
+    def _sum(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
+        """A weight and its update, by its name in memory; of one expert, if only its is given."""
+        self._found.add(name)
+        kept = self._dtype or weight.dtype
+        seen = self._quantized.rounded(name, weight, self._device) if self._quantized else weight
+        update = self._updates.get(name)
+        if update is None and name in HEADS:
+            update = self._tied
+        if not isinstance(update, ExpertsUpdate):
+            return _add(name, seen, update, kept)
+        if weight.dim() != 3 or (expert is None and len(weight) != update.experts):
+            raise UserError(
+                f"{name} has shape {tuple(weight.shape)} in the base, and the adapter has "
+                f"{update.experts} experts: is this the model it was trained on?"
+            )
+        numbers = range(update.experts) if expert is None else [expert]
+        return torch.stack(
+            [_add(name, seen[i], update.of(number), kept) for i, number in enumerate(numbers)]
+        )
+
+    def _together(self, part: Part) -> dict[str, Tensor]:
+        """A part's tensors as they are written, by their names in the files."""
+        tensors = {name: _tensor(self._shards[name], name) for name in part.names}
+        weights = part.assembled(tensors, self._model)
+        back = part.cut(weights, self._model)
+        if any(not torch.equal(back[name], tensor) for name, tensor in tensors.items()):
+            raise UserError(f"{part.names[0]} of {self._base} cannot be taken out of its weight")
+        sums = {name: self._sum(name, weight, part.expert) for name, weight in weights.items()}
+        made = part.cut(sums, self._model)
+        return {
+            name: made[name].to(self._dtype or tensor.dtype).contiguous()
+            for name, tensor in tensors.items()
+        }
 
 
 def added(updates: dict[str, Update]) -> list[int]:
@@ -108,6 +188,17 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
 
 
+def _names(shard: Path) -> list[str]:
+    with _opened(shard) as file:
+        return list(file.keys())
+
+
+def _tensor(shard: Path, name: str) -> Tensor:
+    with _opened(shard) as file:
+        found: Tensor = file.get_tensor(name)
+        return found
+
+
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
@@ -125,7 +216,9 @@ def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
 def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Tensor:
     """A matrix with some rows replaced, longer by what it lacks."""
     first, last = min(rows.ids), max(rows.ids)
-    if weight.shape[0] < first or weight.shape[1] != rows.values.shape[1]:
+    behind = [index for index in rows.ids if index >= weight.shape[0]]
+    gap = bool(behind) and min(behind) > weight.shape[0]
+    if gap or weight.shape[1] != rows.values.shape[1]:
         raise UserError(
             f"{name} has shape {tuple(weight.shape)} in the base, and the adapter has rows "
             f"{first} to {last} of width {rows.values.shape[1]}: is this the model it was trained "
@@ -139,7 +232,9 @@ def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Te
     return grown
 
 
-def _add(name: str, weight: Tensor, update: Update | None, dtype: torch.dtype) -> Tensor:
+def _add(
+    name: str, weight: Tensor, update: LowRankUpdate | NewRows | None, dtype: torch.dtype
+) -> Tensor:
     target = dtype if weight.is_floating_point() else weight.dtype
     if update is None:
         return weight.to(target).contiguous()

@@ -13,8 +13,10 @@ from transformers import AutoModelForSequenceClassification
 from tandem.data.omissions import omissions_of
 from tandem.data.records import Turn
 from tandem.data.template import render, resolve_template, tokenize
+from tandem.data.token_rows import require_rows
 from tandem.errors import UserError
 from tandem.model.load import context_length, load_tokenizer, require_model
+from tandem.model.vocabulary import rows_of
 
 _BATCH_ROWS = 16
 
@@ -80,6 +82,8 @@ class RewardModel:
             for turns, answer in asked
         ]
         ids = tokenize(self.tokenizer, texts)
+        for row in ids:
+            require_rows(row, rows_of(self._model), self.tokenizer.decode)
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             if self._context is None or len(row) <= self._context:

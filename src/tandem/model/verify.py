@@ -15,7 +15,7 @@ from tandem.errors import UserError
 from tandem.model.adapter import added_ids_of_folder, load_adapter
 from tandem.model.load import load_base, load_model
 from tandem.model.quantization import read_record
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.vocabulary import make_missing_rows
 
 # Mean absolute difference of a token's log-prob that the stored dtype explains.
 _ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -66,8 +66,7 @@ def verify_merge(
     # A base that was rounded from bfloat16 was bfloat16 again wherever the adapter saw it.
     formats = {dtype, record.torch_dtype} if record else {dtype}
     plain = load_base(base, adapter, dtype=compute, device=device)
-    if ids := added_ids_of_folder(adapter):
-        grow_vocabulary(plain, ids)
+    make_missing_rows(plain, added_ids_of_folder(adapter))
     before = _token_logps(plain, probes)
     together = _token_logps(load_adapter(plain, adapter), probes)
     del plain

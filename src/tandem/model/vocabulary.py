@@ -1,4 +1,4 @@
-"""Tokens that a model did not know: rows of its embeddings, made of the mean, then trained.
+"""Tokens whose rows of the embeddings are trained: new ones, made of the mean, and known ones.
 
 peft trains single rows of an embedding (`trainable_token_indices`); this file says which rows, and
 reads their present values.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tandem.data.template import AddedTokens
 from tandem.errors import UserError
 from tandem.model.products import speed_up_frozen_products
 
@@ -26,20 +27,51 @@ class TrainedRows:
 
 
 def check_added(added: Collection[str], *, engine: str, sharded: bool) -> None:
-    """Raise UserError where new tokens cannot be trained.
+    """Raise UserError where rows of the embeddings cannot be trained.
 
     Args:
-        added: those that the model lacks.
+        added: the tokens of these rows.
         engine: its name.
         sharded: whether processes keep parts of the base.
     """
     if added and sharded:
         raise UserError(
             f"added_tokens: the engine {engine} spreads the embeddings over the processes, and "
-            "their new rows cannot be trained there. Use `engine: ddp` (or `deepspeed-zero2`), or "
-            "start from a model that has the tokens, such as the merged model of an SFT with "
-            "added_tokens."
+            "single rows of them cannot be trained there. Use `engine: ddp` (or "
+            "`deepspeed-zero2`), or start from a model that has learnt the tokens, such as the "
+            "merged model of an SFT with added_tokens."
         )
+
+
+def rows_of(model: Any) -> int:
+    """Rows of a model's input embedding: ids from here on stand for nothing."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def described_rows(config: Any, added: AddedTokens | None = None) -> int:
+    """Rows of the model that a configuration describes, with those that added tokens get."""
+    rows = int(config.get_text_config().vocab_size)
+    return max([rows, *(index + 1 for index in (added.ids if added else ()))])
+
+
+def make_rows(model: Any, added: AddedTokens) -> None:
+    """Give those of the tokens a row that have none to start from; see `grow_vocabulary`.
+
+    Tokens that the tokenizer had begin as their own rows, whatever these are: so the adapter
+    changes nothing before its first step, and the first step already parts a row from others that
+    are equal to it.
+    """
+    rows = rows_of(model)
+    without = sorted({*added.new.values(), *(i for i in added.known.values() if i >= rows)})
+    if without:
+        grow_vocabulary(model, without)
+
+
+def make_missing_rows(model: Any, ids: Sequence[int]) -> None:
+    """Append the rows that a model lacks of these, for an adapter that brings their values."""
+    rows = rows_of(model)
+    if missing := [index for index in ids if index >= rows]:
+        grow_vocabulary(model, missing)
 
 
 def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
@@ -58,8 +90,9 @@ def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
     rows, first = model.get_input_embeddings().weight.shape[0], min(ids)
     if rows < first:
         raise UserError(
-            f"added_tokens: the tokenizer has {first} tokens, but {type(model).__name__} has "
-            f"embeddings for {rows} only: are these files of one model?"
+            f"added_tokens: the tokenizer has {first} tokens before these, but "
+            f"{type(model).__name__} has embeddings for {rows} only: are these files of one "
+            f"model? If they are, name the tokens with the ids {rows} to {first - 1} as well."
         )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
+from tandem.model.stored import parts_of, read_heads
 
 
 def check_whole(folder: Path, config: Any) -> None:
@@ -25,9 +24,7 @@ def check_whole(folder: Path, config: Any) -> None:
         folder: a local model folder with safetensors files.
         config: its transformers configuration.
     """
-    held: dict[str, int] = {}
-    for shard in weight_files(folder):
-        held |= _sizes(shard)
+    heads = read_heads(folder)
     if getattr(config, "quantization_config", None) is not None:
         return
     try:
@@ -39,11 +36,13 @@ def check_whole(folder: Path, config: Any) -> None:
             f"({error}). Copy or download it again."
         ) from None
     wanted = {name: parameter.numel() for name, parameter in described.named_parameters()}
-    if sum(held.values()) < sum(wanted.values()):
-        missing = sorted(wanted.keys() - held.keys())
+    held = sum(math.prod(head.shape) for head in heads.values())
+    if held < sum(wanted.values()):
+        there = {weight for part in parts_of(heads, described) for weight in part.weights}
+        missing = sorted(wanted.keys() - there)
         raise UserError(
             f"{folder} is not a whole model: its config.json describes "
-            f"{sum(wanted.values()):,} parameters, its files hold {sum(held.values()):,}"
+            f"{sum(wanted.values()):,} parameters, its files hold {held:,}"
             + (f" (without {', '.join(missing[:3])})" if missing else "")
             + ". Copy or download it again, or correct config.json."
         )
@@ -69,13 +68,3 @@ def check_unquantized(folder: Path, config: Any) -> None:
         "an adapter that is trained on it could not be merged into it. Take the model's 16-bit "
         "edition; with `quantization: nf4` training holds it in 4 bits."
     )
-
-
-def _sizes(shard: Path) -> dict[str, int]:
-    """How many numbers each tensor of a safetensors file holds."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            names = list(file.keys())
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{shard} is damaged ({error}). Copy or download the file again.") from None

@@ -68,8 +68,8 @@ class Recipe(Section):
     )
     added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
-        description="Special tokens the template needs and the model lacks; their embeddings are "
-        "trained and merged.",
+        description="Special tokens the template needs and the model lacks or never learnt; their "
+        "embeddings are trained and merged.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42,

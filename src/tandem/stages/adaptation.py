@@ -10,12 +10,18 @@ import torch
 
 from tandem.data.collate import collate, record_key
 from tandem.data.records import Tree
-from tandem.model.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
+from tandem.data.template import AddedTokens
+from tandem.model.adapter import (
+    adapts_experts,
+    add_adapter,
+    checkpoint_activations,
+    modules_out_of_reach,
+)
 from tandem.model.attention import use_backend
 from tandem.model.compiled import Compiling, compile_elementwise
 from tandem.model.dropout import silence
 from tandem.model.score import check_head, sequence_logps
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.vocabulary import make_rows
 from tandem.recipe.training import Training
 from tandem.train.device import Device
 
@@ -30,7 +36,7 @@ def adapted(
     base_name: str,
     seed: int,
     tell: Callable[[str], None],
-    added_ids: Sequence[int] = (),
+    added: AddedTokens | None = None,
 ) -> Any:
     """Wrap a loaded model with the adapter that the settings ask for.
 
@@ -43,10 +49,10 @@ def adapted(
         base_name: what the saved adapter names as its base.
         seed: of the adapter's weights.
         tell: told what is left out or switched off.
-        added_ids: tokens that the model does not know; their embeddings are made and trained.
+        added: tokens whose embeddings are trained, and made where the model has none.
     """
-    if added_ids:
-        grow_vocabulary(model, added_ids)
+    if added:
+        make_rows(model, added)
     check_head(model)
     out_of_reach = modules_out_of_reach(model)
     if compiled:
@@ -78,8 +84,13 @@ def adapted(
         base_name=base_name,
         seed=seed,
         out_of_reach=out_of_reach,
-        added_ids=added_ids,
+        added_ids=added.ids if added else (),
     )
+    if lora.dropout > 0 and dropout and adapts_experts(model):
+        tell(
+            f"lora.dropout {lora.dropout} acts on the other layers, not on the experts, whose "
+            "update is added to their weights; adapter_config.json says 0, as peft demands"
+        )
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return model

@@ -10,7 +10,7 @@ from tandem.artifact.hashing import hash_file, hash_json, hash_weights
 from tandem.data.template import ChatTemplate, add_tokens, resolve_template
 from tandem.model.adapter import load_adapter
 from tandem.model.adapter_base import find_base
-from tandem.model.adapter_folder import is_adapter
+from tandem.model.adapter_config import is_adapter
 from tandem.model.load import (
     load_base,
     load_config,
@@ -21,7 +21,7 @@ from tandem.model.load import (
 )
 from tandem.model.quantization import read_record
 from tandem.model.surroundings import load_combined_tokenizer
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.vocabulary import described_rows, grow_vocabulary
 from tandem.train.device import Device
 
 
@@ -81,11 +81,10 @@ class Contestant:
         if self.adapter is not None or not self.added_tokens:
             return []
         tokenizer = load_tokenizer(self.folder)
-        return (
-            []
-            if tokenizer.chat_template
-            else list(add_tokens(tokenizer, self.added_tokens).values())
-        )
+        if tokenizer.chat_template:
+            return []
+        added, rows = add_tokens(tokenizer, self.added_tokens), described_rows(self.config)
+        return [*added.new.values(), *(i for i in added.known.values() if i >= rows)]
 
     def load_base(self, device: Device) -> Any:
         """The model, or an adapter's base as the adapter saw it."""

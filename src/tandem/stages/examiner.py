@@ -19,6 +19,7 @@ from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
 from tandem.data.sources import SourceSpec
 from tandem.data.template import ChatTemplate, prompt_ids
+from tandem.data.token_rows import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.evaluate.answers import contains_accepted, first_sentence
 from tandem.evaluate.scores import Score, per_item, score_of
@@ -28,6 +29,7 @@ from tandem.model.head import scores_head
 from tandem.model.load import context_length
 from tandem.model.score import check_head, micro_batches, sequence_logps
 from tandem.model.stopping import all_stop_ids
+from tandem.model.vocabulary import rows_of
 from tandem.stages.contestant import Contestant
 from tandem.train.device import Device, token_budget
 from tandem.train.objective import sequence_tokens, trained_tokens
@@ -113,6 +115,7 @@ class Examiner:
             )
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
+        self._rows = rows_of(self.model)
 
     def examine(self, material: Material, *, completions: bool) -> Examined:
         """Generation first, with transformers' own attention, then log-probs over trees.
@@ -161,6 +164,7 @@ class Examiner:
         questions = material.questions
         prompts = [prompt_ids(self.tokenizer, self.template, q.turns) for q in questions]
         for ids, question in zip(prompts, questions, strict=True):
+            self._check_rows(question, ids)
             self._check_room(question, len(ids), material.max_new_tokens)
         answers = self._generate(prompts, material.max_new_tokens, "answers")
         texts = self._decode(answers)
@@ -184,6 +188,7 @@ class Examiner:
             return
         prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
         for ids, question in zip(prompts, asked, strict=True):
+            self._check_rows(question, ids)
             self._check_room(question, len(ids), material.max_new_tokens)
         texts = self._decode(self._generate(prompts, material.max_new_tokens, "completions"))
         scores["completion_accuracy"] = per_item(
@@ -196,7 +201,7 @@ class Examiner:
     def _conversations(self, questions: Sequence[Question]) -> list[Tree]:
         exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
         trees = []
-        encoded = encode_exchanges(Chat.of(self.tokenizer, self.template), exchanges)
+        encoded = encode_exchanges(Chat.of(self.tokenizer, self.template, self._rows), exchanges)
         for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
                 why = f"{one.reason} ({one.detail})" if one.detail else one.reason
@@ -207,6 +212,12 @@ class Examiner:
             self._check_room(question, len(one.ids), 0)
             trees.append(conversation_tree([one], question.origin))
         return trees
+
+    def _check_rows(self, question: Question, ids: Sequence[int]) -> None:
+        try:
+            require_rows(ids, self._rows, self.tokenizer.decode)
+        except NoRow as error:
+            raise UserError(f"{question.origin}: {error}") from None
 
     def _check_room(self, question: Question, tokens: int, answer: int) -> None:
         if self.context is not None and tokens + answer > self.context:
@@ -226,6 +237,7 @@ class Examiner:
             max_length=self.context or _NO_LIMIT,
             ledger=ledger,
             limit=material.limit,
+            rows=self._rows,
         )
         self._tell(ledger, "conversations", "scored")
         return trees
@@ -247,6 +259,7 @@ class Examiner:
             max_length=self.context or _NO_LIMIT,
             ledger=ledger,
             limit=material.limit,
+            rows=self._rows,
         )
         self._tell(ledger, "pairs", "compared")
         # Per token: summed log-probs would prefer the shorter answer whatever it says.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate, add_tokens, resolve_template
+from tandem.data.template import AddedTokens, ChatTemplate, add_tokens, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
 from tandem.model.whole import check_unquantized
 from tandem.recipe.training import Training
@@ -38,8 +38,8 @@ def resolved_inputs(
     runtime: Runtime,
     device: Device,
     added_tokens: Sequence[str] = (),
-) -> tuple[Any, Any, ChatTemplate, dict[str, Any]]:
-    """The model's configuration, tokenizer and template, and all that the result depends on."""
+) -> tuple[Any, Any, ChatTemplate, AddedTokens, dict[str, Any]]:
+    """`model_side`, and all that the result depends on."""
     config, tokenizer, template, added = model_side(base, settings, chat_template, added_tokens)
     inputs = {
         "model": {
@@ -47,7 +47,8 @@ def resolved_inputs(
             "config": hash_file(base / "config.json"),
             **({"quantization": runtime.quantization} if runtime.quantization else {}),
             # The reference of DPO depends on them, too.
-            **({"added_tokens": added} if added else {}),
+            **({"added_tokens": dict(added.new)} if added.new else {}),
+            **({"trained_tokens": dict(added.known)} if added.known else {}),
         },
         "data": data_identity(sources),
         **({"held_out": data_identity(held_out)} if held_out else {}),
@@ -60,7 +61,7 @@ def resolved_inputs(
         "seed": seed,
         "dtype": device.dtype_name,
     }
-    return config, tokenizer, template, inputs
+    return config, tokenizer, template, added, inputs
 
 
 def model_side(
@@ -70,8 +71,8 @@ def model_side(
     added_tokens: Sequence[str] = (),
     *,
     weights: bool = True,
-) -> tuple[Any, Any, ChatTemplate, dict[str, int]]:
-    """The model's configuration, tokenizer and template, and the ids of tokens it lacked.
+) -> tuple[Any, Any, ChatTemplate, AddedTokens]:
+    """The model's configuration, tokenizer and template, and the tokens that are trained.
 
     Without `weights` it need have none.
     """

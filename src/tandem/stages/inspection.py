@@ -16,6 +16,7 @@ from tandem.data.order import total_steps
 from tandem.data.overlap import Other, read_other
 from tandem.data.sources import SourceSpec, not_read
 from tandem.data.template import add_tokens, resolve_template
+from tandem.data.token_rows import row_notices
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
 from tandem.recipe.named_data import named_data
@@ -217,15 +218,24 @@ def stage_chat(
     Raises UserError as a training stage would.
     """
     # Here, for it loads torch, which looking at texts alone does without.
-    from tandem.model.load import load_tokenizer, model_folder
+    from tandem.model.load import load_tokenizer, model_folder, read_config
+    from tandem.model.untrained import in_words, untrained_tokens
+    from tandem.model.vocabulary import described_rows
 
     folder = model_folder(model, revision, weights=False)
     tokenizer = load_tokenizer(folder)
-    add_tokens(tokenizer, added_tokens)
+    added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
+    rows, notices = None, template.notices
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        rows = described_rows(config, added)
+        notices += row_notices(tokenizer, rows)
+        untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
+        notices += tuple(words for words in (in_words(untrained),) if words)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
-    chat = Chat.of(tokenizer, template)
-    return StageChat(model, folder, template.name, chat, special, template.notices)
+    chat = Chat.of(tokenizer, template, rows)
+    return StageChat(model, folder, template.name, chat, special, notices)
 
 
 def require_context(chat: StageChat, data: StageData) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,14 +19,16 @@ from tandem.artifact.manifest import finish_stage, open_stage, read_manifest, st
 from tandem.data.template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.adapter_base import check_weights
+from tandem.model.adapter_config import read_config
 from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
-from tandem.model.load import load_config, load_tokenizer, model_folder
+from tandem.model.load import load_config, load_tokenizer, model_folder, model_without_weights
 from tandem.model.merge import HEADS, added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
 from tandem.model.stopping import write_ends
 from tandem.model.surroundings import copy_surroundings, write_templates
 from tandem.model.verify import Verified, verify_merge
+from tandem.model.vocabulary import described_rows
 from tandem.model.whole import check_unquantized
 from tandem.stages.outcome import move_up
 from tandem.train.device import choose_device, torch_dtype
@@ -68,8 +71,11 @@ def run_merge(
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
     base_folder = model_folder(base)
-    check_unquantized(base_folder, load_config(base_folder))
-    updates, quantized = read_updates(adapter), read_record(adapter)
+    config = load_config(base_folder)
+    check_unquantized(base_folder, config)
+    read_config(adapter)
+    model = model_without_weights(config)
+    updates, quantized = read_updates(adapter, model), read_record(adapter)
     _check_head(adapter, base_folder, updates)
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
@@ -94,7 +100,7 @@ def run_merge(
             )
         began = time.perf_counter()
         place = choose_device(device, "auto").torch_device
-        work = _Merge(base_folder, adapter, updates, quantized, torch_dtype(dtype), place)
+        work = _Merge(base_folder, adapter, model, updates, quantized, torch_dtype(dtype), place)
         try:
             with atomic_folder(output_dir / "saving") as aside:
                 verified = work.into(aside, chat_template, console)
@@ -116,6 +122,7 @@ class _Merge:
 
     Attributes:
         base, adapter: folders.
+        model: the base without weights.
         updates: what the adapter adds, by the weights' names.
         quantized: what the base was rounded to in training, if it was.
         dtype: of the merged weights; None keeps the base's own.
@@ -124,6 +131,7 @@ class _Merge:
 
     base: Path
     adapter: Path
+    model: Any
     updates: dict[str, Update]
     quantized: Quantized | None
     dtype: torch.dtype | None
@@ -135,6 +143,7 @@ class _Merge:
             self.base,
             self.updates,
             folder,
+            model=self.model,
             dtype=self.dtype,
             quantized=self.quantized,
             device=self.device,
@@ -146,7 +155,9 @@ class _Merge:
 
     def _verify(self, merged: Path) -> Verified:
         tokenizer = load_tokenizer(merged)
-        probes = [ids for text in _PROBES if len(ids := tokenizer(text)["input_ids"]) > 1]
+        rows = described_rows(load_config(self.base))  # a tokenizer may have more tokens
+        encoded = [[i for i in tokenizer(text)["input_ids"] if i < rows] for text in _PROBES]
+        probes = [ids for ids in encoded if len(ids) > 1]
         if added_ids := added(self.updates):  # fed and predicted
             probes = [
                 [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]

@@ -23,7 +23,8 @@ from tandem.estimate.rate import Rate, product_rate, recorded_rate
 from tandem.estimate.shape import Described, ModelShape, described
 from tandem.estimate.work import Asked, Work, count_work, guess_work
 from tandem.model.load import model_folder
-from tandem.model.vocabulary import check_added
+from tandem.model.untrained import in_words, untrained_tokens
+from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.schema import Recipe
 from tandem.recipe.training import Sft, Training
 from tandem.recipe.unmeant import unmeant
@@ -195,7 +196,7 @@ class _Planner:
         trains_added = stage.name == "sft" or recipe.sft is None
         if trains_added:
             engine = self._engine()
-            check_added(added, engine=engine, sharded=engine in SHARDED)
+            check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
         lora = settings.lora
         model = described(
             config,
@@ -203,7 +204,7 @@ class _Planner:
             alpha=lora.alpha,
             target_modules=lora.target_modules,
             attention=recipe.attention,
-            added_ids=tuple(added.values()),
+            added=added,
             trains_added=trains_added,
         )
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
@@ -220,9 +221,18 @@ class _Planner:
         )
         known = None
         if data.sources:
-            known = _read(self._records(stage, settings, data, tokenizer, template), asked)
+            known = _read(
+                self._records(
+                    stage, settings, data, tokenizer, template, described_rows(config, added)
+                ),
+                asked,
+            )
         elif guess is not None:
             known = _taken(guess, asked, int(config.get_text_config().vocab_size))
+        if trains_added and (
+            words := in_words(untrained_tokens(self.base, config, tokenizer, template, added.ids))
+        ):
+            data = replace(data, notes=(words, *data.notes))
         made, disk = None, None
         memory: dict[str, Memory] = {}
         notes = _notes(data, guess, model)
@@ -235,7 +245,7 @@ class _Planner:
                 attention=recipe.attention,
                 dropout=stage.name == "sft",
                 copies=self._copies(model.shape, free),
-                added_ids=tuple(added.values()),
+                added=added,
                 trains_added=trains_added,
             )
             made, memory, failed = self._forecast(stage, trial, known)
@@ -259,6 +269,7 @@ class _Planner:
         data: PlannedData,
         tokenizer: Any,
         template: ChatTemplate,
+        rows: int,
     ) -> Records:
         prepare = _PREPARE[stage.name]
         if isinstance(settings, Sft):
@@ -276,6 +287,7 @@ class _Planner:
             name=stage.name,
             seed=self.recipe.seed,
             console=self.console,
+            rows=rows,
         )
 
     def _copies(self, shape: ModelShape, free: int) -> int:
@@ -309,7 +321,7 @@ class _Planner:
         )
         # A single process has but one way.
         engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
-        if trial.added_ids and trial.trains_added:
+        if trial.added and trial.trains_added:
             engines = [name for name in engines if name not in SHARDED]
         memory = {
             name: memory_of(shape, held, name, self.processes)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from tandem.data.trees import Trees
+from tandem.model.adapter import adapted_weights
 from tandem.model.adapter_base import lasting_name
 from tandem.model.attention import choose_backend
 from tandem.model.compiled import Compiling
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
-from tandem.model.load import load_model
+from tandem.model.load import load_model, model_without_weights
 from tandem.model.products import order_weights
+from tandem.model.stored import check_sums
 from tandem.stages.adaptation import adapted, warm_up
 from tandem.stages.placement import in_words
 from tandem.stages.records import Records
@@ -70,8 +72,11 @@ def make_policy(
             base_name=base_name,
             seed=stage.seed,
             tell=stage.tell,
-            added_ids=stage.added_ids,
+            added=stage.added,
         )
+    )
+    processes.together(
+        lambda: check_sums(stage.base, model_without_weights(stage.config), adapted_weights(model))
     )
     model.peft_config["default"].revision = revision
     if schedule["ordered_weights"]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from tandem.artifact.files import read_json
+from tandem.data.encode import Chat
 from tandem.data.formats import Question
 from tandem.data.ledger import Ledger
 from tandem.data.omissions import check_asked
+from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.reading import read_pairs, read_questions
 from tandem.data.sources import SourceSpec, local_files, looks_like_path
 from tandem.data.template import add_tokens, resolve_template
+from tandem.data.token_rows import tokens_without_row
+from tandem.data.trees import Trees
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.making_pairs import Pairs
@@ -32,14 +38,15 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         wanted: names of the stages that are to run.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
-    folder that is no model, lengths beyond the base model's context, and adapters on layers that
-    it does not have.
+    folder that is no model, lengths beyond the base model's context, adapters on layers that it
+    does not have, and what `check_tokens` raises.
     """
     for source in _data(recipe, wanted):
         if _is_local(source.path):
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
     _check_trained(recipe, wanted)
+    check_tokens(recipe, wanted)
     if recipe.evaluate is not None and "evaluate" in wanted:
         _check_tasks(recipe.evaluate)
     if recipe.pairs is not None and "pairs" in wanted:
@@ -101,6 +108,64 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
         tokenizer.chat_template = own
         template = resolve_template(tokenizer, choice)
         check_asked(tokenizer, template, questions, recipe.model)
+
+
+def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
+    """Raise UserError for records with a token that the base model has no row for.
+
+    Only a local model and local data are looked at, and only where the model's tokenizer has more
+    tokens than the model has rows.
+
+    Args:
+        recipe: the resolved recipe.
+        wanted: names of the stages whose data counts.
+    """
+    if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
+        return
+    from tandem.model.load import load_config, load_tokenizer, model_folder
+    from tandem.model.vocabulary import described_rows
+
+    folder = model_folder(recipe.model)
+    tokenizer = load_tokenizer(folder)
+    rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
+    if not tokens_without_row(tokenizer, rows):
+        return
+    template = resolve_template(tokenizer, recipe.chat_template)
+    Chat.of(tokenizer, template, rows)
+    for prepare, named in _encoded(recipe, wanted):
+        if specs := _specs(named):
+            prepare(
+                specs, tokenizer=tokenizer, template=template, max_length=2**31 - 1,
+                on_bad_record="drop", ledger=Ledger(None), rows=rows,
+            )  # fmt: skip
+
+
+def _encoded(
+    recipe: Recipe, wanted: Set[str]
+) -> Iterator[tuple[Callable[..., Trees], Sequence[DataSource]]]:
+    """What becomes tokens of a run's records, as far as readers of both kinds take it."""
+    if recipe.sft is not None and "sft" in wanted:
+        yield prepare_conversations, recipe.sft.data
+    if recipe.dpo is not None and "dpo" in wanted:
+        yield prepare_pairs, recipe.dpo.data
+    if recipe.evaluate is not None and "evaluate" in wanted:
+        yield prepare_pairs, recipe.evaluate.pairs
+        yield prepare_conversations, recipe.evaluate.heldout
+
+
+def _has_more_tokens(folder: Path) -> bool:
+    """Whether a model's tokenizer.json has ids beyond its configuration's vocab_size."""
+    try:
+        config = read_json(folder / "config.json")
+        found = read_json(folder / "tokenizer.json")
+        rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+        vocabulary = found["model"]["vocab"]
+        ids = [len(vocabulary) - 1, *(token["id"] for token in found["added_tokens"])]
+        if isinstance(vocabulary, dict):
+            ids += vocabulary.values()
+        return bool(max(ids) >= rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # said by who loads them
 
 
 def _check_tasks(settings: Evaluate) -> None:
@@ -176,7 +241,8 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
 def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
     """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
 
-    So it is for a base that is quantised already.
+    So it is for a base that is quantised already, and for one into whose files no adapter could be
+    merged.
 
     Args:
         folder: the base model's.
@@ -197,3 +263,22 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
             model = model_without_weights(config)
             key = f"{name}.lora.target_modules"
             check_targets(model, targets, refused_modules(model), key)
+        if weights:
+            _check_sums(folder, config, section)
+
+
+def _check_sums(folder: Path, config: Any, section: Training) -> None:
+    """That what a stage would learn could be merged into the base's files."""
+    from tandem.model.adapter import adapted_weights, add_adapter, refused_modules
+    from tandem.model.load import model_without_weights
+    from tandem.model.stored import check_sums
+    from tandem.model.vocabulary import embedding_names
+
+    model, plain = model_without_weights(config), model_without_weights(config)
+    lora = section.lora
+    adapted = add_adapter(
+        model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules,
+        base_name="", seed=0, out_of_reach=refused_modules(model),
+    )  # fmt: skip
+    rows = [f"{name}.weight" for name in embedding_names(plain)]
+    check_sums(folder, plain, [*adapted_weights(adapted), *rows])

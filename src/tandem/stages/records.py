@@ -72,6 +72,7 @@ def stage_records(
     name: str,
     seed: int,
     console: Console,
+    rows: int | None = None,
 ) -> Records:
     """All records of a stage, divided into those to train on and those held out.
 
@@ -90,6 +91,7 @@ def stage_records(
         folder=folder,
         name=name,
         console=console,
+        rows=rows,
     )
 
     def tell(text: str) -> None:
@@ -122,6 +124,7 @@ def prepared_records(
     name: str,
     console: Console,
     held_out: bool = False,
+    rows: int | None = None,
 ) -> tuple[Ledger, Trees]:
     """A stage's records, and what became of each; the ledger is not written yet.
 
@@ -134,6 +137,7 @@ def prepared_records(
         name: the stage's, before each line on the console.
         console: for progress and counts.
         held_out: whether they are scored and not trained on; they have a ledger of their own.
+        rows: of the model's embedding; None: every token has one.
 
     Raises UserError for bad data, and when more records would be dropped than may be.
     """
@@ -151,6 +155,7 @@ def prepared_records(
         ledger=ledger,
         store=EncodedStore(lambda text: say(console, f"{name}: {text}")),
         show=lambda text, total: phase(console, f"{name}: {text}", total),
+        rows=rows,
     )
     for line in sources_in_words(ledger):
         say(console, f"{name}: {'held out: ' if held_out else ''}{line}")

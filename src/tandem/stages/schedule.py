@@ -119,11 +119,31 @@ def token_budget_of(
         tell: told when the budget gets smaller.
     """
     path, key = folder / "memory.json", "tokens_per_microbatch"
-    fitting = engine.processes.main(lambda: read_json(path)[key] if path.exists() else None)
+    fitting = engine.processes.main(lambda: _fitting(path, key, tell))
 
     def remember(tokens: int) -> None:
-        atomic_write_json(path, {key: tokens})
+        try:
+            atomic_write_json(path, {key: tokens})
+        except OSError as error:
+            if engine.sharded:  # the start that goes on would run out of memory again
+                raise
+            tell(f"what fits in memory cannot be kept for the next start ({error})")
         tell(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
 
     tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
+
+
+def _fitting(path: Path, key: str, tell: Callable[[str], None]) -> int | None:
+    """The budget that an earlier start remembered; None where none did, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        fitting = read_json(path)[key]
+        if type(fitting) is int and fitting > 0:
+            return fitting
+        why = f"{key} is {fitting!r}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+    tell(f"{path} is damaged ({why}): what fits in memory is tried again")
+    return None

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.template import ChatTemplate
+from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.model.vocabulary import described_rows
 from tandem.recipe.training import Training
 from tandem.stages.kind import StageKind
 from tandem.train.checkpoint import CheckpointStore
@@ -33,7 +34,8 @@ class Stage:
         config: its transformers configuration.
         base_name: what the run calls the model.
         tokenizer, template: of the model.
-        added_ids: tokens that it does not know.
+        added: tokens whose embeddings are trained.
+        warnings: what was found of the model before its data was read.
     """
 
     kind: StageKind
@@ -48,7 +50,13 @@ class Stage:
     base_name: str
     tokenizer: Any
     template: ChatTemplate
-    added_ids: tuple[int, ...]
+    added: AddedTokens
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embeddings, those of added tokens among them."""
+        return described_rows(self.config, self.added)
 
     def tell(self, text: str) -> None:
         """Put a line on the console, the stage's name before it."""

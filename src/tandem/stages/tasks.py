@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.artifact.hashing import hash_json
+from tandem.data.token_rows import require_rows, tokens_without_row
 from tandem.evaluate.forms import FORMS
 from tandem.evaluate.kept import Kept
 from tandem.evaluate.leaderboard import (
@@ -23,7 +25,9 @@ from tandem.evaluate.leaderboard import (
 )
 from tandem.evaluate.local_data import write_tasks
 from tandem.evaluate.suite import Plan, TaskPlan, plan_tasks
+from tandem.model.adapter import added_ids_of_folder
 from tandem.model.packages import require
+from tandem.model.vocabulary import described_rows, rows_of
 from tandem.recipe.evaluation import Evaluate
 from tandem.stages.contestant import Contestant, tokenizer_identity
 from tandem.train.device import Device
@@ -134,6 +138,11 @@ def _subject(
         adapter = None
     else:
         pretrained, adapter = str(contestant.folder), contestant.adapter
+    ids = [] if adapter is None else added_ids_of_folder(adapter)
+    rows = max([described_rows(contestant.config), *(index + 1 for index in ids)])
+    if not isinstance(pretrained, str):
+        rows = rows_of(pretrained)
+    look = partial(require_rows, rows=rows, decode=tokenizer.decode)
     return Subject(
         pretrained,
         adapter,
@@ -141,6 +150,7 @@ def _subject(
         device.dtype_name,
         str(device.torch_device),
         settings.batch_size,
+        look if tokens_without_row(tokenizer, rows) else None,
     )
 
 

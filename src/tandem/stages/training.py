@@ -19,10 +19,12 @@ from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import finish_stage, open_stage, start_stage
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
-from tandem.data.template import ChatTemplate
+from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.data.token_rows import row_notices
 from tandem.model.compiled import Compiling
 from tandem.model.load import model_folder
-from tandem.model.vocabulary import check_added
+from tandem.model.untrained import in_words, untrained_tokens
+from tandem.model.vocabulary import check_added, described_rows
 from tandem.recipe.training import Training as TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.stages.forecast import Forecast, compared, forecast_run, keep
@@ -82,7 +84,7 @@ def run_training(
         held_out = processes.main_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
         )
-        config, tokenizer, template, inputs = processes.together(
+        config, tokenizer, template, added, inputs = processes.together(
             lambda: resolved_inputs(
                 base,
                 sources,
@@ -95,8 +97,7 @@ def run_training(
                 added_tokens,
             )
         )
-        added = inputs["model"].get("added_tokens", {})
-        check_added(added, engine=engine.strategy.name, sharded=engine.sharded)
+        check_added({*added.new, *added.known}, engine=engine.strategy.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -107,13 +108,17 @@ def run_training(
         if opened.state == "finished":
             say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
-        for notice in template.notices:
+        rows = described_rows(config, added)
+        for notice in (*template.notices, *row_notices(tokenizer, rows)):
             say(console, f"{kind.name}: {notice}")
         template, recorded = processes.main(lambda: _dated(template, opened.schedule))
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
-            tokenizer, template, tuple(added.values()),
+            tokenizer, template, added,
+            processes.main(lambda: _row_warnings(base, config, tokenizer, template, added)),
         )  # fmt: skip
+        for warning in stage.warnings:
+            say(console, f"{kind.name}: {warning}", style="yellow")
         _run(stage, recorded, inputs, sources, held_out)
     return output_dir
 
@@ -173,6 +178,13 @@ def _run(
     )
 
 
+def _row_warnings(
+    base: Path, config: Any, tokenizer: Any, template: ChatTemplate, added: AddedTokens
+) -> tuple[str, ...]:
+    words = in_words(untrained_tokens(base, config, tokenizer, template, added.ids))
+    return () if words is None else (words,)
+
+
 def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
     return stage_records(
         stage.kind.prepare,
@@ -185,6 +197,7 @@ def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]
         name=stage.kind.name,
         seed=stage.seed,
         console=stage.console,
+        rows=stage.rows,
     )
 
 
@@ -270,7 +283,7 @@ def _finish(
         "reference_seconds": sum(each.reference_seconds for each in made),
         "reference_computed": sum(each.reference_computed for each in made),
         "peak_memory_bytes": stage.engine.device.peak_memory(),
-        "warnings": [*doubts, *records.warnings(), *warnings],
+        "warnings": [*stage.warnings, *doubts, *records.warnings(), *warnings],
         "dtype": stage.engine.device.dtype_name,
         "quantization": stage.runtime.quantization,
         "ledger": records.ledger.summary(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from tandem.data.columns import to_columns
 from tandem.data.order import steps
 from tandem.data.records import Branch, Origin, Tree
 from tandem.data.store import TreeWriter
+from tandem.data.template import AddedTokens
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.rate import Rate
@@ -34,7 +34,7 @@ from tandem.model.fused import fuse_elementwise
 from tandem.model.head import order_head
 from tandem.model.products import order_weights, speed_up_frozen_products
 from tandem.model.score import micro_batches, sequence_logps
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.vocabulary import make_rows
 from tandem.recipe.training import Training
 from tandem.stages.adaptation import adapted
 from tandem.train.device import Device
@@ -60,7 +60,7 @@ class Trial:
         attention: what the recipe asks for.
         dropout: whether the stage has any.
         copies: bytes of copies of the weights in a faster order that the run would keep.
-        added_ids: tokens that the model does not know.
+        added: tokens whose embeddings are trained.
         trains_added: whether the adapter trains their rows.
     """
 
@@ -71,7 +71,7 @@ class Trial:
     attention: str
     dropout: bool
     copies: int
-    added_ids: Sequence[int]
+    added: AddedTokens
     trains_added: bool
 
     def rate(self, trees: Trees, asked: Asked, *, most: float) -> Rate | None:
@@ -120,8 +120,8 @@ class Trial:
         speed_up_frozen_products(model)
         fuse_elementwise(model)
         backend, _ = choose_backend(self.attention, model)
-        if self.added_ids and not self.trains_added:
-            grow_vocabulary(model, self.added_ids)
+        if not self.trains_added:
+            make_rows(model, self.added)
         model = adapted(
             model,
             settings,
@@ -131,7 +131,7 @@ class Trial:
             base_name="",
             seed=0,
             tell=lambda _: None,
-            added_ids=tuple(self.added_ids) if self.trains_added else (),
+            added=self.added if self.trains_added else None,
         )
         if self.copies:
             order_weights(model)

@@ -15,6 +15,7 @@ from tandem.artifact.hashing import hash_json, hash_weights
 from tandem.data.ledger import Ledger
 from tandem.data.omissions import omissions_of, way_out
 from tandem.data.template import ChatTemplate, prompt_ids, resolve_template
+from tandem.data.token_rows import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
 from tandem.model.load import (
@@ -26,6 +27,7 @@ from tandem.model.load import (
 )
 from tandem.model.packages import require
 from tandem.model.stopping import all_stop_ids
+from tandem.model.vocabulary import described_rows
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
 from tandem.recipe.making_pairs import Pairs, Server
@@ -96,7 +98,8 @@ class LocalWriter:
         self._template: ChatTemplate = resolve_template(self._tokenizer, None)
         self._stops = all_stop_ids(folder, self._tokenizer, self._template)
         self._omissions = omissions_of(self._tokenizer, self._template)
-        self._context = context_length(load_config(folder))
+        config = load_config(folder)
+        self._context, self._rows = context_length(config), described_rows(config)
         self._model: Any = None
         self._vllm: Any = None
         if settings.vllm is not None:
@@ -179,6 +182,10 @@ class LocalWriter:
                 left_out[reason] += 1
                 continue
             ids = prompt_ids(self._tokenizer, self._template, prompt.turns)
+            try:
+                require_rows(ids, self._rows, self._tokenizer.decode)
+            except NoRow as error:
+                raise UserError(f"{prompt.origin}: {error}") from None
             room = self._context is None or (
                 len(ids) + self._settings.max_new_tokens <= self._context
             )

@@ -1,0 +1,187 @@
+"""Rows of the embeddings that were never trained, among those of the tokens a template writes.
+
+A row that nothing ever trained equals other such rows: makers begin them alike, or train them in no
+other way than as what is not there. Frozen, it can never become likelier than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tandem.artifact.hashing import weight_files
+from tandem.data.template import ChatTemplate, control_tokens, stop_ids
+from tandem.errors import UserError
+
+# Rows whose cosine is above this are nearly one direction. Of two small models (the embedded demo's
+# base and stories260K) 799 of 2048 and 272 of 512 rows have another one above it, and only 2 and 10
+# have their nearest between 0.85 and it: there is a gap between rows that were trained apart and
+# rows that were not.
+_ALIKE = 0.98
+# Fewer rows than this may be tokens that are used in the same way, as two ends of a text are. Rows
+# that nothing trained come in numbers, but for a few that were made of one mean: those are equal.
+_FEWEST = 2
+_SAME = 0.9999
+# A row this much shorter than the median one holds nothing: it began as 0, or decayed to it.
+_EMPTY = 0.01
+# Bytes of rows in float32 that are compared at once.
+_BLOCK = 64 * 2**20
+_INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+           "embeddings.weight", "tok_embeddings.weight")  # fmt: skip
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A token whose row nothing has trained.
+
+    Attributes:
+        token: as the template writes it.
+        alike: how many other rows are nearly equal to it.
+        empty: whether it is nearly 0.
+        ends: whether it ends answers, and the row is of the output head; else it is fed, and the
+            row is of the input embedding.
+    """
+
+    token: str
+    alike: int
+    empty: bool
+    ends: bool
+
+
+def untrained_tokens(
+    folder: Path, config: Any, tokenizer: Any, template: ChatTemplate, trained: Collection[int] = ()
+) -> list[Untrained]:
+    """The template's control tokens whose rows were never trained, those that end answers first.
+
+    A token that ends answers is looked at in the output head, where it is predicted; the others in
+    the input embedding, where they are fed. A matrix under a name that no known family has is not
+    looked at.
+
+    Args:
+        folder: the model's; without weights in it nothing is found.
+        config: its transformers configuration.
+        tokenizer, template: of the model, as the stage uses them.
+        trained: ids whose rows the stage trains.
+
+    Raises UserError for a damaged file.
+    """
+    tokens = control_tokens(tokenizer, template)
+    ends = set(stop_ids(tokenizer, template)[:1])
+    wanted = {token: index for token, index in tokens.items() if index not in trained}
+    if not wanted or not any(folder.glob("*.safetensors")):
+        return []
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    rows = int(config.get_text_config().vocab_size)
+    inputs, head = _matrices(folder, rows)
+    if head is None and tied:
+        head = inputs
+    found: list[Untrained] = []
+    for place, predicted in ((head, True), (inputs, False)):
+        some = {token: i for token, i in wanted.items() if (i in ends) == predicted and i < rows}
+        if place is not None and some:
+            found += _compared(*place, some, ends=predicted)
+    return found
+
+
+def in_words(found: Collection[Untrained]) -> str | None:
+    """What such rows mean, and the way out; None if there are none."""
+    if not found:
+        return None
+    parts = [_end(one) for one in found if one.ends]
+    if fed := [one for one in found if not one.ends]:
+        names = ", ".join(repr(one.token) for one in fed)
+        parts.append(
+            f"the template writes {names}, which this model has never read: "
+            f"{'its row' if len(fed) == 1 else 'their rows'} in the input embedding "
+            f"{'says' if len(fed) == 1 else 'say'} nothing (nearly equal to others, or 0)"
+        )
+    listing = ", ".join(f'"{one.token}"' for one in found)
+    flags = " ".join(f"'{one.token}'" for one in found)
+    return (
+        f"{'; '.join(parts)}. Train {'this row' if len(found) == 1 else 'these rows'}: "
+        f"`added_tokens: [{listing}]` in the recipe, `--added_tokens {flags}` for a stage."
+    )
+
+
+def _end(one: Untrained) -> str:
+    if one.alike:
+        what = (
+            f"is nearly equal to those of {one.alike} other tokens (cosine above {_ALIKE}), so "
+            "that it can hardly become likelier than they are"
+        )
+    else:
+        what = "is nearly 0, so that its logit is, too"
+    return (
+        f"the model cannot learn to stop: answers end with {one.token!r}, whose row in the frozen "
+        f"output head was never trained and {what}"
+    )
+
+
+def _matrices(folder: Path, rows: int) -> tuple[tuple[Path, str] | None, tuple[Path, str] | None]:
+    """File and name of the input embedding and of a head of its own."""
+    inputs = head = None
+    try:
+        files = weight_files(folder)
+    except UserError:  # said by who loads them
+        return None, None
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if not name.endswith(_INPUTS + _HEADS):
+                    continue
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                if len(shape) != 2 or shape[0] < rows or part.get_dtype() not in _FLOATS:
+                    continue
+                if name.endswith(_HEADS):
+                    head = head or (path, name)
+                else:
+                    inputs = inputs or (path, name)
+    return inputs, head
+
+
+def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -> list[Untrained]:
+    """Which of the tokens' rows of a matrix are 0 or nearly equal to others; read in blocks."""
+    with _opened(path) as file:
+        part = file.get_slice(name)
+        own = torch.cat([part[index : index + 1] for index in tokens.values()]).float()
+        lengths = []
+        alike, same = torch.zeros(2, len(tokens), dtype=torch.int64)
+        directions = own / own.norm(dim=1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+        for block in _blocks(part):
+            norms = block.norm(dim=1)
+            lengths.append(norms)
+            cosines = block @ directions.T / norms.clamp_min(torch.finfo(block.dtype).tiny)[:, None]
+            alike += (cosines > _ALIKE).sum(dim=0)
+            same += (cosines > _SAME).sum(dim=0)
+    short = _EMPTY * float(torch.cat(lengths).median())
+    found = []
+    for number, token in enumerate(tokens):
+        length = float(own[number].norm())
+        # A row equals itself, unless it has no direction.
+        others = int(alike[number]) - 1 if length else 0
+        if length < short or others >= _FEWEST or (length and int(same[number]) > 1):
+            found.append(Untrained(token, others, length < short, ends))
+    return found
+
+
+def _blocks(part: Any) -> Iterator[Tensor]:
+    rows, width = part.get_shape()
+    step = max(1, _BLOCK // (4 * width))
+    for start in range(0, rows, step):
+        yield part[start : start + step].float()
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
