@@ -213,7 +213,7 @@ def test_a_missing_file_is_exit_2_and_json_all_the_same(
         ("empty.jsonl", b"", "is empty."),
         ("blank.jsonl", b"\n \n", "is empty."),
         ("some.parquet", b"\x00\xff\x12" * 99, "is no sound Parquet file"),
-        ("some.csv", b"\x00\xff\r\x12" * 99, "has no CSV header that can be read ("),
+        ("some.csv", b"\x00\xff\r\x12" * 99, "carriage returns alone. Save it with line feeds"),
         ("some.bin", b"\x00\xff\x12" * 99, "is no kind of file that can be read here"),
     ],
 )
