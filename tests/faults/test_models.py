@@ -20,14 +20,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize(
-    "name", ["./no-model", "no/such/model", "~nobody-here/model", "/" + "x" * 300]
-)
+@pytest.mark.parametrize("name", ["./no-model", "no/such/model", "/" + "x" * 300])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_model_path_that_is_not_there_is_never_looked_for_on_the_hub(
     desk: Desk, stage: str, name: str
 ) -> None:
     desk.refused(desk.train(stage, model_name_or_path=name), f"model folder {name}")
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "chat_template", "dataset_name"])
+def test_a_home_folder_that_nobody_has_is_named_with_its_flag(desk: Desk, flag: str) -> None:
+    command = desk.train(**{flag: "~nobody-here/x"})
+    desk.refused(command, f"--{flag}: ~nobody-here/x", "home folder ~nobody-here", "write the path")
 
 
 def test_a_folder_or_a_file_that_is_no_model(desk: Desk) -> None:
@@ -232,7 +236,7 @@ def test_a_template_that_cannot_be_used(desk: Desk, text: str, said: str) -> Non
     desk.refused(desk.train(chat_template=desk.text(text, "t.jinja")), "t.jinja", said)
 
 
-@pytest.mark.parametrize("choice", ["neural-chta", "nowhere/t.jinja", "~nobody-here/t.jinja"])
+@pytest.mark.parametrize("choice", ["neural-chta", "nowhere/t.jinja"])
 def test_a_template_that_is_not_there(desk: Desk, choice: str) -> None:
     desk.refused(desk.train(chat_template=choice), choice, "neural-chat")
 

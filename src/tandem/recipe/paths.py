@@ -39,8 +39,9 @@ def expanded(path: str) -> str:
         return path
     try:
         return str(Path(path).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error} Write the path out") from None
+    except RuntimeError:
+        home = path.partition("/")[0]
+        raise ValueError(f"{path}: there is no home folder {home}; write the path out") from None
 
 
 def _value(found: re.Match[str]) -> str:
