@@ -154,7 +154,7 @@ def test_the_reference_pass_in_two_processes_stores_the_same_bits(done: Done) ->
     for processes in (1, 2):
         path = done.home / f"dpo-float32-{processes}-512.cache" / "tandem" / "reference.sqlite"
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            rows = connection.execute("SELECT key, logp, tokens FROM logps ORDER BY key")
+            rows = connection.execute("SELECT key, logp, tokens FROM checked ORDER BY key")
             stored.append(rows.fetchall())
     assert stored[0] == stored[1]
     assert len(stored[0]) > 64
