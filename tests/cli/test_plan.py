@@ -314,6 +314,7 @@ def test_no_data_of_the_hub_is_read_unasked(
     recipe.write_text(
         f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
         f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  batch_size: 8\n  logging_steps: 1\n"
         "  validation: {data: someone/held-out}\n  keep: best\n"
         f"pairs:\n  prompts: {make_conversations(tmp_path / 'p.jsonl')}\n"
         "  select: {decontaminate: someone/questions}\n"
@@ -358,6 +359,7 @@ def test_what_a_trial_would_take_too_long_for_is_told_by_a_product(
     recipe.write_text(
         f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
         f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  batch_size: 8\n  logging_steps: 1\n"
     )
     (sft,) = _plan(capsys, str(recipe))["training"]
     assert sft["rate"]["from"] == "a timed matrix product"
@@ -389,6 +391,7 @@ def test_a_trial_that_fails_ends_no_plan(
     recipe.write_text(
         f"name: r\nmodel: {model}\noutput_dir: out\ndevice: cpu\n"
         f"sft:\n  data: {make_conversations(tmp_path / 'c.jsonl')}\n  max_length: 128\n"
+        "  batch_size: 8\n  logging_steps: 1\n"
     )
 
     def strange(*_: Any, **__: Any) -> Any:

@@ -43,8 +43,8 @@ def forks(home: Path) -> Iterator[Forks]:
 def recorded(folder: Path, name: str = "pairs") -> dict[int, Any]:
     """What is in a journal, each number once."""
     found: dict[int, Any] = {}
-    for entry in read_jsonl(folder / "generated" / f"{name}.jsonl")[1:]:
-        for number, value in entry:
+    for line in read_jsonl(folder / "generated" / f"{name}.jsonl")[1:]:
+        for number, value in line["unit"]:
             assert number not in found
             found[number] = value
     return found

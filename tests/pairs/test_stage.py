@@ -268,8 +268,8 @@ def test_a_judge_ranks_the_answers_of_one_model(
     rows = make(conversations, folder, tiny_model, samples=3, rank=rank)
     found = {
         number: value[0].strip()
-        for entry in read_jsonl(folder / "generated" / "pairs.jsonl")[1:]
-        for number, value in entry
+        for line in read_jsonl(folder / "generated" / "pairs.jsonl")[1:]
+        for number, value in line["unit"]
     }
     expected = []
     for i in range(COUNT):
@@ -358,8 +358,8 @@ def test_a_reward_model_ranks_as_it_does_alone(
     assert all(score(row, row["chosen"]) > score(row, row["rejected"]) for row in rows)
     scores = {
         number: value
-        for entry in read_jsonl(tmp_path / "out" / "generated" / "pairs-scores.jsonl")[1:]
-        for number, (value, _) in entry
+        for line in read_jsonl(tmp_path / "out" / "generated" / "pairs-scores.jsonl")[1:]
+        for number, (value, _) in line["unit"]
     }
     assert score(rows[5], rows[5]["chosen"]) == pytest.approx(
         max(scores[n] for n in (15, 16, 17)), abs=1e-5
