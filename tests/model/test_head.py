@@ -143,7 +143,7 @@ def test_a_target_beyond_the_rows_is_never_a_score(wanted: int, rows: TrainedRow
     torch.manual_seed(0)
     head, hidden = Head(torch.randn(101, 8), rows=rows), torch.randn(4, 8)
     target = torch.tensor([5, 100, wanted, 0])
-    with torch.no_grad(), pytest.raises(IndexError, match=f"target {wanted} is no row .* 101"):
+    with torch.no_grad(), pytest.raises(IndexError, match="index out of range"):
         linear_logprob(hidden, head, target)
     unseen = head_module._chunk(hidden, Head(head.weight), target, torch.float32, None)
     assert unseen.isnan().tolist() == [False, False, True, False]
