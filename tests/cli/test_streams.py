@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tandem.cli.streams import ERRORS, plain
+from tandem.cli.streams import ERRORS, forget_empty_sizes, plain
 from tests.report.made_runs import run_folder
 
 
@@ -145,7 +145,9 @@ def test_tables_are_printed_however_narrow_the_terminal(
     from tests.report.made_runs import evaluation
 
     monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", "25")
     monkeypatch.setenv("TERM", "dumb")
+    forget_empty_sizes()
     out = io.StringIO()
     Console(file=out, force_terminal=True).print(result_table(evaluation()))
     assert out.getvalue()

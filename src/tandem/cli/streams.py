@@ -93,6 +93,7 @@ class Streams:
         # What reads it says what is wrong with a byte; see `chat.session`.
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
+        forget_empty_sizes()
         self._out, sys.stdout = _lasting(sys.stdout, 1)
         self._err, sys.stderr = _lasting(sys.stderr, 2)
 
@@ -111,6 +112,13 @@ class Streams:
             code = code if done or code else UserError.exit_code
         sys.stderr.flush()
         return code
+
+
+def forget_empty_sizes() -> None:
+    """Take sizes of 0 out of the environment: tables of that width would have nothing in them."""
+    for name in ("COLUMNS", "LINES"):
+        if os.environ.get(name, "").strip() == "0":
+            del os.environ[name]
 
 
 def _only_shows(argv: Sequence[str]) -> bool:
