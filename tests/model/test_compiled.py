@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,24 @@ from tandem.model.score import sequence_logps
 
 from ..invariants.families import TREES
 from ..invariants.made import make_trees
+
+
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_compilers_cache_that_cannot_be_written_is_put_elsewhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setenv(name, str(tmp_path / "new"))
+    compiled.settle_compile_caches(said.append)
+    assert os.environ[name] == str(tmp_path / "new")
+    assert said == []
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(name, str(tmp_path / "file" / "deeper"))
+    compiled.settle_compile_caches(said.append)
+    assert Path(os.environ[name]).is_dir()
+    assert name in said[0]
+    assert "not kept" in said[0]
+
 
 # What is compiled of a family's two layers: functions, and how many modules.
 TAKEN: dict[str, tuple[set[str], int]] = {

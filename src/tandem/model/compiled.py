@@ -7,11 +7,16 @@ activation checkpointing stay outside. Whole layers were tried: docs/engine.md h
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +43,25 @@ def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
             "weights between their layers' turns; use engine: ddp or deepspeed-zero2, or set it "
             "to false"
         )
+
+
+def settle_compile_caches(tell: Callable[[str], None]) -> None:
+    """Put a temporary folder in the place of a compiler's cache that cannot be written.
+
+    torch.compile and Triton would end the run there. `tell` is told of each.
+    """
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        folder = os.environ.get(name)
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            tell(f"{name} cannot be used ({error}): what is compiled is not kept for other runs")
+            os.environ[name] = tempfile.mkdtemp(prefix="tandem-compiled-")
+            atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 
 
 def compile_elementwise(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from tandem.data.trees import Trees
 from tandem.model.adapter import adapted_weights
 from tandem.model.adapter_base import lasting_name
 from tandem.model.attention import choose_backend
-from tandem.model.compiled import Compiling
+from tandem.model.compiled import Compiling, settle_compile_caches
 from tandem.model.head import order_head
 from tandem.model.kernels.library import why_not
 from tandem.model.load import load_model, model_without_weights
@@ -89,6 +89,7 @@ def compile_policy(stage: Stage, model: Any, trees: Trees, schedule: dict[str, A
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
+    settle_compile_caches(stage.tell)
     compiling = stage.engine.processes.together(
         lambda: warm_up(model, trees, stage.engine.device, seed=stage.seed)
     )
