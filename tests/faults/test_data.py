@@ -339,3 +339,12 @@ def test_names_that_are_no_utf8_train_and_are_recognised_again(desk: Desk) -> No
     (desk.home / "link").symlink_to(desk.home / out)
     desk.accepted(desk.merge(desk.model, desk.home / "link"))
     desk.refused(["run", desk.recipe(), f"output_dir={out}"], "special characters are not")
+
+
+def test_the_current_folder_is_called_by_its_dot(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (desk.home / "data").mkdir()
+    desk.conversations.rename(desk.home / "data" / "conversations.jsonl")
+    monkeypatch.chdir(desk.home / "data")
+    assert "sft: . is ShareGPT" in desk.accepted(desk.train(dataset_name="."))

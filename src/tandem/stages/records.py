@@ -179,7 +179,8 @@ def sources_in_words(ledger: Ledger) -> list[str]:
 
     A file or folder goes by its own name, unless another source has the same.
     """
-    names = {path: Path(path).name if looks_like_path(path) else path for path in ledger.formats}
+    named = {path: Path(path).name if looks_like_path(path) else "" for path in ledger.formats}
+    names = {path: name or path for path, name in named.items()}  # `.` has no name
     shared = Counter(names.values())
     return [
         f"{name if shared[name] == 1 else path} is {ledger.formats[path]}"
