@@ -294,7 +294,8 @@ def _steady(value: Any) -> Any:
     return [_steady(one) for one in value] if isinstance(value, list) else value
 
 
-_STAGE = ("--max_steps", "2", "--batch_size", "8", "--max_length", "200")
+_STAGE = ("--max_steps", "2", "--batch_size", "8", "--max_length", "200",
+          "--max_prompt_length", "150")  # fmt: skip
 _TRAINED = (
     "adapter_model.safetensors",
     "adapter_config.json",

@@ -307,3 +307,21 @@ class TestMerge:
         save_file(weights, path)
         (adapter / "manifest.json").unlink()  # which knows the weights that training left
         desk.refused(desk.merge(desk.model, adapter), "is not finite")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}'),
+        ("config.json", '{"model_type": ["llama"]}'),
+        ("config.json", "[1, 2]"),
+        ("generation_config.json", "[1, 2]"),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("tokenizer_config.json", "[1, 2]"),
+    ],
+)
+def test_a_configuration_that_no_library_understands_is_a_message(
+    desk: Desk, name: str, content: str
+) -> None:
+    (desk.model / name).write_text(content)
+    desk.stopped(desk.train(), str(desk.model))
