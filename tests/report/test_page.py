@@ -144,6 +144,16 @@ def test_damaged_files_are_named_not_fatal(tmp_path: Path) -> None:
     assert "4-dpo/metrics.jsonl, row 62" in text
 
 
+def test_files_that_are_gone_are_named(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "demo")
+    assert read_run(folder).problems == ()
+    (folder / "1-sft" / "manifest.json").unlink()
+    (folder / "recipe.yaml").unlink()
+    page = page_of(folder)
+    assert "1-sft/manifest.json is missing" in page
+    assert "recipe.yaml is missing" in page
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty"])
 def test_folder_that_is_no_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -122,6 +122,8 @@ def read_run(folder: Path) -> RunFacts:
             f"{folder} holds no run of tandem: no recipe.yaml, no manifest.json and no stage "
             f"folder such as 1-sft. Give the folder of a run, such as runs/demo."
         )
+    if names and not recipe_file.exists():
+        problems.append("recipe.yaml is missing")
     recipe_text, recipe = _recipe(recipe_file, problems)
     wanted = [f for section, fs in _SECTION_FOLDERS.items() if recipe.get(section) for f in fs]
     evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
@@ -141,6 +143,10 @@ def read_run(folder: Path) -> RunFacts:
 def _read_stage(folder: Path, name: str) -> StageFacts:
     problems: list[str] = []
     manifest = _object(folder / "manifest.json", problems)
+    if not (folder / "manifest.json").exists() and any(folder.iterdir()):
+        problems.append(
+            f"{folder.name}/manifest.json is missing: whether it is finished is unknown"
+        )
     metrics = _lines(folder / "metrics.jsonl", problems)
     kind = STAGE_FOLDERS.get(name) or _kind(folder, manifest, metrics)
     problems += _changed(folder, mapping(manifest.get("outputs")))
