@@ -149,7 +149,7 @@ def test_files_that_are_gone_are_named(tmp_path: Path) -> None:
     assert read_run(folder).problems == ()
     (folder / "1-sft" / "manifest.json").unlink()
     (folder / "recipe.yaml").unlink()
-    page = page_of(folder)
+    page = write_report(folder).read_text(encoding="utf-8")
     assert "1-sft/manifest.json is missing" in page
     assert "recipe.yaml is missing" in page
 
