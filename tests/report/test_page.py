@@ -148,6 +148,8 @@ def test_files_that_are_gone_are_named(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "demo")
     assert read_run(folder).problems == ()
     (folder / "1-sft" / "manifest.json").unlink()
+    (folder / "recipe.yaml").write_text("[1, 2]")
+    assert "recipe.yaml holds no recipe" in read_run(folder).problems
     (folder / "recipe.yaml").unlink()
     page = write_report(folder).read_text(encoding="utf-8")
     assert "1-sft/manifest.json is missing" in page

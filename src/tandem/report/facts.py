@@ -233,7 +233,10 @@ def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
         return "", {}
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return text, mapping(yaml.safe_load(text))
+        value = yaml.safe_load(text)
+        if not isinstance(value, Mapping):
+            problems.append("recipe.yaml holds no recipe")
+        return text, mapping(value)
     except yaml.YAMLError as error:
         problems.append(f"recipe.yaml cannot be read: {error}")
         return text, {}
