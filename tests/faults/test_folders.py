@@ -121,3 +121,13 @@ def test_an_unfinished_stage_with_nothing_to_lose_takes_the_corrected_recipe(
     assert (desk.home / "out" / "manifest.json").exists()
     said = desk.accepted(desk.train(learning_rate=1e-3))
     assert "2 steps" in said
+
+
+def test_a_changed_recipe_of_a_run_is_named_by_its_report(desk: Desk) -> None:
+    desk.accepted(["run", desk.recipe(), "--until", "sft"])
+    copy = desk.home / "run" / "recipe.yaml"
+    page = desk.home / "run" / "report.html"
+    assert "recipe.yaml is not as the run left it" not in page.read_text()
+    copy.write_text(copy.read_text().replace("seed: 42", "seed: 43"))
+    desk.accepted(["report", str(desk.home / "run")])
+    assert "recipe.yaml is not as the run left it" in page.read_text()

@@ -25,6 +25,11 @@ def hash_bytes(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+def text_hash(text: str) -> str:
+    """What `hash_file` gives for a file that is written with this text."""
+    return hashlib.sha256(text.encode("utf-8", errors=HALVES)).hexdigest()
+
+
 def hash_json(value: Any) -> str:
     """SHA-256 of a plain value's canonical JSON."""
     return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors=HALVES))

@@ -124,6 +124,8 @@ def read_run(folder: Path) -> RunFacts:
         )
     if names and not recipe_file.exists():
         problems.append("recipe.yaml is missing")
+    elif manifest.get("recipe") not in (None, _hash(recipe_file)):
+        problems.append("recipe.yaml is not as the run left it: it was changed")
     recipe_text, recipe = _recipe(recipe_file, problems)
     wanted = [f for section, fs in _SECTION_FOLDERS.items() if recipe.get(section) for f in fs]
     evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
@@ -224,6 +226,10 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
             else:
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
     return tuple(found)
+
+
+def _hash(path: Path) -> str | None:
+    return hash_file(path) if path.is_file() else None
 
 
 def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tandem.artifact.files import atomic_write_json, atomic_write_text, remove_left_behind
-from tandem.artifact.hashing import hash_json
+from tandem.artifact.hashing import hash_json, text_hash
 from tandem.artifact.manifest import NAME as MANIFEST
 from tandem.artifact.manifest import check_outputs, read_manifest, versions
 from tandem.artifact.sealed import read_object, sealed
@@ -149,12 +149,15 @@ def _joined(recipe: Recipe) -> Processes:
 
 def _record(recipe: Recipe, planned: list[PlannedStage], *, new: bool) -> None:
     """What the run's folder says about itself after a stage."""
+    from tandem.recipe.load import recipe_to_yaml
+
     root = Path(recipe.output_dir)
+    # Only a stage that really ran makes this recipe the folder's own.
+    text = recipe_to_yaml(recipe) if new else None
     # The chain first: it marks the folder as a run's, whose recipe may be replaced.
-    _write_chain(planned, root)
-    if new:
-        # Only a stage that really ran makes this recipe the folder's own.
-        _write_recipe(recipe, root)
+    _write_chain(planned, root, text)
+    if text is not None:
+        atomic_write_text(root / "recipe.yaml", text)
 
 
 def asked_for(planned: Sequence[PlannedStage], *, until: str | None, start: str | None) -> range:
@@ -347,14 +350,11 @@ class _Ride:
         return runtime_of(self.recipe)
 
 
-def _write_recipe(recipe: Recipe, root: Path) -> None:
-    from tandem.recipe.load import recipe_to_yaml
+def _write_chain(planned: list[PlannedStage], root: Path, recipe: str | None) -> None:
+    """The run's manifest: each stage's inputs and outputs by hash, data to evaluation.
 
-    atomic_write_text(root / "recipe.yaml", recipe_to_yaml(recipe))
-
-
-def _write_chain(planned: list[PlannedStage], root: Path) -> None:
-    """The run's manifest: each stage's inputs and outputs by hash, data to evaluation."""
+    `recipe` is the text that recipe.yaml gets, None where that stays as it is.
+    """
     chain = {}
     for stage in planned:
         manifest = read_manifest(stage.folder)
@@ -362,4 +362,10 @@ def _write_chain(planned: list[PlannedStage], root: Path) -> None:
             kept = ("stage", "status", "inputs_hash", "outputs", "started_at", "finished_at")
             chain[stage.folder.name] = {key: manifest.get(key) for key in kept}
     remove_left_behind(root)
-    atomic_write_json(root / MANIFEST, sealed({"stages": chain, "versions": versions()}))
+    about: dict[str, Any] = {"stages": chain, "versions": versions()}
+    if recipe is not None:
+        about["recipe"] = text_hash(recipe)
+    else:
+        with suppress(UserError):
+            about["recipe"] = read_object(root / MANIFEST, {"recipe": str}, "")["recipe"]
+    atomic_write_json(root / MANIFEST, sealed(about))
