@@ -260,7 +260,7 @@ def test_a_store_that_another_program_holds_is_done_without(
     assert adapter == expected
 
 
-@pytest.mark.parametrize("key", ["sources", "records", "formats", "check"])
+@pytest.mark.parametrize("key", ["sources", "records", "formats", "checksum"])
 def test_encoded_data_whose_description_was_changed_is_encoded_again(desk: Desk, key: str) -> None:
     desk.accepted(desk.train())
     (entry,) = (cache_folder() / "encoded").glob("*/entry.json")

@@ -197,11 +197,16 @@ def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
         )
 
 
-def check_made(folder: Path, tell: Callable[[str], None]) -> None:
+def check_made(folder: Path, tell: Callable[[str], None], *, weights: bool = True) -> None:
     """Compare a model's or an adapter's folder with what the stage that made it left there.
 
     A folder that no stage has finished is taken as it is. Files beside the weights may have been
     changed on purpose: `tell` is told their names.
+
+    Args:
+        folder: the model's or the adapter's.
+        tell: told what was changed.
+        weights: whether the weights are read to be compared, which takes time with large ones.
 
     Raises UserError for weights that are damaged or were replaced.
     """
@@ -212,10 +217,15 @@ def check_made(folder: Path, tell: Callable[[str], None]) -> None:
         return
     if manifest is None or manifest["status"] != "finished":
         return
-    changed = _changed(folder, manifest["outputs"])
-    if weights := [name for name in changed if name.endswith(".safetensors")]:
+    outputs = {
+        name: digest
+        for name, digest in manifest["outputs"].items()
+        if weights or not name.endswith(".safetensors")
+    }
+    changed = _changed(folder, outputs)
+    if spoilt := [name for name in changed if name.endswith(".safetensors")]:
         raise UserError(
-            f"{folder / weights[0]} is missing, damaged or was changed after the "
+            f"{folder / spoilt[0]} is missing, damaged or was changed after the "
             f"{manifest['stage']} stage finished. Restore it, make {folder} again, or remove "
             f"{folder / NAME} to use it as it is."
         )

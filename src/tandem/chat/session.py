@@ -104,7 +104,10 @@ def run_chat(
         if folder != path:
             console.print(Text(f"{path} is a run; talking to its {folder}", "dim"))
         if Path(folder).is_dir():
-            check_made(Path(folder), lambda text: console.print(Text(text, "yellow")))
+            # No result depends on a chat, and it need not wait until large weights are hashed.
+            check_made(
+                Path(folder), lambda text: console.print(Text(text, "yellow")), weights=False
+            )
         with console.status(Text(f"loading {label}")):
             speakers.append(_load(folder, label, chat_template, device))
         for notice in speakers[-1].template.notices:

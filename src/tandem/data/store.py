@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tandem.artifact.cache import cache_folder, prune_folders, remove
 from tandem.artifact.files import HALVES, atomic_folder, read_json
+from tandem.artifact.sealed import Damaged, read_object, sealed
 from tandem.data.batch import Batch
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.trees import Bytes, Index, Trees
@@ -35,8 +36,10 @@ _COLUMNS = (*_DTYPES, "ids", "trained", "digests")
 _LEDGER = "ledger"
 _BYTES_LIMIT = 20 * 2**30
 _BLOCK = 2**22
-# What reading a damaged entry leads to; thousands of brackets recurse.
-_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+# What entry.json holds.
+_KINDS = {"sources": list, "formats": dict, "unread": dict, "files": dict}
+# What reading a damaged entry leads to.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Damaged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,7 @@ class TreeWriter:
                 "unread": {str(source): list(keys) for source, keys in unread.items()},
                 "files": {name: [sink.size, sink.crc] for name, sink in self._sinks.items()},
             }
-            about["check"] = _own_check(about)
-            (self._folder / "entry.json").write_text(json.dumps(about, indent=2) + "\n")
+            (self._folder / "entry.json").write_text(json.dumps(sealed(about), indent=2) + "\n")
 
     def close(self) -> None:
         """Close the columns' files, complete or not."""
@@ -159,9 +161,7 @@ class EncodedStore:
         except OSError:  # `writing` says why it cannot be reached
             return None
         try:
-            about = read_json(entry / "entry.json")
-            if about.get("check", crc := _own_check(about)) != crc:
-                raise ValueError("the checksum of entry.json differs")
+            about = read_object(entry / "entry.json", _KINDS, "")
             for name in (*_COLUMNS, _LEDGER):
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
@@ -207,12 +207,6 @@ def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> Trees:
 def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
     with (entry / _LEDGER).open(encoding="utf-8") as lines:
         return [Entry(names[file], *rest) for file, *rest in (json.loads(line) for line in lines)]
-
-
-def _own_check(about: Mapping[str, Any]) -> int:
-    """The checksum of what entry.json says; those written before have none."""
-    content = {key: value for key, value in about.items() if key != "check"}
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _check(file: Path, size: int, crc: int) -> None:
