@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tandem.artifact.files import read_json
+from tandem.data.batch import Plan
 from tandem.data.encode import Chat
-from tandem.data.formats import Question
+from tandem.data.formats import Kind, Question
 from tandem.data.ledger import Ledger
+from tandem.data.limits import Limits
 from tandem.data.omissions import check_asked
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.reading import read_pairs, read_questions
-from tandem.data.sources import SourceSpec, local_files, looks_like_path
+from tandem.data.pieces import encoded_pieces
+from tandem.data.reading import formatted_chunks, read_pairs, read_questions
+from tandem.data.sources import SourceSpec, count_sources, local_files, looks_like_path
 from tandem.data.template import add_tokens, resolve_template
 from tandem.data.token_rows import tokens_without_row
-from tandem.data.trees import Trees
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.evaluation import Evaluate
 from tandem.recipe.making_pairs import Pairs
@@ -26,6 +28,9 @@ from tandem.recipe.schema import Recipe
 from tandem.recipe.section import DataSource
 from tandem.recipe.training import Training
 from tandem.stages.sources import held_out_of, source_spec
+
+# Of a sequence, where a model's own does not matter.
+_NO_LIMIT = 2**31 - 1
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
@@ -46,7 +51,8 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
             local_files(source.path, source.split)
     _check_rows(recipe, wanted)
     _check_trained(recipe, wanted)
-    check_tokens(recipe, wanted)
+    # A training stage that comes first encodes its own data before anything else.
+    check_tokens(recipe, wanted - {"sft"})
     if recipe.evaluate is not None and "evaluate" in wanted:
         _check_tasks(recipe.evaluate)
     if recipe.pairs is not None and "pairs" in wanted:
@@ -130,27 +136,31 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
-    template = resolve_template(tokenizer, recipe.chat_template)
-    Chat.of(tokenizer, template, rows)
-    for prepare, named in _encoded(recipe, wanted):
-        if specs := _specs(named):
-            prepare(
-                specs, tokenizer=tokenizer, template=template, max_length=2**31 - 1,
-                on_bad_record="drop", ledger=Ledger(None), rows=rows,
-            )  # fmt: skip
+    chat = Chat.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
+    for kind, named in _encoded(recipe, wanted):
+        specs = _specs(named)
+        # Piece by piece, and none is kept: data may be larger than memory.
+        for _ in encoded_pieces(
+            formatted_chunks(specs, kind, Ledger(None), "drop"),
+            chat,
+            Plan(kind, Limits(_NO_LIMIT, None), "drop"),
+            doing="looking for tokens that the model has no row for",
+            total=partial(count_sources, specs),
+            show=None,
+            workers=None,
+        ):
+            pass
 
 
-def _encoded(
-    recipe: Recipe, wanted: Set[str]
-) -> Iterator[tuple[Callable[..., Trees], Sequence[DataSource]]]:
+def _encoded(recipe: Recipe, wanted: Set[str]) -> Iterator[tuple[Kind, Sequence[DataSource]]]:
     """What becomes tokens of a run's records, as far as readers of both kinds take it."""
     if recipe.sft is not None and "sft" in wanted:
-        yield prepare_conversations, recipe.sft.data
+        yield "conversations", recipe.sft.data
     if recipe.dpo is not None and "dpo" in wanted:
-        yield prepare_pairs, recipe.dpo.data
+        yield "preference pairs", recipe.dpo.data
     if recipe.evaluate is not None and "evaluate" in wanted:
-        yield prepare_pairs, recipe.evaluate.pairs
-        yield prepare_conversations, recipe.evaluate.heldout
+        yield "preference pairs", recipe.evaluate.pairs
+        yield "conversations", recipe.evaluate.heldout
 
 
 def _has_more_tokens(folder: Path) -> bool:
