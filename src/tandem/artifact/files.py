@@ -66,6 +66,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_json_object(path: Path, way_out: str = "Copy or download it again.") -> dict[str, Any]:
+    """The JSON object in a file that another program wrote.
+
+    Raises UserError, with the way out, for a file that holds none.
+    """
+    try:
+        found = read_json(path)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}. {way_out}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object. {way_out}")
+    return found
+
+
 def append_jsonl(path: Path, value: Any) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8", errors=HALVES) as file:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import read_json, require_spelled
+from tandem.artifact.files import read_json_object, require_spelled
 from tandem.errors import UserError
 from tandem.model.load import adapters_inside
 from tandem.model.quantization import load_bitsandbytes
@@ -75,13 +75,7 @@ def read_config_values(adapter: Path) -> dict[str, Any]:
             f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
         )
     require_spelled(adapter)
-    try:
-        values = read_json(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be used: it holds no JSON object. Copy the adapter again.")
-    return values
+    return read_json_object(path, "Copy the adapter again.")
 
 
 def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:

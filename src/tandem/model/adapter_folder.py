@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.errors import UserError
 from tandem.model.adapter_config import WITH_PEFT, read_config
 from tandem.model.quantization import read_record
+from tandem.model.stored import opened
 
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -309,11 +309,8 @@ def _opened(adapter: Path) -> Iterator[_Tensors]:
     """The adapter's tensors: safetensors, or torch's own format as older trainers write it."""
     path = adapter / "adapter_model.safetensors"
     if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield _Tensors(path, file)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+        with opened(path) as file:
+            yield _Tensors(path, file)
         return
     path = adapter / "adapter_model.bin"
     if not path.exists():

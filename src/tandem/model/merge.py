@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -18,10 +16,7 @@ from tandem.artifact.hashing import weight_files, weight_index
 from tandem.errors import UserError
 from tandem.model.adapter_folder import ExpertsUpdate, LowRankUpdate, NewRows, Update
 from tandem.model.quantization import Quantized
-from tandem.model.stored import Part, parts_of
-
-# Names that a head has which is no more than the input embedding once more.
-HEADS = ("lm_head.weight", "embed_out.weight")
+from tandem.model.stored import HEADS, Part, opened, parts_of, read_heads
 
 
 def merge_shards(
@@ -94,8 +89,8 @@ class _Sums:
         self._base, self._updates, self._model = base, updates, model
         self._dtype, self._quantized, self._device = dtype, quantized, device
         self._tied = _tied_rows(base, updates)
-        self._shards = {name: shard for shard in weight_files(base) for name in _names(shard)}
-        self._parts = {name: part for part in parts_of(self._shards, model) for name in part.names}
+        self._heads = read_heads(base)
+        self._parts = {name: part for part in parts_of(self._heads, model) for name in part.names}
         self._waiting: dict[str, Tensor] = {}
         self._changed = updates.keys() | set(quantized.weights if quantized else ())
         self._found: set[str] = set()
@@ -149,7 +144,7 @@ class _Sums:
 
     def _together(self, part: Part) -> dict[str, Tensor]:
         """A part's tensors as they are written, by their names in the files."""
-        tensors = {name: _tensor(self._shards[name], name) for name in part.names}
+        tensors = {name: _tensor(self._heads[name].file, name) for name in part.names}
         weights = part.assembled(tensors, self._model)
         back = part.cut(weights, self._model)
         if any(not torch.equal(back[name], tensor) for name, tensor in tensors.items()):
@@ -179,28 +174,14 @@ def vocabulary_grown(output: Path, updates: dict[str, Update]) -> None:
     atomic_write_json(output / "config.json", config)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
-
-
-def _names(shard: Path) -> list[str]:
-    with _opened(shard) as file:
-        return list(file.keys())
-
-
 def _tensor(shard: Path, name: str) -> Tensor:
-    with _opened(shard) as file:
+    with opened(shard) as file:
         found: Tensor = file.get_tensor(name)
         return found
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    with _opened(shard) as file:
+    with opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             yield name, file.get_tensor(name)
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact.files import atomic_write_json
+from tandem.artifact.files import atomic_write_json, read_json_object
 from tandem.data.template import ChatTemplate, Ending, stop_ids
 from tandem.errors import UserError
-from tandem.model.surroundings import read_object
 
 _GENERATION = "generation_config.json"
 
@@ -92,7 +91,7 @@ def _renders_eos(template: ChatTemplate) -> bool:
 def _name_in_config(folder: Path, token_id: int) -> bool:
     """Whether config.json had to be changed to name a token; lists get it beside their own."""
     path = folder / "config.json"
-    config = read_object(path)
+    config = read_json_object(path)
     places = [config]
     if isinstance(inner := config.get("text_config"), dict) and "eos_token_id" in inner:
         places.append(inner)
@@ -117,7 +116,7 @@ def _name_in_tokenizer(folder: Path, token: str) -> None:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
+    return read_json_object(path) if path.exists() else {}
 
 
 def _ends_in(path: Path, values: Mapping[str, Any]) -> list[int] | None:

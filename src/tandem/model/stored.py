@@ -9,7 +9,8 @@ under the files' own names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,17 @@ from transformers.core_model_loading import (
 from tandem.artifact.hashing import weight_files
 from tandem.errors import UserError
 
-# Number formats, as safetensors calls them, that an update can be added to.
-_SUMS = {"F64", "F32", "F16", "BF16"}
+# Number formats, as safetensors calls them, of weights that are not quantised.
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+# Endings of an output head's name, which may be no more than the input embedding once more.
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
 class Head:
     """What a file's header says of a tensor: its sizes, and its number format's name."""
 
+    file: Path
     shape: tuple[int, ...]
     dtype: str
 
@@ -109,19 +113,24 @@ class Part:
         }
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; raises UserError for one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+
+
 def read_heads(folder: Path) -> dict[str, Head]:
     """The headers of a model folder's weight files, by the tensors' names in them."""
     found: dict[str, Head] = {}
     for shard in weight_files(folder):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in list(file.keys()):
-                    part = file.get_slice(name)
-                    found[name] = Head(tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{shard} is damaged ({error}). Copy or download the file again."
-            ) from None
+        with opened(shard) as file:
+            for name in list(file.keys()):
+                part = file.get_slice(name)
+                found[name] = Head(shard, tuple(part.get_shape()), part.get_dtype())
     return found
 
 
@@ -217,7 +226,7 @@ def _trouble(
 ) -> str | None:
     """Why an update cannot be added to a part's tensors; None when it can."""
     for name in part.names:
-        if heads[name].dtype not in _SUMS:
+        if heads[name].dtype not in FLOATS:
             return (
                 f"{name} is stored as {heads[name].dtype}, which is quantised. Take the model's "
                 "16-bit edition."

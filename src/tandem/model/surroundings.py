@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tandem.artifact.files import atomic_write_json, read_json
+from tandem.artifact.files import atomic_write_json, read_json, read_json_object
 from tandem.errors import UserError
 from tandem.model.load import has_tokenizer, load_tokenizer
 from tandem.model.quantization import FILE as QUANTIZATION
@@ -160,7 +160,7 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
             _write_inside(output, inside)
             return
         # Where older processors keep theirs; tokenizers do not look there.
-        if of_processor.is_file() and (text := read_object(of_processor).get("chat_template")):
+        if of_processor.is_file() and (text := read_json_object(of_processor).get("chat_template")):
             write_templates(output, text)
             return
 
@@ -179,15 +179,4 @@ def _write_inside(folder: Path, template: Any) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return read_object(path) if path.exists() else {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a model folder's file; UserError for a file that holds none."""
-    try:
-        found = read_json(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Copy or download it again.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object. Copy or download it again.")
-    return found
+    return read_json_object(path) if path.exists() else {}

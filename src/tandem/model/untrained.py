@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.artifact.hashing import weight_files
 from tandem.data.template import ChatTemplate, control_tokens, stop_ids
 from tandem.errors import UserError
+from tandem.model.stored import FLOATS, HEADS, opened, read_heads
 
 # Rows whose cosine is above this are nearly one direction. Of two small models (the embedded demo's
 # base and stories260K) 799 of 2048 and 272 of 512 rows have another one above it, and only 2 and 10
@@ -34,8 +34,6 @@ _EMPTY = 0.01
 _BLOCK = 64 * 2**20
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
            "embeddings.weight", "tok_embeddings.weight")  # fmt: skip
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,18 @@ def untrained_tokens(
     tokens = control_tokens(tokenizer, template)
     ends = set(stop_ids(tokenizer, template)[:1])
     wanted = {token: index for token, index in tokens.items() if index not in trained}
-    if not wanted or not any(folder.glob("*.safetensors")):
+    try:
+        weight_files(folder)
+    except UserError:  # said by who loads them
         return []
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     rows = int(config.get_text_config().vocab_size)
-    inputs, head = _matrices(folder, rows)
+    matrices = {
+        name: head.file
+        for name, head in read_heads(folder).items()
+        if len(head.shape) == 2 and head.shape[0] >= rows and head.dtype in FLOATS
+    }
+    inputs, head = _first(matrices, _INPUTS), _first(matrices, HEADS)
     if head is None and tied:
         head = inputs
     found: list[Untrained] = []
@@ -125,32 +130,14 @@ def _end(one: Untrained) -> str:
     )
 
 
-def _matrices(folder: Path, rows: int) -> tuple[tuple[Path, str] | None, tuple[Path, str] | None]:
-    """File and name of the input embedding and of a head of its own."""
-    inputs = head = None
-    try:
-        files = weight_files(folder)
-    except UserError:  # said by who loads them
-        return None, None
-    for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                if not name.endswith(_INPUTS + _HEADS):
-                    continue
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                if len(shape) != 2 or shape[0] < rows or part.get_dtype() not in _FLOATS:
-                    continue
-                if name.endswith(_HEADS):
-                    head = head or (path, name)
-                else:
-                    inputs = inputs or (path, name)
-    return inputs, head
+def _first(matrices: Mapping[str, Path], endings: tuple[str, ...]) -> tuple[Path, str] | None:
+    """File and name of the first matrix whose name has one of these endings."""
+    return next(((file, name) for name, file in matrices.items() if name.endswith(endings)), None)
 
 
 def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -> list[Untrained]:
     """Which of the tokens' rows of a matrix are 0 or nearly equal to others; read in blocks."""
-    with _opened(path) as file:
+    with opened(path) as file:
         part = file.get_slice(name)
         own = torch.cat([part[index : index + 1] for index in tokens.values()]).float()
         lengths = []
@@ -178,10 +165,3 @@ def _blocks(part: Any) -> Iterator[Tensor]:
     step = max(1, _BLOCK // (4 * width))
     for start in range(0, rows, step):
         yield part[start : start + step].float()
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None

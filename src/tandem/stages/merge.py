@@ -28,10 +28,11 @@ from tandem.model.adapter_base import check_weights
 from tandem.model.adapter_config import read_config
 from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
 from tandem.model.load import load_config, load_tokenizer, model_folder, model_without_weights
-from tandem.model.merge import HEADS, added, merge_shards, vocabulary_grown
+from tandem.model.merge import added, merge_shards, vocabulary_grown
 from tandem.model.quantization import FILE as QUANTIZATION
 from tandem.model.quantization import Quantized, read_record
 from tandem.model.stopping import write_ends
+from tandem.model.stored import HEADS
 from tandem.model.surroundings import copy_surroundings, write_templates
 from tandem.model.verify import Verified, verify_merge
 from tandem.model.vocabulary import described_rows
