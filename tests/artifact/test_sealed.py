@@ -37,10 +37,10 @@ def test_what_was_sealed_is_read_back_and_old_files_too(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"", "Expecting value"),
-        (b"[1]", "it holds a list, no object"),
-        (b"null", "it holds null, no object"),
+        (b"[1]", "it holds a list, not an object"),
+        (b"null", "it holds null, not an object"),
         (b'{"a": 1}', "it has no key 'b'"),
-        (b'{"a": true, "b": {}}', "'a' is a truth, not a whole number"),
+        (b'{"a": true, "b": {}}', "'a' is true or false, not a whole number"),
         (b'{"a": 1.5, "b": {}}', "'a' is a number, not a whole number"),
         (b'{"a": 1, "b": {}, "checksum": "0"}', "its checksum does not fit"),
         (b"\xff\xfe", "can't decode"),

@@ -285,7 +285,7 @@ def test_a_line_that_is_no_text_is_named_and_the_next_one_is_answered(
     text = talk(
         [stories_path], "caf\udce9", "half \ud800", "/system \udcff", "caf\udcc3\udca9", "nul \0"
     )
-    assert "That line was not sent: its byte 4 (0xe9) is no UTF-8" in text
+    assert "That line was not sent: its byte 4 (0xe9) is not UTF-8" in text
     assert "it has half a character" in text
     assert "its byte 9 (0xff)" in text
     # Bytes of UTF-8 that an input in ASCII did not know are text.
@@ -294,7 +294,7 @@ def test_a_line_that_is_no_text_is_named_and_the_next_one_is_answered(
 
 
 def test_a_system_prompt_that_is_no_text_is_a_mistake(stories_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--system: its byte 2 \(0xff\) is no UTF-8"):
+    with pytest.raises(UserError, match=r"--system: its byte 2 \(0xff\) is not UTF-8"):
         talk([stories_path], "Hi", system="a\udcff")
 
 

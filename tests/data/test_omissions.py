@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tandem.data.added_tokens import add_tokens
 from tandem.data.batch import Plan, encode_batch
 from tandem.data.encode import Chat
 from tandem.data.ledger import Ledger
@@ -20,7 +21,7 @@ from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.reading import formatted_chunks
 from tandem.data.records import Turn
 from tandem.data.sources import SourceSpec
-from tandem.data.template import add_tokens, missing_tokens, resolve_template, template_names
+from tandem.data.template import missing_tokens, resolve_template, template_names
 from tandem.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Answer in French only."}

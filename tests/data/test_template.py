@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
+from tandem.data.added_tokens import AddedTokens, add_tokens
 from tandem.data.records import Turn
 from tandem.data.template import (
-    AddedTokens,
     ChatTemplate,
-    add_tokens,
     find_ending,
     missing_tokens,
     prompt_ids,

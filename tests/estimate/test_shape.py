@@ -20,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-from tandem.data.template import AddedTokens
+from tandem.data.added_tokens import AddedTokens
 from tandem.errors import UserError
 from tandem.estimate.memory import ENGINES, Held, memory_of
 from tandem.estimate.operations import count_operations

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tandem.artifact.files import atomic_write_json, read_json
 from tandem.cli.main import main
-from tandem.data.template import add_tokens
+from tandem.data.added_tokens import add_tokens
 from tandem.errors import UserError
 from tandem.evaluate import leaderboard
 from tandem.stages.contestant import find_contestant

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from tandem.artifact.files import atomic_write_json, read_json
-from tandem.data.template import control_tokens, resolve_template
+from tandem.data.template import resolve_template
 from tandem.model import untrained
-from tandem.model.untrained import Untrained, in_words, untrained_tokens
+from tandem.model.untrained import Untrained, control_tokens, in_words, untrained_tokens
 
 from ..stages.made_inputs import make_model_folder
 

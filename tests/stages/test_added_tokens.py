@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tandem.artifact.files import read_json, read_jsonl
+from tandem.data.added_tokens import add_tokens
 from tandem.data.collate import collate
 from tandem.data.records import Branch, Origin, Tree
-from tandem.data.template import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.adapter import adapter_off, add_adapter, load_adapter
 from tandem.model.attention import use_backend

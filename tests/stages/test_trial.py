@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
+from tandem.data.added_tokens import AddedTokens
 from tandem.data.order import Part, steps
-from tandem.data.template import AddedTokens
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.shape import described

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 from tandem.errors import UserError
 
-# For half characters, as in file names that are no UTF-8, and which UTF-8 cannot spell: they are
-# written as JSON escapes, which reading turns back.
+# The error handler for lone surrogates, which stand for bytes of file names that are not UTF-8.
+# UTF-8 cannot encode them. They are written as JSON escapes, and reading turns these back.
 HALVES = "backslashreplace"
 # What file systems answer that cannot do this; the data is as safe as they keep any.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
@@ -26,8 +26,8 @@ _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
-# Files on their way to their final names: of what, on which machine (left out before), by which
-# process.
+# Half-written files: the final name, the machine that writes them (older versions left it out) and
+# the process.
 _ASIDE = re.compile(r"\..+\.(?:(?P<host>[\w-]+)@)?(?P<process>\d+)\.tmp")
 # Seconds after which a half-written file of another machine is nobody's.
 _ABANDONED_SECONDS = 24 * 3600.0
@@ -40,13 +40,24 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write texts one after the other, never all in memory; see `atomic_write_text`."""
+    with atomic_file(path) as file:
+        for part in parts:
+            file.write(part.encode(errors=HALVES))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; when the block ends without an error it becomes `path`.
+
+    A reader sees the old file or the whole new one, also after a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = aside_of(path)
     try:
-        with aside.open("w", encoding="utf-8", errors=HALVES) as file:
-            file.writelines(parts)
+        with aside.open("wb") as file:
+            yield file
             file.flush()
             sync_open(file.fileno())
         aside.replace(path)
@@ -138,8 +149,8 @@ def aside_of(path: Path) -> Path:
 def remove_left_behind(folder: Path) -> None:
     """Remove half-written files, in a folder and its folders, whose processes are gone.
 
-    Called when this process writes nothing there. A process of another machine cannot be asked:
-    what it writes counts as left behind when nothing in it has changed for a day.
+    The caller must not be writing there. A process of another machine cannot be looked up: its
+    files count as left behind when nothing in them has changed for a day.
     """
     for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         match = _ASIDE.fullmatch(path.name)
@@ -197,13 +208,13 @@ def spelled(folder: Path) -> Iterator[Path]:
 
 
 def require_spelled(folder: Path) -> None:
-    """Raise UserError for a folder of a name that is no UTF-8, whose weights nothing can open."""
+    """Raise UserError for a folder whose name is not UTF-8: its weights cannot be opened."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"the name of the folder {folder} is no UTF-8, and safetensors opens no file under "
-            "such a name. Rename it, or make a link to it under another name, and name that."
+            f"the name of the folder {folder} is not UTF-8, and safetensors cannot open files "
+            "under such a name. Rename it, or make a link with another name and use that."
         ) from None
 
 

@@ -40,7 +40,7 @@ _KINDS = {
 _WAY_OUT = "Restore it, or use another folder."
 # What a schedule counts, and more of it than any machine has.
 _COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
-# Outputs that say what was done, and that nothing is computed from.
+# Outputs that report what was done; nothing is computed from them.
 _TOLD_ONLY = ("summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "README.md")
 # Files on their way to their final names, which a killed process leaves behind.
 _ASIDE = ".*.tmp"

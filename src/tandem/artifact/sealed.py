@@ -14,7 +14,13 @@ from tandem.errors import UserError
 CHECKSUM = "checksum"
 """The key of an object's checksum, which counts all its other keys."""
 
-_WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "a truth"}
+_WORDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+}
 
 
 class Damaged(UserError):  # noqa: N818 - what a file is
@@ -64,7 +70,7 @@ def read_object(path: Path, kinds: Mapping[str, type], way_out: str) -> dict[str
 
 def _check(value: Any, kinds: Mapping[str, type]) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {_named(type(value))}, no object")
+        raise ValueError(f"it holds {_named(type(value))}, not an object")
     for key, kind in kinds.items():
         if key not in value:
             raise ValueError(f"it has no key {key!r}")

@@ -165,7 +165,7 @@ def _not_text(error: UnicodeError) -> str:
     """What makes a line no text, and where in it."""
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
-        return f"its byte {error.start + 1} (0x{byte:02x}) is no UTF-8; write it in UTF-8"
+        return f"its byte {error.start + 1} (0x{byte:02x}) is not UTF-8; write it in UTF-8"
     return "it has half a character, which no text can hold"
 
 

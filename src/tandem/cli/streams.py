@@ -76,9 +76,9 @@ class Streams:
     """stdin, stdout and stderr of this process, prepared.
 
     A terminal that is gone, a reader that left and a full disk end no command, least of all one
-    that trains: what is written from then on is lost. Descriptors that are closed are opened on
-    nothing, or the first file that is opened would take their numbers, and with them what C
-    libraries print.
+    that trains: what is written from then on is lost. Closed descriptors are opened on the null
+    device. Otherwise the first file that is opened would get their numbers, and C libraries would
+    print into it.
     """
 
     def __init__(self) -> None:

@@ -106,7 +106,7 @@ def same_split(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str 
 
 
 def check_regular(file: Path) -> None:
-    """Raise `UserError` for what is no file: reading it might never end, or fail late."""
+    """Raise `UserError` for a pipe, a socket or a broken link: reading might never end."""
     if file.is_file():
         return
     if file.is_symlink() and not file.exists():
@@ -191,7 +191,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _no_data(entry: os.DirEntry[str]) -> str | None:
-    """Why a file is not read: empty for one that is, None where nothing need be said of it."""
+    """Why a file is not read: empty if it is read, None if it is passed over without a line."""
     name = entry.name.lower()
     if name in _NOT_DATA or name in _OF_SYSTEMS or name.endswith(".md"):
         return None
@@ -205,9 +205,9 @@ def _no_data(entry: os.DirEntry[str]) -> str | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run, or one of its stages, writes into a folder: nothing there is data.
+    """Whether a folder belongs to a run, or to one of its stages, so that its files are not data.
 
-    Else what a run has written so far would change what it reads when it goes on.
+    Otherwise what a run has written would change what it reads when it resumes.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

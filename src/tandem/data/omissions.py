@@ -1,7 +1,7 @@
 """What a chat template leaves out of a record, found by rendering words in the place of its texts.
 
-A template may render no system turn, calls only where no text stands beside them, or the last
-turns alone, and it says nothing. What it does with a record hangs on the record's shape: who speaks
+A template may skip the system turn, render calls only where no text stands beside them, or render
+the last turns alone, all without an error. What it does depends on the record's shape: who speaks
 in which order, which texts there are, which tools and calls. Each shape is rendered once.
 """
 

@@ -34,7 +34,7 @@ class Origin:
 class Unreadable:
     """What stands in a row for a value that cannot be had, and why; `text` where it is a text.
 
-    Nobody who does not read it need mind.
+    It matters only where the value is read.
     """
 
     reason: str

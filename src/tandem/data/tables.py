@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files and of data sets of `datasets`, whatever their columns hold.
 
-A value that Python cannot hold, or that needs a decoder, stands as `Unreadable` in its place: only
-who reads it has to mind.
+`Unreadable` stands in the place of a value that Python cannot hold or that needs a decoder. It
+matters only where the value is read.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -66,28 +66,6 @@ class Ending:
     trailer: str
 
 
-@dataclass(frozen=True)
-class AddedTokens:
-    """Tokens whose embeddings are trained, with their ids.
-
-    Attributes:
-        new: those that the tokenizer lacked.
-        known: those that it had.
-    """
-
-    new: Mapping[str, int] = field(default_factory=dict)
-    known: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All of their ids, ascending."""
-        return tuple(sorted({*self.new.values(), *self.known.values()}))
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self.new or self.known)
-
-
 def template_names() -> tuple[str, ...]:
     """The names of the templates in the package."""
     folder = files("tandem.data") / "templates"
@@ -110,35 +88,6 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     dated = any("strftime_now" in text for text in texts)
     return replace(
         template, notices=notices, now=datetime.now().replace(microsecond=0) if dated else None
-    )
-
-
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
-    """Add special tokens to a tokenizer; returns all of them, those it had already apart.
-
-    New ones are taken out of a text as they stand, wherever they are written.
-
-    Raises `UserError` for an empty token and for one that begins or ends with a blank.
-    """
-    from tokenizers import AddedToken
-
-    for token in tokens:
-        if not token or token != token.strip():
-            raise UserError(
-                f"added_tokens: {token!r} is empty or has a blank at its edge; write the token as "
-                "the template does, without blanks around it"
-            )
-    known = tokenizer.get_vocab()
-    new = [token for token in dict.fromkeys(tokens) if token not in known]
-    if new:
-        tokenizer.add_tokens(
-            [AddedToken(token, normalized=False, special=True) for token in new],
-            special_tokens=True,
-        )
-    had = [token for token in dict.fromkeys(tokens) if token in known]
-    return AddedTokens(
-        {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new},
-        {token: int(known[token]) for token in had},
     )
 
 
@@ -256,32 +205,6 @@ def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Endi
     return Ending(closing[:end], token, tokens[token], closing[end:])
 
 
-def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
-    """The single tokens that a template writes around turns with their ids, the ending first.
-
-    Those are special and other added tokens; what is written as text, in several tokens, is none.
-    """
-    question, answer = _probe()
-    system = (Turn("system", _QUESTION),)
-    for before in (system, ()):  # templates may refuse a system turn, or a second question
-        try:
-            ids = prompt_ids(tokenizer, template, (*before, question, answer, question))
-            break
-        except UserError:
-            continue
-    else:
-        ids = prompt_ids(tokenizer, template, (question,))
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
-    found = {
-        index: str(tokenizer.convert_ids_to_tokens(index))
-        for index in [*first, *ids]
-        if index in special
-    }
-    # Some tokenizers have runs of blanks as added tokens.
-    return {token: index for index, token in found.items() if token.strip()}
-
-
 def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
     """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
     ending = find_ending(tokenizer, template)
@@ -352,7 +275,7 @@ def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
             return ChatTemplate(choice, path.read_text(encoding="utf-8").removeprefix(_MARK))
         except UnicodeDecodeError as error:
             raise UserError(
-                f"chat_template: {choice} cannot be read: it is no UTF-8 ({error}). "
+                f"chat_template: {choice} cannot be read: it is not UTF-8 ({error}). "
                 "Save it as UTF-8."
             ) from error
         except OSError as error:

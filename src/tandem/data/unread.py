@@ -49,7 +49,7 @@ def unreadable(fields: Mapping[str, object], keys: Set[str]) -> str:
 
 
 def unreadable_text(fields: Mapping[str, object]) -> str:
-    """The same of the texts of a row, in any column; what is no text is nobody's loss there."""
+    """The same for the texts in all columns of a row; other values do not count."""
     found = (_lost_in(value, str(key), texts=True) for key, value in fields.items())
     return next((lost for lost in found if lost), "")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.data.template import AddedTokens
+from tandem.data.added_tokens import AddedTokens
 from tandem.errors import UserError
 from tandem.model.adapter import add_adapter, modules_out_of_reach, refused_modules
 from tandem.model.attention import declared_obstacle

@@ -148,7 +148,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
-    # peft leaves out what finds no layer, and warns of layers that find nothing.
+    # peft ignores tensors without a layer, and only warns of layers without a tensor.
     if not getattr(model, "_checkpoint_conversion_mapping", None):
         taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         brought = set(update_names(folder))

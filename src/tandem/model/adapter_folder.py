@@ -166,7 +166,7 @@ def require_plain(adapter: Path) -> None:
 
 
 def update_names(adapter: Path) -> list[str]:
-    """The names of the tensors in an adapter's file that are no whole weights."""
+    """The names of the tensors in an adapter's file, whole weights left out."""
     with _opened(adapter) as file:
         return sorted(set(file.names).difference(_whole(file.names)))
 
@@ -180,7 +180,7 @@ def whole_weights(adapter: Path) -> dict[str, Tensor]:
 
 
 def check_copies(adapter: Path, model: Any) -> list[str]:
-    """The whole weights that an adapter brings; they change nothing, being the base's own.
+    """The names of the whole weights in an adapter's file, which must equal the base's own.
 
     Args:
         adapter: the folder.

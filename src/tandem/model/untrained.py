@@ -1,7 +1,8 @@
 """Rows of the embeddings that were never trained, among those of the tokens a template writes.
 
-A row that nothing ever trained equals other such rows: makers begin them alike, or train them in no
-other way than as what is not there. Frozen, it can never become likelier than they are.
+Rows that were never trained are nearly equal to each other: they start alike, and training moves
+all of them in the same way, away from what occurs. In a frozen output head the logit of such a row
+can never rise above those of the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tandem.artifact.hashing import weight_files
-from tandem.data.template import ChatTemplate, control_tokens, stop_ids
+from tandem.data.records import Turn
+from tandem.data.template import ChatTemplate, find_ending, prompt_ids, stop_ids
 from tandem.errors import UserError
 from tandem.model.stored import FLOATS, HEADS, opened, read_heads
 
@@ -24,11 +26,11 @@ from tandem.model.stored import FLOATS, HEADS, opened, read_heads
 # have their nearest between 0.85 and it: there is a gap between rows that were trained apart and
 # rows that were not.
 _ALIKE = 0.98
-# Fewer rows than this may be tokens that are used in the same way, as two ends of a text are. Rows
-# that nothing trained come in numbers, but for a few that were made of one mean: those are equal.
+# A single near-equal row may be a token that is used alike, such as a second end token. Untrained
+# rows come in larger groups. Only rows that were made of one mean may be two, and they are equal.
 _FEWEST = 2
 _SAME = 0.9999
-# A row this much shorter than the median one holds nothing: it began as 0, or decayed to it.
+# A row this much shorter than the median one was never trained: it began as 0, or decayed to 0.
 _EMPTY = 0.01
 # Bytes of rows in float32 that are compared at once.
 _BLOCK = 64 * 2**20
@@ -38,7 +40,7 @@ _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed
 
 @dataclass(frozen=True)
 class Untrained:
-    """A token whose row nothing has trained.
+    """A token whose row was never trained.
 
     Attributes:
         token: as the template writes it.
@@ -94,6 +96,32 @@ def untrained_tokens(
         if place is not None and some:
             found += _compared(*place, some, ends=predicted)
     return found
+
+
+def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
+    """The single tokens that a template writes around turns with their ids, the ending first.
+
+    Those are special and other added tokens; what is written as text, in several tokens, is none.
+    """
+    question, answer = Turn("user", "Which?"), Turn("assistant", "That.")
+    system = (Turn("system", "Answer."),)
+    for before in (system, ()):  # templates may refuse a system turn, or a second question
+        try:
+            ids = prompt_ids(tokenizer, template, (*before, question, answer, question))
+            break
+        except UserError:
+            continue
+    else:
+        ids = prompt_ids(tokenizer, template, (question,))
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
+    found = {
+        index: str(tokenizer.convert_ids_to_tokens(index))
+        for index in [*first, *ids]
+        if index in special
+    }
+    # Some tokenizers have runs of blanks as added tokens.
+    return {token: index for index, token in found.items() if token.strip()}
 
 
 def in_words(found: Collection[Untrained]) -> str | None:
@@ -153,7 +181,7 @@ def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -
     found = []
     for number, token in enumerate(tokens):
         length = float(own[number].norm())
-        # A row equals itself, unless it has no direction.
+        # The row itself is among those that are counted, unless its length is 0.
         others = int(alike[number]) - 1 if length else 0
         if length < short or others >= _FEWEST or (length and int(same[number]) > 1):
             found.append(Untrained(token, others, length < short, ends))

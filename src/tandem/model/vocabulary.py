@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.data.template import AddedTokens
+from tandem.data.added_tokens import AddedTokens
 from tandem.errors import UserError
 from tandem.model.products import speed_up_frozen_products
 
@@ -44,7 +44,7 @@ def check_added(added: Collection[str], *, engine: str, sharded: bool) -> None:
 
 
 def rows_of(model: Any) -> int:
-    """Rows of a model's input embedding: ids from here on stand for nothing."""
+    """How many rows a model's input embedding has; higher ids have none."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -57,9 +57,8 @@ def described_rows(config: Any, added: AddedTokens | None = None) -> int:
 def make_rows(model: Any, added: AddedTokens) -> None:
     """Give those of the tokens a row that have none to start from; see `grow_vocabulary`.
 
-    Tokens that the tokenizer had begin as their own rows, whatever these are: so the adapter
-    changes nothing before its first step, and the first step already parts a row from others that
-    are equal to it.
+    Tokens that the tokenizer already had start from their own rows, so that the adapter changes
+    nothing before its first step. That step already moves a row away from others that equal it.
     """
     rows = rows_of(model)
     without = sorted({*added.new.values(), *(i for i in added.known.values() if i >= rows)})

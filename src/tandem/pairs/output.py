@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.artifact.files import aside_of, atomic_write_text, sync_open
+from tandem.artifact.files import atomic_file, atomic_write_text
 from tandem.pairs.filter import Pair
 
 _KEYS = ("system", "question", "chosen", "rejected")
@@ -34,9 +34,5 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     import pyarrow.parquet
 
     schema = pyarrow.schema([(key, pyarrow.string()) for key in _KEYS])
-    aside = aside_of(path)
-    with aside.open("wb") as file:
+    with atomic_file(path) as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file)
-        file.flush()
-        sync_open(file.fileno())
-    aside.replace(path)

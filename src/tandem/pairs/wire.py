@@ -83,7 +83,7 @@ class Endpoint:
         self._key_variable = key_variable
         self._key = _key(key_variable)
         self._timeout = timeout
-        # A server on this machine is never behind a proxy, whatever no_proxy forgets to say.
+        # A server on this machine is asked directly, even if no_proxy does not name it.
         self._proxies = {} if is_here(urlsplit(self.url).hostname or "") else _proxies_to(self.url)
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler(self._proxies), _NoRedirect
@@ -173,7 +173,7 @@ class Endpoint:
                 (n for n in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY") if os.environ.get(n)),
                 "the system's settings",
             )
-            # A name and a password in it are nobody's business.
+            # Leave out the user name and the password.
             place = proxy.rpartition("@")[2] if "@" in proxy else proxy
             host = urlsplit(self.url).hostname
             return f" (through the proxy {place} of {variable}; no_proxy={host} goes without)"

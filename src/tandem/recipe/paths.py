@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
-# Signs that are no part of a path that anybody means: of \n and \t in double quotes, for instance.
+# Control characters, which get into a path by mistake: from \n and \t in double quotes, say.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 

@@ -1,4 +1,4 @@
-"""Settings that are legal together, and that nobody means: said before the first step."""
+"""Settings that are allowed, but cannot do what they are for: reported before the first step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from tandem.recipe.training import Training
 
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
-# are a few hundredths large, so that a step of this much leaves nothing of them.
+# are a few hundredths large: one step of this size overwrites them.
 _HUGE_RATE = 0.1
 
 

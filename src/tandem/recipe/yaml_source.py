@@ -25,7 +25,7 @@ _OLD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)$")
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, dates and all keys as text.
 
-    It refuses a key given twice, and numbers that YAML 1.1 reads as nobody means them.
+    It refuses a key given twice, and numbers that YAML 1.1 reads as octal or as hours and minutes.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -178,7 +178,7 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 
 
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
-    """What a stage has left, is shown here, and is no longer as it left it."""
+    """The outputs shown on the page that changed after their stage finished."""
     found = []
     for name in _SHOWN:
         path = folder / name

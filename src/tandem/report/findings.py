@@ -109,7 +109,7 @@ def evaluation_findings(evaluation: Mapping[str, Any]) -> list[Finding]:
         ("stop_rate", "the share of answers that stop by themselves", "questions"),
     ):
         n = counts.get(counted)
-        # Other models come from nowhere, and have nothing to lose.
+        # Models of other names are not successive stages of one run.
         for before, after in pairwise([name for name in names if name in ROW_LABELS]):
             old, new = mapping(models[before]).get(key), mapping(models[after]).get(key)
             if not (is_number(old) and is_number(new) and is_number(n)) or new >= old:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tandem.data.added_tokens import AddedTokens
 from tandem.data.collate import collate, record_key
 from tandem.data.records import Tree
-from tandem.data.template import AddedTokens
 from tandem.model.adapter import (
     adapts_experts,
     add_adapter,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_file, hash_json, hash_weights
-from tandem.data.template import ChatTemplate, add_tokens, resolve_template
+from tandem.data.added_tokens import add_tokens
+from tandem.data.template import ChatTemplate, resolve_template
 from tandem.model.adapter import load_adapter
 from tandem.model.adapter_base import find_base
 from tandem.model.adapter_config import is_adapter

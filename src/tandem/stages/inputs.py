@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tandem.artifact.hashing import hash_bytes, hash_file, hash_json, hash_weights
+from tandem.data.added_tokens import AddedTokens, add_tokens
 from tandem.data.sources import SourceSpec
-from tandem.data.template import AddedTokens, ChatTemplate, add_tokens, resolve_template
+from tandem.data.template import ChatTemplate, resolve_template
 from tandem.model.load import check_context, load_config, load_tokenizer
 from tandem.model.whole import check_unquantized
 from tandem.recipe.training import Training

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.data.added_tokens import add_tokens
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind
@@ -15,7 +16,7 @@ from tandem.data.limits import Limits
 from tandem.data.order import total_steps
 from tandem.data.overlap import Other, read_other
 from tandem.data.sources import SourceSpec, not_read
-from tandem.data.template import add_tokens, resolve_template
+from tandem.data.template import resolve_template
 from tandem.data.token_rows import row_notices
 from tandem.errors import UserError
 from tandem.pairs.output import made_pairs
@@ -185,7 +186,7 @@ def with_validation(found: Sequence[StageData]) -> list[StageData]:
 def left_out(found: Sequence[StageData]) -> list[str]:
     """A line on each folder of which stages would leave something out.
 
-    Of data that cannot be read nothing is said here, for reading it says what is wrong.
+    Data that cannot be read is passed over here: reading it reports the error.
     """
     with suppress(UserError):
         return not_read([source for data in with_validation(found) for source in data.sources])

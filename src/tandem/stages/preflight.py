@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.artifact.files import read_json
+from tandem.data.added_tokens import add_tokens
 from tandem.data.batch import Plan
 from tandem.data.encode import Chat
 from tandem.data.formats import Kind, Question
@@ -19,7 +20,7 @@ from tandem.data.omissions import check_asked
 from tandem.data.pieces import encoded_pieces
 from tandem.data.reading import formatted_chunks, read_pairs, read_questions
 from tandem.data.sources import SourceSpec, count_sources, local_files, looks_like_path
-from tandem.data.template import add_tokens, resolve_template
+from tandem.data.template import resolve_template
 from tandem.data.token_rows import tokens_without_row
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.evaluation import Evaluate
@@ -100,7 +101,10 @@ def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
 
 
 def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
-    """That the chat templates of a run leave nothing out of the questions; on local models."""
+    """Raise UserError for a question that a template of the run does not render whole.
+
+    Only a local model is looked at.
+    """
     if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
     from tandem.model.load import load_tokenizer, model_folder
@@ -278,7 +282,7 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
 
 
 def _check_sums(folder: Path, config: Any, section: Training) -> None:
-    """That what a stage would learn could be merged into the base's files."""
+    """Raise UserError if a stage's adapter could not be merged into the base's files."""
     from tandem.model.adapter import adapted_weights, add_adapter, refused_modules
     from tandem.model.load import model_without_weights
     from tandem.model.stored import check_sums

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.data.added_tokens import AddedTokens
+from tandem.data.template import ChatTemplate
 from tandem.model.vocabulary import described_rows
 from tandem.recipe.training import Training
 from tandem.stages.kind import StageKind
@@ -35,7 +36,7 @@ class Stage:
         base_name: what the run calls the model.
         tokenizer, template: of the model.
         added: tokens whose embeddings are trained.
-        warnings: what was found of the model before its data was read.
+        warnings: what was found of the model and the settings before the first step.
     """
 
     kind: StageKind

@@ -17,9 +17,10 @@ from tandem.artifact.files import atomic_write_json, read_jsonl
 from tandem.artifact.hashing import hash_json
 from tandem.artifact.lock import folder_lock
 from tandem.artifact.manifest import check_made, finish_stage, open_stage, start_stage
+from tandem.data.added_tokens import AddedTokens
 from tandem.data.order import total_steps
 from tandem.data.sources import SourceSpec
-from tandem.data.template import AddedTokens, ChatTemplate
+from tandem.data.template import ChatTemplate
 from tandem.data.token_rows import row_notices
 from tandem.model.compiled import Compiling
 from tandem.model.load import model_folder
@@ -162,6 +163,7 @@ def _run(
     doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
     for doubt in doubts:
         say(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
+    stage = replace(stage, warnings=(*stage.warnings, *doubts))
     prepare_engine(stage, model, state)
     made = _objectives(stage, model, records, hash_json(inputs["model"]), schedule, budget)
     with StageProgress(
@@ -174,7 +176,7 @@ def _run(
     trained = engine.strategy.trained()
     processes.main(
         lambda: _finish(
-            stage, model, trained, records, made, progress, schedule, compiled, expected, doubts
+            stage, model, trained, records, made, progress, schedule, compiled, expected
         )
     )
 
@@ -277,7 +279,6 @@ def _finish(
     schedule: dict[str, Any],
     compiled: Compiling,
     expected: Forecast | None,
-    doubts: Sequence[str],
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -297,7 +298,7 @@ def _finish(
         "reference_seconds": sum(each.reference_seconds for each in made),
         "reference_computed": sum(each.reference_computed for each in made),
         "peak_memory_bytes": stage.engine.device.peak_memory(),
-        "warnings": [*stage.warnings, *doubts, *records.warnings(), *warnings],
+        "warnings": [*stage.warnings, *records.warnings(), *warnings],
         "dtype": stage.engine.device.dtype_name,
         "quantization": stage.runtime.quantization,
         "ledger": records.ledger.summary(),

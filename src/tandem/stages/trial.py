@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from tandem.data.added_tokens import AddedTokens
 from tandem.data.batch import Batch
 from tandem.data.collate import collate, record_key
 from tandem.data.columns import to_columns
 from tandem.data.order import steps
 from tandem.data.records import Branch, Origin, Tree
 from tandem.data.store import TreeWriter
-from tandem.data.template import AddedTokens
 from tandem.data.trees import Trees
 from tandem.estimate.operations import count_operations
 from tandem.estimate.rate import Rate

@@ -48,11 +48,11 @@ class ReferenceStore:
     over the same data and reference find what this one computed; a changed weight byte or token
     misses. Every row has a checksum: a damaged one counts as missing.
 
-    It never costs a run: what cannot be read is computed again, and a store that cannot be opened,
-    read or written is done without.
+    It never stops a run: what cannot be read is computed again, and the run goes on without a store
+    that cannot be opened, read or written.
 
     Args:
-        say: told, once, when something is damaged or the store is done without.
+        say: told, once, when something is damaged or the store cannot be used.
         folder: where the store lives, `cache_folder()` unless told otherwise.
     """
 
