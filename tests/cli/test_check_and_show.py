@@ -15,6 +15,7 @@ import pytest
 from tandem.cli.main import main
 
 from ..diagnose.made_data import conversation, pair, write
+from ..warm.python import python
 
 RECIPE = """
 name: little
@@ -633,7 +634,7 @@ def _in_a_terminal(argv: list[object], width: int = 100) -> str:
     environment: dict[str, Any] = {**os.environ, "COLUMNS": str(width), "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tandem", *map(str, argv)],
+        [python(), "-m", "tandem", *map(str, argv)],
         stdout=theirs,
         stderr=subprocess.PIPE,
         env=environment,

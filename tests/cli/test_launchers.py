@@ -17,6 +17,7 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 
 from ..train.meeting import free_port
+from ..warm.python import python
 
 BIN = Path(sys.executable).parent
 STAGE = {
@@ -77,7 +78,7 @@ def test_a_whole_recipe_on_two_nodes(
     recipe, port = _recipe(tmp_path, shared_data, stories_path), free_port()
 
     place = ("--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, *place)
+    torchrun = (python(), "-m", "torch.distributed.run", "--nnodes", 2, *place)
     started = [_start([*torchrun, "--node-rank", n, "-m", "tandem", "run", recipe]) for n in (0, 1)]
     said = [node.communicate(timeout=200)[0] for node in started]
     assert [node.returncode for node in started] == [0, 0], said
@@ -104,7 +105,7 @@ def test_another_recipe_on_another_node_is_refused(tmp_path: Path) -> None:
     output = f"output_dir={tmp_path / 'run'}"
     started = [
         _start(
-            [sys.executable, "-m", "tandem", "run", "demo", output, f"seed={rank}"],
+            [python(), "-m", "tandem", "run", "demo", output, f"seed={rank}"],
             **{**place, "RANK": str(rank)},
         )
         for rank in (0, 1)
@@ -133,7 +134,7 @@ def test_under_deepspeed_and_accelerate(
     places = ("--include", "localhost:0,1", "--master_port", free_port())
     # On a CPU, deepspeed counts NUMA nodes unless it is told.
     deepspeed = _start(
-        [BIN / "deepspeed", *places, *module, tmp_path / "deepspeed"],
+        [python(), BIN / "deepspeed", *places, *module, tmp_path / "deepspeed"],
         DS_ACCELERATOR="cpu",
         LOCAL_SIZE="2",
     )
@@ -144,8 +145,8 @@ def test_under_deepspeed_and_accelerate(
 
     settings = ("--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", 0)
     accelerate = _start(
-        [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-         *settings, *module, tmp_path / "accelerate"]
+        [python(), BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2,
+         "--num_machines", 1, *settings, *module, tmp_path / "accelerate"]
     )  # fmt: skip
     said, _ = accelerate.communicate(timeout=150)
     assert accelerate.returncode == 0, said

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,10 +58,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launcher(home: Path) -> Iterator[Launcher]:
+def launcher(home: Path) -> Launcher:
     """Where the commands of this module run."""
-    with Launcher(home) as launcher:
-        yield launcher
+    return Launcher(home)
 
 
 @pytest.fixture(scope="module")
