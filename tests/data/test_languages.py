@@ -59,7 +59,7 @@ def test_real_english_is_not_taken_for_another_language(shared_data: Path) -> No
         for line in file:
             turns = json.loads(line)["conversations"]
             guesses.update(language_of(t["value"]) for t in turns if t["from"] == "gpt")
-    # Of the ten others seven are right; docs/pairs.md has these figures.
+    # Of the ten others seven are right; docs/guide/pairs.md has these figures.
     assert (guesses.total(), guesses[None]) == (11117, 1384)
     assert guesses.total() - guesses["en"] - guesses[None] == 10
 

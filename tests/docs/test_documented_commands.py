@@ -25,9 +25,19 @@ from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 
 from ..diagnose.made_data import conversation, write
-from .pages import LAUNCHERS, PAGES, ROOT, Block, blocks, commands, launches, tandem_commands
+from .pages import (
+    LAUNCHERS,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    launches,
+    page_name,
+    tandem_commands,
+)
 
-TUTORIAL = ROOT / "docs" / "tutorial.md"
+TUTORIAL = ROOT / "docs" / "guide" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
 _RECIPE_OF_THE_READER = "my-recipe.yaml"
 _DATA_OF_THE_READER = "my-data.jsonl"
@@ -76,7 +86,8 @@ def _files_of_the_pages(folder: Path) -> None:
 
 def test_there_are_commands_to_check() -> None:
     pages = {page for page, _ in tandem_commands()}
-    assert {"README.md", "commands.md", "recipes.md", "tutorial.md"} <= pages
+    shown = {f"docs/guide/{page}.md" for page in ("commands", "recipes", "tutorial")}
+    assert {"README.md", *shown} <= pages
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def test_every_launcher_is_shown() -> None:
     assert {words[0] for words in launches()} == set(LAUNCHERS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_shown_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     shown = [words[1:] for block in blocks(page, "sh") for words in commands(block)

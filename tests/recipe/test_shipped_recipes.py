@@ -83,7 +83,7 @@ def test_the_recipes_are_package_data() -> None:
 
 
 def test_the_reference_page_is_current() -> None:
-    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    page = Path(__file__).parents[2] / "docs" / "guide" / "recipes.md"
     assert page.read_text() == reference_page(), (
-        "run: python -m tandem.recipe.reference > docs/recipes.md"
+        "run: python -m tandem.recipe.reference > docs/guide/recipes.md"
     )

@@ -2,7 +2,7 @@
 
 What is compiled are functions of tensors, one for each kind of norm and gate, so that all layers
 share them, any number of rows takes the same code, and attention, adapters, dropout masks and
-activation checkpointing stay outside. Whole layers were tried: docs/engine.md has why not.
+activation checkpointing stay outside. Whole layers were tried, too: see docs/internals/engine.md.
 """
 
 from __future__ import annotations

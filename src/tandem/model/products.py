@@ -2,7 +2,7 @@
 
 torch sends float32 products to the BLAS it was built with. oneDNN ships inside torch as well and
 is 5 to 15% faster at a training step's shapes; weights in its own order gain another 3 to 5%.
-docs/engine.md has the figures.
+docs/internals/engine.md has the figures.
 """
 
 from __future__ import annotations

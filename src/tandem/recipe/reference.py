@@ -1,6 +1,6 @@
 """The reference page of all recipe keys, made from the schema: `python -m tandem.recipe.reference`.
 
-It prints docs/recipes.md; a test keeps the file equal to what this prints.
+It prints docs/guide/recipes.md; a test keeps the file equal to what this prints.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 _INTRODUCTION = """\
 # Recipes
 
-<!-- Made by `python -m tandem.recipe.reference > docs/recipes.md`; a test keeps it current. -->
+<!-- Made by `python -m tandem.recipe.reference > docs/guide/recipes.md`; do not edit. -->
 
 A recipe is a YAML file that says a whole run. `tandem run RECIPE` takes a file or the name of a
 recipe that ships: {names}. A run's resolved recipe is in its folder as `recipe.yaml`, and

@@ -1,4 +1,4 @@
-/* Attention over trees (see docs/engine.md): each row sees a prefix wholly and its own segment
+/* Attention over trees (see docs/internals/engine.md): each row sees a prefix wholly and its own segment
    causally. One call does a layer; a task is one tree and one head, so results do not depend on
    the number of threads.
 
