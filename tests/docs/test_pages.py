@@ -10,11 +10,11 @@ import pytest
 import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats import FORMATS, detect, read_question
+from tandem.data.formats.known_formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
-from tandem.recipe.schema import Recipe
+from tandem.data.resolve_sources import source_spec
+from tandem.recipe.recipe import Recipe
 from tandem.recipe.section import DataSource
-from tandem.stages.sources import source_spec
 
 from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
