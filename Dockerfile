@@ -1,4 +1,4 @@
-# tandem in a container: cpu, cuda or hpu (docker build --target). docs/containers.md says how each is
+# tandem in a container: cpu, cuda or hpu (docker build --target). docs/guide/containers.md says how each is
 # built and run. BuildKit is needed for --mount; Docker has it by default since 23.0.
 
 # The image must be of the release of the Gaudi driver on the machine.
@@ -66,7 +66,7 @@ USER 1000
 
 # Habana's image has the only torch that works on its cards, so everything is installed around it.
 # Root, as the base is: nobody has shown here that its runtime, device files and log folders serve
-# another user. DeepSpeed is left to the user; docs/containers.md says why.
+# another user. DeepSpeed is left to the user; docs/guide/containers.md says why.
 FROM ${GAUDI_IMAGE} AS hpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV XDG_CACHE_HOME=/cache \

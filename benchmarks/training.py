@@ -4,7 +4,7 @@ Every measurement runs in a process of its own, the sides take turns, and median
 are compared. Seconds exclude imports, loading and tokenising. All sides get the same token ids in
 the same order, the recipe's LoRA, the same number of threads and of records to an optimizer step
 (TRL's packed rows: about the same; TRL's defaults: their own), and their first steps must have
-the same loss and log-probs. docs/benchmarks.md says what each side is.
+the same loss and log-probs. docs/internals/benchmarks.md says what each side is.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 #   scripts/hpu_smoke.sh [FOLDER]              runs it; FOLDER (default: hpu-smoke) gets everything
 #   scripts/hpu_smoke.sh FOLDER --dry_run      only shows that the commands are understood
 #
-# It needs Habana's container and tandem in it (docs/gaudi.md). At the end it prints what to send
+# It needs Habana's container and tandem in it (docs/internals/gaudi.md). At the end it prints what to send
 # back. PYTHON names the interpreter, STEPS another number of steps, ONLY the runs to make (a
 # pattern such as 'dpo-lazy-*').
 set -euo pipefail

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..invariants.orders import LIMITS, distance
 from ..stages.made_inputs import make_conversations, make_model_folder
@@ -21,7 +21,7 @@ from ..warm.python import python
 _FAILS = """
 import itertools, os, sys
 from tandem.cli.main import entry_point
-from tandem.model.score import Scorer
+from tandem.model.logprobs.sequence_logps import Scorer
 
 forward, count = Scorer.forward, itertools.count(1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data.languages import LANGUAGES, language_of
+from tandem.data.text.language import LANGUAGES, language_of
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_languages(text: str, language: str | None) -> None:
 def test_the_languages_of_recipes_are_those_that_can_be_told() -> None:
     from typing import get_args
 
-    from tandem.recipe.making_pairs import Language
+    from tandem.recipe.pairs_settings import Language
 
     assert set(get_args(Language)) == set(LANGUAGES)
 
@@ -59,7 +59,7 @@ def test_real_english_is_not_taken_for_another_language(shared_data: Path) -> No
         for line in file:
             turns = json.loads(line)["conversations"]
             guesses.update(language_of(t["value"]) for t in turns if t["from"] == "gpt")
-    # Of the ten others seven are right; docs/pairs.md has these figures.
+    # Of the ten others seven are right; docs/guide/pairs.md has these figures.
     assert (guesses.total(), guesses[None]) == (11117, 1384)
     assert guesses.total() - guesses["en"] - guesses[None] == 10
 

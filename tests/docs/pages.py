@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -21,6 +21,11 @@ class Block:
     page: Path
     language: str
     text: str
+
+
+def page_name(page: Path) -> str:
+    """A page as tests name it: its path in the repository."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
@@ -56,7 +61,7 @@ def tandem_commands() -> list[tuple[str, list[str]]]:
     One that a launcher starts is what each of its processes runs.
     """
     return [
-        (page.name, words[words.index("tandem") :])
+        (page_name(page), words[words.index("tandem") :])
         for page in PAGES
         for words in _shown(page)
         if words[0] in ("tandem", *LAUNCHERS)

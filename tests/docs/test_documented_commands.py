@@ -12,22 +12,32 @@ from typing import Any
 import pytest
 
 import tandem.chat.session
-import tandem.report.findings
+import tandem.evaluate.evaluate_models
+import tandem.pairs.make_pairs
+import tandem.pipeline.run_pipeline
 import tandem.report.html
+import tandem.report.report_warnings
+import tandem.runtime.local_launcher
 import tandem.stages.dpo
-import tandem.stages.evaluate
 import tandem.stages.merge
-import tandem.stages.pairs
-import tandem.stages.pipeline
 import tandem.stages.sft
-import tandem.train.agent
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json, read_jsonl
 
-from ..diagnose.made_data import conversation, write
-from .pages import LAUNCHERS, PAGES, ROOT, Block, blocks, commands, launches, tandem_commands
+from ..check.made_data import conversation, write
+from .pages import (
+    LAUNCHERS,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    launches,
+    page_name,
+    tandem_commands,
+)
 
-TUTORIAL = ROOT / "docs" / "tutorial.md"
+TUTORIAL = ROOT / "docs" / "guide" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
 _RECIPE_OF_THE_READER = "my-recipe.yaml"
 _DATA_OF_THE_READER = "my-data.jsonl"
@@ -41,13 +51,13 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.sft, "run_sft", None),
         (tandem.stages.dpo, "run_dpo", None),
         (tandem.stages.merge, "run_merge", None),
-        (tandem.stages.pairs, "run_pairs", None),
-        (tandem.stages.pipeline, "run_pipeline", None),
-        (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
+        (tandem.pairs.make_pairs, "run_pairs", None),
+        (tandem.pipeline.run_pipeline, "run_pipeline", None),
+        (tandem.evaluate.evaluate_models, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
-        (tandem.report.findings, "findings_of_run", []),
-        (tandem.train.agent, "run_processes", 0),
+        (tandem.report.report_warnings, "findings_of_run", []),
+        (tandem.runtime.local_launcher, "run_processes", 0),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:
@@ -57,7 +67,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, stage)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(tandem.train.agent, "check_devices", lambda *_: None)
+    monkeypatch.setattr(tandem.runtime.local_launcher, "check_devices", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return called
 
@@ -76,7 +86,8 @@ def _files_of_the_pages(folder: Path) -> None:
 
 def test_there_are_commands_to_check() -> None:
     pages = {page for page, _ in tandem_commands()}
-    assert {"README.md", "commands.md", "recipes.md", "tutorial.md"} <= pages
+    shown = {f"docs/guide/{page}.md" for page in ("commands", "recipes", "tutorial")}
+    assert {"README.md", *shown} <= pages
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def test_every_launcher_is_shown() -> None:
     assert {words[0] for words in launches()} == set(LAUNCHERS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_shown_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     shown = [words[1:] for block in blocks(page, "sh") for words in commands(block)

@@ -1,8 +1,7 @@
-"""What the documents say about the tree is true: files, tests, links, example records."""
+"""What the documents say is true: links, tests, example records, measured ratios."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -11,64 +10,33 @@ import pytest
 import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats import FORMATS, detect, read_question
+from tandem.data.formats.known_formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
-from tandem.recipe.schema import Recipe
+from tandem.data.resolve_sources import source_spec
+from tandem.recipe.recipe import Recipe
 from tandem.recipe.section import DataSource
-from tandem.stages.sources import source_spec
 
-from .pages import PAGES, ROOT, blocks, without_blocks
+from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
-PACKAGE = ROOT / "src" / "tandem"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
 
-def _layout() -> set[str]:
-    """The paths of the README's tree; indentation says what lies in what."""
-    (tree,) = (b for b in blocks(ROOT / "README.md", "") if b.text.startswith("src/tandem/"))
-    paths: set[str] = set()
-    folders: dict[int, str] = {}
-    for line in tree.text.splitlines():
-        name = line.split()[0]
-        depth = len(line) - len(line.lstrip())
-        assert line.split()[1:] or not depth, f"{name} has a name and nothing about it"
-        above = "".join(folders[d] for d in sorted(folders) if d < depth)
-        folders = {d: n for d, n in folders.items() if d < depth}
-        if name.endswith("/"):
-            folders[depth] = name
-        paths.add(above + name)
-    return paths
+def test_the_index_links_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for target in _LINK.findall(index.read_text())}
+    assert {page_name(page) for page in PAGES[1:] if page != index and page not in linked} == set()
 
 
-def _has_code(file: Path) -> bool:
-    """Whether a module is more than a docstring."""
-    body = ast.parse(file.read_text()).body
-    return any(not isinstance(node, ast.Expr) for node in body)
-
-
-def test_the_layout_names_every_module() -> None:
-    modules = {
-        str(file.relative_to(ROOT))
-        for file in PACKAGE.rglob("*.py")
-        if file.name != "__init__.py" or _has_code(file)
-    }
-    assert sorted(modules - _layout()) == []
-
-
-def test_the_layout_names_nothing_that_is_not_there() -> None:
-    assert sorted(path for path in _layout() if not (ROOT / path).exists()) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in _LINK.findall(without_blocks(page)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path) if path else page
-        assert file.exists(), f"{page.name} links to {target}"
-        assert not anchor or anchor in _anchors(file), f"{page.name} links to {target}"
+        assert file.exists(), f"{page_name(page)} links to {target}"
+        assert not anchor or anchor in _anchors(file), f"{page_name(page)} links to {target}"
 
 
 def _anchors(page: Path) -> set[str]:
@@ -77,15 +45,17 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_tests_exist(page: Path) -> None:
-    for file, name in _TEST.findall(page.read_text()):
-        assert (ROOT / file).is_file(), f"{page.name} names {file}"
-        assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{page.name} names {name}"
+    for file, test in _TEST.findall(page.read_text()):
+        assert (ROOT / file).is_file(), f"{page_name(page)} names {file}"
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), (
+            f"{page_name(page)} names {test}"
+        )
 
 
 def test_the_example_records_can_be_read() -> None:
-    page = ROOT / "docs" / "data.md"
+    page = ROOT / "docs" / "guide" / "data.md"
     found = []
     for block in blocks(page, "json"):
         fields, origin = json.loads(block.text), Origin("data.md", 1)
@@ -106,13 +76,15 @@ def test_the_example_records_can_be_read() -> None:
 
 
 def test_the_example_sources_can_be_said() -> None:
-    block = blocks(ROOT / "docs" / "data.md", "yaml")[0]
+    block = blocks(ROOT / "docs" / "guide" / "data.md", "yaml")[0]
     sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
     assert [source_spec(source, source.path).meaning != {} for source in sources] == [True] * 3
 
 
 def test_the_example_settings_are_those_of_recipes() -> None:
-    examples = [yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "data.md", "yaml")]
+    examples = [
+        yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "guide" / "data.md", "yaml")
+    ]
     assert len(examples) > 2
     for example in examples[1:]:
         given = {"name": "x", "model": "m", "output_dir": "o", "sft": {}} | example

@@ -1,4 +1,4 @@
-"""What docs/pairs.md shows works: its recipes, its check, its table of reasons."""
+"""What docs/guide/pairs.md shows works: its recipes, its check, its table of reasons."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
-from tandem.recipe.load import load_recipe
+from tandem.recipe.load_recipe import load_recipe
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .pages import ROOT, blocks
 
-PAGE = ROOT / "docs" / "pairs.md"
+PAGE = ROOT / "docs" / "guide" / "pairs.md"
 RECIPES = [block.text for block in blocks(PAGE, "yaml")]
 
 

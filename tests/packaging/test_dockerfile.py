@@ -194,7 +194,7 @@ def test_the_hpu_image_asks_for_no_torch() -> None:
 
 
 def test_the_page_builds_every_target_and_runs_gaudi_as_the_tutorial_does() -> None:
-    page = (ROOT / "docs" / "containers.md").read_text().replace("\\\n", " ")
+    page = (ROOT / "docs" / "guide" / "containers.md").read_text().replace("\\\n", " ")
     lines = [" ".join(line.split()) for line in page.splitlines()]
     for target in TARGETS:
         assert f"docker build --target {target} --tag tandem:{target} ." in lines

@@ -13,15 +13,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data import order
-from tandem.data.prepare import prepare_pairs
+from tandem.data.batching import sampler
+from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Tree
-from tandem.model.adapter import adapter_off
+from tandem.model.lora.adapter import adapter_off
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora
+from tandem.recipe.training_settings import DpoSettings, LoraSettings
 from tandem.stages.dpo import run_dpo
-from tandem.train.objective import PreferenceObjective
-from tandem.train.runtime import Runtime
+from tandem.train.losses.objectives import PreferenceObjective
 
 from . import ours, plain
 
@@ -188,7 +188,7 @@ def test_a_short_run_equals_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain.keep_float64(monkeypatch)
-    settings = Dpo(
+    settings = DpoSettings(
         data=(DataSource(path=str(pairs_file)),),
         batch_size=3,
         max_steps=4,
@@ -196,7 +196,7 @@ def test_a_short_run_equals_a_plain_loop(
         adam_epsilon=plain.EPSILON,
         beta=BETA,
         max_length=plain.CONTEXT,
-        lora=Lora(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
+        lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_dpo(
         model=str(stories_path),
@@ -217,7 +217,7 @@ def test_a_short_run_equals_a_plain_loop(
         policy = plain.pair_logps(model, [pairs[i] for i in examples])
         return plain.dpo_loss(policy, reference[list(examples)], BETA)
 
-    steps = order.steps(len(pairs), 3, seed=5, count=4)
+    steps = sampler.steps(len(pairs), 3, seed=5, count=4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     trained = load_file(folder / "adapter_model.safetensors")
     plain.assert_close_tensors(trained, plain.trained_parameters(model), limit)

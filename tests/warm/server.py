@@ -26,27 +26,12 @@ from types import ModuleType
 from typing import Any
 
 # What programs of the tests use of other libraries, which import it only when it is needed.
-_LIBRARIES = (
-    *("torch.distributed.run", "torch.distributed.elastic.agent.server.api"),
-    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.checkpoint"),
-    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.llama.tokenization_llama", "transformers.generation.utils"),
-    *(
-        "transformers.modeling_attn_mask_utils",
-        "peft",
-        "accelerate",
-        "datasets",
-        "safetensors.torch",
-    ),
-    *(
-        "deepspeed",
-        "huggingface_hub.hf_api",
-        "rich.progress",
-        "pyarrow.parquet",
-        "unittest.mock",
-        "pytest",
-    ),
-)
+_LIBRARIES = """
+    torch.distributed.run torch.distributed.fsdp torch.distributed.tensor torch.utils.checkpoint
+    transformers.models.llama.modeling_llama transformers.models.llama.tokenization_llama
+    transformers.generation.utils peft accelerate datasets deepspeed safetensors.torch
+    huggingface_hub.hf_api rich.progress pyarrow.parquet pytest
+""".split()
 
 
 def import_everything() -> None:
@@ -57,7 +42,7 @@ def import_everything() -> None:
     for found in pkgutil.walk_packages(package.__path__, "tandem."):
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
-    from tandem.model.kernels.library import kernels
+    from tandem.model.cpu.c_kernels import kernels
 
     kernels()
 

@@ -1,0 +1,227 @@
+"""Products with frozen weights: on CPU through oneDNN, which is faster there than torch's choice.
+
+torch sends float32 products to the BLAS it was built with. oneDNN ships inside torch as well and
+is 5 to 15% faster at a training step's shapes; weights in its own order gain another 3 to 5%.
+docs/internals/engine.md has the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Rows that oneDNN is told to expect when it orders weights; others take the same order.
+_EXPECTED_ROWS = 1024
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias without a gradient for anything.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    if _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return F.linear(x, weight, bias)
+
+
+@dataclass
+class Ordered:
+    """A frozen weight [N, K] and its transpose in oneDNN's own order, made when first needed.
+
+    Both are copies: they take the weight's memory once more each.
+    """
+
+    weight: Tensor
+    _made: dict[bool, Tensor] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> Tensor:
+        """For products with the weight."""
+        return self._in_order(transposed=False)
+
+    @property
+    def backward(self) -> Tensor:
+        """For products with its transpose [K, N]."""
+        return self._in_order(transposed=True)
+
+    def _in_order(self, *, transposed: bool) -> Tensor:
+        if transposed not in self._made:
+            source = self.weight.detach().T if transposed else self.weight.detach()
+            self._made[transposed] = torch.ops.mkldnn._reorder_linear_weight(source, _EXPECTED_ROWS)
+        return self._made[transposed]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A frozen weight as it is, with the attributes of `Ordered`."""
+
+    weight: Tensor
+
+    @property
+    def forward(self) -> Tensor:
+        """The weight [N, K]."""
+        return self.weight
+
+    @property
+    def backward(self) -> Tensor:
+        """Its transpose [K, N]."""
+        return self.weight.T
+
+
+def speed_up_frozen_products(model: nn.Module) -> None:
+    """Send the products of a model's linear layers through `product` while they are frozen.
+
+    Modules stay in place under their names, only their forward is replaced.
+    """
+    if not _AVAILABLE:
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+
+
+def bytes_to_order(model: nn.Module) -> int:
+    """Memory that `order_weights` will take once the model is frozen, 0 where it can do nothing."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _multiplied(m.weight)]
+    return 2 * sum(layer.weight.nbytes for layer in layers)
+
+
+def order_weights(model: nn.Module) -> None:
+    """Keep the frozen weights of a model's linear layers in oneDNN's order as well.
+
+    For training, where each weight is used again and again and never changes: whoever changes one
+    afterwards must call this again.
+    """
+    for layer in _orderable(model):
+        layer.tandem_ordered = Ordered(layer.weight)  # type: ignore[assignment]
+
+
+def ordered_bytes(model: nn.Module) -> int:
+    """Memory of the copies that `order_weights` keeps, once all are made."""
+    layers = [m for m in model.modules() if "tandem_ordered" in m.__dict__]
+    return 2 * sum(layer.weight.nbytes for layer in layers if isinstance(layer, nn.Linear))
+
+
+def weights_of(layer: nn.Linear) -> Ordered | Plain:
+    """A frozen layer's weight, in oneDNN's order where `order_weights` keeps it so."""
+    ordered: Any = layer.__dict__.get("tandem_ordered")
+    return Plain(layer.weight) if ordered is None else ordered
+
+
+def can_order(layer: nn.Linear) -> bool:
+    """Whether a layer's weight is one that oneDNN multiplies with: frozen, float32, on CPU."""
+    return not layer.weight.requires_grad and _multiplied(layer.weight)
+
+
+def takes_frozen(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether `product` takes a layer's product with these numbers to oneDNN."""
+    return can_order(layer) and x.dtype == torch.float32
+
+
+def low_rank_product(
+    x: Tensor, dropped: Tensor, frozen: nn.Linear, down: Tensor, up: Tensor, scale: float
+) -> Tensor:
+    """frozen(x) + scale * dropped @ down.T @ up.T with gradients for x, dropped, down and up.
+
+    The low-rank part is added inside its product, so nothing of the output's size is written but
+    the output; dropped [..., r] alone is kept beside what the layer's gradient needs.
+
+    Args:
+        x: [..., K], float32 on CPU like all others.
+        dropped: x, or x after dropout [..., K].
+        frozen: the frozen layer, weight [N, K].
+        down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685).
+        scale: alpha / r.
+
+    Returns:
+        [..., N].
+    """
+    result: Tensor = _LowRankProduct.apply(
+        x, None if dropped is x else dropped, weights_of(frozen), frozen.bias, down, up, scale
+    )
+    return result
+
+
+def _multiplied(weight: Tensor) -> bool:
+    return _AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _orderable(model: nn.Module) -> list[nn.Linear]:
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    return [layer for layer in layers if can_order(layer)]
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if not takes_frozen(x, layer):
+        return F.linear(x, layer.weight, layer.bias)
+    weights = weights_of(layer)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return product(x, weights.forward, layer.bias)
+    result: Tensor = _FrozenProduct.apply(x, weights, layer.bias)
+    return result
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Ordered | Plain, bias: Tensor | None) -> Tensor:
+        ctx.weights = weights
+        return product(x, weights.forward, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return product(grad_outputs[0], ctx.weights.backward), None, None
+
+
+class _LowRankProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weights: Ordered | Plain,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+    ) -> Tensor:
+        source = _rows(x if dropped is None else dropped)
+        inner = source @ down.T  # [T, r]
+        out = product(x, weights.forward, bias)
+        _rows(out).addmm_(inner, up.T, alpha=scale)
+        ctx.save_for_backward(source, inner, down, up)
+        ctx.weights, ctx.scale, ctx.separate = weights, scale, dropped is not None
+        ctx.shape = x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        source, inner, down, up = ctx.saved_tensors
+        d_out = _rows(grad_outputs[0])
+        d_inner = (d_out @ up).mul_(ctx.scale)  # [T, r]
+        d_down, d_up = d_inner.T @ source, (d_out.T @ inner).mul_(ctx.scale)
+        d_x = d_dropped = None
+        if ctx.needs_input_grad[0]:
+            d_x = product(d_out, ctx.weights.backward)
+            if not ctx.separate:
+                d_x.addmm_(d_inner, down)
+            d_x = d_x.view(ctx.shape)
+        if ctx.separate and ctx.needs_input_grad[1]:
+            d_dropped = (d_inner @ down).view(ctx.shape)
+        return d_x, d_dropped, None, None, d_down, d_up, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -1,0 +1,215 @@
+"""What a recipe says of the training stages and of merging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tandem.recipe.section import Positive, Section, Sources, Unweighted
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+class ValidationSettings(Section):
+    """Records that are held out of training and scored on the way.
+
+    One of `data`, `split` and `fraction` says which. They are scored before the first step, every
+    `steps`, and at the end, with the model as it stands.
+    """
+
+    data: Unweighted = Field(default=(), description="Data sets of their own.")
+    split: str | None = Field(
+        default=None, description="Another split of the data sets that are trained on."
+    )
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="A share of the training records; no prompt is in both parts.",
+    )
+    steps: Positive | None = Field(
+        default=None, description="Scored every so many steps; null: ten times a run."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ValidationSettings:
+        ways = {"data": bool(self.data), "split": self.split is not None}
+        ways["fraction"] = self.fraction is not None
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given)} are set; keep one"
+                if given
+                else "set one of data, split and fraction, which say what is held out"
+            )
+        return self
+
+
+class LoraSettings(Section):
+    """The adapter: `target_modules` are module name endings, or `all-linear`."""
+
+    rank: Positive = Field(default=16, description="Rank of the update matrices.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="The update is scaled by alpha / rank."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Dropout before the update; off in DPO, whose reference must equal the policy.",
+    )
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        default="all-linear", description="Module name endings such as `q_proj`, or `all-linear`."
+    )
+
+
+class TrainingSettings(Section):
+    """What both training stages share. `batch_size` is global: examples per optimizer step."""
+
+    data: Sources = Field(
+        min_length=1,
+        description="Data sets, read one after the other: a path, a mapping, or a list of them.",
+    )
+    batch_size: Positive = Field(
+        default=64,
+        description="Examples in one optimizer step, over all devices; memory does not follow it.",
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="How often the data is gone through (default 1 when `max_steps` is not set).",
+    )
+    max_steps: Positive | None = Field(
+        default=None, description="Optimizer steps, in place of `epochs`."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
+    lr_scheduler: Scheduler = Field(
+        default="cosine", description="How the learning rate goes down after warm-up."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Steps of linear warm-up."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="AdamW's decoupled weight decay."
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of AdamW's first moment."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="Decay of AdamW's second moment."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="AdamW's denominator term."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="Gradients are clipped to this norm; null leaves them alone."
+    )
+    lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
+    max_length: Positive = Field(
+        default=2048,
+        description="Tokens of a whole sequence; an answer is cut there, without an end token.",
+    )
+    too_long: TooLong = Field(
+        default="drop_old_turns",
+        description="What a record beyond `max_length` loses: everything, its end, its beginning "
+        "after the system turn, or its oldest turns first.",
+    )
+    max_prompt_length: Positive | None = Field(
+        default=None,
+        description="Tokens of the prompt; its oldest text after the system turn goes first.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward: less memory, about a third more time.",
+    )
+    logging_steps: Positive = Field(
+        default=10, description="A line of metrics every so many steps."
+    )
+    save_steps: Positive | None = Field(
+        default=None, description="A checkpoint every so many steps; null: ten times a run."
+    )
+    save_total_limit: Positive | None = Field(
+        default=None, description="How many checkpoints are kept; null keeps all."
+    )
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05,
+        description="Share of records that may be dropped; more stops the run before it trains.",
+    )
+    validation: ValidationSettings | None = Field(
+        default=None, description="Held-out records, scored on the way; null: none."
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="Which adapter becomes the stage's: the last, or the one that scored best on "
+        "held-out records.",
+    )
+    best_metric: Literal["loss", "accuracy", "margin"] = Field(
+        default="loss",
+        description="What `keep: best` goes by: held-out loss, or reward accuracy or margin.",
+    )
+    on_bad_record: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What an unparsable line does: stop the run, or drop into the ledger.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSettings:
+        if self.keep == "best" and self.validation is None:
+            raise ValueError("keep: best needs a validation section, which says what is scored")
+        if self.keep == "last" and self.best_metric != "loss":
+            raise ValueError(f"best_metric {self.best_metric} has no effect without keep: best")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps are both set; keep one, the other is null")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                "warmup_steps and warmup_ratio are both set; keep one, the other is null"
+            )
+        if self.lr_scheduler == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError(
+                "a warm-up has no effect with lr_scheduler: constant; take constant_with_warmup, "
+                "or remove it"
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "
+                f"max_length {self.max_length}"
+            )
+        return self
+
+
+class SftSettings(TrainingSettings):
+    """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
+
+    loss_on: Literal["answers", "text"] = Field(
+        default="answers",
+        description="What is trained: the assistant's answers, or every token of the text.",
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1e-4, description="The peak learning rate."
+    )
+    best_metric: Literal["loss"] = Field(
+        default="loss", description="What `keep: best` goes by: held-out loss."
+    )
+
+
+class DpoSettings(TrainingSettings):
+    """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
+
+    data: Sources = Field(
+        default=(), description="Preference pairs; empty: what the pairs stage makes."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=5e-6, description="The peak learning rate."
+    )
+    beta: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="How strongly the policy is held to the reference."
+    )
+
+
+class MergeSettings(Section):
+    """Merging an adapter; `dtype` auto keeps the base weights' own."""
+
+    dtype: Dtype = Field(
+        default="auto", description="Of the merged weights; auto keeps the base weights' own."
+    )
