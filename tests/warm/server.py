@@ -26,12 +26,13 @@ from types import ModuleType
 from typing import Any
 
 # What programs of the tests use of other libraries, which import it only when it is needed.
-_LIBRARIES = """
-    torch.distributed.run torch.distributed.fsdp torch.distributed.tensor torch.utils.checkpoint
-    transformers.models.llama.modeling_llama transformers.models.llama.tokenization_llama
-    transformers.generation.utils peft accelerate datasets deepspeed safetensors.torch
-    huggingface_hub.hf_api rich.progress pyarrow.parquet pytest
-""".split()
+_LIBRARIES = (
+    *("torch.distributed.run", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("torch.utils.checkpoint", "transformers.models.llama.modeling_llama"),
+    *("transformers.models.llama.tokenization_llama", "transformers.generation.utils"),
+    *("peft", "accelerate", "datasets", "deepspeed", "safetensors.torch", "pyarrow.parquet"),
+    *("huggingface_hub.hf_api", "rich.progress", "pytest"),
+)
 
 
 def import_everything() -> None:
