@@ -44,10 +44,10 @@ def _start(command: Sequence[object], **environment: str) -> subprocess.Popen[st
     )
 
 
-def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
+def _recipe(home: Path, some_data: Path, model: Path) -> Path:
     """A whole recipe over short real questions."""
     rows = []
-    for line in (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines():
+    for line in (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
         if len(row["question"]) + len(row["chosen"]) < 600:
             answer = row["chosen"][:200]
@@ -55,7 +55,7 @@ def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
     questions = home / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
     conversations = home / "conversations.jsonl"
-    lines = (shared_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
+    lines = (some_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
     conversations.write_text("\n".join(lines[:400:25]) + "\n")
     path = home / "recipe.yaml"
     recipe = {
@@ -71,11 +71,11 @@ def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
 
 def test_a_whole_recipe_on_two_nodes(
     tmp_path: Path,
-    shared_data: Path,
-    stories_path: Path,
+    some_data: Path,
+    some_model: Path,
 ) -> None:
     """Two agents of one process each, here on one machine; it ends as in one process."""
-    recipe, port = _recipe(tmp_path, shared_data, stories_path), free_port()
+    recipe, port = _recipe(tmp_path, some_data, some_model), free_port()
 
     place = ("--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port)
     torchrun = (python(), "-m", "torch.distributed.run", "--nnodes", 2, *place)
@@ -117,18 +117,16 @@ def test_another_recipe_on_another_node_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def _pairs(shared_data: Path, home: Path) -> Path:
-    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
+def _pairs(some_data: Path, home: Path) -> Path:
+    lines = (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
     path = home / "pairs.jsonl"
     path.write_text("\n".join(lines[:12]) + "\n")
     return path
 
 
-def test_under_deepspeed_and_accelerate(
-    tmp_path: Path, shared_data: Path, stories_path: Path
-) -> None:
+def test_under_deepspeed_and_accelerate(tmp_path: Path, some_data: Path, some_model: Path) -> None:
     """`deepspeed --include` with its --local_rank argument, and accelerate's settings."""
-    argv = ["--model_name_or_path", stories_path, "--dataset_name", _pairs(shared_data, tmp_path)]
+    argv = ["--model_name_or_path", some_model, "--dataset_name", _pairs(some_data, tmp_path)]
     argv += ["--batch_size", 4, "--max_steps", 2, "--logging_steps", 1, "--max_length", 192]
     module = ("--module", "tandem", "dpo", *argv, "--output_dir")
     places = ("--include", "localhost:0,1", "--master_port", free_port())

@@ -49,9 +49,7 @@ IN_TWO = [
     Order("dpo", "dpo-float64-2-fsdp2", "float64", 512, engine="fsdp2"),
     Order("sft", "checkpointing-fsdp2", budget=512, checkpointing=True, engine="fsdp2"),
 ]
-IN_THREE = [
-    _order(kind, 3, engine) for engine, kind in zip(ENGINES, (*KINDS, *KINDS), strict=True)
-]
+IN_THREE = [_order(kind, 3, engine) for engine, kind in zip(ENGINES, (*KINDS, *KINDS), strict=True)]
 # Stopped after two of four steps under one engine, finished under another.
 MOVES = [
     (Order("sft", "zero2-single", engine="deepspeed-zero2"), "single"),
