@@ -16,7 +16,7 @@ from ..stages.made_inputs import WORDS, make_model_folder
 from .badly_behaved import Desk, asked, badly_behaved
 from .forks import Forks
 
-MODEL_KILLS, SERVER_KILLS = 12, 8
+MODEL_KILLS, SERVER_KILLS = 8, 5
 PROMPTS = 120
 
 

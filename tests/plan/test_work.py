@@ -28,6 +28,8 @@ from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import QUIET
 
+RECORDS, BATCH_SIZE = 18, 4
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,10 +49,10 @@ def _settings(
         "sft": some_data / "conversations" / "slimorca_format.jsonl",
         "dpo": some_data / "pairs" / "orca_dpo_pairs.jsonl",
     }[kind]
-    data = _first_lines(source, 30, folder / f"{kind}.jsonl")
+    data = _first_lines(source, RECORDS, folder / f"{kind}.jsonl")
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
-        "batch_size": 7,
+        "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
         "max_length": 400,
@@ -155,7 +157,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     work = count_work(trees, asked)
     weight = attention_weight(config)
     plans = []
-    for step in steps(len(trees), 7, seed=3, count=work.steps):
+    for step in steps(len(trees), BATCH_SIZE, seed=3, count=work.steps):
         own = [trees[i] for i in step.examples]
         costs = [tree_cost(tree, weight) for tree in own]
         plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))

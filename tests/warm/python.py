@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .client import read_at_import
 
+_PYTHON = sys.executable
 _ROOT = Path(__file__).resolve().parents[2]
 # As it was before any test: what a test changes in it goes along with each program.
 _ENVIRONMENT = {
@@ -35,17 +36,17 @@ def python() -> str:
     paths = [str(_ROOT), str(_ROOT / "src"), *filter(None, given.split(os.pathsep))]
     known = {
         "address": str(address),
-        "python": sys.executable,
+        "python": _PYTHON,
         "environment": read_at_import(_ENVIRONMENT),
         "paths": paths,
     }
     source = (Path(__file__).parent / "client.py").read_text()
     # Isolated, and without site-packages: this one is to start as fast as it can.
-    start = f"#!{sys.executable} -IS\n{source}\nmain(json.loads({json.dumps(known)!r}))\n"
+    start = f"#!{_PYTHON} -IS\n{source}\nmain(json.loads({json.dumps(known)!r}))\n"
     program.write_text(start)
     program.chmod(0o700)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm.server", str(address), str(program)],
+        [_PYTHON, "-m", "tests.warm.server", str(address), str(program)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=_ROOT,
