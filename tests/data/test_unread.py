@@ -12,7 +12,7 @@ import pytest
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 
 from .test_prepare import pair, talk, write
 from .test_store import Desk, desk
@@ -76,7 +76,7 @@ def test_rows_that_become_pairs_are_looked_at_as_they_were(tmp_path: Path) -> No
 def test_one_place_read_twice_has_the_keys_of_both(tmp_path: Path) -> None:
     for split, key in (("train", "id"), ("test", "url")):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({**talk("a", "b"), key: 1}) + "\n")
-    sources = [SourceSpec(str(tmp_path), split=split) for split in ("train", "test")]
+    sources = [DataSource(path=str(tmp_path), split=split) for split in ("train", "test")]
     ledger = Ledger()
     assert len(list(read_conversations(sources, ledger))) == 2
     assert ledger.unread == {str(tmp_path): ("id", "url")}
