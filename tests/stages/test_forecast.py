@@ -117,7 +117,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
     monkeypatch.setattr(train_stage, "forecast_run", strange)
-    monkeypatch.setattr(context, "say", lambda _, text, **__: told.append(text))
+    monkeypatch.setattr(context, "log", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
     assert summary["steps"] == 2

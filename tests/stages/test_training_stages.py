@@ -136,7 +136,7 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
             run("dpo", tiny_model, tmp_path / "changed")
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.context.log", lambda _, text, **__: said.append(text)
     )
     resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
     assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
@@ -148,7 +148,7 @@ def test_kernels_and_order_are_recorded_and_kept(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.context.log", lambda _, text, **__: said.append(text)
     )
     whole = run("dpo", tiny_model, tmp_path / "whole")
     schedule = read_json(tmp_path / "whole" / "manifest.json")["schedule"]

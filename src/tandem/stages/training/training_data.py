@@ -20,7 +20,7 @@ from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
@@ -128,22 +128,22 @@ def stage_records(
         rows=rows,
     )
 
-    def tell(text: str) -> None:
-        say(console, f"{name}: {text}")
+    def note(text: str) -> None:
+        log(console, f"{name}: {text}")
 
     for line in not_read([*sources, *held_out]):
-        tell(line)
+        note(line)
     ledger, read = prepared(sources)
     trees, held = hold_out(
         settings, read, ledger,
-        seed=seed, prepare=lambda: prepared(held_out, held_out=True), tell=tell,
+        seed=seed, prepare=lambda: prepared(held_out, held_out=True), log=note,
     )  # fmt: skip
     parts = parts_of(trees, sources)
     records = Records(trees, ledger, parts, mixture_facts(parts, sources), held)
     for warning in records.warnings():
-        say(console, f"{name}: {warning}", style="yellow")
+        log(console, f"{name}: {warning}", style="yellow")
     if line := in_one_line(records.mixture):
-        tell(line)
+        note(line)
     return records
 
 
@@ -187,14 +187,14 @@ def prepared_records(
         too_long=settings.too_long,
         on_bad_record=settings.on_bad_record,
         ledger=ledger,
-        store=EncodedStore(lambda text: say(console, f"{name}: {text}")),
+        store=EncodedStore(lambda text: log(console, f"{name}: {text}")),
         show=lambda text, total: phase(console, f"{name}: {text}", total),
         rows=rows,
     )
     for line in sources_in_words(ledger):
-        say(console, f"{name}: {'held out: ' if held_out else ''}{line}")
+        log(console, f"{name}: {'held out: ' if held_out else ''}{line}")
     counts = ledger.summary()
-    say(
+    log(
         console,
         f"{name}: {counts['trained']} of {counts['read']} records "
         f"{'to score' if held_out else 'to train on'}, "
@@ -203,7 +203,7 @@ def prepared_records(
         + f", encoded in {time.perf_counter() - began:.1f} s",
     )
     for reason, count in counts["reasons"].items():
-        say(console, f"  {count} x {reason}")
+        log(console, f"  {count} x {reason}")
     ledger.check_share(settings.max_dropped)
     return ledger, trees
 
