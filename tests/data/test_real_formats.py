@@ -15,7 +15,6 @@ import pytest
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
-from tandem.data.resolve_sources import resolve_source
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
 
@@ -158,7 +157,7 @@ def test_pairs_are_the_same_in_every_format(
     expected, counts = trees(prepare_pairs, stories_tokenizer, DataSource(path=str(original)))
     assert counts["trained"] >= PAIRS - 2
     path = write(tmp_path / file, [one for row in rows for one in convert(row)])
-    spec = resolve_source(DataSource(path=str(path), **options), str(path))
+    spec = DataSource(path=str(path), **options)
     found, converted = trees(prepare_pairs, stories_tokenizer, spec)
     assert converted == counts
     assert ids(found) == ids(expected)
@@ -219,7 +218,7 @@ def test_conversations_are_the_same_in_every_format(
         prepare_conversations, stories_tokenizer, DataSource(path=str(original))
     )
     path = write(tmp_path / file, [one for row in rows for one in convert(row)])
-    spec = resolve_source(DataSource(path=str(path), **options), str(path))
+    spec = DataSource(path=str(path), **options)
     found, converted = trees(prepare_conversations, stories_tokenizer, spec)
     assert converted == counts
     assert ids(found) == ids(expected)
