@@ -24,10 +24,10 @@ ASKED, ANSWERED = "Why is the river wide?", "It has come a long way from the hil
 
 
 def _survey(
-    file: Path, kind: Kind = "conversations", fields: tuple[tuple[str, str], ...] = ()
+    file: Path, kind: Kind = "conversations", fields: dict[str, str] | None = None
 ) -> Survey:
     plan = Plan(kind, Limits(2**31 - 1, None), "stop")
-    return survey(Subject(None, (DataSource(path=str(file), fields=fields),), plan, 0.05))
+    return survey(Subject(None, (DataSource(path=str(file), fields=fields or {}),), plan, 0.05))
 
 
 def _said(found: Survey, name: str) -> dict[str, list[tuple[int, str]]]:
@@ -264,7 +264,7 @@ def test_keys_of_turns_are_looked_at_wherever_turns_are(tmp_path: Path) -> None:
     # A recipe's names of a turn's keys are read.
     log = [{"who": "user", "said": "Q", "at": 1}, {"who": "assistant", "said": "A", "at": 2}]
     file = write(tmp_path / "e.jsonl", [{"log": log}])
-    names = (("messages", "log"), ("role", "who"), ("content", "said"))
+    names = {"messages": "log", "role": "who", "content": "said"}
     assert _survey(file, fields=names).unread == ("messages[].at",)
 
 
@@ -297,7 +297,7 @@ def test_keys_beside_labelled_answers_are_listed(tmp_path: Path) -> None:
     assert _survey(file, "preference pairs").unread == listed
     # Under other names as well, of which those that lead into a key read it.
     named = write(tmp_path / "b.jsonl", [{**rows[0], "label": 1, "rater": {"of": True}}, rows[1]])
-    fields = (("label", "rater.of"),)
+    fields = {"label": "rater.of"}
     assert _survey(named, "preference pairs", fields).unread == ("note", "prompt[].mood")
     # With a limit, those of the rows that were looked at.
     plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")

@@ -105,7 +105,7 @@ def test_a_record_of_broken_text_is_named_or_dropped(tmp_path: Path, kind: str) 
     assert (count, row, reason) == (N - 1, 18, "unparsable")
     # Under the data's own names, too.
     named = write(tmp_path / f"b.{kind}", pa.table({"ask": asked, "reply": text(broken)}))
-    fields = (("completion", "reply"), ("prompt", "ask"))
+    fields = {"completion": "reply", "prompt": "ask"}
     count, ledger = whole(named, fields=fields)
     assert (count, [entry.row for entry in ledger.entries]) == (N - 1, [18])
     pairs = pa.table({"prompt": asked, "chosen": good, "rejected": text(broken)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ TURNS = [{"who": "user", "said": "Why?"}, {"who": "assistant", "said": "So."}]
         ({**talk("Why?", "So."), "source": "web", "id": 3}, {}, ("id", "source")),
         (
             {"asked": "Why?", "answers": {"good": "So."}, "id": 1},
-            {"fields": (("prompt", "asked"), ("completion", "answers.good"))},
+            {"fields": {"prompt": "asked", "completion": "answers.good"}},
             ("id",),
         ),
         (
             # `who` is a turn's; a column that is called so is another thing.
             {"log": TURNS, "who": "me"},
-            {"fields": (("messages", "log"), ("role", "who"), ("content", "said"))},
+            {"fields": {"messages": "log", "role": "who", "content": "said"}},
             ("who",),
         ),
         # Read as what it is said to be, not as what it looks like.
@@ -47,7 +46,7 @@ TURNS = [{"who": "user", "said": "Why?"}, {"who": "assistant", "said": "So."}]
 def test_keys_that_nothing_reads_are_told(
     row: dict[str, Any], said: dict[str, Any], unread: tuple[str, ...], tmp_path: Path
 ) -> None:
-    source = replace(write(tmp_path / "a.jsonl", [row]), **said)
+    source = write(tmp_path / "a.jsonl", [row]).model_copy(update=said)
     ledger = Ledger()
     assert len(list(read_conversations([source], ledger))) == 1
     assert ledger.unread == ({source.path: unread} if unread else {})
