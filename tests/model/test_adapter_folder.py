@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import find_contestant
 from tandem.evaluate.own_measures import Examiner
+from tandem.integrations.choose import choose_device
 from tandem.model.load_model import (
     load_config,
     load_for_inference,
@@ -27,7 +28,6 @@ from tandem.model.lora.adapter import load_adapter
 from tandem.model.lora.adapter_folder import read_updates, whole_weights
 from tandem.model.merging.merge_weights import merge_shards
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.device import choose_device
 from tandem.stages.merge import run_merge
 
 from ..stages.made_inputs import make_model_folder

@@ -33,8 +33,9 @@ from tandem.model.logprobs.sequence_logps import check_head, micro_batches, sequ
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, token_budget
+from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
+from tandem.train.token_budget import token_budget
 
 _NO_LIMIT = 2**31
 
@@ -101,9 +102,8 @@ class Examiner:
         self.device = device
         config = contestant.config
         self._base = contestant.load_base(device)
-        self.backend, why = choose_backend(
-            runtime.attention, self._base, static_shapes=device.static_shapes
-        )
+        own = device.attention(runtime.attention, self._base)
+        self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         check_head(self._base)

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from tandem.errors import UserError
-from tandem.integrations.gaudi.attention import choose_static, fused_attention
 from tandem.model.attention.dense import dense_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.packing_probe import Examined, declared_obstacle, decoder_of, examine
@@ -27,33 +26,27 @@ __all__ = [
     "use_backend",
 ]
 
-_BACKENDS: dict[str, Callable[..., Any]] = {
+# By name; modules of other packages may add theirs.
+BACKENDS: dict[str, Callable[..., Any]] = {
     "segments": segments_attention,
     "varlen": varlen_attention,
     "dense": dense_attention,
-    "fused": fused_attention,
 }
 
 
-def choose_backend(
-    requested: str, model: Any, *, static_shapes: bool = False, fused: bool = False
-) -> tuple[str, str]:
+def choose_backend(requested: str, model: Any) -> tuple[str, str]:
     """The attention backend for a model where it is, and the reason for it.
 
     Args:
         requested: auto, segments, varlen, dense or padded.
         model: a loaded transformers causal language model, on its device, without an adapter.
-        static_shapes: whether its device may meet declared shapes alone.
-        fused: whether Habana's kernel is asked for, in place of dense.
 
     Returns:
-        segments, varlen, dense or fused, which read packed trees, or padded: one row a sequence
-        under the model's own attention.
+        segments, varlen or dense, which read packed trees, or padded: one row a sequence under the
+        model's own attention.
 
     Raises UserError when the requested backend cannot compute this model.
     """
-    if static_shapes:
-        return choose_static(requested, model, fused=fused)
     if requested == "padded":
         return requested, "asked for"
     examined = examine(model)
@@ -104,7 +97,7 @@ def use_backend(model: nn.Module, backend: str) -> None:
     # transformers makes no masks for an attention without an AttentionMaskInterface of its name,
     # which is right: from position ids it would take a pair's second branch for a new document,
     # and it would wait for the device to look at them. The layout says what is visible instead.
-    AttentionInterface.register(name, _BACKENDS[backend])
+    AttentionInterface.register(name, BACKENDS[backend])
     model.set_attn_implementation(name)  # type: ignore[operator]
     if not hasattr(model, "tandem_rows"):
         model.tandem_rows = skip_unread_rows(model)  # type: ignore[assignment]

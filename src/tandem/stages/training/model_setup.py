@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from tandem.data.batching.sampler import Step, steps, steps_per_epoch
 from tandem.data.encoded.dataset import Trees
-from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import why_not
 from tandem.model.cpu.onednn_linear import order_weights
@@ -18,6 +19,7 @@ from tandem.model.lora.adapter_base import lasting_name
 from tandem.model.prepare_model import adapted, warm_up
 from tandem.model.torch_compile import Compiling, settle_compile_caches
 from tandem.model.weight_files import check_sums
+from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import Stage
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
@@ -41,11 +43,11 @@ def make_policy(
         )
     )
     backend, why = processes.on_all(
-        lambda: choose_backend(
-            stage.runtime.attention, base,
-            static_shapes=device.static_shapes, fused=device.fused_attention,
+        lambda: (
+            device.attention(stage.runtime.attention, base)
+            or choose_backend(stage.runtime.attention, base)
         )
-    )  # fmt: skip
+    )
     schedule = _schedule(stage, recorded, base, backend)
     _declare_shapes(stage, records, schedule)
     torch.set_num_threads(schedule["threads"])
@@ -116,13 +118,21 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
 
 
 def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
-    held_out = records.held_out
-    stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
-        lambda: declared_shapes(
-            records.trees, stage.settings,
-            device=stage.engine.device, runtime=stage.runtime,
-            budget=schedule["tokens_per_microbatch"], seed=stage.seed,
-            log=stage.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.trees,
-        )
-    )  # fmt: skip
+    settings, count = stage.settings, len(records.trees)
+
+    def epoch() -> Iterator[Step]:
+        size = steps_per_epoch(count, settings.batch_size, records.parts)
+        return steps(count, settings.batch_size, seed=stage.seed, count=size, parts=records.parts)
+
+    request = BatchRequest(
+        records.trees,
+        None if records.held_out is None else records.held_out.trees,
+        epoch,
+        settings.max_length,
+        budget=schedule["tokens_per_microbatch"],
+        requested=stage.runtime.tokens_per_microbatch,
+        log=stage.log,
+    )
+    stage.engine.shapes, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
+        lambda: stage.engine.device.batch_shapes(request)
+    )
