@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> Mapping[str, Any]:
     """One run of the demo recipe; what the evaluation says of each model."""
-    from tandem.recipe.load import load_recipe
-    from tandem.stages.pipeline import run_pipeline
+    from tandem.pipeline.run_pipeline import run_pipeline
+    from tandem.recipe.load_recipe import load_recipe
 
     recipe = load_recipe("demo", [f"seed={seed}", f"output_dir={folder}", *overrides])
     evaluation = run_pipeline(recipe, until=None, start=None, console=Console(stderr=True))

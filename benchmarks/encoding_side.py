@@ -30,11 +30,11 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     from rich.console import Console
 
     import tandem.stages.sft  # noqa: F401  (a stage's process has torch in memory, too)
+    from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+    from tandem.data.encoded.dataset_store import EncodedStore
     from tandem.data.ledger import Ledger
-    from tandem.data.prepare import prepare_conversations, prepare_pairs
-    from tandem.data.sources import SourceSpec
-    from tandem.data.store import EncodedStore
-    from tandem.train.progress import phase
+    from tandem.data.sources.rows import SourceSpec
+    from tandem.runtime.console import phase
 
     tokenizer, template = _tokenizer(task)
     console = Console(stderr=True)
@@ -119,7 +119,7 @@ def _core_seconds() -> float:
 def _tokenizer(task: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    from tandem.data.template import resolve_template
+    from tandem.data.tokenize.chat_template import resolve_template
 
     tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"], local_files_only=True)
     return tokenizer, resolve_template(tokenizer, TEMPLATE)
@@ -128,8 +128,8 @@ def _tokenizer(task: dict[str, Any]) -> tuple[Any, Any]:
 def _records(task: dict[str, Any]) -> list[Any]:
     """The first records: messages of a conversation, or the pair itself."""
     from tandem.data.ledger import Ledger
-    from tandem.data.reading import read_conversations, read_pairs
-    from tandem.data.sources import SourceSpec
+    from tandem.data.read_records import read_conversations, read_pairs
+    from tandem.data.sources.rows import SourceSpec
 
     sources = [SourceSpec(task["data"])]
     if task["kind"] == "pairs":

@@ -21,16 +21,16 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.demo.embedded import materialise
-from tandem.model.adapter import load_adapter
-from tandem.model.load import load_base, load_model, load_tokenizer
-from tandem.model.quantization import FILE, quantize
+from tandem.model.load_model import load_base, load_model, load_tokenizer
+from tandem.model.lora.adapter import load_adapter
+from tandem.model.quantize import FILE, quantize
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Lora, Sft
+from tandem.recipe.training_settings import Lora, Sft
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .record import Environment, say
 from .report import RESULTS

@@ -22,15 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.collate import MicroBatch, collate
+from tandem.data.batching.collate import MicroBatch, collate
 from tandem.data.records import Tree
-from tandem.model import adapter, fused, head, products
-from tandem.model.adapter import adapter_off, add_adapter
-from tandem.model.attention import segments, use_backend
-from tandem.model.head import order_head
-from tandem.model.load import load_model
-from tandem.model.products import order_weights
-from tandem.model.score import micro_batches, sequence_logps
+from tandem.model.attention import segments
+from tandem.model.attention.select import use_backend
+from tandem.model.cpu import elementwise, onednn_linear
+from tandem.model.cpu.onednn_linear import order_weights
+from tandem.model.load_model import load_model
+from tandem.model.logprobs import output_head
+from tandem.model.logprobs.output_head import order_head
+from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
+from tandem.model.lora import adapter
+from tandem.model.lora.adapter import adapter_off, add_adapter
 
 from .record import Environment, say
 from .report import RESULTS
@@ -50,8 +53,8 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, rows: Any, scale: float
 
 _TORCH_ATTENTION: Patches = ((segments, "kernels", _none),)
 _AS_STORED: Patches = (
-    (products, "weights_of", lambda layer: products.Plain(layer.weight)),
-    (head.Head, "blocks", lambda self, columns, dtype: _plain_blocks(self, columns, dtype)),
+    (onednn_linear, "weights_of", lambda layer: onednn_linear.Plain(layer.weight)),
+    (output_head.Head, "blocks", lambda self, columns, dtype: _plain_blocks(self, columns, dtype)),
 )
 # Each form replaces some names of the engine; nothing of it is reachable from a recipe.
 FORMS: dict[str, Patches] = {
@@ -61,25 +64,25 @@ FORMS: dict[str, Patches] = {
         *_TORCH_ATTENTION,
         (segments, "_FlashSegments", SimpleNamespace(apply=_gathered)),
     ),
-    "norms and gated MLPs: torch": ((fused, "kernels", _none),),
-    "head: torch's softmax": ((head, "kernels", _none),),
+    "norms and gated MLPs: torch": ((elementwise, "kernels", _none),),
+    "head: torch's softmax": ((output_head, "kernels", _none),),
     "adapter: peft's arithmetic": ((adapter, "takes_frozen", lambda *_: False),),
     "frozen weights: as stored": _AS_STORED,
     "frozen weights: as stored; head: 256 rows by the whole vocabulary": (
         *_AS_STORED,
-        (head, "_ROWS", 256),
-        (head, "_block_columns", lambda *_: 2**30),
+        (output_head, "_ROWS", 256),
+        (output_head, "_block_columns", lambda *_: 2**30),
     ),
-    "products: torch's own BLAS": (*_AS_STORED, (products, "_AVAILABLE", False)),
+    "products: torch's own BLAS": (*_AS_STORED, (onednn_linear, "_AVAILABLE", False)),
     "all of these in torch's form": (
         *_TORCH_ATTENTION,
         *_AS_STORED,
-        (fused, "kernels", _none),
-        (head, "kernels", _none),
+        (elementwise, "kernels", _none),
+        (output_head, "kernels", _none),
         (adapter, "takes_frozen", lambda *_: False),
-        (products, "_AVAILABLE", False),
-        (head, "_ROWS", 256),
-        (head, "_block_columns", lambda *_: 2**30),
+        (onednn_linear, "_AVAILABLE", False),
+        (output_head, "_ROWS", 256),
+        (output_head, "_block_columns", lambda *_: 2**30),
     ),
 }
 
@@ -179,10 +182,10 @@ def _patched(patches: Patches) -> Iterator[None]:
 
 
 def _plain_blocks(
-    whole: head.Head, columns: int, dtype: torch.dtype
-) -> Iterator[tuple[int, products.Plain]]:
+    whole: output_head.Head, columns: int, dtype: torch.dtype
+) -> Iterator[tuple[int, onednn_linear.Plain]]:
     for start in range(0, whole.weight.shape[0], columns):
-        yield start, products.Plain(whole.weight[start : start + columns].to(dtype))
+        yield start, onednn_linear.Plain(whole.weight[start : start + columns].to(dtype))
 
 
 def _page(turns: Sequence[dict[str, float]], options: argparse.Namespace) -> str:

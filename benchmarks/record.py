@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tandem.artifact.files import atomic_write_json, read_json
+from tandem.storage.atomic_files import atomic_write_json, read_json
 
 from .apart import SideError
 from .roofline import Needed

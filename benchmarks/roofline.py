@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.collate import collate, fed_tokens
+from tandem.data.batching.collate import collate, fed_tokens
 from tandem.data.records import Tree
-from tandem.model.products import product
+from tandem.model.cpu.onednn_linear import product
 
 from .work import ADAPTERS, Stage
 

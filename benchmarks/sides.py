@@ -16,14 +16,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.data.records import Tree
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft
+from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.runtime.device import most_resident
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train.device import most_resident
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .plain import run_plain
 from .roofline import gemm_rates

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
+from tandem.data.batching.sampler import steps, steps_per_epoch
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.order import steps, steps_per_epoch
-from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 
 Stage = Literal["dpo", "sft"]
 TEMPLATE = "neural-chat"

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from benchmarks import parts
-from tandem.model import head, products
+from tandem.model.cpu import onednn_linear
+from tandem.model.logprobs import output_head
 
 
 def test_all_forms_find_the_same_log_probs(files: list[str], tmp_path: Path) -> None:
     ours = [option for option in files if not option.startswith("--conversations")]
-    before = (products._AVAILABLE, head._ROWS, head.Head.blocks)
+    before = (onednn_linear._AVAILABLE, output_head._ROWS, output_head.Head.blocks)
     page = parts.main([*ours, "--size=1", "--pairs=3", "--repeats=1", "--save"])
     assert (tmp_path / "results" / "parts.md").read_text() == page
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
@@ -23,7 +24,7 @@ def test_all_forms_find_the_same_log_probs(files: list[str], tmp_path: Path) -> 
         "one pair a micro-batch",
         *(f"{tokens} tokens a micro-batch" for tokens in (512, 1024, 4096)),
     ]
-    assert (products._AVAILABLE, head._ROWS, head.Head.blocks) == before
+    assert (onednn_linear._AVAILABLE, output_head._ROWS, output_head.Head.blocks) == before
 
 
 def test_a_form_that_computes_something_else_ends_the_run(
@@ -31,10 +32,10 @@ def test_a_form_that_computes_something_else_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def doubled(*arguments: Any) -> Any:
-        return 2 * products.product(*arguments)
+        return 2 * onednn_linear.product(*arguments)
 
     monkeypatch.setitem(parts.FORMS, "as shipped", ())
-    monkeypatch.setitem(parts.FORMS, "wrong", ((head, "product", doubled),))
+    monkeypatch.setitem(parts.FORMS, "wrong", ((output_head, "product", doubled),))
     ours = [option for option in files if not option.startswith("--conversations")]
     with pytest.raises(SystemExit, match="wrong: log-probs add up to"):
         parts.main([*ours, "--size=1", "--pairs=3", "--repeats=1"])

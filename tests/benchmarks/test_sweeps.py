@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks import record, sweeps, work
-from tandem.data.template import resolve_template
+from tandem.data.tokenize.chat_template import resolve_template
 
 from .conftest import Here
 

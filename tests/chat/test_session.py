@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tandem.chat import session
-from tandem.chat.generate import Sampling, stream_answer
 from tandem.chat.session import run_chat
+from tandem.chat.stream_answer import Sampling, stream_answer
 from tandem.errors import UserError
 
 
@@ -114,7 +114,7 @@ def test_answers_are_what_transformers_generates(stories_path: Path, prompts: li
     tokenizer = AutoTokenizer.from_pretrained(stories_path)
     model = AutoModelForCausalLM.from_pretrained(stories_path, dtype=torch.float32)
     from tandem.data.records import Turn
-    from tandem.data.template import prompt_ids, resolve_template
+    from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 
     template = resolve_template(tokenizer, "neural-chat")
     ids = prompt_ids(tokenizer, template, [Turn("user", "Once upon a time")])
@@ -172,7 +172,7 @@ def test_a_large_answer_limit_ends_at_the_context(stories_path: Path) -> None:
 def test_ctrl_c_interrupts_the_answer_only(
     stories_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
 ) -> None:
-    from tandem.chat import generate
+    from tandem.chat import stream_answer as generate
 
     real = generate._TextStream.put
     calls = []

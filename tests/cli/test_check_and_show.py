@@ -14,7 +14,7 @@ import pytest
 
 from tandem.cli.main import main
 
-from ..diagnose.made_data import conversation, pair, write
+from ..check.made_data import conversation, pair, write
 
 RECIPE = """
 name: little

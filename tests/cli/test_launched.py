@@ -14,16 +14,16 @@ import psutil
 import pytest
 import torch
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import COMMANDS, main
 from tandem.errors import UserError
-from tandem.train.launch import (
+from tandem.runtime.launch import (
     Launch,
     ask_for_restart,
     forget_accelerates_settings,
     launched,
     without_local_rank,
 )
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..invariants.orders import TORCHRUN
 from ..stages.made_inputs import make_conversations, make_model_folder

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..invariants.orders import LIMITS, distance
 from ..stages.made_inputs import make_conversations, make_model_folder
@@ -22,7 +22,7 @@ import importlib.abc, importlib.util, itertools, os, sys
 
 class Patch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "tandem.model.score":
+        if name != "tandem.model.logprobs.sequence_logps":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

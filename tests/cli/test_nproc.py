@@ -15,7 +15,7 @@ import torch
 from tandem.cli.main import main
 from tandem.cli.nproc import _without_flag
 from tandem.errors import UserError
-from tandem.train.agent import check_devices, run_processes
+from tandem.runtime.local_launcher import check_devices, run_processes
 
 SFT = ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
@@ -93,7 +93,8 @@ def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_are_started_again_when_they_ask(tmp_path: Path) -> None:
     """Each start leaves a file; the third one does not ask any more."""
     ask = (
-        "import os, sys; from pathlib import Path; from tandem.train.launch import ask_for_restart;"
+        "import os, sys; from pathlib import Path;"
+        "from tandem.runtime.launch import ask_for_restart;"
         f"home = Path({str(tmp_path)!r}); starts = len(list(home.iterdir()));"
         "(home / str(starts)).touch();"
         "ask_for_restart(f'budget {8 - starts}') if starts < LIMIT else None;"

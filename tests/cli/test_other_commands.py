@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-import tandem.artifact.cache
-import tandem.report.findings
+import tandem.pipeline.run_pipeline
 import tandem.report.html
-import tandem.stages.pipeline
+import tandem.report.report_warnings
+import tandem.storage.cache_folder
 from tandem.cli.main import main
 from tandem.errors import Stopped
-from tandem.recipe.load import load_recipe
-from tandem.recipe.schema import Recipe
+from tandem.recipe.load_recipe import load_recipe
+from tandem.recipe.recipe import Recipe
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]
     def run_pipeline(recipe: Recipe, **options: Any) -> None:
         made.append((recipe, options))
 
-    monkeypatch.setattr(tandem.stages.pipeline, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(tandem.pipeline.run_pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(tandem.report.html, "write_report", lambda folder: folder / "report.html")
-    monkeypatch.setattr(tandem.report.findings, "findings_of_run", lambda folder: [])
+    monkeypatch.setattr(tandem.report.report_warnings, "findings_of_run", lambda folder: [])
     return made
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_stopped_exits_3(
     def run_pipeline(recipe: Recipe, **options: Any) -> None:
         raise Stopped("after step 5; the same command goes on")
 
-    monkeypatch.setattr(tandem.stages.pipeline, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(tandem.pipeline.run_pipeline, "run_pipeline", run_pipeline)
     assert main(["run", "demo"]) == 3
     assert capsys.readouterr().err == "stopped: after step 5; the same command goes on\n"
 
@@ -151,8 +151,10 @@ def test_cache_shows_and_empties(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["cache"]) == 0
     assert capsys.readouterr().out == "   0 bytes  in all\n"
-    monkeypatch.setattr(tandem.artifact.cache, "cache_report", lambda: [("a", 1536), ("b", 512)])
-    monkeypatch.setattr(tandem.artifact.cache, "clear_cache", lambda: 3 * 2**20)
+    monkeypatch.setattr(
+        tandem.storage.cache_folder, "cache_report", lambda: [("a", 1536), ("b", 512)]
+    )
+    monkeypatch.setattr(tandem.storage.cache_folder, "clear_cache", lambda: 3 * 2**20)
     assert main(["cache", "show"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown == "1.5 KiB a 512 bytes b 2.0 KiB in all"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tandem.artifact.files import read_json
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.estimate import history
-from tandem.estimate.rate import Rate
-from tandem.stages import plan as stages_plan
+from tandem.plan import history
+from tandem.plan import plan_recipe as stages_plan
+from tandem.plan.rate import Rate
+from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 

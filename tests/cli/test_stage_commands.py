@@ -13,9 +13,9 @@ import tandem.stages.dpo
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
-from tandem.recipe.seed_flags import DATA_FLAGS, Stage, boolean, flags_of
-from tandem.recipe.training import Dpo, Sft
-from tandem.train.runtime import Runtime
+from tandem.recipe.flags import DATA_FLAGS, Stage, boolean, flags_of
+from tandem.recipe.run_settings import Runtime
+from tandem.recipe.training_settings import Dpo, Sft
 
 SEED_SFT = """
 model_name_or_path dataset_name output_dir per_device_train_batch_size

@@ -114,8 +114,8 @@ def test_progress_into_a_stream_that_is_gone_does_not_stop_what_is_at_work() -> 
         "import sys\n"
         "from tandem.cli.streams import Streams\n"
         "streams = Streams()\n"
-        "from tandem.cli.notices import notice_console\n"
-        "from tandem.train.progress import StageProgress\n"
+        "from tandem.runtime.console import notice_console\n"
+        "from tandem.runtime.console import StageProgress\n"
         "with StageProgress(notice_console(), 'sft', total_steps=300) as display:\n"
         "    for step in range(300):\n"
         "        display.advance(step + 1, {'loss': 1.0})\n"
@@ -141,7 +141,7 @@ def test_a_file_never_takes_the_number_of_a_closed_stream() -> None:
 def test_tables_are_printed_however_narrow_the_terminal(
     monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    from tandem.report.terminal import result_table
+    from tandem.report.terminal_tables import result_table
     from tests.report.made_runs import evaluation
 
     monkeypatch.setenv("COLUMNS", columns)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data.answers import refuses, refuses_only
-from tandem.diagnose.answers import REFUSAL, answer_signs
-from tandem.pairs.filter import Candidate, Filters, against_answer
+from tandem.check.record_signs import REFUSAL, answer_signs
+from tandem.data.text.answers import refuses, refuses_only
+from tandem.pairs.filters import Candidate, Filters, against_answer
 
 REFUSALS = (
     "I must decline to answer that.",

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 
 # As DeepSeek-R1's: every answer loses its reasoning, and the prompt opens the next one.

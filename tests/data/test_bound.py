@@ -14,13 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data.behind_prompt import Refused
-from tandem.data.bound import longest_token
-from tandem.data.encode import Chat, Encoded
-from tandem.data.exchanges import encode_conversation
-from tandem.data.limits import Limits, TooLong
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.template import resolve_template
+from tandem.data.tokenize.behind_prompt import Refused
+from tandem.data.tokenize.chat_template import resolve_template
+from tandem.data.tokenize.encode import Chat, Encoded, encode_conversation
+from tandem.data.tokenize.token_bounds import longest_token
+from tandem.data.truncation.limits import Limits, TooLong
 from tests.data.test_truncate import POLICIES, fit, fit_two
 
 ORIGIN = Origin("made.jsonl", 1)
@@ -181,9 +180,9 @@ import json, re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.build_dataset import prepare_conversations
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
 template = resolve_template(tokenizer, "neural-chat")

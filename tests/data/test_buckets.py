@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.data.buckets import Bucket, Buckets, declare_buckets, fill_up, padding_share
-from tandem.data.collate import Segment, collate, record_key, row_spans
-from tandem.data.columns import to_columns
+from tandem.data.batching.collate import Segment, collate, record_key, row_spans
+from tandem.data.encoded.dataset import Bytes, Index, Trees, to_columns
 from tandem.data.records import Branch, Origin, Tree
-from tandem.data.trees import Bytes, Index, Trees
+from tandem.integrations.gaudi.static_shapes import (
+    Bucket,
+    Buckets,
+    declare_buckets,
+    fill_up,
+    padding_share,
+)
 
 
 def make_pair(row: int, prefix: int, chosen: int, rejected: int, shared: int = 0) -> Tree:

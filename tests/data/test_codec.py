@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tandem.data.codec import FastCodec, TransformersCodec, make_codec
-from tandem.data.encode import Chat
 from tandem.data.records import Turn
-from tandem.data.template import (
+from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     require_ending,
     resolve_template,
     template_names,
 )
+from tandem.data.tokenize.codec import FastCodec, TransformersCodec, make_codec
+from tandem.data.tokenize.encode import Chat
 from tandem.errors import UserError
 
 # Pieces that tokenizers treat specially: blanks, line breaks, end tokens, halves of end tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tandem.data.collate import Segment, collate, fed_tokens, record_key
+from tandem.data.batching.collate import Segment, collate, fed_tokens, record_key
 from tandem.data.records import Branch, Origin, Tree
 
 from ..invariants.made import without_sharing

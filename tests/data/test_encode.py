@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.behind_prompt import Refused
-from tandem.data.encode import (
+from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
+from tandem.data.tokenize.behind_prompt import Refused
+from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
+from tandem.data.tokenize.encode import (
     Chat,
     Encoded,
     Exchange,
     conversation_tree,
     encode_exchanges,
     pair_tree,
+    trained_exchanges,
 )
-from tandem.data.exchanges import trained_exchanges
-from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
-from tandem.data.template import prompt_ids, resolve_template
 
 ORIGIN = Origin("made.jsonl", 1)
 

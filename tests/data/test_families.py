@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import trainers as train
 from transformers import PreTrainedTokenizerFast
 
-from tandem.data.added_tokens import add_tokens
-from tandem.data.encode import Chat, Encoded, Exchange, encode_exchanges
 from tandem.data.records import Origin, Turn
-from tandem.data.template import missing_tokens, resolve_template, template_names
+from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
+from tandem.data.tokenize.encode import Chat, Encoded, Exchange, encode_exchanges
 from tandem.errors import UserError
 
 CORPUS = ["Hello there, what is two and two? It is four.\n\n### User: yes or no"] * 20

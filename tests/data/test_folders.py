@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data.folders import look_into
-from tandem.data.sources import SourceSpec, local_files, not_read
+from tandem.data.sources.local_files import look_into
+from tandem.data.sources.rows import SourceSpec, local_files, not_read
 from tandem.errors import UserError
 
 ROW = '{"prompt": "Why?", "completion": "So."}\n'

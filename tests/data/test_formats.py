@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats import (
+from tandem.data.formats.known_formats import (
     FORMATS,
     Unusable,
     describe_formats,

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data.chunks import Row
-from tandem.data.formats import FORMATS, Unusable, detect
-from tandem.data.formats.mapping import Renaming
+from tandem.data.formats.known_formats import FORMATS, Unusable, detect
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations, read_pairs
+from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Conversation, Origin, PreferencePair
-from tandem.data.sources import SourceSpec, read_rows
+from tandem.data.sources.chunks import Row
+from tandem.data.sources.renaming import Renaming
+from tandem.data.sources.rows import SourceSpec, read_rows
 from tandem.errors import UserError
 
 BOM = codecs.BOM_UTF8

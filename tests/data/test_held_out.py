@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.data.held_out import choose_held_out, shared_prompts
+from tandem.data.batching.sampler import choose_held_out, shared_prompts
+from tandem.data.build_dataset import prepare_conversations
+from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn, prompt_key
-from tandem.data.sources import SourceSpec
-from tandem.data.store import EncodedStore
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 
 WHERE = Origin("f", 1)

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from tandem.data import joining
-from tandem.data.chunks import Chunk, Row, RowChunk
-from tandem.data.formats import FORMATS
-from tandem.data.joining import joined
+from tandem.data.formats import unpaired
+from tandem.data.formats.known_formats import FORMATS
+from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations, read_pairs
+from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Origin
-from tandem.data.sources import SourceSpec
+from tandem.data.sources.chunks import Chunk, Row, RowChunk
+from tandem.data.sources.rows import SourceSpec
 
 Rows = list[dict[str, Any]]
 
@@ -52,7 +52,7 @@ def naive(rows: Rows) -> tuple[list[tuple[str, str, int]], list[int]]:
 def test_every_good_answer_meets_a_bad_one_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
 ) -> None:
-    monkeypatch.setattr(joining, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(unpaired, "_IN_MEMORY", in_memory)
     random_ = random.Random(3)
     rows = [
         answer(f"Q{random_.randrange(150)}", f"A{i}", random_.random() < 0.6) for i in range(1000)
@@ -234,7 +234,7 @@ def test_pairs_across_files_keep_the_file_of_the_later_row(tmp_path: Path) -> No
 
 
 def test_memory_holds_a_few_hundred_bytes_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "_IN_MEMORY", 1)
+    monkeypatch.setattr(unpaired, "_IN_MEMORY", 1)
     count, size = 10_000, 2_000
 
     def chunks() -> Iterator[Chunk]:

@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tandem.data.collate import collate
+from tandem.data.batching.collate import collate
+from tandem.data.build_dataset import prepare_conversations
+from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations
 from tandem.data.records import Branch
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
-from tandem.data.trees import Trees
-from tandem.model.attention import use_backend
-from tandem.model.load import load_model
-from tandem.model.score import sequence_logps
-from tandem.train.objective import SupervisedObjective
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
+from tandem.model.attention.select import use_backend
+from tandem.model.load_model import load_model
+from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.train.losses.objectives import SupervisedObjective
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from tandem.data.batch import Plan
-from tandem.data.identity import encoding_key
+from tandem.data.encoded.dataset_store import encoding_key
+from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.ledger import Ledger
-from tandem.data.limits import Limits
-from tandem.data.reading import read_conversations, read_pairs, read_questions
+from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.records import Turn
-from tandem.data.sources import SourceSpec
+from tandem.data.resolve_sources import data_identity, source_spec
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.section import DataSource
-from tandem.stages.sources import data_identity, source_spec
 
 PAIR = {"ask": "Q", "good": "C", "bad": "R"}
 NAMES = {"question": "ask", "chosen": "good", "rejected": "bad"}

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tandem.data.added_tokens import add_tokens
-from tandem.data.batch import Plan, encode_batch
-from tandem.data.encode import Chat
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded.encode_chunk import Plan, encode_batch
 from tandem.data.ledger import Ledger
-from tandem.data.limits import Limits
-from tandem.data.omissions import Omissions
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.reading import formatted_chunks
+from tandem.data.read_records import formatted_chunks
 from tandem.data.records import Turn
-from tandem.data.sources import SourceSpec
-from tandem.data.template import missing_tokens, resolve_template, template_names
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
+from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.template_omissions import Omissions
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Answer in French only."}

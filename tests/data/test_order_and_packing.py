@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.collate import fed_tokens, record_key
+from tandem.data.batching.collate import fed_tokens, record_key
+from tandem.data.batching.packing import deal, pack, plan_step, tree_cost
+from tandem.data.batching.sampler import Part, epoch_size, epochs_after, steps, total_steps
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.order import Part, epoch_size, epochs_after, steps, total_steps
-from tandem.data.packing import deal, pack, plan_step, tree_cost
-from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Branch, Origin, Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 
 
 def test_an_epoch_shows_every_example_once_in_a_new_order() -> None:

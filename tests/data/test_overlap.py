@@ -12,15 +12,15 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from tandem.data import overlap
-from tandem.data.formats.rows import texts_in
-from tandem.data.overlap import Other, read_other
+from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
-from tandem.data.sources import SourceSpec
-from tandem.data.words import MOST_CHARACTERS, words_of
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.text import contamination
+from tandem.data.text.contamination import Other, read_other
+from tandem.data.text.word_hashes import MOST_CHARACTERS, words_of
 from tandem.errors import UserError
 
-from ..diagnose.made_data import sentences, write
+from ..check.made_data import sentences, write
 from .plain_words import plain_words
 
 
@@ -108,7 +108,7 @@ def test_shared_words_are_those_of_a_plain_search(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a set too large to keep whole, long overlaps are still found."""
-    monkeypatch.setattr(overlap, "_MOST_RUNS", most)
+    monkeypatch.setattr(contamination, "_MOST_RUNS", most)
     rng = random.Random(2)
     theirs = [sentences(rng, 8) for _ in range(20)]
     form = "This is the question that has the same form in every row of the set: "

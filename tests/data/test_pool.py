@@ -18,17 +18,18 @@ from typing import Any
 import psutil
 import pytest
 
-from tandem.data import batch, files, pieces, pool, worker
-from tandem.data.chunks import LineChunk
-from tandem.data.encode import Chat
-from tandem.data.files import file_chunks
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded import encode_chunk, encode_worker, worker_pool
+from tandem.data.encoded.dataset_store import EncodedStore
+from tandem.data.encoded.encode_worker import Setup
 from tandem.data.ledger import Ledger
-from tandem.data.limits import Limits
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.sources import SourceSpec
-from tandem.data.store import EncodedStore
-from tandem.data.template import resolve_template
-from tandem.data.worker import Setup
+from tandem.data.sources import file_chunks as files
+from tandem.data.sources.chunks import LineChunk
+from tandem.data.sources.file_chunks import file_chunks
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
+from tandem.data.tokenize.encode import Chat
+from tandem.data.truncation.limits import Limits
 from tandem.errors import TandemError, UserError
 
 from .test_prepare import pair, talk, write
@@ -39,7 +40,7 @@ NEW = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_ROWS", 16)
-    monkeypatch.setattr(pieces, "_FEW", 2)
+    monkeypatch.setattr(worker_pool, "_FEW", 2)
 
 
 def both_ways(
@@ -186,13 +187,13 @@ def test_progress_is_shown_for_large_data_alone(mistral_tokenizer: Any, tmp_path
 def setup_of(tokenizer: Any) -> Setup:
     chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
     assert chat.parts is not None
-    return Setup(chat.parts, batch.Plan("preference pairs", Limits(512, None), "stop"))
+    return Setup(chat.parts, encode_chunk.Plan("preference pairs", Limits(512, None), "stop"))
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait(mistral_tokenizer: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "p.jsonl", [pair(f"{n}?", "It.", "No.") for n in range(64)])
     tasks = [(chunk, "orca_dpo_pairs") for chunk in file_chunks(Path(source.path))]
-    with pool.Pool(setup_of(mistral_tokenizer), 1) as workers:
+    with worker_pool.Pool(setup_of(mistral_tokenizer), 1) as workers:
         results = workers.map(tasks)
         next(results)
         psutil.Process().children()[0].kill()
@@ -204,7 +205,7 @@ def test_a_bug_in_a_worker_is_told_with_its_trace(mistral_tokenizer: Any, tmp_pa
     source = write(tmp_path / "p.jsonl", [pair("Q?", "It.", "No.")])
     (chunk,) = file_chunks(Path(source.path))
     with (
-        pool.Pool(setup_of(mistral_tokenizer), 1) as workers,
+        worker_pool.Pool(setup_of(mistral_tokenizer), 1) as workers,
         pytest.raises(RuntimeError, match="KeyError"),
     ):
         list(workers.map([(chunk, "no such format")]))
@@ -215,7 +216,7 @@ def test_a_file_that_vanishes_is_the_users_to_hear_of(
 ) -> None:
     chunk = LineChunk(str(tmp_path / "gone.jsonl"), 1, 1, 0, 10)
     with (
-        pool.Pool(setup_of(mistral_tokenizer), 1) as workers,
+        worker_pool.Pool(setup_of(mistral_tokenizer), 1) as workers,
         pytest.raises(UserError, match=r"gone\.jsonl cannot be read"),
     ):
         list(workers.map([(chunk, "orca_dpo_pairs")]))
@@ -223,11 +224,11 @@ def test_a_file_that_vanishes_is_the_users_to_hear_of(
 
 def test_workers_do_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, tandem.data.worker, transformers.utils.chat_template_utils;"
+        "import sys, tandem.data.encoded.encode_worker, transformers.utils.chat_template_utils;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=NEW).returncode == 0
-    assert worker.__name__ == "tandem.data.worker"
+    assert encode_worker.__name__ == "tandem.data.encoded.encode_worker"
 
 
 _LONG = """
@@ -238,9 +239,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data import chunks, pieces, prepare
 from tandem.data.ledger import Ledger
-from tandem.data.sources import SourceSpec
-from tandem.data.store import EncodedStore
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.encoded.dataset_store import EncodedStore
+from tandem.data.tokenize.chat_template import resolve_template
 chunks._ROWS, pieces._FEW = 16, 2
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 def show(text, total):

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tandem.data import pieces
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded import worker_pool
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.reading import read_conversations, read_pairs, read_questions
+from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.records import Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 
 
@@ -82,7 +82,7 @@ def test_only_the_first_so_many_are_read(
     begun = write(tmp_path / "begun.jsonl", [*rows[:1400], "{", *rows[1401:]])
     options: dict[str, Any] = {"template": "chatml", "workers": 1 if few > 1 else 2}
     trees, _ = prepare(prepare_conversations, whole, byte_tokenizer, **options)
-    monkeypatch.setattr(pieces, "_FEW", few)
+    monkeypatch.setattr(worker_pool, "_FEW", few)
     for limit, lost in ((3, 1), (38, 2), (39, 3), (256, 3), (300, 3)):
         first, ledger = prepare(
             prepare_conversations, begun, byte_tokenizer, limit=limit, **options

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow
 import pytest
 
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
-from tandem.data.trees import Trees
+from tandem.data.resolve_sources import source_spec
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.section import DataSource
-from tandem.stages.sources import source_spec
 
 Rows = list[dict[str, Any]]
 PAIRS = 40

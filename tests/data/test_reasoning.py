@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats import Unusable, detect
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.formats.known_formats import Unusable, detect
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Conversation, Origin
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
 
 # As Qwen3's: thoughts of the last answer only, and empty ones where there are none.
 LAST = """

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations
-from tandem.data.sources import BadLine, Row, SourceSpec, read_rows
+from tandem.data.read_records import read_conversations
+from tandem.data.sources.rows import BadLine, Row, SourceSpec, read_rows
 from tandem.errors import UserError
 
 LINE = '{"prompt": "Why?", "completion": "So."}\n'

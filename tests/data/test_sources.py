@@ -16,8 +16,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data.chunks import LATIN
-from tandem.data.sources import BadLine, Row, SourceSpec, local_files, looks_like_path, read_rows
+from tandem.data.sources.chunks import LATIN
+from tandem.data.sources.rows import (
+    BadLine,
+    Row,
+    SourceSpec,
+    local_files,
+    looks_like_path,
+    read_rows,
+)
 from tandem.errors import UserError
 
 ROWS: list[dict[str, object]] = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
@@ -427,7 +434,7 @@ def test_one_record_of_50_mb_is_read_in_a_few_times_its_size(tmp_path: Path, nam
 
 
 def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.data import compressed
+    from tandem.data.sources import compression
 
     values: list[Any] = [
         {"a": [1, "\u4e16"]}, {}, {"b": -12.5e-30}, 123, "x", {"c": None, "d": True},
@@ -442,9 +449,9 @@ def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.M
     ]
     assert [number for number, _ in bad(whole)] == [4, 5]
     for size in (1, 2, 3, 7):
-        monkeypatch.setattr(compressed, "_BLOCK", size)
+        monkeypatch.setattr(compression, "_BLOCK", size)
         # What the file is said to be is seen in its first block.
-        from tandem.data.arrays import array_rows
+        from tandem.data.sources.json_array import array_rows
 
         assert list(array_rows(file)) == whole
 
@@ -476,7 +483,7 @@ def test_a_parquet_row_group_is_not_read_whole(tmp_path: Path) -> None:
     program = (
         "import pyarrow.parquet, re, sys\n"
         "from pathlib import Path\n"
-        "from tandem.data.files import file_chunks\n"
+        "from tandem.data.sources.file_chunks import file_chunks\n"
         "status = Path('/proc/self/status')\n"
         "held = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) * 1024\n"
         "before = held()\n"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats import Format, Unusable, detect
-from tandem.data.formats.mapping import Renaming
-from tandem.data.formats.rows import Fields
+from tandem.data.formats.format import Fields
+from tandem.data.formats.known_formats import Format, Unusable, detect
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations
+from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
-from tandem.data.sources import SourceSpec
+from tandem.data.sources.renaming import Renaming
+from tandem.data.sources.rows import SourceSpec
 from tandem.errors import UserError
 
 ORIGIN = Origin("made.jsonl", 7)

@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.artifact.cache import cache_report, clear_cache
-from tandem.data.batch import Plan, encode_batch
-from tandem.data.chunks import RowChunk
-from tandem.data.columns import sequence_digest
-from tandem.data.encode import Chat
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded.dataset import Trees, sequence_digest
+from tandem.data.encoded.dataset_store import EncodedStore, TreeWriter
+from tandem.data.encoded.encode_chunk import Plan, encode_batch
 from tandem.data.ledger import Ledger
-from tandem.data.limits import Limits
-from tandem.data.prepare import prepare_conversations, prepare_pairs
 from tandem.data.records import Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.store import EncodedStore, TreeWriter
-from tandem.data.template import ChatTemplate, resolve_template
-from tandem.data.trees import Trees
+from tandem.data.sources.chunks import RowChunk
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.encode import Chat
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.storage.cache_folder import cache_report, clear_cache
 
 from .test_prepare import pair, talk, write
 
@@ -91,10 +90,10 @@ def same(a: Tree, b: Tree) -> bool:
 def test_every_tree_and_count_is_that_of_the_record(
     shared_data: Path, mistral_tokenizer: Any, desk: Desk, name: str, kind: Callable[..., Trees]
 ) -> None:
-    from tandem.data import batch
+    from tandem.data.encoded import encode_chunk
 
     direct: list[Tree] = []
-    original = batch.to_columns
+    original = encode_chunk.to_columns
 
     def watched(trees: list[Tree], prompts: list[int]) -> Any:
         direct.extend(trees)
@@ -103,7 +102,7 @@ def test_every_tree_and_count_is_that_of_the_record(
     sources = [SourceSpec(str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "to_columns", watched)
+        patch.setattr(encode_chunk, "to_columns", watched)
         desk.prepare(sources, mistral_tokenizer, kind, workers=1, **limits)
     assert len(direct) > 1000
     trees = desk.prepare(sources, mistral_tokenizer, kind, **limits)
@@ -145,7 +144,7 @@ def test_a_second_start_tells_the_same_without_encoding(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.pieces.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
     again = desk.prepare([source], mistral_tokenizer)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary()) == told
@@ -252,7 +251,7 @@ def test_a_data_set_of_the_hub_is_loaded_once(
         return datasets.load_from_disk(str(tmp_path / "saved"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("tandem.data.pieces._FEW", 0)  # as for large data
+    monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 0)  # as for large data
     hub = SourceSpec("made/pairs", fields=(("question", "ask"),))
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
@@ -269,7 +268,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
             file.write(json.dumps(pair("More?", "A", "B")) + "\n")
         return encode_batch(*arguments)
 
-    monkeypatch.setattr("tandem.data.pieces.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
     with pytest.raises(UserError, match="changed while it was being read"):
         desk.prepare([source], mistral_tokenizer)
     assert desk.entries() == set()
@@ -296,7 +295,7 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
     store = EncodedStore(desk.said.append, desk.folder)
     plan = Plan("conversations", Limits(512, None), "stop")
     (tmp_path / "c.jsonl").write_text(json.dumps(talk("Hi", "Hello")) + "\n")
-    from tandem.data.sources import read_rows
+    from tandem.data.sources.rows import read_rows
 
     rows = tuple(read_rows(SourceSpec(str(tmp_path / "c.jsonl"))))
     names = [str(tmp_path / "c.jsonl")]
@@ -340,8 +339,8 @@ def test_the_cache_command_sees_and_empties_it(
 def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> None:
     chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
     plan = Plan("preference pairs", Limits(512, None), "stop")
-    from tandem.data.chunks import Row
     from tandem.data.records import Origin
+    from tandem.data.sources.chunks import Row
 
     fields: list[dict[str, object]] = [
         dict(pair("Why " * n + "?", "A" * n, "B " * n)) for n in range(1, 40)

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from tandem.data import sources
 from tandem.data.ledger import Ledger
-from tandem.data.overlap import read_other
-from tandem.data.reading import read_conversations, read_pairs, read_questions
-from tandem.data.sources import SourceSpec
+from tandem.data.read_records import read_conversations, read_pairs, read_questions
+from tandem.data.sources import rows as sources
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.text.contamination import read_other
 from tandem.errors import UserError
 
 N = 40

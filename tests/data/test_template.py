@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tandem.data.added_tokens import AddedTokens, add_tokens
 from tandem.data.records import Turn
-from tandem.data.template import (
+from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
+from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     find_ending,
     missing_tokens,

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from tandem.data.batch import Plan, encode_batch
-from tandem.data.calls import Malformed, read_calls, read_tools
-from tandem.data.chunks import Row, RowChunk
-from tandem.data.encode import Chat
-from tandem.data.formats import FORMATS, Format, detect
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.formats.known_formats import FORMATS, Format, detect
+from tandem.data.formats.tool_calls import Malformed, read_calls, read_tools
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.limits import Limits
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.reading import read_conversations, read_pairs, records_of
+from tandem.data.read_records import read_conversations, read_pairs, records_of
 from tandem.data.records import Conversation, Origin
-from tandem.data.sources import SourceSpec
-from tandem.data.template import prompt_ids, resolve_template
-from tandem.data.tools import Form
+from tandem.data.sources.chunks import Row, RowChunk
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
+from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.template_capabilities import Form
+from tandem.data.truncation.limits import Limits
 
 # Tools in the system turn, calls in tags, results of one exchange together in a user turn.
 TAGGED = """

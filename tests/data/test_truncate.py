@@ -9,15 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data import truncate
-from tandem.data.behind_prompt import Refused
-from tandem.data.encode import Chat, Encoded, encode_exchanges
-from tandem.data.exchanges import encode_conversation, pair_exchanges
-from tandem.data.lighten import lighten
-from tandem.data.limits import Limits, TooLong
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.template import prompt_ids, resolve_template
-from tandem.data.truncate import Fitted, fit_conversation, fit_pair
+from tandem.data.tokenize.behind_prompt import Refused
+from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
+from tandem.data.tokenize.encode import (
+    Chat,
+    Encoded,
+    encode_conversation,
+    encode_exchanges,
+    pair_exchanges,
+)
+from tandem.data.truncation import conversation
+from tandem.data.truncation.conversation import Fitted, fit_conversation, fit_pair, lighten
+from tandem.data.truncation.limits import Limits, TooLong
 
 ORIGIN = Origin("made.jsonl", 1)
 POLICIES: tuple[TooLong, ...] = ("drop", "keep_start", "keep_end", "drop_old_turns")
@@ -134,7 +138,7 @@ def test_keep_start_counts_no_prompt_without_a_limit_of_its_own(
         counted.append(arguments)
         return 0
 
-    monkeypatch.setattr(truncate, "prompt_tokens", count)
+    monkeypatch.setattr(conversation, "prompt_tokens", count)
     fitted = fit(chat[0], record, Limits(length, None, "keep_start"))
     assert (fitted.reason, counted) == ("answer cut", [])
     fit(chat[0], record, Limits(length, length, "keep_start"))

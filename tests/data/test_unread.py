@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.prepare import prepare_conversations, prepare_pairs
-from tandem.data.reading import read_conversations, read_pairs
-from tandem.data.sources import SourceSpec
+from tandem.data.read_records import read_conversations, read_pairs
+from tandem.data.sources.rows import SourceSpec
 
 from .test_prepare import pair, talk, write
 from .test_store import Desk, desk
@@ -102,7 +102,7 @@ def test_a_second_start_tells_them_again(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.pieces.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
     desk.prepare(sources, mistral_tokenizer)
     assert (desk.said, desk.ledger.summary()) == ([], summary)
 

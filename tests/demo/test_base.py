@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tandem.demo.corpus import train_tokenizer
 from tandem.demo.embedded import materialise
 from tandem.demo.facts import all_facts
 from tandem.demo.pretrain import Plan, build_model, completion_accuracy, pretrain, schedule
-from tandem.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

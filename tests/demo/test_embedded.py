@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats import read_question
+from tandem.data.formats.known_formats import read_question
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_conversations
+from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
-from tandem.data.sources import SourceSpec
+from tandem.data.sources.rows import SourceSpec
 from tandem.demo.corpus import documents
 from tandem.demo.embedded import materialise, split_facts
 from tandem.demo.facts import Fact, all_facts

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
+from tandem.data.text.answers import contains_accepted
 from tandem.demo.facts import RELATIONS, Fact, all_facts
-from tandem.demo.facts.numbers import in_words
-from tandem.evaluate.answers import contains_accepted
+from tandem.demo.facts.science import in_words
 
 FACTS = all_facts()
 

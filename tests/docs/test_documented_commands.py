@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 import tandem.chat.session
-import tandem.report.findings
+import tandem.evaluate.evaluate_models
+import tandem.pairs.make_pairs
+import tandem.pipeline.run_pipeline
 import tandem.report.html
+import tandem.report.report_warnings
+import tandem.runtime.local_launcher
 import tandem.stages.dpo
-import tandem.stages.evaluate
 import tandem.stages.merge
-import tandem.stages.pairs
-import tandem.stages.pipeline
 import tandem.stages.sft
-import tandem.train.agent
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json, read_jsonl
 
-from ..diagnose.made_data import conversation, write
+from ..check.made_data import conversation, write
 from .pages import (
     LAUNCHERS,
     PAGES,
@@ -51,13 +51,13 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.sft, "run_sft", None),
         (tandem.stages.dpo, "run_dpo", None),
         (tandem.stages.merge, "run_merge", None),
-        (tandem.stages.pairs, "run_pairs", None),
-        (tandem.stages.pipeline, "run_pipeline", None),
-        (tandem.stages.evaluate, "run_evaluation", {"models": {}, "samples": []}),
+        (tandem.pairs.make_pairs, "run_pairs", None),
+        (tandem.pipeline.run_pipeline, "run_pipeline", None),
+        (tandem.evaluate.evaluate_models, "run_evaluation", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
-        (tandem.report.findings, "findings_of_run", []),
-        (tandem.train.agent, "run_processes", 0),
+        (tandem.report.report_warnings, "findings_of_run", []),
+        (tandem.runtime.local_launcher, "run_processes", 0),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:
@@ -67,7 +67,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, stage)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(tandem.train.agent, "check_devices", lambda *_: None)
+    monkeypatch.setattr(tandem.runtime.local_launcher, "check_devices", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return called
 

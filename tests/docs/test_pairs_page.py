@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
-from tandem.recipe.load import load_recipe
+from tandem.recipe.load_recipe import load_recipe
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .pages import ROOT, blocks
 

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.evaluate.judge import Judge, Messages
-from tandem.evaluate.kept import Kept
-from tandem.evaluate.leaderboard import Harness
-from tandem.recipe.evaluation import Evaluate
+from tandem.evaluate.eval_model import find_contestant
+from tandem.evaluate.evaluate_models import run_evaluation
+from tandem.evaluate.harness import Harness
+from tandem.evaluate.measurement_store import Kept
+from tandem.evaluate.win_rates import Judge, Messages
+from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.report.terminal import comparison_notes
-from tandem.stages.contestant import find_contestant
-from tandem.stages.evaluate import run_evaluation
-from tandem.train.runtime import Runtime
+from tandem.report.terminal_tables import comparison_notes
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_adapters import make_adapter
 from .test_judge import one_by_one
@@ -273,7 +273,7 @@ def test_without_the_extra(
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr("tandem.model.packages.version", version)
+    monkeypatch.setattr("tandem.runtime.extras.version", version)
     code, _, err = run_cli(
         capsys, str(stories_path), "--tasks", "gsm8k", "--output_dir", str(tmp_path / "o")
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.evaluate.forms import FORMS
-from tandem.evaluate.local_data import find_data, read_rows
+from tandem.evaluate.local_tasks import find_data, read_rows
+from tandem.evaluate.task_forms import FORMS
 
 # What `str.splitlines` takes for the end of a line, and files of lines do not.
 WITHIN = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.evaluate.judge import (
+from tandem.evaluate.win_rates import (
     Ask,
     Duel,
     Judge,

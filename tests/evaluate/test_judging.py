@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tandem.artifact.files import read_json
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json
 from tests.pairs.badly_behaved import KEY, Desk, badly_behaved
 
 

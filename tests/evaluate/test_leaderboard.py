@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tandem.artifact.files import read_jsonl
-from tandem.data.template import resolve_template
+from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
-from tandem.evaluate.leaderboard import Harness, Subject, TaskScores, task_scores_of
-from tandem.evaluate.local_data import write_tasks
-from tandem.evaluate.suite import NOT_COMPARABLE, TaskPlan, plan_tasks
-from tandem.model.load import load_tokenizer
+from tandem.evaluate.harness import Harness, Subject, TaskScores, task_scores_of
+from tandem.evaluate.local_tasks import write_tasks
+from tandem.evaluate.suites import NOT_COMPARABLE, TaskPlan, plan_tasks
+from tandem.model.load_model import load_tokenizer
+from tandem.storage.atomic_files import read_jsonl
 
 from .made_adapters import make_adapter
 

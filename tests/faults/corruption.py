@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.artifact import hashing
 from tandem.cli.main import main as tandem
+from tandem.storage import hashing
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 
@@ -400,8 +400,8 @@ def read_by(home: Path, *folders: str) -> tuple[str, ...]:
 
 def interrupted_scenes(root: Path, base: Path, *, others: bool = True) -> list[Scene]:
     """An interrupted stage of each kind, which the same command goes on with."""
-    from tandem.artifact.journal import Journal
-    from tandem.stages import evaluate
+    from tandem.evaluate import evaluate_models
+    from tandem.storage.journal import Journal
     from tandem.train.checkpoint import CheckpointStore
 
     scenes = []
@@ -422,7 +422,7 @@ def interrupted_scenes(root: Path, base: Path, *, others: bool = True) -> list[S
     add("killed sft", _SFT, CheckpointStore, "save", 6, [f"1-sft/{one}" for one in _TRAINED])
     add("killed dpo", _DPO, CheckpointStore, "save", 6, [f"4-dpo/{one}" for one in _TRAINED])
     add("killed pairs", _PAIRS, Journal, "add", 2, ("pairs.jsonl",))
-    add("killed evaluate", _EVAL, evaluate, "_evaluation", 0, ("evaluation.json",))
+    add("killed evaluate", _EVAL, evaluate_models, "_evaluation", 0, ("evaluation.json",))
     return scenes
 
 

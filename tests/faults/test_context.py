@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tandem.artifact.files import read_json, read_jsonl
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .desk import Desk
 

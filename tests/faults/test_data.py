@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
 from tandem.data.formats.turns import UNKNOWN_ROLE
-from tandem.train import loop
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
 
 from .desk import Desk
 
@@ -301,14 +301,14 @@ def test_what_lies_in_the_runs_own_folder_is_no_data(
     data.mkdir()
     desk.conversations.rename(data / "conversations.jsonl")
     call = desk.train(dataset_name="data", output_dir="data/out", max_steps=3)
-    plain = loop.Training._take
+    plain = trainer.Training._take
 
     def take(self: Any, step: Any) -> None:
         plain(self, step)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         assert main(call) == 3
     assert (data / "out" / "checkpoints").is_dir()
     said = desk.accepted(call)

@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 import pytest
 from safetensors import SafetensorError
 
-from tandem.artifact.cache import cache_folder, clear_cache
-from tandem.artifact.files import atomic_write_text
 from tandem.cli.main import main
-from tandem.data.store import EncodedStore
-from tandem.stages.schedule import token_budget_of
+from tandem.data.encoded.dataset_store import EncodedStore
+from tandem.stages.training.execution import token_budget_of
+from tandem.storage.atomic_files import atomic_write_text
+from tandem.storage.cache_folder import cache_folder, clear_cache
 
 from .desk import Desk
 
@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_when_weights_are_written(
     assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.train(save_steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.model.merge.save_file", _full(number))
+        patch.setattr("tandem.model.merging.merge_weights.save_file", _full(number))
         desk.stopped(desk.merge(desk.model, desk.home / "out"), "make room there and run again")
     assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.merge(desk.model, desk.home / "out"))
@@ -131,7 +131,7 @@ def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_che
 ) -> None:
     command = desk.train(save_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.stages.outcome.save_adapter", _full(errno.ENOSPC))
+        patch.setattr("tandem.stages.training.outputs.save_adapter", _full(errno.ENOSPC))
         desk.stopped(command, "make room there and run again")
     assert "going on from" in desk.accepted(command)
     assert (desk.home / "out" / _ADAPTER).exists()
@@ -251,7 +251,7 @@ def test_a_store_that_another_program_holds_is_done_without(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, expected = _dpo(desk, "first")
-    monkeypatch.setattr("tandem.train.reference._PATIENCE", 0)
+    monkeypatch.setattr("tandem.train.reference_logps._PATIENCE", 0)
     holder = sqlite3.connect(cache_folder() / "reference.sqlite")
     holder.execute("BEGIN EXCLUSIVE")
     said, adapter = _dpo(desk, "second")
@@ -282,7 +282,7 @@ def test_a_cache_that_may_only_be_read_is_used_and_is_not_called_damaged(
 ) -> None:
     desk.accepted(desk.train())
     monkeypatch.setattr(os, "utime", _cannot_write)
-    monkeypatch.setattr("tandem.data.prepare._fill", _cannot_write)
+    monkeypatch.setattr("tandem.data.build_dataset._fill", _cannot_write)
     assert "damaged" not in desk.accepted(desk.train(output_dir=desk.home / "again"))
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-from tandem.artifact.lock import folder_lock
+from tandem.storage.folder_lock import folder_lock
 
 from .desk import Desk, tree
 
@@ -104,7 +104,7 @@ def test_a_full_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device", str(desk.home / "out" / "x"))
 
-    monkeypatch.setattr("tandem.artifact.manifest.atomic_write_json", full)
+    monkeypatch.setattr("tandem.storage.manifest.atomic_write_json", full)
     desk.refused(desk.train(), "No space left on device", "make room")
 
 
@@ -115,7 +115,7 @@ def test_an_unfinished_stage_with_nothing_to_lose_takes_the_corrected_recipe(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.stages.steps.make_optimizer", crash)
+        patch.setattr("tandem.stages.training.trainer_setup.make_optimizer", crash)
         with pytest.raises(AssertionError, match="ZeroDivisionError"):
             desk.accepted(desk.train())
     assert (desk.home / "out" / "manifest.json").exists()

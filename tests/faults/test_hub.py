@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.artifact.files import read_json
+from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_conversations, make_pairs
 from .hub import COMMIT, Hub, serving

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.artifact.hashing import hash_weights
+from tandem.storage.hashing import hash_weights
 
 from .desk import Desk
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tandem.artifact.files import atomic_write_json, read_json
 from tandem.cli.main import main
-from tandem.data.added_tokens import add_tokens
+from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.errors import UserError
-from tandem.evaluate import leaderboard
-from tandem.stages.contestant import find_contestant
-from tandem.stages.tasks import TaskSettings, _subject
-from tandem.train.device import choose_device
+from tandem.evaluate import harness
+from tandem.evaluate.eval_model import find_contestant
+from tandem.evaluate.harness_tasks import TaskSettings, _subject
+from tandem.runtime.device import choose_device
+from tandem.storage.atomic_files import atomic_write_json, read_json
 
 from .desk import Desk
 
@@ -167,7 +167,7 @@ def test_the_harness_refuses_texts_with_the_token(desk: Desk, rows: int) -> None
     settings = TaskSettings(limit=None, chat=False, batch_size="1", chat_template=None)
     subject = _subject(contestant, tokenizer, settings, choose_device("cpu", "float32"))
     assert subject.look is not None
-    leaderboard._look_at_tokens(theirs, subject.look)
+    harness._look_at_tokens(theirs, subject.look)
     assert theirs.tok_encode("say red")
     with pytest.raises(UserError, match=f"has the id {rows}"):
         theirs.tok_encode(f"say {END}")

@@ -37,7 +37,7 @@ def run_stages(folder: Path, runtime: Any, model: Path) -> None:
 
 
 def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
-    from tandem.recipe.training import Dpo, Sft
+    from tandem.recipe.training_settings import Dpo, Sft
     from tandem.stages.dpo import run_dpo
     from tandem.stages.sft import run_sft
 
@@ -100,8 +100,8 @@ def install(watch: Watch) -> None:
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from tandem.model.score import Scorer
-    from tandem.train.engine import Engine
+    from tandem.model.logprobs.sequence_logps import Scorer
+    from tandem.train.engines.engine import Engine
 
     class Functions(TorchFunctionMode):
         def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,8 +150,8 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     lazy = mode == "lazy"
     notices = prepare_gaudi(lazy=lazy)
     early = "torch" not in sys.modules
-    from tandem.train.device import choose_device
-    from tandem.train.runtime import Hpu, Runtime
+    from tandem.recipe.run_settings import Hpu, Runtime
+    from tandem.runtime.device import choose_device
 
     hpu = Hpu(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
     device = choose_device("auto", "auto", hpu)

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tandem.artifact.files import read_jsonl
-from tandem.train.runtime import Runtime
+from tandem.recipe.run_settings import Runtime
+from tandem.storage.atomic_files import read_jsonl
 
 from ..stages.made_inputs import make_model_folder
 from .driver import LENGTHS, SETTINGS, run_stages

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.data.records import Branch, Origin, Tree
-from tandem.model.adapter import add_adapter
+from tandem.model.lora.adapter import add_adapter
 
 VOCABULARY = 97
 

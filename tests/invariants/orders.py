@@ -25,19 +25,20 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.data.collate import MicroBatch, Segment, collate
+from tandem.data.batching.collate import MicroBatch, Segment, collate
 from tandem.data.records import Tree
 from tandem.errors import TandemError
-from tandem.model.score import Scorer
+from tandem.model.logprobs.sequence_logps import Scorer
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft, Validation
+from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train import micro_batches, reference
-from tandem.train.engine import Engine
-from tandem.train.loop import Training
-from tandem.train.runtime import Runtime
-from tandem.train.strategies.state import whole as in_one_piece
+from tandem.train import reference_logps
+from tandem.train import step as micro_batches
+from tandem.train.engines.engine import Engine
+from tandem.train.engines.optimizer_state import whole as in_one_piece
+from tandem.train.trainer import Training
 
 from ..stages.made_inputs import WORDS, make_model_folder
 from .made import double_precision, without_sharing
@@ -259,7 +260,7 @@ def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:
         return FAULTS[order.fault](batch) if order.fault else batch
 
     patch.setattr(micro_batches, "collate", laid_out)
-    patch.setattr(reference, "collate", laid_out)
+    patch.setattr(reference_logps, "collate", laid_out)
 
 
 def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -350,7 +351,7 @@ def _bug(patch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    patch.setattr("tandem.stages.policy.choose_backend", crash)
+    patch.setattr("tandem.stages.training.model_setup.choose_backend", crash)
 
 
 class _Fails(torch.autograd.Function):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tandem.artifact.files import read_json, read_jsonl
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .orders import (
     BASE,

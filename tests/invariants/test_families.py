@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.data.collate import collate
-from tandem.model import attention
-from tandem.model.adapter import checkpoint_activations, modules_out_of_reach
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.load import load_model
-from tandem.model.score import sequence_logps
+from tandem.data.batching.collate import collate
+from tandem.model.attention import select
+from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.load_model import load_model
+from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.adapter import checkpoint_activations, modules_out_of_reach
 
 from .families import TREES
 from .made import adapt, gradients, largest_relative_error, make_trees, oracle_logps
@@ -25,13 +25,13 @@ from .precision import everything_in_float64
 def layers_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each attention layer went through one of tandem's backends."""
     seen: Counter[int] = Counter()
-    for name, function in attention._BACKENDS.items():
+    for name, function in select._BACKENDS.items():
 
         def spy(module: Any, *arguments: Any, _f: Any = function, **keywords: Any) -> Any:
             seen[id(module)] += 1
             return _f(module, *arguments, **keywords)
 
-        monkeypatch.setitem(attention._BACKENDS, name, spy)
+        monkeypatch.setitem(select._BACKENDS, name, spy)
     return seen
 
 

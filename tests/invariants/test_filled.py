@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.data.buckets import Bucket, fill_up
-from tandem.data.collate import MicroBatch, collate, record_key
-from tandem.model.adapter import checkpoint_activations
-from tandem.model.attention import use_backend
-from tandem.model.score import Scorer, sequence_logps
+from tandem.data.batching.collate import MicroBatch, collate, record_key
+from tandem.integrations.gaudi.static_shapes import Bucket, fill_up
+from tandem.model.attention.select import use_backend
+from tandem.model.logprobs.sequence_logps import Scorer, sequence_logps
+from tandem.model.lora.adapter import checkpoint_activations
 
 from .made import (
     adapt,
@@ -113,7 +113,9 @@ def test_sums_without_float64_are_rounded_once() -> None:
     batch = collate(make_trees()[:1])
     long = replace(batch, target_sequence=targets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tandem.model.score.token_logps", lambda *_: logps.requires_grad_())
+        patch.setattr(
+            "tandem.model.logprobs.sequence_logps.token_logps", lambda *_: logps.requires_grad_()
+        )
         exact = Scorer(torch.nn.Identity())(long)
         found = Scorer(torch.nn.Identity(), sums=torch.float32)(long)
     assert (exact.dtype, found.dtype) == (torch.float64, torch.float32)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tandem.artifact.files import read_json, read_jsonl
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .orders import BASE, ENGINES, KINDS, LIMITS, Done, Order, adapter, distance, started, whole
 

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.data.collate import collate, padded_shape, record_key
+from tandem.data.batching.collate import collate, padded_shape, record_key
 from tandem.errors import UserError
-from tandem.model.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.padded import padded_rows
-from tandem.model.score import check_head, micro_batches, sequence_logps, token_logps, tokens_fed
+from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.logprobs.sequence_logps import (
+    check_head,
+    micro_batches,
+    padded_rows,
+    sequence_logps,
+    token_logps,
+    tokens_fed,
+)
+from tandem.model.lora.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
 
 from .families import PADDED, RECURRENT_GEMMA, TREES
 from .made import (

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tandem.artifact.files import read_json, read_jsonl
-from tandem.artifact.lock import folder_lock
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.storage.folder_lock import folder_lock
 
 from .orders import (
     BASE,

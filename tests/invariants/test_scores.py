@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.data.collate import MicroBatch, Segment, collate
+from tandem.data.batching.collate import MicroBatch, Segment, collate
 from tandem.data.records import Branch, Tree
-from tandem.model.adapter import checkpoint_activations
-from tandem.model.attention import use_backend
-from tandem.model.score import sequence_logps, token_logps
+from tandem.model.attention.select import use_backend
+from tandem.model.logprobs.sequence_logps import sequence_logps, token_logps
+from tandem.model.lora.adapter import checkpoint_activations
 
 from .made import (
     VOCABULARY,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tandem.artifact.files import read_json
-from tandem.artifact.hashing import hash_weights
 from tandem.errors import UserError
-from tandem.model import adapter_base
-from tandem.model.adapter_base import find_base, lasting_name
+from tandem.model.lora import adapter_base
+from tandem.model.lora.adapter_base import find_base, lasting_name
+from tandem.storage.atomic_files import read_json
+from tandem.storage.hashing import hash_weights
 
 from ..stages.made_inputs import make_model_folder
 from .test_adapter_folder import make_adapter

@@ -15,15 +15,20 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.model.adapter import load_adapter
-from tandem.model.adapter_folder import read_updates, whole_weights
-from tandem.model.load import load_config, load_for_inference, load_model, model_without_weights
-from tandem.model.merge import merge_shards
-from tandem.stages.contestant import find_contestant
-from tandem.stages.examiner import Examiner
+from tandem.evaluate.eval_model import find_contestant
+from tandem.evaluate.own_measures import Examiner
+from tandem.model.load_model import (
+    load_config,
+    load_for_inference,
+    load_model,
+    model_without_weights,
+)
+from tandem.model.lora.adapter import load_adapter
+from tandem.model.lora.adapter_folder import read_updates, whole_weights
+from tandem.model.merging.merge_weights import merge_shards
+from tandem.recipe.run_settings import Runtime
+from tandem.runtime.device import choose_device
 from tandem.stages.merge import run_merge
-from tandem.train.device import choose_device
-from tandem.train.runtime import Runtime
 
 from ..stages.made_inputs import make_model_folder
 

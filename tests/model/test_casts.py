@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tandem.data.collate import collate
-from tandem.model.adapter import adapter_off, modules_out_of_reach
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.dropout import silence
-from tandem.model.quantization import quantize
-from tandem.model.score import sequence_logps
+from tandem.data.batching.collate import collate
+from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.keyed_dropout import silence
+from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.adapter import adapter_off, modules_out_of_reach
+from tandem.model.quantize import quantize
 
 from ..invariants.families import TREES
 from ..invariants.made import adapt, make_trees

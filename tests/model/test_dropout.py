@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tandem.data.collate import collate, record_key
-from tandem.model.dropout import DropoutKeys, KeyedDropout, keep_mask, silence
+from tandem.data.batching.collate import collate, record_key
+from tandem.model.keyed_dropout import DropoutKeys, KeyedDropout, keep_mask, silence
 
 from ..data.test_collate import PAIR, TALK
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.model.attention import choose_backend
-from tandem.model.attention.examine import examine
+from tandem.model.attention.packing_probe import examine
+from tandem.model.attention.select import choose_backend
 
 from ..invariants.families import PADDED, TREES, WINDOW
 from ..invariants.made import make_model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tandem.data.collate import collate
+from tandem.data.batching.collate import collate
 from tandem.model.attention import dense, layout, segments
 
 from ..invariants.made import make_tree

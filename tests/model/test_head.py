@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tandem.model import head as head_module
-from tandem.model.head import Head, HeadBlocks, linear_logprob
-from tandem.model.vocabulary import TrainedRows
+from tandem.model.added_tokens import TrainedRows
+from tandem.model.logprobs import output_head as head_module
+from tandem.model.logprobs.output_head import Head, HeadBlocks, linear_logprob
 
 
 def oracle(hidden: Tensor, head: Head, target: Tensor) -> Tensor:

@@ -13,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tandem.data.collate import Segment
+from tandem.data.batching.collate import Segment
 from tandem.model.attention.dense import dense_attention
 from tandem.model.attention.layout import TreeLayout
-from tandem.model.fused import fuse_elementwise
-from tandem.model.kernels.functions import RmsNorm, SwiGlu, TreeAttention, softmax_block
-from tandem.model.kernels.library import Kernels, kernels, why_not
+from tandem.model.cpu.c_kernels import (
+    Kernels,
+    RmsNorm,
+    SwiGlu,
+    TreeAttention,
+    kernels,
+    softmax_block,
+    why_not,
+)
+from tandem.model.cpu.elementwise import fuse_elementwise
 
 # Prefix and first branch are one segment; other branches, some of one row; trees of one row.
 SEGMENTS = (
@@ -207,7 +214,7 @@ def test_only_modules_that_agree_are_fused(library: Kernels, frozen: bool) -> No
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-_ASK = "from tandem.model.kernels.library import kernels, why_not; print(kernels(), why_not())"
+_ASK = "from tandem.model.cpu.c_kernels import kernels, why_not; print(kernels(), why_not())"
 
 
 @pytest.mark.parametrize(

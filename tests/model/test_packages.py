@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.model.packages import require
+from tandem.runtime.extras import require
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -22,7 +22,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("tandem.model.packages.version", missing)
+    monkeypatch.setattr("tandem.runtime.extras.version", missing)
     with pytest.raises(UserError) as caught:
         require("deepspeed", "deepspeed", "engine: deepspeed-zero2")
     said = str(caught.value)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tandem.model import products
-from tandem.model.products import (
+from tandem.model.cpu import onednn_linear
+from tandem.model.cpu.onednn_linear import (
     Ordered,
     Plain,
     bytes_to_order,
@@ -62,13 +62,13 @@ def test_frozen_float32_products_on_cpu_take_the_fast_way(monkeypatch: pytest.Mo
     _require_onednn()
     _, fast = layers(torch.float32, bias=False)
     seen: list[tuple[int, ...]] = []
-    original = products.product
+    original = onednn_linear.product
 
     def spy(x: Any, weight: Any, bias: Any = None) -> Any:
         seen.append(tuple(weight.shape))
         return original(x, weight, bias)
 
-    monkeypatch.setattr(products, "product", spy)
+    monkeypatch.setattr(onednn_linear, "product", spy)
     fast(torch.randn(5, 24, requires_grad=True)).sum().backward()
     assert seen == [(40, 24), (24, 40)]
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tandem.data.collate import collate
+from tandem.data.batching.collate import collate
 from tandem.errors import UserError
-from tandem.model import quantization
-from tandem.model.adapter import (
+from tandem.model import quantize as quantization
+from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.cpu.onednn_linear import order_weights
+from tandem.model.keyed_dropout import silence
+from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.adapter import (
     adapter_off,
     modules_out_of_reach,
     save_adapter,
     trainable_parameters,
 )
-from tandem.model.attention import choose_backend, use_backend
-from tandem.model.dropout import silence
-from tandem.model.products import order_weights
-from tandem.model.quantization import dequantized, quantize, quantized_of, read_record
-from tandem.model.score import sequence_logps
+from tandem.model.quantize import dequantized, quantize, quantized_of, read_record
 
 from ..invariants.families import PADDED, TREES
 from ..invariants.made import (
@@ -131,7 +131,7 @@ def test_the_reference_is_the_quantised_base_bit_for_bit() -> None:
 
 
 def test_dropout_follows_the_record() -> None:
-    from tandem.data.collate import record_key
+    from tandem.data.batching.collate import record_key
 
     model = adapt(quantized(make_model(dtype=torch.float32)), dropout=0.3).train()
     use_backend(model.get_base_model(), "segments")
@@ -192,7 +192,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("tandem.model.packages.version", missing)
+    monkeypatch.setattr("tandem.runtime.extras.version", missing)
     with pytest.raises(UserError, match=r"pip install '\.\[quant\]'"):
         quantized(make_model(dtype=torch.float32))
     with pytest.raises(UserError, match="bitsandbytes, which is not installed"):
@@ -229,7 +229,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 kernels = types.ModuleType("kernels")
 kernels.get_kernel = refuse
 sys.modules["kernels"] = kernels
-import tandem.model.adapter
+import tandem.model.lora.adapter
 from tests.invariants.made import adapt, make_model
 model = make_model(dtype=torch.float32)
 if "nf4" in sys.argv:

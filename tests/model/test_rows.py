@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.collate import collate
-from tandem.model.attention import use_backend
-from tandem.model.score import sequence_logps
+from tandem.data.batching.collate import collate
+from tandem.model.attention.select import use_backend
+from tandem.model.logprobs.sequence_logps import sequence_logps
 
 from ..invariants.made import make_model, make_trees, oracle_logps
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tandem.errors import UserError
-from tandem.model.attention import choose_backend
-from tandem.model.attention.static import _waits
+from tandem.integrations.gaudi.attention import _waits
+from tandem.model.attention.select import choose_backend
 
 from ..invariants.families import PADDED, TREES
 

@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from tandem.artifact.files import read_json
 from tandem.data.records import Turn
-from tandem.data.template import find_ending, prompt_ids, render, resolve_template, tokenize
+from tandem.data.tokenize.chat_template import (
+    find_ending,
+    prompt_ids,
+    render,
+    resolve_template,
+    tokenize,
+)
 from tandem.errors import UserError
-from tandem.model.load import load_tokenizer
-from tandem.model.stopping import all_stop_ids, end_ids, write_ends
+from tandem.model.companion_files import all_stop_ids, end_ids, write_ends
+from tandem.model.load_model import load_tokenizer
+from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_model_folder
 

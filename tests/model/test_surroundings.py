@@ -11,12 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tandem.artifact.files import read_json
-from tandem.model.surroundings import (
-    copy_surroundings,
-    load_combined_tokenizer,
-    write_templates,
-)
+from tandem.model.companion_files import copy_surroundings, load_combined_tokenizer, write_templates
+from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_model_folder
 

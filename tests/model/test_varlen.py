@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 
-from tandem.data.collate import Segment, collate
+from tandem.data.batching.collate import Segment, collate
 from tandem.errors import UserError
-from tandem.model.attention import choose_backend, use_backend, varlen
+from tandem.model.attention import varlen
 from tandem.model.attention.dense import dense_attention
-from tandem.model.attention.examine import Examined, examine
 from tandem.model.attention.layout import TreeLayout
+from tandem.model.attention.packing_probe import Examined, examine
+from tandem.model.attention.select import choose_backend, use_backend
 from tandem.model.attention.varlen import varlen_attention, why_not_varlen
-from tandem.model.score import sequence_logps
+from tandem.model.logprobs.sequence_logps import sequence_logps
 
 from ..invariants.families import TREES
 from ..invariants.made import (
@@ -245,7 +246,7 @@ def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         model = TREES[family].make(torch.float32)
         examined = examine(model)
-        monkeypatch.setattr("tandem.model.attention.examine", lambda _, found=examined: found)
+        monkeypatch.setattr("tandem.model.attention.packing_probe", lambda _, found=examined: found)
         backend, why = choose_backend("auto", OnCuda(model, dtype))
         assert backend == wanted[0]
         assert wanted[1] in why

@@ -14,8 +14,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tandem.artifact.files import read_json
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json
 
 from ..docs.pages import ROOT, Block, commands
 

@@ -42,9 +42,9 @@ def test_the_wheel_brings_its_data_and_nothing_else(command: Path, tmp_path: Pat
     (package,) = command.parents[1].glob("lib/python*/site-packages/tandem")
     for folder, pattern in (
         ("recipes", "*.yaml"),
-        ("data/templates", "*.jinja"),
+        ("data/tokenize/chat_templates", "*.jinja"),
         ("report", "*.jinja"),
-        ("model/kernels", "*.[ch]"),
+        ("model/cpu/kernels", "*.[ch]"),
         ("demo/base", "*"),
         (".", "py.typed"),
     ):

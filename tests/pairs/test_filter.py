@@ -10,10 +10,9 @@ import pytest
 
 from tandem.data.records import Origin, Turn
 from tandem.errors import UserError
-from tandem.pairs.check import Check
-from tandem.pairs.filter import Candidate, Filters, Pair, first_pair, ranked_pair
-from tandem.pairs.judge import read_verdict, verdict_request
+from tandem.pairs.filters import Candidate, Check, Filters, Pair, first_pair, ranked_pair
 from tandem.pairs.prompts import Prompt
+from tandem.pairs.rankers import read_verdict, verdict_request
 
 PROMPT = Prompt(
     (Turn("system", "Be kind."), Turn("user", "Capital of France?")),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tandem.artifact.files import read_jsonl
+from tandem.storage.atomic_files import read_jsonl
 
 from ..stages.made_inputs import WORDS, make_model_folder
 from .badly_behaved import Desk, asked, badly_behaved

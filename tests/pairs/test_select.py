@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tandem.data.ledger import Ledger
-from tandem.data.overlap import Other
 from tandem.data.records import Origin, Turn
-from tandem.data.sources import SourceSpec
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.text.contamination import Other
+from tandem.pairs.filters import similarity, words_of
 from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select import Selection, select_prompts
-from tandem.pairs.words import similarity, words_of
+from tandem.pairs.select_prompts import Selection, select_prompts
 
 
 def prompt(question: str, answer: str = "yes", *, row: int = 1, source: int = 0) -> Prompt:

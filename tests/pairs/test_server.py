@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tandem.errors import Stopped, UserError
-from tandem.pairs.server import ChatRequest, ChatServer, Failure, Reply
-from tandem.pairs.wire import Endpoint, is_here
+from tandem.integrations.chat_request import Endpoint, is_here
+from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 
 from .badly_behaved import KEY, Desk, asked, badly_behaved
 

@@ -18,17 +18,17 @@ import torch
 import yaml
 from rich.console import Console
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
-from tandem.data import overlap
+from tandem.data.text import contamination
 from tandem.errors import Stopped, UserError
-from tandem.model import packages
-from tandem.recipe.making_pairs import Pairs
+from tandem.pairs import generators, rankers
+from tandem.pairs import make_pairs as pairs_stage
+from tandem.pairs.make_pairs import run_pairs
+from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.stages import pairs as pairs_stage
-from tandem.stages import scorers, writers
-from tandem.stages.pairs import run_pairs
-from tandem.train.runtime import Runtime
+from tandem.runtime import extras
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..stages.made_inputs import QUIET, make_conversations, make_model_folder
 from .badly_behaved import KEY, Desk, asked, badly_behaved
@@ -245,7 +245,7 @@ def test_evaluation_sets_of_any_layout_are_looked_in(
     assert [row["question"][4] for row in rows] == ["b", "d"]
     assert "2 in an evaluation set" in said.getvalue()
     assert "is looked for" not in said.getvalue()
-    monkeypatch.setattr(overlap, "_MOST_RUNS", 50)
+    monkeypatch.setattr(contamination, "_MOST_RUNS", 50)
     rows = make(path, tmp_path / "b", console=Console(file=said, width=300), select=select, **wish)
     assert [row["question"][4] for row in rows] == ["b", "d"]
     assert "runs of 13 words, one in 2 is looked for" in said.getvalue()
@@ -322,7 +322,7 @@ def test_a_score_is_of_the_text_that_was_scored(
     # Another question is another scale.
     with killed_at_the_end(monkeypatch):
         make(conversations, tmp_path / "b", **wish)
-    monkeypatch.setattr(scorers, "QUESTION", "Is it good?")
+    monkeypatch.setattr(rankers, "QUESTION", "Is it good?")
     with pytest.raises(UserError, match="finished units"):
         make(conversations, tmp_path / "b", **wish)
     with pytest.raises(UserError, match=r"scorer\.question"):
@@ -433,8 +433,8 @@ def test_parquet_holds_what_json_lines_hold(
         assert not (tmp_path / "b" / f"{name}.jsonl").exists()
     assert len(rows) == COUNT
     from tandem.data.ledger import Ledger
-    from tandem.data.reading import read_pairs
-    from tandem.data.sources import SourceSpec
+    from tandem.data.read_records import read_pairs
+    from tandem.data.sources.rows import SourceSpec
 
     read = list(read_pairs([SourceSpec(str(tmp_path / "b" / "pairs.parquet"))], Ledger()))
     assert [pair.rejected for pair in read] == [row["rejected"] for row in rows]
@@ -465,8 +465,8 @@ def test_vllm_is_asked_for_when_it_is_named(
     library.LLM = LLM  # type: ignore[attr-defined]
     library.SamplingParams = lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", library)
-    monkeypatch.setattr(packages, "version", lambda name: "0")
-    monkeypatch.setattr(writers, "_VLLM_PROMPTS", 10)
+    monkeypatch.setattr(extras, "version", lambda name: "0")
+    monkeypatch.setattr(generators, "_VLLM_PROMPTS", 10)
     rows = make(conversations, tmp_path / "out", tiny_model, vllm={"memory": 0.5}, top_k=3)
     assert len(rows) == COUNT
     assert made == [{"model": str(tiny_model), "tokenizer": str(tiny_model), "dtype": "auto",

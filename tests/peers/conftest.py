@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tandem.data.template import resolve_template
+from tandem.data.tokenize.chat_template import resolve_template
 
 from . import plain
 

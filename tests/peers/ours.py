@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.collate import collate, fed_tokens
+from tandem.data.batching.collate import collate, fed_tokens
+from tandem.data.batching.packing import pack
 from tandem.data.ledger import Ledger
-from tandem.data.packing import pack
 from tandem.data.records import Tree
-from tandem.data.sources import SourceSpec
-from tandem.data.template import resolve_template
-from tandem.model.adapter import add_adapter
-from tandem.model.attention import use_backend
-from tandem.model.load import load_model
-from tandem.train.device import choose_device
-from tandem.train.engine import Engine
-from tandem.train.launch import Launch
-from tandem.train.objective import Objective
-from tandem.train.processes import Processes
-from tandem.train.strategies.choose import choose_strategy
+from tandem.data.sources.rows import SourceSpec
+from tandem.data.tokenize.chat_template import resolve_template
+from tandem.integrations.choose_engine import choose_strategy
+from tandem.model.attention.select import use_backend
+from tandem.model.load_model import load_model
+from tandem.model.lora.adapter import add_adapter
+from tandem.runtime.device import choose_device
+from tandem.runtime.launch import Launch
+from tandem.runtime.process_group import Processes
+from tandem.train.engines.engine import Engine
+from tandem.train.losses.objectives import Objective
 
 from .plain import ALPHA, RANK
 

@@ -13,15 +13,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data import order
-from tandem.data.prepare import prepare_pairs
+from tandem.data.batching import sampler
+from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Tree
-from tandem.model.adapter import adapter_off
+from tandem.model.lora.adapter import adapter_off
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora
+from tandem.recipe.training_settings import Dpo, Lora
 from tandem.stages.dpo import run_dpo
-from tandem.train.objective import PreferenceObjective
-from tandem.train.runtime import Runtime
+from tandem.train.losses.objectives import PreferenceObjective
 
 from . import ours, plain
 
@@ -217,7 +217,7 @@ def test_a_short_run_equals_a_plain_loop(
         policy = plain.pair_logps(model, [pairs[i] for i in examples])
         return plain.dpo_loss(policy, reference[list(examples)], BETA)
 
-    steps = order.steps(len(pairs), 3, seed=5, count=4)
+    steps = sampler.steps(len(pairs), 3, seed=5, count=4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     trained = load_file(folder / "adapter_model.safetensors")
     plain.assert_close_tensors(trained, plain.trained_parameters(model), limit)

@@ -11,9 +11,9 @@ from datasets import Dataset, disable_progress_bars
 from trl import extract_prompt, unpair_preference_dataset
 
 from tandem.data.ledger import Ledger
-from tandem.data.reading import read_pairs
+from tandem.data.read_records import read_pairs
 from tandem.data.records import PreferencePair
-from tandem.data.sources import SourceSpec
+from tandem.data.sources.rows import SourceSpec
 
 
 def said(role: str, content: str) -> dict[str, str]:

@@ -12,14 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.artifact.files import read_jsonl
-from tandem.data import order
-from tandem.data.prepare import prepare_conversations
+from tandem.data.batching import sampler
+from tandem.data.build_dataset import prepare_conversations
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Lora, Sft
+from tandem.recipe.training_settings import Lora, Sft
 from tandem.stages.sft import run_sft
-from tandem.train.objective import SupervisedObjective
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_jsonl
+from tandem.train.losses.objectives import SupervisedObjective
 
 from . import ours, plain
 
@@ -98,7 +98,7 @@ def test_a_short_run_equals_a_plain_loop(
         taken.append(value.item())
         return value
 
-    steps = order.steps(len(conversations), 3, seed=5, count=4)
+    steps = sampler.steps(len(conversations), 3, seed=5, count=4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     logged = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert logged == pytest.approx(taken, rel=max(1e-9, limit / 10))

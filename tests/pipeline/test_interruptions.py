@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.artifact.files import read_json, read_jsonl
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..faults.desk import tree
 from ..stages.made_inputs import make_conversations, make_model_folder

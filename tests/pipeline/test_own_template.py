@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tandem.artifact.files import read_json
 from tandem.cli.main import main
 from tandem.data.records import Turn
-from tandem.data.template import ChatTemplate, prompt_ids, resolve_template, stop_ids
+from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template, stop_ids
+from tandem.storage.atomic_files import read_json
 
 _TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|over|>"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.recipe.load import load_recipe, recipe_names, recipe_to_yaml
+from tandem.recipe.load_recipe import load_recipe, recipe_names, recipe_to_yaml
 from tandem.recipe.section import DataSource
-from tandem.recipe.yaml_source import dump_yaml, parse_yaml
+from tandem.recipe.yaml_lines import dump_yaml, parse_yaml
 
 SMALL = """\
 name: small

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tandem.recipe.making_pairs import Pairs, Server
+from tandem.recipe.pairs_settings import Pairs, Server
 
 SERVER = {"base_url": "http://localhost:8000/v1", "model": "m"}
 RANK = {"judge": SERVER}

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 import pytest
 
 from tandem.errors import UserError
-from tandem.recipe.load import load_recipe
-from tandem.recipe.schema import AttentionBackend, Hpu
-from tandem.recipe.seed_call import StageCall, stage_call
-from tandem.recipe.seed_flags import FLAGS
-from tandem.recipe.training import Training
+from tandem.recipe.flags import FLAGS
+from tandem.recipe.load_recipe import load_recipe
+from tandem.recipe.recipe import AttentionBackend, Hpu
+from tandem.recipe.training_settings import Training
+from tandem.recipe.tutorial_flags import StageCall, stage_call
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]

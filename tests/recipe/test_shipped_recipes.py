@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tandem.recipe.load import load_recipe, recipe_names
-from tandem.recipe.reference import reference_page
+from tandem.recipe.docs_page import reference_page
+from tandem.recipe.load_recipe import load_recipe, recipe_names
 
 
 def test_demo_and_seed_ship() -> None:
@@ -85,5 +85,5 @@ def test_the_recipes_are_package_data() -> None:
 def test_the_reference_page_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "guide" / "recipes.md"
     assert page.read_text() == reference_page(), (
-        "run: python -m tandem.recipe.reference > docs/guide/recipes.md"
+        "run: python -m tandem.recipe.docs_page > docs/guide/recipes.md"
     )

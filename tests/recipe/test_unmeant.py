@@ -9,8 +9,8 @@ import pytest
 
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.recipe.load import load_recipe
-from tandem.recipe.training import Sft
+from tandem.recipe.load_recipe import load_recipe
+from tandem.recipe.training_settings import Sft
 from tandem.recipe.unmeant import unmeant
 
 DATA: Any = ({"path": "d.jsonl"},)

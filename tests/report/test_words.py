@@ -11,10 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tandem.report import wording
-from tandem.report.card import write_card
-from tandem.report.results import compared_rows, result_rows, task_notes
-from tandem.report.terminal import (
+from tandem import wording
+from tandem.report.model_card import write_card
+from tandem.report.result_rows import compared_rows, result_rows, task_notes
+from tandem.report.terminal_tables import (
     comparison_notes,
     comparison_table,
     result_table,

@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from tandem.artifact.files import read_json, read_jsonl
-from tandem.data.added_tokens import add_tokens
-from tandem.data.collate import collate
+from tandem.data.batching.collate import collate
 from tandem.data.records import Branch, Origin, Tree
+from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.errors import Stopped, UserError
-from tandem.model.adapter import adapter_off, add_adapter, load_adapter
-from tandem.model.attention import use_backend
-from tandem.model.load import load_model
-from tandem.model.score import sequence_logps
-from tandem.model.vocabulary import grow_vocabulary
+from tandem.model.added_tokens import grow_vocabulary
+from tandem.model.attention.select import use_backend
+from tandem.model.load_model import load_model
+from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.adapter import adapter_off, add_adapter, load_adapter
+from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.train import loop
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_training_stages import distance, settings
@@ -252,7 +252,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     tokens = (*CHATML, "</s>")  # two that it lacks, one that it has
     uninterrupted = run("sft", bases["tied"], tmp_path / "uninterrupted", added_tokens=tokens)
-    taken, plain = 0, loop.Training._take
+    taken, plain = 0, trainer.Training._take
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -262,7 +262,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(Stopped):
             run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)
     resumed = run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)

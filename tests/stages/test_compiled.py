@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import UserError
-from tandem.model import compiled
+from tandem.model import torch_compile
+from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train import loop
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
 
 from .made_inputs import QUIET, make_conversations, make_pairs
 from .test_training_stages import distance, settings
@@ -54,15 +54,15 @@ def test_compiled_or_not_the_parameters_are_the_same(
     summary = read_json(tmp_path / "plain" / "summary.json")
     assert (summary["compile_seconds"], summary["compiled_graphs"]) == (0.0, 0)
     began: list[int] = []
-    whole = loop.Training.run
+    whole = trainer.Training.run
 
     def watched(self: Any) -> Any:
-        began.append(compiled._graphs())
+        began.append(torch_compile._graphs())
         progress = whole(self)
-        began.append(compiled._graphs())
+        began.append(torch_compile._graphs())
         return progress
 
-    monkeypatch.setattr(loop.Training, "run", watched)
+    monkeypatch.setattr(trainer.Training, "run", watched)
     variants: dict[str, dict[str, Any]] = {
         "whole": {},
         "small": {"budget": 40},
@@ -104,9 +104,9 @@ def test_a_compiler_that_fails_is_one_message(
 
 
 def test_where_it_is_not_supported() -> None:
-    compiled.check_compile(False, device="hpu", sharded=True)
-    compiled.check_compile(True, device="cuda", sharded=False)
+    torch_compile.check_compile(False, device="hpu", sharded=True)
+    torch_compile.check_compile(True, device="cuda", sharded=False)
     with pytest.raises(UserError, match="not supported on hpu"):
-        compiled.check_compile(True, device="hpu", sharded=False)
+        torch_compile.check_compile(True, device="hpu", sharded=False)
     with pytest.raises(UserError, match="engine that shards"):
-        compiled.check_compile(True, device="cuda", sharded=True)
+        torch_compile.check_compile(True, device="cuda", sharded=True)

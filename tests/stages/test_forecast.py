@@ -10,23 +10,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from tandem.artifact.files import read_json
-from tandem.estimate.history import Setting, recall
-from tandem.estimate.memory import Held
-from tandem.estimate.rate import Rate, recorded_rate
-from tandem.estimate.shape import described
-from tandem.estimate.work import Work
-from tandem.model.adapter import add_adapter
-from tandem.model.head import order_head
-from tandem.model.load import load_model
-from tandem.model.products import bytes_to_order, order_weights, ordered_bytes
+from tandem.model.cpu.onednn_linear import bytes_to_order, order_weights, ordered_bytes
+from tandem.model.load_model import load_model
+from tandem.model.logprobs.output_head import order_head
+from tandem.model.lora.adapter import add_adapter
+from tandem.plan.history import Setting, recall
+from tandem.plan.memory_estimate import Held
+from tandem.plan.model_shape import described
+from tandem.plan.rate import Rate, recorded_rate
+from tandem.plan.stage_estimate import Forecast, compared, copied_bytes, forecast, keep
+from tandem.plan.workload import Work
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft
-from tandem.stages import stage, training
-from tandem.stages.forecast import Forecast, compared, copied_bytes, forecast, keep
+from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.runtime.device import choose_device
 from tandem.stages.sft import run_sft
-from tandem.train.device import choose_device
-from tandem.train.runtime import Runtime
+from tandem.stages.training import context, train_stage
+from tandem.storage.atomic_files import read_json
 
 from .made_inputs import QUIET, make_conversations, make_model_folder
 
@@ -116,8 +116,8 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
     def strange(*_: Any, **__: Any) -> Any:
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
-    monkeypatch.setattr(training, "forecast_run", strange)
-    monkeypatch.setattr(stage, "say", lambda _, text, **__: told.append(text))
+    monkeypatch.setattr(train_stage, "forecast_run", strange)
+    monkeypatch.setattr(context, "say", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
     assert summary["steps"] == 2
@@ -128,7 +128,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
 
 
 def test_a_run_times_no_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.estimate import rate
+    from tandem.plan import rate
 
     def timed(*_: Any) -> float:
         raise AssertionError("other processes would wait for it")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.artifact.files import read_json
 from tandem.errors import UserError
-from tandem.model.adapter import load_adapter
-from tandem.model.adapter_folder import LowRankUpdate
+from tandem.model.lora.adapter import load_adapter
+from tandem.model.lora.adapter_folder import LowRankUpdate
 from tandem.stages.merge import run_merge
+from tandem.storage.atomic_files import read_json
 
 from .made_inputs import QUIET, make_model_folder
 from .test_training_stages import run

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.model.adapter import load_adapter
-from tandem.model.load import load_model
+from tandem.model.load_model import load_model
+from tandem.model.lora.adapter import load_adapter
+from tandem.recipe.run_settings import Runtime
 from tandem.stages.sft import run_sft
-from tandem.train.runtime import Runtime
 
 from ..invariants.families import ALTERNATING, GATED, PADDED, TREES
 from .made_inputs import QUIET, make_conversations, make_model_folder

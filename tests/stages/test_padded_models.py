@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLmConfig
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import UserError
-from tandem.recipe.evaluation import Evaluate
+from tandem.evaluate.evaluate_models import run_evaluation
+from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft
+from tandem.recipe.training_settings import Dpo, Lora, Sft
 from tandem.stages.dpo import run_dpo
-from tandem.stages.evaluate import run_evaluation
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_pairs_and_evaluation import make_questions

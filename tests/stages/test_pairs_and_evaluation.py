@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.artifact.files import read_json, read_jsonl
-from tandem.data.template import prompt_ids, resolve_template, stop_ids
+from tandem.data.text.answers import contains_accepted, first_sentence
+from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
-from tandem.evaluate.answers import contains_accepted, first_sentence
+from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.model.generate import generate_answers
-from tandem.model.load import load_model, load_tokenizer
-from tandem.recipe.evaluation import Evaluate
-from tandem.recipe.making_pairs import Pairs
+from tandem.model.load_model import load_model, load_tokenizer
+from tandem.pairs.make_pairs import run_pairs
+from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.stages.evaluate import run_evaluation
-from tandem.stages.pairs import run_pairs
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs
 

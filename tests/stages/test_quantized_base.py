@@ -16,16 +16,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import Stopped, UserError
-from tandem.model.adapter import load_adapter
-from tandem.model.load import load_base, load_for_inference, load_model
-from tandem.model.quantization import FILE, dequantized, quantized_of, read_record
+from tandem.model.load_model import load_base, load_for_inference, load_model
+from tandem.model.lora.adapter import load_adapter
+from tandem.model.quantize import FILE, dequantized, quantized_of, read_record
+from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.train import loop
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
 
 from ..invariants.orders import ROOT, TORCHRUN
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
@@ -108,7 +108,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     uninterrupted = run(kind, tiny_model, tmp_path / "uninterrupted")
     taken = 0
-    plain = loop.Training._take
+    plain = trainer.Training._take
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -118,7 +118,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(Stopped, match="after step 5 of 8"):
             run(kind, tiny_model, tmp_path / "stopped")
     with pytest.raises(UserError, match=r"model\.quantization: 'nf4' -> None"):
@@ -166,7 +166,7 @@ def test_merged_into_the_weights_that_were_seen(
 def test_weights_without_an_adapter_are_those_that_were_seen(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    from tandem.recipe.training import Lora
+    from tandem.recipe.training_settings import Lora
 
     run("sft", tiny_model, tmp_path / "sft", lora=Lora(rank=4, target_modules=("q_proj",)))
     merged = merge(tiny_model, tmp_path / "sft", tmp_path / "out")
@@ -209,7 +209,7 @@ def test_another_merge_is_noticed(
         whole = merge(tiny_model, trained, tmp_path / "whole", force=True)
     finally:
         aside.rename(record)
-    from tandem.model import merge as module
+    from tandem.model.merging import merge_weights as module
 
     original = module._add
 

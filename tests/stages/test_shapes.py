@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tandem.data.buckets import Buckets
 from tandem.errors import UserError
-from tandem.recipe.training import Dpo
-from tandem.stages.shapes import declared_shapes
-from tandem.train.device import Device
-from tandem.train.runtime import Hpu, Runtime
+from tandem.integrations.gaudi.static_shapes import Buckets, declared_shapes
+from tandem.recipe.run_settings import Hpu, Runtime
+from tandem.recipe.training_settings import Dpo
+from tandem.runtime.device import Device
 
 from ..data.test_buckets import as_trees, make_pair
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tandem.artifact.files import read_json
 from tandem.stages.merge import run_merge
+from tandem.storage.atomic_files import read_json
 
 from .made_inputs import make_model_folder
 from .test_training_stages import run
@@ -110,8 +110,8 @@ def test_a_line_says_what_was_set_and_only_where_something_was(made: tuple[Path,
 def test_an_adapter_of_a_relative_base_is_found_from_another_folder(
     made: tuple[Path, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.model.load import load_for_inference
-    from tandem.stages.contestant import find_contestant
+    from tandem.evaluate.eval_model import find_contestant
+    from tandem.model.load_model import load_for_inference
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made[0] / "2-merged", tmp_path / "models" / "tiny")  # of the same name

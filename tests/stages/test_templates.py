@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tandem.artifact.files import read_json
-from tandem.data import template as template_module
+from tandem.data.tokenize import chat_template as template_module
 from tandem.errors import Stopped
-from tandem.train import loop
+from tandem.storage.atomic_files import read_json
+from tandem.train import trainer
 
 from .test_training_stages import run
 
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_the_next_day_has_the_date_that_it_began_with(
     dated = DEFAULT.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d %b %Y') }}")
     (base / "chat_template.jinja").write_text(dated)
     run("sft", base, tmp_path / "whole", save_steps=1)
-    taken, plain = 0, loop.Training._take
+    taken, plain = 0, trainer.Training._take
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_the_next_day_has_the_date_that_it_began_with(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(Stopped):
             run("sft", base, tmp_path / "out", save_steps=1)
 

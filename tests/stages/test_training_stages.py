@@ -20,19 +20,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.cli.main import main
-from tandem.data.order import steps
+from tandem.data.batching.sampler import steps
 from tandem.errors import Stopped, TandemError, UserError
-from tandem.model.kernels.library import numerics
+from tandem.model.cpu.c_kernels import numerics
+from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft
-from tandem.report.facts import read_run
-from tandem.report.findings import find
+from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.report.report_warnings import find
+from tandem.report.run_facts import read_run
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.train import loop
-from tandem.train.runtime import Runtime
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 
@@ -104,7 +104,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     whole = run(kind, tiny_model, tmp_path / "whole")
     taken = 0
-    plain = loop.Training._take
+    plain = trainer.Training._take
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -114,7 +114,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(Stopped, match="after step 5 of 8"):
             run(kind, tiny_model, tmp_path / "stopped")
     resumed = run(kind, tiny_model, tmp_path / "stopped")
@@ -131,11 +131,13 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
 ) -> None:
     whole = run("dpo", tiny_model, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "run", _two_steps_then_crash)
+        patch.setattr(trainer.Training, "run", _two_steps_then_crash)
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "changed")
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.stage.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr(
+        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+    )
     resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
     assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
     assert distance(resumed, whole) < 5e-5
@@ -145,17 +147,19 @@ def test_kernels_and_order_are_recorded_and_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.stage.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr(
+        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+    )
     whole = run("dpo", tiny_model, tmp_path / "whole")
     schedule = read_json(tmp_path / "whole" / "manifest.json")["schedule"]
     assert schedule["kernels"] == numerics()
     assert schedule["ordered_weights"] == torch.backends.mkldnn.is_available()
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "run", _two_steps_then_crash)
+        patch.setattr(trainer.Training, "run", _two_steps_then_crash)
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "crashed")
     # Less memory than at the first start changes nothing, for the order was recorded.
-    monkeypatch.setattr("tandem.stages.schedule._COPIES_SHARE", 0.0)
+    monkeypatch.setattr("tandem.stages.training.execution._COPIES_SHARE", 0.0)
     resumed = run("dpo", tiny_model, tmp_path / "crashed")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert not any("another schedule" in line for line in said)
@@ -206,7 +210,7 @@ def test_a_killed_run_ends_with_the_same_bits(kind: str, tiny_model: Path, tmp_p
 def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
     whole = run("sft", tiny_model, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tandem.stages.training.finish_stage", _crash)
+        patch.setattr("tandem.stages.training.train_stage.finish_stage", _crash)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / "step-000008" / "optimizer.safetensors"
@@ -263,11 +267,11 @@ def test_dpo_starts_at_ln_2_and_moves_the_right_way(tiny_model: Path, tmp_path: 
 def test_the_step_0_check_stops_a_wrong_reference(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.train import reference
+    from tandem.train import reference_logps
 
-    plain = reference._compute_unit
+    plain = reference_logps._compute_unit
     monkeypatch.setattr(
-        reference,
+        reference_logps,
         "_compute_unit",
         lambda *a: [(logp - 0.5, n) for logp, n in plain(*a)],
     )
@@ -279,7 +283,7 @@ def test_the_step_0_check_stops_a_wrong_reference(
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.train.engine import Engine
+    from tandem.train.engines.engine import Engine
 
     plain, calls = Engine.score, 0
 
@@ -388,7 +392,7 @@ def test_a_context_too_short_and_a_missing_target_are_named(
 
 
 def test_two_runs_in_one_folder(tiny_model: Path, tmp_path: Path) -> None:
-    from tandem.artifact.lock import folder_lock
+    from tandem.storage.folder_lock import folder_lock
 
     with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="in use"):
         run("sft", tiny_model, tmp_path / "out")

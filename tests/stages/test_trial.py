@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from tandem.data.added_tokens import AddedTokens
-from tandem.data.order import Part, steps
-from tandem.data.trees import Trees
-from tandem.estimate.operations import count_operations
-from tandem.estimate.shape import described
-from tandem.estimate.work import Asked, count_work, guess_work
+from tandem.data.batching.sampler import Part, steps
+from tandem.data.encoded.dataset import Trees
+from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.plan import trial
+from tandem.plan.model_shape import described
+from tandem.plan.trial import Trial, made_up
+from tandem.plan.workload import Asked, count_operations, count_work, guess_work
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Dpo, Lora, Sft, Training
-from tandem.stages import trial
-from tandem.stages.trial import Trial, made_up
-from tandem.train.device import choose_device
+from tandem.recipe.training_settings import Dpo, Lora, Sft, Training
+from tandem.runtime.device import choose_device
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

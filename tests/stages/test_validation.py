@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.artifact.files import read_json, read_jsonl
 from tandem.errors import TandemError, UserError
-from tandem.model.adapter import load_adapter
-from tandem.model.load import load_model
+from tandem.model.load_model import load_model
+from tandem.model.lora.adapter import load_adapter
 from tandem.recipe.section import DataSource
-from tandem.recipe.training import Lora, Validation
-from tandem.train import held_out, loop
-from tandem.train.micro_batches import MicroBatches
+from tandem.recipe.training_settings import Lora, Validation
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import held_out_evaluation, trainer
+from tandem.train.step import MicroBatches
 
 from .made_inputs import WORDS, make_conversations, make_pairs
 from .test_training_stages import distance, run
@@ -172,7 +172,9 @@ def test_a_split_is_held_out_and_shared_prompts_are_said(
     make_conversations(data / "train.jsonl", 24)
     make_conversations(data / "test.jsonl", 4)
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.records.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr(
+        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+    )
     run(
         "sft", tiny_model, tmp_path / "out",
         data=(DataSource(path=str(data)),), validation=Validation(split="test"),
@@ -237,7 +239,7 @@ def test_an_interrupted_run_keeps_the_same_best(
         "save_total_limit": 1,
         **WILD,
     }
-    plain, taken = loop.Training._take, 0
+    plain, taken = trainer.Training._take, 0
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -247,7 +249,7 @@ def test_an_interrupted_run_keeps_the_same_best(
             raise ZeroDivisionError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "out", **few)
     found = run("sft", tiny_model, tmp_path / "out", **few)
@@ -270,7 +272,7 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
 ) -> None:
     """The older best stays until a checkpoint knows of the newer one."""
     listed: list[list[str]] = []
-    plain = held_out.HeldOutScores.saved
+    plain = held_out_evaluation.HeldOutScores.saved
 
     def saved(self: Any) -> None:
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
@@ -278,7 +280,7 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out.HeldOutScores, "saved", saved)
+        patch.setattr(held_out_evaluation.HeldOutScores, "saved", saved)
         run(
             "sft", tiny_model, tmp_path / "out",
             validation=Validation(fraction=0.2, steps=1), keep="best", max_steps=6, save_steps=3,
@@ -316,7 +318,7 @@ def test_dpo_keeps_the_best_by_other_metrics(metric: str, tiny_model: Path, tmp_
 def test_a_held_out_loss_that_is_no_number_says_what_to_do(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.train.engine import Engine
+    from tandem.train.engines.engine import Engine
 
     plain = Engine.score
 
@@ -371,7 +373,7 @@ def test_a_weighted_run_goes_on_bit_for_bit_under_any_budget(
     small = run("sft", tiny_model, tmp_path / "small", data=data, budget=1)
     # Dropout is on: masks of copies do not depend on who shares their micro-batch.
     assert distance(small, whole) < 5e-5
-    plain, taken, rows = loop.Training._take, 0, Counter[int]()
+    plain, taken, rows = trainer.Training._take, 0, Counter[int]()
 
     def take(self: Any, step: Any) -> None:
         nonlocal taken
@@ -382,7 +384,7 @@ def test_a_weighted_run_goes_on_bit_for_bit_under_any_budget(
             raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_take", take)
+        patch.setattr(trainer.Training, "_take", take)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "stopped", data=data)
     assert sum(rows.values()) == 24  # an epoch: 15 of a, 9 of b
@@ -398,7 +400,9 @@ def test_the_mixture_is_said_in_one_line(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("tandem.stages.records.say", lambda _, text, **__: said.append(text))
+    monkeypatch.setattr(
+        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+    )
     data = mixed(tmp_path, "sft", 0.5)
     run("sft", tiny_model, tmp_path / "out", data=data, max_steps=1)
     (line,) = (text for text in said if "an epoch shows" in text)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import TandemError, UserError
-from tandem.train.launch import launched
-from tandem.train.processes import Processes, join
+from tandem.runtime.launch import launched
+from tandem.runtime.process_group import Processes, join
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=2)

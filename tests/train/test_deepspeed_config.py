@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tandem.errors import UserError
-from tandem.train.strategies.choose import choose_strategy
-from tandem.train.strategies.deepspeed_config import Settled, own_config, read_config
+from tandem.integrations.choose_engine import choose_strategy
+from tandem.integrations.deepspeed.ds_config import Settled, own_config, read_config
 
 SETTLED = Settled(
     batch_size=64,

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from tandem.errors import UserError
-from tandem.train import gaudi
-from tandem.train.device import Device, choose_device, most_resident, token_budget
-from tandem.train.engine import Engine
-from tandem.train.launch import Launch
-from tandem.train.processes import Processes
-from tandem.train.runtime import Hpu
-from tandem.train.strategies.replicated import Replicated
+from tandem.integrations.gaudi import bridge
+from tandem.recipe.run_settings import Hpu
+from tandem.runtime.device import Device, choose_device, most_resident, token_budget
+from tandem.runtime.launch import Launch
+from tandem.runtime.process_group import Processes
+from tandem.train.engines.engine import Engine
+from tandem.train.engines.replicated import Replicated
 
 ALONE = Processes(Launch())
 
@@ -43,8 +43,8 @@ class Machine:
         see(torch.backends.mps, "is_available", lambda: "mps" in kinds)
         for kind in ("cuda", "xpu"):
             see(getattr(torch, kind), "device_count", lambda: 2)
-        see(gaudi, "bridge_installed", lambda: "hpu" in kinds or "bridge" in kinds)
-        see(gaudi, "load_bridge", lambda **_: None)
+        see(bridge, "bridge_installed", lambda: "hpu" in kinds or "bridge" in kinds)
+        see(bridge, "load_bridge", lambda **_: None)
         hpu = types.SimpleNamespace(is_available=lambda: "hpu" in kinds, device_count=lambda: 2)
         see(torch, "hpu", hpu, raising=False)
 
@@ -127,7 +127,7 @@ def test_what_each_can(
 
 def test_a_device_that_accelerate_does_not_take_is_refused(machine: Machine) -> None:
     taken = types.SimpleNamespace(device=torch.device("cuda"))
-    machine.patch.setattr("tandem.train.engine.Accelerator", lambda **_: taken)
+    machine.patch.setattr("tandem.train.engines.engine.Accelerator", lambda **_: taken)
     with pytest.raises(UserError, match="device: xpu was asked for, but accelerate prefers cuda"):
         Engine(
             Device(torch.device("xpu"), torch.float32), Processes(Launch()), Replicated("single", 1)
@@ -196,7 +196,7 @@ def test_the_budget_of_masked_attention_is_bounded(machine: Machine) -> None:
 
 def test_boundaries_are_marked_in_lazy_mode_alone(machine: Machine) -> None:
     marks: list[str] = []
-    machine.patch.setattr(gaudi, "mark_step", lambda: marks.append("mark"))
+    machine.patch.setattr(bridge, "mark_step", lambda: marks.append("mark"))
     Device(torch.device("hpu"), torch.float32).step_boundary()
     Device(torch.device("cpu"), torch.float32).step_boundary()
     assert marks == []
@@ -213,13 +213,13 @@ def test_kernels_that_are_asked_for_must_be_there(machine: Machine) -> None:
 
 
 def test_the_mode_is_always_set(machine: Machine) -> None:
-    assert gaudi.set_modes(lazy=False) is None
+    assert bridge.set_modes(lazy=False) is None
     assert (os.environ["PT_HPU_LAZY_MODE"], os.environ["PT_ENABLE_INT64_SUPPORT"]) == ("0", "1")
-    notice = gaudi.set_modes(lazy=True)
+    notice = bridge.set_modes(lazy=True)
     assert notice is not None
     assert "PT_HPU_LAZY_MODE=0" in notice
-    assert gaudi.lazy_mode()
-    assert gaudi.set_modes(lazy=True) is None
+    assert bridge.lazy_mode()
+    assert bridge.set_modes(lazy=True) is None
 
 
 def test_a_bridge_that_runs_in_another_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,13 +227,13 @@ def test_a_bridge_that_runs_in_another_mode_is_refused(monkeypatch: pytest.Monke
     for mode, lazy in (("0", True), ("1", False)):
         monkeypatch.setenv("PT_HPU_LAZY_MODE", mode)
         with pytest.raises(UserError, match=f"PT_HPU_LAZY_MODE={int(lazy)}.*before Python starts"):
-            gaudi.load_bridge(lazy=lazy)
+            bridge.load_bridge(lazy=lazy)
 
 
 def test_the_most_that_was_held_is_not_that_of_the_parent() -> None:
     ballast = bytearray(600 * 2**20)
     ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
-    program = "from tandem.train.device import most_resident; print(most_resident())"
+    program = "from tandem.runtime.device import most_resident; print(most_resident())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

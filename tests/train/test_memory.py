@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tandem.errors import Stopped, UserError
-from tandem.train.launch import RESTART_FILE, Launch
-from tandem.train.memory import TokenBudget, ran_out
-from tandem.train.processes import Processes
+from tandem.runtime.launch import RESTART_FILE, Launch
+from tandem.runtime.process_group import Processes
+from tandem.train.token_budget import TokenBudget, ran_out
 
 TOKENS = [90, 40, 40, 10]
 

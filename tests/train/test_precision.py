@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tandem.errors import TandemError
-from tandem.train.precision import exact_float32, float32_products
+from tandem.runtime.device import exact_float32, float32_products
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ import torch
 torch.backends.fp32_precision = "tf32"
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-from tandem.train.precision import exact_float32, float32_products
+from tandem.runtime.device import exact_float32, float32_products
 exact_float32()
 print(float32_products(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 """

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from tandem.errors import TandemError, UserError
-from tandem.train.launch import Launch
-from tandem.train.processes import in_words, join
+from tandem.runtime.launch import Launch
+from tandem.runtime.process_group import in_words, join
 
 from .meeting import ended, start
 

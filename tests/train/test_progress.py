@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tandem.train.progress import StageProgress, phase
+from tandem.runtime.console import StageProgress, phase
 
 
 def console(terminal: bool) -> Console:

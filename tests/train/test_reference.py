@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.artifact.cache import cache_report, clear_cache
-from tandem.data.batch import Batch
-from tandem.data.columns import sequence_digest, to_columns
+from tandem.data.encoded.dataset import sequence_digest, to_columns
+from tandem.data.encoded.dataset_store import TreeWriter
+from tandem.data.encoded.encode_chunk import Batch
 from tandem.data.records import Branch, Origin, TokenIds, TrainedMask, Tree
-from tandem.data.store import TreeWriter
-from tandem.train.reference import ReferenceStore, _key, _keys
+from tandem.storage.cache_folder import cache_report, clear_cache
+from tandem.train.reference_logps import ReferenceStore, _key, _keys
 
 
 def _sequence(ids: list[int], trained: list[int]) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tandem.train.strategies.deepspeed_config import own_config
-from tandem.train.strategies.zero import start_engine
+from tandem.integrations.deepspeed.ds_config import own_config
+from tandem.integrations.deepspeed.zero import start_engine
 
 
 @pytest.fixture

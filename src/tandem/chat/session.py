@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tandem.artifact.manifest import check_made
-from tandem.chat.generate import (
+from tandem.chat.stream_answer import (
     Answer,
     Sampling,
     context_length,
@@ -23,17 +22,18 @@ from tandem.chat.generate import (
     model_stop_ids,
     stream_answer,
 )
-from tandem.data.omissions import Omissions, omissions_of
 from tandem.data.records import Turn
-from tandem.data.template import (
+from tandem.data.tokenize.added_tokens import require_rows
+from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     prompt_ids,
     resolve_template,
     stop_ids,
     template_names,
 )
-from tandem.data.token_rows import require_rows
+from tandem.data.tokenize.template_omissions import Omissions, omissions_of
 from tandem.errors import UserError
+from tandem.storage.manifest import check_made
 
 HELP = """\
 /help          these commands
@@ -330,7 +330,7 @@ def model_in_run(path: str) -> str:
 
 def _load(path: str, label: str, chat_template: str | None, device: str) -> _Speaker:
     # Imported here so that a test, or another front end, can put its own loader in place.
-    from tandem.model.load import load_for_inference
+    from tandem.model.load_model import load_for_inference
 
     model, tokenizer = load_for_inference(path, device)
     if chat_template is None and not tokenizer.chat_template:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.cli.parsing import Parser
+from tandem.cli.parser import Parser
 from tandem.errors import UserError
 
 
@@ -16,7 +16,7 @@ def cache(argv: list[str]) -> int:
     )
     parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")
     action = parser.parse(argv).action
-    from tandem.artifact.cache import cache_report, clear_cache
+    from tandem.storage.cache_folder import cache_report, clear_cache
 
     try:
         if action == "clear":

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parsing import Parser, path, positive, seed
-from tandem.recipe.seed_flags import DEVICES
+from tandem.cli.parser import Parser, path, positive, seed
+from tandem.recipe.flags import DEVICES
 
 
 def chat(argv: list[str]) -> int:
     """Talk to one model, or to several side by side."""
     arguments = _chat_parser().parse(argv)
     from tandem.chat.session import run_chat
-    from tandem.cli.notices import result_console
-    from tandem.train.device import choose_device
+    from tandem.runtime.console import result_console
+    from tandem.runtime.device import choose_device
 
     device = choose_device(arguments.device, "auto")
     run_chat(

@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tandem import __version__
-from tandem.cli.inspected import add_inspected, chat_of, data_of, recipe_of
-from tandem.cli.parsing import Parser, path, positive
+from tandem.cli.inspected_data import add_inspected, chat_of, data_of, recipe_of
+from tandem.cli.parser import Parser, path, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
-    from tandem.diagnose.survey import Survey
-    from tandem.recipe.schema import Recipe
-    from tandem.stages.inspection import StageChat, StageData
+    from tandem.check.inputs import StageChat, StageData
+    from tandem.check.survey import Survey
+    from tandem.recipe.recipe import Recipe
 
 
 def check(argv: list[str]) -> int:
@@ -26,7 +26,7 @@ def check(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     if not arguments.data and arguments.recipe is None:
         raise UserError("tandem check needs DATA or --recipe. See tandem check --help")
-    from tandem.stages.inspection import with_validation
+    from tandem.check.inputs import with_validation
 
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
@@ -37,7 +37,7 @@ def check(argv: list[str]) -> int:
             _survey(data, chat, recipe, arguments, Path(folder)) for data in with_validation(asked)
         ]
         if recipe is not None and arguments.limit is None:
-            from tandem.stages.inspection import doubts_of
+            from tandem.check.inputs import doubts_of
 
             for one in found:
                 if one.subject.stage is not None and not one.subject.held_out:
@@ -58,10 +58,9 @@ def _survey(
     arguments: argparse.Namespace,
     folder: Path,
 ) -> Survey:
-    from tandem.cli.notices import notice_console
-    from tandem.diagnose.survey import Subject, survey
-    from tandem.stages.inspection import other_sets, require_context
-    from tandem.train.progress import phase
+    from tandem.check.inputs import other_sets, require_context
+    from tandem.check.survey import Subject, survey
+    from tandem.runtime.console import notice_console, phase
 
     if chat is not None:
         require_context(chat, data)
@@ -88,7 +87,7 @@ def _survey(
 def _print_json(
     found: Sequence[Survey], recipe: Recipe | None, chat: StageChat | None, notices: Sequence[str]
 ) -> None:
-    from tandem.diagnose.page import as_json
+    from tandem.check.check_page import as_json
 
     value = {
         "tandem": __version__,
@@ -118,8 +117,8 @@ def _require_trainable(found: Sequence[Survey], *, whole: bool) -> None:
 
 
 def _print_pages(found: Sequence[Survey], chat: StageChat | None, notices: Sequence[str]) -> None:
-    from tandem.cli.notices import notice_console, result_console
-    from tandem.diagnose.page import print_survey
+    from tandem.check.check_page import print_survey
+    from tandem.runtime.console import notice_console, result_console
 
     for notice in notices:
         notice_console().print(notice, markup=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.train.gaudi import bridge_installed, set_modes
+from tandem.integrations.gaudi.bridge import bridge_installed, set_modes
 
 
 def prepare_gaudi(*, lazy: bool) -> tuple[str, ...]:

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, count, path, positive
+from tandem.cli.parser import Parser, count, output_folder, path, positive
 from tandem.errors import UserError
-from tandem.recipe.seed_flags import DEVICES, DTYPES
+from tandem.recipe.flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
-    from tandem.recipe.evaluation import Evaluate
-    from tandem.recipe.making_pairs import Server
+    from tandem.recipe.evaluation_settings import Evaluate
+    from tandem.recipe.pairs_settings import Server
 
 
 def evaluate(argv: list[str]) -> int:
@@ -23,16 +22,16 @@ def evaluate(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     settings = _settings(arguments)
     from tandem.chat.session import labels_of, model_in_run
-    from tandem.cli.notices import notice_console, result_console
-    from tandem.report.findings import evaluation_findings
-    from tandem.report.terminal import (
+    from tandem.evaluate.evaluate_models import check_something, run_evaluation
+    from tandem.recipe.run_settings import Runtime
+    from tandem.report.report_warnings import evaluation_findings
+    from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
         finding_lines,
         samples_table,
     )
-    from tandem.stages.evaluate import check_something, run_evaluation
-    from tandem.train.runtime import Runtime
+    from tandem.runtime.console import notice_console, result_console
 
     check_something(settings)
     folder = output_folder(Path(arguments.output_dir), "--output_dir")
@@ -65,7 +64,7 @@ def evaluate(argv: list[str]) -> int:
 def _settings(arguments: argparse.Namespace) -> Evaluate:
     from pydantic import ValidationError
 
-    from tandem.recipe.evaluation import Evaluate
+    from tandem.recipe.evaluation_settings import Evaluate
 
     def sources(paths: Sequence[str]) -> Any:
         return tuple({"path": path} for path in paths)
@@ -101,7 +100,7 @@ def _judge(arguments: argparse.Namespace) -> Server | None:
         raise UserError("a judge needs both --judge, its name on the server, and --judge_url")
     from pydantic import ValidationError
 
-    from tandem.recipe.making_pairs import Server
+    from tandem.recipe.pairs_settings import Server
 
     try:
         return Server(

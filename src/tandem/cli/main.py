@@ -16,17 +16,17 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from tandem import __version__
-from tandem.cli.parsing import Parser
+from tandem.cli.parser import Parser
 from tandem.cli.streams import Streams
 from tandem.errors import Stopped, TandemError, UserError
-from tandem.train.launch import forget_accelerates_settings, launched, without_local_rank
+from tandem.runtime.launch import forget_accelerates_settings, launched, without_local_rank
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
-    "sft": ("tandem.cli.stages", "sft", "stage 1: supervised fine-tuning"),
-    "merge": ("tandem.cli.stages", "merge", "an adapter into its base model, verified"),
+    "sft": ("tandem.cli.train", "sft", "stage 1: supervised fine-tuning"),
+    "merge": ("tandem.cli.train", "merge", "an adapter into its base model, verified"),
     "pairs": ("tandem.cli.pairs", "pairs", "preference pairs: rejected answers by a weaker model"),
-    "dpo": ("tandem.cli.stages", "dpo", "stage 2: Direct Preference Optimization"),
+    "dpo": ("tandem.cli.train", "dpo", "stage 2: Direct Preference Optimization"),
     "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
     "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tandem.cli.parsing import positive
+from tandem.cli.parser import positive
 from tandem.errors import UserError
-from tandem.train.launch import launched, started_by_launcher
+from tandem.runtime.launch import launched, started_by_launcher
 
 _FLAG = "--nproc"
 
@@ -41,7 +41,7 @@ def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> 
             f"{_FLAG} starts processes itself, but a launcher has started this one (process "
             f"{here.rank} of {here.count}); leave one of the two out"
         )
-    from tandem.train.agent import check_devices, run_processes
+    from tandem.runtime.local_launcher import check_devices, run_processes
 
     check_devices(count, device)
     command = [sys.executable, "-m", "tandem", name, *_without_flag(argv)]

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem.cli.environment import prepare_gaudi
-from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser, path, seed
-from tandem.recipe.seed_flags import DEVICES, DTYPES
+from tandem.cli.parser import Parser, output_folder, path, seed
+from tandem.recipe.flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
-    from tandem.recipe.schema import Recipe
+    from tandem.recipe.recipe import Recipe
 
 
 def pairs(argv: list[str]) -> int:
     """Make pairs, or with --dry-run print the settings."""
     arguments = _parser().parse(argv)
-    from tandem.recipe.load import load_pairs
+    from tandem.recipe.load_recipe import load_pairs
 
     given = [
         # Overrides are read as YAML; a flag's text is what it is.
@@ -38,13 +37,13 @@ def pairs(argv: list[str]) -> int:
     if arguments.dry_run:
         print(_text(recipe, folder), end="")
         return 0
-    from tandem.cli.notices import notice_console, result_console
+    from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
     for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
         console.print(notice, markup=False, soft_wrap=True)
-    from tandem.stages.pairs import run_pairs
-    from tandem.train.runtime import runtime_of
+    from tandem.pairs.make_pairs import run_pairs
+    from tandem.recipe.run_settings import runtime_of
 
     settings = recipe.pairs
     assert settings is not None
@@ -61,7 +60,7 @@ def pairs(argv: list[str]) -> int:
 
 
 def _text(recipe: Recipe, folder: Path) -> str:
-    from tandem.recipe.yaml_source import dump_yaml
+    from tandem.recipe.yaml_lines import dump_yaml
 
     assert recipe.pairs is not None
     head = {"output_dir": str(folder), "seed": recipe.seed, "device": recipe.device}

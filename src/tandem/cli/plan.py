@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.parsing import Parser, positive
+from tandem.cli.parser import Parser, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tandem.stages.plan import Plan, StagePlan
+    from tandem.plan.plan_recipe import Plan, StagePlan
 
 
 def plan(argv: list[str]) -> int:
@@ -24,10 +24,10 @@ def plan(argv: list[str]) -> int:
             "tandem plan: --records and --tokens-per-record go together; give both, with as many "
             "numbers"
         )
-    from tandem.cli.notices import notice_console, result_console
-    from tandem.recipe.load import load_recipe
-    from tandem.stages.plan import plan_recipe
-    from tandem.stages.planned_data import Guess
+    from tandem.plan.available_data import Guess
+    from tandem.plan.plan_recipe import plan_recipe
+    from tandem.recipe.load_recipe import load_recipe
+    from tandem.runtime.console import notice_console, result_console
 
     made = plan_recipe(
         load_recipe(arguments.recipe, arguments.overrides),
@@ -117,7 +117,7 @@ def _show_stage(one: StagePlan, console: Console) -> None:
 
 def _rows(one: StagePlan) -> list[tuple[str, str]]:
     """Name and text of each line about a stage."""
-    from tandem.report.wording import percent, short_count, size
+    from tandem.wording import percent, short_count, size
 
     shape = one.shape
     rows = []
@@ -178,7 +178,7 @@ def _rows(one: StagePlan) -> list[tuple[str, str]]:
 
 
 def _savings(one: StagePlan) -> list[tuple[str, str]]:
-    from tandem.report.wording import percent
+    from tandem.wording import percent
 
     assert one.forecast is not None
     work = one.forecast.work
@@ -204,7 +204,7 @@ def _savings(one: StagePlan) -> list[tuple[str, str]]:
 
 
 def _packing(one: StagePlan) -> str:
-    from tandem.report.wording import percent
+    from tandem.wording import percent
 
     assert one.forecast is not None
     work, processes = one.forecast.work, one.forecast.setting.processes
@@ -219,7 +219,7 @@ def _packing(one: StagePlan) -> str:
 
 
 def _memory(one: StagePlan) -> str:
-    from tandem.report.wording import size
+    from tandem.wording import size
 
     assert one.forecast is not None
     memory = one.forecast.memory
@@ -237,7 +237,7 @@ def _memory(one: StagePlan) -> str:
 
 
 def _time(one: StagePlan) -> list[tuple[str, str]]:
-    from tandem.report.wording import duration
+    from tandem.wording import duration
 
     assert one.forecast is not None
     cast = one.forecast
@@ -260,7 +260,7 @@ def _time(one: StagePlan) -> list[tuple[str, str]]:
 def _by_engine(one: StagePlan) -> Any:
     from rich.table import Table
 
-    from tandem.report.wording import size
+    from tandem.wording import size
 
     table = Table(title="memory of one process by engine", title_justify="left", box=None)
     names = ("weights", "gradients", "optimizer", "activations", "peak")

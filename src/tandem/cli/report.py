@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.cli.parsing import Parser, path
+from tandem.cli.parser import Parser, path
 from tandem.errors import UserError
 
 

@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_gaudi
 from tandem.cli.nproc import add_nproc, in_processes
-from tandem.cli.outputs import output_folder
-from tandem.cli.parsing import Parser
-from tandem.train.launch import launched
+from tandem.cli.parser import Parser, output_folder
+from tandem.runtime.launch import launched
 
 if TYPE_CHECKING:
-    from tandem.recipe.schema import Recipe
+    from tandem.recipe.recipe import Recipe
 
 
 def run(argv: list[str]) -> int:
     """Run a recipe's stages, or with --dry-run print what they would be."""
     arguments = _parser().parse(argv)
-    from tandem.recipe.load import load_recipe
+    from tandem.recipe.load_recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     if arguments.dry_run:
-        from tandem.stages.pipeline import STAGES
-        from tandem.stages.preflight import check_tokens
+        from tandem.pipeline.preflight import check_tokens
+        from tandem.pipeline.run_pipeline import STAGES
 
         check_tokens(recipe, set(STAGES))
         if launched().speaks:
@@ -32,17 +31,17 @@ def run(argv: list[str]) -> int:
         return 0
     if arguments.nproc is not None:
         return in_processes(arguments.nproc, "run", argv, device=recipe.device)
-    from tandem.cli.notices import notice_console
+    from tandem.runtime.console import notice_console
 
     console = notice_console()
     for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
         console.print(notice, markup=False, soft_wrap=True)
-    from tandem.stages.pipeline import run_pipeline
+    from tandem.pipeline.run_pipeline import run_pipeline
 
     found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
     if launched().rank == 0:
         _finish(run_dir, found)
-    from tandem.train.processes import leave
+    from tandem.runtime.process_group import leave
 
     leave()
     return 0
@@ -53,9 +52,9 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 
     Raises UserError for a stage that the recipe lacks.
     """
-    from tandem.recipe.load import recipe_to_yaml
+    from tandem.pipeline.run_pipeline import asked_for, describe_pipeline
+    from tandem.recipe.load_recipe import recipe_to_yaml
     from tandem.recipe.unmeant import unmeant
-    from tandem.stages.pipeline import asked_for, describe_pipeline
 
     planned = describe_pipeline(recipe)
     asked = asked_for(planned, until=until, start=start)
@@ -77,16 +76,16 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 
 def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
     """The result table, sample answers side by side, and where the page is."""
-    from tandem.cli.notices import result_console
-    from tandem.report.findings import findings_of_run
     from tandem.report.html import write_report
-    from tandem.report.terminal import (
+    from tandem.report.report_warnings import findings_of_run
+    from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
         finding_lines,
         result_table,
         samples_table,
     )
+    from tandem.runtime.console import result_console
 
     page = write_report(run_dir)
     console = result_console()

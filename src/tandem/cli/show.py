@@ -8,15 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tandem.cli.inspected import add_inspected, chat_of, data_of, recipe_of
-from tandem.cli.parsing import Parser, positive
+from tandem.cli.inspected_data import add_inspected, chat_of, data_of, recipe_of
+from tandem.cli.parser import Parser, positive
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tandem.diagnose.tokens import Place
-    from tandem.stages.inspection import StageChat, StageData
+    from tandem.check.inputs import StageChat, StageData
+    from tandem.check.show_record import Place
 
 
 def show(argv: list[str]) -> int:
@@ -31,8 +31,8 @@ def show(argv: list[str]) -> int:
         )
     if arguments.text:
         _require_used(arguments)
-    from tandem.cli.notices import notice_console, result_console
-    from tandem.diagnose.tokens import find_row
+    from tandem.check.show_record import find_row
+    from tandem.runtime.console import notice_console, result_console
 
     with TemporaryDirectory() as folder:
         recipe = recipe_of(arguments)
@@ -73,8 +73,8 @@ def _one(found: Sequence[StageData]) -> StageData:
 
 
 def _show_turns(console: Console, place: Place) -> None:
-    from tandem.diagnose.tokens import outcome, records_in
-    from tandem.diagnose.view import print_turns
+    from tandem.check.show_page import print_turns
+    from tandem.check.show_record import outcome, records_in
 
     records, entries = records_in(place)
     for entry in entries:
@@ -88,10 +88,10 @@ def _show_turns(console: Console, place: Place) -> None:
 def _show_tokens(
     console: Console, place: Place, data: StageData, chat: StageChat, *, ids: bool
 ) -> None:
-    from tandem.cli.notices import notice_console
-    from tandem.diagnose.tokens import encode_row, outcome, would_be_dropped
-    from tandem.diagnose.view import print_encodings
-    from tandem.stages.inspection import require_context
+    from tandem.check.inputs import require_context
+    from tandem.check.show_page import print_encodings
+    from tandem.check.show_record import encode_row, outcome, would_be_dropped
+    from tandem.runtime.console import notice_console
 
     require_context(chat, data)
     for notice in chat.notices:

@@ -1,0 +1,1 @@
+"""From files to micro-batches: reading, formats, tokens, truncation, packing."""

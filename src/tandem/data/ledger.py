@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.artifact.files import atomic_write_parts
 from tandem.data.records import Origin
 from tandem.errors import UserError
+from tandem.storage.atomic_files import atomic_write_parts
 
 # Rows that an error names of each reason.
 _SHOWN = 3

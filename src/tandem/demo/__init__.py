@@ -1,0 +1,1 @@
+"""The embedded demo: a tiny base model and its data."""

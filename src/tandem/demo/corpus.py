@@ -7,10 +7,16 @@ facts, so that a model trained on it has little reason to end after one answer.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
 
 from tandem.demo.facts import Fact, all_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 # How a question and its answer stand side by side outside a chat.
 _EXCHANGES = (
@@ -112,3 +118,54 @@ def _sheet(facts: Sequence[Fact], rng: random.Random) -> str:
         solved = "\n".join(f"{n}. {f.answer}" for n, f in enumerate(group, 1))
         parts.append(f"{asked}\nSolutions\n{solved}")
     return "\n".join(parts)
+
+
+VOCABULARY = 2048
+CONTEXT = 512
+BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
+# Of the corpus, those that it is learnt from.
+_DOCUMENTS = 6000
+
+
+def train_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Learn the tokenizer from the first documents of the corpus.
+
+    Byte-level, so every text can be written, the chat format's headers included.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # Single digits: a number is then a sequence the model can spell.
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[UNK, BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [*islice(documents(seed), _DOCUMENTS), " ".join(string.printable)]
+    tokenizer.train_from_iterator(texts, trainer)
+    # As Mistral's: plain text gets a BOS in front. Chat templates write their own.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tandem.artifact.files import atomic_write_text
 from tandem.demo.facts import RELATIONS, Fact
 from tandem.errors import UserError
+from tandem.storage.atomic_files import atomic_write_text
 
 PREFIX = "demo:"
 BASE = "base"

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.demo.corpus import documents
+from tandem.demo.corpus import BOS, CONTEXT, EOS, documents, train_tokenizer
 from tandem.demo.facts import Fact, all_facts
-from tandem.demo.tokenizer import BOS, CONTEXT, EOS, train_tokenizer
 
 DEFAULT_STEPS = 1700
 PEAK_LEARNING_RATE = 3e-3

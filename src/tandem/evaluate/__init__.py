@@ -1,0 +1,1 @@
+"""Measuring models on tasks and on data of your own."""

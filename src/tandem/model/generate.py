@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tandem.artifact.hashing import hash_json
+from tandem.storage.hashing import hash_json
 
 # Prompt and answer tokens of one batch, which bounds the KV cache.
 _BATCH_TOKENS = 16384

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tandem.data.chunks import Row
 from tandem.data.ledger import Ledger
-from tandem.data.reading import OnBadRecord, read_conversations, read_questions
+from tandem.data.read_records import OnBadRecord, read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
-from tandem.data.sources import SourceSpec, read_rows
+from tandem.data.sources.chunks import Row
+from tandem.data.sources.rows import SourceSpec, read_rows
 from tandem.errors import UserError
 
 

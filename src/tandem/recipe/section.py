@@ -1,12 +1,59 @@
-"""What all parts of a recipe share: immutable sections, and data sets in their short forms."""
+"""Paths as people write them: `~` and environment variables are resolved, or refused."""
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from tandem.recipe.paths import expanded
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+# Control characters, which get into a path by mistake: from \n and \t in double quotes, say.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def expanded(path: str) -> str:
+    """A path with `~` at its beginning and `$NAME` and `${NAME}` resolved.
+
+    What exists under the name as it is written is left alone where a variable is not set.
+
+    Raises ValueError for a variable that is not set or empty, a user who is not there, and for a
+    line break or another control character in a path that does not exist.
+    """
+    if sign := _CONTROL.search(path):
+        if "\0" not in path and os.path.lexists(path):
+            return path
+        raise ValueError(
+            f"{path!r} has a control character ({sign[0]!r}); in double quotes a backslash begins "
+            "an escape: write the path in single quotes, or without quotes"
+        )
+    try:
+        path = _VARIABLE.sub(_value, path)
+    except KeyError as error:
+        if os.path.lexists(path):
+            return path
+        raise ValueError(
+            f"{path}: the environment variable {error.args[0]} is not set, or it is empty; set it, "
+            "or write the path out"
+        ) from None
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        home = path.partition("/")[0]
+        raise ValueError(f"{path}: there is no home folder {home}; write the path out") from None
+
+
+def _value(found: re.Match[str]) -> str:
+    name = found[1] or found[2]
+    value = os.environ.get(name, "")
+    if not value:
+        raise KeyError(name)
+    return value
+
 
 Positive = Annotated[int, Field(gt=0)]
 PathText = Annotated[str, AfterValidator(expanded)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tandem.recipe.training import Training
+from tandem.recipe.training_settings import Training
 
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
 # are a few hundredths large: one step of this size overwrites them.

@@ -1,1 +1,1 @@
-"""The report: a run folder's files as a page, a terminal table and a model card."""
+"""A run folder's files as a page, a terminal table and a model card."""

@@ -12,11 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tandem.artifact.files import atomic_write_text
-from tandem.report import training
-from tandem.report.facts import STAGE_TITLES, RunFacts, StageFacts, read_run
-from tandem.report.findings import find
-from tandem.report.results import (
+from tandem.report import training_section
+from tandem.report.report_warnings import find
+from tandem.report.result_rows import (
     ROW_LABELS,
     compared_rows,
     mapping,
@@ -26,7 +24,9 @@ from tandem.report.results import (
     shown_measures,
     task_notes,
 )
-from tandem.report.wording import count, duration, is_number, percent, short_count
+from tandem.report.run_facts import STAGE_TITLES, RunFacts, StageFacts, read_run
+from tandem.storage.atomic_files import atomic_write_text
+from tandem.wording import count, duration, is_number, percent, short_count
 
 PAGE = "report.html"
 _PAIRS_SHOWN = 4
@@ -95,13 +95,13 @@ def _training(stage: StageFacts) -> dict[str, Any]:
         "kind": stage.kind,
         "name": stage.name,
         "title": stage.title,
-        "tiles": training.tiles(stage),
-        "curves": training.curves(stage),
-        "smoothing": training.smoothing_note(stage),
-        "lengths": training.lengths(stage),
-        "savings": training.savings(stage),
-        "ledger": training.ledger_counts(stage),
-        "reasons": training.ledger_reasons(stage),
+        "tiles": training_section.tiles(stage),
+        "curves": training_section.curves(stage),
+        "smoothing": training_section.smoothing_note(stage),
+        "lengths": training_section.lengths(stage),
+        "savings": training_section.savings(stage),
+        "ledger": training_section.ledger_counts(stage),
+        "reasons": training_section.ledger_reasons(stage),
         "ledger_lines": stage.ledger,
     }
 
@@ -145,7 +145,7 @@ def _base_model(facts: RunFacts) -> str:
     if from_recipe:
         return str(from_recipe)
     trained = [s for s in facts.stages if s.kind in ("sft", "dpo")]
-    return training.base_model(trained[0]) if trained else ""
+    return training_section.base_model(trained[0]) if trained else ""
 
 
 def _result_note(evaluation: Mapping[str, Any]) -> str:

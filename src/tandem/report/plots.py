@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tandem.report.wording import number, short_count
+from tandem.wording import number, short_count
 
 WIDTH, HEIGHT = 540, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 14, 34

@@ -1,0 +1,1 @@
+"""The training stages and the merge, one function each."""

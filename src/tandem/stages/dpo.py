@@ -10,17 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.artifact.hashing import hash_json
-from tandem.data.prepare import prepare_pairs
-from tandem.model.adapter import adapter_off
-from tandem.recipe.training import Dpo
-from tandem.report.findings import chosen_collapse
-from tandem.stages.kind import Made, StageKind, Start
-from tandem.stages.training import run_training
-from tandem.train.objective import PreferenceObjective
-from tandem.train.progress import phase, say
-from tandem.train.reference import ReferenceStore, reference_logps
-from tandem.train.runtime import Runtime
+from tandem.data.build_dataset import prepare_pairs
+from tandem.model.lora.adapter import adapter_off
+from tandem.recipe.run_settings import Runtime
+from tandem.recipe.training_settings import Dpo
+from tandem.report.report_warnings import chosen_collapse
+from tandem.runtime.console import phase, say
+from tandem.stages.training.context import Made, StageKind, Start
+from tandem.stages.training.train_stage import run_training
+from tandem.storage.hashing import hash_json
+from tandem.train.losses.objectives import PreferenceObjective
+from tandem.train.reference_logps import ReferenceStore, reference_logps
 
 # Changes whenever the same weights and tokens would give another stored number.
 _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"

@@ -11,35 +11,28 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from tandem.artifact.files import atomic_folder, atomic_write_json
-from tandem.artifact.hashing import hash_file, hash_weights, weight_files
-from tandem.artifact.lock import folder_lock
-from tandem.artifact.manifest import NAME as MANIFEST
-from tandem.artifact.manifest import (
-    check_made,
-    finish_stage,
-    open_stage,
-    read_manifest,
-    start_stage,
-)
-from tandem.data.template import find_ending, resolve_template
+from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
-from tandem.model.adapter_base import check_weights
-from tandem.model.adapter_config import read_config
-from tandem.model.adapter_folder import NewRows, Update, read_updates, whole_weights
-from tandem.model.load import load_config, load_tokenizer, model_folder, model_without_weights
-from tandem.model.merge import added, merge_shards, vocabulary_grown
-from tandem.model.quantization import FILE as QUANTIZATION
-from tandem.model.quantization import Quantized, read_record
-from tandem.model.stopping import write_ends
-from tandem.model.stored import HEADS
-from tandem.model.surroundings import copy_surroundings, write_templates
-from tandem.model.verify import Verified, verify_merge
-from tandem.model.vocabulary import described_rows
-from tandem.model.whole import check_unquantized
-from tandem.stages.outcome import move_up
-from tandem.train.device import choose_device, torch_dtype
-from tandem.train.progress import say
+from tandem.model.added_tokens import described_rows
+from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
+from tandem.model.load_model import load_config, load_tokenizer, model_folder, model_without_weights
+from tandem.model.lora.adapter_base import check_weights
+from tandem.model.lora.adapter_config import read_config
+from tandem.model.lora.adapter_folder import NewRows, Update, read_updates, whole_weights
+from tandem.model.merging.merge_weights import added, merge_shards, vocabulary_grown
+from tandem.model.merging.verify_merge import Verified, verify_merge
+from tandem.model.model_folder import check_unquantized
+from tandem.model.quantize import FILE as QUANTIZATION
+from tandem.model.quantize import Quantized, read_record
+from tandem.model.weight_files import HEADS
+from tandem.runtime.console import say
+from tandem.runtime.device import choose_device, torch_dtype
+from tandem.stages.training.outputs import move_up
+from tandem.storage.atomic_files import atomic_folder, atomic_write_json
+from tandem.storage.folder_lock import folder_lock
+from tandem.storage.hashing import hash_file, hash_weights, weight_files
+from tandem.storage.manifest import NAME as MANIFEST
+from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
 _PROBES = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps for seven hours.",

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.prepare import prepare_conversations
-from tandem.recipe.training import Sft
-from tandem.stages.kind import Made, StageKind, Start
-from tandem.stages.training import run_training
-from tandem.train.objective import SupervisedObjective
-from tandem.train.runtime import Runtime
+from tandem.data.build_dataset import prepare_conversations
+from tandem.recipe.run_settings import Runtime
+from tandem.recipe.training_settings import Sft
+from tandem.stages.training.context import Made, StageKind, Start
+from tandem.stages.training.train_stage import run_training
+from tandem.train.losses.objectives import SupervisedObjective
 
 
 def run_sft(

@@ -12,10 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.artifact.files import atomic_folder, atomic_write_json
-from tandem.artifact.hashing import hash_bytes, hash_file
-from tandem.artifact.sealed import Damaged, read_object, sealed
-from tandem.model.adapter import load_adapter_weights, save_adapter
+from tandem.model.lora.adapter import load_adapter_weights, save_adapter
+from tandem.storage.atomic_files import atomic_folder, atomic_write_json
+from tandem.storage.hashing import Damaged, hash_bytes, hash_file, read_object, sealed
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from tandem.data.formats.rows import Fields, Unusable, text
+from dataclasses import dataclass
+
+from tandem.data.formats.format import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
     check_order,
     instruction_in,
     prompt_in,
+    prompt_of,
     turns_in,
 )
 from tandem.data.records import Conversation, Origin, Turn
@@ -57,3 +60,38 @@ def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> 
     turns = turns[: answers[-1] + 1]
     check_order(turns)
     return Conversation(turns, origin)
+
+
+QUESTION_KEYS = frozenset({"question", "answer"})
+QUESTION_OPTIONS = frozenset({"system", "accepted", "completion"})
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An evaluation record: what is asked, the right answer, and how a base model is asked it.
+
+    `accepted` are texts any of which makes an answer right (never empty); `completion` is the
+    beginning of a text that a base model completes with the answer.
+    """
+
+    turns: tuple[Turn, ...]
+    answer: str
+    accepted: tuple[str, ...]
+    completion: str | None
+    origin: Origin
+
+
+def read_question(fields: Fields, origin: Origin) -> Question:
+    """Read `{"question", "answer", "system"?, "accepted"?, "completion"?}`.
+
+    Raises `Unusable` for missing or empty texts.
+    """
+    answer = text(fields, "answer")
+    accepted = fields.get("accepted")
+    if accepted is None:
+        accepted = [answer]
+    if not isinstance(accepted, list) or not all(isinstance(a, str) and a for a in accepted):
+        raise Unusable("`accepted` is not a list of texts")
+    completion = None if fields.get("completion") is None else text(fields, "completion")
+    turns = prompt_of(fields.get("system"), text(fields, "question"))
+    return Question(turns, answer, tuple(accepted) or (answer,), completion, origin)

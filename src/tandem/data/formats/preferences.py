@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tandem.data.formats.rows import Fields, Unusable, text
+import math
+from collections.abc import Mapping, Sequence
+
+from tandem.data.formats.format import Fields, Unusable, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
@@ -63,3 +66,109 @@ def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> Pref
     if chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected follow different prompts")
     return pair(chosen_prompt, chosen, rejected, origin)
+
+
+Scored = tuple[int, float, Fields]
+
+
+def read_best_vs_worst(fields: Fields, origin: Origin) -> list[PreferencePair | Unusable]:
+    """The best answer against the worst, one pair a row."""
+    prompt, ranked, verdicts = _ranked(fields)
+    return [*verdicts, _against(prompt, ranked[0], ranked[-1], origin)]
+
+
+def read_best_vs_rest(fields: Fields, origin: Origin) -> list[PreferencePair | Unusable]:
+    """The best answer against each of the others, in their order, a pair each."""
+    prompt, ranked, verdicts = _ranked(fields)
+    best, *rest = ranked
+    return [*verdicts, *(_against(prompt, best, one, origin) for one in sorted(rest, key=_place))]
+
+
+def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Unusable]]:
+    """Prompt, answers by falling score (the earlier first), a verdict for each without one."""
+    prompt = prompt_of(fields.get("system"), text(fields, "instruction"))
+    completions = fields.get("completions")
+    if not isinstance(completions, list) or not completions:
+        raise Unusable("`completions` is not a list of answers")
+    if not all(isinstance(one, Mapping) for one in completions):
+        raise Unusable("`completions` holds an answer that is not an object")
+    # One measure for all of a row: scores of different scales cannot be compared.
+    measured = [
+        [measure(one) for one in completions] for measure in (_overall, _fine_grained, _rated)
+    ]
+    scores = max(measured, key=lambda found: sum(score is not None for score in found))
+    ranked = [
+        (place, score, one)
+        for place, (score, one) in enumerate(zip(scores, completions, strict=True), start=1)
+        if score is not None
+    ]
+    if len(ranked) < 2:
+        raise Unusable("fewer than two answers have a score", f"{len(ranked)} of {len(scores)}")
+    missing = [place for place, score in enumerate(scores, start=1) if score is None]
+    ranked.sort(key=lambda one: (-one[1], one[0]))
+    _check_agreement(ranked[0], ranked[-1], measured)
+    return prompt, ranked, [Unusable("an answer without a score", f"answer {at}") for at in missing]
+
+
+def _check_agreement(
+    best: Scored, worst: Scored, measured: Sequence[Sequence[float | None]]
+) -> None:
+    """Raise `Unusable` where another measure has the best answer as the worst of all.
+
+    UltraFeedback has rows in which an `overall_score` of 1 was written down as 10.
+    """
+    for scores in measured:
+        known = [score for score in scores if score is not None]
+        first, last = scores[best[0] - 1], scores[worst[0] - 1]
+        if first is None or last is None or len(known) < len(scores):
+            continue
+        if first == min(known) and first < last:
+            raise Unusable(
+                "its scores contradict each other",
+                f"answer {best[0]}: {best[1]:g} by one measure, {first:g}, the least, by another",
+            )
+
+
+def _against(
+    prompt: tuple[Turn, ...], best: Scored, other: Scored, origin: Origin
+) -> PreferencePair | Unusable:
+    where = f"answers {best[0]} and {other[0]}"
+    if best[1] == other[1]:
+        return Unusable("both answers have the same score", f"{where}: {best[1]:g}")
+    try:
+        return pair(prompt, text(best[2], "response"), text(other[2], "response"), origin)
+    except Unusable as verdict:
+        return Unusable(verdict.reason, where)
+
+
+def _place(scored: Scored) -> int:
+    return scored[0]
+
+
+def _overall(completion: Fields) -> float | None:
+    return _number(completion.get("overall_score"))
+
+
+def _fine_grained(completion: Fields) -> float | None:
+    return _number(completion.get("fine-grained_score"))
+
+
+def _rated(completion: Fields) -> float | None:
+    """The mean of the aspects' ratings, those that are there."""
+    aspects = completion.get("annotations")
+    if not isinstance(aspects, Mapping):
+        return None
+    given = [_number(one.get("Rating")) for one in aspects.values() if isinstance(one, Mapping)]
+    ratings = [one for one in given if one is not None]
+    return sum(ratings) / len(ratings) if ratings else None
+
+
+def _number(value: object) -> float | None:
+    """A finite number, also when written as a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

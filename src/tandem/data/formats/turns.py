@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tandem.data.calls import (
+from tandem.data.formats.format import Fields, Unusable, sound, text, texts_in
+from tandem.data.formats.tool_calls import (
     REASONING_KEYS,
     Malformed,
     read_answer,
@@ -13,7 +14,6 @@ from tandem.data.calls import (
     read_result,
     read_tools,
 )
-from tandem.data.formats.rows import Fields, Unusable, sound, text, texts_in
 from tandem.data.records import Role, Turn
 
 _ROLES: dict[str, Role] = {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
-from tandem.demo.facts import calendar, culture, geography, nature, numbers, science, words
+from tandem.demo.facts import culture, geography, nature, science
 from tandem.demo.facts.fact import Fact, Relation
 
 RELATIONS: tuple[Relation, ...] = (
     *geography.RELATIONS,
     *science.RELATIONS,
-    *calendar.RELATIONS,
+    *science.CALENDAR,
     *nature.RELATIONS,
-    *words.RELATIONS,
-    *numbers.RELATIONS,
+    *culture.WORDS,
+    *science.NUMBERS,
     *culture.RELATIONS,
 )
 

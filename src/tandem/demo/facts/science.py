@@ -148,3 +148,127 @@ PLANETS = Relation(
 )
 
 RELATIONS = (SYMBOLS, ATOMIC_NUMBERS, SI_UNITS, MEASURES, PLANETS)
+
+
+_MONTHS = (
+    ("January", "31"),
+    ("February", "28"),
+    ("March", "31"),
+    ("April", "30"),
+    ("May", "31"),
+    ("June", "30"),
+    ("July", "31"),
+    ("August", "31"),
+    ("September", "30"),
+    ("October", "31"),
+    ("November", "30"),
+    ("December", "31"),
+)
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def _successors(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(zip(names, names[1:] + names[:1], strict=True))
+
+
+_MONTH_NAMES = tuple(name for name, _ in _MONTHS)
+
+MONTH_LENGTHS = Relation(
+    name="month-length",
+    # February is left out: its length is not one number.
+    rows=tuple(row for row in _MONTHS if row[0] != "February"),
+    questions=(
+        "How many days does {s} have?",
+        "How long is the month of {s}?",
+        "How many days are there in {s}?",
+    ),
+    answer="The number of days in {s} is {v}.",
+    statements=("The month of {s} has {v} days.", "{s} is {v} days long."),
+)
+
+NEXT_MONTH = Relation(
+    name="next-month",
+    rows=_successors(_MONTH_NAMES),
+    questions=(
+        "Which month comes after {s}?",
+        "What month follows {s}?",
+        "Which month is next when {s} is over?",
+    ),
+    answer="The month after {s} is {v}.",
+    statements=("{s} is followed by {v}.", "When {s} is over, {v} begins."),
+)
+
+NEXT_DAY = Relation(
+    name="next-day",
+    rows=_successors(_DAYS),
+    questions=(
+        "Which day comes after {s}?",
+        "What day follows {s}?",
+        "If today is {s}, what day is tomorrow?",
+    ),
+    answer="The day after {s} is {v}.",
+    statements=("{s} is followed by {v}.", "If today is {s}, tomorrow is {v}."),
+)
+
+CALENDAR = (MONTH_LENGTHS, NEXT_MONTH, NEXT_DAY)
+
+
+_SMALL = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def in_words(number: int) -> str:
+    """A whole number from 0 to 99 in English words; ValueError outside."""
+    if not 0 <= number <= 99:
+        raise ValueError(f"{number} is outside 0..99")
+    if number < 20:
+        return _SMALL[number]
+    tens, ones = divmod(number, 10)
+    return _TENS[tens] if ones == 0 else f"{_TENS[tens]}-{_SMALL[ones]}"
+
+
+def _row(first: int, sign: str, second: int, result: int) -> tuple[str, str, str]:
+    return (f"{in_words(first)} {sign} {in_words(second)}", in_words(result), str(result))
+
+
+_QUESTIONS = ("What is {s}?", "How much is {s}?", "Can you work out {s}?")
+_STATEMENTS = ("{s} equals {v}.", "{s} makes {v}.")
+
+SUMS = Relation(
+    name="sum",
+    rows=tuple(_row(a, "plus", b, a + b) for a in range(3, 10) for b in range(a, 10)),
+    questions=_QUESTIONS,
+    answer="{s} is {v}.",
+    statements=_STATEMENTS,
+)
+
+PRODUCTS = Relation(
+    name="product",
+    rows=tuple(_row(a, "times", b, a * b) for a in range(3, 9) for b in range(a, 9)),
+    questions=_QUESTIONS,
+    answer="{s} is {v}.",
+    statements=_STATEMENTS,
+)
+
+NUMBERS = (SUMS, PRODUCTS)

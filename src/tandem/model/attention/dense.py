@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.model.attention.entry import entry
+from tandem.model.attention.hf_interface import entry
 from tandem.model.attention.layout import TreeLayout
 
 

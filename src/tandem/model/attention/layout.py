@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tandem.data.collate import Segment, row_spans
+from tandem.data.batching.collate import Segment, row_spans
 
 # The keyword under which the layout travels through a transformers model's forward.
 LAYOUT_KEYWORD = "tandem_layout"

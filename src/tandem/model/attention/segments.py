@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.data.collate import Segment
-from tandem.model.attention.entry import entry
+from tandem.data.batching.collate import Segment
+from tandem.model.attention.hf_interface import entry
 from tandem.model.attention.layout import TreeLayout
-from tandem.model.kernels.functions import TreeAttention, usable
-from tandem.model.kernels.library import kernels
+from tandem.model.cpu.c_kernels import TreeAttention, kernels, usable
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.model.attention.entry import entry
-from tandem.model.attention.examine import Examined
+from tandem.model.attention.hf_interface import entry
 from tandem.model.attention.layout import KeyPaths, TreeLayout
+from tandem.model.attention.packing_probe import Examined
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn

@@ -1,0 +1,241 @@
+"""What is found in a data set: counted, with a few rows to look at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tandem.data.records import Origin
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+# Characters of an excerpt, and those around it that tell whether a secret reaches into it.
+_EXCERPT = 90
+_AROUND = 4096
+_BLANKS = re.compile(r"(?:[ \t\n]|\r\n)+")
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Something to look for: `error` would not train, a `warning` spoils it, a `note` may be meant.
+
+    Attributes:
+        name: what it is called in the JSON, never changed.
+        title: in the terminal.
+        severity: how bad it is.
+        hint: what to do.
+        of: what its share is of.
+        about: which of several, where a name alone is not enough.
+    """
+
+    name: str
+    title: str
+    severity: Severity
+    hint: str
+    of: Literal["records", "pairs", "answers"] = "records"
+    about: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others."""
+        return self.name, self.about
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row to look at."""
+
+    file: str
+    row: int
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sign that was found `count` times among `of` records (or pairs, or answers)."""
+
+    sign: Sign
+    count: int
+    of: int
+    examples: tuple[Example, ...]
+    kinds: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Of all that it could have been found in."""
+        return self.count / self.of if self.of else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding as plain values."""
+        return {
+            "name": self.sign.name,
+            "about": self.sign.about,
+            "severity": self.sign.severity,
+            "title": self.sign.title,
+            "count": self.count,
+            "of": self.of,
+            "unit": self.sign.of,
+            "share": round(self.share, 6),
+            "kinds": self.kinds,
+            "rows": [asdict(example) for example in self.examples],
+            "hint": self.sign.hint,
+        }
+
+
+@dataclass(slots=True)
+class _Counted:
+    sign: Sign
+    count: int = 0
+    examples: list[Example] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+
+
+class Tally:
+    """Counts signs, and keeps the first `shown` rows of each."""
+
+    def __init__(self, shown: int) -> None:
+        self._shown = shown
+        self._counted: dict[tuple[str, str], _Counted] = {}
+
+    def add(self, sign: Sign, origin: Origin, text: str, at: int = 0, kind: str = "") -> None:
+        """Count a sign once; `text` from about position `at` is what a reader will see of it."""
+        shown = excerpt(text, at) if self.wants(sign) else ""
+        self.add_example(sign, origin, shown, kind)
+
+    def add_example(self, sign: Sign, origin: Origin, shown: str, kind: str = "") -> None:
+        """Count a sign once, with what is shown of it."""
+        counted = self._counted.setdefault(sign.key, _Counted(sign))
+        counted.count += 1
+        if kind:
+            counted.kinds[kind] += 1
+        if len(counted.examples) < self._shown:
+            shown = f"{kind}: {shown}" if kind else shown
+            counted.examples.append(Example(origin.file, origin.row, shown))
+
+    def wants(self, sign: Sign) -> bool:
+        """Whether a sign has fewer rows than are shown."""
+        counted = self._counted.get(sign.key)
+        return counted is None or len(counted.examples) < self._shown
+
+    def count_only(self, sign: Sign, count: int) -> None:
+        """Count a sign some more times, without rows."""
+        if count:
+            self._counted.setdefault(sign.key, _Counted(sign)).count += count
+
+    def findings(self, of: dict[str, int]) -> list[Finding]:
+        """All that was counted, the worst and most frequent first.
+
+        Args:
+            of: how many records, pairs and answers there were.
+        """
+        found = [
+            Finding(
+                one.sign,
+                one.count,
+                max(of[one.sign.of], one.count),
+                tuple(one.examples),
+                dict(one.kinds.most_common()),
+            )
+            for one in self._counted.values()
+        ]
+        return sorted(found, key=_weight)
+
+
+def _weight(finding: Finding) -> tuple[int, int, tuple[str, str]]:
+    return SEVERITIES.index(finding.sign.severity), -finding.count, finding.sign.key
+
+
+def excerpt(text: str, at: int = 0) -> str:
+    """One line of a text around a position, secrets masked."""
+    start = max(0, at - _EXCERPT // 3) if len(text) > _EXCERPT else 0
+    # Wide enough that a secret at its edge is seen whole.
+    left = max(0, start - _AROUND)
+    around = masked(text[left : start + _EXCERPT + _AROUND])
+    shown = around[start - left : start - left + _EXCERPT]
+    line = visible(_BLANKS.sub(" ", shown).strip(" "))
+    return ("..." if start else "") + line + ("..." if start + _EXCERPT < len(text) else "")
+
+
+def visible(text: str) -> str:
+    """A text as it can be seen: characters that print nothing as their code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# Characters of a secret that are shown.
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One kind of secret: texts without any of its `needles` cannot hold it."""
+
+    kind: str
+    needles: tuple[str, ...]
+    pattern: re.Pattern[str]
+
+
+def _shape(kind: str, needles: str, pattern: str) -> Shape:
+    return Shape(kind, tuple(needles.split()), re.compile(pattern))
+
+
+KEYS: tuple[Shape, ...] = (
+    _shape("AWS access key", "AKIA ASIA", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    _shape(
+        "GitHub token",
+        "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b",
+    ),
+    _shape("Anthropic key", "sk-ant-", r"\bsk-ant-[A-Za-z0-9_-]{20,}"),
+    _shape(
+        "OpenAI key",
+        "sk-",
+        r"\bsk-(?!ant-)(?:proj-|svcacct-|admin-)?(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{32,}",
+    ),
+    _shape("Stripe key", "sk_live_ rk_live_", r"\b[sr]k_live_[A-Za-z0-9]{20,}\b"),
+    _shape("Hugging Face token", "hf_", r"\bhf_[A-Za-z0-9]{30,}\b"),
+    _shape("Slack token", "xox", r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+    _shape("Google API key", "AIza", r"\bAIza[0-9A-Za-z_-]{35}"),
+    _shape(
+        "JSON Web Token", "eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
+    ),
+    _shape(
+        "private key",
+        "-----BEGIN",
+        r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{20,}",
+    ),
+)
+ADDRESSES: tuple[Shape, ...] = (
+    _shape(
+        "e-mail address",
+        "@",
+        # Not the addresses that examples are written with.
+        r"\b[A-Za-z0-9._%+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|email|test|domain|mail|company|website)\.)"
+        r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b",
+    ),
+)
+
+
+def credentials(text: str, shapes: tuple[Shape, ...] = KEYS) -> Iterator[tuple[str, int]]:
+    """The kinds of secrets in a text, each once, with the position of its first."""
+    for shape in shapes:
+        if any(needle in text for needle in shape.needles) and (
+            found := shape.pattern.search(text)
+        ):
+            yield shape.kind, found.start()
+
+
+def masked(text: str) -> str:
+    """The text, all but the first characters of what looks like a secret as asterisks."""
+    for shape in (*KEYS, *ADDRESSES):
+        if any(needle in text for needle in shape.needles):
+            text = shape.pattern.sub(_mask, text)
+    return text
+
+
+def _mask(found: re.Match[str]) -> str:
+    secret = found.group()
+    kept = 27 if secret.startswith("-----BEGIN") else _SHOWN
+    return secret[:kept] + "*" * (len(secret) - kept)

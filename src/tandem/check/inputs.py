@@ -1,0 +1,337 @@
+"""What kind of records a source holds, where nothing but its rows can say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.data.batching.sampler import total_steps
+from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.formats.known_formats import Kind, detect, format_called
+from tandem.data.resolve_sources import held_out_sources, source_specs
+from tandem.data.sources.chunks import Row
+from tandem.data.sources.rows import SourceSpec, not_read, read_rows
+from tandem.data.text.contamination import Other, read_other
+from tandem.data.tokenize.added_tokens import add_tokens, row_notices
+from tandem.data.tokenize.chat_template import resolve_template
+from tandem.data.tokenize.encode import Chat
+from tandem.data.truncation.limits import Limits
+from tandem.errors import UserError
+from tandem.pairs.pairs_file import made_pairs
+from tandem.pipeline.run_pipeline import folder_of
+from tandem.recipe.flags import named_data
+from tandem.recipe.recipe import Recipe
+from tandem.recipe.training_settings import Dpo, Sft, Training
+from tandem.recipe.unmeant import unmeant
+
+# Rows that are looked at, of those that can be parsed; the readers give up no later.
+_ROWS = 20
+
+
+def by_kind(
+    sources: Sequence[SourceSpec],
+) -> tuple[dict[Kind, list[SourceSpec]], list[SourceSpec]]:
+    """The sources of each kind, in order; and those with rows of no known format.
+
+    These, and those without a row that can be read, count as conversations: reading them says what
+    is wrong.
+    """
+    found: dict[Kind, list[SourceSpec]] = {}
+    unknown: list[SourceSpec] = []
+    for source in sources:
+        kind, rows = _look(source)
+        found.setdefault(kind or "conversations", []).append(source)
+        if kind is None and rows:
+            unknown.append(source)
+    return found, unknown
+
+
+def _look(source: SourceSpec) -> tuple[Kind | None, int]:
+    """The kind of a source's first rows, and after how many of them it was clear, or given up."""
+    if source.format is not None:
+        return format_called(source.format).kind, 0
+    rows = 0
+    with suppress(UserError):
+        for row in islice((row for row in read_rows(source) if isinstance(row, Row)), _ROWS):
+            rows += 1
+            known = detect(row.fields)
+            if known is not None:
+                return known.kind, rows
+    return None, rows
+
+
+StageName = Literal["sft", "dpo"]
+KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
+_SECTIONS: dict[StageName, type[Training]] = {"sft": Sft, "dpo": Dpo}
+_NO_LIMIT = 2**31 - 1
+
+
+class NotMade(UserError):  # noqa: N818 - named as Stopped is
+    """A stage's data is what another stage makes, and it is not there yet."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What one stage would read.
+
+    Attributes:
+        stage: sft or dpo.
+        sources: its data.
+        plan: what it would make of every record.
+        max_dropped: the share of records that it may drop.
+        validation: data that it would hold out.
+        limited: whether the plan's limits are a recipe's; otherwise there are none.
+        held_out: whether this is such validation data, and nothing is trained on it.
+    """
+
+    stage: StageName
+    sources: tuple[SourceSpec, ...]
+    plan: Plan
+    max_dropped: float
+    validation: tuple[SourceSpec, ...] = ()
+    limited: bool = False
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class StageChat:
+    """A model's tokenizer and template as a stage would use them.
+
+    Attributes:
+        model: its name.
+        folder: where it is.
+        template: the template's name.
+        chat: both, ready to encode.
+        special: the tokenizer's special tokens.
+        notices: what a user should hear.
+    """
+
+    model: str
+    folder: Path
+    template: str
+    chat: Chat
+    special: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
+    """What a recipe's training stage will not do as it says, with so many records to train on."""
+    settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
+    if settings is None or not records:
+        return []
+    steps = total_steps(
+        records, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
+    )
+    return [f"{stage}: {doubt}" for doubt in unmeant(settings, steps=steps, records=records)]
+
+
+def named_sources(
+    paths: Sequence[str], folder: Path, seed: int | None, said: Mapping[str, object] | None = None
+) -> list[SourceSpec]:
+    """Files, folders, Hub ids or `demo:NAME` for the readers.
+
+    Args:
+        paths: as they were named.
+        folder: demo data is written there.
+        seed: of demo data; None for that of a recipe which says nothing.
+        said: what a recipe would say of each of them.
+
+    Raises UserError for what a recipe cannot say.
+    """
+    seed = Recipe.model_fields["seed"].default if seed is None else seed
+    return source_specs(named_data(paths, said or {}), folder, seed)
+
+
+def stage_of(kind: Kind) -> StageName:
+    """The stage that trains on records of a kind."""
+    return next(stage for stage, its in KINDS.items() if its == kind)
+
+
+def stage_data(
+    stage: StageName, recipe: Recipe | None, sources: Sequence[SourceSpec] | None, folder: Path
+) -> StageData:
+    """What a stage of a recipe would read.
+
+    Args:
+        stage: sft or dpo.
+        recipe: None for a stage's defaults, without limits.
+        sources: in place of the recipe's own data.
+        folder: embedded demo data is written there.
+
+    Raises UserError when the recipe lacks the stage, NotMade when its data is not made yet.
+    """
+    settings = None if recipe is None else _settings(recipe, stage)
+    if recipe is not None and settings is None:
+        raise UserError(f"recipe {recipe.name} has no {stage} section; name another --stage")
+    if sources is None:
+        if recipe is None or settings is None:
+            raise UserError("no data is named; give it, or a --recipe that names it")
+        sources = _own_sources(stage, recipe, settings, folder)
+    held_out = (
+        []
+        if settings is None or recipe is None
+        else held_out_sources(settings, sources, folder, recipe.seed)
+    )
+    return StageData(
+        stage,
+        tuple(sources),
+        plan_of(KINDS[stage], settings),
+        _setting(stage, settings, "max_dropped"),
+        tuple(held_out),
+        limited=settings is not None,
+    )
+
+
+def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[StageData], list[str]]:
+    """What each training stage of a recipe would read; and what to say of data not made yet.
+
+    `folder` is for the embedded demo's data. Raises UserError when there is nothing to look at.
+    """
+    found: list[StageData] = []
+    missing: list[NotMade] = []
+    for stage in KINDS:
+        if _settings(recipe, stage) is None:
+            continue
+        try:
+            found.append(stage_data(stage, recipe, None, folder))
+        except NotMade as error:
+            missing.append(error)
+    if not found and missing:
+        raise missing[0]
+    if not found:
+        raise UserError(
+            f"recipe {recipe.name} has neither an sft nor a dpo section, whose data could be "
+            "looked at; name a file"
+        )
+    return found, [str(error) for error in missing]
+
+
+def with_validation(found: Sequence[StageData]) -> list[StageData]:
+    """What stages would read, and after each the data sets that it would hold out, if it does."""
+    return [
+        part
+        for data in found
+        for part in (data, replace(data, sources=data.validation, validation=(), held_out=True))
+        if part.sources
+    ]
+
+
+def left_out(found: Sequence[StageData]) -> list[str]:
+    """A line on each folder of which stages would leave something out.
+
+    Data that cannot be read is passed over here: reading it reports the error.
+    """
+    with suppress(UserError):
+        return not_read([source for data in with_validation(found) for source in data.sources])
+    return []
+
+
+def plan_of(kind: Kind, settings: Training | None) -> Plan:
+    """What a stage's settings make of every record; without settings nothing is cut."""
+    if settings is None:
+        return Plan(kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record"))
+    limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
+    loss_on = settings.loss_on if isinstance(settings, Sft) else "answers"
+    return Plan(kind, limits, settings.on_bad_record, loss_on)
+
+
+def stage_chat(
+    model: str,
+    revision: str | None,
+    chat_template: str | None,
+    added_tokens: Sequence[str] = (),
+) -> StageChat:
+    """A model's tokenizer with its template; weights are not fetched.
+
+    Args:
+        model: a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do.
+        revision: of a Hub model.
+        chat_template: see `data.template.resolve_template`.
+        added_tokens: special tokens that the stage adds.
+
+    Raises UserError as a training stage would.
+    """
+    # Here, for it loads torch, which looking at texts alone does without.
+    from tandem.model.added_tokens import described_rows, in_words, untrained_tokens
+    from tandem.model.load_model import load_tokenizer, model_folder, read_config
+
+    folder = model_folder(model, revision, weights=False)
+    tokenizer = load_tokenizer(folder)
+    added = add_tokens(tokenizer, added_tokens)
+    template = resolve_template(tokenizer, chat_template)
+    rows, notices = None, template.notices
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        rows = described_rows(config, added)
+        notices += row_notices(tokenizer, rows)
+        untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
+        notices += tuple(words for words in (in_words(untrained),) if words)
+    special = tuple(str(token) for token in tokenizer.all_special_tokens)
+    chat = Chat.of(tokenizer, template, rows)
+    return StageChat(model, folder, template.name, chat, special, notices)
+
+
+def require_context(chat: StageChat, data: StageData) -> None:
+    """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
+    from tandem.model.load_model import check_context, read_config
+
+    if data.limited and (chat.folder / "config.json").is_file():
+        check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)
+
+
+def other_sets(
+    data: StageData, recipe: Recipe | None, against: Sequence[str], folder: Path
+) -> list[Other]:
+    """The sets that a stage's data should share nothing with, read.
+
+    Those are its validation data, what the recipe evaluates on, and the sets that are named; none
+    for data that is held out itself. Raises UserError for one that cannot be read.
+    """
+    if data.held_out:
+        return []
+    evaluated = _evaluation_sources(recipe, folder) if recipe else []
+    named = named_sources(against, folder, recipe.seed if recipe else None)
+    # Records of one kind share their form's words: of validation data only whole prompts count.
+    return [
+        *(read_other(source, runs=False) for source in data.validation),
+        *(read_other(source) for source in (*evaluated, *named)),
+    ]
+
+
+def _evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
+    """The questions and held-out pairs that a recipe evaluates on."""
+    if recipe.evaluate is None:
+        return []
+    settings = recipe.evaluate
+    named = [*settings.questions, *settings.pairs, *settings.heldout]
+    return source_specs(named, folder, recipe.seed)
+
+
+def _settings(recipe: Recipe, stage: StageName) -> Training | None:
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
+def _own_sources(
+    stage: StageName, recipe: Recipe, settings: Training, folder: Path
+) -> list[SourceSpec]:
+    if settings.data:
+        return source_specs(settings.data, folder, recipe.seed)
+    made = folder_of(recipe, "pairs")
+    pairs = made_pairs(made)
+    if pairs is not None:
+        return [SourceSpec(str(pairs))]
+    raise NotMade(
+        f"recipe {recipe.name}: {stage}.data is what its pairs stage makes, and there are none in "
+        f"{made} yet. Run it until then (tandem run ... --until pairs), or name a file."
+    )
+
+
+def _setting(stage: StageName, settings: Training | None, name: str) -> Any:
+    """A setting, or what it is when a recipe says nothing."""
+    if settings is not None:
+        return getattr(settings, name)
+    return _SECTIONS[stage].model_fields[name].default

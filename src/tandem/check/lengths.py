@@ -1,0 +1,120 @@
+"""How long records are: quantiles and a histogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.encoded.dataset import Columns
+from tandem.data.formats.known_formats import Kind
+
+Unit = Literal["tokens", "characters"]
+Counts = NDArray[np.int64]
+_BARS = 14
+_QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The lengths of one part of all records, [n], in short."""
+
+    mean: float
+    least: int
+    median: int
+    p95: int
+    p99: int
+    most: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many records are of `edges[i]` to `edges[i + 1]` - 1; the last edge counts as well."""
+
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+class Lengths:
+    """Collects lengths by the name of the part, and sums them up."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self._found: dict[str, list[NDArray[np.int32]]] = {}
+
+    def add(self, measures: dict[str, NDArray[np.int32]]) -> None:
+        """Note the lengths of some records."""
+        for name, values in measures.items():
+            self._found.setdefault(name, []).append(values)
+
+    def measures(self) -> dict[str, Measure]:
+        """All parts, summed up."""
+        return {
+            name: _measure(np.concatenate(parts).astype(np.int64))
+            for name, parts in self._found.items()
+            if sum(map(len, parts))
+        }
+
+    def histogram(self) -> Histogram | None:
+        """Of whole records; None when there are none."""
+        parts = self._found.get("whole", [])
+        return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
+
+
+def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
+    """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
+
+    A prompt is that of the first path, where there are several.
+    """
+    if not len(columns.parts):
+        return {}
+    first = np.concatenate([[0], np.cumsum(columns.parts)[:-1]]).astype(np.int64)
+    prefix_of = np.repeat(first, columns.parts)
+    is_prefix = np.zeros(len(columns.lengths), dtype=np.bool_)
+    is_prefix[first] = True
+    # A part's whole path, and what is trained of it; the prefix's own entries are not used.
+    path = np.where(is_prefix, 0, columns.lengths + columns.lengths[prefix_of])
+    trained = np.where(is_prefix, 0, columns.targets + columns.targets[prefix_of])
+    found = {
+        "whole": np.maximum.reduceat(path, first),
+        "prompt": path[first + 1] - trained[first + 1],
+    }
+    if kind == "preference pairs":  # [prefix, chosen, rejected]
+        found |= {"chosen": trained[first + 1], "rejected": trained[first + 2]}
+    else:
+        found["answers"] = np.add.reduceat(trained, first)
+    return {name: values.astype(np.int32) for name, values in found.items()}
+
+
+def _measure(values: Counts) -> Measure:
+    quantiles: dict[str, Any] = {
+        name: int(np.quantile(values, share, method="lower")) for name, share in _QUANTILES.items()
+    }
+    return Measure(
+        mean=round(float(values.mean()), 1),
+        least=int(values.min()),
+        most=int(values.max()),
+        total=int(values.sum()),
+        **quantiles,
+    )
+
+
+def _histogram(values: NDArray[np.int32]) -> Histogram:
+    """Bars of one width from the shortest to about the 99th percentile, and one for the rest."""
+    least, most = int(values.min()), int(values.max())
+    high = int(np.quantile(values, 0.99, method="higher")) + 1
+    width = _round_up(max(1, -(-(high - least) // _BARS)))
+    edges = np.arange(least - least % width, high + width, width)
+    below = edges[edges < most]
+    edges = np.append(below if len(below) else most, most)
+    counts, _ = np.histogram(values, bins=edges)
+    return Histogram(tuple(map(int, edges)), tuple(map(int, counts)))
+
+
+def _round_up(width: int) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    unit = 10 ** (len(str(width)) - 1)
+    return next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= width)

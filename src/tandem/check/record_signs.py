@@ -1,0 +1,307 @@
+"""Signs in answers and pairs: refusals, answers that break off, pairs the wrong way round."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.check.findings import Sign, Tally
+from tandem.check.text_signs import TextSigns
+from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+from tandem.data.text.answers import refuses, refuses_only
+from tandem.data.text.contamination import prompt_digest
+from tandem.data.text.language import language_of
+
+# Words that an answer must have, its last line, and what follows its last full stop, to be called
+# broken off.
+_WORDS, _LAST_LINE, _TAIL = 25, 8, 4
+
+BROKEN_OFF = Sign(
+    "answer_breaks_off",
+    "answers that seem to end within a sentence",
+    "note",
+    "They teach a model to stop there: complete them, or leave them out.",
+    of="answers",
+)
+OPEN_CODE = Sign(
+    "code_block_left_open",
+    "answers with a code block that is not closed",
+    "warning",
+    "They were cut, most likely: complete them, or leave them out.",
+    of="answers",
+)
+REFUSAL = Sign(
+    "refusals",
+    "answers that refuse, or speak of themselves as an AI",
+    "note",
+    "A model learns how often to refuse: leave out those that are not meant.",
+    of="answers",
+)
+REPEATS = Sign(
+    "answer_repeats_the_prompt",
+    "answers that are the question again",
+    "warning",
+    "Correct them, or leave them out.",
+    of="answers",
+)
+SAME_BUT_FOR_SPACES = Sign(
+    "nearly_identical_answers",
+    "chosen and rejected differ in spaces, case or punctuation only",
+    "warning",
+    "There is little to prefer: leave them out, unless this is what DPO is to teach.",
+    of="pairs",
+)
+SWAPPED_REFUSAL = Sign(
+    "chosen_refuses",
+    "chosen only refuses, the longer rejected answers",
+    "warning",
+    "Swapped, unless the data is about safety: exchange chosen and rejected.",
+    of="pairs",
+)
+SWAPPED_EMPTY = Sign(
+    "chosen_says_nothing",
+    "chosen has no word, rejected has several",
+    "warning",
+    "Swapped, most likely: exchange chosen and rejected.",
+    of="pairs",
+)
+_LIST_ITEM = re.compile(r"\s*(?:[-*+•#|>]|\d+[.)]|[A-Za-z][.)]\s|Step \d)")
+_SENTENCE_END = re.compile(r"[.!?]\s")
+_WORD = re.compile(r"\w+")
+# Endings of an answer that goes on: a letter, a comma, an open bracket.
+_GOES_ON = re.compile(r"[^\W\d_]$|[,(\[{–-]$")
+# Code, formulas, addresses, hashtags and the ends of letters need no full stop.
+_NO_SENTENCE = re.compile(
+    r"[{};=<>\\$_]|\w\(|https?://|\w\.\w|#\w|\b(?:sincerely|regards|cheers|yours|love|wishes)\b",
+    re.IGNORECASE,
+)
+
+
+def breaks_off(answer: str) -> bool:
+    """Whether a text of sentences ends within one.
+
+    Short answers, lists, tables, code, formulas and names at the end do not count.
+    """
+    text = answer.rstrip()
+    if not _GOES_ON.search(text[-1:]) or len(text) < 3 * _WORDS:
+        return False
+    last = text[text.rfind("\n") + 1 :]
+    if len(last.split(None, _LAST_LINE)) <= _LAST_LINE or _LIST_ITEM.match(last) or "```" in text:
+        return False
+    if len(text.split(None, _WORDS)) <= _WORDS or _SENTENCE_END.search(text) is None:
+        return False
+    tail = _SENTENCE_END.split(last[-400:])[-1]
+    return len(tail.split()) >= _TAIL and not _NO_SENTENCE.search(tail)
+
+
+def leaves_code_open(answer: str) -> bool:
+    """Whether one of the answer's code blocks is opened and not closed."""
+    return answer.count("```") % 2 == 1
+
+
+def answer_signs(answer: str, question: str) -> Iterator[tuple[Sign, int]]:
+    """The signs of one answer, and where in it they show."""
+    if refuses(answer):
+        yield REFUSAL, 0
+    if breaks_off(answer):
+        yield BROKEN_OFF, len(answer)
+    elif leaves_code_open(answer):
+        yield OPEN_CODE, answer.rfind("```")
+    if len(answer) > 20 and answer.strip() == question.strip():
+        yield REPEATS, 0
+
+
+def pair_signs(pair: PreferencePair) -> Iterator[tuple[Sign, str]]:
+    """The signs in a pair's own texts that it is no pair, or the wrong way round, with a text."""
+    chosen, rejected = pair.chosen, pair.rejected
+    if abs(len(chosen) - len(rejected)) < 40 and _words(chosen) == _words(rejected):
+        yield SAME_BUT_FOR_SPACES, chosen
+    if not _WORD.search(chosen) and len(rejected.split()) > 2:
+        yield SWAPPED_EMPTY, f"chosen: {chosen.strip()} | rejected: {rejected}"
+    if refuses_only(chosen) and not refuses(rejected) and len(rejected) > len(chosen):
+        yield SWAPPED_REFUSAL, chosen
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+Record = Conversation | PreferencePair
+# Answers of fewer characters ("Yes.") are the same by nature.
+_LONG_ANSWER = 40
+
+
+# The signs in a record's row beside it, with what they say.
+Beside = Callable[[Record], Iterable[tuple[Sign, str]]]
+
+
+@dataclass(slots=True)
+class Roles:
+    """How many texts each role has, and in which languages; how many turns records have."""
+
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
+    turns: Counter[int] = field(default_factory=Counter)
+
+    def add(self, role: str, text: str) -> None:
+        """Count a text."""
+        self.languages.setdefault(role, Counter())[language_of(text) or "unknown"] += 1
+
+
+def texts_of(record: Record) -> list[tuple[str, str]]:
+    """A record's texts in order, each with its role.
+
+    A pair's answers, reasoning and calls have names of their own.
+    """
+    if isinstance(record, Conversation):
+        return [text for turn in record.turns for text in _said(turn)]
+    prompt = [text for turn in record.prompt for text in _said(turn)]
+    return [*prompt, ("chosen", record.chosen), ("rejected", record.rejected)]
+
+
+def _said(turn: Turn) -> list[tuple[str, str]]:
+    more = turn.more()
+    reasoning = [("reasoning", more[REASONING])] if REASONING in more else []
+    calls = [
+        ("call", json.dumps(call["function"], ensure_ascii=False))
+        for call in more.get("tool_calls", ())
+    ]
+    own = [(turn.role, turn.content)] if turn.content or not calls else []
+    return [*reasoning, *own, *calls]
+
+
+def prompt_of(record: Record) -> tuple[Turn, ...]:
+    """The turns before a record's first answer, of a pair those before both answers."""
+    if isinstance(record, PreferencePair):
+        return record.prompt
+    first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+    return record.turns[:first]
+
+
+def question_of(record: Record) -> str:
+    """The last text of the user in a record's prompt."""
+    return next((turn.content for turn in reversed(prompt_of(record)) if turn.role == "user"), "")
+
+
+def answer_of(record: Record) -> str:
+    """A record's last answer, of a pair the chosen one."""
+    return record.chosen if isinstance(record, PreferencePair) else record.turns[-1].content
+
+
+def body_of(record: Record) -> str:
+    """All texts of a record but the system's, which many records share."""
+    return "\n".join(text for role, text in texts_of(record) if role != "system")
+
+
+def digests_of(record: Record) -> tuple[int, int, int, int]:
+    """64 bits each: of the record (a pair's answers in any order), its prompt, its last answer.
+
+    The fourth is of that answer's text alone, 0 for a short one.
+    """
+    prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
+    if isinstance(record, PreferencePair):
+        whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
+        own = record.chosen
+    else:
+        whole = "\0".join((record.tools, *map(_spelt, record.turns)))
+        own = _spelt(record.turns[-1])
+    answer = answer_of(record)
+    long = _digest(answer) if len(answer) >= _LONG_ANSWER else 0
+    return _digest(whole), prompt_digest(prompt), _digest(own), long
+
+
+def _spelt(turn: Turn) -> str:
+    """All of a turn that makes it another one, calls and reasoning included."""
+    return f"{turn.role}\1{turn.content}\1{turn.extra}"
+
+
+def look_at(
+    records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, beside: Beside
+) -> None:
+    """Count the signs of some records, those in the other columns as well; and roles."""
+    all_texts: list[str] = []
+    owners: list[Record] = []
+    for record in records:
+        own = texts_of(record)
+        for role, text in own:
+            roles.add(role, text)
+            all_texts.append(text)
+            owners.append(record)
+        roles.turns[
+            len(record.prompt) + 1 if isinstance(record, PreferencePair) else len(record.turns)
+        ] += 1
+        for sign, text, at in _of_one(record):
+            tally.add(sign, record.origin, text, at)
+        for sign, text in beside(record):
+            tally.add(sign, record.origin, text)
+    _of_texts(all_texts, owners, texts, tally)
+
+
+def _of_texts(texts: list[str], owners: list[Record], signs: TextSigns, tally: Tally) -> None:
+    """Signs of texts; a record counts once for each, however many of its texts have it."""
+    seen: set[tuple[str, int]] = set()
+    for number, sign, at, kind in signs.find(texts):
+        key = (sign.name, id(owners[number]))
+        if key not in seen:
+            seen.add(key)
+            text = texts[number]
+            tally.add(sign, owners[number].origin, text, at, kind)
+
+
+def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
+    """Signs of a record's answers (of a pair, of the chosen one) and of a pair as such."""
+    if isinstance(record, PreferencePair):
+        yield from ((sign, text, 0) for sign, text in pair_signs(record))
+        answers = [(record.chosen, question_of(record))]
+    else:
+        answers = [
+            # What a tool says may well be the answer.
+            (turn.content, before.content if before.role == "user" else "")
+            for before, turn in pairwise(record.turns)
+            if turn.role == "assistant" and turn.trained
+        ]
+    for answer, question in answers:
+        yield from ((sign, answer, at) for sign, at in answer_signs(answer, question))
+
+
+def answers_of(record: Record) -> int:
+    """How many answers of a record are looked at: those that are trained, of a pair the chosen."""
+    if isinstance(record, PreferencePair):
+        return 1
+    return sum(turn.role == "assistant" and turn.trained for turn in record.turns)
+
+
+def _digest(text: str) -> int:
+    content = text.encode("utf-8", "replace")
+    # Never 0, which stands for no digest.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") | 1
+
+
+def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]:
+    """The lengths of some records in characters: whole (the longer path), prompt and answers."""
+    found: dict[str, list[int]] = {}
+    for record in records:
+        if isinstance(record, PreferencePair):
+            prompt = sum(map(_length, record.prompt))
+            answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
+            lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}
+        else:
+            trained = sum(
+                _length(turn) for turn in record.turns if turn.role == "assistant" and turn.trained
+            )
+            whole = sum(map(_length, record.turns))
+            lengths = {"whole": whole, "prompt": whole - trained, "answers": trained}
+        for name, length in lengths.items():
+            found.setdefault(name, []).append(length)
+    return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
+
+
+def _length(turn: Turn) -> int:
+    return sum(len(text) for _, text in _said(turn))

@@ -1,0 +1,160 @@
+"""What `tandem show` prints: tokens in colours, or lines with a word before each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from tandem.check.show_record import Encodings, Part, Section, Token
+from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+
+# Two shades each, in turn, so that tokens can be told apart. Of the 16 colours of every terminal:
+# others become one another where there are no more.
+_STYLES: dict[Part, tuple[str, str]] = {
+    "prompt": ("black on white", "black on bright_white"),
+    "trained": ("black on green", "black on bright_green"),
+    "shared": ("black on cyan", "black on bright_cyan"),
+    "shared and trained": ("black on yellow", "black on bright_yellow"),
+}
+_MEANS: dict[Part, str] = {
+    "prompt": "fed, not trained",
+    "trained": "a target of the loss",
+    "shared": "fed once for {all} answers, not trained",
+    "shared and trained": "fed once, a target for {all} answers",
+}
+_LABELS: dict[Part, str] = {
+    "prompt": "prompt",
+    "trained": "trained",
+    "shared": "shared",
+    "shared and trained": "shared+trained",
+}
+_NEWLINE = "\u23ce"
+_SHOWN = {"\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
+
+
+def visible(text: str) -> str:
+    """A text whose characters can all be seen; a line break is a sign and a line break."""
+    return "".join(
+        f"{_NEWLINE}\n" if c == "\n" else _SHOWN.get(c, c if c.isprintable() else _escaped(c))
+        for c in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def print_turns(console: Console, record: Conversation | PreferencePair) -> None:
+    """Print a record's texts, tools, calls and reasoning under the names of their roles."""
+    if record.tools:
+        _print_text(console, "tools", record.tools)
+    if isinstance(record, Conversation):
+        for turn in record.turns:
+            _print_turn(console, turn, "" if turn.trained else " (weight 0)")
+        return
+    for turn in record.prompt:
+        _print_turn(console, turn)
+    for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
+        _print_text(console, name, text)
+
+
+def _print_turn(console: Console, turn: Turn, note: str = "") -> None:
+    more = turn.more()
+    if turn.reasoned:
+        _print_text(console, f"{turn.role} reasons{note}", more[REASONING])
+    if turn.content or not turn.calls:
+        _print_text(console, f"{turn.role}{note}", turn.content)
+    if turn.calls:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in more["tool_calls"]]
+        _print_text(console, f"{turn.role} calls{note}", "\n".join(calls))
+
+
+def _print_text(console: Console, head: str, text: str) -> None:
+    console.print(Text(f"{head}:", "bold"))
+    for line in visible(text).split("\n"):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
+    """Print the trees of a row: coloured in a terminal that has colours, with words elsewhere.
+
+    Args:
+        console: where to.
+        found: what a run makes of the row.
+        ids: one token a line, with its id.
+    """
+    parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
+    every = "both" if found.kind == "preference pairs" else "all"
+    coloured = _has_colours(console)
+    for line in _legend([part for part in _STYLES if part in parts], every, coloured):
+        console.print(line, soft_wrap=True)
+    for tree in found.trees:
+        for section in tree:
+            console.print()
+            console.print(_head(section, every), soft_wrap=True)
+            if ids:
+                lines = _listed(section, coloured)
+            elif coloured:
+                lines = iter([_coloured(section)])
+            else:
+                lines = _labelled(section)
+            for line in lines:
+                console.print(line, soft_wrap=not coloured or ids)
+
+
+def _has_colours(console: Console) -> bool:
+    """Whether colours are seen; a dumb terminal, or one with NO_COLOR, has none."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
+
+
+def _legend(parts: Sequence[Part], every: str, coloured: bool) -> Iterator[Text]:
+    for part in parts:
+        style = _STYLES[part][0] if coloured else ""
+        yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part].format(all=every)}")
+
+
+def _head(section: Section, every: str) -> Text:
+    what = {
+        "record": "the record",
+        "shared": f"what {every} answers share",
+    }.get(section.name, section.name)
+    count = len(section.tokens)
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
+
+
+def _coloured(section: Section) -> Text:
+    text = Text()
+    for number, token in enumerate(section.tokens):
+        text.append(visible(token.text), _STYLES[token.part][number % 2])
+    return text
+
+
+def _labelled(section: Section) -> Iterator[Text]:
+    """Lines of text, each with what its tokens are; a change of that begins a new line."""
+    wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
+    for part, tokens in groupby(section.tokens, key=_part):
+        text = visible("".join(token.text for token in tokens))
+        for line in text.removesuffix("\n").split("\n"):
+            yield Text(f"{_LABELS[part]:<{wide}} | {line}")
+
+
+def _part(token: Token) -> Part:
+    return token.part
+
+
+def _listed(section: Section, coloured: bool) -> Iterator[Text]:
+    """One token a line: its position, id, what it is, and its text between bars."""
+    wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
+    for number, token in enumerate(section.tokens):
+        style = _STYLES[token.part][0] if coloured else ""
+        text = visible(token.text).replace("\n", "")
+        yield Text.assemble(
+            f"{number:>6} {token.id:>7}  ",
+            (f"{_LABELS[token.part]:<{wide}}", style),
+            f"  |{text}|",
+        )

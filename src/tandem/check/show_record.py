@@ -1,0 +1,237 @@
+"""One record as a run would train it: found by its row, encoded, and told token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tandem.data.encoded.dataset_store import TreeWriter
+from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.formats.known_formats import Kind, Record, format_with
+from tandem.data.formats.unpaired import BEFORE, label_of
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.read_records import formatted_chunks, records_of
+from tandem.data.records import Branch, Origin, Tree
+from tandem.data.sources.chunks import BadLine, Row, RowChunk
+from tandem.data.sources.rows import SourceSpec, origin_names, read_rows
+from tandem.data.tokenize.encode import Chat
+from tandem.errors import UserError
+
+Part = Literal["prompt", "trained", "shared", "shared and trained"]
+# Tokens in a row that decode to no whole character, after which that is taken as it is.
+_MOST_BROKEN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row of a data set as it stands there, and the id of the format that it is read in."""
+
+    row: Row | BadLine
+    format: str
+
+    @property
+    def format_name(self) -> str:
+        """The format for people, empty if no row of its source can be parsed."""
+        return format_with(self.format).name if self.format else ""
+
+    @property
+    def chunk(self) -> RowChunk:
+        """The row as a piece of its own."""
+        return RowChunk(self.row.origin.file, 1, (self.row,))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token: its id, the text it adds, and what training makes of it."""
+
+    id: int
+    text: str
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A path of a tree: a whole conversation, or the shared prefix or one of several answers."""
+
+    name: str
+    tokens: tuple[Token, ...]
+
+    @property
+    def trained(self) -> int:
+        """How many of its tokens are targets."""
+        return sum("trained" in token.part for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Encodings:
+    """What a run makes of a row: sections of each tree, and what the ledger would say."""
+
+    kind: Kind
+    trees: tuple[tuple[Section, ...], ...]
+    entries: tuple[Entry, ...]
+
+
+def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number: int) -> Place:
+    """Row `number` of a file, counted from 1 as the ledger counts.
+
+    Args:
+        sources: where to look.
+        kind: of their records.
+        file: a file's name or the end of its path, where the sources are several.
+
+    Raises UserError when there is no such file or row, or the sources cannot be read.
+    """
+    wanted = _file_named(file, origin_names(sources))
+    last, joins = 0, False
+    for chunk, known in formatted_chunks(sources, kind, Ledger(None), "drop"):
+        if chunk.file != wanted:
+            continue
+        joins = bool(known) and format_with(known).joins
+        first = getattr(chunk, "first", None)
+        if first is not None:
+            last = first + chunk.count - 1
+            if number > last:
+                continue
+        for row in chunk.rows():
+            last = max(last, row.origin.row)
+            if row.origin.row == number:
+                return Place(row, known)
+        # Of rows that are put together, those that stay alone come last.
+        if number <= last and not joins:
+            break
+    if number > last:
+        raise UserError(f"data: {wanted} has no row {number}; its last one is {last}.")
+    for source in sources if joins else ():
+        for row in read_rows(source):
+            if row.origin == Origin(wanted, number) and isinstance(row, Row):
+                raise UserError(
+                    f"data: row {number} of {wanted} is no pair of its own; its answer is in "
+                    f"{_pair_with(row, source, kind)}."
+                )
+    raise UserError(f"data: row {number} of {wanted} is empty.")
+
+
+def _pair_with(wanted: Row, source: SourceSpec, kind: Kind) -> str:
+    """In which pair of its source a row's answer is, which comes after the row."""
+    side = "chosen" if label_of(wanted.fields) else "rejected"
+    for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):
+        apart = format_with(known).labelled
+        assert apart is not None
+        own = apart(wanted.fields)
+        answer = [own.get(key) or None for key in (*BEFORE, "completion")]
+        for row in chunk.rows():
+            if isinstance(row, BadLine) or side not in row.fields:
+                continue
+            later = row.origin.file != wanted.origin.file or row.origin.row > wanted.origin.row
+            if later and [row.fields.get(key) or None for key in (*BEFORE, side)] == answer:
+                return f"that of {row.origin}"
+    return "a later one"
+
+
+def _file_named(file: str | None, names: Sequence[str]) -> str:
+    listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    if file is None:
+        if len(names) > 1:
+            raise UserError(f"--row needs --file, for there are {len(names)}: {listing}.")
+        return names[0]
+    found = [name for name in names if file in (name, Path(name).name) or name.endswith(f"/{file}")]
+    if len(found) == 1:
+        return found[0]
+    what = "none of the files is" if not found else f"{len(found)} files are"
+    raise UserError(f"--file {file}: {what} called that; they are {listing}.")
+
+
+def records_in(place: Place) -> tuple[list[Record], list[Entry]]:
+    """What a row is read as, which may be several records, and what a run would drop of it.
+
+    Raises UserError for a row that cannot be parsed, or of which a run would drop all.
+    """
+    found = list(records_of(place.chunk, place.format, "stop"))
+    records = [one for one in found if not isinstance(one, Entry)]
+    entries = [one for one in found if isinstance(one, Entry)]
+    if not records:
+        raise would_be_dropped(entries)
+    return records, entries
+
+
+def outcome(entry: Entry) -> str:
+    """What the ledger would say of a record."""
+    return f"{entry.outcome}: {_why(entry)}"
+
+
+def would_be_dropped(entries: Sequence[Entry]) -> UserError:
+    """What to say about a row of which a run would drop all."""
+    first = entries[0]
+    why = "; ".join(dict.fromkeys(map(_why, entries)))
+    return UserError(f"{first.file}, row {first.row}: a run would drop this record: {why}")
+
+
+def _why(entry: Entry) -> str:
+    return f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
+
+
+def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
+    """What a run makes of a row.
+
+    Raises UserError for rows or turns that stop a run.
+    """
+    batch = encode_batch(chat, plan, place.chunk, place.format)
+    writer = TreeWriter(None, [batch.file])
+    writer.add(batch)
+    writer.finish({}, [len(batch.columns.parts)])
+    trees = tuple(_sections(tree, plan.kind, chat.codec.decode) for tree in writer.trees())
+    return Encodings(plan.kind, trees, batch.entries)
+
+
+def _sections(tree: Tree, kind: Kind, decode: Callable[[list[int]], str]) -> tuple[Section, ...]:
+    if kind == "preference pairs":
+        names = ["chosen", "rejected"]
+    elif len(tree.branches) == 1:
+        names = ["record"]
+    else:
+        names = [f"answer {number}" for number in range(1, len(tree.branches) + 1)]
+    sections = []
+    before: list[int] = tree.prefix.input_ids.tolist()
+    if before:
+        texts = token_texts(before, decode)
+        sections.append(_section("shared", tree.prefix, texts, shared=True))
+    for name, branch in zip(names, tree.branches, strict=True):
+        # Decoded behind the prefix, for a token's text can depend on what is before it.
+        texts = token_texts(before + branch.input_ids.tolist(), decode)[len(before) :]
+        sections.append(_section(name, branch, texts, shared=False))
+    return tuple(sections)
+
+
+def _section(name: str, branch: Branch, texts: Sequence[str], *, shared: bool) -> Section:
+    parts: tuple[Part, Part] = ("shared", "shared and trained") if shared else ("prompt", "trained")
+    return Section(
+        name,
+        tuple(
+            Token(token, text, parts[trained])
+            for token, text, trained in zip(
+                branch.input_ids.tolist(), texts, branch.trained.tolist(), strict=True
+            )
+        ),
+    )
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text that each token adds; a character of several tokens is the last one's.
+
+    Put together they are the text of all.
+    """
+    texts: list[str] = []
+    # Decoded in a window behind the last whole character, so that blanks are kept.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before = decode(list(ids[start:done]))
+        text = decode(list(ids[start:end]))
+        whole = not text.endswith("\ufffd") or end - done >= _MOST_BROKEN
+        if (whole or end == len(ids)) and text.startswith(before):
+            texts.append(text[len(before) :])
+            start, done = done, end
+        else:
+            texts.append("")
+    return texts

@@ -1,0 +1,378 @@
+"""`tandem check`: one pass over a data set, and all that was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import numpy as np
+
+from tandem.check.duplicates import Repeated, signatures
+from tandem.check.findings import Finding, Sign, Tally
+from tandem.check.lengths import Histogram, Lengths, Measure, token_lengths
+from tandem.check.record_signs import (
+    Record,
+    Roles,
+    answers_of,
+    body_of,
+    character_lengths,
+    digests_of,
+    look_at,
+    question_of,
+)
+from tandem.check.shared_texts import look_for_shared
+from tandem.check.text_signs import TextSigns
+from tandem.check.unread_columns import Columns
+from tandem.data.build_dataset import nothing_left
+from tandem.data.encoded.encode_chunk import Batch, Plan, encode_batch
+from tandem.data.encoded.worker_pool import Show, encoded_pieces
+from tandem.data.formats.known_formats import format_with
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.read_records import formatted_chunks, records_of
+from tandem.data.records import Origin, PreferencePair
+from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
+from tandem.data.sources.rows import SourceSpec, count_sources, read_rows
+from tandem.data.text.contamination import Other
+from tandem.data.text.word_hashes import words_of
+from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.template_omissions import way_out
+from tandem.data.truncation.limits import Limits
+from tandem.errors import UserError
+
+# Tokens beyond which nobody counts: a text of 50 MB would take gigabytes.
+_COUNTED = 2**17
+
+_UNCOUNTED = Sign(
+    "very_long",
+    f"records of more than {_COUNTED:,} tokens, whose rest was not counted",
+    "note",
+    "A record this long is often a whole file by mistake: look at it.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at, and as what.
+
+    Attributes:
+        stage: sft or dpo, where a recipe or a flag says so.
+        sources: the data.
+        plan: what a run would make of every record.
+        max_dropped: the share of records that a run may drop.
+        chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
+        special: the tokenizer's special tokens.
+        limited: whether the plan's limits are those of a recipe.
+        held_out: whether a run would score it, and not train on it.
+    """
+
+    stage: str | None
+    sources: tuple[SourceSpec, ...]
+    plan: Plan
+    max_dropped: float
+    chat: Chat | None = None
+    special: tuple[str, ...] = ()
+    limited: bool = False
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found.
+
+    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
+    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
+    more; `problem` is the message that it would stop with, None if it would not.
+    """
+
+    subject: Subject
+    limit: int | None
+    looked_at: int
+    formats: dict[str, str]
+    unread: tuple[str, ...]
+    unread_cut: bool
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    roles: Roles
+    unit: str
+    measures: dict[str, Measure]
+    histogram: Histogram | None
+    findings: tuple[Finding, ...]
+    others: tuple[Other, ...]
+    problem: str | None
+
+
+def survey(
+    subject: Subject,
+    *,
+    others: Sequence[Other] = (),
+    limit: int | None = None,
+    shown: int = 3,
+    show: Show | None = None,
+    workers: int | None = None,
+) -> Survey:
+    """Read a data set once, and say what is in it.
+
+    Args:
+        subject: the data, and what a run would make of it.
+        others: sets that it should share nothing with.
+        limit: rows after which to stop.
+        shown: rows of each finding.
+        show: displays the progress of large data.
+        workers: processes that encode large data, one a core when None.
+
+    Raises nothing for data that cannot be used: that is in the result's `problem`.
+    """
+    work = _Survey(subject, others, limit, shown)
+    problem = None
+    try:
+        plan = _plan(subject)
+        pieces = encoded_pieces(
+            work.chunks(),
+            subject.chat,
+            plan,
+            doing="checking records",
+            total=partial(_total, subject.sources, limit),
+            show=show,
+            workers=workers,
+        )
+        for chunk, known, batch in pieces:
+            work.take(chunk, known, batch)
+    except UserError as error:
+        problem = str(error)
+    return work.finish(problem or work.ended)
+
+
+class _Survey:
+    """The pass: takes pieces, keeps a few bytes of each record."""
+
+    def __init__(
+        self, subject: Subject, others: Sequence[Other], limit: int | None, shown: int
+    ) -> None:
+        self.ledger = Ledger(None)
+        self._subject, self._limit = subject, limit
+        self._others = tuple(others)
+        self._texts = TextSigns(subject.special)
+        self._tally, self._roles = Tally(shown), Roles()
+        self._lengths = Lengths("tokens" if subject.chat else "characters")
+        self._repeated = Repeated(shown)
+        self._answers = self._records = 0
+        self._columns = Columns(subject.plan.kind)
+        self._stop: str | None = None
+        self.ended: str | None = None
+        self._looked_at = 0
+        self._joins = False
+
+    def chunks(self) -> Iterator[tuple[Chunk, str]]:
+        """The pieces of the data, up to what cannot be read; `ended` then says why.
+
+        An error would be raised while pieces are read ahead, and those would be lost.
+        """
+        left = self._limit
+        kind = self._subject.plan.kind
+        try:
+            for source in self._subject.sources:
+                if left == 0:
+                    return
+                self._looked_at += 1
+                limit, layout = left, None
+                for chunk, known in formatted_chunks([source], kind, self.ledger, "drop", limit):
+                    left = None if left is None else max(0, left - chunk.count)
+                    layout = layout or (format_with(known) if known else None)
+                    yield chunk, known
+                if layout is not None and layout.joins:
+                    self._joins = True
+                    # Read once more: the pairs no longer have the keys that nothing reads.
+                    self._columns.joined(islice(read_rows(source), limit), layout, source.fields)
+        except UserError as error:
+            self.ended = str(error)
+
+    def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
+        """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
+        rows = tuple(chunk.rows())
+        names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
+        chunk = RowChunk(chunk.file, chunk.count, rows)
+        found = list(records_of(chunk, known, "drop"))
+        records = [one for one in found if not isinstance(one, Entry)]
+        entries = [one for one in found if isinstance(one, Entry)]
+        self._note_stop(chunk, known, entries)
+        if batch is None:
+            self.ledger.add(entries, len(records))
+            self._lengths.add(character_lengths(records))
+        else:
+            self.ledger.add(self._told(batch), len(batch.columns.parts))
+            self._measure(chunk, known, batch)
+        self._records += len(records)
+        self._answers += sum(map(answers_of, records))
+        beside = self._columns.beside(rows, known, names)
+        look_at(records, self._texts, self._tally, self._roles, beside)
+        self._compare(records)
+
+    def finish(self, problem: str | None) -> Survey:
+        """All that was found; `problem` is what ended the pass early."""
+        subject, ledger = self._subject, self.ledger
+        counts = ledger.counts
+        too_many = self._too_many()
+        problem = self._stop or problem or too_many
+        for entry in ledger.entries:
+            stops = entry.reason == "unparsable" and self._stop is not None
+            sign = _of_ledger(entry, stops=stops, too_many=too_many is not None)
+            self._tally.add(sign, Origin(entry.file, entry.row), entry.detail)
+        self._repeated.finish(self._tally, self._read_again)
+        summary = ledger.summary()
+        return Survey(
+            subject,
+            self._limit,
+            self._looked_at,
+            dict(ledger.formats),
+            self._columns.unread,
+            self._columns.unread_cut,
+            counts,
+            summary["reasons"],
+            self._roles,
+            self._lengths.unit,
+            self._lengths.measures(),
+            self._lengths.histogram(),
+            tuple(
+                self._tally.findings(
+                    {
+                        "records": counts["read"],
+                        "pairs": self._records,
+                        "answers": self._answers,
+                    }
+                )
+            ),
+            self._others,
+            problem,
+        )
+
+    def _too_many(self) -> str | None:
+        """What a run would say of the records that it would drop, if they are too many."""
+        if not self.ledger.counts["read"]:
+            return None
+        try:
+            if not self.ledger.counts["trained"]:
+                raise nothing_left(self._subject.sources, self.ledger)
+            self.ledger.check_share(self._subject.max_dropped)
+        except UserError as error:
+            if self._joins and self._limit is not None:
+                return f"{error} What an answer lacks may be in the rows behind --limit."
+            return str(error)
+        return None
+
+    def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
+        """Keep the message that a run would stop with at this piece's first unparsable row."""
+        if self._stop is not None or self._subject.plan.on_bad_record == "drop":
+            return
+        if any(entry.reason == "unparsable" for entry in entries):
+            try:
+                for _ in records_of(chunk, known, "stop"):
+                    pass
+            except UserError as error:
+                self._stop = str(error)
+
+    def _told(self, batch: Batch) -> list[Entry]:
+        """What the ledger would say; without limits nothing is cut but what goes uncounted."""
+        if self._subject.limited:
+            return list(batch.entries)
+        for entry in batch.entries:
+            if entry.outcome == "truncated":
+                self._tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
+        return [entry for entry in batch.entries if entry.outcome != "truncated"]
+
+    def _measure(self, chunk: Chunk, known: str, batch: Batch) -> None:
+        """Note lengths in tokens, of records that were cut or dropped those they had before."""
+        plan = self._subject.plan
+        found = token_lengths(batch.columns, plan.kind)
+        if batch.entries and self._subject.limited:
+            assert self._subject.chat is not None
+            numbers = {entry.row for entry in batch.entries}
+            # A row may hold several records, of which one alone was cut.
+            kept = ~np.isin(batch.columns.rows, list(numbers))
+            self._lengths.add({name: values[kept] for name, values in found.items()})
+            rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
+            whole = replace(plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
+            again = RowChunk(chunk.file, len(rows), rows)
+            batch = encode_batch(self._subject.chat, whole, again, known)
+            found = token_lengths(batch.columns, plan.kind)
+        self._lengths.add(found)
+
+    def _compare(self, records: list[Record]) -> None:
+        words = words_of([body_of(record) for record in records])
+        self._repeated.add(
+            [record.origin for record in records],
+            np.array([digests_of(record) for record in records], dtype=np.uint64),
+            signatures(words),
+            [
+                isinstance(record, PreferencePair) and record.chosen > record.rejected
+                for record in records
+            ],
+        )
+        look_for_shared(records, words, self._others, self._tally)
+
+    def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
+        """The questions of a few records, from another look at the data."""
+        found: dict[Origin, str] = {}
+        files = {origin.file for origin in wanted}
+        chunks = formatted_chunks(
+            self._subject.sources, self._subject.plan.kind, Ledger(None), "drop"
+        )
+        # What cannot be read ended the pass itself, which says so; wanted is what came before.
+        with suppress(UserError):
+            for chunk, known in chunks:
+                first = getattr(chunk, "first", None)
+                if chunk.file not in files or (
+                    first is not None
+                    and not any(first <= origin.row < first + chunk.count for origin in wanted)
+                ):
+                    continue
+                for record in records_of(chunk, known, "drop"):
+                    if not isinstance(record, Entry) and record.origin in wanted:
+                        found[record.origin] = question_of(record)
+                if len(found) == len(wanted):
+                    break
+        return found
+
+
+def _plan(subject: Subject) -> Plan:
+    """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
+    plan = replace(subject.plan, on_bad_record="drop")
+    return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
+
+
+def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:
+    total = count_sources(sources)
+    return total if limit is None or total is None else min(limit, total)
+
+
+def _mend(reason: str) -> str:
+    return way_out(reason) if reason.startswith("the chat template") else "Mend them."
+
+
+def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
+    """The sign that a reason of the ledger is; an error if it is what stops a run.
+
+    Args:
+        entry: the record.
+        stops: whether one of these stops a run.
+        too_many: whether all that is dropped stops it.
+    """
+    if entry.outcome == "dropped":
+        return Sign(
+            "dropped",
+            f"would be dropped: {entry.reason}",
+            "error" if stops or too_many else "warning",
+            "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
+            if stops
+            else f"{_mend(entry.reason)} More than max_dropped of them stop a run.",
+            about=entry.reason,
+        )
+    return Sign(
+        "truncated",
+        f"would be truncated: {entry.reason}",
+        "note",
+        "Raise max_length or max_prompt_length, or shorten them.",
+        about=entry.reason,
+    )

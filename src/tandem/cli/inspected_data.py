@@ -1,0 +1,125 @@
+"""What `tandem check` and `tandem show` look at: the flags that say it, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tandem.cli.parser import Parser, add_flag, path
+from tandem.errors import UserError
+from tandem.recipe.flags import DATA_FLAGS
+
+if TYPE_CHECKING:
+    from tandem.check.inputs import StageChat, StageData
+    from tandem.recipe.recipe import Recipe
+
+STAGES = ("sft", "dpo")
+
+
+def add_inspected(parser: Parser) -> None:
+    """Declare the flags that both commands share."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="*",
+        type=path,
+        help="files, folders or Hub ids; left out: the recipe's data",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=path,
+        metavar="R",
+        help="whose data, limits, tokenizer and template: a name or a file",
+    )
+    parser.add_argument(
+        "--model",
+        type=path,
+        metavar="M",
+        help="whose tokenizer: a folder or a Hub id; no weights are fetched",
+    )
+    parser.add_argument(
+        "--chat_template",
+        type=path,
+        metavar="NAME|FILE",
+        help="default: the recipe's, else the model's own",
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, help="as which stage reads it; default: told by the data"
+    )
+
+    saying = parser.add_argument_group("of DATA, as the recipe's keys of these names")
+    for flag in DATA_FLAGS:
+        add_flag(saying, flag)
+    saying.add_argument(
+        "--revision", metavar="NAME", help="commit, tag or branch of a Hub data set"
+    )
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
+    """The recipe that was named."""
+    if arguments.recipe is None:
+        return None
+    from tandem.recipe.load_recipe import load_recipe
+
+    return load_recipe(arguments.recipe)
+
+
+def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat | None:
+    """The tokenizer and template that were named, or the recipe's; None without either."""
+    if arguments.model is None and recipe is None:
+        if arguments.chat_template is not None:
+            raise UserError("--chat_template needs --model or --recipe, for a tokenizer renders it")
+        return None
+    from tandem.check.inputs import stage_chat
+
+    template = arguments.chat_template or (recipe.chat_template if recipe else None)
+    added = recipe.added_tokens if recipe else ()
+    if arguments.model is not None:
+        return stage_chat(arguments.model, None, template, added)
+    assert recipe is not None
+    return stage_chat(recipe.model, recipe.model_revision, template, added)
+
+
+def data_of(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """What each stage would read of the data that was named, or of the recipe's own; and notices.
+
+    `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
+    """
+    from tandem.check.inputs import left_out
+
+    found, notices = _asked(arguments, recipe, folder)
+    return found, [*notices, *left_out(found)]
+
+
+def _asked(
+    arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
+) -> tuple[Sequence[StageData], Sequence[str]]:
+    """See `data_of`."""
+    from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
+    from tandem.recipe.flags import said_of_data
+
+    said = said_of_data(vars(arguments))
+    if not arguments.data:
+        if said:
+            raise UserError(
+                f"--{min(said)} is about data that is named; name some, or leave it out"
+            )
+        assert recipe is not None
+        if arguments.stage is None:
+            return recipe_data(recipe, folder)
+        return [stage_data(arguments.stage, recipe, None, folder)], []
+    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, said)
+    if arguments.stage is not None:
+        return [stage_data(arguments.stage, recipe, sources, folder)], []
+    parts, unknown = by_kind(sources)
+    notices = [
+        f"{source.path} is of no known format, and read as {KINDS['sft']}; if it holds "
+        f"{KINDS['dpo']}, give --stage dpo"
+        for source in unknown
+    ]
+    found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+    return found, notices

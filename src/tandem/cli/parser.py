@@ -1,0 +1,138 @@
+"""An argparse parser that takes dashes for underscores, and says what a wrong flag is close to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tandem.errors import UserError
+from tandem.recipe.flags import Flag, boolean, nearest_flag
+from tandem.recipe.section import expanded
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser. Mistakes are UserErrors; abbreviations are mistakes."""
+
+    def __init__(self, *, unknown_hint: str = "", **options: Any) -> None:
+        self.unknown_hint = unknown_hint
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's arguments, flags and names in any order.
+
+        Raises UserError naming the flag, and the nearest valid one for an unknown flag.
+        """
+        return self.parse_intermixed_args(self._own_spelling(argv))
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse calls this with what is wrong."""
+        raise UserError(f"{self.prog}: {message}. See {self.prog} --help")
+
+    def _own_spelling(self, argv: Sequence[str]) -> list[str]:
+        """The arguments with every flag spelt as it was declared."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        declared = {flag.replace("_", "-"): flag for flag in flags}
+        spelled: list[str] = []
+        seen: set[str] = set()
+        for position, argument in enumerate(argv):
+            if argument == "--":
+                return [*spelled, *argv[position:]]
+            if not argument.startswith("--"):
+                spelled.append(argument)
+                continue
+            name, equals, value = argument.partition("=")
+            flag = declared.get(name.replace("_", "-"))
+            if flag is None:
+                self._unknown(name, declared)
+            if flag in seen:
+                raise UserError(f"{self.prog}: {name} is given twice; keep one")
+            seen.add(flag)
+            spelled.append(f"{flag}{equals}{value}")
+        return spelled
+
+    def _unknown(self, name: str, declared: dict[str, str]) -> NoReturn:
+        nearest = nearest_flag(name, [flag for flag in declared.values() if flag != "--help"])
+        hint = f"; did you mean {nearest}?" if nearest else f". See {self.prog} --help"
+        raise UserError(f"{self.prog}: unknown flag {name}{hint}{self.unknown_hint}")
+
+
+def path(text: str) -> str:
+    """A path, `~` and variables resolved, as argparse wants it."""
+    try:  # a shell leaves `~` in `--flag=~/x` as it is
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as argparse wants it."""
+    number = _whole(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number from 0, as argparse wants it."""
+    number = _whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def seed(text: str) -> int:
+    """A whole number that torch and numpy take as a seed, as argparse wants it."""
+    number = _whole(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
+    """Declare a flag; booleans may stand alone or before true or false."""
+    kind = path if flag.kind is expanded else flag.kind
+    options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
+    if flag.kind is boolean:
+        options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+    elif flag.choices:
+        options["choices"] = flag.choices
+    else:
+        of_its_kind = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
+        options["metavar"] = flag.metavar or of_its_kind
+    if flag.many:
+        options["nargs"] = "+"
+    parser.add_argument(f"--{flag.name}", dest=flag.name, **options)
+
+
+def output_folder(path: Path, name: str) -> Path:
+    """The folder that a command is to write into, `~` resolved; it need not exist yet.
+
+    Args:
+        path: the folder.
+        name: the flag or key that says it, for the message.
+
+    Raises UserError if it, or what should hold it, is a file.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {path}: {error} Name another folder") from error
+    for place in (path, *path.parents):
+        if place.is_dir():
+            break
+        if place.exists():
+            raise UserError(f"{name}: {place} is a file, not a folder; name another folder")
+    return path

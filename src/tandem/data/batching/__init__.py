@@ -1,0 +1,1 @@
+"""Which records a step has, how they are packed, and the tensors made of them."""

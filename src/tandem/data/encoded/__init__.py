@@ -1,0 +1,1 @@
+"""Encoded records: made in several processes, kept on disk, read back."""

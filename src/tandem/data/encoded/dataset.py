@@ -1,0 +1,285 @@
+"""Trees as a few flat arrays: how they travel between processes and lie on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.records import Branch, Origin, Tree
+
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """n trees as arrays; a tree's parts are its prefix and then its branches.
+
+    Attributes:
+        ids: [T] int32, the tokens of all parts, one after the other.
+        trained: [T] bool, which of them are targets.
+        parts: [n] int32, how many parts each tree has.
+        lengths: [P] int32, tokens of each part.
+        targets: [P] int32, trained tokens of each part.
+        fed: [n] int32, rows that each tree takes in a micro-batch.
+        rows: [n] int64, each record's row in its file.
+        digests: [S, 32] uint8, `sequence_digest` of each branch's sequence.
+        prompts: [n] uint64, `records.prompt_key` of each record.
+    """
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    parts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    fed: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    prompts: NDArray[np.uint64]
+
+
+def to_columns(trees: Sequence[Tree], prompts: Sequence[int] | None = None) -> Columns:
+    """The arrays of some trees.
+
+    Args:
+        trees: encoded records.
+        prompts: `records.prompt_key` of each; by default no two have the same.
+    """
+    parts = [part for tree in trees for part in (tree.prefix, *tree.branches)]
+    lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
+    trained = _joined([part.trained for part in parts], np.bool_)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    counted = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(trained, dtype=np.int64)])
+    digests = b"".join(
+        sequence_digest(tree.prefix, branch) for tree in trees for branch in tree.branches
+    )
+    return Columns(
+        ids=_joined([part.input_ids for part in parts], np.int32),
+        trained=trained,
+        parts=np.array([1 + len(tree.branches) for tree in trees], dtype=np.int32),
+        lengths=lengths,
+        targets=(counted[ends] - counted[ends - lengths]).astype(np.int32),
+        fed=np.array([tree.fed for tree in trees], dtype=np.int32),
+        rows=np.array([tree.origin.row for tree in trees], dtype=np.int64),
+        digests=np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        prompts=np.array(range(len(trees)) if prompts is None else prompts, dtype=np.uint64),
+    )
+
+
+def sequence_digest(prefix: Branch, branch: Branch) -> bytes:
+    """SHA-256 of a sequence's length, token ids and targets: what it is, apart from its origin."""
+    digest = hashlib.sha256()
+    digest.update((len(prefix.input_ids) + len(branch.input_ids)).to_bytes(8, "little"))
+    digest.update(prefix.input_ids.astype("<i4", copy=False).tobytes())
+    digest.update(branch.input_ids.astype("<i4", copy=False).tobytes())
+    digest.update(np.packbits(np.concatenate([prefix.trained, branch.trained])).tobytes())
+    return digest.digest()
+
+
+def _joined(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+
+
+# Sequences whose digests are read at once.
+_DIGESTS = 2**16
+
+
+class Bytes:
+    """Bytes in memory or in a file; a file is read where it is asked for, and not mapped.
+
+    So what was read once is the system's cache, and not this process's memory. An open file
+    stays readable when it is deleted.
+    """
+
+    def __init__(self, source: bytes | bytearray | Path) -> None:
+        self._memory = None if isinstance(source, Path) else source
+        self._file = -1
+        if isinstance(source, Path):
+            self._file = os.open(source, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+
+    def read(self, start: int, stop: int) -> bytes | bytearray:
+        """The bytes from `start` to `stop` - 1."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        parts = []
+        while start < stop:  # one call gives at most 2 GiB
+            part = os.pread(self._file, stop - start, start)
+            if not part:
+                raise OSError(f"an encoded data set ends at byte {start}, before {stop}")
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What is held in memory of n encoded trees with P parts and S sequences; see `Columns`.
+
+    Attributes:
+        files: [n] int32, the number of each record's file in `names`.
+        names: the names of the files.
+        sources: how many records each data source gave, in reading order.
+    """
+
+    parts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    fed: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    files: NDArray[np.int32]
+    prompts: NDArray[np.uint64]
+    names: tuple[str, ...]
+    sources: tuple[int, ...]
+
+
+class Trees(Sequence[Tree]):
+    """n encoded records; their counts are arrays, and a `Tree` is made on each access.
+
+    Args:
+        index: lengths and origins.
+        ids: int32 tokens of all parts.
+        trained: a bit a token, whether it is a target, most significant bit first.
+        digests: `columns.sequence_digest` of each sequence.
+        chosen: the records of the index that these are, ascending; None: all.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        ids: Bytes,
+        trained: Bytes,
+        digests: Bytes,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._index = index
+        self._ids, self._trained, self._digests = ids, trained, digests
+        self._first_part = _starts(index.parts)
+        self._first_token = _starts(index.lengths)
+        self._chosen = np.arange(len(index.parts)) if chosen is None else chosen
+
+    def select(self, positions: NDArray[np.int64]) -> Trees:
+        """Some of these records, by ascending positions; they share the bytes."""
+        chosen = self._chosen[positions]
+        return Trees(self._index, self._ids, self._trained, self._digests, chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [self._tree(number) for number in range(*index.indices(len(self)))]
+        number = int(index)
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(index)
+        return self._tree(number)
+
+    @property
+    def fed(self) -> NDArray[np.int32]:
+        """[n]: rows that each tree takes in a micro-batch."""
+        return self._index.fed[self._chosen]
+
+    @property
+    def branches(self) -> NDArray[np.int32]:
+        """[n]: sequences of each tree."""
+        return self._index.parts[self._chosen] - 1
+
+    @property
+    def prompts(self) -> NDArray[np.uint64]:
+        """[n]: `records.prompt_key` of each record."""
+        return self._index.prompts[self._chosen]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """How many of the records each data source gave; they lie in that order."""
+        ends = np.searchsorted(self._chosen, np.cumsum(self._index.sources, dtype=np.int64))
+        return tuple(np.diff(ends, prepend=0).tolist())
+
+    @property
+    def prefix_lengths(self) -> NDArray[np.int32]:
+        """[n]: tokens of each tree's prefix, which its sequences share."""
+        return self._index.lengths[self._first_part[:-1][self._chosen]]
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """[S]: tokens of each sequence, its prefix included, tree by tree."""
+        return self._per_sequence(self._index.lengths)
+
+    @property
+    def sequence_targets(self) -> NDArray[np.int32]:
+        """[S]: trained tokens of each sequence, those of its prefix included."""
+        return self._per_sequence(self._index.targets)
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """[n]: tokens of each tree's first sequence that are not trained."""
+        first = _starts(self.branches)[:-1]
+        return (self.sequence_lengths - self.sequence_targets)[first]
+
+    def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """[S', 32]: digests of the sequences of trees `start` to `stop` - 1."""
+        chosen = self._chosen[start:stop]
+        if not len(chosen):
+            return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
+        first, last = int(chosen[0]), int(chosen[-1]) + 1
+        # Each tree has one part that is no sequence.
+        bounds = [int(self._first_part[tree]) - tree for tree in (first, last)]
+        found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
+        rows = np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        if last - first == len(chosen):
+            return rows
+        return rows[self._sequences_of(chosen, first, last)]
+
+    def all_digests(self) -> Iterator[bytes]:
+        """The digests of all sequences in order, in blocks."""
+        for start in range(0, len(self), _DIGESTS):
+            yield self.digests(start, min(start + _DIGESTS, len(self))).tobytes()
+
+    def _per_sequence(self, per_part: NDArray[np.int32]) -> NDArray[np.int32]:
+        prefix = per_part[self._first_part[:-1]]
+        of_branches = np.ones(len(per_part), dtype=np.bool_)
+        of_branches[self._first_part[:-1]] = False
+        whole = per_part[of_branches] + np.repeat(prefix, self._index.parts - 1)
+        if len(self) == len(self._index.parts):
+            return whole
+        return whole[self._sequences_of(self._chosen, 0, len(self._index.parts))]
+
+    def _sequences_of(self, chosen: NDArray[np.int64], first: int, last: int) -> NDArray[np.bool_]:
+        """Which sequences of the index's trees `first` to `last` - 1 are of the chosen ones."""
+        member = np.zeros(last - first, dtype=np.bool_)
+        member[chosen - first] = True
+        return np.repeat(member, self._index.parts[first:last] - 1)
+
+    def _tree(self, position: int) -> Tree:
+        number = int(self._chosen[position])
+        first, last = int(self._first_part[number]), int(self._first_part[number + 1])
+        bounds = self._first_token[first : last + 1]
+        start, stop = int(bounds[0]), int(bounds[-1])
+        ids = np.frombuffer(self._ids.read(4 * start, 4 * stop), dtype="<i4")
+        bits = np.frombuffer(self._trained.read(start // 8, -(-stop // 8)), dtype=np.uint8)
+        trained = np.unpackbits(bits)[start % 8 : start % 8 + stop - start].view(np.bool_)
+        cuts = (bounds[1:-1] - start).tolist()
+        parts: list[Any] = [
+            Branch(ids[a:b], trained[a:b])
+            for a, b in zip([0, *cuts], [*cuts, stop - start], strict=True)
+        ]
+        index = self._index
+        origin = Origin(index.names[index.files[number]], int(index.rows[number]))
+        return Tree(parts[0], tuple(parts[1:]), origin)
+
+
+def _starts(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])

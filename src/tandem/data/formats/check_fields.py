@@ -1,0 +1,146 @@
+"""Whether what a recipe says about a source's rows can apply to them, and changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
+
+from tandem.data.formats.known_formats import QUESTION_KEYS, QUESTION_OPTIONS, Format
+from tandem.data.formats.turns import known_role, read_keys
+from tandem.data.records import Unreadable
+from tandem.data.sources.chunks import Chunk, Row
+from tandem.data.sources.renaming import TURN_KEYS, led_into
+from tandem.data.sources.rows import SourceSpec, unrenamed_rows
+from tandem.errors import UserError, nearest
+
+
+def check_meaning(source: SourceSpec, known: Format) -> None:
+    """Raise `UserError` for a name, a role or a choice that has no effect in a source's format."""
+    check_use(source)  # first, for a misspelt name may lead to another format
+    keys = known.read_keys | (TURN_KEYS if known.turns else set())
+    _check_keys(source, keys, f"the format {known.name}")
+    if source.completions is not None and "completions" not in known.keys:
+        raise UserError(
+            f"data: {source.path}: `completions: {source.completions}` chooses between scored "
+            f"answers (UltraFeedback), but the format is {known.name}. Remove it."
+        )
+    if source.roles and not known.turns:
+        raise UserError(
+            f"data: {source.path}: `roles` renames who speaks, but the format {known.name} has no "
+            "turns. Remove it."
+        )
+    for name, role in source.roles:
+        if known_role(name) == role:
+            raise UserError(
+                f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
+                f"{name!r} means that anyway. Remove it."
+            )
+
+
+def check_question_meaning(source: SourceSpec) -> None:
+    """Raise `UserError` for what a source of questions is said to be and has no effect."""
+    said = [name for name in ("format", "roles", "completions") if name in source.meaning]
+    if said:
+        raise UserError(
+            f"data: {source.path}: `{said[0]}` has no effect on questions, which have one format. "
+            "Remove it."
+        )
+    _check_keys(source, QUESTION_KEYS | QUESTION_OPTIONS, "a question")
+    check_use(source)
+
+
+def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
+    for key, name in source.fields:
+        if key not in keys:
+            raise UserError(
+                f"data: {source.path}: `fields` says what {key!r} is called, but {what} has no "
+                f"such key.{nearest(key, sorted(keys))} It has: {', '.join(sorted(keys))}."
+            )
+        if key == name:
+            raise UserError(
+                f"data: {source.path}: `fields: {{{key}: {name}}}` changes nothing. Remove it."
+            )
+
+
+def check_use(source: SourceSpec) -> None:
+    """Raise `UserError` for a name that is in no row; usually the first row has them all."""
+    renaming = source.renaming
+    if not renaming:
+        return
+    names: set[str] | None = None
+    roles: set[str] = set()
+    columns: dict[str, None] = {}
+    for row in unrenamed_rows(source):
+        unused = renaming.unused(row.fields)
+        names, roles = unused if names is None else (names & unused[0], roles & unused[1])
+        columns |= dict.fromkeys(map(str, row.fields))
+        if not names and not roles:
+            return
+    if names:
+        name = min(names)
+        raise UserError(
+            f"data: {source.path}: `fields` names {name!r}, which no row has."
+            f"{nearest(name, columns)} The rows have: {', '.join(columns)}."
+        )
+    if roles:
+        raise UserError(
+            f"data: {source.path}: `roles` names {min(roles)!r}, but nobody speaks under that name "
+            "in any row. Correct or remove it."
+        )
+
+
+# What tells a turn, and what is read of one.
+_SPEAKERS = {"role", "from"}
+_OF_TURNS = read_keys("assistant") | read_keys("tool")
+
+
+def unread_keys(chunks: Iterable[Chunk], known: Format, source: SourceSpec) -> tuple[str, ...]:
+    """The keys that are not read of the first row of the source's format, in order.
+
+    Later rows may have others: `tandem check` looks at them all. A key that the source's names lead
+    into (`answers.good`) is read.
+
+    Args:
+        chunks: the source's first pieces, not joined yet.
+        known: its format.
+        source: what is said of it.
+    """
+    rows = (row.fields for chunk in chunks for row in chunk.rows() if isinstance(row, Row))
+    stated = source.format is not None
+    first = next(
+        (row for row in rows if known.fits(row) or (stated and known.keys <= row.keys())), {}
+    )
+    # Here rows are as they were, also those that are to be joined.
+    return tuple(
+        sorted(map(str, replace(known, joins=False).unread(first) - led_into(source.fields)))
+    )
+
+
+def unreadable(fields: Mapping[str, object], keys: Set[str]) -> str:
+    """What cannot be read of a row's columns of these keys, and why; empty when all can be.
+
+    What a turn holds beside what is read of it does not count.
+    """
+    found = ((key, _lost_in(fields[key], str(key))) for key in fields if key in keys)
+    return next((lost for _, lost in found if lost), "")
+
+
+def unreadable_text(fields: Mapping[str, object]) -> str:
+    """The same for the texts in all columns of a row; other values do not count."""
+    found = (_lost_in(value, str(key), texts=True) for key, value in fields.items())
+    return next((lost for lost in found if lost), "")
+
+
+def _lost_in(value: object, place: str, *, texts: bool = False) -> str:
+    if isinstance(value, Unreadable):
+        if texts and not value.text:
+            return ""
+        return f"holds in `{place}` a value that {value.reason}"
+    inner: Iterable[tuple[str, object]] = ()
+    if isinstance(value, list):
+        inner = ((f"{place}[{number}]", one) for number, one in enumerate(value))
+    elif isinstance(value, Mapping):
+        read = _OF_TURNS if _SPEAKERS & value.keys() and not texts else value.keys()
+        inner = ((f"{place}.{key}", one) for key, one in value.items() if key in read)
+    found = (_lost_in(one, where, texts=texts) for where, one in inner)
+    return next((lost for lost in found if lost), "")

@@ -1,0 +1,336 @@
+"""Records of a data set: the format of each source, and what each row turns out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Literal
+
+from tandem.data.formats.aliases import columns_of_turns, ends_with_answer
+from tandem.data.formats.check_fields import (
+    check_meaning,
+    check_question_meaning,
+    check_use,
+    unread_keys,
+    unreadable,
+)
+from tandem.data.formats.known_formats import (
+    QUESTION_KEYS,
+    QUESTION_OPTIONS,
+    Fields,
+    Format,
+    Kind,
+    Question,
+    Record,
+    Unusable,
+    describe_formats,
+    detect,
+    format_called,
+    format_with,
+    overlooked,
+    read_question,
+    variant,
+)
+from tandem.data.formats.turns import check_text_alone, tools_in
+from tandem.data.formats.unpaired import joined
+from tandem.data.ledger import Entry, Ledger
+from tandem.data.records import Conversation, PreferencePair
+from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
+from tandem.data.sources.rows import SourceSpec, read_chunks, read_rows
+from tandem.errors import UserError
+
+OnBadRecord = Literal["stop", "drop"]
+
+_SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
+# Rows of no known format that a source may begin with before it is given up.
+_UNKNOWN_ROWS = 20
+
+
+def read_conversations(
+    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+) -> Iterator[Conversation]:
+    """Stream the usable conversations of some sources; the others go to the ledger."""
+    for record in _read(sources, "conversations", ledger, on_bad_record):
+        assert isinstance(record, Conversation)
+        yield record
+
+
+def read_pairs(
+    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+) -> Iterator[PreferencePair]:
+    """Stream the usable preference pairs of some sources; the others go to the ledger."""
+    for record in _read(sources, "preference pairs", ledger, on_bad_record):
+        assert isinstance(record, PreferencePair)
+        yield record
+
+
+def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> list[Question]:
+    """Evaluation questions, all or the first so many; what lies behind those is not read.
+
+    Every bad row is a `UserError`, for a score needs them all.
+    """
+    questions: list[Question] = []
+    for source in sources:
+        before = len(questions)
+        check_question_meaning(source)
+        for row in read_rows(source):
+            if limit is not None and len(questions) >= limit:
+                return questions
+            if isinstance(row, BadLine):
+                raise _bad_line(row)
+            asked = QUESTION_KEYS | QUESTION_OPTIONS
+            if row.broken and (said := unreadable(row.fields, asked)):
+                raise _bad_line(BadLine(row.origin, said))
+            try:
+                questions.append(read_question(row.fields, row.origin))
+            except Unusable as reason:
+                raise UserError(
+                    f"{row.origin}: no usable question: {reason}. A question is an object with "
+                    "`question` and `answer` (and `system`, `accepted`, `completion` if wanted)."
+                ) from reason
+        if len(questions) == before:
+            raise UserError(f"data: {source.path} is empty.")
+    if not questions:
+        raise UserError(f"data: there is no question in {names_of(sources)}.")
+    return questions
+
+
+def _read(
+    sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
+) -> Iterator[Record]:
+    for chunk, known in formatted_chunks(sources, kind, ledger, on_bad_record):
+        for record in records_of(chunk, known, on_bad_record):
+            if isinstance(record, Entry):
+                ledger.add([record], 0)
+            else:
+                yield record
+
+
+def formatted_chunks(
+    sources: Sequence[SourceSpec],
+    kind: Kind,
+    ledger: Ledger,
+    on_bad_record: OnBadRecord,
+    limit: int | None = None,
+) -> Iterator[tuple[Chunk, str]]:
+    """The pieces of some sources and the id of each one's format.
+
+    The ledger is told the format's name, and which keys are not read. A source's first rows tell
+    its format. Raises `UserError` for a source that is empty, of no known format or of another
+    kind. The id is empty for a source without a parsable row.
+
+    With a `limit`, only so many rows of each source are there, as if its files ended with them.
+    """
+    for source in sources:
+        chunks = read_chunks(source)
+        chunks = chunks if limit is None else _first_rows(chunks, limit)
+        seen: list[Chunk] = []
+        known = _look(chunks, seen, source, kind, on_bad_record)
+        pieces: Iterator[Chunk] = chain(seen, chunks)
+        if known is not None:
+            check_meaning(source, known)
+            ledger.detected(source.path, known.name, unread_keys(seen, known, source))
+            pieces = joined(pieces, known) if known.joins else pieces
+        for chunk in pieces:
+            yield chunk, known.id if known else ""
+
+
+def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
+    """Pieces of `limit` rows together."""
+    for chunk in chunks:
+        if chunk.count > limit:
+            names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
+            plain = chunk.inner if isinstance(chunk, RenamedChunk) else chunk
+            rows = tuple(islice(plain.rows(), limit))
+            first = RowChunk(chunk.file, len(rows), rows)
+            chunk = RenamedChunk(first, names) if names else first
+        yield chunk
+        limit -= chunk.count
+        if limit <= 0:
+            return
+
+
+def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:
+    """A piece's records in the format with the id `known`; an entry for each one that is dropped.
+
+    A row may hold several of both. Raises `UserError` for a row that cannot be parsed, unless such
+    rows are dropped.
+    """
+    layout = format_with(known) if known else None
+    others: dict[tuple[str, ...], tuple[Format, ...]] = {}
+    for row in chunk.rows():
+        if isinstance(row, BadLine):
+            if on_bad_record == "stop":
+                raise _bad_line(row)
+            yield Entry.dropped(row.origin, "unparsable", row.reason)
+            continue
+        assert layout is not None
+        if row.broken and (said := unreadable(row.fields, layout.read_keys)):
+            bad = BadLine(row.origin, said)
+            if on_bad_record == "stop":
+                raise _bad_line(bad)
+            yield Entry.dropped(row.origin, "unparsable", said)
+            continue
+        keys = tuple(row.fields)
+        if keys not in others:
+            others[keys] = overlooked(keys, layout)
+        try:
+            _check_format(row.fields, others[keys], layout)
+            check_text_alone(row.fields)
+            tools = tools_in(row.fields)
+            found = layout.read(row.fields, row.origin)
+        except Unusable as verdict:
+            tools, found = "", [_another_format(row.fields, layout) or verdict]
+        for one in found:
+            if isinstance(one, Unusable):
+                yield Entry.dropped(row.origin, one.reason, one.detail)
+            else:
+                yield replace(one, tools=tools) if tools else one
+
+
+def _check_format(fields: Fields, others: Sequence[Format], known: Format) -> None:
+    """Raise `Unusable` for a row that is of one of these other formats by what it holds."""
+    for other in others:
+        if other.fits(fields) and all(fields[key] is not None for key in other.keys):
+            raise Unusable(
+                f"a row of another format than its source's first ({other.name}, not {known.name})",
+                f"its keys are {', '.join(map(str, fields))}",
+            )
+
+
+def _another_format(fields: Fields, known: Format) -> Unusable | None:
+    """The reason of a row that lacks its source's keys, but has those of another format."""
+    given = {key: value for key, value in fields.items() if value is not None}
+    # Joined rows are not as they were.
+    if known.joins or known.keys <= given.keys():
+        return None
+    other = detect(given)
+    if other is None or other.keys == known.keys:
+        return None
+    return Unusable(
+        f"a row of another format than its source's first ({other.name}, not {known.name})",
+        f"without {', '.join(sorted(known.keys - given.keys()))}",
+    )
+
+
+def names_of(sources: Sequence[SourceSpec]) -> str:
+    """The sources' names, for messages."""
+    return ", ".join(source.path for source in sources)
+
+
+def _bad_line(line: BadLine) -> UserError:
+    return UserError(
+        f"{line.origin}: the record {line.reason}. Correct or remove it, or leave such records "
+        "out with `on_bad_record: drop` (the ledger lists them)."
+    )
+
+
+def _look(
+    chunks: Iterator[Chunk],
+    seen: list[Chunk],
+    source: SourceSpec,
+    kind: Kind,
+    on_bad_record: OnBadRecord,
+) -> Format | None:
+    """The format by a source's first rows; the pieces they came from are put into `seen`."""
+    first: Row | None = None
+    tried, empty = 0, True
+    for chunk in chunks:
+        seen.append(chunk)
+        for row in chunk.rows():
+            empty = False
+            if isinstance(row, BadLine):
+                if on_bad_record == "stop":
+                    raise _bad_line(row)
+                continue
+            first, tried = first or row, tried + 1
+            if known := _detect(row, source, kind):
+                return known
+            if tried == _UNKNOWN_ROWS:
+                raise _unknown(first, source, kind)
+    if empty:
+        raise UserError(f"data: {source.path} is empty.")
+    if first is not None:
+        raise _unknown(first, source, kind)
+    return None
+
+
+def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
+    """The format of a row, the one that the source is said to be in if it is."""
+    if source.format is None:
+        known = detect(row.fields)
+    else:
+        known = format_called(source.format)
+        if known.kind == kind and not known.keys <= row.fields.keys():
+            return None
+    if known is None:
+        return None
+    known = variant(known, kind, source.completions)
+    if known.kind != kind:
+        raise UserError(
+            f"data: {source.path} holds {known.kind} ({known.name}: "
+            f"{', '.join(sorted(known.keys))}), but this stage trains on {kind}. Known formats of "
+            f"{kind}: {describe_formats(kind)}."
+        )
+    return known
+
+
+def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
+    check_use(source)  # a misspelt name of the data's is the likelier reason
+    keys = ", ".join(map(str, row.fields)) or "none"
+    if source.format is not None:
+        known = format_called(source.format)
+        return UserError(
+            f"{row.origin}: {source.path} is said to be {known.name}, which needs "
+            f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
+            f"{_SAYING}, or correct `format`."
+        )
+    unknown = f"{row.origin}: a record of no known format; its keys are: {keys}."
+    if advice := _advice(row.fields, kind):
+        return UserError(f"{unknown} {advice}")
+    return UserError(
+        f"{unknown} Known formats of {kind}: {describe_formats(kind)}. If only names differ, say "
+        f"so {_SAYING}."
+    )
+
+
+def _holds_records(value: object) -> bool:
+    """Whether a value is a list of rows of a known format."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and detect(first) is not None
+
+
+def _advice(fields: Fields, kind: Kind) -> str | None:
+    """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
+    columns = columns_of_turns(fields)
+    texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
+    if len(columns) > 1:
+        return (
+            f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say which is what "
+            f"{_SAYING}: prompt, chosen and rejected of pairs, messages of conversations. Where "
+            "each row says which answer is better, write that one into `chosen` first."
+        )
+    if not columns:
+        lists = [key for key, value in fields.items() if _holds_records(value)]
+        if len(lists) == 1:
+            return f"But `{lists[0]}` holds a list of records: save that list alone."
+        if len(texts) == 1 and texts[0] == "text":
+            return (
+                "But its `text` does not say what is asked and what is answered. Known formats of "
+                f"{kind}: {describe_formats(kind)}."
+            )
+        return None
+    column = columns[0]
+    answers = "chosen: ..., rejected: ..." if kind == "preference pairs" else "completion: ..."
+    if not ends_with_answer(fields[column]):
+        return (
+            f"But `{column}` holds turns up to a question: say so, and where its answer is, with "
+            f"`fields: {{prompt: {column}, {answers}}}`, or --fields prompt={column} and so on."
+        )
+    if kind == "preference pairs":
+        return None
+    return (
+        f"But `{column}` holds turns: say so with `fields: {{messages: {column}}}` in a recipe, or "
+        f"--fields messages={column}."
+    )

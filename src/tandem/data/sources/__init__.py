@@ -1,0 +1,1 @@
+"""Data files and Hub data sets, as rows that know where they came from."""

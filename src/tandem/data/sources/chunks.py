@@ -1,0 +1,254 @@
+"""A data set in pieces that another process can read: each knows its file and its first row.
+
+A piece of a JSON lines file is a place in it, one of a compressed file its lines, one of a Parquet
+or Arrow file a compact copy of its rows, and one of anything else the rows themselves. `rows` gives
+the same wherever it is called.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.data.records import Origin, Unreadable
+from tandem.data.sources.renaming import Renaming
+from tandem.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+# What to do about text that is not UTF-8.
+LATIN = "if the file is Latin-1 or Windows-1252, save it as UTF-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as it stands in its file; `broken` if some of its values are `Unreadable`."""
+
+    fields: dict[str, object]
+    origin: Origin
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A record that could not be parsed, and why."""
+
+    origin: Origin
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LineChunk:
+    """`count` lines of a file, from byte `start` to `stop`; the first is line `first`."""
+
+    file: str
+    first: int
+    count: int
+    start: int
+    stop: int
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """Parse the lines; blank ones are no rows, but counted.
+
+        Raises `UserError` when the file cannot be read.
+        """
+        try:
+            with Path(self.file).open("rb") as file:
+                file.seek(self.start)
+                content = file.read(self.stop - self.start)
+        except OSError as error:
+            raise cannot_read(self.file, error) from error
+        yield from _parsed(content, self.file, self.first, bom=self.start == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """`count` lines as bytes, of a file that cannot be read from the middle."""
+
+    file: str
+    first: int
+    count: int
+    content: bytes
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """Parse the lines; blank ones are no rows, but counted."""
+        yield from _parsed(self.content, self.file, self.first, bom=self.first == 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowChunk:
+    """`count` rows of a table, as one Arrow record batch.
+
+    `lost` are columns that are not in it, for they cannot be read, each with the reason.
+    """
+
+    file: str
+    first: int
+    count: int
+    batch: bytes
+    lost: tuple[tuple[str, str], ...] = ()
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """The rows as Python values, with `Unreadable` for what cannot be one."""
+        import pyarrow
+
+        with pyarrow.ipc.open_stream(self.batch) as stream:
+            batch = stream.read_next_batch()
+        lost = {name: Unreadable(reason) for name, reason in self.lost}
+        names = batch.schema.names
+        columns = {
+            name: [Unreadable("stands in more than one column of this name")] * self.count
+            if names.count(name) > 1
+            else values_of(batch.column(number))
+            for number, name in enumerate(names)
+        }
+        for at in range(self.count):
+            fields = {name: values[at] for name, values in columns.items()}
+            origin = Origin(self.file, self.first + at)
+            yield Row({**fields, **lost}, origin, bool(lost) or _is_broken([*fields.values()]))
+
+
+@dataclass(frozen=True, slots=True)
+class RowChunk:
+    """Rows that were read already; `count` is how far they advance in the file."""
+
+    file: str
+    count: int
+    read: tuple[Row | BadLine, ...]
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """The rows."""
+        return iter(self.read)
+
+
+@dataclass(frozen=True, slots=True)
+class RenamedChunk:
+    """A piece whose rows are given under the names of their format."""
+
+    inner: LineChunk | TextChunk | ArrowChunk | RowChunk
+    renaming: Renaming
+
+    @property
+    def file(self) -> str:
+        """The file of the rows."""
+        return self.inner.file
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.inner.count
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """The rows, renamed."""
+        for row in self.inner.rows():
+            if isinstance(row, Row):
+                yield Row(self.renaming.apply(row.fields), row.origin, row.broken)
+            else:
+                yield row
+
+
+Plain = LineChunk | TextChunk | ArrowChunk | RowChunk
+Chunk = Plain | RenamedChunk
+
+
+def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
+    """The JSON object in a line of UTF-8."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadLine(origin, f"is not valid UTF-8 ({_byte(error)} of the line; {LATIN})")
+    except json.JSONDecodeError as error:
+        return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return BadLine(origin, f"is not valid JSON ({error})")
+    return object_row(value, origin)
+
+
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1}, 0x{error.object[error.start]:02x},"
+
+
+def object_row(value: object, origin: Origin) -> Row | BadLine:
+    """A row, if a JSON value is an object."""
+    if not isinstance(value, dict):
+        return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
+    return Row(value, origin)
+
+
+def _is_broken(value: object) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_broken, value))
+    if isinstance(value, dict):
+        return any(map(_is_broken, value.values()))
+    return isinstance(value, Unreadable)
+
+
+def cannot_read(file: str, error: OSError) -> UserError:
+    """What to say about a file that the system does not give."""
+    return UserError(f"data: {file} cannot be read: {error}.")
+
+
+def _parsed(content: bytes, file: str, first: int, *, bom: bool) -> Iterator[Row | BadLine]:
+    lines = content.split(b"\n")
+    if bom:
+        lines[0] = lines[0].removeprefix(BOM)
+    for number, line in enumerate(lines, start=first):
+        if line.strip():
+            yield parse_line(line, Origin(file, number))
+
+
+def values_of(column: Any) -> list[object]:
+    """A column's values; a broken one costs none of the others.
+
+    Args:
+        column: a `pyarrow.Array`.
+    """
+    try:
+        values: list[object] = column.to_pylist()
+    except Exception:  # each kind of value has errors of its own
+        return [_value(column, number) for number in range(len(column))]
+    return values
+
+
+def _value(column: Any, number: int) -> object:
+    try:
+        scalar = column[number]
+    except Exception as error:
+        return _unreadable(error)
+    return _of_scalar(scalar)
+
+
+def _of_scalar(scalar: Any) -> object:
+    """A value; of one that holds others, as much as can be had."""
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        kind = scalar.type
+        if pyarrow.types.is_struct(kind):
+            names = [field.name for field in kind]
+            if len(names) == len(set(names)):
+                return {name: _of_scalar(scalar[name]) for name in names}
+        elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            return values_of(scalar.values)
+        return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> Unreadable:
+    if isinstance(error, UnicodeDecodeError):
+        return Unreadable(f"is not valid UTF-8 (byte {error.start + 1})", text=True)
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return Unreadable(f"Python cannot hold ({type(error).__name__}: {said})")
+
+
+# Characters of a cell; more is a quote that was never closed rather than a text.
+_LONGEST_CELL = 2**28
+
+
+def allow_long_cells() -> None:
+    """Let tables hold long texts; the csv module's own limit is 128 KiB, for all its readers."""
+    csv.field_size_limit(_LONGEST_CELL)

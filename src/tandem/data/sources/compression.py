@@ -1,0 +1,163 @@
+"""Files compressed with gzip or zstd, as a stream of bytes that says where it breaks off."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tandem.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+_BLOCK = 2**20
+_GZIP_WINDOW = 31  # zlib's number for the largest window, in a gzip wrapper
+
+
+class BrokenStream(Exception):  # noqa: N818  (not raised to users: readers make a bad row of it)
+    """A compressed file that cannot be read to its end; the message says why."""
+
+
+def kind_of(file: Path) -> str:
+    """What a file is by its name, compression aside: `.jsonl` for `a.jsonl.gz`."""
+    inner = file.with_suffix("") if is_compressed(file) else file
+    return inner.suffix.lower()
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether a file is compressed, by its name."""
+    return file.suffix.lower() in COMPRESSED
+
+
+def read_blocks(file: Path) -> Iterator[bytes]:
+    """The content of a file in order, in pieces of up to 1 MiB, decompressed if it has to be.
+
+    Raises `BrokenStream` after the last byte that could be had of a damaged or truncated file, and
+    OSError for one that the system does not give.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        yield from _gunzip(file)
+    elif suffix == ".zst":
+        yield from _zstd(file)
+    else:
+        with file.open("rb") as content:
+            while block := content.read(_BLOCK):
+                yield block
+
+
+def _gunzip(file: Path) -> Iterator[bytes]:
+    """The members of a gzip file one after the other; zeros behind the last are padding."""
+    with file.open("rb") as content:
+        member = zlib.decompressobj(_GZIP_WINDOW)
+        started = False
+        while given := content.read(_BLOCK):
+            while given:
+                if not started and not (given := given.lstrip(b"\0")):
+                    break
+                started = True
+                try:
+                    block = member.decompress(given, _BLOCK)
+                except zlib.error as error:
+                    raise BrokenStream(f"the gzip data is damaged: {error}") from error
+                if block:
+                    yield block
+                given = member.unconsumed_tail
+                if member.eof:
+                    given = member.unused_data
+                    member, started = zlib.decompressobj(_GZIP_WINDOW), False
+        if started:
+            raise BrokenStream("the gzip data is cut off")
+
+
+def _zstd(file: Path) -> Iterator[bytes]:
+    import pyarrow
+
+    # Opened here, for an error of this file is the system's and one of that stream the data's.
+    with file.open("rb") as content:
+        if not content.read(1):
+            return
+        content.seek(0)
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(content), "zstd") as stream:
+            while True:
+                try:
+                    block = bytes(stream.read(_BLOCK // 16))
+                except (OSError, pyarrow.ArrowException) as error:
+                    raise BrokenStream(f"the zstd data is damaged or cut off: {error}") from error
+                if not block:
+                    return
+                yield block
+
+
+_LOOKED_AT = 2**16
+_GZIP, _ZSTD, _PARQUET, _ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+_UNPACK = "Unpack it, and name what is in it."
+_EXPORT = "Export its rows as JSON lines, CSV or Parquet."
+_KINDS: dict[bytes, tuple[str, str]] = {
+    _GZIP: ("a gzip file", "Let its name end in .gz."),
+    _ZSTD: ("a zstd file", "Let its name end in .zst."),
+    _PARQUET: ("a Parquet file", "Let its name end in .parquet."),
+    _ARROW: ("an Arrow file", "Let its name end in .arrow."),
+    b"PK\x03\x04": ("a ZIP archive or an office document", _UNPACK),
+    b"BZh": ("a bzip2 file", _UNPACK),
+    b"\xfd7zXZ": ("an xz file", _UNPACK),
+    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
+    b"\xd0\xcf\x11\xe0": ("an office document", _EXPORT),
+    b"SQLite format 3": ("an SQLite database", _EXPORT),
+    b"%PDF": ("a PDF document", _EXPORT),
+    b"\x93NUMPY": ("a NumPy array", _EXPORT),
+    b"\x89HDF": ("an HDF5 file", _EXPORT),
+    b"Obj\x01": ("an Avro file", _EXPORT),
+    b"PARE": ("an encrypted Parquet file", "Write it without encryption."),
+}
+_EXPECTED = {".gz": _GZIP, ".zst": _ZSTD, ".parquet": _PARQUET, ".arrow": _ARROW}
+_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+_UTF32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def check_signature(file: Path) -> None:
+    """Raise `UserError` for a file that is clearly something else than its name says.
+
+    Raises OSError for one that the system does not give.
+    """
+    with file.open("rb") as content:
+        start = content.read(_LOOKED_AT)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise _is(file, "a Git LFS pointer, not the data", "Fetch the data with `git lfs pull`.")
+    if text[:16].lower().startswith(_PAGES):
+        page = "a web page (HTML or XML), as a login or an error answers"
+        raise _is(file, page, "Download the data again, logged in, or from its raw address.")
+    suffix = file.suffix.lower()
+    for magic, (what, way_out) in _KINDS.items():
+        if start.startswith(magic) and _EXPECTED.get(suffix) != magic:
+            raise _is(file, what, way_out)
+    if suffix in _EXPECTED:
+        if text.startswith((b"{", b"[{", b"[\n")):
+            plain = file.name.removesuffix(file.suffix) if is_compressed(file) else "a name"
+            ends = "" if is_compressed(file) else " that ends in .jsonl or .json"
+            raise _is(file, "plain JSON", f"Rename it to {plain}{ends}.")
+        return
+    _check_text(file, start, text)
+
+
+def _check_text(file: Path, start: bytes, text: bytes) -> None:
+    wide = "UTF-32" if start.startswith(_UTF32) else "UTF-16"
+    apart = start[:4]
+    if start.startswith((*_UTF32, *_UTF16)) or (len(apart) == 4 and apart.count(0) == 2):
+        raise _is(
+            file,
+            f"{wide} text, which some editors and spreadsheets call Unicode",
+            f"Save it as UTF-8 (`iconv -f {wide} -t UTF-8 FILE > NEW`).",
+        )
+    lines_end_so = b"\r" in text.rstrip() and b"\n" not in start
+    if lines_end_so and not (kind_of(file) != ".csv" and text.startswith(b"[")):
+        raise _is(
+            file,
+            "a text whose lines end in carriage returns alone",
+            "Save it with line feeds (`tr '\\r' '\\n' < FILE > NEW`).",
+        )
+
+
+def _is(file: Path, what: str, way_out: str) -> UserError:
+    return UserError(f"data: {file} is {what}. {way_out}")

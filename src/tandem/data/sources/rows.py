@@ -1,0 +1,269 @@
+"""From a file, a folder or a Hub id to rows that know where they came from.
+
+Rows are streamed: nothing here holds a whole data set as Python objects.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tandem.data.sources.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
+from tandem.data.sources.file_chunks import count_rows, file_chunks
+from tandem.data.sources.local_files import check_regular, files_of, left_out, look_into, same_split
+from tandem.data.sources.renaming import Renaming
+from tandem.data.sources.tables import dataset_chunks
+from tandem.errors import UserError
+
+_PATH_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow",
+    ".gz", ".zst", ".zip", ".bz2", ".xz",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """A data set to read: a file, a folder or a Hub id, which part of it, and what it means.
+
+    Attributes:
+        path, split, subset, revision: where the rows are.
+        format: its format's name; None: told by the keys of the first rows.
+        fields: keys of the format, each with the data's own name for it.
+        roles: the data's own names of roles, each with the role it means.
+        completions: which pairs scored answers make, `best_vs_worst` (also None) or `best_vs_rest`.
+        weight: how often an epoch shows each of the records.
+    """
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
+    completions: str | None = None
+    weight: float = 1.0
+
+    @property
+    def renaming(self) -> Renaming:
+        """The data's own names."""
+        return Renaming(self.fields, self.roles)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Whatever the recipe says about the rows' meaning, for keys that depend on it."""
+        said = {
+            "format": self.format,
+            "fields": [list(one) for one in self.fields],
+            "roles": [list(one) for one in self.roles],
+            "completions": self.completions,
+        }
+        return {name: value for name, value in said.items() if value}
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a data set's name means something on disk rather than a Hub id.
+
+    It does when it exists, starts like a path, ends like a data file, has more than one slash,
+    lies in a folder that exists, or could not be a Hub id at all. What looks like a path is
+    never tried as a Hub id.
+    """
+    if text.startswith((".", "/", "~")) or text.lower().endswith(("/", *_PATH_SUFFIXES)):
+        return True
+    if not _HUB_ID.fullmatch(text) or Path(text).exists():
+        return True
+    return "/" in text and Path(text).parent.is_dir()
+
+
+def local_files(path: str, split: str = "train") -> list[Path]:
+    """The files that a local source consists of, in reading order.
+
+    Raises `UserError` when nothing is there, or nothing that can be read.
+    """
+    root = _existing(path)
+    if not root.is_dir():
+        check_regular(root)
+        return [root]
+    if saved := _saved_folder(root, split):
+        return sorted(file for file in saved.iterdir() if file.suffix in (".arrow", ".json"))
+    return files_of(look_into(root), split)
+
+
+def not_read(sources: Sequence[SourceSpec]) -> list[str]:
+    """A line on each folder of which the sources leave something out: what, and why.
+
+    Raises as `read_rows` does.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for source in sources:
+        if looks_like_path(source.path) and not _saved(source):
+            root = _existing(source.path)
+            if root.is_dir():
+                folders.setdefault(root, []).extend(local_files(source.path, source.split))
+    found = {root: left_out(look_into(root), read) for root, read in folders.items()}
+    return [f"not read of {root}: {said}" for root, said in found.items() if said]
+
+
+def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
+    """Stream the rows of a source; what cannot be parsed comes as a `BadLine`.
+
+    Raises `UserError` for a source that is missing or cannot be opened.
+    """
+    for chunk in read_chunks(source):
+        yield from chunk.rows()
+
+
+def read_chunks(source: SourceSpec) -> Iterator[Chunk]:
+    """The pieces of a source in reading order; see `read_rows`."""
+    renaming = source.renaming
+    for chunk in _chunks_as_they_are(source):
+        yield RenamedChunk(chunk, renaming) if renaming else chunk
+
+
+def unrenamed_rows(source: SourceSpec) -> Iterator[Row]:
+    """The rows of a source under the data's own names; see `read_rows`."""
+    for chunk in _chunks_as_they_are(source):
+        for row in chunk.rows():
+            if isinstance(row, Row):
+                yield row
+
+
+def _chunks_as_they_are(source: SourceSpec) -> Iterator[Plain]:
+    if not looks_like_path(source.path):
+        yield from dataset_chunks(load_hub(source), f"{source.path}:{source.split}")
+        return
+    if saved := _saved(source):
+        yield from dataset_chunks(_load_saved(saved), str(saved))
+        return
+    for file in local_files(source.path, source.split):
+        yield from file_chunks(file)
+
+
+def data_files(source: SourceSpec) -> tuple[bool, list[Path]]:
+    """A local source's files in reading order, and whether `datasets` saved them.
+
+    Raises as `read_rows` does.
+    """
+    return _saved(source) is not None, local_files(source.path, source.split)
+
+
+def origin_names(sources: Sequence[SourceSpec]) -> list[str]:
+    """What the origins of some sources' records may be called, in reading order."""
+    names: list[str] = []
+    for source in sources:
+        if not looks_like_path(source.path):
+            names.append(f"{source.path}:{source.split}")
+            continue
+        if saved := _saved(source):
+            names.append(str(saved))
+        else:
+            names.extend(map(str, local_files(source.path, source.split)))
+    return names
+
+
+def count_sources(sources: Sequence[SourceSpec]) -> int | None:
+    """About how many rows some sources have, or None when only reading them all can tell.
+
+    Blank lines count. Raises as `read_rows` does.
+    """
+    counts = [_count(source) for source in sources]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _count(source: SourceSpec) -> int | None:
+    if not looks_like_path(source.path):
+        return len(load_hub(source))
+    if saved := _saved(source):
+        return len(_load_saved(saved))
+    counts = [count_rows(file) for file in local_files(source.path, source.split)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _saved(source: SourceSpec) -> Path | None:
+    """Where a local source was saved by `datasets`; None for files and other folders."""
+    if source.subset is not None or source.revision is not None:
+        raise UserError(
+            f"data: {source.path} is local, so `subset` and `revision`, which choose within a Hub "
+            "data set, cannot apply. Remove them."
+        )
+    root = _existing(source.path)
+    if root.is_dir():
+        return _saved_folder(root, source.split)
+    if source.split != "train":
+        raise UserError(
+            f"data: {source.path} is one file and has no split {source.split!r}. Name the file "
+            "of that split instead."
+        )
+    return None
+
+
+def _existing(path: str) -> Path:
+    """The file or folder at `path`; a `UserError` when there is none or it cannot be reached."""
+    try:
+        root = Path(path).expanduser()
+        if root.exists():
+            return root
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
+        raise UserError(f"data: {path} cannot be reached: {error}.") from error
+    raise UserError(
+        f"data: there is no file or folder {path}. Check the path (a Hub id is written "
+        "`owner/name`)."
+    )
+
+
+def _saved_folder(root: Path, split: str) -> Path | None:
+    """Where a folder written by `datasets`' save_to_disk keeps a split; None for other folders."""
+    if (root / "dataset_dict.json").is_file():
+        try:
+            names = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"data: {root / 'dataset_dict.json'} is not sound: {error}.") from error
+        name = same_split(split, names)
+        if name is None:
+            raise UserError(f"data: {root} has the splits {', '.join(names)}, not {split!r}.")
+        return root / name
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        if split != "train":
+            raise UserError(f"data: {root} is one saved split; `split: {split}` cannot apply.")
+        return root
+    return None
+
+
+def _load_saved(folder: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"data: {folder} is no sound saved data set: {error}.") from error
+
+
+def load_hub(source: SourceSpec) -> Any:
+    """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none.
+
+    A process loads each once, for that asks the Hub, and a preparation needs the table several
+    times.
+    """
+    try:
+        return _hub_table(source.path, source.subset, source.split, source.revision)
+    except Exception as error:  # the Hub's client raises a dozen unrelated types
+        raise UserError(
+            f"data: {source.path} is no file or folder here, and as a Hub data set (split "
+            f"{source.split!r}) it could not be loaded: {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0].rstrip('.')}. Check name, split, subset, "
+            "revision and the network; gated or private data needs `hf auth login`."
+        ) from error
+
+
+@lru_cache(maxsize=32)
+def _hub_table(path: str, subset: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, subset, split=split, revision=revision)

@@ -1,0 +1,1 @@
+"""What texts say: languages, refusals, repeated and shared words."""

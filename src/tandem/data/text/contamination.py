@@ -1,0 +1,279 @@
+"""Texts that a data set shares with others: validation data, evaluation sets.
+
+Two signs: a text that stands in the other set as it is, and thirteen words in a row that stand
+there (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C).
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.formats.check_fields import unreadable_text
+from tandem.data.formats.format import texts_in
+from tandem.data.records import Origin
+from tandem.data.sources.chunks import BadLine, Row, allow_long_cells
+from tandem.data.sources.rows import SourceSpec, looks_like_path, read_rows
+from tandem.data.text.word_hashes import MOST_CHARACTERS, Hashes, Words, words_of
+from tandem.errors import UserError
+
+RUN = 13
+# Words in a row in more rows of the other set than this are its form, not its content.
+FORM = 10
+# A text of fewer words is shared by chance.
+_LEAST_WORDS = 4
+# Characters for a word, by which the parts of a long text lie over each other.
+_SHARED = 16
+# Runs that are kept, 12 bytes each; of a larger set every second, fourth, ... one is.
+_MOST_RUNS = 2**24
+# Texts, or characters of them, that are looked at together.
+_AT_ONCE = 512
+_MOST_AT_ONCE = 2**20
+_WORD = re.compile(r"\w+")
+
+
+def _open_zstd(path: Path, _mode: str, **how: Any) -> IO[str]:
+    import pyarrow
+
+    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **how)
+
+
+_OPENERS: dict[str, Any] = {
+    ".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd,
+}  # fmt: skip
+
+
+def prompt_digest(text: str) -> int:
+    """64 bits of a text without its case and spaces; 0 for one without a character."""
+    plain = "".join(text.lower().split())
+    if not plain:
+        return 0
+    content = plain.encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def many_words(text: str) -> bool:
+    """Whether a prompt has enough words not to be shared by chance."""
+    return len(text.split(None, _LEAST_WORDS)) >= _LEAST_WORDS
+
+
+class Other:
+    """A set of texts that others are looked for in; filled with `fill` or `add`, then asked.
+
+    Args:
+        name: of the set, for messages.
+        runs: whether to look for words in a row, or for whole prompts only.
+        run: so many words in a row are a sign.
+        form: words in a row in more rows than this are the set's form, and no sign; None: all are.
+
+    `rows` counts what was read, `unreadable` what could not be parsed; the first of that is told
+    by `first_unreadable`.
+    """
+
+    def __init__(
+        self, name: str, *, runs: bool = True, run: int = RUN, form: int | None = FORM
+    ) -> None:
+        self.name = name
+        self.rows = 0
+        self.unreadable = 0
+        self.first_unreadable = ""
+        self._with_runs = runs
+        self._run = run
+        self._form = form
+        self._origins: list[Origin] = []
+        self._prompts: dict[int, int] = {}
+        self._short: set[int] = set()
+        self._parts: list[tuple[Hashes, NDArray[np.int32]]] = []
+        self._kept = 0
+        self._mask = 0
+        self._waiting: list[tuple[int, str]] = []
+        self._characters = 0
+        self._runs: tuple[Hashes, NDArray[np.int32]] | None = None
+
+    @property
+    def sampled(self) -> int:
+        """Of how many runs one was kept; 1 for all."""
+        return self._mask + 1
+
+    def add(self, texts: Sequence[str], origin: Origin) -> None:
+        """Add the texts of a row."""
+        self._origins.append(origin)
+        number, self.rows = self.rows, self.rows + 1
+        for text in texts:
+            if many_words(text):
+                self._prompts.setdefault(prompt_digest(text), number)
+            for piece in _pieces(text, self._run) if self._with_runs else ():
+                self._waiting.append((number, piece))
+                self._characters += len(piece)
+                if len(self._waiting) >= _AT_ONCE or self._characters >= _MOST_AT_ONCE:
+                    self._take()
+
+    def prompt(self, digest: int) -> Origin | None:
+        """Where a prompt of that digest stands, if it does."""
+        number = self._prompts.get(digest)
+        return None if number is None else self._origins[number]
+
+    def shared(self, words: Words) -> list[tuple[int, Origin]]:
+        """The number of each text that has words in a row of this set's, and where those stand."""
+        known, rows = self.finish()
+        runs, text_of = words.runs(self._run)
+        if not len(known) or not len(runs):
+            return []
+        at = np.searchsorted(known, runs)
+        at[at == len(known)] = 0
+        hits = np.flatnonzero(known[at] == runs)
+        texts, first = np.unique(text_of[hits], return_index=True)
+        return [
+            (int(text), self._origins[int(rows[at[hits[one]]])])
+            for text, one in zip(texts, first, strict=True)
+        ]
+
+    def held(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """[texts] whether each has words in a row of this set's, or is one of its short texts."""
+        known, _ = self.finish()
+        pieces = [(n, piece) for n, text in enumerate(texts) for piece in _pieces(text, self._run)]
+        text_of = np.array([n for n, _ in pieces], dtype=np.int64)
+        words = words_of([piece for _, piece in pieces])
+        found = np.zeros(len(texts), dtype=np.bool_)
+        runs, piece_of = words.runs(self._run)
+        if len(known):
+            at = np.searchsorted(known, runs)
+            at[at == len(known)] = 0
+            found[text_of[piece_of[known[at] == runs]]] = True
+        for whole, piece in zip(*words.wholes(_LEAST_WORDS, self._run), strict=True):
+            found[text_of[piece]] |= int(whole) in self._short
+        return found
+
+    def words_shared(self, text: str) -> str:
+        """The first words in a row of a text that stand here, as far as a plain reading finds."""
+        known, _ = self.finish()
+        words = _WORD.findall(text[:MOST_CHARACTERS])
+        count = len(words) - self._run + 1
+        windows = [" ".join(words[i : i + self._run]) for i in range(count)]
+        runs, window_of = words_of(windows).runs(self._run)
+        hits = window_of[np.isin(runs, known)]
+        return windows[int(hits[0])] if len(hits) else ""
+
+    def _take(self) -> None:
+        words = words_of([text for _, text in self._waiting])
+        self._short.update(words.wholes(_LEAST_WORDS, self._run)[0].tolist())
+        runs, text_of = words.runs(self._run)
+        numbers = np.array([number for number, _ in self._waiting], dtype=np.int32)
+        self._keep(runs, numbers[text_of] if len(runs) else np.zeros(0, dtype=np.int32))
+        self._waiting, self._characters = [], 0
+
+    def _keep(self, runs: Hashes, rows: NDArray[np.int32]) -> None:
+        wanted = (runs & np.uint64(self._mask)) == 0
+        self._parts.append((runs[wanted], rows[wanted]))
+        self._kept += int(wanted.sum())
+        while self._kept > _MOST_RUNS:
+            self._mask = 2 * self._mask + 1
+            parts, self._parts, self._kept = self._parts, [], 0
+            for some, their_rows in parts:
+                self._keep(some, their_rows)
+
+    def finish(self) -> tuple[Hashes, NDArray[np.int32]]:
+        """The runs in order and a row of each; nothing is added after that."""
+        if self._runs is None:
+            if self._waiting:
+                self._take()
+            empty = (np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int32))
+            parts = [*self._parts, empty]
+            runs, rows = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+            self._parts = []
+            # A run counts once a row, and not at all when it is the form of many.
+            order = np.lexsort((rows, runs))
+            runs, rows = runs[order], rows[order]
+            fresh = np.append(True, (runs[1:] != runs[:-1]) | (rows[1:] != rows[:-1]))[: len(runs)]
+            runs, rows = runs[fresh], rows[fresh]
+            known, first, counts = np.unique(runs, return_index=True, return_counts=True)
+            content = counts <= (self._form or len(self._origins))
+            self._runs = known[content], rows[first][content]
+        return self._runs
+
+
+def read_other(source: SourceSpec, *, runs: bool = True) -> Other:
+    """A set of one source; see `fill`."""
+    other = Other(source.path, runs=runs)
+    fill(other, source)
+    other.finish()
+    return other
+
+
+def fill(other: Other, source: SourceSpec) -> None:
+    """Add all texts of a source of any layout, or of a file of plain lines, to `other`.
+
+    CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
+    compressed (.gz, .bz2, .xz, .zst). Raises `UserError` for a file that cannot be read, or has no
+    text.
+    """
+    before = other.rows
+    for texts, origin in _rows(source):
+        if isinstance(texts, BadLine):
+            other.unreadable += 1
+            other.first_unreadable = other.first_unreadable or f"{origin}: {texts.reason}"
+        else:
+            other.add(texts, origin)
+    if other.rows == before:
+        raise UserError(f"data: there is no text in {source.path}.")
+
+
+def _pieces(text: str, run: int) -> Iterator[str]:
+    """The parts of a text that `words_of` reads whole; each begins with the last one's end.
+
+    So words in a row that lie across are in one of them.
+    """
+    shared = min(_SHARED * run, MOST_CHARACTERS // 2)
+    for start in range(0, max(1, len(text) - shared), MOST_CHARACTERS - shared):
+        yield text[start : start + MOST_CHARACTERS]
+
+
+def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | BadLine, Origin]]:
+    path = Path(source.path).expanduser() if looks_like_path(source.path) else None
+    if path is not None and path.is_file() and _is_plain(path):
+        yield from _plain_rows(path)
+        return
+    for row in read_rows(source):
+        if isinstance(row, Row) and row.broken and (said := unreadable_text(row.fields)):
+            row = BadLine(row.origin, said)
+        yield (row if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
+
+
+def _is_plain(path: Path) -> bool:
+    names = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
+    return not names or names[-1].lower() not in (
+        ".jsonl", ".ndjson", ".json", ".parquet", ".arrow",
+    )  # fmt: skip
+
+
+def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
+    opener = _OPENERS.get(path.suffix.lower(), Path.open)
+    inner = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
+    separator = {".csv": ",", ".tsv": "\t"}.get(inner[-1].lower() if inner else "")
+    allow_long_cells()
+    try:
+        file: IO[str]
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            lines: Iterator[list[str]] = ([line] for line in file)
+            header: list[str] = []
+            if separator:
+                lines = filter(None, csv.reader(file, delimiter=separator))
+                header = next(lines, [])
+            for number, texts in enumerate(lines, start=1):
+                # Compared with the first row: a table without a header has a row there.
+                yield [*header, *texts], Origin(str(path), number)
+                header = []
+    except (OSError, EOFError, csv.Error, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"data: {path} cannot be read: {error}.") from error

@@ -1,0 +1,1 @@
+"""Turns to token ids, and the positions that are trained."""

@@ -1,0 +1,101 @@
+"""Tokens whose embeddings a run trains: new ones of the tokenizer, and ones that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens whose embeddings are trained, with their ids.
+
+    Attributes:
+        new: those that the tokenizer lacked.
+        known: those that it had.
+    """
+
+    new: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of their ids, ascending."""
+        return tuple(sorted({*self.new.values(), *self.known.values()}))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.new or self.known)
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
+    """Add special tokens to a tokenizer; returns all of them, those it had already apart.
+
+    New ones are taken out of a text as they stand, wherever they are written.
+
+    Raises `UserError` for an empty token and for one that begins or ends with a blank.
+    """
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        if not token or token != token.strip():
+            raise UserError(
+                f"added_tokens: {token!r} is empty or has a blank at its edge; write the token as "
+                "the template does, without blanks around it"
+            )
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    if new:
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in new],
+            special_tokens=True,
+        )
+    had = [token for token in dict.fromkeys(tokens) if token in known]
+    return AddedTokens(
+        {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new},
+        {token: int(known[token]) for token in had},
+    )
+
+
+class NoRow(UserError):  # noqa: N818 - named as Stopped is
+    """A text has a token for which the model has no row."""
+
+
+def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
+    """The tokens that a tokenizer has beyond a model's rows, by id."""
+    beyond = [(index, token) for token, index in tokenizer.get_vocab().items() if index >= rows]
+    return {token: index for index, token in sorted(beyond)}
+
+
+def row_notices(tokenizer: Any, rows: int) -> tuple[str, ...]:
+    """A line on a tokenizer with more tokens than the model has rows, if it has."""
+    beyond = tokens_without_row(tokenizer, rows)
+    if not beyond:
+        return ()
+    some = ", ".join(f"{token!r} ({index})" for token, index in list(beyond.items())[:3])
+    return (
+        f"the tokenizer has {len(beyond)} more tokens than the model has rows for, {rows}: {some}"
+        f"{', ...' if len(beyond) > 3 else ''}; a record that has one of them stops the run",
+    )
+
+
+def require_rows(ids: Iterable[int], rows: int | None, decode: Callable[[list[int]], str]) -> None:
+    """Raise `NoRow` for a token id beyond a model's embedding.
+
+    Args:
+        ids: of a text.
+        rows: of the embedding; None: every token has one.
+        decode: ids to text.
+    """
+    beyond = None if rows is None else next((index for index in ids if index >= rows), None)
+    if beyond is not None:
+        token = decode([beyond])
+        raise NoRow(
+            f"the token {token!r} has the id {beyond}, and the model has {rows} rows in its "
+            f"embedding, the last for id {(rows or 0) - 1}. Name it in `added_tokens`, "
+            "which adds a row and trains it, or put the tokenizer that belongs to the model into "
+            "its folder."
+        )

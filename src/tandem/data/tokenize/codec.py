@@ -1,0 +1,369 @@
+"""What encoding needs of a tokenizer and a chat template: rendered texts, token ids, and back.
+
+`FastCodec` gives exactly what transformers' tokenizer gives, without its objects: it is made from
+plain values, so that another process can have it, and identified by them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import chain
+from typing import Any, Protocol
+
+from tandem.data.records import Turn
+from tandem.data.tokenize.added_tokens import require_rows, tokens_without_row
+from tandem.data.tokenize.chat_template import (
+    ChatTemplate,
+    Ending,
+    cannot_render,
+    refusals,
+    render,
+    tokenize,
+)
+from tandem.data.tokenize.token_bounds import longest_token
+from tandem.errors import UserError
+from tandem.storage.hashing import hash_json
+
+# Turns that show whether a codec renders and encodes as transformers does.
+_PROBE = (
+    Turn("system", "Be brief. "),
+    Turn("user", " Two and two?\n\nAnd\tthree?"),
+    Turn("assistant", "Four, \u00e9\u4e16 ..."),
+    Turn("user", "\nMore"),
+)
+
+
+class Codec(Protocol):
+    """Renders turns, encodes texts with nothing added, decodes ids."""
+
+    bos_token_id: int | None
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
+        """The text of some turns; see `template.render`."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts; raises `NoRow` where the model has no row for one."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The character spans of a text's tokens; of single characters if they cannot be had."""
+        ...
+
+    def most_characters(self, tokens: int) -> int | None:
+        """A text of more characters surely has more than `tokens` tokens; None: nobody knows."""
+        ...
+
+
+class TransformersCodec:
+    """Any tokenizer of transformers, through its own methods."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._rows = rows
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
+        """See `Codec.render`."""
+        return render(self._tokenizer, self._template, turns, prompt=prompt, tools=tools)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Codec.tokenize`."""
+        found = tokenize(self._tokenizer, texts)
+        for ids in found:
+            require_rows(ids, self._rows, self.decode)
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Codec.decode`."""
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """See `Codec.spans`."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return [(index, index + 1) for index in range(len(text))]
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+    def most_characters(self, tokens: int) -> int | None:  # noqa: ARG002
+        """See `Codec.most_characters`."""
+        return None
+
+
+@dataclass(frozen=True)
+class CodecParts:
+    """The plain values a `FastCodec` is made of.
+
+    Attributes:
+        tokenizer: the `tokenizers` library's JSON.
+        template: the chat template, and the one for turns with tools.
+        special: the special tokens a template may write, by name.
+        ending: how the template ends an answer.
+        tool_ending: how the one for turns with tools does, where it is another and ends it.
+        bos_token_id: of the tokenizer, if it has one.
+        shown: what a few turns render as; a template may write today's date.
+        rows: of the model's embedding, where the tokenizer has more tokens; None: all have a row.
+    """
+
+    tokenizer: str
+    template: ChatTemplate
+    special: tuple[tuple[str, Any], ...]
+    ending: Ending
+    tool_ending: Ending | None
+    bos_token_id: int | None
+    shown: str
+    rows: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """A hash of everything that rendered texts and token ids depend on."""
+        import tokenizers
+
+        return hash_json(
+            {
+                "tokenizer": self.tokenizer,
+                "library": tokenizers.__version__,
+                "template": self.template.source,
+                "special": self.special,
+                "bos": self.bos_token_id,
+                "shown": self.shown,
+                **({"for_tools": self.template.for_tools} if self.template.for_tools else {}),
+                **({} if self.rows is None else {"rows": self.rows}),
+            }
+        )
+
+
+class FastCodec:
+    """A tokenizer of the `tokenizers` library with a compiled template."""
+
+    def __init__(self, parts: CodecParts) -> None:
+        from tokenizers import Tokenizer
+
+        self.bos_token_id = parts.bos_token_id
+        self._rows = parts.rows
+        self._template = parts.template
+        self._special = dict(parts.special)
+        self._render = _compile(parts.template.source, parts.template.now)
+        self._render_with_tools: Callable[..., str] | None = None  # compiled when it is needed
+        self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
+        self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
+        self._longest: int | None = None  # found when a text is long enough to ask
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
+        """See `Codec.render`."""
+        try:
+            return self._compiled(tools)(
+                messages=[turn.message() for turn in turns],
+                tools=json.loads(tools) if tools else None,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
+        except refusals() as error:
+            raise cannot_render(self._template, turns, error) from error
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Codec.tokenize`.
+
+        Texts are cut at the end-of-turn token, and pieces that occur more than once (a prompt
+        alone and before its answer, a conversation's earlier turns) are encoded once. A tokenizer
+        takes such tokens out of a text before it looks at the rest, so the ids are the same;
+        each piece keeps the token before and behind it, so that its surroundings are, too.
+        """
+        if self._cut is None:
+            return [self._checked(found.ids) for found in self._encode(list(texts))]
+        pieces = [_cut(text, self._cut) for text in texts]
+        wanted = list(dict.fromkeys(chain.from_iterable(pieces)))
+        encoded = zip(wanted, self._encode(wanted), strict=True)
+        ids = {piece: self._checked(found.ids) for piece, found in encoded}
+        return [_assemble([ids[piece] for piece in some]) for some in pieces]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Codec.decode`."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """See `Codec.spans`."""
+        found = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [(int(start), int(end)) for start, end in found]
+
+    def most_characters(self, tokens: int) -> int | None:
+        """See `Codec.most_characters`."""
+        if self._longest is None:
+            self._longest = longest_token(self._tokenizer)
+        return self._longest * tokens if self._longest else None
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        require_rows(ids, self._rows, self.decode)
+        return ids
+
+    def _compiled(self, tools: str) -> Callable[..., str]:
+        if not tools or self._template.for_tools is None:
+            return self._render
+        if self._render_with_tools is None:
+            self._render_with_tools = _compile(self._template.for_tools, self._template.now)
+        return self._render_with_tools
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        encoded: list[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return encoded
+
+
+def make_codec(
+    tokenizer: Any,
+    template: ChatTemplate,
+    ending: Ending,
+    tool_ending: Ending | None = None,
+    rows: int | None = None,
+) -> tuple[Codec, CodecParts | None]:
+    """The quickest codec of a tokenizer of transformers, and the values it is made of, if any.
+
+    There are none for tokenizers written in Python, and for one that renders or encodes a few
+    turns differently from what its values say. `rows` are those of the model's embedding. Raises
+    `NoRow` where what the template itself writes has none.
+    """
+    if rows is not None and not tokens_without_row(tokenizer, rows):
+        rows = None
+    theirs = TransformersCodec(tokenizer, template, rows)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(tokenizer, "is_fast", False) or backend is None:
+        return theirs, None
+    if getattr(tokenizer, "split_special_tokens", False):
+        return theirs, None
+    shown = [_shown(theirs, prompt) for prompt in (False, True)]
+    parts = CodecParts(
+        tokenizer=_plain(backend),
+        template=replace(template, notices=()),
+        special=tuple(sorted(_special(tokenizer.special_tokens_map).items())),
+        ending=ending,
+        tool_ending=tool_ending,
+        bos_token_id=tokenizer.bos_token_id,
+        shown=json.dumps(shown),
+        rows=rows,
+    )
+    texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
+    # transformers writes today's date, whatever day a run began on.
+    ours = FastCodec(replace(parts, template=replace(parts.template, now=None)))
+    encoded = theirs.tokenize(texts)
+    same = (
+        shown == [_shown(ours, prompt) for prompt in (False, True)]
+        and encoded == ours.tokenize(texts)
+        and [theirs.decode(ids) for ids in encoded] == [ours.decode(ids) for ids in encoded]
+    )
+    if not same:
+        return theirs, None
+    if template.now is not None:
+        ours = FastCodec(parts)
+        parts = replace(parts, shown=json.dumps([_shown(ours, prompt) for prompt in (False, True)]))
+    return ours, parts
+
+
+def _shown(codec: Codec, prompt: bool) -> str:
+    """What the probe's turns render as; templates may refuse the system turn or an open end."""
+    turns = _PROBE if prompt else _PROBE[:3]
+    for start in (0, 1):
+        try:
+            return codec.render(turns[start:], prompt=prompt)
+        except UserError:
+            continue
+    return ""
+
+
+def _plain(backend: Any) -> str:
+    """A tokenizer's JSON without the truncation and padding of its last call."""
+    if backend.truncation is None and backend.padding is None:
+        return str(backend.to_str())
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())
+
+
+def _special(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in tokens.items()
+    }
+
+
+def _compile(source: str, now: datetime | None = None) -> Callable[..., str]:
+    """transformers' own environment for chat templates, entered without its costly call.
+
+    What a template asks for as the present time is `now`, if it is given.
+    """
+    from transformers.utils import chat_template_utils as theirs
+
+    compiler = getattr(theirs, "_compile_jinja_template", None)
+    if compiler is not None:
+        template = compiler(source)
+        # A chain of mappings otherwise, gone through anew by every call.
+        template.globals = dict(template.globals)
+        if now is not None:
+            template.globals["strftime_now"] = now.strftime
+        return lambda **values: str(template.render(documents=None, **values))
+
+    def through_the_front(messages: list[Any], **values: Any) -> str:
+        rendered: Any = theirs.render_jinja_template(
+            conversations=[messages], chat_template=source, **values
+        )
+        return str(rendered[0][0])
+
+    return through_the_front
+
+
+def _separates(tokenizer: Any, ending: Ending) -> bool:
+    """Whether the end token always splits a text, whatever stands beside it.
+
+    It must be taken out of the text as it stands (not normalised), be no part of a word, and
+    share no characters with another such token.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    own = added.get(ending.token_id)
+    if own is None or own.content != ending.token or own.normalized or own.single_word:
+        return False
+    token = ending.token
+    if token != token.strip():
+        return False
+    others = (one.content for one in added.values() if one.content != token)
+    return not any(_overlap(token, other) for other in others)
+
+
+def _overlap(a: str, b: str) -> bool:
+    if a in b or b in a:
+        return True
+    sizes = range(1, min(len(a), len(b)))
+    return any(a[-size:] == b[:size] or b[-size:] == a[:size] for size in sizes)
+
+
+def _cut(text: str, token: str) -> list[str]:
+    """The pieces of a text between its end tokens, each with the tokens around it."""
+    parts = text.split(token)
+    last = len(parts) - 1
+    pieces = [
+        (token if index else "") + part + (token if index < last else "")
+        for index, part in enumerate(parts)
+    ]
+    return pieces[:-1] if last and not parts[-1] else pieces
+
+
+def _assemble(pieces: list[list[int]]) -> list[int]:
+    """Ids of a text from those of its pieces; each but the first repeats the token before it."""
+    ids = list(pieces[0])
+    for piece in pieces[1:]:
+        ids += piece[1:]
+    return ids

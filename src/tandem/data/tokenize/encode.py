@@ -1,0 +1,399 @@
+"""What of a record is trained: which answers, each after the turns before it, or the whole text."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from tandem.data.records import Branch, Conversation, Origin, PreferencePair, Tree, Turn
+from tandem.data.tokenize.added_tokens import NoRow
+from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
+from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
+from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
+from tandem.data.tokenize.template_capabilities import PROBE_TOOLS, Taken, look
+from tandem.data.tokenize.template_omissions import Omissions
+from tandem.data.truncation.limits import Limits
+from tandem.errors import UserError
+
+LossOn = Literal["answers", "text"]
+
+UNTRAINED = "every answer has weight 0"
+
+
+def trained_exchanges(conversation: Conversation) -> list[Exchange]:
+    """The answers of a conversation that are trained, each with the turns before it."""
+    turns, tools = conversation.turns, conversation.tools
+    return [
+        Exchange(turns[:index], turn.content, conversation.origin, turn.extra, tools)
+        for index, turn in enumerate(turns)
+        if is_trained(turn)
+    ]
+
+
+def until_last_trained(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns up to the last trained answer; nothing behind it can influence training."""
+    return turns[: 1 + max((i for i, turn in enumerate(turns) if is_trained(turn)), default=-1)]
+
+
+def is_answer(turn: Turn, loss_on: LossOn) -> bool:
+    """Whether it is an answer that is trained, alone or with the text."""
+    return turn.role == "assistant" and (turn.trained or loss_on == "text")
+
+
+def is_trained(turn: Turn) -> bool:
+    """Whether it is an answer without weight 0."""
+    return turn.role == "assistant" and turn.trained
+
+
+def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
+    """Both answers of a pair after their prompt, chosen first."""
+    return [
+        Exchange(pair.prompt, text, pair.origin, tools=pair.tools)
+        for text in (pair.chosen, pair.rejected)
+    ]
+
+
+def encode_conversation(
+    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
+) -> list[Encoded | Refused]:
+    """A conversation's trained answers, each after its prompt; or its whole text as one."""
+    if loss_on == "text":
+        return [encode_text(chat, conversation, limits.sequence)]
+    exchanges = trained_exchanges(conversation)
+    return encode_exchanges(chat, exchanges, limits.sequence)
+
+
+END_INSIDE = "the answer's text contains the end-of-turn token"
+DOUBLED_BOS = "the prompt's text begins with a second BOS token"
+# Tokens beyond a limit that are tokenised with it: what is cut off cannot reach further back.
+_MARGIN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A tokenizer with its template, and how that template ends an answer.
+
+    `tools` is what the template renders of tools and their calls, `plain` what it renders of calls
+    in a record without a list of tools. `omissions` says what the template leaves out. `thought` is
+    the tag with which its prompts open the reasoning, if they do. `tool_ending` is how answers end
+    in a template of its own for records with tools. `parts` are the plain values that make the
+    same chat in another process, if there are any.
+    """
+
+    codec: Codec
+    template: ChatTemplate
+    ending: Ending
+    tools: Taken
+    plain: Taken
+    omissions: Omissions
+    thought: Thought | None = None
+    tool_ending: Ending | None = None
+    parts: CodecParts | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> Chat:
+        """A chat with a model of so many `rows` in its embedding; None: enough for every token.
+
+        Raises `UserError` when the template ends answers with no token, or writes one without row.
+        """
+        ending = require_ending(tokenizer, template)
+        tool_ending = None
+        if template.for_tools is not None:
+            with suppress(UserError):  # said of the first record with tools, if there is one
+                tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
+        codec, parts = make_codec(tokenizer, template, ending, tool_ending, rows)
+        return cls._looked_at(codec, template, ending, tool_ending, parts)
+
+    @classmethod
+    def from_parts(cls, parts: CodecParts) -> Chat:
+        """The chat that `parts` came from."""
+        return cls._looked_at(
+            FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts
+        )
+
+    @classmethod
+    def _looked_at(
+        cls,
+        codec: Codec,
+        template: ChatTemplate,
+        ending: Ending,
+        tool_ending: Ending | None,
+        parts: CodecParts | None,
+    ) -> Chat:
+        def render(turns: Sequence[Turn], tools: str) -> str:
+            return codec.render(turns, prompt=False, tools=tools)
+
+        taken = look(render)
+        plain = taken if template.for_tools is None else look(render, given="")
+        omissions = Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools))
+        thought = open_thought(codec.render([Turn("user", "Which?")], prompt=True))
+        return cls(codec, template, ending, taken, plain, omissions, thought, tool_ending, parts)
+
+    def taken(self, tools: str) -> Taken:
+        """What the template of turns with these tools renders of them and of calls."""
+        return self.tools if tools else self.plain
+
+    def ending_for(self, tools: str) -> Ending:
+        """How the template of turns with these tools ends an answer."""
+        return self.tool_ending if tools and self.tool_ending is not None else self.ending
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """An answer to encode: the turns before it and its text. `origin` is for messages.
+
+    `extra` is that of the answer's turn; `tools` are the conversation's.
+    """
+
+    before: tuple[Turn, ...]
+    answer: str
+    origin: Origin
+    extra: str = ""
+    tools: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of prompt and answer; the answer, end token included, starts at `start`.
+
+    `whole` is False where a text was so long that only a part of it was tokenised: then `ids` are
+    more than the limit, and the first of them, as many as the limit, are those of the text if
+    `start` is within it.
+    """
+
+    ids: list[int]
+    start: int
+    whole: bool = True
+
+    def cut(self, length: int) -> Encoded:
+        """The first `length` tokens; an answer that loses its end loses its end token."""
+        return Encoded(self.ids[:length], self.start)
+
+
+def encode_exchanges(
+    chat: Chat, exchanges: Sequence[Exchange], limit: int | None = None
+) -> list[Encoded | Refused]:
+    """Encode answers after their prompts, in one tokenizer call.
+
+    Of a text that surely has more than `limit` tokens only a part is tokenised, see `Encoded`.
+
+    The prompt's ids are those of the rendered prompt alone. Where the tokenizer would merge the
+    prompt's end with the answer's beginning, the answer is tokenised as a continuation instead,
+    and kept only if the text survives decoding. Raises `UserError` when the template refuses
+    the turns.
+    """
+    texts: list[_Texts | Refused] = []
+    prompt, same = "", None
+    for exchange in exchanges:
+        if same is None or (same.before, same.tools) != (exchange.before, exchange.tools):
+            prompt = render(chat, exchange.before, exchange.origin, exchange.tools, prompt=True)
+            same = exchange
+        texts.append(_delimit(chat, exchange, prompt, limit))
+    wanted = dict.fromkeys(
+        text
+        for pair in texts
+        if not isinstance(pair, Refused)
+        for text in (pair.prompt, pair.prompt + pair.answer)
+    )
+    try:
+        ids = dict(zip(wanted, chat.codec.tokenize(list(wanted)), strict=True))
+    except NoRow as error:
+        raise _of_record(chat, exchanges, texts, error) from None
+    return [
+        pair
+        if isinstance(pair, Refused)
+        else _join(chat, ids[pair.prompt], ids[pair.prompt + pair.answer], pair)
+        for pair in texts
+    ]
+
+
+def _of_record(
+    chat: Chat, exchanges: Sequence[Exchange], texts: Sequence[_Texts | Refused], error: NoRow
+) -> NoRow:
+    """The same error of the first record that has it, with its file and row."""
+    for exchange, text in zip(exchanges, texts, strict=True):
+        try:
+            if not isinstance(text, Refused):
+                chat.codec.tokenize([text.prompt, text.prompt + text.answer])
+        except NoRow as own:
+            return NoRow(f"{exchange.origin}: {own}")
+    return error
+
+
+def encode_text(
+    chat: Chat, conversation: Conversation, limit: int | None = None
+) -> Encoded | Refused:
+    """Token ids of a whole conversation as the template renders it, all of them to be trained.
+
+    `limit` is as in `encode_exchanges`. Raises `UserError` when the template refuses the turns.
+    """
+    turns = conversation.turns
+    end = chat.ending_for(conversation.tools).token
+    if any(turn.role == "assistant" and end in turn.content for turn in turns):
+        return Refused(END_INSIDE, end)
+    text = render(chat, turns, conversation.origin, conversation.tools, prompt=False)
+    room = room_for(chat, text, limit)
+    try:
+        (ids,) = chat.codec.tokenize([text[:room]])
+    except NoRow as error:
+        raise NoRow(f"{conversation.origin}: {error}") from None
+    bos = chat.codec.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        return Refused(DOUBLED_BOS)
+    return Encoded(ids, 0, whole=room is None)
+
+
+def render(chat: Chat, turns: tuple[Turn, ...], origin: Origin, tools: str, *, prompt: bool) -> str:
+    """The text of some turns of a record; a `UserError` names it when the template refuses them."""
+    try:
+        return chat.codec.render(turns, prompt=prompt, tools=tools)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def room_for(chat: Chat, text: str, limit: int | None) -> int | None:
+    """How many characters of a text are enough to see that it has more than `limit` tokens.
+
+    None: all of them. A token may hang on what stands near it, so there are some more than needed.
+    """
+    if limit is None or len(text) <= limit:
+        return None
+    room = chat.codec.most_characters(limit + _MARGIN)
+    return None if room is None or len(text) <= room else room
+
+
+def conversation_tree(encoded: Sequence[Encoded], origin: Origin) -> Tree:
+    """The tree of a conversation's trained answers, oldest first.
+
+    When each answer's sequence continues the one before (the usual case) it is a single path;
+    otherwise one branch per answer behind the common prefix, in which nothing is trained, so
+    that no answer counts twice.
+    """
+    if all(_continues(b.ids, a.ids) for a, b in pairwise(encoded)):
+        last = encoded[-1]
+        trained = np.zeros(len(last.ids), dtype=np.bool_)
+        for answer in encoded:
+            trained[answer.start : len(answer.ids)] = True
+        branches = (_branch(last.ids, trained),)
+        return Tree(_branch([], np.zeros(0, dtype=np.bool_)), branches, origin)
+    shared = min(_common(encoded[0].ids, other.ids) for other in encoded[1:])
+    return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
+
+
+def pair_tree(chosen: Encoded, rejected: Encoded, origin: Origin) -> Tree:
+    """The tree of a preference pair: longest common token prefix, then chosen and rejected.
+
+    The prefix may reach into the answers; it is shortened so that each branch keeps a token.
+    """
+    shared = _common(chosen.ids, rejected.ids)
+    shared = min(shared, len(chosen.ids) - 1, len(rejected.ids) - 1)
+    return _split((chosen, rejected), shared, origin)
+
+
+def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Tree:
+    masks = []
+    for answer in encoded:
+        mask = np.zeros(len(answer.ids), dtype=np.bool_)
+        mask[answer.start :] = True
+        masks.append(mask)
+    return Tree(
+        _branch(encoded[0].ids[:shared], masks[0][:shared]),
+        tuple(
+            _branch(answer.ids[shared:], mask[shared:], first=shared == 0)
+            for answer, mask in zip(encoded, masks, strict=True)
+        ),
+        origin,
+    )
+
+
+def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
+    """A branch; the `first` token of a sequence has nothing before it to be predicted from."""
+    if first and len(trained):
+        trained[0] = False
+    return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """A rendered prompt and the answer behind it; parts of them if `whole` is False."""
+
+    prompt: str
+    answer: str
+    end: int  # the id of the end token
+    whole: bool
+    clipped: bool  # the answer's end, and its end token with it, are left out
+
+
+def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> _Texts | Refused:
+    """The prompt, and what the template writes after it for this answer, up to the end token."""
+    answered = Turn("assistant", exchange.answer, extra=exchange.extra)
+    turns = (*exchange.before, answered)
+    text = render(chat, turns, exchange.origin, exchange.tools, prompt=False)
+    ending = chat.ending_for(exchange.tools)
+    reasoned = bool(chat.taken(exchange.tools).reasoning)
+    answer = text_behind(answered, prompt, text, ending, reasoned=reasoned)
+    if isinstance(answer, Refused):
+        return answer
+    if ending.token in answer[: -len(ending.token)]:
+        return Refused(END_INSIDE, ending.token)
+    before, behind = room_for(chat, prompt, limit), room_for(chat, answer, limit)
+    if before is None and behind is None:
+        return _Texts(prompt, answer, ending.token_id, whole=True, clipped=False)
+    # The end of a long prompt, for the answer's length depends on what stands before it.
+    return _Texts(
+        prompt if before is None else prompt[-before:],
+        answer[:behind],
+        ending.token_id,
+        whole=False,
+        clipped=behind is not None,
+    )
+
+
+def _join(chat: Chat, prompt: list[int], whole: list[int], texts: _Texts) -> Encoded | Refused:
+    bos = chat.codec.bos_token_id
+    if bos is not None and prompt[:2] == [bos, bos]:
+        return Refused(DOUBLED_BOS)
+    if not _continues(whole, prompt):
+        continuation = _continuation(chat, prompt, whole, texts.answer)
+        if continuation is None:
+            return Refused("the tokenizer merges prompt and answer, and not reversibly")
+        whole = prompt + continuation
+    if len(whole) <= len(prompt) or (whole[-1] != texts.end and not texts.clipped):
+        return Refused("the answer does not end with the end-of-turn token")
+    return Encoded(whole, len(prompt), texts.whole)
+
+
+def _continuation(chat: Chat, prompt: list[int], whole: list[int], answer: str) -> list[int] | None:
+    """Token ids for `answer` behind `prompt` that decode to what the whole decodes to.
+
+    Tried: the text by itself (byte-level BPE), and behind a line break that is taken off again
+    (SentencePiece puts a space before a text, but not inside one).
+    """
+    alone, anchor, anchored = chat.codec.tokenize([answer, "\n", "\n" + answer])
+    candidates = [alone]
+    if _continues(anchored, anchor):
+        candidates.append(anchored[len(anchor) :])
+    text = chat.codec.decode(whole)
+    return next((ids for ids in candidates if chat.codec.decode(prompt + ids) == text), None)
+
+
+def _continues(ids: list[int], start: list[int]) -> bool:
+    return ids[: len(start)] == start
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    length = min(len(a), len(b))
+    same = 0
+    # Blocks compare much faster than their elements, and prompts are long.
+    for step in (64, 1):
+        while same < length and a[same : same + step] == b[same : same + step]:
+            same += step
+        same = min(same, length)
+    return same

@@ -1,0 +1,249 @@
+"""What a chat template leaves out of a record, found by rendering words in the place of its texts.
+
+A template may skip the system turn, render calls only where no text stands beside them, or render
+the last turns alone, all without an error. What it does depends on the record's shape: who speaks
+in which order, which texts there are, which tools and calls. Each shape is rendered once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from tandem.data.formats.known_formats import Question
+from tandem.data.records import Role, Turn
+from tandem.data.tokenize.chat_template import ChatTemplate, render
+from tandem.data.tokenize.template_capabilities import NO_CALLS, NO_REASONING, NO_RESULTS, NO_TOOLS
+from tandem.errors import UserError
+
+NO_SYSTEM = "the chat template does not render the system turn"
+NO_USER = "the chat template does not render every user turn"
+NO_ANSWER = "the chat template does not render every earlier answer"
+NO_TEXT = "the chat template does not render the text beside tool calls"
+_NOT_RENDERED: dict[Role, str] = {
+    "system": NO_SYSTEM, "user": NO_USER, "assistant": NO_ANSWER, "tool": NO_RESULTS,
+}  # fmt: skip
+# Shapes that are remembered; long conversations have many.
+_REMEMBERED = 2048
+
+Arguments = str
+"""Of a call: `object`, `text` or `none`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What of a turn a template can make a difference by.
+
+    Attributes:
+        role: who speaks.
+        text: how many lines it has: none, one, or more (2).
+        calls: what the arguments of each call are.
+        keys: what else the template gets of the message.
+        null: whether a text that is not there is null.
+    """
+
+    role: Role
+    text: int
+    calls: tuple[Arguments, ...] = ()
+    keys: tuple[str, ...] = ()
+    null: bool = False
+
+
+@dataclass(slots=True)
+class _Twin:
+    """A record of the same shape: its turns, its tools, and what must be found of it, and why."""
+
+    turns: list[Turn] = field(default_factory=list)
+    tools: str = ""
+    words: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Omissions:
+    """What a template leaves out of turns; `rendered` gives a text of turns, tools and prompt."""
+
+    def __init__(self, rendered: Callable[[Sequence[Turn], str, bool], str]) -> None:
+        self._rendered = rendered
+        self._known: dict[Any, str] = {}
+
+    def of_prompt(self, turns: Sequence[Turn], tools: str = "") -> str:
+        """The reason why turns cannot be asked, empty when all of them are rendered."""
+        return self._of([_shape(turn) for turn in turns], tools, answered=False, reasoned=False)
+
+    def of_answers(
+        self, turns: Sequence[Turn], places: Sequence[int], tools: str = "", *, reasoned: bool
+    ) -> str:
+        """The reason why some answers of a conversation cannot be trained, empty without one.
+
+        Args:
+            turns: of the conversation.
+            places: the answers among them.
+            tools: of the conversation.
+            reasoned: whether the template must render reasoning beside each of these answers. That
+                of earlier answers may be left out, as inference leaves it out.
+        """
+        shapes = [_shape(turn) for turn in turns]
+        for place in places:
+            before, whole = shapes[:place], shapes[: place + 1]
+            reason = self._of(before, tools, answered=False, reasoned=False) or self._of(
+                whole, tools, answered=True, reasoned=reasoned
+            )
+            if reason:
+                return reason
+        return ""
+
+    def _of(self, shapes: Sequence[_Shape], tools: str, *, answered: bool, reasoned: bool) -> str:
+        # Most templates make no difference between one line and more, of which there would be many
+        # shapes: all texts count as several lines, unless that leaves something out.
+        lines = tuple(replace(one, text=2) if one.text == 1 else one for one in shapes)
+        found = self._remembered(lines, tools, answered, reasoned)
+        return found and self._remembered(tuple(shapes), tools, answered, reasoned)
+
+    def _remembered(
+        self, shapes: tuple[_Shape, ...], tools: str, answered: bool, reasoned: bool
+    ) -> str:
+        key = (shapes, _tools_shape(tools), answered, reasoned)
+        if key not in self._known:
+            if len(self._known) == _REMEMBERED:
+                self._known.clear()
+            self._known[key] = self._look(*key)
+        return self._known[key]
+
+    def _look(
+        self, shapes: tuple[_Shape, ...], tools: tuple[bool, ...], answered: bool, reasoned: bool
+    ) -> str:
+        twin = _twin(shapes, tools, answered=answered, reasoned=reasoned)
+        try:
+            text = self._rendered(twin.turns, twin.tools, not answered).lower()
+        except UserError:  # it refuses the record itself as well, and says why
+            return ""
+        return next((reason for word, reason in twin.words if word not in text), "")
+
+
+def omissions_of(tokenizer: Any, template: ChatTemplate) -> Omissions:
+    """What a tokenizer's template leaves out."""
+    return Omissions(
+        lambda turns, tools, prompt: render(tokenizer, template, turns, prompt=prompt, tools=tools)
+    )
+
+
+def way_out(reason: str) -> str:
+    """What to do about records that are dropped for a reason."""
+    if reason.startswith("the chat template does not render"):
+        return (
+            "Choose another `chat_template`, mend this one, or take out of the data what it does "
+            "not render."
+        )
+    if reason.startswith("the chat template"):
+        return "Mend the template, or choose another `chat_template`."
+    return "Correct the data or the limits."
+
+
+def check_asked(
+    tokenizer: Any, template: ChatTemplate, questions: Sequence[Question], label: str
+) -> None:
+    """Raise UserError for a question of which a model's template leaves something out.
+
+    Args:
+        tokenizer, template: the model's.
+        questions: what is asked.
+        label: what the model is called.
+    """
+    omissions = omissions_of(tokenizer, template)
+    for question in questions:
+        if reason := omissions.of_prompt(question.turns):
+            raise UserError(
+                f"{question.origin}: {label} cannot be asked this: {reason} (chat_template: "
+                f"{template.name}). {way_out(reason)}"
+            )
+
+
+def _shape(turn: Turn) -> _Shape:
+    said = turn.content.strip()
+    text = (2 if "\n" in said else 1) if said else 0
+    if not turn.extra:
+        return _Shape(turn.role, text)
+    more = turn.more()
+    calls = tuple(_arguments(call["function"]["arguments"]) for call in more.get("tool_calls", ()))
+    null = "content" in more
+    return _Shape(turn.role, 0 if null else text, calls, tuple(sorted(more)), null)
+
+
+def _arguments(value: object) -> Arguments:
+    if not value:
+        return "none"
+    return "text" if isinstance(value, str) else "object"
+
+
+@lru_cache(maxsize=64)
+def _tools_shape(tools: str) -> tuple[bool, ...]:
+    """Of each tool, whether it has a `function`; some are that function themselves."""
+    return tuple("function" in tool for tool in json.loads(tools)) if tools else ()
+
+
+def _twin(
+    shapes: Sequence[_Shape], tools: Sequence[bool], *, answered: bool, reasoned: bool
+) -> _Twin:
+    """A record of these shapes; if it is `answered`, the last turn is the answer itself.
+
+    What the answer says is compared where it is encoded.
+    """
+    twin = _Twin()
+    listed = []
+    for number, wrapped in enumerate(tools):
+        word = _word("tool", number)
+        twin.words.append((word, NO_TOOLS))
+        schema = {"type": "object", "properties": {"zqkeyzq": {"type": "string"}}}
+        one = {"name": word, "description": "A probe.", "parameters": schema}
+        listed.append({"type": "function", "function": one} if wrapped else one)
+    twin.tools = json.dumps(listed) if listed else ""
+    ids: Iterator[str] = iter(())
+    for number, shape in enumerate(shapes):
+        content = ""
+        last = answered and number == len(shapes) - 1
+        if shape.text:
+            words = [_word(edge, number) for edge in ("first", "last")]
+            content = (" " if shape.text == 1 else "\n\n").join(words)
+            if not last or shape.calls:
+                reason = NO_TEXT if shape.calls else _NOT_RENDERED[shape.role]
+                twin.words += [(word, reason) for word in words]
+        extra: dict[str, Any] = {}
+        for key in shape.keys:
+            if key == "tool_calls":
+                extra[key] = _calls(shape, number, twin)
+                ids = iter([call["id"] for call in extra[key]])
+            elif key == "tool_call_id":
+                extra[key] = next(ids, "probe0000")
+            elif key == "content":
+                extra[key] = None
+            else:  # a tool's name, or reasoning under whatever name the template has for it
+                extra[key] = _word("more", number)
+                if last and reasoned and key != "name":
+                    twin.words.append((extra[key], NO_REASONING))
+        twin.turns.append(Turn(shape.role, content, extra=json.dumps(extra) if extra else ""))
+    return twin
+
+
+def _calls(shape: _Shape, number: int, twin: _Twin) -> list[dict[str, Any]]:
+    calls = []
+    for place, arguments in enumerate(shape.calls):
+        name, value = (_word(f"{kind}{place}at", number) for kind in ("call", "value"))
+        twin.words.append((name, NO_CALLS))
+        given: Any = {"zqkeyzq": value}
+        if arguments == "none":
+            given = {}
+        else:
+            twin.words.append((value, NO_CALLS))
+        if arguments == "text":
+            given = json.dumps(given)
+        # Mistral's templates refuse ids of another length.
+        called = {"name": name, "arguments": given}
+        calls.append({"id": f"probe{place:04}", "type": "function", "function": called})
+    return calls
+
+
+def _word(kind: str, number: int) -> str:
+    """A word that no template contains, and no other word."""
+    return f"zq{kind}{number}zq"

@@ -1,0 +1,1 @@
+"""What a record that is too long loses."""

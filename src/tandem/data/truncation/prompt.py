@@ -1,0 +1,152 @@
+"""A prompt that loses text until it fits: the oldest first, headers and the system turn last.
+
+Cuts fall between tokens of a text and the turns are rendered anew each time, so that headers stay
+whole and counts are those of the real prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from tandem.data.records import Origin, Turn
+from tandem.data.tokenize.encode import Chat, render, room_for
+
+Turns = tuple[Turn, ...]
+
+
+def prompt_tokens(chat: Chat, turns: Turns, origin: Origin, tools: str, limit: int) -> int:
+    """Tokens of a rendered prompt; some number above `limit` for one that is very long."""
+    text = render(chat, turns, origin, tools, prompt=True)
+    room = room_for(chat, text, limit)
+    return len(chat.codec.tokenize([text if room is None else text[-room:]])[0])
+
+
+def fit_prompt(
+    chat: Chat, turns: Turns, limit: int, *, origin: Origin, tools: str, by_text: bool
+) -> tuple[Turns, str] | None:
+    """The turns of a prompt within `limit` tokens and what was cut, or None if impossible.
+
+    The oldest exchanges go first (`by_text`: only as much of the oldest as must), then the
+    beginning of the last user turn; calls and results behind it stay. Only when the system turn
+    leaves no room at all, its end is cut so that the question keeps up to half the limit.
+    """
+
+    def over(turns: Turns) -> int:
+        return prompt_tokens(chat, turns, origin, tools, limit) - limit
+
+    shown = partial(render, chat, origin=origin, tools=tools, prompt=True)
+    turns, skipped = skip_hopeless(chat, turns, limit, shown, by_text=by_text)
+    reasons = ["old turns dropped"] if skipped else []
+    while over(turns) > 0 and users(turns) > 1:
+        if by_text and (cut := cut_turn(chat, turns, first_user(turns), limit, over)):
+            return cut, " and ".join([*reasons, "prompt cut"])
+        turns = without_oldest(turns)
+        reasons = ["old turns dropped"]
+    if over(turns) <= 0:
+        return turns, " and ".join(reasons)
+    index = first_user(turns)
+    question = turns[index]
+    shortened = cut_turn(chat, turns, index, limit, over)
+    if shortened is None and turns[0].role == "system":
+        room = limit - min(len(_spans(chat, question.content, limit, end=True)), limit // 2)
+        empty = (turns[0], replace(question, content=""), *turns[index + 1 :])
+        bare = cut_turn(chat, empty, 0, room, lambda turns: over(turns) + limit - room, end=False)
+        turns = ((bare or empty)[0], *turns[1:])
+        reasons.append("system turn cut")
+        if over(turns) <= 0:
+            return turns, " and ".join(reasons)
+        shortened = cut_turn(chat, turns, index, limit, over)
+    if shortened is None:
+        return None
+    return shortened, " and ".join([*reasons, "prompt cut"])
+
+
+def cut_turn(
+    chat: Chat,
+    turns: Turns,
+    index: int,
+    limit: int,
+    over: Callable[[Turns], int],
+    *,
+    end: bool = True,
+) -> Turns | None:
+    """The turns with one turn's text shortened until they are not `over` a limit; None if it can't.
+
+    The text keeps its `end`, or else its beginning: at most `limit` tokens of it.
+    """
+    text = turns[index].content
+    if over(turns) <= 0:
+        return turns if text.strip() else None
+    spans = _spans(chat, text, limit, end=end)
+    kept = min(len(spans), limit)
+    while kept > 0:
+        part = text[spans[-kept][0] :] if end else text[: spans[kept - 1][1]]
+        turns = (*turns[:index], replace(turns[index], content=part), *turns[index + 1 :])
+        excess = over(turns)
+        if excess <= 0:
+            return turns if part.strip() else None
+        kept -= excess
+    return None
+
+
+def _spans(chat: Chat, text: str, limit: int, *, end: bool) -> list[tuple[int, int]]:
+    """The tokens' places in a text, or only those in the part of it that `limit` could keep."""
+    room = room_for(chat, text, limit)
+    if room is None:
+        return chat.codec.spans(text)
+    if not end:
+        return chat.codec.spans(text[:room])
+    start = len(text) - room
+    return [(a + start, b + start) for a, b in chat.codec.spans(text[start:])]
+
+
+def skip_hopeless(
+    chat: Chat, turns: Turns, limit: int, render: Callable[[Turns], str], *, by_text: bool
+) -> tuple[Turns, int]:
+    """The turns without the oldest exchanges that surely cannot stay, and how many those are.
+
+    The last exchange stays. It gives what dropping one at a time would give, in a few renderings:
+    a text becomes no longer when an exchange is taken out. `by_text`: a first question counts as
+    empty, for it may be cut.
+    """
+    starts = [index for index, turn in enumerate(turns) if turn.role == "user"]
+
+    def from_exchange(number: int) -> Turns:
+        return turns[: starts[0]] + turns[starts[number] :]
+
+    def hopeless(number: int) -> bool:
+        kept = from_exchange(number)
+        if by_text:
+            short = replace(kept[starts[0]], content=kept[starts[0]].content[:1])
+            kept = (*kept[: starts[0]], short, *kept[starts[0] + 1 :])
+        return room_for(chat, render(kept), limit) is not None
+
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2 if low else 0  # mostly there is nothing to skip
+        if hopeless(middle):
+            low = middle + 1
+        elif middle == 0:
+            break
+        else:
+            high = middle
+    return from_exchange(low), low
+
+
+def without_oldest(turns: Turns) -> Turns:
+    """The turns without the first user turn and all that follows it up to the next one."""
+    start = first_user(turns)
+    following = (i for i in range(start + 1, len(turns)) if turns[i].role == "user")
+    return turns[:start] + turns[next(following, len(turns)) :]
+
+
+def users(turns: Turns) -> int:
+    """How many exchanges there are, each begun by a user."""
+    return sum(turn.role == "user" for turn in turns)
+
+
+def first_user(turns: Turns) -> int:
+    """The place of the oldest user turn."""
+    return next(index for index, turn in enumerate(turns) if turn.role == "user")

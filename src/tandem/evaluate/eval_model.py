@@ -1,0 +1,124 @@
+"""A model that is evaluated: a folder, or an adapter with its base, and what tells it apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.model.added_tokens import described_rows, grow_vocabulary
+from tandem.model.companion_files import load_combined_tokenizer
+from tandem.model.load_model import (
+    load_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    require_model,
+)
+from tandem.model.lora.adapter import load_adapter
+from tandem.model.lora.adapter_base import find_base
+from tandem.model.lora.adapter_config import is_adapter
+from tandem.model.quantize import read_record
+from tandem.runtime.device import Device
+from tandem.storage.hashing import hash_file, hash_json, hash_weights
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and what it is called in results.
+
+    Attributes:
+        label: in tables.
+        folder: the model, or the adapter's base.
+        adapter: the adapter's folder, None for a whole model.
+        added_tokens: special tokens of the template for models that have none of their own. A base
+            is asked as training asked it first: their embeddings are the mean of all others.
+    """
+
+    label: str
+    folder: Path
+    adapter: Path | None
+    added_tokens: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its adapter was trained on a quantised base."""
+        return self.adapter is not None and read_record(self.adapter) is not None
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return load_config(self.folder)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of its weights."""
+        found = {"weights": hash_weights(self.folder)}
+        if self.adapter is not None:
+            found["adapter"] = hash_weights(self.adapter)
+            found["adapter_config"] = hash_file(self.adapter / "adapter_config.json")
+        return found
+
+    def tokenizer(self, chat_template: str | None) -> tuple[Any, ChatTemplate]:
+        """The tokenizer and the template: its own, an adapter's first, else `chat_template`."""
+        if self.adapter is None:
+            tokenizer = load_tokenizer(self.folder)
+        else:
+            tokenizer = load_combined_tokenizer(self.folder, self.adapter)
+        if getattr(tokenizer, "chat_template", None):
+            return tokenizer, resolve_template(tokenizer, None)
+        add_tokens(tokenizer, self.added_tokens)
+        return tokenizer, resolve_template(tokenizer, chat_template)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it lacks tokens that it will be asked with."""
+        return bool(self._new_ids())
+
+    def _new_ids(self) -> list[int]:
+        if self.adapter is not None or not self.added_tokens:
+            return []
+        tokenizer = load_tokenizer(self.folder)
+        if tokenizer.chat_template:
+            return []
+        added, rows = add_tokens(tokenizer, self.added_tokens), described_rows(self.config)
+        return [*added.new.values(), *(i for i in added.known.values() if i >= rows)]
+
+    def load_base(self, device: Device) -> Any:
+        """The model, or an adapter's base as the adapter saw it."""
+        place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
+        if self.adapter is None:
+            model = load_model(self.folder, **place)
+            if new := self._new_ids():
+                grow_vocabulary(model, new)
+            return model
+        return load_base(self.folder, self.adapter, **place)
+
+    def with_adapter(self, base: Any) -> Any:
+        """What answers: the loaded base with its adapter, if there is one."""
+        return base if self.adapter is None else load_adapter(base, self.adapter)
+
+
+def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> Contestant:
+    """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
+
+    Raises UserError for a folder that is neither, and for an adapter whose base is not there or
+    has other weights than those it was trained on.
+    """
+    folder = model_folder(path)
+    if not is_adapter(folder):
+        require_model(folder)
+        return Contestant(label, folder, None, added_tokens)
+    return Contestant(label, find_base(folder), folder)
+
+
+def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:
+    """Hash of how texts become tokens, the chat template included where it has a part."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
+    named = {"named": template.named} if template and template.named else {}
+    source = template.source if template else None
+    return hash_json({"tokenizer": text, "template": source, **named})

@@ -1,0 +1,351 @@
+"""lm-evaluation-harness: one task at a time on one model, quietly; its one home.
+
+The harness loads the model and computes the scores; nothing of ours takes part in them. A test
+holds them equal to what the harness's own command line says, to the last digit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+from tandem.errors import UserError
+from tandem.evaluate.scores import Score, score_of
+from tandem.evaluate.suites import TaskPlan
+
+# Told how many requests there are, and then how many more are done.
+Advance = Callable[[int, int | None], None]
+# Of the metrics that a task of no suite has, the first of these is shown.
+_PREFERRED = ("acc_norm,none", "acc,none")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to measure, as the harness is to load it.
+
+    Attributes:
+        pretrained: a model folder, or a loaded model where the harness cannot load it as it was
+            trained (an adapter on a quantised base).
+        adapter: an adapter's folder on top of the model folder, or None.
+        tokenizer: loaded, with its chat template.
+        dtype: of the weights, by name.
+        device: by torch's name.
+        batch_size: as the harness takes it: a number, or `auto`.
+        look: shown the token ids of each text; it raises UserError for those that cannot be fed.
+    """
+
+    pretrained: Any
+    adapter: Path | None
+    tokenizer: Any
+    dtype: str
+    device: str
+    batch_size: str
+    look: Callable[[Sequence[int]], None] | None = None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What a task gave.
+
+    Attributes:
+        metrics: by `metric,filter`.
+        metric: the one that tables show.
+        shots: few-shot examples.
+        cut: requests that were longer than the model's context; their beginning was cut off.
+        version: of the task's definition.
+        seconds: how long it took.
+    """
+
+    metrics: dict[str, Score]
+    metric: str
+    shots: int
+    cut: int
+    version: str
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for a file; see `task_scores_of`."""
+        return {**vars(self), "metrics": {k: s.as_json() for k, s in self.metrics.items()}}
+
+
+def task_scores_of(plain: dict[str, Any]) -> TaskScores:
+    """Scores from what `TaskScores.as_json` gave."""
+    metrics = {name: score_of(score) for name, score in plain["metrics"].items()}
+    return TaskScores(**{**plain, "metrics": metrics})
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for a task that the harness does not have, with the nearest that it has."""
+    if not names:
+        return
+    with _quietly(lambda *_: None, offline=False):
+        there = _own_manager().all_tasks
+    for name in names:
+        if name not in there:
+            raise _unknown(name, there)
+
+
+def _manager(folder: Path) -> Any:
+    """The index of the tasks that a folder describes."""
+    from lm_eval.tasks import TaskManager
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@lru_cache(maxsize=1)
+def _own_manager() -> Any:
+    """The index of the harness's own tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _unknown(name: str, there: Sequence[str]) -> UserError:
+    close = difflib.get_close_matches(name, there, n=1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    return UserError(
+        f"tasks: the harness has no task {name}. {hint}`lm-eval ls tasks` lists all there are."
+    )
+
+
+class Harness:
+    """A model that the harness has loaded, as a context manager."""
+
+    def __init__(self, subject: Subject, tasks: Path, *, hub: bool) -> None:
+        """Get ready; the model is loaded by the first task.
+
+        Args:
+            subject: the model.
+            tasks: folder of our own task definitions.
+            hub: whether the harness's own tasks are wanted, whose data the Hub has.
+        """
+        self.subject = subject
+        self.hub = hub
+        self._tasks = tasks
+        self._model: Any = None
+        self._index: Any = None
+
+    def __enter__(self) -> Self:
+        """Nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def measure(
+        self, plan: TaskPlan, *, limit: int | None, chat: bool, advance: Advance
+    ) -> TaskScores:
+        """Measure a task.
+
+        Args:
+            plan: the task.
+            limit: only its first items; None: all.
+            chat: whether prompts go through the chat template, few-shot examples as turns.
+            advance: told about requests.
+
+        Raises UserError for a task that does not exist, or whose data cannot be had.
+        """
+        started = time.monotonic()
+        with _quietly(advance, offline=plan.data is not None) as cut:
+            self._load(plan)
+            name = plan.harness_name
+            from lm_eval import simple_evaluate
+
+            try:
+                found = simple_evaluate(
+                    model=self._model,
+                    tasks=[name],
+                    num_fewshot=None if plan.data is not None else plan.shots,
+                    batch_size=self.subject.batch_size,
+                    device=self.subject.device,
+                    limit=limit,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                    task_manager=self._index,
+                )
+            except UserError:
+                raise
+            except (OSError, ImportError, LookupError, ValueError, AssertionError) as error:
+                raise UserError(_why(plan, error)) from error
+        return _scores(plan, name, found, len(cut), time.monotonic() - started)
+
+    def _load(self, plan: TaskPlan) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        if self._index is None:
+            self._index = _own_manager() if self.hub else _manager(self._tasks)
+        if plan.harness_name not in self._index.all_tasks:
+            raise _unknown(plan.name, self._index.all_tasks)
+        if self._model is None:
+            self._model = HFLM(
+                pretrained=self.subject.pretrained,
+                tokenizer=self.subject.tokenizer,
+                dtype=self.subject.dtype,
+                device=self.subject.device,
+                batch_size=self.subject.batch_size,
+                **({} if self.subject.adapter is None else {"peft": str(self.subject.adapter)}),
+            )
+            if self.subject.look is not None:
+                _look_at_tokens(self._model, self.subject.look)
+
+
+def _look_at_tokens(model: Any, look: Callable[[Sequence[int]], None]) -> None:
+    """Have the harness's model show the token ids of each text to `look`, which may raise."""
+    one, several = model.tok_encode, model.tok_batch_encode
+
+    def encode(*args: Any, **settings: Any) -> Any:
+        ids = one(*args, **settings)
+        look(ids)
+        return ids
+
+    def encode_batch(*args: Any, **settings: Any) -> Any:
+        ids, mask = several(*args, **settings)
+        look(ids.flatten().tolist())
+        return ids, mask
+
+    model.tok_encode, model.tok_batch_encode = encode, encode_batch
+
+
+def _why(plan: TaskPlan, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    hint = (
+        "Its data comes from the Hub: check the network, or name local data."
+        if plan.data is None
+        else "Check the task's files, and that there are more items than few-shot examples."
+    )
+    return f"tasks: {plan.name} cannot be measured: {lines[0]}. {hint}"
+
+
+def _scores(plan: TaskPlan, name: str, found: Any, cut: int, seconds: float) -> TaskScores:
+    """The harness's figures, with the items of each metric that has one value an item."""
+    # A group's figures are under its own name, its items under its members'.
+    figures = found["results"].get(name) or found.get("groups", {}).get(name)
+    if figures is None:
+        raise UserError(
+            f"tasks: {plan.name} is a set of tasks without a score of its own; name its tasks"
+        )
+    samples = [
+        (member, sample) for member, rows in sorted(found["samples"].items()) for sample in rows
+    ]
+    metrics = {}
+    for key, value in figures.items():
+        metric, _, chosen = key.partition(",")
+        if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = figures.get(f"{metric}_stderr,{chosen}")
+        items = {
+            f"{member}/{sample['doc_id']}": float(sample[metric])
+            for member, sample in samples
+            if sample["filter"] == chosen and isinstance(sample.get(metric), int | float)
+        }
+        stated = (float(value), float(error) if isinstance(error, int | float) else None)
+        metrics[key] = Score(tuple(items), tuple(items.values()), (), stated)
+    if not metrics:
+        raise UserError(f"tasks: {plan.name} gave no figure")
+    metric = plan.metric or next((m for m in _PREFERRED if m in metrics), next(iter(metrics)))
+    shots = {int(n) for n in found.get("n-shot", {}).values()}
+    version = found.get("versions", {}).get(name)
+    return TaskScores(metrics, metric, max(shots, default=0), cut, str(version), seconds)
+
+
+@contextmanager
+def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
+    """The harness without what it prints, warns and looks up; yields its words about cut requests.
+
+    Its bars become ours. Of a run it also notes its source's commit and the machine's packages,
+    for which it starts other programs, and asks the Hub about the model: none of it is used here.
+    """
+    cut: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # All that runs in here is the harness's and its libraries'.
+        warnings.simplefilter("ignore")
+        stack.enter_context(_logged(cut))
+        for module in ("lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.api.model"):
+            stack.enter_context(_swapped(module, "tqdm", _bar(advance)))
+        for name in ("get_git_commit_hash", "add_env_info"):
+            stack.enter_context(_swapped("lm_eval.evaluator", name, lambda *_: None))
+        from lm_eval.models.huggingface import HFLM
+
+        stack.enter_context(_replaced(HFLM, "get_model_info", lambda _: {}))
+        if offline:
+            stack.enter_context(_swapped("huggingface_hub.constants", "HF_HUB_OFFLINE", True))
+            stack.enter_context(_swapped("datasets.config", "HF_HUB_OFFLINE", True))
+        for library in ("transformers.utils.logging", "datasets"):
+            import_module(library).disable_progress_bar()
+        yield cut
+
+
+@contextmanager
+def _logged(cut: list[str]) -> Iterator[None]:
+    """Its log goes nowhere but for what it says about requests that it cuts."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said = record.getMessage()
+            if "maximum length" in said or "truncation applied" in said:
+                cut.append(said)
+
+    log = logging.getLogger("lm_eval")
+    before = log.handlers[:], log.propagate, log.level
+    log.handlers, log.propagate = [Listener(logging.WARNING)], False
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[0], before[1]
+        log.setLevel(before[2])
+
+
+def _swapped(module: str, name: str, value: Any) -> Any:
+    return _replaced(import_module(module), name, value)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _bar(advance: Advance) -> type:
+    """What stands in for tqdm: it tells `advance` about requests, and draws nothing."""
+
+    class Bar:
+        def __init__(
+            self,
+            iterable: Iterable[Any] | None = None,
+            total: int | None = None,
+            desc: str = "",
+            **_: Any,
+        ) -> None:
+            self.iterable = iterable
+            self.counts = desc.startswith("Running")
+            if self.counts:
+                advance(0, total)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.iterable or ())
+
+        def update(self, count: int = 1) -> None:
+            if self.counts:
+                advance(count, None)
+
+        def close(self) -> None:
+            pass
+
+    return Bar

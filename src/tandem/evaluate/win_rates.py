@@ -1,0 +1,243 @@
+"""Side by side: a judge says which of two answers is better, asked in both orders.
+
+The judge is a language model that somebody serves; this module knows a function that asks it, and
+no server. After MT-Bench's pairwise judge (arXiv 2306.05685): an answer wins where it is preferred
+in both orders; otherwise the pair is a tie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from tandem.errors import UserError
+from tandem.evaluate.scores import Score
+from tandem.integrations.chat_server import ChatRequest, Failure
+from tandem.pairs.generators import open_server
+from tandem.recipe.pairs_settings import Server
+from tandem.runtime.console import say
+from tandem.storage.hashing import hash_json
+from tandem.storage.journal import Journal
+
+Messages = tuple[Mapping[str, str], ...]
+# Asked many conversations: each one's number and the answer, as they arrive; None for no answer.
+Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, str | None]]]
+Verdict = Literal["A", "B", "tie"]
+# Each verdict has its own key, so that one file has those of all judges and questions.
+_JOURNAL = "verdicts"
+
+PROMPT = """\
+Two assistants answered the same question. Say which answer is better: first by correctness, then \
+by whether it does what was asked, then by clarity. Length is no merit of its own, and neither is \
+the order in which the answers stand here.
+
+[Question]
+{question}
+
+[Answer A]
+{one}
+[End of answer A]
+
+[Answer B]
+{other}
+[End of answer B]
+
+End with a line that holds your verdict and nothing else: [[A]] if answer A is better, [[B]] if \
+answer B is better, [[C]] for a tie."""
+"""What the judge is asked."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge: its name, for results, and how it is asked."""
+
+    name: str
+    ask: Ask
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A question and two answers to it: a model's, and the one's it is compared with."""
+
+    item: str
+    question: str
+    answer: str
+    against: str
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge found.
+
+    Attributes:
+        score: 1 for a win, 0.5 for a tie, 0 for a loss, by item; the mean is the win rate.
+        wins, ties, losses: of the judged items.
+        identical: ties that the judge was not asked about, for the answers are the same text.
+        consistent: share of the asked items with the same verdict in both orders.
+        first_shown: share of the verdicts for one side that went to the answer shown first.
+        unread: items without a verdict in both orders: no answer came, or none could be read.
+    """
+
+    score: Score
+    wins: int
+    ties: int
+    losses: int
+    identical: int
+    consistent: float | None
+    first_shown: float | None
+    unread: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for evaluation.json, the items apart."""
+        values = {key: value for key, value in vars(self).items() if key != "score"}
+        return {"win_rate": self.score.value, "error": self.score.error, **values}
+
+
+def judge_duels(
+    judge: Judge, duels: Sequence[Duel], file: Path, advance: Callable[[int], None]
+) -> Verdicts:
+    """Let a judge decide duels, each asked twice.
+
+    Args:
+        judge: whom to ask.
+        duels: what to decide.
+        file: verdicts are written there as they come, and those that are there are not asked for
+            again.
+        advance: told how many more questions are decided.
+
+    Raises UserError for a file that is damaged, or no file of verdicts.
+    """
+    asked = [d for d in duels if d.answer != d.against]
+    with Journal(file, _JOURNAL) as journal:
+        known = _known(journal)
+        open_ = [
+            (duel, swapped, key)
+            for duel in asked
+            for swapped in (False, True)
+            if (key := _key(judge, duel, swapped)) not in known
+        ]
+        advance(2 * len(asked) - len(open_))
+        messages = [_messages(duel, swapped) for duel, swapped, _ in open_]
+        for number, text in judge.ask(messages) if messages else ():
+            verdict = None if text is None else read_verdict(text)
+            if verdict is not None:
+                key = open_[number][2]
+                journal.add({"key": key, "judge": judge.name, "verdict": verdict})
+                known[key] = verdict
+            advance(1)
+    found = {
+        duel.item: (
+            known.get(_key(judge, duel, False)),
+            known.get(_key(judge, duel, True)),
+        )
+        for duel in asked
+    }
+    return _verdicts(duels, found)
+
+
+def _known(journal: Journal) -> dict[str, Verdict]:
+    """The verdicts of a file by their keys."""
+    known: dict[str, Verdict] = {}
+    for line, one in enumerate(journal.entries, start=2):
+        match one:
+            case {"key": str(key), "verdict": "A" | "B" | "tie" as verdict}:
+                known[key] = verdict
+            case _:
+                raise UserError(
+                    f"{journal.path}, line {line}: no verdict. Restore the file, or remove it to "
+                    "ask anew."
+                )
+    return known
+
+
+def read_verdict(text: str) -> Verdict | None:
+    """The verdict that a judge's text ends with, None if there is none."""
+    found = re.findall(r"\[\[([ABC])\]\]", text)
+    if not found:
+        return None
+    verdicts: dict[str, Verdict] = {"A": "A", "B": "B", "C": "tie"}
+    return verdicts[found[-1]]
+
+
+def _messages(duel: Duel, swapped: bool) -> Messages:
+    one, other = (duel.against, duel.answer) if swapped else (duel.answer, duel.against)
+    text = PROMPT.format(question=duel.question, one=one, other=other)
+    return ({"role": "user", "content": text},)
+
+
+def _key(judge: Judge, duel: Duel, swapped: bool) -> str:
+    return hash_json([judge.name, _messages(duel, swapped)[0]["content"]])
+
+
+def _verdicts(
+    duels: Sequence[Duel], found: Mapping[str, tuple[Verdict | None, Verdict | None]]
+) -> Verdicts:
+    items, values = [], []
+    agreed = first = sided = unread = identical = 0
+    for duel in duels:
+        if duel.item not in found:
+            identical += 1
+            items.append(duel.item)
+            values.append(0.5)
+            continue
+        plain, swapped = found[duel.item]
+        if plain is None or swapped is None:
+            unread += 1
+            continue
+        for verdict in (plain, swapped):
+            sided += verdict != "tie"
+            first += verdict == "A"
+        same = (plain, swapped) in (("A", "B"), ("B", "A"), ("tie", "tie"))
+        agreed += same
+        items.append(duel.item)
+        values.append((1.0 if plain == "A" else 0.0) if same and plain != "tie" else 0.5)
+    asked = len(items) - identical
+    return Verdicts(
+        Score(tuple(items), tuple(values)),
+        wins=values.count(1.0),
+        ties=values.count(0.5),
+        losses=values.count(0.0),
+        identical=identical,
+        consistent=agreed / asked if asked else None,
+        first_shown=first / sided if sided else None,
+        unread=unread,
+    )
+
+
+# Tokens of a verdict and what comes before it.
+_MOST = 1024
+
+
+def server_judge(server: Server, console: Console) -> Judge:
+    """A judge from a recipe's server section.
+
+    Raises UserError when its key is not there; nothing is sent yet.
+    """
+    client = open_server(server, console)
+    options = {"temperature": 0, server.limit_key: _MOST}
+
+    def ask(many: Sequence[Messages]) -> Iterator[tuple[int, str | None]]:
+        failed: Counter[str] = Counter()
+        first: Failure | None = None
+        for number, found in client.answers(ChatRequest(one, options) for one in many):
+            if isinstance(found, Failure):
+                failed[found.reason] += 1
+                first = first or found
+                yield number, None
+            else:
+                yield number, found.text
+        if failed:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
+            say(
+                console,
+                f"{server.model} gave no answer to {failed.total()} requests ({reasons}); the "
+                f"first: {first}",
+            )
+
+    return Judge(server.model, ask)

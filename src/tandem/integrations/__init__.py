@@ -1,0 +1,1 @@
+"""Products of others behind our protocols: DeepSpeed, Gaudi, OpenAI-compatible servers."""

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3."""

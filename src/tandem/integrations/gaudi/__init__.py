@@ -1,0 +1,1 @@
+"""Habana's Gaudi cards."""

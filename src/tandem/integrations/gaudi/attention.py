@@ -1,0 +1,143 @@
+"""Dense attention by Habana's FusedSDPA, on Gaudi cards where it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+
+from tandem.data.batching.collate import Segment, row_spans
+from tandem.errors import UserError
+from tandem.model.attention.dense import dense_attention
+from tandem.model.attention.hf_interface import entry
+from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
+from tandem.model.attention.packing_probe import decoder_of, examine
+
+_HOME = "habana_frameworks.torch.hpex.kernels"
+
+
+def fused_kernel() -> Any:
+    """Habana's FusedSDPA, an autograd function. Raises UserError where it cannot be imported."""
+    try:
+        return import_module(_HOME).FusedSDPA
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"hpu.fused_attention needs FusedSDPA of {_HOME}, which cannot be imported ({error}). "
+            "Set it to false."
+        ) from None
+
+
+@entry()
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """One kernel call over the whole micro-batch under its additive [1, 1, T, T] mask.
+
+    Keys and values are repeated for the query heads that share them: the kernel was seen to be
+    called in no other way.
+
+    Arguments and result as `dense.dense_attention`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    output: Tensor = fused_kernel().apply(
+        query,
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        layout.bias(window, query.dtype),
+        0.0,  # dropout
+        False,  # causal: the mask says what is seen
+        scaling,
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+REASON = "this device compiles a graph for every shape"
+
+_NAME = "tandem_dense"
+_TOKENS = 4
+# What a host waits for, or what has a shape that the values decide.
+_WAITING = {
+    "_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
+    "unique_consecutive", "unique_dim", "_unique2",
+}  # fmt: skip
+
+
+def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]:
+    """dense, or fused: one call under a mask, the only forms whose shapes records do not decide.
+
+    Args:
+        requested: the recipe's attention.
+        model: on its device, without an adapter.
+        fused: whether Habana's kernel is asked for.
+
+    Returns:
+        The backend, and the reason for it.
+
+    Raises UserError for another form, and for models whose own layers look at values to decide
+    what to compute, as mixtures of experts do.
+    """
+    if requested not in ("auto", "dense") or (requested == "dense" and fused):
+        other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
+        raise UserError(f"attention: {requested} cannot be used here: {REASON}. Use {other}.")
+    name = type(model).__name__
+    examined = examine(model)
+    if examined.obstacle is not None:
+        raise UserError(
+            f"{name} cannot read packed trees ({examined.obstacle}), and padded rows have no "
+            f"declared shapes, while {REASON}. Use another device."
+        )
+    if waiting := _waits(model):
+        raise UserError(
+            f"the layers of {name} decide by their values what to compute ({', '.join(waiting)}), "
+            f"while {REASON}. Use another device."
+        )
+    if fused and examined.softcap:
+        raise UserError(
+            "hpu.fused_attention: the model soft-caps attention scores, which FusedSDPA cannot. "
+            "Set it to false."
+        )
+    return ("fused", "asked for") if fused else ("dense", REASON)
+
+
+def _waits(model: Any) -> list[str]:
+    """Operators of a forward over a few tokens that need their inputs' values on the host."""
+    segments = (Segment(0, _TOKENS),)
+    ids = torch.arange(_TOKENS, device=model.device)
+    layout = TreeLayout(segments, ids, row_spans(segments).to(model.device))
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, dense_attention)
+    model.set_attn_implementation(_NAME)
+    decoder: Any = decoder_of(model)
+    try:
+        with torch.no_grad(), _Operators() as seen:
+            decoder(
+                input_ids=ids[None], position_ids=ids[None], use_cache=False,
+                **{LAYOUT_KEYWORD: layout},
+            )  # fmt: skip
+    finally:
+        model.set_attn_implementation(before)
+    return sorted(seen.names & _WAITING)
+
+
+class _Operators(TorchDispatchMode):
+    """The names of what is dispatched inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,255 @@
+"""Micro-batches in declared shapes, for devices that compile a graph for every shape they meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tandem.data.batching.collate import MicroBatch, Segment, row_spans
+from tandem.data.batching.packing import pack
+from tandem.data.batching.sampler import Part, steps, steps_per_epoch
+from tandem.data.encoded.dataset import Trees
+from tandem.errors import UserError
+from tandem.recipe.run_settings import Hpu, Runtime
+from tandem.recipe.training_settings import Training
+from tandem.runtime.device import Device
+
+# Lengths that are not asked for are multiples of this, as matrix engines like them.
+_GRAIN = 128
+# How many of them `auto` makes: each half of the one before, and each a set of graphs to compile.
+_AUTO = 4
+# Targets and sequences are rounded up to multiples of this.
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One declared shape: rows T, targets N and sequences S of a filled micro-batch."""
+
+    rows: int
+    targets: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The declared shapes of a run, by rows; there is nothing else that a device meets.
+
+    How many targets and sequences fit into T rows follows from the run's densest records, so that
+    the rows decide the whole shape.
+    """
+
+    shapes: tuple[Bucket, ...]
+
+    @property
+    def longest(self) -> int:
+        """Rows of the largest shape, which no micro-batch may exceed."""
+        return self.shapes[-1].rows
+
+    def bucket_for(self, batch: MicroBatch) -> Bucket:
+        """The smallest shape that holds a micro-batch."""
+        for shape in self.shapes:
+            if shape.rows >= batch.tokens:
+                return shape
+        raise ValueError(f"{batch.tokens} rows in one micro-batch, but at most {self.longest} fit")
+
+
+def declare_buckets(
+    asked: Sequence[int] | Literal["auto", "max"],
+    trees: Trees,
+    *,
+    budget: int,
+    max_length: int,
+    held_out: Trees | None = None,
+) -> Buckets:
+    """The shapes of a run over these records.
+
+    Args:
+        asked: lengths in tokens; `max`: one, which holds `max_length` and the longest record;
+            `auto`: up to four, the largest of which holds the token budget and the longest record,
+            each other half of the next, so that filling a micro-batch up never doubles it.
+        trees: the run's records.
+        budget: tokens of a micro-batch.
+        max_length: tokens of a sequence.
+        held_out: records that are scored on the way.
+
+    Raises UserError naming the record and the lengths when a record exceeds the largest that was
+    asked for.
+    """
+    everything = [trees] if held_out is None else [trees, held_out]
+    longest = max((some[int(some.fed.argmax())] for some in everything), key=lambda tree: tree.fed)
+    most = longest.fed
+    if asked == "auto":
+        lengths = _halves(max(budget, most))
+    elif asked == "max":
+        lengths = (_grained(max(max_length, most)),)
+    else:
+        lengths = tuple(sorted(set(asked)))
+        if most > lengths[-1]:
+            raise UserError(
+                f"hpu.buckets: {longest.origin} feeds {most} tokens at once, and the "
+                f"lengths are {', '.join(map(str, lengths))}. Add a length of at least {most}, or "
+                "lower max_length."
+            )
+    fed, branches, targets_of = (
+        np.concatenate([getattr(some, name) for some in everything])
+        for name in ("fed", "branches", "sequence_targets")
+    )
+    targets = _densest(np.add.reduceat(targets_of, _first_sequences(branches)), fed)
+    most_branches = int(branches.max())
+    return Buckets(
+        tuple(
+            Bucket(
+                rows,
+                _aligned(math.ceil(targets * rows), _ALIGNED),
+                _aligned(
+                    math.ceil(_densest(branches, fed) * rows), math.lcm(_ALIGNED, most_branches)
+                ),
+            )
+            for rows in lengths
+        )
+    )
+
+
+def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
+    """The same micro-batch in a declared shape; no result depends on what fills it up.
+
+    A filler row sees itself alone and nothing reads it. Filler targets are summed into a slot
+    behind the last sequence, which is thrown away, and filler sequences have no targets, so that
+    their log-prob is 0.
+
+    Args:
+        batch: on the CPU, where all of this happens.
+        bucket: its shape, not smaller in anything.
+
+    Returns:
+        T, N and S as declared, `spans` in place of a mask, and every row in `read_rows`: how many
+        are really read would be one more shape.
+    """
+    rows = bucket.rows - batch.tokens
+    targets = bucket.targets - len(batch.target_id)
+    sequences = bucket.sequences - batch.sequences
+    if min(rows, targets, sequences) < 0:
+        raise ValueError(f"{batch.tokens} rows, {len(batch.target_id)} targets and "
+                         f"{batch.sequences} sequences do not fit into {bucket}")  # fmt: skip
+    alone = tuple(Segment(row, row + 1) for row in range(batch.tokens, bucket.rows))
+    segments = (*batch.segments, *alone)
+    keys = batch.dropout_keys
+    return replace(
+        batch,
+        input_ids=_filled(batch.input_ids, rows, 0),
+        position_ids=_filled(batch.position_ids, rows, 0),
+        segments=segments,
+        target_row=_filled(batch.target_row, targets, 0),
+        target_id=_filled(batch.target_id, targets, 0),
+        target_sequence=_filled(batch.target_sequence, targets, bucket.sequences),
+        read_rows=torch.arange(bucket.rows),
+        sequences=bucket.sequences,
+        sequence_tokens=(*batch.sequence_tokens, *[0] * sequences),
+        dropout_keys=None if keys is None else _filled(keys, rows, 0),
+        spans=row_spans(segments),
+    )
+
+
+def padding_share(rows: Sequence[int], buckets: Buckets) -> float:
+    """The share of the rows fed that is padding, for micro-batches of these many real rows."""
+    lengths = [shape.rows for shape in buckets.shapes]
+    fed = sum(next(length for length in lengths if length >= real) for real in rows)
+    return 1 - sum(rows) / fed if fed else 0.0
+
+
+def _halves(tokens: int) -> tuple[int, ...]:
+    lengths = [_grained(tokens)]
+    while len(lengths) < _AUTO and lengths[0] > _GRAIN:
+        lengths.insert(0, _grained(lengths[0] / 2))
+    return tuple(lengths)
+
+
+def _grained(tokens: float) -> int:
+    return _aligned(math.ceil(tokens), _GRAIN)
+
+
+def _aligned(count: int, grain: int) -> int:
+    return -(-count // grain) * grain
+
+
+def _first_sequences(branches: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(branches[:-1], dtype=np.int64)])
+
+
+def _densest(counts: NDArray[np.int32], fed: NDArray[np.int32]) -> float:
+    """The most of something that a row of any record stands for."""
+    return float((counts / np.maximum(fed, 1)).max())
+
+
+def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_full((count,), value)])
+
+
+def declared_shapes(
+    trees: Trees,
+    settings: Training,
+    *,
+    device: Device,
+    runtime: Runtime,
+    budget: int,
+    seed: int,
+    tell: Callable[[str], None],
+    parts: Sequence[Part] = (),
+    held_out: Trees | None = None,
+) -> tuple[Buckets | None, int]:
+    """What micro-batches are filled up to, None where shapes are free, and the token budget.
+
+    The budget never exceeds the largest shape; where lengths were declared and no budget, the
+    largest is the budget, since a smaller one would be filled up anyway. What filling up costs is
+    told, counted over the records' real lengths in an epoch's order, as one process packs them.
+    Held-out records fit into the shapes, too.
+
+    Raises UserError for a record, or a budget, that exceeds the declared lengths.
+    """
+    if not device.static_shapes:
+        if runtime.hpu != Hpu():
+            tell(f"the recipe's hpu section does nothing on {device.kind}")
+        return None, budget
+    asked = runtime.hpu.buckets
+    buckets = declare_buckets(
+        asked, trees, budget=budget, max_length=settings.max_length, held_out=held_out
+    )
+    if asked != "auto":
+        budget = _within(buckets.longest, runtime.tokens_per_microbatch)
+    name = "pad_max" if asked == "max" else "buckets"
+    share = padding_share(_rows(trees, settings.batch_size, seed, budget, parts), buckets)
+    lengths = ", ".join(str(shape.rows) for shape in buckets.shapes)
+    tell(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
+    return buckets, budget
+
+
+def _within(longest: int, requested: int | Literal["auto"]) -> int:
+    if requested == "auto":
+        return longest
+    if requested > longest:
+        raise UserError(
+            f"tokens_per_microbatch {requested} exceeds the largest of hpu.buckets, {longest}. "
+            "Lower the one or raise the other."
+        )
+    return requested
+
+
+def _rows(
+    trees: Trees, batch_size: int, seed: int, budget: int, parts: Sequence[Part]
+) -> list[int]:
+    """Rows of each micro-batch of the first epoch."""
+    fed = trees.fed.tolist()
+    count = steps_per_epoch(len(trees), batch_size, parts)
+    found: list[int] = []
+    for step in steps(len(trees), batch_size, seed=seed, count=count, parts=parts):
+        tokens = [fed[i] for i in step.examples]
+        found += [sum(tokens[i] for i in members) for members in pack(tokens, budget)]
+    return found

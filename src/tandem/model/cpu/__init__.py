@@ -1,0 +1,1 @@
+"""What only a processor does: C kernels, and products through oneDNN."""

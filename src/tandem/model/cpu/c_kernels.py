@@ -1,0 +1,316 @@
+"""The C kernels: compiled for this processor when first needed, kept in the cache, loaded once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.errors import UserError
+from tandem.storage.cache_folder import cache_folder
+
+# off: torch's own operators, for comparisons and where a compiler is broken.
+_VARIABLE = "TANDEM_KERNELS"
+
+_SOURCES = ("vectors.h", "attention.c", "elementwise.c")
+# No -ffast-math: infinities and NaN must stay what they are.
+_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_COMPILERS = ("cc", "gcc", "clang")
+_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The loaded library; `lanes` is the number of floats in a vector of this processor."""
+
+    functions: ctypes.CDLL
+    lanes: int
+
+
+def kernels() -> Kernels | None:
+    """The library, or None where it cannot be had or `TANDEM_KERNELS=off`; see `why_not`."""
+    return None if _switched_off() else _load()[0]
+
+
+def why_not() -> str:
+    """Why `kernels` is None here, in words; empty when it is not."""
+    return f"{_VARIABLE}=off" if _switched_off() else _load()[1]
+
+
+def numerics() -> str:
+    """What float32 on this CPU is computed with, for whoever compares bits."""
+    library = kernels()
+    return "torch" if library is None else f"C, {library.lanes} lanes"
+
+
+def _switched_off() -> bool:
+    value = os.environ.get(_VARIABLE, "on")
+    if value not in ("on", "off"):
+        raise UserError(f"{_VARIABLE} is {value!r}, but it must be on or off")
+    return value == "off"
+
+
+@functools.cache
+def _load() -> tuple[Kernels | None, str]:
+    if sys.platform != "linux":
+        return None, f"they are not built on {sys.platform}"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        return None, "no C compiler (cc, gcc or clang) is installed"
+    try:
+        functions = _loaded(compiler)
+        functions.tandem_lanes.restype = ctypes.c_int64
+        return Kernels(functions, int(functions.tandem_lanes())), ""
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines()
+        return None, f"{compiler} failed: {lines[0] if lines else error}"
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return None, f"{compiler}: {error}"
+
+
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library of the cache; where that cannot be kept or loaded, one made for this process.
+
+    A file under the right name may be damaged, or on a disk from which nothing may be executed.
+    """
+    # A linker that finds no room fails as a compiler does.
+    with suppress(OSError, AttributeError, subprocess.CalledProcessError):
+        kept = ctypes.CDLL(str(_built(compiler, cache_folder() / "kernels")))
+        _ = kept.tandem_lanes
+        return kept
+    with tempfile.TemporaryDirectory(prefix="tandem-kernels-") as folder:
+        return ctypes.CDLL(str(_built(compiler, Path(folder))))
+
+
+def _built(compiler: str, folder: Path) -> Path:
+    """The library's file in a folder, compiled unless it is there for these sources and processor.
+
+    Raises OSError where it cannot be written, CalledProcessError where it cannot be compiled.
+    """
+    here = Path(__file__).parent / "kernels"
+    # ARM's compilers call it -mcpu.
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [*compiler.split(), native, *_FLAGS]
+    version = _run([*compiler.split(), "--version"])
+    digest = hashlib.sha256("\0".join([*command, version, _processor()]).encode())
+    for source in _SOURCES:
+        digest.update((here / source).read_bytes())
+    name = digest.hexdigest()[:32]
+    for kept in folder.glob(f"{name}-*.so"):
+        if kept.name == _named(name, kept):
+            return kept
+        kept.unlink()  # damaged: it could compute anything, or end the process
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed into place, for several processes may build at once.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as aside:
+        made = Path(aside) / "made.so"
+        code = [str(here / source) for source in _SOURCES if source.endswith(".c")]
+        _run([*command, *code, "-o", str(made), "-lm"])
+        return made.replace(folder / _named(name, made))
+
+
+def _named(name: str, library: Path) -> str:
+    """The file name of a library: what it was made of, and a checksum of what it is."""
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native looks at: home folders may be shared by different processors."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    lines = info.read_text().split("\n\n", 1)[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+_Float = ctypes.c_void_p
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", _Float), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Rows:
+        """[1, heads, T, D] of any strides but the last."""
+        return cls(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
+
+
+class _Attention(ctypes.Structure):
+    """The struct of attention.c, field by field."""
+
+    _fields_ = (
+        *((name, _Rows) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
+        ("lse", _Float),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "key_heads", "depth")),
+        ("scale", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("segments", ctypes.c_void_p),
+        ("trees", ctypes.c_void_p),
+        ("tree_count", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def usable(kernels: Kernels | None, *tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: float32, on CPU, their last dimension in vectors."""
+    return kernels is not None and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.shape[-1] % kernels.lanes == 0
+        for t in tensors
+    )
+
+
+class TreeAttention(torch.autograd.Function):
+    """Attention over trees; the rows that each segment sees are those of `data.collate.Segment`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        query: Tensor,  # [1, heads, T, D]
+        key: Tensor,  # [1, key_value_heads, T, D]
+        value: Tensor,
+        segments: Tensor,  # [n, 4] int64: start, stop, prefix_start, prefix_stop
+        trees: Tensor,  # [trees + 1] int64: where each tree's segments begin
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        _, heads, rows, depth = query.shape
+        output = query.new_empty(1, rows, heads, depth)
+        lse = query.new_empty(heads, rows)
+        ctx.kernels, ctx.scale, ctx.window = kernels, scale, window
+        ctx.save_for_backward(query, key, value, output, lse, segments, trees)
+        call = _call(ctx, query, key, value, output, lse, segments, trees)
+        kernels.functions.tandem_attention_forward(ctypes.byref(call))
+        return output  # [1, T, heads, D]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, segments, trees = ctx.saved_tensors
+        grad_output = grad_outputs[0].contiguous()
+        grads = [t.new_empty(1, t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value)]
+        call = _call(ctx, query, key, value, output, lse, segments, trees)
+        call.d_out = _Rows.of(grad_output.transpose(1, 2))
+        call.d_q, call.d_k, call.d_v = (_Rows.of(g.transpose(1, 2)) for g in grads)
+        ctx.kernels.functions.tandem_attention_backward(ctypes.byref(call))
+        d_query, d_key, d_value = (g.transpose(1, 2) for g in grads)
+        return None, d_query, d_key, d_value, None, None, None, None
+
+
+def _call(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    trees: Tensor,
+) -> _Attention:
+    call = _Attention()
+    call.q, call.k, call.v = _Rows.of(query), _Rows.of(key), _Rows.of(value)
+    call.out = _Rows.of(output.transpose(1, 2))
+    call.lse, call.segments, call.trees = lse.data_ptr(), segments.data_ptr(), trees.data_ptr()
+    call.heads, call.rows, call.depth = query.shape[1:]
+    call.key_heads, call.tree_count = key.shape[1], len(trees) - 1
+    call.scale, call.window = ctx.scale, ctx.window or 0
+    call.threads = torch.get_num_threads()
+    return call
+
+
+def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor) -> Tensor:
+    """Take one block of columns into a running softmax; see elementwise.c.
+
+    Args:
+        scores: [n, columns], overwritten with exp(scores - peak).
+        peak, total: [n], brought up to date: largest score so far, sum of exp(score - peak).
+
+    Returns:
+        [n], what sums over earlier blocks are to be multiplied by.
+    """
+    shrink = torch.empty_like(peak)
+    kernels.functions.tandem_softmax_block(
+        *map(_pointer, (scores, peak, total, shrink)),
+        *map(ctypes.c_int64, (*scores.shape, torch.get_num_threads())),
+    )
+    return shrink
+
+
+class SwiGlu(torch.autograd.Function):
+    """silu(gate) * up, keeping the two and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        kernels.functions.tandem_swiglu_forward(
+            *map(_pointer, (gate, up, out)),
+            *map(ctypes.c_int64, (gate.numel(), torch.get_num_threads())),
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_out = grad_outputs[0].contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        ctx.kernels.functions.tandem_swiglu_backward(
+            *map(_pointer, (d_out, gate, up, d_gate, d_up)),
+            *map(ctypes.c_int64, (gate.numel(), torch.get_num_threads())),
+        )
+        return None, d_gate, d_up
+
+
+class RmsNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467) with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        width = x.shape[-1]
+        rows = x.numel() // width
+        out, inverse = torch.empty_like(x), x.new_empty(rows)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, weight, inverse)
+        kernels.functions.tandem_rms_norm_forward(
+            *map(_pointer, (x, weight, out, inverse)),
+            *map(ctypes.c_int64, (rows, width)),
+            ctypes.c_float(epsilon),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        d_out, d_x = grad_outputs[0].contiguous(), torch.empty_like(x)
+        ctx.kernels.functions.tandem_rms_norm_backward(
+            *map(_pointer, (d_out, x, weight, inverse, d_x)),
+            *map(ctypes.c_int64, (inverse.shape[0], x.shape[-1], torch.get_num_threads())),
+        )
+        return None, d_x, None, None
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

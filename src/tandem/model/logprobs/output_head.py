@@ -1,0 +1,342 @@
+"""The output head: log-probabilities of given tokens without N x V logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tandem.errors import UserError
+from tandem.model.added_tokens import TrainedRows, plain_head, trained_rows
+from tandem.model.cpu.c_kernels import kernels, softmax_block
+from tandem.model.cpu.onednn_linear import Ordered, Plain, can_order, product
+from tandem.model.keyed_dropout import DropoutKeys
+
+# Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
+# stay in the last-level cache; on GPUs a block has to fill the device.
+_CPU_BLOCK_BYTES = 16 * 2**20
+_GPU_BLOCK_BYTES = 256 * 2**20
+_ROWS = 2048
+_GPU_ROWS = 16384
+_FEWEST_COLUMNS = 512
+_ORDERED_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    All of it is frozen but the rows of `added_tokens`.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: factor on the logits (Cohere, Granite).
+        softcap: c of c * tanh(logits / c) (Gemma 2), or None.
+        ordered: the weight once more, in the order that is fastest on CPU, or None.
+        rows: rows that are trained, in place of the weight's, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    ordered: HeadBlocks | None = None
+    rows: TrainedRows | None = None
+
+    def blocks(self, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, Ordered | Plain]]:
+        """The weight's blocks of `columns` tokens in `dtype`, each with its first token."""
+        if self.ordered is not None and dtype == self.weight.dtype:
+            yield from self.ordered.blocks
+            return
+        for start in range(0, self.weight.shape[0], columns):
+            yield start, Plain(self.weight[start : start + columns].to(dtype))
+
+
+@dataclass(frozen=True)
+class HeadBlocks:
+    """A head's weight by blocks of the vocabulary in oneDNN's order, each with its first token."""
+
+    blocks: tuple[tuple[int, Ordered], ...]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> HeadBlocks:
+        """Blocks of one width, whatever the rows of a chunk."""
+        starts = range(0, weight.shape[0], _ORDERED_COLUMNS)
+        return cls(tuple((i, Ordered(weight[i : i + _ORDERED_COLUMNS])) for i in starts))
+
+
+def scores_head(model: nn.Module) -> bool:
+    """Whether the output head is a plain linear layer, but for rows of added tokens."""
+    return isinstance(plain_head(model.get_output_embeddings()), nn.Linear)  # type: ignore[operator]
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a transformers causal language model.
+
+    Raises UserError if more of it is trained than the rows of added tokens, for instance by an
+    adapter on it.
+    """
+    config: Any = model.config
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    layer: Any = plain_head(output)
+    if not scores_head(model):
+        raise UserError(
+            f"the output head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
+            "linear layer: leave it out of lora.target_modules"
+        )
+    if layer.weight.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            "the output head is trained; only LoRA on the decoder's layers is supported"
+        )
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    softcap = next((float(cap) for cap in caps if cap is not None), None)
+    ordered = layer.__dict__.get("tandem_blocks")
+    return Head(layer.weight, layer.bias, scale, softcap, ordered, trained_rows(output))
+
+
+def order_head(model: Any) -> None:
+    """Keep a frozen head's weight in oneDNN's order as well; see `products.order_weights`."""
+    layer = plain_head(model.get_output_embeddings())
+    if isinstance(layer, nn.Linear) and can_order(layer):
+        layer.tandem_blocks = HeadBlocks.of(layer.weight)  # type: ignore[assignment]
+
+
+def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
+    """log softmax(head(hidden))[target], row by row.
+
+    log p_t depends on h_t alone and the head is frozen, so the forward also computes
+    G_t = d log p_t / d h_t and the backward only scales it: 4NVH operations instead of the 6NVH
+    of recomputation. The vocabulary comes in blocks under a running softmax (arXiv 1805.02867),
+    G_t among the running sums: a block's weights serve all rows of a chunk, and what is held of
+    the logits depends on neither rows nor vocabulary.
+
+    Trained rows are few: the frozen part leaves them out of its sum, and autograd adds them.
+
+    Args:
+        hidden: the hidden states that predict [N, H].
+        head: the head.
+        target: the tokens predicted [N] int64.
+
+    Returns:
+        [N] log-probabilities, float32 (float64 for float64 hidden states).
+
+    Raises IndexError on CPU for a target beyond the head's rows; elsewhere, where looking would
+    hold the device up, its log-probability is not a number.
+    """
+    _require_rows(head, target)
+    if head.rows is not None:
+        return _with_trained_rows(hidden, head, head.rows, target)
+    logp: Tensor = _LinearLogprob.apply(hidden, head, target)
+    return logp
+
+
+def _require_rows(head: Head, target: Tensor) -> None:
+    """Let torch look, which on a CPU raises IndexError, and does not wait for a device."""
+    if target.device.type == "cpu":
+        head.weight.detach()[:, 0].index_select(0, target)
+
+
+def _with_trained_rows(hidden: Tensor, head: Head, rows: TrainedRows, target: Tensor) -> Tensor:
+    """[N]: with f the frozen tokens and n the others, log p_t = z_t - log(sum_f + sum_n).
+
+    log sum_f is z_a - log p_a among the frozen, where a is the target or any frozen token.
+    """
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    trained = target[:, None] == rows.ids  # [N, n]
+    is_trained = trained.any(dim=1)
+    frozen = torch.where(is_trained, _frozen_token(rows.ids), target)
+    among: Tensor = _LinearLogprob.apply(hidden, head, frozen)
+    bias = head.bias
+    states = hidden.to(wide)
+    own = (states * head.weight[frozen].to(wide)).sum(dim=1)
+    own = _shaped(own if bias is None else own + bias[frozen], head)  # [N]
+    new = states @ rows.values.to(wide).T
+    new = _shaped(new if bias is None else new + bias[rows.ids], head)  # [N, n]
+    total = torch.logaddexp(own - among, new.logsumexp(dim=1))
+    picked = new.gather(1, trained.int().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(is_trained, picked, own) - total
+
+
+def _frozen_token(trained: Tensor) -> Tensor:
+    """The first token that is not trained, without waiting for a device: one of n + 1."""
+    some = torch.arange(len(trained) + 1, device=trained.device)
+    return (some[:, None] != trained).all(dim=1).int().argmax()
+
+
+def _shaped(logits: Tensor, head: Head) -> Tensor:
+    logits = logits * head.scale
+    if head.softcap is None:
+        return logits
+    return head.softcap * torch.tanh(logits / head.softcap)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logp = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = _ROWS if hidden.device.type == "cpu" else _GPU_ROWS
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            out = None if gradient is None else gradient[part]
+            logp[part] = _chunk(hidden[part], head, target[part], accumulate, out)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
+
+
+def _chunk(
+    hidden: Tensor, head: Head, target: Tensor, accumulate: torch.dtype, gradient: Tensor | None
+) -> Tensor:
+    """Log-probs [n] of a chunk of rows; their gradients go to `gradient` [n, H]."""
+    rows = hidden.shape[0]
+    peak = hidden.new_full((rows,), -torch.inf, dtype=accumulate)
+    total = torch.zeros_like(peak)
+    picked = torch.full_like(peak, torch.nan)  # what a target without row keeps
+    # sum over the vocabulary of exp(logit - peak) times the logit's slope in h_t
+    pulled = None if gradient is None else torch.zeros_like(hidden, dtype=accumulate)
+    columns = _block_columns(rows, hidden.device.type, accumulate)
+    for start, weight in head.blocks(columns, hidden.dtype):
+        logits = _logits(hidden, weight, start, head, accumulate)
+        _pick(picked, logits, target - start)
+        slope = None
+        if pulled is not None and head.softcap is not None:
+            slope = 1.0 - (logits / head.softcap) ** 2
+        if head.rows is not None:
+            _leave_out(logits, head.rows.ids - start)
+        shrink = _softmax_block(logits, peak, total)  # logits are exp(logits - peak) from here on
+        if pulled is not None:
+            weights = logits if slope is None else logits.mul_(slope)
+            pulled.mul_(shrink[:, None]).add_(_narrow_product(weights, weight, hidden.dtype))
+    if gradient is not None and pulled is not None:
+        own = head.weight[target].to(accumulate)
+        if head.softcap is not None:
+            own *= (1.0 - (picked / head.softcap) ** 2)[:, None]
+        gradient.copy_((own - pulled.div_(total[:, None])).mul_(head.scale))
+    return picked - peak - total.log()
+
+
+def block_bytes(device: str) -> int:
+    """Bytes of logits that are held at once on a kind of device."""
+    return _CPU_BLOCK_BYTES if device == "cpu" else _GPU_BLOCK_BYTES
+
+
+def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
+    held = block_bytes(device)
+    return max(_FEWEST_COLUMNS, held // (max(1, rows) * accumulate.itemsize) // 64 * 64)
+
+
+def _logits(
+    hidden: Tensor, weight: Ordered | Plain, start: int, head: Head, accumulate: torch.dtype
+) -> Tensor:
+    """[n, columns] of the vocabulary's block that begins at `start`."""
+    if hidden.device.type == "cuda" and hidden.dtype != accumulate:
+        # Accumulated and returned in float32: half-precision logits would round log-probs.
+        logits = torch.mm(hidden, weight.backward, out_dtype=accumulate)
+    else:
+        logits = product(hidden, weight.forward).to(accumulate)
+    if head.bias is not None:
+        logits += head.bias[start : start + logits.shape[1]]
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is not None:
+        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+def _pick(picked: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Keep the targets' logits where the block holds them."""
+    inside = (target >= 0) & (target < logits.shape[1])
+    found = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, found, picked, out=picked)
+
+
+def _leave_out(logits: Tensor, columns: Tensor) -> None:
+    """Give some columns, where the block has them, no share in the softmax."""
+    inside = torch.arange(logits.shape[1], device=logits.device)
+    out = (inside[:, None] == columns).any(dim=1)
+    logits.masked_fill_(out, -1e30)  # finite: a block may have no other columns
+
+
+def _softmax_block(logits: Tensor, peak: Tensor, total: Tensor) -> Tensor:
+    """Take a block into the running softmax, in place; returns what earlier sums shrink by [n]."""
+    library = kernels()
+    if library is not None and logits.dtype == torch.float32 and logits.device.type == "cpu":
+        return softmax_block(library, logits, peak, total)
+    raised = torch.maximum(peak, logits.amax(dim=1))
+    logits.sub_(raised[:, None]).exp_()
+    shrink = (peak - raised).exp()
+    total.mul_(shrink).add_(logits.sum(dim=1))
+    peak.copy_(raised)
+    return shrink
+
+
+def _narrow_product(weights: Tensor, weight: Ordered | Plain, dtype: torch.dtype) -> Tensor:
+    """[n, columns] @ [columns, H], operands in the model's dtype, the result in the wide one."""
+    if weights.device.type == "cuda" and dtype != weights.dtype:
+        return torch.mm(weights.to(dtype), weight.forward, out_dtype=weights.dtype)
+    return product(weights.to(dtype), weight.backward).to(weights.dtype)
+
+
+@dataclass
+class ReadRows:
+    """The rows of the current micro-batch that predict a target [R] int64; set before a forward."""
+
+    rows: Tensor | None = None
+
+
+def skip_unread_rows(model: Any) -> ReadRows:
+    """Let the last decoder layer's MLP pass over rows that nothing reads.
+
+    After the last layer's attention, rows no longer see each other, and only rows that predict a
+    target go on to the head: for a prompt's rows the MLP's result, zero here, is never read. The
+    module stays in place under its name, only its forward is replaced. Models whose last layer
+    has no `mlp` are left as they are.
+    """
+    read = ReadRows()
+    layers = getattr(model.get_decoder(), "layers", None) or getattr(model.get_decoder(), "h", None)
+    mlp: nn.Module | None = getattr(layers[-1], "mlp", None) if layers is not None else None
+    if mlp is None:
+        return read
+    whole = mlp.forward
+
+    def forward(hidden: Tensor) -> Any:  # [1, T, H]
+        rows = read.rows
+        if rows is None:
+            return whole(hidden)
+        with _keys_of(model, rows):
+            computed = whole(hidden.index_select(1, rows))
+        return torch.zeros_like(hidden).index_copy(1, rows, computed)
+
+    mlp.forward = forward
+    return read
+
+
+@contextmanager
+def _keys_of(model: Any, rows: Tensor) -> Iterator[None]:
+    """Inside, keyed dropout sees the keys of the rows that are computed."""
+    shared: DropoutKeys | None = getattr(model, "tandem_dropout", None)
+    if shared is None or shared.keys is None:
+        yield
+        return
+    every = shared.keys
+    shared.keys = every[rows]
+    try:
+        yield
+    finally:
+        shared.keys = every

@@ -1,0 +1,242 @@
+"""Micro-batches as padded rows, one sequence each, for models that cannot read packed trees."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tandem.data.batching.collate import MicroBatch, Segment, fed_tokens, padded_shape
+from tandem.data.batching.packing import pack, pack_padded
+from tandem.data.records import Tree
+from tandem.errors import UserError
+from tandem.model.attention.select import LAYOUT_KEYWORD, TreeLayout, decoder_of, is_padded
+from tandem.model.logprobs.output_head import head_of, linear_logprob
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """A micro-batch's sequences side by side.
+
+    tokens     P0 P1 P2 | C0 C1 | R0        rows     P0 P1 P2 C0 C1
+                                                     P0 P1 P2 R0  .
+
+    Attributes:
+        rows: [S, L] int64; which row of the micro-batch each place shows, row 0 where a sequence
+            has ended already.
+        target_sequence, target_position: [N] int64; the place that predicts each target.
+        tokens: places that are no padding.
+    """
+
+    rows: Tensor
+    target_sequence: Tensor
+    target_position: Tensor
+    tokens: int
+
+
+def padded_rows(batch: MicroBatch) -> PaddedRows:
+    """Undo sharing and packing: each sequence from its root to the row of its last target.
+
+    Padding stands on the right, after everything that is read, so a causal model needs no mask
+    for it, whatever it carries along from token to token.
+    """
+    last = _last_rows(batch)
+    ends = [row for row in last if row >= 0]  # a sequence without targets needs no place
+    paths = [_path(batch.segments, row) for row in ends]
+    lengths = [len(path) for path in paths]
+    rows = torch.zeros(len(paths), max(lengths), dtype=torch.int64)
+    for place, path in enumerate(paths):
+        rows[place, : len(path)] = path
+    number = torch.tensor([row >= 0 for row in last]).cumsum(0) - 1
+    device = batch.input_ids.device
+    return PaddedRows(
+        rows=rows.to(device),
+        target_sequence=number.to(device)[batch.target_sequence],
+        target_position=batch.position_ids[batch.target_row],
+        tokens=sum(lengths),
+    )
+
+
+def padded_hidden(decoder: Any, batch: MicroBatch, padded: PaddedRows) -> Tensor:
+    """The hidden states that predict the micro-batch's targets, in their order [N, H].
+
+    Args:
+        decoder: maps ids to hidden states under its own causal attention or recurrence.
+        batch: the micro-batch.
+        padded: its sequences side by side.
+    """
+    hidden: Tensor = decoder(
+        input_ids=batch.input_ids[padded.rows], use_cache=False
+    ).last_hidden_state  # [S, L, H]
+    return hidden[padded.target_sequence, padded.target_position]
+
+
+def _last_rows(batch: MicroBatch) -> list[int]:
+    """The row that predicts each sequence's last target, -1 for a sequence without any."""
+    last = torch.full((batch.sequences,), -1, device=batch.target_row.device)
+    last = last.scatter_reduce(0, batch.target_sequence, batch.target_row, "amax")
+    return [int(row) for row in last.tolist()]
+
+
+def _path(segments: tuple[Segment, ...], row: int) -> Tensor:
+    """The rows from a tree's root to `row`, in the order of their positions."""
+    starts = [segment.start for segment in segments]
+    parts: list[Tensor] = []
+    while True:
+        segment = segments[bisect_right(starts, row) - 1]
+        parts.append(torch.arange(segment.start, row + 1))
+        if segment.prefix_stop == segment.prefix_start:
+            return torch.cat(parts[::-1])
+        row = segment.prefix_stop - 1
+
+
+class Scorer(nn.Module):
+    """A causal language model seen as a function from micro-batches to sequence log-probs.
+
+    A module of its own, so that whatever wraps modules for several devices wraps this one.
+
+    Args:
+        model: see `sequence_logps`.
+        precision: makes the context of mixed precision that the model runs in. Here, because some
+            wrappers switch off what is around them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        sums: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.sums = sums
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Log-probability of the trained tokens of each sequence [S], in `sums`."""
+        with self.precision():
+            return sequence_logps(self.model, batch, self.sums)
+
+
+def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[int, ...]]:
+    """Which trees share a forward of this model under a token budget, as positions in `trees`.
+
+    A packed tree costs the rows it feeds. On the padded path a micro-batch costs its sequences
+    times the longest of them.
+    """
+    if is_padded(model):
+        return pack_padded([padded_shape(tree) for tree in trees], budget)
+    return pack([fed_tokens(tree) for tree in trees], budget)
+
+
+def tokens_fed(model: Any, tree: Tree) -> int:
+    """Tokens of a tree that go through the model: shared ones once, padding not counted."""
+    if not is_padded(model):
+        return fed_tokens(tree)
+    return sum(len(tree.prefix.input_ids) + branch.fed for branch in tree.branches)
+
+
+def check_head(model: Any) -> None:
+    """Raise UserError unless `head_of` describes how the model makes logits of hidden states.
+
+    A few tokens are scored both ways: a factor or a soft-cap that tandem does not know of would
+    otherwise train towards other log-probs than the model's own. The model still attends by
+    itself: `use_backend` comes afterwards.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        exact = logits.cpu().double()  # not every device has float64
+        decoder = decoder_of(model)
+        if decoder is None:
+            raise UserError(f"{type(model).__name__} has no decoder that tandem can find")
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        tokens = exact.argsort(dim=-1)[:, [0, -1]].T.flatten()  # the least and the most likely
+        found = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens.to(model.device)).cpu()
+        wanted = exact.log_softmax(-1).repeat(2, 1).gather(1, tokens[:, None])[:, 0]
+    rounding = 2 * torch.finfo(model.dtype).eps * float(logits.abs().max())
+    off = float((found - wanted).abs().max())
+    if not off <= rounding + 2e-4:
+        raise UserError(
+            f"{type(model).__name__} does more to its logits than tandem knows of (log-probs "
+            f"differ by {off:.3g}), so it cannot be trained or scored"
+        )
+
+
+def sequence_logps(
+    model: nn.Module, batch: MicroBatch, sums: torch.dtype = torch.float64
+) -> Tensor:
+    """Summed log-probability of each sequence's trained tokens.
+
+    Only hidden states that predict a trained token meet the output head.
+
+    Args:
+        model: a transformers causal language model, adapters injected or not, that
+            `attention.use_backend` has prepared.
+        batch: the micro-batch, on the model's device.
+        sums: float64, or float32 for devices without it.
+
+    Returns:
+        [S] in `sums`: added up plainly in float32 a long answer's sum is off by 1e-4, and DPO's
+        gradient follows it. There, it is rounded once.
+    """
+    logps = token_logps(model, batch)
+    # One slot more than sequences, for targets that only fill a declared shape up.
+    empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
+    if sums == torch.float64:
+        found = empty.index_add(0, batch.target_sequence, logps.double())
+    else:
+        # Multiples of 2^-10 add up exactly up to 2^14 nats; what remains of each is too small
+        # for its sum's rounding to matter.
+        coarse = (logps.detach() * 2**10).round() / 2**10
+        found = empty.index_add(0, batch.target_sequence, coarse) + empty.index_add(
+            0, batch.target_sequence, logps - coarse
+        )
+    # No view: what a module returns may be hooked by who spreads its weights.
+    return found[: batch.sequences].clone()
+
+
+def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of each trained token [N]; see `sequence_logps`."""
+    # peft injects its layers into the model in place and wraps it; the plain model is inside.
+    unwrap: Any = getattr(model, "get_base_model", None)
+    causal: Any = model if unwrap is None else unwrap()
+    hidden = _padded(causal, batch) if is_padded(causal) else _packed(causal, batch)
+    return linear_logprob(hidden, head_of(causal), batch.target_id)
+
+
+def _packed(causal: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict, from one row of trees [N, H]."""
+    set_dropout_keys(causal, batch.dropout_keys)
+    # Stays until the next micro-batch: activation checkpointing computes the layer once more.
+    causal.tandem_rows.rows = batch.read_rows
+    layout = TreeLayout(batch.segments, batch.position_ids, batch.spans)
+    decoder: Any = decoder_of(causal)
+    hidden = decoder(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        **{LAYOUT_KEYWORD: layout},
+    ).last_hidden_state[0]  # [T, H]
+    picked: Tensor = hidden.index_select(0, batch.target_row)
+    return picked
+
+
+def _padded(causal: Any, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict, from one row a sequence [N, H]."""
+    padded = padded_rows(batch)
+    keys = batch.dropout_keys
+    set_dropout_keys(causal, None if keys is None else keys[padded.rows])
+    return padded_hidden(decoder_of(causal), batch, padded)
+
+
+def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
+    """Hand the keys of the rows that are fed, [T] or [S, L], to the keyed dropout modules."""
+    state: Any = getattr(model, "tandem_dropout", None)
+    if state is not None:
+        state.keys = keys

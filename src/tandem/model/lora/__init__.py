@@ -1,0 +1,1 @@
+"""LoRA adapters: injected, saved, loaded."""

@@ -1,0 +1,185 @@
+"""Which model an adapter was trained on: what is written down of it, and where it lies now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from tandem.data.sources.rows import looks_like_path
+from tandem.errors import UserError
+from tandem.model.load_model import model_folder, require_model
+from tandem.model.lora.adapter_config import CONFIG, read_config_values
+from tandem.model.lora.adapter_folder import require_plain
+from tandem.storage.hashing import hash_weights
+from tandem.storage.manifest import read_manifest
+
+
+def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:
+    """What an adapter says of its base, so that it is found from any working folder.
+
+    Args:
+        name: as the base was asked for: a path, `demo:base`, or a Hub id.
+        folder: where its files are.
+
+    Returns:
+        A whole path or the Hub id, and the id's revision, None for a path.
+    """
+    if name.startswith("demo:"):
+        return str(folder), None
+    if looks_like_path(name):
+        path = Path(name).expanduser()
+        return str(path.resolve() if ".." in path.parts else path.absolute()), None
+    # The Hub's cache has a folder for each commit.
+    return name, folder.name if folder.parent.name == "snapshots" else None
+
+
+def trained_weights(adapter: Path) -> str | None:
+    """The hash of the weights that an adapter was trained on, None if no manifest says it."""
+    manifest = read_manifest(adapter)
+    model: Any = manifest["inputs"].get("model") if manifest else None
+    found = model.get("weights") if isinstance(model, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def find_base(adapter: Path) -> Path:
+    """The folder of the model that an adapter was trained on; one on the Hub is fetched.
+
+    A relative path is looked for from the working folder, and from all folders above the adapter;
+    where the manifest has the hash of the weights, a run that was moved as a whole is found, too,
+    and a folder with other weights is none.
+
+    Raises UserError when it is nowhere, has other weights, or cannot be told from another one of
+    the same name, and for an adapter that is no plain LoRA.
+    """
+    require_plain(adapter)
+    named, revision = _named(adapter)
+    trained_on = trained_weights(adapter)
+    if named.startswith("demo:"):
+        return _checked(adapter, named, model_folder(named), trained_on)
+    places = list(_places(adapter, named, moved=trained_on is not None))
+    if trained_on is not None:
+        for place in places:
+            if _weights(place) == trained_on:
+                return place
+    elif places:
+        return _only(adapter, named, places)
+    if places and looks_like_path(named):
+        return _checked(adapter, named, places[0], trained_on)
+    return _checked(adapter, named, _from_hub(adapter, named, revision), trained_on)
+
+
+def check_weights(adapter: Path, base: str, weights: str, way_out: str) -> None:
+    """Raise UserError if an adapter was trained on other weights than those with a hash.
+
+    Args:
+        adapter: its folder.
+        base: what the message calls the model.
+        weights: the hash of its weights.
+        way_out: what to do then.
+    """
+    trained_on = trained_weights(adapter)
+    if trained_on is not None and trained_on != weights:
+        raise UserError(
+            f"{adapter} was trained on other weights than those of {base} (hash "
+            f"{trained_on[:12]} there, {weights[:12]} here). {way_out}"
+        )
+
+
+def _named(adapter: Path) -> tuple[str, str | None]:
+    values = read_config_values(adapter)
+    named, revision = values.get("base_model_name_or_path"), values.get("revision")
+    if not isinstance(named, str) or not named.strip():
+        said = "is missing" if "base_model_name_or_path" not in values else f"is {named!r}"
+        raise UserError(
+            f"{adapter / CONFIG} does not say which model it was trained on: "
+            f"base_model_name_or_path {said.replace('None', 'null')}. To use it, "
+            f"{_merge_it(adapter)}"
+        )
+    return named, revision if isinstance(revision, str) else None
+
+
+def _places(adapter: Path, named: str, *, moved: bool) -> Iterator[Path]:
+    """Model folders of a name, the likeliest first, each once."""
+    path, above = Path(named), list(adapter.resolve().parents)
+    candidates = [_expanded(path)]
+    if not path.is_absolute() and not named.startswith("~"):
+        candidates += [folder / path for folder in above]
+    if moved:
+        # The last parts of the name, beside the adapter's own folders.
+        parts = [part for part in PurePath(named).parts if part not in ("/", "..", "~")]
+        candidates += [folder.joinpath(*parts[-n:]) for folder in above for n in _counts(parts)]
+    seen = set()
+    for place in candidates:
+        try:
+            whole = (place / "config.json").is_file() and not (place / CONFIG).exists()
+        except OSError:  # no permission, a name too long
+            continue
+        if whole and (real := place.resolve()) not in seen:
+            seen.add(real)
+            yield place
+
+
+def _weights(place: Path) -> str | None:
+    try:
+        return hash_weights(place)
+    except UserError:
+        return None
+
+
+def _counts(parts: list[str]) -> range:
+    return range(len(parts), 0, -1)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ of nobody
+        return path
+
+
+def _only(adapter: Path, named: str, places: list[Path]) -> Path:
+    """The one place, or any of several with the same weights."""
+    require_model(places[0])
+    if len(places) > 1 and len({_weights(place) for place in places}) > 1:
+        listing = ", ".join(str(place.absolute()) for place in places)
+        raise UserError(
+            f"{adapter} is an adapter of {named}, and there are several models of that name with "
+            f"other weights: {listing}. Its folder has no manifest that tells them apart. "
+            f"To use it, {_merge_it(adapter)}"
+        )
+    return places[0]
+
+
+def _from_hub(adapter: Path, named: str, revision: str | None) -> Path:
+    if named.startswith(("/", "~", ".")) or looks_like_path(named):
+        raise UserError(
+            f"{adapter} is an adapter of {named}, and that folder is gone; beside the adapter "
+            f"there is none of that name, either. Put it back, or {_merge_it(adapter)}"
+        )
+    try:
+        return model_folder(named, revision)
+    except UserError as error:
+        raise UserError(
+            f"{adapter} is an adapter of {named}. There is no such folder in {Path.cwd()} or "
+            f"above the adapter; and as a Hub id: {error} To use it, {_merge_it(adapter)}"
+        ) from None
+
+
+def _checked(adapter: Path, named: str, base: Path, trained_on: str | None) -> Path:
+    try:
+        require_model(base)
+    except UserError as error:
+        raise UserError(f"{adapter} is an adapter of {named}: {error}") from None
+    if trained_on is not None:
+        check_weights(
+            adapter, named, hash_weights(base), f"Put the base back, or {_merge_it(adapter)}"
+        )
+    return base
+
+
+def _merge_it(adapter: Path) -> str:
+    return (
+        "merge it into its base, and name the merged folder: tandem merge --base-model-path "
+        f"BASE --lora-model-path {adapter} --output-path OUT"
+    )

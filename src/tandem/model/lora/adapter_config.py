@@ -1,0 +1,134 @@
+"""The configuration of a saved adapter: what kind it is, and whether tandem takes it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.model.load_model import adapters_inside
+from tandem.model.quantize import load_bitsandbytes
+from tandem.storage.atomic_files import read_json_object, require_spelled
+
+load_bitsandbytes()  # peft would import it less quietly
+
+from peft import LoraConfig, PeftConfig  # noqa: E402
+
+CONFIG = "adapter_config.json"
+WITH_PEFT = (
+    "Merge it with peft (AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()) and "
+    "name the merged folder"
+)
+# Settings with which an adapter is more than sums of low rank, or acts on some inputs alone.
+_MORE = {
+    "modules_to_save": "trained whole modules as well",
+    "lora_bias": "has biases of its own",
+    "layer_replication": "repeats layers of its base",
+    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
+    "use_qalora": "was trained with QA-LoRA, on groups of inputs",
+    "use_bdlora": "was trained with BD-LoRA, in blocks",
+    "arrow_config": "is a router between adapters (Arrow)",
+    "kasa_config": "was trained with KaSA, which cuts a part off its base",
+    "velora_config": "was trained with VeLoRA",
+    "monteclora_config": "was trained with MonteCLoRA, which draws random numbers",
+    "megatron_config": "was trained on Megatron's parallel layers",
+}
+# Initialisations that take a part out of the base before training, which cannot be computed again.
+_LOST = ("pissa_niter_", "corda", "lora_ga", "loftq")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's configuration."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(adapter: Path) -> Any:
+    """The peft configuration of an adapter folder.
+
+    Raises UserError for adapters whose effect is not a plain low-rank update of weights, by name,
+    and for a file that cannot be used.
+    """
+    path = adapter / CONFIG
+    values = read_config_values(adapter)
+    _refuse(adapter, values)
+    try:
+        with warnings.catch_warnings():
+            # Keys that peft does not know are judged above.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
+
+
+def read_config_values(adapter: Path) -> dict[str, Any]:
+    """What adapter_config.json says, not judged.
+
+    Raises UserError for a folder without one, and for a file that holds no JSON object.
+    """
+    path = adapter / CONFIG
+    if not path.exists():
+        raise UserError(
+            f"{adapter} is no adapter folder: it has no {CONFIG}{adapters_inside(adapter)}"
+        )
+    require_spelled(adapter)
+    return read_json_object(path, "Copy the adapter again.")
+
+
+def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise UserError(
+            f"{adapter} is an adapter of type {kind}; tandem takes LoRA adapters. {WITH_PEFT}."
+        )
+    if values.get("bias", "none") != "none":
+        raise UserError(f"{adapter} trained biases as well (bias {values['bias']!r}). {WITH_PEFT}.")
+    for key, does in _MORE.items():
+        if values.get(key):
+            raise UserError(
+                f"{adapter} {does} ({key} {json.dumps(values[key])[:60]}), which is more than a "
+                f"sum of low rank. {WITH_PEFT}."
+            )
+    start = values.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_LOST):
+        raise UserError(
+            f"{adapter} was trained on a base that its initialisation had changed "
+            f"(init_lora_weights {start!r}), and that cannot be computed again. Convert it where "
+            "it was trained, with peft's save_pretrained(OUT, "
+            "path_initial_model_for_weight_conversion=INITIAL), or merge it into the changed base "
+            "that was saved there, with init_lora_weights set to true in "
+            f"{CONFIG}"
+        )
+    if not (_is_number(values.get("lora_alpha", 8)) and _is_number(values.get("r", 8))):
+        raise UserError(
+            f"{adapter / CONFIG} cannot be used: lora_alpha is {values.get('lora_alpha')!r} and r "
+            f"{values.get('r')!r}. Copy the adapter again."
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            raise UserError(
+                f"{adapter / CONFIG} cannot be used: {key} is {pattern!r}. Copy the adapter again."
+            )
+    _refuse_unknown(adapter, values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
+    """Settings of a newer peft: what is switched on there, this one would ignore."""
+    known = {field.name for field in fields(LoraConfig)}
+    for key, value in values.items():
+        if key not in known and (value is True or (value and isinstance(value, str | list | dict))):
+            if key in ("peft_version", "runtime_config"):
+                continue
+            raise UserError(
+                f"{adapter / CONFIG} has {key} {json.dumps(value)[:60]}, which the installed peft "
+                f"does not know (it was written by peft {values.get('peft_version', 'unknown')}). "
+                "Update peft, or merge the adapter with the peft that wrote it"
+            )

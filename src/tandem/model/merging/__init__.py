@@ -1,0 +1,1 @@
+"""An adapter into its base, and the check of what came out."""

@@ -1,0 +1,238 @@
+"""A frozen base in 4 bits under an adapter (QLoRA, arXiv 2305.14314), through bitsandbytes.
+
+An adapter learns on top of the rounded weights, so what was rounded, and how, stays with it: in
+`quantization.json` in the adapter's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tandem.errors import UserError
+from tandem.runtime.extras import require
+from tandem.storage.atomic_files import atomic_write_json, read_json
+
+FILE = "quantization.json"
+_BLOCK = 64
+# Where bitsandbytes says that it has not fetched a kernel from the Hub.
+_LOGGER = "bitsandbytes.backends.cpu.ops"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Which weights of a base are 4-bit, and what they were rounded from.
+
+    Attributes:
+        format: nf4, with the blocks' scales quantised as well.
+        dtype: number format that the weights had when they were rounded.
+        weights: their names.
+        transposed: those of them that are stored [in, out].
+    """
+
+    format: str
+    dtype: str
+    weights: tuple[str, ...]
+    transposed: tuple[str, ...] = ()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    def rounded(self, name: str, weight: Tensor, device: torch.device) -> Tensor:
+        """A stored weight as the adapter saw it, in float32 on the CPU, in its stored layout.
+
+        Args:
+            name: the weight's name; one that stayed whole is returned as it is.
+            weight: as stored in the base's files.
+            device: where to round, the kind of device of the training for the same bits.
+        """
+        if name not in self.weights:
+            return weight
+        turned = name in self.transposed
+        whole = weight.to(self.torch_dtype)
+        layer = _layer(whole.T if turned else whole, None, whole.dtype, device)
+        rows = dequantized(layer).float().cpu()
+        return rows.T if turned else rows
+
+
+def check_quantization(quantization: str | None, *, device: str, sharded: bool) -> None:
+    """Raise UserError where a base cannot be quantised, before anything is read.
+
+    Args:
+        quantization: the recipe's key, None for a whole base.
+        device: kind of device.
+        sharded: whether processes keep parts of the base.
+    """
+    if quantization is None:
+        return
+    if device not in ("cpu", "cuda"):
+        raise UserError(
+            f"quantization: {quantization} is not supported on {device}, only on cuda and, "
+            "slowly, cpu; set it to null"
+        )
+    if sharded:
+        raise UserError(
+            f"quantization: {quantization} does not go with an engine that shards the base, whose "
+            "4-bit weights cannot be cut; use engine: ddp or deepspeed-zero2, or set it to null"
+        )
+    _bitsandbytes()
+
+
+def quantize(
+    model: Any,
+    *,
+    source: torch.dtype,
+    compute: torch.dtype,
+    device: torch.device,
+    whole: Collection[str] = (),
+) -> None:
+    """Put a model's linear layers on `device` in 4 bits, in place; `model.tandem_quantized` tells.
+
+    The output head, embeddings and norms stay as they are; so do layers that are more than a
+    linear one, and the experts that transformers keeps in one tensor. One layer at a time is
+    moved, so the device never holds the whole model in its own number format.
+
+    Args:
+        model: loaded, without an adapter, on the CPU.
+        source: number format that weights are rounded from.
+        compute: number format that products are computed in.
+        device: where the layers go.
+        whole: names of modules that stay as they are, see `adapter.modules_out_of_reach`.
+
+    Raises UserError without bitsandbytes, or when there is nothing to quantise.
+    """
+    head = model.get_output_embeddings()
+    weights, transposed = [], []
+    for name, module in list(model.named_modules()):
+        if type(module) not in (nn.Linear, Conv1D) or module is head or name in whole:
+            continue
+        turned = isinstance(module, Conv1D)
+        weight: Any = module.weight.detach().to(source)
+        layer = _layer(weight.T if turned else weight, module.bias, compute, device)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
+        weights.append(f"{name}.weight")
+        transposed += [f"{name}.weight"] if turned else []
+    if not weights:
+        raise UserError(
+            f"quantization: {type(model).__name__} has no linear layers that can be quantised"
+        )
+    # By this, peft knows which of its layers fit.
+    model.is_loaded_in_4bit = True
+    dtype = str(source).removeprefix("torch.")
+    model.tandem_quantized = Quantized("nf4", dtype, tuple(weights), tuple(transposed))
+
+
+def dequantized(layer: Any) -> Tensor:
+    """The weight [out, in] that a 4-bit layer multiplies with, in what it was rounded from."""
+    functional = _bitsandbytes().functional
+    found: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return found
+
+
+def quantized_of(model: Any) -> Quantized | None:
+    """What `quantize` did to a model, adapters around it or not."""
+    unwrap = getattr(model, "get_base_model", None)
+    found: Quantized | None = getattr(unwrap() if unwrap else model, "tandem_quantized", None)
+    return found
+
+
+def write_record(model: Any, folder: Path) -> None:
+    """Note in an adapter's folder that its base is quantised, if it is."""
+    if (found := quantized_of(model)) is not None:
+        atomic_write_json(folder / FILE, asdict(found))
+
+
+def read_record(folder: Path) -> Quantized | None:
+    """What `write_record` noted; None for an adapter whose base was not quantised.
+
+    Raises UserError for a file that cannot be read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        values = read_json(path)
+        record = Quantized(
+            values["format"],
+            values["dtype"],
+            tuple(values["weights"]),
+            tuple(values["transposed"]),
+        )
+        if record.format != "nf4" or not isinstance(record.torch_dtype, torch.dtype):
+            raise ValueError(f"unknown format {record.format!r} or dtype {record.dtype!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
+    return record
+
+
+def load_bitsandbytes() -> Any:
+    """The package, None where it is not installed; its import neither speaks nor fetches anything.
+
+    It looks for kernels on the Hub when it is imported, and says so when it finds none. As peft
+    imports it wherever it is installed, this comes before any import of peft.
+    """
+    if find_spec("bitsandbytes") is None:
+        return None
+    logger = logging.getLogger(_LOGGER)
+    # None in place of a module lets its import fail, installed or not.
+    there, disabled = sys.modules.get("kernels"), logger.disabled
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger.disabled = True
+    try:
+        import bitsandbytes
+    finally:
+        logger.disabled = disabled
+        del sys.modules["kernels"]
+        if there is not None:
+            sys.modules["kernels"] = there
+    return bitsandbytes
+
+
+def _bitsandbytes() -> Any:
+    require("bitsandbytes", "quant", "quantization: nf4")
+    return load_bitsandbytes()
+
+
+def _layer(
+    weight: Tensor, bias: Tensor | None, compute: torch.dtype, device: torch.device
+) -> nn.Linear:
+    """A 4-bit layer of weight [out, in] on `device`."""
+    library = _bitsandbytes()
+    layer: Any = library.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=compute,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = library.nn.Params4bit(
+        weight.detach().contiguous(),
+        requires_grad=False,
+        blocksize=_BLOCK,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=layer,
+    ).to(device)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    # On some CPUs its forward would, where no gradient is asked for, pack the weight for a
+    # bfloat16 kernel, for good: the reference would be rounded in another way than the policy,
+    # and later gradients would be lost.
+    layer.support_avx512bf16_for_cpu = False
+    made: nn.Linear = layer.eval()
+    return made

@@ -1,0 +1,230 @@
+"""Norms and gated MLPs through torch.compile: each one's elementwise part as one kernel.
+
+What is compiled are functions of tensors, one for each kind of norm and gate, so that all layers
+share them, any number of rows takes the same code, and attention, adapters, dropout masks and
+activation checkpointing stay outside. Whole layers were tried, too: see docs/internals/engine.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tandem.errors import UserError
+from tandem.model.cpu.elementwise import epsilon_of
+
+_PROBE_ROWS = 3
+# Relative difference from the module's own forward that a number format explains.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
+    """Raise UserError where compiling is not supported, before anything is read."""
+    if wanted and device not in ("cpu", "cuda"):
+        raise UserError(
+            f"compile: not supported on {device}, only on cuda and cpu; set it to false"
+        )
+    if wanted and sharded:
+        raise UserError(
+            "compile: not supported under an engine that shards the base, whose norms have no "
+            "weights between their layers' turns; use engine: ddp or deepspeed-zero2, or set it "
+            "to false"
+        )
+
+
+def settle_compile_caches(tell: Callable[[str], None]) -> None:
+    """Put a temporary folder in the place of a compiler's cache that cannot be written.
+
+    torch.compile and Triton would end the run there. `tell` is told of each.
+    """
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        folder = os.environ.get(name)
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            tell(f"{name} cannot be used ({error}): what is compiled is not kept for other runs")
+            os.environ[name] = tempfile.mkdtemp(prefix="tandem-compiled-")
+            atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+
+
+def compile_elementwise(model: nn.Module) -> int:
+    """Send RMS norms and gated MLPs through compiled functions; returns how many modules.
+
+    Modules stay in place under their names, only their forward is replaced, that of the C kernels
+    as well. A module is only taken after it gave, on random rows, what the function gives.
+
+    Raises UserError for a model without any such module.
+    """
+    compiled: dict[Any, Any] = {}
+    count = 0
+    for module in model.modules():
+        chosen = _choose(module)
+        if chosen is None:
+            continue
+        take, function = chosen
+        if function not in compiled:
+            with _quiet():
+                compiled[function] = torch.compile(function)
+        module.forward = partial(take, module, compiled[function], function)
+        count += 1
+    if not count:
+        raise UserError(
+            f"compile: {type(model).__name__} has no norms or gated MLPs that tandem compiles; set "
+            "it to false"
+        )
+    return count
+
+
+class Compiling:
+    """What a run compiles: seconds, and how many graphs."""
+
+    def __init__(self) -> None:
+        self._before = _graphs()
+        self.seconds = 0.0
+
+    def graphs(self) -> int:
+        """Graphs that were compiled since this was made."""
+        return _graphs() - self._before
+
+    def warm_up(
+        self, model: nn.Module, score: Callable[[Any], Tensor], batches: Sequence[Any]
+    ) -> None:
+        """Compile all that a run needs, by scoring micro-batches with and without gradients.
+
+        Two suffice, if they have several rows each. Gradients are thrown away.
+
+        Raises UserError if there is no compiler for this device, or it fails.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        began = time.perf_counter()
+        training = model.training
+        try:
+            with _quiet():
+                model.train()
+                for batch in batches:
+                    score(batch).sum().backward()
+                model.eval()
+                with torch.no_grad():
+                    score(batches[0])
+        except TorchDynamoException as error:
+            said = " ".join(str(error).strip().splitlines()[:2])
+            raise UserError(
+                f"compile: torch.compile fails here ({said}); install a C++ compiler (for CPUs) or "
+                "Triton (for CUDA), or set it to false"
+            ) from None
+        finally:
+            model.train(training)
+            model.zero_grad(set_to_none=True)
+        self.seconds = time.perf_counter() - began
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the compiler's warnings about itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.*is deprecated")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
+        yield
+
+
+def _graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _norm(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, epsilon_of(module))
+    return found.view(hidden.shape)
+
+
+def _mlp(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
+    gate, up = module.gate_proj(hidden), module.up_proj(hidden)
+    rows = gate.reshape(-1, gate.shape[-1])
+    gated = _by_rows(compiled, plain, rows)(rows, _marked(up.reshape(rows.shape)))
+    down: Tensor = module.down_proj(gated.view(gate.shape))
+    return down
+
+
+def _by_rows(compiled: Any, plain: Any, rows: Tensor) -> Any:
+    """The function for rows [T, C]; one row alone would be compiled for one row."""
+    if rows.shape[0] < 2:
+        return plain
+    _marked(rows)
+    return compiled
+
+
+def _marked(rows: Tensor) -> Tensor:
+    """Rows whose number torch.compile takes for one that changes."""
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows
+
+
+def _rms(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return weight * _normalised(rows, epsilon).to(rows.dtype)
+
+
+def _rms_cast_last(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return (weight * _normalised(rows, epsilon)).to(rows.dtype)
+
+
+def _rms_from_one(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return (_normalised(rows, epsilon) * (1.0 + weight.float())).to(rows.dtype)
+
+
+def _normalised(rows: Tensor, epsilon: float) -> Tensor:
+    wide = rows.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def _choose(module: nn.Module) -> Any:
+    """How to take a module, and the function that is its elementwise part; None for others."""
+    anything: Any = module
+    if type(module).__name__.endswith("RMSNorm") and epsilon_of(module) is not None:
+        width, take = anything.weight.shape[-1], _norm
+        functions: tuple[Any, ...] = (_rms, _rms_cast_last, _rms_from_one)
+    elif all(isinstance(getattr(module, n, None), nn.Module) for n in _PARTS):
+        width, take = anything.gate_proj.in_features, _mlp
+        functions = (_silu_gate, _gelu_gate)
+    else:
+        return None
+    weight = next(module.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    # On the CPU for the same numbers everywhere; norms' weights of one would hide the difference.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, _PROBE_ROWS, width, generator=generator).to(weight.device, dtype)
+    with torch.no_grad():
+        wanted = module(rows).float()
+        off = {f: float((take(module, f, f, rows) - wanted).abs().max()) for f in functions}
+    best = min(functions, key=lambda function: off[function])
+    return (take, best) if off[best] <= _TOLERANCE[dtype] * float(wanted.abs().max()) else None
+
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")

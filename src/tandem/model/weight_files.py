@@ -1,0 +1,253 @@
+"""How a model's files name and cut its weights, and how transformers puts them together in memory.
+
+On the Hub names lack a prefix that the model has in memory, or have another one, and the experts
+of a mixture are one matrix each there and one tensor here. transformers has rules for that, by
+which it loads; this file reads them in both directions, so that what an adapter changed is written
+under the files' own names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from tandem.errors import UserError
+from tandem.storage.hashing import weight_files
+
+# Number formats, as safetensors calls them, of weights that are not quantised.
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+# Endings of an output head's name, which may be no more than the input embedding once more.
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a file's header says of a tensor: its sizes, and its number format's name."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of the files that belong together, because a weight in memory is made of them.
+
+    Attributes:
+        names: theirs, in the order in which they are put together.
+        weights: the names in memory of what they make; empty where the model has no use for them.
+        expert: which entry of the weights' first axis they make, None for all of it.
+        converter: transformers' rule, None where they are only renamed.
+        places: for each name, which of the rule's patterns it fits, and as which of those that do.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[str, ...]
+    expert: int | None = None
+    converter: Any = None
+    places: tuple[tuple[int, int], ...] = ()
+
+    def assembled(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """The weights, by their names in memory, that the files' tensors make.
+
+        Args:
+            tensors: by their names in the files.
+            model: whose configuration the rules may ask for.
+        """
+        if self.converter is None:
+            return dict.fromkeys(self.weights, tensors[self.names[0]])
+        given: dict[str, Any] = defaultdict(list)
+        for name, (pattern, _) in zip(self.names, self.places, strict=True):
+            given[self.converter.source_patterns[pattern]].append(tensors[name])
+        made = self._run(self.converter, dict(given), model)
+        if len(self.weights) == 1:
+            return dict.fromkeys(self.weights, *made.values())
+        patterns = zip(self.converter.target_patterns, self.weights, strict=True)
+        return {weight: made[pattern] for pattern, weight in patterns}
+
+    def cut(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """`assembled` the other way round."""
+        if self.converter is None:
+            return {self.names[0]: weights[self.weights[0]]}
+        back = self.converter.reverse_transform()
+        given = {
+            pattern: [weights[name]]
+            for pattern, name in zip(back.source_patterns, self.weights, strict=True)
+        }
+        made = self._run(back, given, model)
+        found = {}
+        for name, (pattern, number) in zip(self.names, self.places, strict=True):
+            number = 0 if self.expert is not None else number
+            found[name] = made[back.target_patterns[pattern].replace("*", str(number))]
+        return found
+
+    def _run(self, rule: Any, values: dict[str, Any], model: Any) -> dict[str, Tensor]:
+        for operation in rule.operations:
+            values = operation.convert(
+                values,
+                source_patterns=rule.source_patterns,
+                target_patterns=rule.target_patterns,
+                full_layer_name=self.weights[0],
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in values.items()
+        }
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; raises UserError for one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+
+
+def read_heads(folder: Path) -> dict[str, Head]:
+    """The headers of a model folder's weight files, by the tensors' names in them."""
+    found: dict[str, Head] = {}
+    for shard in weight_files(folder):
+        with opened(shard) as file:
+            for name in list(file.keys()):
+                part = file.get_slice(name)
+                found[name] = Head(shard, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def parts_of(names: Iterable[str], model: Any) -> list[Part]:
+    """What of a model each of its files' tensors is, as transformers reads them.
+
+    Args:
+        names: of all tensors in the files.
+        model: of the class that reads them, with or without weights.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    there, prefix = model.state_dict(), model.base_model_prefix
+    parts: list[Part] = []
+    together: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in sorted(names, key=dot_natural_key):
+        weight, pattern = rename_source_key(name, renamings, converters, prefix, there)
+        if weight not in there and name in there:
+            weight, pattern = rename_source_key(name, [], [], prefix, there)
+        if weight not in there:
+            parts.append(Part((name,), ()))
+        elif pattern is None:
+            parts.append(Part((name,), (weight,)))
+        else:
+            together[weight].append((pattern, name))
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    for first, members in together.items():
+        parts += _converted(first, members, by_pattern[members[0][0]])
+    return parts
+
+
+def _converted(first: str, members: list[tuple[str, str]], rule: Any) -> list[Part]:
+    """The parts that one rule makes of tensors: one for each expert where it stacks them."""
+    places, seen = [], dict.fromkeys(rule.source_patterns, 0)
+    for pattern, _ in members:
+        places.append((rule.source_patterns.index(pattern), seen[pattern]))
+        seen[pattern] += 1
+    before, own, after = first.partition(rule.target_patterns[0])
+    weights = tuple(before + each + after for each in rule.target_patterns) if own else (first,)
+    names = tuple(name for _, name in members)
+    stacks = isinstance(rule.operations[0], MergeModulelist) and rule.operations[0].dim == 0
+    if not stacks or len(set(seen.values())) > 1:
+        return [Part(names, weights, None, rule, tuple(places))]
+    experts: dict[int, list[int]] = defaultdict(list)
+    for position, (_, number) in enumerate(places):
+        experts[number].append(position)
+    return [
+        Part(
+            tuple(names[p] for p in positions), weights, number, rule,
+            tuple(places[p] for p in positions),
+        )
+        for number, positions in sorted(experts.items())
+    ]  # fmt: skip
+
+
+def check_sums(folder: Path, model: Any, changed: Iterable[str]) -> None:
+    """Raise UserError, with the reason, for a weight that an adapter would change in vain.
+
+    Only the files' headers are read.
+
+    Args:
+        folder: the base's.
+        model: it, with or without weights.
+        changed: names in memory of the weights that the adapter will change.
+    """
+    heads = read_heads(folder)
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for part in parts_of(heads, model):
+        for name in part.weights:
+            parts[name].append(part)
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied: dict[int, list[str]] = defaultdict(list)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in named.items():
+        tied[id(weight)].append(name)
+    for name in changed:
+        # Of weights that are one in memory, the files may have one or both.
+        if not any(parts[own] for own in tied[id(named.get(name))] or [name]):
+            raise UserError(
+                f"{folder} has no weight for {name} in its files, so an adapter of it could not be "
+                "merged. Copy or download the folder again, or correct config.json."
+            )
+        for part in parts[name]:
+            if why := _trouble(part, heads, sizes, model):
+                raise UserError(
+                    f"an adapter of {name} could not be merged into the files of {folder}: {why}"
+                )
+
+
+def _trouble(
+    part: Part, heads: Mapping[str, Head], sizes: Mapping[str, tuple[int, ...]], model: Any
+) -> str | None:
+    """Why an update cannot be added to a part's tensors; None when it can."""
+    for name in part.names:
+        if heads[name].dtype not in FLOATS:
+            return (
+                f"{name} is stored as {heads[name].dtype}, which is quantised. Take the model's "
+                "16-bit edition."
+            )
+    way_out = (
+        "Leave its layers out with lora.target_modules, or load the model with transformers and "
+        "save it with save_pretrained(FOLDER, save_original_format=False)."
+    )
+    given = {name: torch.empty(heads[name].shape, device="meta") for name in part.names}
+    try:
+        made = part.assembled(given, model)
+        back = part.cut(made, model)
+    except Exception as error:  # rules are as many as models
+        return f"{part.names[0]} cannot be taken out of it again ({error!r}). {way_out}"
+    for name, tensor in made.items():
+        wanted = sizes[name] if part.expert is None else (1, *sizes[name][1:])
+        if tuple(tensor.shape) != wanted:
+            return (
+                f"{part.names[0]} makes a weight of shape {tuple(tensor.shape)}, config.json asks "
+                f"for {sizes[name]}. Copy or download the folder again, or correct config.json."
+            )
+    if any(tuple(back[name].shape) != heads[name].shape for name in part.names):
+        return f"{part.names[0]} cannot be taken out of it again. {way_out}"
+    return None

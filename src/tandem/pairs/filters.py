@@ -1,0 +1,282 @@
+"""Texts as words: how alike two are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tandem.data.records import Origin
+from tandem.data.text.answers import contains_accepted, refuses
+from tandem.data.text.language import language_of
+from tandem.errors import UserError
+from tandem.pairs.prompts import Prompt
+from tandem.storage.hashing import hash_file
+
+# Scripts that put no spaces between words are taken character by character.
+_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def similarity(one: str, other: str) -> float:
+    """How alike two texts are, 0 to 1: the share of neighbouring word pairs they have in common.
+
+    That is the Dice coefficient of their multisets of pairs of neighbouring words, case and
+    punctuation aside; of single words where one text has fewer than two. Two texts without any
+    word are alike when they are equal.
+    """
+    a, b = words_of(one), words_of(other)
+    if not a or not b:
+        return float(one.split() == other.split())
+    if min(len(a), len(b)) > 1:
+        a, b = (list(map(" ".join, pairwise(x))) for x in (a, b))
+    common = (Counter(a) & Counter(b)).total()
+    return 2 * common / (len(a) + len(b))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generated answer and whether the model ended it by itself."""
+
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What an answer must not be; None and False ask for nothing.
+
+    Attributes:
+        keep: "different" takes any answer that differs from the chosen one, "wrong" only one that
+            lacks every accepted text or did not stop.
+        max_similarity: an answer that is more like the chosen one is left out; see
+            `words.similarity`.
+        drop_refusals: leaves out refusals.
+        language: a language, or "same": that of the chosen answer. Texts that do not say pass.
+        max_characters: of an answer.
+        drop_unfinished: leaves out answers that the length limit ended.
+        check: the user's own, asked last.
+    """
+
+    keep: str = "different"
+    max_similarity: float | None = None
+    drop_refusals: bool = False
+    language: str | None = None
+    max_characters: int | None = None
+    drop_unfinished: bool = False
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a chosen and a rejected answer."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+    def row(self) -> dict[str, str]:
+        """The pair in the orca_dpo_pairs form."""
+        return {
+            "system": self.prompt.system,
+            "question": self.prompt.question,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+
+
+def first_pair(
+    prompt: Prompt, candidates: Sequence[Candidate], filters: Filters, dropped: Counter[str]
+) -> Pair | str:
+    """The set's answer against the first candidate that may stand against it, or why there is none.
+
+    Args:
+        prompt: with the preferred answer.
+        candidates: what the weaker model wrote.
+        filters: what is passed over.
+        dropped: counts the candidates passed over, by reason.
+
+    Raises UserError for a check of the user's that fails.
+    """
+    reasons: list[str] = []
+    for candidate in candidates:
+        reason = against_answer(candidate, filters, prompt.answer)
+        pair = Pair(prompt, prompt.answer, candidate.text.strip())
+        reason = reason or against_pair(pair, filters)
+        reason = reason or _right(pair, candidate, filters) or _checked(pair, filters)
+        if reason is None:
+            return pair
+        dropped[reason] += 1
+        reasons.append(reason)
+    return _together(reasons)
+
+
+def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = None) -> str | None:
+    """What speaks against an answer by itself; `chosen` gives the language that is "same"."""
+    text = candidate.text.strip()
+    if not text:
+        return "empty"
+    if filters.drop_unfinished and not candidate.stopped:
+        return "not finished"
+    if filters.max_characters is not None and len(text) > filters.max_characters:
+        return "too long"
+    if filters.drop_refusals and refuses(text):
+        return "refusal"
+    language = filters.language
+    if language == "same":
+        language = language_of(chosen) if chosen is not None else None
+    if language is not None and language_of(text) not in (None, language):
+        return "in another language"
+    return None
+
+
+def against_pair(pair: Pair, filters: Filters) -> str | None:
+    """What speaks against two answers together, the user's check aside."""
+    if pair.chosen.split() == pair.rejected.split():
+        return "same as chosen"
+    most = filters.max_similarity
+    if most is not None and similarity(pair.chosen, pair.rejected) > most:
+        return "nearly the same"
+    return None
+
+
+def ranked_pair(
+    prompt: Prompt,
+    scored: Sequence[tuple[Candidate, float]],
+    margin: float,
+    filters: Filters,
+    dropped: Counter[str],
+) -> Pair | str:
+    """The answer with the highest score against the one with the lowest, or why there is none.
+
+    Args:
+        prompt: what was asked; the set's own answer plays no part.
+        scored: answers that passed `against_answer`, with their scores.
+        margin: the scores differ by more than this.
+        filters: what is asked of the pair.
+        dropped: counts prompts that get no pair here, by reason.
+    """
+    reason: str | None = None
+    if len(scored) < 2:
+        reason = "fewer than two answers to rank"
+    else:
+        (best, high), (worst, low) = (
+            max(scored, key=lambda item: item[1]),
+            min(scored, key=lambda item: item[1]),
+        )
+        pair = Pair(prompt, best.text.strip(), worst.text.strip())
+        if high - low <= margin:
+            reason = "scores too close"
+        reason = reason or against_pair(pair, filters) or _checked(pair, filters)
+    if reason is None:
+        return pair
+    dropped[reason] += 1
+    return reason
+
+
+def _right(pair: Pair, candidate: Candidate, filters: Filters) -> str | None:
+    if filters.keep != "wrong" or not candidate.stopped:
+        return None
+    return "right" if contains_accepted(pair.rejected, pair.prompt.accepted) else None
+
+
+def _checked(pair: Pair, filters: Filters) -> str | None:
+    return filters.check(pair.row(), pair.prompt.origin) if filters.check is not None else None
+
+
+def _together(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return "no answer"
+    return reasons[0] if len(set(reasons)) == 1 else "no answer passes"
+
+
+_HOW = (
+    "It is a function's place, `module:function` or `path/to/file.py:function`; the function takes "
+    "a pair as a dict of system, question, chosen and rejected, and returns True to keep it, or "
+    "False or a reason (a text) to leave it out."
+)
+
+
+class Check:
+    """A user's function, called with each pair that all other filters let through.
+
+    Args:
+        place: `module:function` or `file.py:function`.
+
+    `identity` is the hash of its file. Raises UserError for one that cannot be imported.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        name, colon, function = place.rpartition(":")
+        if not colon or not name or not function.isidentifier():
+            raise UserError(f"pairs.filters.check: {place!r} is no place of a function. {_HOW}")
+        module = _imported(name, place)
+        found = getattr(module, function, None)
+        if not callable(found):
+            raise UserError(f"pairs.filters.check: {name} has no function {function}. {_HOW}")
+        self._function: Callable[[dict[str, str]], Any] = found
+        file = getattr(module, "__file__", None)
+        self.identity = hash_file(Path(file)) if file else place
+
+    def __call__(self, row: dict[str, str], origin: Origin) -> str | None:
+        """None to keep a pair, else the reason to leave it out.
+
+        Raises UserError, with the prompt's file and row, when the function raises or returns
+        something else.
+        """
+        try:
+            said = self._function(dict(row))
+        except Exception as error:  # whatever a user's function may raise
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{origin}: pairs.filters.check {self.place} raised {type(error).__name__}: "
+                f"{error} ({Path(frame.filename).name}, line {frame.lineno})"
+            ) from error
+        if said is True:
+            return None
+        if said is False:
+            return "check"
+        if isinstance(said, str) and said.strip():
+            return f"check: {' '.join(said.split())}"
+        raise UserError(
+            f"{origin}: pairs.filters.check {self.place} returned {said!r}, which is neither True, "
+            "False nor a reason."
+        )
+
+
+def _imported(name: str, place: str) -> ModuleType:
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"pairs.filters.check: there is no file {name}. {_HOW}")
+        spec = importlib.util.spec_from_file_location(f"tandem_check_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Where pickling and dataclasses look for a module.
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # a user's module may do anything
+        raise UserError(
+            f"pairs.filters.check: {place} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    return module

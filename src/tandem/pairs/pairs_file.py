@@ -1,0 +1,218 @@
+"""Pairs as files: the orca_dpo_pairs form, in JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.pairs.filters import Pair
+from tandem.storage.atomic_files import atomic_file, atomic_write_text
+
+_KEYS = ("system", "question", "chosen", "rejected")
+
+
+def pairs_file(folder: Path, name: str, kind: str) -> Path:
+    """Where pairs go: `name` is pairs or heldout, `kind` jsonl or parquet."""
+    return folder / f"{name}.{kind}"
+
+
+def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
+    """The file of pairs that a stage's folder has, whatever its kind; None for none."""
+    found = (pairs_file(folder, name, kind) for kind in ("jsonl", "parquet"))
+    return next((path for path in found if path.exists()), None)
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs in their order, whole or not at all; the suffix says how."""
+    rows = [pair.row() for pair in pairs]
+    if path.suffix == ".jsonl":
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write_text(path, lines)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([(key, pyarrow.string()) for key in _KEYS])
+    with atomic_file(path) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file)
+
+
+_DRAWN = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
+
+
+def data_card(
+    *,
+    summary: Mapping[str, Any],
+    sources: Mapping[str, Sequence[str]],
+    identities: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+    seed: int,
+    versions: Mapping[str, str],
+    files: Sequence[str],
+) -> str:
+    """A README.md with the Hub's YAML header.
+
+    Args:
+        summary: the stage's counts, its writer and its scorer.
+        sources: names of the data sets, by what they were used for.
+        identities: what is known of them by content, in the same order.
+        settings: the pairs section.
+        seed: of selection and sampling.
+        versions: of software.
+        files: names of the files with pairs.
+    """
+    parts = [_header(files), "# Preference pairs", _about(summary, settings)]
+    parts.append(_sources(sources, identities))
+    parts.append(_writer(summary, settings, seed))
+    if settings["rank"] is not None:
+        parts.append(_ranking(summary, settings["rank"]))
+    parts.append(_counts(summary))
+    asked = _asked("select", settings["select"]) + _asked("filters", settings["filters"])
+    asked.append(("keep", settings["keep"]))
+    parts.append("## What was asked for\n\n" + _table(("key", "value"), asked))
+    parts.append(_limits(summary))
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts.append(f"## Versions\n\n{listed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(files: Sequence[str]) -> str:
+    splits = {"pairs": "train", "heldout": "test"}
+    data = [{"split": splits[Path(name).stem], "path": name} for name in files]
+    header = {
+        "task_categories": ["text-generation"],
+        "tags": ["preference", "dpo", "tandem"],
+        "configs": [{"config_name": "default", "data_files": data}],
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
+
+
+def _about(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if settings["rank"] is not None:
+        how = "Both answers were written by one model; the better and the worse one by score"
+    else:
+        how = "The chosen answer is the instruction set's own, the rejected one was generated"
+    heldout = summary.get("heldout")
+    also = f", {heldout['kept']} of them held out" if heldout else ""
+    total = summary["kept"] + (heldout["kept"] if heldout else 0)
+    return (
+        f"{total} pairs{also}, in the form of orca_dpo_pairs: `system` (empty for none), "
+        f"`question`, `chosen`, `rejected`. {how}. Nobody has read them: that a rejected answer is "
+        "worse is an assumption of the recipe, not a finding."
+    )
+
+
+def _sources(
+    sources: Mapping[str, Sequence[str]], identities: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    rows = []
+    for use, names in sources.items():
+        for name, identity in zip(names, identities[use], strict=True):
+            known = (
+                f"SHA-256 of its files' names and hashes `{identity['files']}`"
+                if "files" in identity
+                else f"on the Hub, revision {identity.get('revision') or 'not stated'}"
+            )
+            rows.append((use, f"`{_shown(name)}`", known))
+    return "## Data\n\n" + _table(("used for", "data set", "what it was"), rows)
+
+
+def _writer(summary: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> str:
+    rows = [*_model_rows(summary["writer"])]
+    rows += [(key.replace("_", " "), settings[key]) for key in _DRAWN]
+    rows.append(("seed", seed))
+    repeatable = (
+        "The server's answers cannot be had again; they are recorded in `generated/`."
+        if str(summary["writer"]["by"]).startswith("the server")
+        else "Each answer has random numbers of its own, from the seed and its number."
+    )
+    title = "## Generated answers"
+    return f"{title}\n\n" + _table(("what", "value"), rows) + f"\n\n{repeatable}"
+
+
+def _ranking(summary: Mapping[str, Any], rank: Mapping[str, Any]) -> str:
+    rows = [*_model_rows(summary["scorer"]), ("least difference", rank["margin"])]
+    how = (
+        "A number from 1 to 10 for each answer, asked one at a time at temperature 0."
+        if rank["judge"] is not None
+        else "A reward model's number for each answer."
+    )
+    return "## Ranking\n\n" + _table(("what", "value"), rows) + f"\n\n{how}"
+
+
+def _counts(summary: Mapping[str, Any]) -> str:
+    parts = ["## Counts"]
+    if left_out := summary.get("left_out"):
+        parts += ["Prompts left out by the selection:", _table(("reason", "prompts"), left_out)]
+    for name, found in (("Pairs", summary), ("Held out", summary.get("heldout"))):
+        if not found:
+            continue
+        rows = [
+            ("prompts asked", found["prompts"]),
+            ("answers generated", found["generated"]),
+            *((f"passed over: {why}", count) for why, count in found["dropped"].items()),
+            *((f"not answered: {why}", count) for why, count in found["failed"].items()),
+            ("pairs", found["kept"]),
+        ]
+        parts += [f"{name}:", _table(("what", "how many"), rows)]
+    ledger = summary["ledger"]
+    if reasons := ledger.get("reasons"):
+        parts += [
+            "Records without a pair, each with file and row in `data-ledger.jsonl`:",
+            _table(("reason", "records"), reasons),
+        ]
+    return "\n\n".join(parts)
+
+
+def _limits(summary: Mapping[str, Any]) -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- Refusals are known by their English openings, languages by script and common words; "
+        "both filters miss some and catch some that they should not.",
+        "- The licences of the data sets, and the terms of the models that wrote answers, apply.",
+    ]
+    if "weights" not in summary["writer"]:
+        lines.append("- Which weights the server ran under the model's name is not known here.")
+    return "\n".join(lines)
+
+
+def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("model", f"`{_shown(facts['model'])}`"), ("by", facts["by"])]
+    if "weights" in facts:
+        rows.append(("weights, SHA-256", f"`{facts['weights']}`"))
+    rows += [(key.replace("_", " "), facts[key]) for key in ("dtype", "chat_template")
+             if key in facts]  # fmt: skip
+    return rows
+
+
+def _asked(section: str, values: Mapping[str, Any]) -> list[tuple[str, object]]:
+    unset: tuple[object, ...] = ([], ())
+    shown = [
+        (key, value)
+        for key, value in values.items()
+        if value is not None and value is not False and value not in unset
+    ]
+    return [(f"{section}.{key}", _plain(value)) for key, value in shown]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(v["path"]) if isinstance(v, Mapping) else str(v) for v in value)
+    return _shown(str(value))
+
+
+def _table(head: Sequence[str], rows: Mapping[str, Any] | Sequence[Sequence[object]]) -> str:
+    found = rows.items() if isinstance(rows, Mapping) else rows
+    lines = [head, ["---"] * len(head), *found]
+    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _shown(name: str) -> str:
+    # Where a file lay on the machine that made the pairs is nobody's business.
+    return Path(name).name if name.startswith(("/", "~")) else name

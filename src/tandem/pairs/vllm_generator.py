@@ -1,0 +1,72 @@
+"""Answers by vLLM, where it is installed: its own batches, its own kernels."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.model.generate import Answer, Sampling
+from tandem.runtime.extras import require
+
+
+class Vllm:
+    """A model in vLLM's offline engine.
+
+    Args:
+        folder: the model.
+        dtype: of the weights, by name; auto is the model's own.
+        tensor_parallel: devices that share each layer.
+        memory: share of a device's memory that vLLM may take.
+
+    Raises UserError when vLLM is not installed.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, tensor_parallel: int, memory: float) -> None:
+        require("vllm", "vllm", "pairs.vllm")
+        self._library: Any = importlib.import_module("vllm")
+        self._engine = self._library.LLM(
+            model=str(folder),
+            tokenizer=str(folder),
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel,
+            gpu_memory_utilization=memory,
+        )
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        *,
+        stop_ids: Sequence[int],
+        sampling: Sampling,
+    ) -> list[Answer]:
+        """An answer to each prompt; arguments as those of `generate.generate_batch`.
+
+        Each request has a seed of its own. vLLM does not promise the same tokens in other batches.
+        """
+        settings = [
+            self._library.SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or -1,
+                seed=(sampling.seed * 1_000_003 + number) % 2**63,
+                stop_token_ids=list(stop_ids),
+                detokenize=False,
+            )
+            for number in numbers
+        ]
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False
+        )
+        return [_answer(output.outputs[0], stop_ids) for output in outputs]
+
+
+def _answer(completion: Any, stop_ids: Sequence[int]) -> Answer:
+    ids = list(completion.token_ids)
+    # Versions differ in whether the token that ended an answer is among its tokens.
+    while ids and ids[-1] in stop_ids:
+        ids.pop()
+    return Answer(tuple(ids), completion.finish_reason == "stop")

@@ -1,0 +1,203 @@
+"""A model's shape from its configuration alone: no weights are read, none are allocated."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.errors import UserError
+from tandem.model.added_tokens import make_rows, plain_head
+from tandem.model.attention.select import declared_obstacle
+from tandem.model.load_model import model_without_weights
+from tandem.model.lora.adapter import add_adapter, modules_out_of_reach, refused_modules
+
+# A layer's parameters: everything up to the first number in their names.
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that operations and memory follow from.
+
+    Attributes:
+        parameters: of the base, tied ones once.
+        trained: of the adapter.
+        linear: multiplications of a token in the decoder's frozen linear layers; of a mixture's
+            experts those that a token reaches.
+        adapter: the same in the adapter.
+        attention: multiplications of a visible (query, key) pair, all layers together.
+        head: multiplications of a token in the output head.
+        in_linear: parameters in linear layers other than the head, which quantization packs.
+        plain: those of them in torch's own linear layers, whose weights a CPU may order.
+        largest_layer: parameters of the largest layer, which sharded engines gather at once.
+        hidden, layers: of the decoder.
+    """
+
+    parameters: int
+    trained: int
+    linear: int
+    adapter: int
+    attention: int
+    head: int
+    in_linear: int
+    plain: int
+    largest_layer: int
+    hidden: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """A described model, as far as its configuration says.
+
+    Attributes:
+        shape: with its adapter.
+        padded: whether it will be fed padded rows, as far as its class says.
+        reached: whether it could be told which layers an adapter can act on.
+    """
+
+    shape: ModelShape
+    padded: bool
+    reached: bool
+
+
+def described(
+    config: Any,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    attention: str,
+    added: AddedTokens | None = None,
+    trains_added: bool = True,
+) -> Described:
+    """The model that a configuration describes, with its adapter, on torch's meta device.
+
+    Args:
+        config: the model's transformers configuration.
+        rank, alpha, target_modules: the adapter, see `model.adapter.add_adapter`.
+        attention: what the recipe asks for.
+        added: tokens whose embeddings are trained, see `model.vocabulary.make_rows`.
+        trains_added: whether the adapter trains their rows.
+
+    Raises UserError for a configuration that describes no model, for one whose sizes have other
+    names, and for an adapter that fits none of its modules.
+    """
+    model = model_without_weights(config)
+    if added:
+        make_rows(model, added)
+    listed = target_modules != "all-linear"
+    unread = refused_modules(model) if listed else _out_of_reach(model)
+    padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
+    adapted = add_adapter(
+        model,
+        rank=rank,
+        alpha=alpha,
+        dropout=0.0,
+        target_modules=target_modules,
+        base_name="",
+        seed=0,
+        out_of_reach=refused_modules(model) if unread is None else unread,
+        added_ids=added.ids if added and trains_added else (),
+    )
+    try:
+        shape = shape_of(adapted)
+    except (AttributeError, TypeError, ValueError) as error:  # sizes by names of their own
+        raise UserError(
+            f"plan: the sizes of a {type(model).__name__} are not where other models have them "
+            f"({error}), so that nothing can be said of it before a run"
+        ) from None
+    return Described(shape, padded, unread is not None)
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The shape of an adapter-wrapped model, wherever its weights are."""
+    base = model.get_base_model()
+    text = base.config.get_text_config()
+    head: Any = plain_head(base.get_output_embeddings())
+    share = _reached(text)
+    linear = adapter = 0.0
+    in_linear = plain = 0
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        size = _size(module)
+        reached = size * (share if "experts" in name else 1.0)
+        if ".lora_" in name:
+            adapter += reached
+        else:
+            linear += reached
+            in_linear += size
+            plain += size if isinstance(module, nn.Linear) else 0
+    parameters = trained = 0
+    layers: Counter[str] = Counter()
+    for name, parameter in base.named_parameters():
+        size = _numbers(parameter)
+        if parameter.requires_grad:
+            trained += size
+            continue
+        parameters += size
+        found = _LAYER.match(name)
+        layers[found.group(1) if found else name] += size
+        if parameter.dim() == 3 and "experts" in name:
+            linear += size * share
+    return ModelShape(
+        parameters=parameters,
+        trained=trained,
+        linear=round(linear),
+        adapter=round(adapter),
+        attention=_attention(text),
+        head=_size(head),
+        in_linear=in_linear,
+        plain=plain,
+        largest_layer=max(layers.values()),
+        hidden=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
+    )
+
+
+def _out_of_reach(model: Any) -> list[str] | None:
+    """See `adapter.modules_out_of_reach`; None for a forward that needs numbers to go through."""
+    try:
+        return modules_out_of_reach(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # as many types as there are ways to ask a tensor without numbers for one
+
+
+def _size(layer: Any) -> int:
+    """Multiplications of a linear layer for one token; 4-bit weights are packed, its sizes not."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    return int(layer.weight.numel())
+
+
+def _numbers(parameter: Tensor) -> int:
+    """Numbers in a parameter; two to a byte where it is packed."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def _reached(text: Any) -> float:
+    """Share of a mixture's experts that a token goes through."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    there = next((int(n) for n in (getattr(text, name, None) for name in names) if n), 0)
+    chosen = getattr(text, "num_experts_per_tok", None)
+    return min(1.0, int(chosen) / there) if there and chosen else 1.0
+
+
+def _attention(text: Any) -> int:
+    """Multiplications of one visible pair: its score and its value, in every layer and head."""
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
+    kinds = getattr(text, "layer_types", None)
+    layers = sum("attention" in kind for kind in kinds) if kinds else int(text.num_hidden_layers)
+    size = getattr(text, "head_dim", None) or int(text.hidden_size) // int(heads)
+    return 2 * int(size) * int(heads) * layers

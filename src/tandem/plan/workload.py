@@ -1,0 +1,323 @@
+"""Floating-point operations of a training stage, a multiply-add being two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.data.batching.packing import pack_padded, padded_tokens, plan_step
+from tandem.data.batching.sampler import Part, steps, total_steps
+from tandem.data.encoded.dataset import Trees
+from tandem.plan.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a stage computes, part by part.
+
+    With T tokens fed, P multiplications of a token in frozen linear layers, L in the adapter, A
+    visible pairs of a attention multiplications, and N trained tokens under a head of V x H:
+
+    Attributes:
+        forward: 2(P + L)T + 2aA + 2NVH.
+        backward: 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH.
+        recomputed: with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA.
+        reference: DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH.
+    """
+
+    forward: float
+    backward: float
+    recomputed: float
+    reference: float
+
+    @property
+    def training(self) -> float:
+        """Everything but the reference pass."""
+        return self.forward + self.backward + self.recomputed
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return self.training + self.reference
+
+    @property
+    def reference_share(self) -> float:
+        """The reference pass's share of everything."""
+        return self.reference / self.total
+
+
+def count_operations(
+    shape: ModelShape, work: Work, *, reference: bool, checkpointing: bool
+) -> Operations:
+    """The operations of a stage.
+
+    Args:
+        shape: of the model with its adapter.
+        work: what is fed.
+        reference: whether there is a reference pass.
+        checkpointing: whether activations are computed once more in the backward.
+    """
+    linear, adapter = 2.0 * shape.linear * work.tokens, 2.0 * shape.adapter * work.tokens
+    attention = 2.0 * shape.attention * work.visible
+    head = 2.0 * shape.head * work.targets
+    return Operations(
+        forward=linear + adapter + attention + head,
+        backward=linear + 2 * adapter + 2 * attention + head,
+        recomputed=linear + adapter + attention if checkpointing else 0.0,
+        reference=2.0 * shape.linear * work.reference_tokens
+        + 2.0 * shape.attention * work.reference_visible
+        + 2.0 * shape.head * work.reference_targets
+        if reference
+        else 0.0,
+    )
+
+
+# Steps that are packed and dealt at most: beyond, evenly spaced ones stand for all.
+_PACKED = 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of a whole training stage, and of DPO's reference pass over the same records.
+
+    Attributes:
+        records: trained on.
+        steps, examples: optimizer steps, and records they take.
+        tokens, tokens_per_epoch: fed, shared prefixes once.
+        padded_tokens: what padded batches would feed for the same sequences; 0 on the padded path.
+        shared_tokens: what sharing prefixes saves; 0 on the padded path.
+        targets: trained tokens that meet the output head.
+        visible: (query, key) pairs that see each other.
+        longest: rows of the longest record.
+        packed_steps: the steps that the figures below are means over: all, or evenly spaced ones.
+        micro_batches: of all steps and processes (scaled up where not all were packed).
+        fill: mean share of the token budget that micro-batches fill.
+        imbalance: the costliest process's share of a step by the mean one.
+        largest: tokens of the largest micro-batch.
+        reference_tokens, reference_targets, reference_visible: of one pass over all records.
+    """
+
+    records: int
+    steps: int
+    examples: int
+    tokens: int
+    tokens_per_epoch: int
+    padded_tokens: int
+    shared_tokens: int
+    targets: int
+    visible: float
+    longest: int
+    packed_steps: int
+    micro_batches: int
+    fill: float
+    imbalance: float
+    largest: int
+    reference_tokens: int
+    reference_targets: int
+    reference_visible: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a stage goes through its records.
+
+    Attributes:
+        batch_size, epochs, max_steps, seed: of the recipe.
+        budget: tokens of a micro-batch.
+        processes: how many share a step.
+        attention_weight: for balance, see `data.packing.tree_cost`.
+        padded: whether the model reads one row a sequence, with nothing shared.
+        parts: the weights of the records, see `data.order.steps`.
+    """
+
+    batch_size: int
+    epochs: float | None
+    max_steps: int | None
+    seed: int
+    budget: int
+    processes: int
+    attention_weight: float
+    padded: bool = False
+    parts: tuple[Part, ...] = ()
+
+
+def count_work(trees: Trees, asked: Asked) -> Work:
+    """The work of a stage over its encoded records; no tree is made for it."""
+    records = _Records.of(trees, asked)
+    count = total_steps(
+        len(trees), asked.batch_size,
+        epochs=asked.epochs, max_steps=asked.max_steps, parts=asked.parts,
+    )  # fmt: skip
+    every = max(1, math.ceil(count / _PACKED))
+    times = np.zeros(len(trees), dtype=np.int64)
+    padded = 0
+    packing = _Packing()
+    for step in steps(
+        len(trees), asked.batch_size, seed=asked.seed, count=count, parts=asked.parts
+    ):
+        examples = np.asarray(step.examples)
+        np.add.at(times, examples, 1)  # a step may show a record twice
+        if not asked.padded:
+            padded += padded_tokens(records.sequences(examples))
+        if step.number % every == 0:
+            packing.add(records, examples, asked)
+    return Work(
+        records=len(trees),
+        steps=count,
+        examples=int(times.sum()),
+        tokens=int(times @ records.fed),
+        tokens_per_epoch=_an_epoch(records.fed, asked.parts),
+        padded_tokens=padded,
+        shared_tokens=int(times @ records.shared),
+        targets=int(times @ records.targets),
+        visible=float(times @ records.visible),
+        longest=int(records.fed.max()),
+        packed_steps=packing.steps,
+        micro_batches=round(packing.micro_batches * count / packing.steps),
+        fill=packing.fill / packing.steps,
+        imbalance=packing.imbalance / packing.steps,
+        largest=packing.largest,
+        reference_tokens=int(records.fed.sum()),
+        reference_targets=int(records.targets.sum()),
+        reference_visible=float(records.visible.sum()),
+    )
+
+
+def _an_epoch(fed: NDArray[np.int64], parts: Sequence[Part]) -> int:
+    """Tokens that an epoch feeds; by weights that are fractions, epochs differ a little."""
+    if not parts:
+        return int(fed.sum())
+    weights = np.repeat([part.weight for part in parts], [part.examples for part in parts])
+    return round(float(fed @ weights))
+
+
+def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Work:
+    """The work of records that nobody has seen, all equally long, with nothing shared.
+
+    Args:
+        records, tokens: how many, and tokens of each.
+        asked: how the stage goes through them.
+        answers: share of the tokens that is trained.
+    """
+    count = total_steps(records, asked.batch_size, epochs=asked.epochs, max_steps=asked.max_steps)
+    per_epoch = total_steps(records, asked.batch_size)
+    whole, rest = divmod(count, per_epoch)
+    examples = whole * records + min(records, rest * asked.batch_size)
+    targets, visible = round(tokens * answers), tokens * (tokens + 1) / 2
+    in_one = max(1, asked.budget // tokens)
+    a_share = math.ceil(min(asked.batch_size, records) / asked.processes)
+    return Work(
+        records=records,
+        steps=count,
+        examples=examples,
+        tokens=examples * tokens,
+        tokens_per_epoch=records * tokens,
+        padded_tokens=examples * tokens,
+        shared_tokens=0,
+        targets=examples * targets,
+        visible=examples * visible,
+        longest=tokens,
+        packed_steps=0,
+        micro_batches=count * asked.processes * math.ceil(a_share / in_one),
+        fill=min(1.0, min(in_one, a_share) * tokens / asked.budget),
+        imbalance=1.0,
+        largest=min(in_one, a_share) * tokens,
+        reference_tokens=records * tokens,
+        reference_targets=records * targets,
+        reference_visible=records * visible,
+    )
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Each record's counts [n], and each sequence's length [S]."""
+
+    fed: NDArray[np.int64]
+    shared: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    visible: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    branches: NDArray[np.int64]
+    rows: NDArray[np.int64]  # of the longest sequence, up to its last target
+    lengths: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, trees: Trees, asked: Asked) -> _Records:
+        """From the lengths that the encoded records keep; no tree is made for it."""
+        branches = trees.branches.astype(np.int64)
+        prefix = trees.prefix_lengths.astype(np.int64)
+        lengths = trees.sequence_lengths.astype(np.int64)
+        first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(branches)])
+
+        def added(values: NDArray[Any]) -> NDArray[Any]:
+            """Sums over each record's sequences, which has at least one."""
+            return np.add.reduceat(values, first[:-1])
+
+        own = lengths - np.repeat(prefix, branches)
+        tokens = prefix + added(own)
+        # What follows a branch's last target is not fed; taken as equally long in all branches.
+        fed = trees.fed.astype(np.int64)
+        idle = np.repeat((tokens - fed) / branches, branches)
+        rows = own - idle
+        before = np.repeat(prefix, branches)
+        seen = added(rows * before + rows * (rows + 1) / 2)
+        shared = (branches - 1) * prefix
+        half = prefix * prefix / 2
+        cost = tokens + asked.attention_weight * (half + added(own * before + own * own / 2))
+        whole = prefix * (prefix + 1) / 2
+        return cls(
+            fed=fed + shared if asked.padded else fed,
+            shared=np.zeros_like(shared) if asked.padded else shared,
+            targets=added(trees.sequence_targets.astype(np.int64)),
+            visible=seen + (whole * branches if asked.padded else whole),
+            costs=cost,
+            branches=branches,
+            rows=np.ceil(np.maximum.reduceat(before + rows, first[:-1])).astype(np.int64),
+            lengths=lengths,
+            first=first,
+        )
+
+    def sequences(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Lengths of some records' sequences, record by record."""
+        counts = self.branches[examples]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.lengths[np.repeat(self.first[examples], counts) + within]
+
+
+class _Packing:
+    """Sums over the steps that were packed and dealt."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.micro_batches = 0
+        self.fill = 0.0
+        self.imbalance = 0.0
+        self.largest = 0
+
+    def add(self, records: _Records, examples: NDArray[np.int64], asked: Asked) -> None:
+        """Pack one step as training does."""
+        tokens = records.fed[examples].tolist()
+        sequences, rows = records.branches[examples].tolist(), records.rows[examples].tolist()
+
+        def in_rows(share: Sequence[int]) -> list[tuple[int, ...]]:
+            return pack_padded([(sequences[i], rows[i]) for i in share], asked.budget)
+
+        plan = plan_step(
+            tokens,
+            records.costs[examples].tolist(),
+            asked.budget,
+            asked.processes,
+            pack_share=in_rows if asked.padded else None,
+        )
+        self.steps += 1
+        self.micro_batches += sum(map(len, plan.ranks))
+        self.fill += plan.fill
+        self.imbalance += plan.imbalance
+        sizes = [sum(tokens[i] for i in members) for rank in plan.ranks for members in rank]
+        self.largest = max(self.largest, *sizes)

@@ -1,0 +1,134 @@
+"""The reference page of all recipe keys, made from the schema: `python -m tandem.recipe.docs_page`.
+
+It prints docs/guide/recipes.md; a test keeps the file equal to what this prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel
+
+from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.load_recipe import recipe_names
+from tandem.recipe.pairs_settings import PairFilters, Pairs, Rank, Select, Server, Vllm
+from tandem.recipe.recipe import Hpu, Recipe
+from tandem.recipe.section import DataSource
+from tandem.recipe.training_settings import Dpo, Lora, Merge, Sft, Validation
+
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("recipe", Recipe),
+    ("hpu", Hpu),
+    ("data", DataSource),
+    ("sft", Sft),
+    ("lora", Lora),
+    ("validation", Validation),
+    ("merge", Merge),
+    ("pairs", Pairs),
+    ("select", Select),
+    ("filters", PairFilters),
+    ("server", Server),
+    ("vllm", Vllm),
+    ("rank", Rank),
+    ("dpo", Dpo),
+    ("evaluate", Evaluate),
+)
+_PLAIN = {"string": "text", "boolean": "true, false", "null": "null"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+_INTRODUCTION = """\
+# Recipes
+
+<!-- Made by `python -m tandem.recipe.docs_page > docs/guide/recipes.md`; do not edit. -->
+
+A recipe is a YAML file that says a whole run. `tandem run RECIPE` takes a file or the name of a
+recipe that ships: {names}. A run's resolved recipe is in its folder as `recipe.yaml`, and
+`tandem run RECIPE --dry-run` prints it.
+
+Any key can be set on the command line, with dots between the levels and values as in YAML; null
+unsets, and leaves a section out:
+
+```
+tandem run demo sft.learning_rate=2e-3 sft.lora.target_modules='[q_proj, v_proj]' evaluate=null
+```
+
+A key that does not exist, a key given twice and a value of the wrong type are errors; nothing is
+ignored. Keys without a default must be given.
+
+In every path `~`, `$NAME` and `${{NAME}}` are resolved; a variable that is not set is an error.
+Keys are text whatever they look like (`no`, `010`). Numbers that YAML 1.1 reads as octal or as
+hours and minutes (`010`, `1:30`) are refused; a text that looks like a number or a truth value
+(`2024`, `no`) needs quotes.
+"""
+
+
+def reference_page() -> str:
+    """The Markdown page: for each section its keys, types, defaults and meanings."""
+    names = ", ".join(f"`{name}`" for name in recipe_names())
+    parts = [_INTRODUCTION.format(names=names)]
+    parts += ["\n".join(_section(title, model)) for title, model in _SECTIONS]
+    return "\n".join(parts)
+
+
+def _section(title: str, model: type[BaseModel]) -> Iterable[str]:
+    schema = model.model_json_schema()
+    yield f"## {title}\n"
+    yield " ".join((model.__doc__ or "").split()) + "\n"
+    shared: dict[str, Any] = {}
+    if model is Dpo:
+        yield "It has all keys of [sft](#sft), and these that differ:\n"
+        shared = Sft.model_json_schema()["properties"]
+    yield "| key | value | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for name, entry in schema["properties"].items():
+        if shared.get(name) == entry:
+            continue
+        default = "" if name in schema.get("required", ()) else _default(model, name)
+        yield f"| `{name}` | {_type(entry)} | {default} | {entry['description']} |"
+    yield ""
+
+
+def _default(model: type[BaseModel], name: str) -> str:
+    value = model.model_fields[name].default
+    if isinstance(value, BaseModel):
+        return "the section's own"
+    if value is None or isinstance(value, bool):
+        return f"`{str(value).lower().replace('none', 'null')}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    return "[]" if value == () else '""' if value == "" else str(value)
+
+
+def _type(entry: dict[str, Any]) -> str:
+    """A property of the JSON schema in words."""
+    if "anyOf" in entry:
+        return " or ".join(map(_type, entry["anyOf"]))
+    if "$ref" in entry:
+        target = entry["$ref"].rsplit("/", 1)[-1]
+        title = next(title for title, model in _SECTIONS if model.__name__ == target)
+        return f"[{title}](#{title}) section"
+    if "enum" in entry or "const" in entry:
+        return ", ".join(f"`{choice}`" for choice in entry.get("enum", [entry.get("const")]))
+    kind = entry["type"]
+    if kind == "object":
+        return f"mapping of texts to {_type(entry['additionalProperties'])}"
+    if kind == "array":
+        inner = _type(entry["items"])
+        return "[data](#data) sets" if "#data" in inner else f"list of {inner}"
+    if kind in ("integer", "number"):
+        bounds = " and ".join(
+            f"{sign} {_number(entry[key])}" for key, sign in _BOUNDS.items() if key in entry
+        )
+        return f"{'whole number' if kind == 'integer' else 'number'} {bounds}".strip()
+    return _PLAIN[kind]
+
+
+def _number(value: float) -> str:
+    return "2^32" if value == 2**32 else f"{value:g}"
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -1,0 +1,259 @@
+"""The model card of the final folder: README.md, from the files of the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.report.report_warnings import find
+from tandem.report.result_rows import (
+    ROW_LABELS,
+    compared_rows,
+    mapping,
+    model_names,
+    result_rows,
+    shown_measures,
+    task_measures,
+    task_notes,
+)
+from tandem.report.run_facts import KIND_TITLES, RunFacts, StageFacts, read_run
+from tandem.report.training_section import base_model, find_key
+from tandem.storage.atomic_files import atomic_write_text
+from tandem.wording import count, is_number
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# What a reader of the card wants to know of a training stage, in this order.
+_SETTINGS = (
+    "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
+    "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length",
+    "too_long", "loss_on", "lora",
+)  # fmt: skip
+
+
+def write_card(run_dir: Path, model_dir: Path) -> Path:
+    """Write README.md into `model_dir` from what `run_dir` holds, and return its path.
+
+    Raises UserError if `run_dir` is no run folder.
+    """
+    path = model_dir / "README.md"
+    atomic_write_text(path, model_card(card_facts(read_run(run_dir))))
+    return path
+
+
+def card_facts(run: RunFacts) -> dict[str, Any]:
+    """The plain values that `model_card` prints, taken from a run's files."""
+    trained = [s for s in run.stages if s.kind in ("sft", "dpo")]
+    base = run.recipe.get("model") or (base_model(trained[0]) if trained else "")
+    versions: dict[str, str] = {}
+    for stage in run.stages:
+        versions |= {str(k): str(v) for k, v in mapping(stage.manifest.get("versions")).items()}
+    return {
+        "name": run.name,
+        "description": str(run.recipe.get("description") or ""),
+        "base_model": _shown_path(str(base)),
+        "chat_template": str(run.recipe.get("chat_template") or ""),
+        "seed": run.recipe.get("seed"),
+        "stages": [_stage(run, s) for s in trained],
+        "evaluation": run.evaluation,
+        "warnings": [f"{f.name}: {f.text}" for f in find(run) if f.level == "warning"],
+        "versions": versions,
+    }
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """The card as Markdown with the Hub's YAML header; `facts` as `card_facts` gives them."""
+    parts = [_header(facts), f"# {_line(facts['name'])}"]
+    if facts.get("description"):
+        parts.append(_line(facts["description"]))
+    base = facts.get("base_model")
+    kinds = " and then ".join(KIND_TITLES[s["kind"]] for s in facts["stages"])
+    if base and kinds:
+        parts.append(
+            f"Made by [tandem]: {kinds}, starting from `{_code(base)}`.".replace(
+                "[tandem]", "tandem"
+            )
+        )
+    parts.append(_use(facts))
+    parts += [_stage_text(s) for s in facts["stages"]]
+    parts.append(_evaluation_text(mapping(facts.get("evaluation"))))
+    parts.append(_limits(facts))
+    if facts.get("versions"):
+        listed = ", ".join(f"{_line(k)} {_line(v)}" for k, v in facts["versions"].items())
+        parts.append(f"## Versions\n\n{listed}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
+    inputs = mapping(stage.manifest.get("inputs"))
+    settings = mapping(run.recipe.get(stage.kind)) or mapping(find_key(inputs, "settings"))
+    sources = settings.get("data")
+    # Without data of its own the DPO stage trained on pairs that the run made from prompts.
+    made = stage.kind == "dpo" and not sources
+    if made:
+        pairs = mapping(run.recipe.get("pairs"))
+        sources = [pairs.get("prompts"), pairs.get("heldout")]
+    return {
+        "kind": stage.kind,
+        "data": [_shown_path(p) for p in _paths(sources)],
+        "made": made,
+        "hashes": _hashes(inputs),
+        "settings": {k: settings[k] for k in _SETTINGS if settings.get(k) is not None},
+        "examples": stage.summary.get("examples"),
+        "steps": stage.summary.get("steps"),
+        "ledger": mapping(stage.summary.get("ledger")),
+        "quantization": stage.summary.get("quantization"),
+    }
+
+
+def _header(facts: Mapping[str, Any]) -> str:
+    tags = ["tandem", *(s["kind"] for s in facts["stages"])]
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    # The Hub refuses a card whose base model or data set is no Hub id.
+    if _HUB_ID.fullmatch(str(facts.get("base_model") or "")):
+        header["base_model"] = facts["base_model"]
+    data_sets = [d for s in facts["stages"] for d in s["data"] if _HUB_ID.fullmatch(d)]
+    if data_sets:
+        header["datasets"] = list(dict.fromkeys(data_sets))
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def _use(facts: Mapping[str, Any]) -> str:
+    template = facts.get("chat_template")
+    named = f" (`{_code(template)}`)" if template else ""
+    return (
+        f"## Use\n\nThe chat template{named} is saved with the tokenizer; "
+        "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` gives the tokens "
+        "that the model was trained on.\n\n"
+        "```\ntandem chat PATH_OF_THIS_FOLDER\n```"
+    )
+
+
+def _stage_text(stage: Mapping[str, Any]) -> str:
+    lines = [f"## {KIND_TITLES[stage['kind']]}", ""]
+    if stage["data"]:
+        made = "pairs made in this run from prompts of " if stage.get("made") else ""
+        lines.append(f"Data: {made}" + ", ".join(f"`{_code(d)}`" for d in stage["data"]) + ".")
+    figures = [
+        f"{count(stage[key])} {noun}"
+        for key, noun in (("examples", "examples seen"), ("steps", "optimizer steps"))
+        if is_number(stage[key])
+    ]
+    ledger = stage["ledger"]
+    figures += [
+        f"{count(ledger[k])} {k}" for k in ("truncated", "dropped") if is_number(ledger.get(k))
+    ]
+    if figures:
+        lines += ["", "; ".join(figures) + "."]
+    if stage.get("quantization"):
+        lines += [
+            "",
+            f"The base was in 4 bits ({_line(stage['quantization'])}) while the adapter was "
+            "trained; it was merged into what the weights had rounded to.",
+        ]
+    if stage["settings"]:
+        rows = [(k.replace("_", " "), _value(v)) for k, v in stage["settings"].items()]
+        lines += ["", *_table(("setting", "value"), rows)]
+    if stage["hashes"]:
+        lines += ["", *_table(("input", "SHA-256"), [(k, f"`{h}`") for k, h in stage["hashes"]])]
+    return "\n".join(lines)
+
+
+def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
+    rows = result_rows(evaluation)
+    if not rows:
+        return "## Evaluation\n\nThis run has not evaluated the model."
+    head = ("model", *(m.title for m in shown_measures(evaluation)))
+    body = [
+        (r.label, *(c.text + (f" ({c.note})" if c.note else "") for c in r.cells)) for r in rows
+    ]
+    counts = mapping(evaluation.get("counts"))
+    known = [f"{count(n)} {_line(k)}" for k, n in counts.items() if is_number(n)]
+    note = f"\n\nHeld out: {', '.join(known)}." if known else ""
+    own = "\n".join(_table(head, body)) + note if len(head) > 1 else ""
+    return "\n\n".join(p for p in ("## Evaluation", own, _tasks_text(evaluation)) if p)
+
+
+def _tasks_text(evaluation: Mapping[str, Any]) -> str:
+    """The harness's tasks with standard errors, and what to know about them."""
+    keys = {measure.key for measure in task_measures(evaluation)}
+    rows = [r for r in compared_rows(evaluation, "previous") if r.measure.key in keys]
+    if not rows:
+        return ""
+    names = [ROW_LABELS.get(n, n) for n in model_names(evaluation)]
+    body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
+    notes = "\n".join(f"- {_line(note)}." for note in task_notes(evaluation))
+    said = "Tasks of lm-evaluation-harness; ± is one standard error."
+    table = "\n".join(_table(("task", *names), body))
+    return f"{said}\n\n{table}" + (f"\n\n{notes}" if notes else "")
+
+
+def _limits(facts: Mapping[str, Any]) -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- The figures above are from this run's own held-out data and the tasks named, one seed"
+        + (f" ({facts['seed']})" if is_number(facts.get("seed")) else "")
+        + "; they say nothing about other tasks.",
+        "- No safety evaluation was made. The model can be wrong and can repeat its data.",
+        "- The licences of the base model and of the data apply to this model.",
+    ]
+    return "\n".join(lines + [f"- Seen in this run: {_line(w)}" for w in facts.get("warnings", ())])
+
+
+def _paths(value: object) -> list[str]:
+    """Every `path` in nested plain data, in order."""
+    if isinstance(value, Mapping):
+        own = [value["path"]] if isinstance(value.get("path"), str) else []
+        return own + [p for v in value.values() for p in _paths(v)]
+    if isinstance(value, list):
+        return [p for v in value for p in _paths(v)]
+    return []
+
+
+def _shown_path(path: str) -> str:
+    # Where a file lay on the machine that trained is nobody's business.
+    return Path(path).name if path.startswith(("/", "~")) else path
+
+
+def _hashes(value: object, key: str = "") -> list[tuple[str, str]]:
+    """All SHA-256 digests in a manifest's inputs, each with its dotted key."""
+    if isinstance(value, str):
+        return [(_shown_path(key), value)] if _DIGEST.fullmatch(value) else []
+    if isinstance(value, Mapping):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list):
+        items = [(str(i), v) for i, v in enumerate(value, start=1)]
+    else:
+        return []
+    return [h for k, v in items for h in _hashes(v, f"{key} {_shown_path(k)}".strip())]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(str(v) for v in value)
+    return str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(_line(c).replace("|", "\\|") for c in line) + " |" for line in lines]
+
+
+def _line(text: object) -> str:
+    """Text from a file on one Markdown line, without raw HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
+
+
+def _code(text: object) -> str:
+    return " ".join(str(text).split()).replace("`", "'")

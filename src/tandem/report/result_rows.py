@@ -1,0 +1,312 @@
+"""The evaluation as rows of cells: what the page, the terminal and the model card all show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tandem.wording import is_number, number, percent
+
+ROW_LABELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column: the key in evaluation.json, its title, and which way is better."""
+
+    key: str
+    title: str
+    kind: Literal["share", "number", "tokens"]
+    better: Literal["higher", "lower", "neither"]
+    meaning: str
+
+
+MEASURES = (
+    Measure(
+        "answer_accuracy",
+        "answer accuracy",
+        "share",
+        "higher",
+        "held-out questions, asked through the chat template, whose answer is right",
+    ),
+    Measure(
+        "right_cut",
+        "right text, cut",
+        "share",
+        "lower",
+        "answers with the right text that did not end by themselves; they do not count as right",
+    ),
+    Measure(
+        "loss",
+        "held-out loss",
+        "number",
+        "lower",
+        "mean negative log-prob of a right answer's token",
+    ),
+    Measure(
+        "heldout_loss",
+        "conversation loss",
+        "number",
+        "lower",
+        "mean negative log-prob of an answer's token in held-out conversations",
+    ),
+    Measure(
+        "preference_accuracy",
+        "preference accuracy",
+        "share",
+        "higher",
+        "held-out pairs whose chosen answer has the higher log-prob per token",
+    ),
+    Measure(
+        "preference_margin",
+        "margin",
+        "number",
+        "higher",
+        "log-prob per token of the chosen answer minus the rejected one's, mean, in nats",
+    ),
+    Measure(
+        "stop_rate",
+        "stops by itself",
+        "share",
+        "higher",
+        "answers that end with the end-of-turn token and not at the length limit",
+    ),
+    Measure(
+        "win_rate",
+        "win rate",
+        "share",
+        "higher",
+        "a judge's verdicts against the first model's answers, in both orders; ties count half",
+    ),
+    Measure("mean_answer_tokens", "answer tokens", "tokens", "neither", "mean length of an answer"),
+)
+
+
+# Measures that say nothing where every model has 0.
+_CASES = ("right_cut",)
+# Metrics of tasks that are shares, and of those that are better when lower.
+_SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc")
+_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# A difference of fewer standard errors than this is called nothing.
+_CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as text, its change from the row above, and whether that is for the better."""
+
+    text: str
+    change: str = ""
+    arrow: Literal["▲", "▼", ""] = ""
+    verdict: Literal["good", "bad", ""] = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One measure over all models: titles, and a cell a model with errors in its texts."""
+
+    measure: Measure
+    details: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One model's results, in the order of the measures shown."""
+
+    name: str
+    label: str
+    path: str
+    cells: tuple[Cell, ...]
+
+
+def model_names(evaluation: Mapping[str, Any]) -> list[str]:
+    """The evaluated models, base first, then SFT, DPO and whatever else was measured."""
+    models = mapping(evaluation.get("models"))
+    known = [name for name in ROW_LABELS if name in models]
+    return known + [str(name) for name in models if name not in ROW_LABELS]
+
+
+def shown_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
+    """The measures that at least one model has a value for, or a case of where cases are few."""
+    models = [mapping(m) for m in mapping(evaluation.get("models")).values()]
+    values = {m.key: [v for one in models if is_number(v := one.get(m.key))] for m in MEASURES}
+    return [m for m in MEASURES if any(values[m.key]) or (values[m.key] and m.key not in _CASES)]
+
+
+def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
+    """One row a model; changes are from the nearest row above that has a value."""
+    models = mapping(evaluation.get("models"))
+    measures = shown_measures(evaluation)
+    before: dict[str, float] = {}
+    rows = []
+    for name in model_names(evaluation):
+        values = mapping(models[name])
+        cells = tuple(_cell(m, values, before) for m in measures)
+        before |= {m.key: values[m.key] for m in measures if is_number(values.get(m.key))}
+        rows.append(ResultRow(name, ROW_LABELS.get(name, name), str(values.get("path", "")), cells))
+    return rows
+
+
+def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
+    """The harness's tasks as measures; their keys begin with `task:`."""
+    found = []
+    raw = evaluation.get("tasks")
+    for task in map(mapping, raw if isinstance(raw, list) else []):
+        metric = str(task.get("metric", "")).partition(",")[0]
+        shots = task.get("shots")
+        meaning = f"{metric}, {shots}-shot, {task.get('items')} items"
+        meaning += ", chat template" if task.get("chat") else ""
+        found.append(
+            Measure(
+                f"task:{task.get('task')}",
+                str(task.get("title", task.get("task"))),
+                "share" if metric in _SHARES else "number",
+                "lower" if metric in _LOWER else "higher",
+                meaning,
+            )
+        )
+    return found
+
+
+def compared_rows(
+    evaluation: Mapping[str, Any], against: Literal["first", "previous"]
+) -> list[ComparedRow]:
+    """One row a measure: values with standard errors, and changes with those of the pairs.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        against: which model changes are from.
+
+    A change is good or bad from two standard errors on; a smaller one says nothing.
+    """
+    models = mapping(evaluation.get("models"))
+    tasks = task_measures(evaluation)
+    rows = []
+    for measure in [*tasks, *shown_measures(evaluation)]:
+        cells = tuple(
+            _compared(measure, mapping(models[name]), against) for name in model_names(evaluation)
+        )
+        details = measure.meaning if measure in tasks else ""
+        rows.append(ComparedRow(measure, details, cells))
+    return rows
+
+
+def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tasks' scores must know, a line each."""
+    notes: dict[str, list[str]] = {}
+    raw = evaluation.get("tasks")
+    for task in map(mapping, raw if isinstance(raw, list) else []):
+        said = [str(note) for note in task.get("notes") or []]
+        cut = {k: n for k, n in mapping(task.get("cut")).items() if is_number(n) and n}
+        if cut:
+            counts = ", ".join(f"{name} {n}" for name, n in cut.items())
+            said.append(f"requests cut to the model's context at their beginning ({counts})")
+        if is_number(task.get("limit")):
+            said.append(f"only the first {task['limit']} items")
+        for note in said:
+            notes.setdefault(note, []).append(str(task.get("title")))
+    lines = [f"{', '.join(titles)}: {note}" for note, titles in notes.items()]
+    lines += _judge_notes(mapping(evaluation.get("judge")))
+    left_out = evaluation.get("left_out")
+    for one in left_out if isinstance(left_out, list) else []:
+        lines.append(f"{one[0]} was not measured: {one[1]}")
+    return lines
+
+
+def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, one in mapping(judge.get("models")).items():
+        found = mapping(one)
+        label, first = (ROW_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
+        line = (
+            f"{judge.get('name')} on {label} against {first}: {found.get('wins')} won, "
+            f"{found.get('ties')} tied, {found.get('losses')} lost"
+        )
+        if is_number(found.get("consistent")):
+            line += (
+                f"; the same verdict in both orders {percent(found['consistent'])}, for the answer "
+                f"shown first {percent(found.get('first_shown'))}"
+            )
+        if found.get("unread"):
+            line += f"; {found['unread']} without a verdict"
+        lines.append(line)
+    return lines
+
+
+def sampling_error(share: float, n: float) -> float:
+    """Standard error of a share measured on `n` independent examples: sqrt(p (1 - p) / n)."""
+    return math.sqrt(max(share * (1 - share), 0.0) / n) if n > 0 else math.nan
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """The value if it is a JSON object, an empty one otherwise."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, float]) -> Cell:
+    value = values.get(measure.key)
+    if not is_number(value):
+        return Cell("–")
+    shown = _shown(measure, value)
+    note = ""
+    if measure.key == "answer_accuracy" and is_number(values.get("completion_accuracy")):
+        note = f"as completion {percent(values['completion_accuracy'])}"
+    if measure.key not in before:
+        return Cell(shown, note=note)
+    step = value - before[measure.key]
+    change = _change(measure, step)
+    if float(change) == 0:
+        return Cell(shown, "±0", note=note)
+    change = change.replace("-", "−")
+    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    if measure.better == "neither":
+        return Cell(shown, change, arrow, "", note)
+    good = (step > 0) == (measure.better == "higher")
+    return Cell(shown, change, arrow, "good" if good else "bad", note)
+
+
+def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+    value = values.get(measure.key)
+    if not is_number(value):
+        return Cell("–")
+    error = mapping(values.get("errors")).get(measure.key)
+    text = f"{_shown(measure, value)}{_plus_minus(measure, error)}"
+    gap = mapping(mapping(values.get("differences")).get(measure.key)).get(against)
+    if not isinstance(gap, list):
+        return Cell(text)
+    step, doubt = gap
+    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
+    if step == 0:
+        return Cell(text, "±0" + _plus_minus(measure, doubt))
+    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    clear = is_number(doubt) and abs(step) > _CLEAR * doubt
+    if measure.better == "neither" or not clear:
+        return Cell(text, change, arrow)
+    good = (step > 0) == (measure.better == "higher")
+    return Cell(text, change, arrow, "good" if good else "bad")
+
+
+def _plus_minus(measure: Measure, error: object) -> str:
+    if not is_number(error):
+        return ""
+    if measure.kind == "share":
+        return f" ± {100 * error:.1f}"
+    return f" ± {error:.1f}" if measure.kind == "tokens" else f" ± {number(error, 3)}"
+
+
+def _shown(measure: Measure, value: float) -> str:
+    if measure.kind == "share":
+        return percent(value)
+    return f"{value:.1f}" if measure.kind == "tokens" else number(value)
+
+
+def _change(measure: Measure, step: float) -> str:
+    if measure.kind == "share":
+        return f"{100 * step:+.1f}"
+    if measure.kind == "tokens":
+        return f"{step:+.1f}"
+    return ("+" if step >= 0 else "-") + number(abs(step), 3 if abs(step) >= 1 else 4)

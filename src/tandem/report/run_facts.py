@@ -1,0 +1,247 @@
+"""What a run folder says: every file the report uses, read once, with what is missing named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.errors import UserError
+from tandem.report.result_rows import mapping
+from tandem.storage.atomic_files import read_json
+from tandem.storage.hashing import hash_file, unsealed
+
+STAGE_FOLDERS = {
+    "1-sft": "sft",
+    "2-sft-merged": "merge",
+    "3-pairs": "pairs",
+    "4-dpo": "dpo",
+    "5-final": "merge",
+    "6-evaluation": "evaluate",
+}
+STAGE_TITLES = {
+    "1-sft": "Supervised fine-tuning",
+    "2-sft-merged": "Merge of the SFT adapter",
+    "3-pairs": "Preference pairs",
+    "4-dpo": "Direct Preference Optimization",
+    "5-final": "Merge of the DPO adapter",
+    "6-evaluation": "Evaluation",
+}
+# Outputs of stages that a page shows something of.
+_SHOWN = (
+    "summary.json",
+    "metrics.jsonl",
+    "validation.jsonl",
+    "data-ledger.jsonl",
+    "pairs.jsonl",
+    "pairs.parquet",
+    "evaluation.json",
+)
+KIND_TITLES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "merge": "Merge of an adapter",
+    "pairs": "Preference pairs",
+    "evaluate": "Evaluation",
+}
+# Which section of a recipe makes which folders; what is asked for and absent is named as missing.
+_SECTION_FOLDERS = {
+    "sft": ("1-sft", "2-sft-merged"),
+    "pairs": ("3-pairs",),
+    "dpo": ("4-dpo", "5-final"),
+    "evaluate": ("6-evaluation",),
+}
+LEDGER_LINES_SHOWN = 25
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage folder: `kind` is sft, merge, pairs, dpo or evaluate."""
+
+    name: str
+    title: str
+    kind: str
+    folder: Path
+    manifest: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    ledger: tuple[Mapping[str, Any], ...]
+    problems: tuple[str, ...]
+    validation: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def status(self) -> str:
+        """`finished`, `running` (or interrupted), `unknown` without a manifest."""
+        return str(self.manifest.get("status", "unknown"))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run folder, or a single stage's; `missing` are stages the recipe asks for."""
+
+    name: str
+    folder: Path
+    manifest: Mapping[str, Any]
+    recipe_text: str
+    recipe: Mapping[str, Any]
+    stages: tuple[StageFacts, ...]
+    missing: tuple[str, ...]
+    evaluation: Mapping[str, Any]
+    problems: tuple[str, ...] = field(default=())
+
+    def stage(self, name: str) -> StageFacts | None:
+        """The stage in the folder of that name, if it is there."""
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Read a run folder, or one stage's folder, as far as it has come.
+
+    Raises UserError if the folder does not exist or holds nothing that tandem wrote. A file that
+    cannot be parsed does not stop the report: it is listed in `problems`.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder {folder}. Give the folder of a run, such as runs/demo."
+        )
+    problems: list[str] = []
+    names = [name for name in STAGE_FOLDERS if (folder / name).is_dir()]
+    recipe_file = folder / "recipe.yaml"
+    if names or recipe_file.exists():
+        stages = tuple(_read_stage(folder / name, name) for name in names)
+        manifest = _object(folder / "manifest.json", problems)
+    elif (folder / "manifest.json").exists() or (folder / "metrics.jsonl").exists():
+        stages, manifest = (_read_stage(folder, ""),), {}
+    else:
+        raise UserError(
+            f"{folder} holds no run of tandem: no recipe.yaml, no manifest.json and no stage "
+            f"folder such as 1-sft. Give the folder of a run, such as runs/demo."
+        )
+    if names and not recipe_file.exists():
+        problems.append("recipe.yaml is missing")
+    elif manifest.get("recipe") not in (None, _hash(recipe_file)):
+        problems.append("recipe.yaml is not as the run left it: it was changed")
+    recipe_text, recipe = _recipe(recipe_file, problems)
+    wanted = [f for section, fs in _SECTION_FOLDERS.items() if recipe.get(section) for f in fs]
+    evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
+    return RunFacts(
+        name=str(recipe.get("name") or folder.resolve().name),
+        folder=folder,
+        manifest=manifest,
+        recipe_text=recipe_text,
+        recipe=recipe,
+        stages=stages,
+        missing=tuple(name for name in wanted if name not in names),
+        evaluation=_object(evaluations[0], problems) if evaluations else {},
+        problems=tuple(problems + [p for s in stages for p in s.problems]),
+    )
+
+
+def _read_stage(folder: Path, name: str) -> StageFacts:
+    problems: list[str] = []
+    manifest = _object(folder / "manifest.json", problems)
+    if not (folder / "manifest.json").exists() and any(folder.iterdir()):
+        problems.append(
+            f"{folder.name}/manifest.json is missing: whether it is finished is unknown"
+        )
+    metrics = _lines(folder / "metrics.jsonl", problems)
+    kind = STAGE_FOLDERS.get(name) or _kind(folder, manifest, metrics)
+    problems += _changed(folder, mapping(manifest.get("outputs")))
+    return StageFacts(
+        name=name or folder.resolve().name,
+        title=STAGE_TITLES.get(name) or KIND_TITLES.get(kind, kind),
+        kind=kind,
+        folder=folder,
+        manifest=manifest,
+        summary=_object(folder / "summary.json", problems),
+        metrics=metrics,
+        ledger=_lines(folder / "data-ledger.jsonl", problems, LEDGER_LINES_SHOWN),
+        validation=_lines(folder / "validation.jsonl", problems),
+        problems=tuple(problems),
+    )
+
+
+def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -> str:
+    stage = str(manifest.get("stage", ""))
+    if stage in KIND_TITLES:
+        return stage
+    if stage.startswith("eval") or (folder / "evaluation.json").exists():
+        return "evaluate"
+    if metrics:
+        return "dpo" if any("rewards/margins" in m for m in metrics) else "sft"
+    return stage or "unknown"
+
+
+def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
+    """The outputs shown on the page that changed after their stage finished."""
+    found = []
+    for name in _SHOWN:
+        path = folder / name
+        if name in outputs and (not path.is_file() or hash_file(path) != outputs[name]):
+            found.append(
+                f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was "
+                "changed"
+            )
+    return found
+
+
+def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    if not path.exists() and not path.is_symlink():
+        return {}
+    try:
+        value = read_json(path)
+        value = unsealed(value) if isinstance(value, dict) else value
+    except (ValueError, OSError, RecursionError) as error:
+        problems.append(f"{path.parent.name}/{path.name} cannot be read: {error}")
+        return {}
+    if not isinstance(value, Mapping):
+        problems.append(f"{path.parent.name}/{path.name} holds no JSON object")
+    return mapping(value)
+
+
+def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[Any, ...]:
+    if not path.is_file():
+        if path.exists() or path.is_symlink():
+            problems.append(f"{path.parent.name}/{path.name} is no file")
+        return ()
+    found: list[Mapping[str, Any]] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for row, line in enumerate(file, start=1):
+            if limit is not None and len(found) >= limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
+                continue
+            if isinstance(value, Mapping):
+                found.append(value)
+            else:
+                problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
+    return tuple(found)
+
+
+def _hash(path: Path) -> str | None:
+    return hash_file(path) if path.is_file() else None
+
+
+def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
+    if not path.is_file():
+        if path.exists() or path.is_symlink():
+            problems.append("recipe.yaml is no file")
+        return "", {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        value = yaml.safe_load(text)
+        if not isinstance(value, Mapping):
+            problems.append("recipe.yaml holds no recipe")
+        return text, mapping(value)
+    except yaml.YAMLError as error:
+        problems.append(f"recipe.yaml cannot be read: {error}")
+        return text, {}

@@ -1,0 +1,112 @@
+"""The result at the end of `tandem run`: a table of the models, and their answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tandem.report.report_warnings import Finding, in_words
+from tandem.report.result_rows import (
+    ROW_LABELS,
+    Cell,
+    compared_rows,
+    mapping,
+    model_names,
+    result_rows,
+    shown_measures,
+    task_notes,
+)
+
+_STYLES = {"good": "green", "bad": "red", "": "dim"}
+_LEFT_OUT = {"mean_answer_tokens"}
+# Sample questions that are shown.
+_SAMPLES = 3
+
+
+def result_table(evaluation: Mapping[str, Any]) -> Table:
+    """Base, SFT and DPO as rows, with the change from the row above.
+
+    `evaluation` is the content of evaluation.json. The base also shows what it answers in its
+    own completion form: the ceiling that fine-tuning can reach.
+    """
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    measures = shown_measures(evaluation)
+    shown = [i for i, m in enumerate(measures) if m.key not in _LEFT_OUT]
+    table.add_column("model", style="bold", no_wrap=True)
+    for i in shown:
+        table.add_column(measures[i].title, justify="right", min_width=7)
+    for row in result_rows(evaluation):
+        table.add_row(Text(row.label), *(_cell(row.cells[i]) for i in shown))
+    return table
+
+
+def comparison_table(evaluation: Mapping[str, Any]) -> Table:
+    """Measures as rows, models as columns: values and changes with their standard errors.
+
+    Changes are from the first model, item by item; only those of more than two standard errors
+    have a colour.
+    """
+    names = model_names(evaluation)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("measure", overflow="fold")
+    for name in names:
+        table.add_column(Text(ROW_LABELS.get(name, name)), justify="right", overflow="fold")
+    for row in compared_rows(evaluation, "first"):
+        title = Text(row.measure.title, "bold")
+        if row.details:
+            title.append(f"\n{row.details}", "not bold dim")
+        table.add_row(title, *map(_cell, row.cells))
+    return table
+
+
+def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What to know when reading `comparison_table`, a line each."""
+    names = model_names(evaluation)
+    said = ["± is one standard error."]
+    if len(names) > 1:
+        first = ROW_LABELS.get(names[0], names[0])
+        said.append(f"Changes are from {first}, item by item, shares in percentage points.")
+    return [" ".join(said), *task_notes(evaluation)]
+
+
+def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
+    """The first sample questions, `most` at most, with the expected answer and each model's own."""
+    raw = evaluation.get("samples")
+    samples = [mapping(s) for s in raw][:most] if isinstance(raw, list) else []
+    names = [
+        n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
+    ]
+    table = Table(box=box.ROUNDED, header_style="bold", show_lines=True, expand=True)
+    for title in ("question", "expected", *(ROW_LABELS.get(n, n) for n in names)):
+        table.add_column(Text(title), ratio=1, overflow="fold")
+    for sample in samples:
+        answers = mapping(sample.get("answers"))
+        texts = [sample.get("prompt"), sample.get("expected"), *(answers.get(n) for n in names)]
+        # Text, not str: what a model says must not be read as rich markup.
+        table.add_row(
+            *(Text("–" if text is None else str(text).strip() or "(nothing)") for text in texts)
+        )
+    return table
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[Text]:
+    """What a reader must not overlook, as the page has it: a line each, warnings in yellow."""
+    return [
+        Text(f"{one.level}: {in_words(one)}", "yellow" if one.level == "warning" else "dim")
+        for one in findings
+    ]
+
+
+def _cell(cell: Cell) -> Text:
+    text = Text(cell.text)
+    if cell.change:
+        text.append(
+            f"\n{cell.arrow}{' ' if cell.arrow else ''}{cell.change}", _STYLES[cell.verdict]
+        )
+    if cell.note:
+        text.append(f"\n{cell.note}", "dim")
+    return text

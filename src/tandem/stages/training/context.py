@@ -1,0 +1,118 @@
+"""How training stages differ, and what they hand to their objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tandem.data.encoded.dataset import Trees
+from tandem.data.records import Tree
+from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.model.added_tokens import described_rows
+from tandem.recipe.run_settings import Runtime
+from tandem.recipe.training_settings import Training
+from tandem.runtime.console import say
+from tandem.train.checkpoint import CheckpointStore
+from tandem.train.engines.engine import Engine
+from tandem.train.losses.objectives import Objective
+from tandem.train.token_budget import TokenBudget
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an objective may need when it is made: the engine holds the untrained policy.
+
+    `what` is a word before the records' name on the console, such as held-out.
+    """
+
+    engine: Engine
+    model: Any
+    trees: Sequence[Tree]
+    model_hash: str
+    backend: str
+    numerics: str
+    budget: TokenBudget
+    console: Console
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An objective and what making it cost."""
+
+    objective: Objective
+    reference_seconds: float = 0.0
+    reference_computed: int = 0
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """How one training stage differs from the other.
+
+    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
+    whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
+    """
+
+    name: str
+    prepare: Callable[..., Trees]
+    make_objective: Callable[[Start], Made]
+    dropout: bool
+    warnings: Callable[[list[dict[str, Any]]], list[str]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The resolved pieces of one training stage.
+
+    Attributes:
+        kind: how it differs from the other.
+        settings: its section of the recipe.
+        folder: where it writes.
+        seed: of order, adapter and dropout.
+        runtime: device, dtype, attention.
+        engine: holds no model yet.
+        console: for progress.
+        base: the model's folder.
+        config: its transformers configuration.
+        base_name: what the run calls the model.
+        tokenizer, template: of the model.
+        added: tokens whose embeddings are trained.
+        warnings: what was found of the model and the settings before the first step.
+    """
+
+    kind: StageKind
+    settings: Training
+    folder: Path
+    seed: int
+    runtime: Runtime
+    engine: Engine
+    console: Console
+    base: Path
+    config: Any
+    base_name: str
+    tokenizer: Any
+    template: ChatTemplate
+    added: AddedTokens
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embeddings, those of added tokens among them."""
+        return described_rows(self.config, self.added)
+
+    def tell(self, text: str) -> None:
+        """Put a line on the console, the stage's name before it."""
+        say(self.console, f"{self.kind.name}: {text}")
+
+    def checkpoints(self) -> CheckpointStore:
+        """Where its checkpoints go."""
+        return CheckpointStore(
+            self.folder / "checkpoints",
+            keep=self.settings.save_total_limit,
+            lines=(self.folder / "metrics.jsonl", self.folder / "validation.jsonl"),
+        )

@@ -1,0 +1,128 @@
+"""The model that a stage trains: loaded, scheduled, with its adapter, compiled if asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tandem.data.encoded.dataset import Trees
+from tandem.integrations.gaudi.static_shapes import declared_shapes
+from tandem.model.attention.select import choose_backend
+from tandem.model.cpu.c_kernels import why_not
+from tandem.model.cpu.onednn_linear import order_weights
+from tandem.model.load_model import load_model, model_without_weights
+from tandem.model.logprobs.output_head import order_head
+from tandem.model.lora.adapter import adapted_weights
+from tandem.model.lora.adapter_base import lasting_name
+from tandem.model.prepare_model import adapted, warm_up
+from tandem.model.torch_compile import Compiling, settle_compile_caches
+from tandem.model.weight_files import check_sums
+from tandem.stages.training.context import Stage
+from tandem.stages.training.engine_setup import in_words
+from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
+from tandem.stages.training.training_data import Records
+from tandem.train.token_budget import TokenBudget
+
+
+def make_policy(
+    stage: Stage, records: Records, recorded: dict[str, Any]
+) -> tuple[Any, dict[str, Any], TokenBudget]:
+    """The base with its adapter, the schedule and the budget; says how it will compute."""
+    engine, processes = stage.engine, stage.engine.processes
+    device = engine.device
+    base = processes.together(
+        lambda: load_model(
+            stage.base,
+            dtype=device.weights,
+            # Whole models may not fit on a device; what is spread goes there in parts.
+            device=torch.device("cpu") if engine.sharded else device.torch_device,
+            quantization=stage.runtime.quantization,
+        )
+    )
+    backend, why = processes.together(
+        lambda: choose_backend(
+            stage.runtime.attention, base,
+            static_shapes=device.static_shapes, fused=device.fused_attention,
+        )
+    )  # fmt: skip
+    schedule = _schedule(stage, recorded, base, backend)
+    _declare_shapes(stage, records, schedule)
+    torch.set_num_threads(schedule["threads"])
+    budget = token_budget_of(engine, stage.folder, schedule, stage.tell)
+    stage.tell(
+        f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
+        f"{budget.tokens} tokens a micro-batch"
+    )
+    if stage.runtime.quantization and device.is_host:
+        stage.tell(
+            "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
+            "memory that is short"
+        )
+    if device.is_host and (reason := why_not()):
+        stage.tell(f"torch's own operators, no C kernels: {reason}")
+    base_name, revision = lasting_name(stage.base_name, stage.base)
+    model = processes.together(
+        lambda: adapted(
+            base,
+            stage.settings,
+            backend=backend,
+            dropout=stage.kind.dropout,
+            compiled=schedule["compiled"],
+            base_name=base_name,
+            seed=stage.seed,
+            tell=stage.tell,
+            added=stage.added,
+        )
+    )
+    processes.together(
+        lambda: check_sums(stage.base, model_without_weights(stage.config), adapted_weights(model))
+    )
+    model.peft_config["default"].revision = revision
+    if schedule["ordered_weights"]:
+        order_weights(model)
+        order_head(model.get_base_model())
+    return model, schedule, budget
+
+
+def compile_policy(stage: Stage, model: Any, trees: Trees, schedule: dict[str, Any]) -> Compiling:
+    """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
+    if not schedule["compiled"]:
+        return Compiling()
+    settle_compile_caches(stage.tell)
+    compiling = stage.engine.processes.together(
+        lambda: warm_up(model, trees, stage.engine.device, seed=stage.seed)
+    )
+    stage.tell(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
+    return compiling
+
+
+def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
+    now = resolve_schedule(
+        stage.engine, model, stage.config,
+        requested=stage.runtime.tokens_per_microbatch, backend=backend, base=stage.base_name,
+        compiled=stage.runtime.compile,
+    )  # fmt: skip
+    if not recorded:
+        return now
+    now, changes = repeat_schedule(recorded, now, stage.runtime.tokens_per_microbatch)
+    if changes:
+        listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
+        stage.tell(
+            f"going on with another schedule ({listing}): the same steps, equal up to rounding "
+            "instead of bit for bit"
+        )
+    return now
+
+
+def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
+    held_out = records.held_out
+    stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.together(
+        lambda: declared_shapes(
+            records.trees, stage.settings,
+            device=stage.engine.device, runtime=stage.runtime,
+            budget=schedule["tokens_per_microbatch"], seed=stage.seed,
+            tell=stage.tell, parts=records.parts,
+            held_out=None if held_out is None else held_out.trees,
+        )
+    )  # fmt: skip

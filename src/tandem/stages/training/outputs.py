@@ -1,0 +1,97 @@
+"""What a training stage leaves behind: the adapter folder and the summary's figures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tandem.data.encoded.dataset import Trees
+from tandem.data.tokenize.chat_template import find_ending
+from tandem.model.companion_files import write_ends
+from tandem.model.lora.adapter import save_adapter
+from tandem.stages.training.context import Stage
+from tandem.storage.atomic_files import atomic_folder, spelled
+from tandem.storage.hashing import hash_bytes
+from tandem.train.checkpoint import Progress, copy_adapter
+
+
+def save_adapter_folder(
+    stage: Stage, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
+) -> list[str]:
+    """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
+
+    The template is saved with the tokenizer, so that inference uses the one of training, and the
+    folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
+    """
+    tokenizer, template = stage.tokenizer, stage.template
+    with atomic_folder(stage.folder / "saving") as aside:
+        if checkpoint is None:
+            save_adapter(model, aside, trained)
+        else:
+            copy_adapter(checkpoint, aside)
+        tokenizer.chat_template = template.saved
+        with spelled(aside) as named:
+            tokenizer.save_pretrained(str(named))
+        ending = find_ending(tokenizer, template)
+        if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
+            stage.tell(said)
+    return move_up(stage.folder / "saving")
+
+
+def move_up(folder: Path) -> list[str]:
+    """Move a complete folder's files into its parent, and remove it; returns their names.
+
+    Files of folders within it go into folders of the same names.
+    """
+    names = []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.parts):
+        name = path.relative_to(folder)
+        if path.is_dir():
+            (folder.parent / name).mkdir(exist_ok=True)
+        else:
+            path.replace(folder.parent / name)
+            names.append(name.as_posix())
+    shutil.rmtree(folder)
+    return names
+
+
+def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
+    """Time, counts and lengths of a finished run, for summary.json.
+
+    `train_seconds` runs from the first collate to the last optimizer step, packing included.
+    `fill` is the mean share of the token budget that micro-batches fill, `imbalance` the costliest
+    process's share of a step by the mean one.
+    """
+    return {
+        "train_seconds": progress.seconds,
+        "examples": progress.examples,
+        "tokens": progress.tokens,
+        "padded_tokens": progress.padded_tokens,
+        "shared_tokens": progress.shared_tokens,
+        "steps": progress.step,
+        "micro_batches": progress.micro_batches,
+        "fill": progress.fill / max(1, progress.step),
+        "imbalance": progress.imbalance / max(1, progress.step),
+        "lengths": {
+            "sequence": trees.sequence_lengths.tolist(),
+            "prompt": trees.prompt_lengths.tolist(),
+        },
+        "examples_hash": examples_hash(trees),
+    }
+
+
+def examples_hash(trees: Trees) -> str:
+    """One hash of everything that is trained on: token ids and targets."""
+    return hash_bytes(trees.branches.tobytes(), *trees.all_digests())
+
+
+def packing_in_words(summary: Mapping[str, Any]) -> str:
+    """How well the work was packed and dealt."""
+    text = f"micro-batches {summary['fill']:.0%} full"
+    if summary["processes"] > 1:
+        text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
+    return text

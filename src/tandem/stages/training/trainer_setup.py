@@ -1,0 +1,123 @@
+"""From a stage's settings to its optimizer, its loop of steps and its held-out scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tandem.data.batching.sampler import tenth
+from tandem.recipe.training_settings import Training as TrainingSettings
+from tandem.runtime.console import StageProgress
+from tandem.runtime.device import attention_weight
+from tandem.stages.training.context import Stage
+from tandem.stages.training.held_out import best_by, scored_every
+from tandem.stages.training.training_data import Records
+from tandem.train.checkpoint import Progress
+from tandem.train.held_out_evaluation import HeldOutScores
+from tandem.train.losses.objectives import Objective
+from tandem.train.optimizers import make_optimizer, make_schedule, warmup
+from tandem.train.token_budget import TokenBudget
+from tandem.train.trainer import Schedule, Training
+
+
+def saved_every(settings: TrainingSettings, total: int) -> int:
+    """Steps from one checkpoint to the next."""
+    return settings.save_steps or tenth(total)
+
+
+def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> None:
+    """Hand a stage's model to its engine, with the optimizer that the settings ask for.
+
+    Args:
+        stage: resolved.
+        model: with its adapter.
+        state: the optimizer's tensors where a run goes on; empty in a new one.
+    """
+    engine, settings = stage.engine, stage.settings
+    engine.prepare(
+        model,
+        partial(
+            make_optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            epsilon=settings.adam_epsilon,
+            kind=engine.device.adamw,
+        ),
+        settings.max_grad_norm,
+    )
+    if state:
+        engine.strategy.load_optimizer(state)
+
+
+def take_steps(
+    stage: Stage,
+    model: Any,
+    records: Records,
+    objectives: Sequence[Objective],
+    *,
+    budget: TokenBudget,
+    progress: Progress,
+    total: int,
+    display: StageProgress,
+) -> Progress:
+    """Take all steps that remain of a stage.
+
+    Args:
+        stage: resolved, its engine prepared.
+        model: that the engine holds.
+        records: to train on, and held out.
+        objectives: of the first, and of the second if there are any.
+        budget: tokens of a micro-batch.
+        progress: where the run stands.
+        total: steps of the whole run.
+        display: told each step and score.
+    """
+    settings, checkpoints = stage.settings, stage.checkpoints()
+    schedule = Schedule(
+        total_steps=total,
+        batch_size=settings.batch_size,
+        seed=stage.seed,
+        attention_weight=attention_weight(stage.config),
+        logging_steps=settings.logging_steps,
+        save_steps=saved_every(settings, total),
+        parts=records.parts,
+    )
+    held_out = None
+    if records.held_out is not None:
+        held_out = HeldOutScores(
+            engine=stage.engine,
+            model=model,
+            trees=records.held_out.trees,
+            objective=objectives[1],
+            budget=budget,
+            attention_weight=schedule.attention_weight,
+            every=scored_every(settings, total),
+            folder=stage.folder,
+            best=best_by(settings),
+            checkpoints=checkpoints,
+            show=display.scored,
+        )
+    return Training(
+        engine=stage.engine,
+        model=model,
+        trees=records.trees,
+        objective=objectives[0],
+        learning_rate=make_schedule(
+            settings.lr_scheduler,
+            learning_rate=settings.learning_rate,
+            warmup_steps=warmup(total, steps=settings.warmup_steps, ratio=settings.warmup_ratio),
+            total_steps=total,
+        ),
+        schedule=schedule,
+        budget=budget,
+        dropout=stage.kind.dropout and settings.lora.dropout > 0,
+        folder=stage.folder,
+        checkpoints=checkpoints,
+        progress=progress,
+        advance=display.advance,
+        held_out=held_out,
+    ).run()

@@ -1,0 +1,1 @@
+"""Files on disk: folders of stages, hashes, locks, caches. Knows no models and no recipes."""

@@ -1,0 +1,253 @@
+"""A stage folder's manifest: what went in, what came out, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem import __version__
+from tandem.errors import UserError
+from tandem.storage.atomic_files import atomic_write_json, remove_left_behind
+from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, sealed
+
+State = Literal["fresh", "resume", "finished"]
+NAME = "manifest.json"
+# What operating systems, file managers and file servers put into folders of their own accord.
+_FOREIGN = (
+    "lost+found", ".snapshot", ".snapshots", ".zfs", ".nfs*", ".fuse_hidden*", ".Trash-*",
+    ".Trashes", ".DS_Store", "._*", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".apdisk",
+    "System Volume Information", "$RECYCLE.BIN", "desktop.ini", "Thumbs.db", ".directory",
+    "@eaDir", "#recycle", "#snapshot", ".glusterfs", ".gitkeep", ".gitignore", ".keep",
+)  # fmt: skip
+_IGNORED = (NAME, ".lock")
+_KINDS = {
+    "stage": str,
+    "status": str,
+    "inputs": dict,
+    "schedule": dict,
+    "outputs": dict,
+    "started_at": str,
+}
+_WAY_OUT = "Restore it, or use another folder."
+# What a schedule counts, and more of it than any machine has.
+_COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
+# Outputs that report what was done; nothing is computed from them.
+_TOLD_ONLY = ("summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "README.md")
+# Files on their way to their final names, which a killed process leaves behind.
+_ASIDE = ".*.tmp"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a stage finds in its folder: a fresh start, work to resume, or a finished result.
+
+    `schedule` is what an earlier start resolved (token budget, threads) and a resumed one reuses.
+    """
+
+    state: State
+    schedule: dict[str, Any]
+
+
+def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
+    """Compare a stage folder with what is asked for.
+
+    Nothing is written. In a finished stage's folder, half-written files of processes that are gone
+    are removed.
+
+    An unfinished stage with other inputs that has no checkpoint yet is started afresh: there is
+    nothing in it to lose.
+
+    Raises UserError if the folder holds a stage with other inputs, or files of someone else's.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        _check_empty(folder)
+        return Opened("fresh", {})
+    state, recorded = manifest["status"], manifest["inputs"]
+    if manifest["stage"] != stage:
+        raise UserError(
+            f"{folder} holds a {state} {manifest['stage']} stage, and this is {stage}. Choose "
+            "another output folder."
+        )
+    if recorded != _plain(inputs):
+        if state != "finished" and not any(folder.glob("checkpoints/step-*")):
+            return Opened("fresh", {})
+        changes = difference(recorded, _plain(inputs))
+        listing = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
+        raise UserError(
+            f"{folder} holds a {state} {stage} stage with other inputs (there -> now):\n"
+            f"{listing}\nUse the same inputs to continue it, choose another output folder, or "
+            f"remove {folder} to start it afresh."
+        )
+    if state == "finished":
+        remove_left_behind(folder)
+        check_outputs(folder, manifest["outputs"])
+        return Opened("finished", manifest["schedule"])
+    return Opened("resume", manifest["schedule"])
+
+
+def start_stage(
+    folder: Path, stage: str, inputs: Mapping[str, Any], schedule: Mapping[str, Any]
+) -> None:
+    """Record that a stage has begun; on a resume, keep when it first did.
+
+    Half-written files of processes that are gone are removed.
+    """
+    path = folder / NAME
+    plain = _plain(inputs)
+    before = read_manifest(folder)
+    started = before["started_at"] if before and before["inputs"] == plain else _now()
+    remove_left_behind(folder)
+    record = {
+        "stage": stage,
+        "status": "running",
+        "inputs": plain,
+        "inputs_hash": hash_json(plain),
+        "schedule": dict(schedule),
+        "versions": versions(),
+        "outputs": {},
+        "started_at": started,
+        "finished_at": None,
+    }
+    atomic_write_json(path, sealed(record))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a stage folder, None when there is none.
+
+    Raises Damaged for one that is damaged or no stage's.
+    """
+    path = folder / NAME
+    if not path.exists() and not path.is_symlink():
+        return None
+    manifest = read_object(path, _KINDS, _WAY_OUT)
+    wrong = [
+        f"{key} {manifest['schedule'][key]!r}"
+        for key, most in _COUNTS.items()
+        if key in manifest["schedule"] and manifest["schedule"][key] not in range(1, most)
+    ]
+    if manifest["status"] not in ("running", "finished"):
+        wrong.append(f"status {manifest['status']!r}")
+    wrong += [
+        f"output {name!r}" for name, one in manifest["outputs"].items() if type(one) is not str
+    ]
+    if wrong:
+        raise Damaged(f"{path} cannot be used: it says {', '.join(wrong)}. {_WAY_OUT}")
+    return manifest
+
+
+def _check_empty(folder: Path) -> None:
+    found = folder.iterdir() if folder.exists() else ()
+    passed_over = (*_IGNORED, _ASIDE, *_FOREIGN)
+    names = [path.name for path in found]
+    present = [n for n in names if not any(fnmatchcase(n, one) for one in passed_over)]
+    if present:
+        raise UserError(
+            f"{folder} is not empty and was not written by tandem, or its {NAME} is gone "
+            f"(found {', '.join(sorted(present)[:5])}). Choose another output folder."
+        )
+
+
+def finish_stage(folder: Path, outputs: list[str]) -> None:
+    """Record the output files with their hashes; from here on the stage counts as finished."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, "start_stage wrote it"
+    manifest["outputs"] = {name: hash_file(folder / name) for name in sorted(outputs)}
+    manifest["status"] = "finished"
+    manifest["finished_at"] = _now()
+    atomic_write_json(folder / NAME, sealed(manifest))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, without importing any of it."""
+    found = {"tandem": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "accelerate", "tokenizers"):
+        found[name] = metadata.version(name)
+    with suppress(metadata.PackageNotFoundError):  # an extra
+        found["bitsandbytes"] = metadata.version("bitsandbytes")
+    return found
+
+
+def difference(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """The leaves in which two plain values differ, as (dotted key, old, new)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            inner = f"{key}.{name}" if key else name
+            found += difference(old.get(name), new.get(name), inner)
+        return found
+    return [] if old == new else [(key, old, new)]
+
+
+def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
+    """Raise UserError for an output of a finished stage that is not as it was left."""
+    for name in _changed(folder, outputs):
+        raise UserError(
+            f"{folder / name} is missing or was changed after the stage finished. "
+            f"Remove {folder} to make it again."
+        )
+
+
+def check_made(folder: Path, tell: Callable[[str], None], *, weights: bool = True) -> None:
+    """Compare a model's or an adapter's folder with what the stage that made it left there.
+
+    A folder that no stage has finished is taken as it is. Files beside the weights may have been
+    changed on purpose: `tell` is told their names.
+
+    Args:
+        folder: the model's or the adapter's.
+        tell: told what was changed.
+        weights: whether the weights are read to be compared, which takes time with large ones.
+
+    Raises UserError for weights that are damaged or were replaced.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except Damaged as error:  # perhaps of another program
+        tell(f"{error} What lies beside it is used as it is.")
+        return
+    if manifest is None or manifest["status"] != "finished":
+        return
+    outputs = {
+        name: digest
+        for name, digest in manifest["outputs"].items()
+        if weights or not name.endswith(".safetensors")
+    }
+    changed = _changed(folder, outputs)
+    if spoilt := [name for name in changed if name.endswith(".safetensors")]:
+        raise UserError(
+            f"{folder / spoilt[0]} is missing, damaged or was changed after the "
+            f"{manifest['stage']} stage finished. Restore it, make {folder} again, or remove "
+            f"{folder / NAME} to use it as it is."
+        )
+    if used := [name for name in changed if name not in _TOLD_ONLY]:
+        tell(
+            f"{folder} is not as the {manifest['stage']} stage left it: changed or missing are "
+            f"{', '.join(used)}"
+        )
+
+
+def _changed(folder: Path, outputs: Mapping[str, str]) -> list[str]:
+    return [
+        name
+        for name, digest in outputs.items()
+        if not (folder / name).is_file() or hash_file(folder / name) != digest
+    ]
+
+
+def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    # Through JSON and back, so that tuples and lists compare equal.
+    plain: dict[str, Any] = json.loads(json.dumps(dict(inputs)))
+    return plain
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

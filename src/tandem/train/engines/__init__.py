@@ -1,0 +1,1 @@
+"""How processes share the work of a step."""

@@ -1,0 +1,172 @@
+"""Running out of memory: what it looks like, and the token budget that it leaves."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from tandem.data.records import Tree
+from tandem.errors import Stopped, UserError
+from tandem.runtime.launch import ask_for_restart
+from tandem.runtime.process_group import Processes
+
+T = TypeVar("T")
+
+Members = tuple[int, ...]
+"""A micro-batch: positions of trees."""
+
+# What devices' allocators say, where they have no error of their own.
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "allocation failed",
+    "failed to allocate",
+)
+
+
+class TokenBudget:
+    """Tokens that a micro-batch should not exceed: less after running out of memory.
+
+    Args:
+        tokens: to begin with.
+        release: gives the device's unused memory back.
+        remember: keeps a smaller budget for whoever goes on with this run.
+        alone: whether this process can go on with smaller micro-batches by itself. Where weights
+            are spread, the others wait inside the one that failed, and all must begin anew.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        release: Callable[[], None],
+        remember: Callable[[int], None],
+        *,
+        alone: bool,
+    ) -> None:
+        self.tokens = tokens
+        self._settled = tokens
+        self._release = release
+        self._remember = remember
+        self._alone = alone
+
+    def run(
+        self,
+        pieces: Sequence[Members],
+        tokens: Sequence[int],
+        compute: Callable[[Members, bool], T],
+        no_room: Callable[[int], Exception],
+    ) -> list[tuple[Members, T]]:
+        """Compute micro-batches one after the other, in smaller ones where memory runs out.
+
+        One that does not fit is split, and so is all that is still to do and as large. A single
+        tree is tried a second time, when all that can be freed is.
+
+        Args:
+            pieces: micro-batches, as positions of trees.
+            tokens: of every tree.
+            compute: called with a micro-batch and whether it is the last; it must leave nothing
+                behind if it fails.
+            no_room: the error of a tree that does not fit even alone.
+
+        Returns:
+            The micro-batches that were computed in the end, each with what `compute` returned.
+
+        Raises Stopped where this process cannot go on by itself.
+        """
+        done: list[tuple[Members, T]] = []
+        pending = deque(pieces)
+        again = False
+        while pending:
+            members = pending.popleft()
+            result = self._attempt(lambda: compute(members, not pending))  # noqa: B023
+            if result is not None:
+                done.append((members, result))
+                again = False
+                continue
+            size = sum(tokens[i] for i in members)
+            single = len(members) == 1
+            # Beyond the budget already, or tried again: no smaller schedule helps.
+            if single and (again or (size > self.tokens and not self._alone)):
+                raise no_room(members[0])
+            if not single or not self._alone:
+                self._lower(size)
+            again = single
+            pending = deque(_finer([members, *pending], tokens, self.tokens))
+        return done
+
+    def settle(self, budgets: Sequence[int], processes: Processes) -> None:
+        """Go on with the smallest budget that any process has; all processes call it."""
+        self.tokens = min(budgets)
+        if self.tokens < self._settled:
+            self._settled = self.tokens
+            processes.main(lambda: self._remember(self.tokens))
+
+    def _attempt(self, compute: Callable[[], T]) -> T | None:
+        """What `compute` returns, or None if it ran out of memory, whose remains are then freed."""
+        try:
+            return compute()
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+        # Out here the error is gone, and with it the frames that held on to tensors.
+        gc.collect()
+        self._release()
+        return None
+
+    def _lower(self, failed: int) -> None:
+        """Take it that so many tokens at once were too many."""
+        self.tokens = min(self.tokens, max(1, failed // 2))
+        if not self._alone:
+            self._remember(self.tokens)
+            reason = (
+                f"out of memory with {failed} tokens at once; the run goes on from its last "
+                f"checkpoint with {self.tokens} tokens a micro-batch"
+            )
+            if not ask_for_restart(reason):
+                reason += ", by the same command"
+            raise Stopped(reason)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
+
+
+def _finer(pieces: Sequence[Members], tokens: Sequence[int], budget: int) -> list[Members]:
+    """The same trees in micro-batches that fit the budget, or hold a single tree."""
+    fine: list[Members] = []
+    todo = deque(pieces)
+    while todo:
+        members = todo.popleft()
+        if len(members) > 1 and sum(tokens[i] for i in members) > budget:
+            todo.extendleft(reversed(_halves(members, tokens)))
+        else:
+            fine.append(members)
+    return fine
+
+
+def _halves(members: Members, tokens: Sequence[int]) -> list[Members]:
+    """Two parts with about equally many tokens, in order, of at least two trees."""
+    total = sum(tokens[i] for i in members)
+    running, cut = 0, 0
+    while cut < len(members) - 1 and running * 2 < total:
+        running += tokens[members[cut]]
+        cut += 1
+    return [members[:cut], members[cut:]]
+
+
+def no_room(tree: Tree, tokens: int) -> UserError:
+    """The error of a record that does not fit in memory even alone."""
+    return UserError(
+        f"out of memory: {tree.origin}, {tokens} tokens, does not fit even alone. Lower "
+        "max_length, set gradient_checkpointing: true, or spread the model over several devices "
+        "(engine: fsdp2 or deepspeed-zero3)."
+    )

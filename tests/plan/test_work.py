@@ -1,0 +1,210 @@
+"""The counts of a plan are those that a real run reports, on real records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandem.data.batching.packing import padded_tokens
+from tandem.data.records import Branch, Origin, Tree
+from tandem.plan.stage_estimate import asked_of
+from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.recipe.run_settings import Runtime
+from tandem.recipe.section import DataSource
+from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
+from tandem.stages.dpo import run_dpo
+from tandem.stages.sft import run_sft
+from tandem.stages.training.fingerprint import model_side
+from tandem.stages.training.training_data import prepared_records, stage_records
+from tandem.storage.atomic_files import read_json
+
+from ..stages.made_inputs import QUIET
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _first_lines(source: Path, count: int, target: Path) -> Path:
+    with source.open(encoding="utf-8") as lines:
+        target.write_text("".join(line for line, _ in zip(lines, range(count), strict=False)))
+    return target
+
+
+def _settings(kind: str, shared_data: Path, folder: Path, **changes: Any) -> Sft | Dpo:
+    source = {
+        "sft": shared_data / "conversations" / "slimorca_format.jsonl",
+        "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
+    }[kind]
+    data = _first_lines(source, 30, folder / f"{kind}.jsonl")
+    values: dict[str, Any] = {
+        "data": (DataSource(path=str(data)),),
+        "batch_size": 7,
+        "epochs": 1.5,
+        "learning_rate": 1e-3,
+        "max_length": 400,
+        "lora": Lora(rank=2, alpha=4),
+    } | changes
+    return Sft(**values) if kind == "sft" else Dpo(**values)
+
+
+def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = False) -> Work:
+    from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+    from tandem.data.sources.rows import SourceSpec
+
+    config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
+    records = stage_records(
+        prepare_conversations if kind == "sft" else prepare_pairs,
+        [SourceSpec(source.path, weight=source.weight) for source in settings.data],
+        [],
+        settings,
+        tokenizer=tokenizer,
+        template=template,
+        folder=None,
+        name=kind,
+        seed=3,
+        console=QUIET,
+    )
+    asked = asked_of(
+        settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
+        parts=records.parts,
+    )  # fmt: skip
+    return count_work(records.trees, asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "mixed"),
+    [
+        ("sft", "auto", False),
+        ("sft", "auto", True),
+        ("dpo", "auto", False),
+        ("dpo", "padded", True),
+    ],
+)
+def test_a_plan_counts_what_a_run_reports(
+    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    settings: Any = _settings(kind, shared_data, tmp_path)
+    if mixed:
+        (source,) = settings.data
+        twice = source.model_copy(update={"weight": 2.5})
+        held_out = Validation(fraction=0.2)
+        settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
+    stage: Any = run_sft if kind == "sft" else run_dpo
+    folder = stage(
+        model=str(stories_path),
+        revision=None,
+        settings=settings,
+        output_dir=tmp_path / "out",
+        chat_template=None,
+        seed=3,
+        runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=1024),
+        console=QUIET,
+    )
+    summary = read_json(folder / "summary.json")
+    work = _counted(kind, stories_path, settings, padded=attention == "padded")
+    for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):
+        assert getattr(work, name) == summary[name], name
+    assert work.fill == pytest.approx(summary["fill"], rel=1e-12)
+    assert work.imbalance == pytest.approx(summary["imbalance"], rel=1e-12)
+    assert work.packed_steps == work.steps > 5
+    assert work.shared_tokens > 0 or kind == "sft" or attention == "padded"
+    # And the run itself has put both beside each other.
+    compared = summary["estimate"]
+    for name in ("tokens", "steps"):
+        assert compared[name] == {"estimated": summary[name], "actual": summary[name]}
+    assert compared["seconds"]["actual"] == summary["train_seconds"]
+
+
+def test_a_plan_for_processes_deals_as_they_do(
+    stories_path: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """Against dealing every step's trees, one by one."""
+    from tandem.data.batching.packing import plan_step, tree_cost
+    from tandem.data.batching.sampler import steps
+    from tandem.data.build_dataset import prepare_pairs
+    from tandem.data.sources.rows import SourceSpec
+    from tandem.runtime.device import attention_weight
+
+    settings = _settings("dpo", shared_data, tmp_path)
+    config, tokenizer, template, _ = model_side(stories_path, settings, None)
+    _, trees = prepared_records(
+        prepare_pairs,
+        [SourceSpec(settings.data[0].path)],
+        settings,
+        tokenizer=tokenizer,
+        template=template,
+        folder=None,
+        name="dpo",
+        console=QUIET,
+    )
+    asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
+    work = count_work(trees, asked)
+    weight = attention_weight(config)
+    plans = []
+    for step in steps(len(trees), 7, seed=3, count=work.steps):
+        own = [trees[i] for i in step.examples]
+        costs = [tree_cost(tree, weight) for tree in own]
+        plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))
+    assert work.micro_batches == sum(len(rank) for plan in plans for rank in plan.ranks)
+    assert work.imbalance == pytest.approx(np.mean([plan.imbalance for plan in plans]), rel=1e-12)
+    assert work.imbalance > 1
+    assert work.fill == pytest.approx(np.mean([plan.fill for plan in plans]), rel=1e-12)
+    assert work.reference_visible == pytest.approx(sum(map(_visible, trees)), rel=1e-12)
+    assert work.longest == max(tree.fed for tree in trees)
+
+
+def _visible(tree: Tree) -> int:
+    """Pairs that see each other, row by row."""
+    prefix = len(tree.prefix.input_ids)
+    return sum(range(1, prefix + 1)) + sum(
+        prefix + row for branch in tree.branches for row in range(1, branch.fed + 1)
+    )
+
+
+def test_many_steps_are_packed_in_part(
+    stories_path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = _settings("sft", shared_data, tmp_path, batch_size=2, epochs=4)
+    whole = _counted("sft", stories_path, settings)
+    monkeypatch.setattr("tandem.plan.workload._PACKED", 7)
+    part = _counted("sft", stories_path, settings)
+    assert part.packed_steps < whole.packed_steps == whole.steps
+    assert (part.tokens, part.padded_tokens) == (whole.tokens, whole.padded_tokens)
+    assert part.micro_batches == pytest.approx(whole.micro_batches, rel=0.2)
+    assert part.fill == pytest.approx(whole.fill, rel=0.2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 21])
+def test_padded_batches_of_eight(count: int) -> None:
+    lengths = [(7 * i) % 13 + 1 for i in range(count)]
+    batches = [lengths[i : i + 8] for i in range(0, count, 8)]
+    assert padded_tokens(lengths) == sum(max(batch) * len(batch) for batch in batches)
+
+
+def test_guessed_records_count_as_equal_ones_would() -> None:
+    """Against records of that many tokens, six of ten trained."""
+    from tandem.data.encoded.dataset import to_columns
+    from tandem.data.encoded.dataset_store import TreeWriter
+    from tandem.data.encoded.encode_chunk import Batch
+
+    length, count = 11, 10
+    ids = np.arange(length, dtype=np.int32)
+    trained = np.arange(length) > 4
+    nothing = Branch(ids[:0], trained[:0])
+    trees = [Tree(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
+    writer = TreeWriter(None, ["x"])
+    writer.add(Batch("x", to_columns(trees), ()))
+    writer.finish({}, [count])
+    asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
+    real, guessed = count_work(writer.trees(), asked), guess_work(10, 10, asked, answers=0.6)
+    # A record's last target is not fed: eleven tokens feed ten.
+    names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
+    for name in (*names.split(), "reference_tokens", "reference_visible"):
+        assert getattr(guessed, name) == getattr(real, name), name
+    # An epoch's last step is guessed as large as the others.
+    assert (guessed.micro_batches, real.micro_batches) == (10, 9)
