@@ -26,7 +26,7 @@ from tandem.model.generate import generate_answers
 from tandem.model.load_model import context_length, load_model, load_tokenizer, model_folder
 from tandem.pairs.prompts import read_prompts
 
-from .record import Environment, say
+from .record import Environment, log
 from .report import RESULTS
 from .training import SHARED
 
@@ -104,7 +104,7 @@ def _measured(asked: Asked, how: str, temperature: float, repeats: int) -> tuple
         for side in names:
             runs[side].append(sides[side](asked, temperature, repeat))
             done = runs[side][-1]
-            say(f"{asked.name}, {how}, {side}: {done.seconds:.1f} s, {done.rate:.0f} tokens/s")
+            log(f"{asked.name}, {how}, {side}: {done.seconds:.1f} s, {done.rate:.0f} tokens/s")
     return row(asked.name, how, runs["tandem"], runs["alone"])
 
 

@@ -21,7 +21,7 @@ from tandem.model.load_model import load_model
 from tandem.model.lora.adapter import add_adapter
 from tandem.runtime.device import choose_device
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
 
@@ -64,7 +64,7 @@ def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
     single = choose_strategy("single", device="cpu", processes=1)
-    engine = Engine(device, Processes(Launch()), single)
+    engine = Engine(device, ProcessGroup(Launch()), single)
     engine.prepare(model, torch.optim.SGD, None)
     return engine
 

@@ -107,7 +107,7 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
     parts = way.chat.parts
     key = None if parts is None else encoding_key(way.sources, parts, way.plan)
     if key is None:
-        store.say("this data or tokenizer cannot be told by content: it is encoded at every start")
+        store.log("this data or tokenizer cannot be told by content: it is encoded at every start")
         return _in_memory(way)
     names = origin_names(way.sources)
     found = store.find(key, names)
@@ -125,7 +125,7 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
         trees = store.trees(key, names)
         store.prune(key)
     except OSError as error:
-        store.say(f"the encoded data cannot be kept ({error}): it is encoded at every start")
+        store.log(f"the encoded data cannot be kept ({error}): it is encoded at every start")
         return _in_memory(way)
     _tell(way.ledger, ledger)
     return trees

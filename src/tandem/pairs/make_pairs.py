@@ -31,9 +31,9 @@ from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
 from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import choose_device
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
@@ -58,7 +58,7 @@ _APART: Any = {
 def run_pairs(
     *,
     model: str,
-    settings: Pairs,
+    settings: PairsSettings,
     output_dir: Path,
     seed: int,
     runtime: Runtime,
@@ -99,15 +99,15 @@ def run_pairs(
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
     }
-    with folder_lock(output_dir, lambda text: say(console, f"pairs: {text}")):
+    with folder_lock(output_dir, lambda text: log(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
         if opened.state == "finished":
-            say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
+            log(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         threads = opened.schedule.get("threads", torch.get_num_threads())
         start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
         for line in not_read([spec for named in specs.values() for spec in named]):
-            say(console, f"pairs: {line}")
+            log(console, f"pairs: {line}")
         with _threads(threads):
             maker = _Maker(
                 open_writer(settings, model, runtime, console),
@@ -127,7 +127,7 @@ def run_pairs(
     return output_dir
 
 
-def _computed(settings: Pairs, runtime: Runtime) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
@@ -143,7 +143,7 @@ class _Maker:
 
     writer: Writer
     scorer: Scorer | None
-    settings: Pairs
+    settings: PairsSettings
     filters: Filters
     ledger: Ledger
     folder: Path
@@ -214,7 +214,7 @@ class _Maker:
         write_pairs(pairs_file(self.folder, name, self.settings.format), pairs)
         seconds = time.perf_counter() - began
         failed = Counter(failure.reason for failure in self.writer.failed.values())
-        say(
+        log(
             self.console,
             f"pairs: {len(pairs)} {name} from {len(work.prompts)} prompts, passed over "
             + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none")
@@ -259,7 +259,7 @@ class _Maker:
         def count(more: int) -> None:
             nonlocal told
             if not told and more:
-                say(self.console, f"pairs: going on after {more} of {total} recorded")
+                log(self.console, f"pairs: going on after {more} of {total} recorded")
             told = True
             advance(more)
 

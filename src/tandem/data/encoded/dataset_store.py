@@ -185,12 +185,12 @@ class EncodedStore:
     """The encoded data sets in the cache folder.
 
     Args:
-        say: told when an entry is damaged, or cannot be kept.
+        log: told when an entry is damaged, or cannot be kept.
         folder: where the entries are, the cache folder's `encoded` unless told otherwise.
     """
 
-    def __init__(self, say: Callable[[str], None], folder: Path | None = None) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None], folder: Path | None = None) -> None:
+        self.log = log
         self._folder = folder
 
     @property
@@ -217,7 +217,7 @@ class EncodedStore:
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
         except _DAMAGE as error:
-            self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
+            self.log(f"the encoded data in {entry} is damaged ({error}): encoding it again")
             with suppress(OSError):
                 remove(entry)
             return None
