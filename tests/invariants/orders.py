@@ -29,8 +29,8 @@ from tandem.data.batching.collate import MicroBatch, Segment, collate
 from tandem.data.records import Tree
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,

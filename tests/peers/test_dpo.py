@@ -17,8 +17,8 @@ from tandem.data.batching import sampler
 from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Tree
 from tandem.model.lora.adapter import adapter_off
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings
 from tandem.stages.dpo import run_dpo
 from tandem.train.losses.objectives import PreferenceObjective

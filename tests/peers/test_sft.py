@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tandem.data.batching import sampler
 from tandem.data.build_dataset import prepare_conversations
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_jsonl

@@ -12,8 +12,8 @@ from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Origin, Tree
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,
@@ -63,12 +63,11 @@ def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Work:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
 
     config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
     records = stage_records(
         prepare_conversations if kind == "sft" else prepare_pairs,
-        [SourceSpec(source.path, weight=source.weight) for source in settings.data],
+        [DataSource(path=source.path, weight=source.weight) for source in settings.data],
         [],
         settings,
         tokenizer=tokenizer,
@@ -136,14 +135,13 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.data.batching.packing import plan_step, tree_cost
     from tandem.data.batching.sampler import steps
     from tandem.data.build_dataset import prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
     from tandem.runtime.device import attention_weight
 
     settings = _settings("dpo", shared_data, tmp_path)
     config, tokenizer, template, _ = model_side(stories_path, settings, None)
     _, trees = prepared_records(
         prepare_pairs,
-        [SourceSpec(settings.data[0].path)],
+        [DataSource(path=settings.data[0].path)],
         settings,
         tokenizer=tokenizer,
         template=template,

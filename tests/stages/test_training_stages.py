@@ -24,8 +24,8 @@ from tandem.cli.main import main
 from tandem.data.batching.sampler import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.report.report_warnings import find
 from tandem.report.run_facts import read_run

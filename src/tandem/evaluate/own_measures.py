@@ -15,7 +15,6 @@ from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.formats.known_formats import Question
 from tandem.data.ledger import Ledger
 from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.answers import contains_accepted, first_sentence
 from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
@@ -31,6 +30,7 @@ from tandem.model.generate import Answer, generate_answers
 from tandem.model.load_model import context_length
 from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import check_head, micro_batches, sequence_logps
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device, token_budget
@@ -52,8 +52,8 @@ class Material:
     """
 
     questions: Sequence[Question]
-    pairs: Sequence[SourceSpec]
-    heldout: Sequence[SourceSpec]
+    pairs: Sequence[DataSource]
+    heldout: Sequence[DataSource]
     max_new_tokens: int
     limit: int | None
 

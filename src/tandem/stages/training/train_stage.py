@@ -14,14 +14,14 @@ from rich.console import Console
 from torch import Tensor
 
 from tandem.data.batching.sampler import total_steps
-from tandem.data.resolve_sources import held_out_sources, source_specs
-from tandem.data.sources.rows import SourceSpec
+from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.load_model import model_folder
 from tandem.model.torch_compile import Compiling
 from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
@@ -79,7 +79,7 @@ def run_training(
         processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
         base = processes.rank0_first(lambda: model_folder(model, revision))
         sources = processes.rank0_first(
-            lambda: source_specs(settings.data, output_dir.parent, seed)
+            lambda: resolve_sources(settings.data, output_dir.parent, seed)
         )
         held_out = processes.rank0_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
@@ -138,8 +138,8 @@ def _run(
     stage: Stage,
     recorded: dict[str, Any],
     inputs: dict[str, Any],
-    sources: list[SourceSpec],
-    held_out: list[SourceSpec],
+    sources: list[DataSource],
+    held_out: list[DataSource],
 ) -> None:
     """Load, adapt, train and write; what can be refused is, before anything is written."""
     engine, processes, settings = stage.engine, stage.engine.processes, stage.settings
@@ -189,7 +189,7 @@ def _row_warnings(
     return () if words is None else (words,)
 
 
-def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
+def _records(stage: Stage, sources: list[DataSource], held_out: list[DataSource]) -> Records:
     return stage_records(
         stage.kind.prepare,
         sources,

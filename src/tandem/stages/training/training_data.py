@@ -16,8 +16,9 @@ from tandem.data.batching.sampler import Part
 from tandem.data.encoded.dataset import Trees
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
@@ -25,14 +26,14 @@ from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
 
 
-def parts_of(trees: Trees, sources: Sequence[SourceSpec]) -> tuple[Part, ...]:
+def parts_of(trees: Trees, sources: Sequence[DataSource]) -> tuple[Part, ...]:
     """The records of each source with its weight, in reading order."""
     return tuple(
         Part(count, source.weight) for count, source in zip(trees.sources, sources, strict=True)
     )
 
 
-def mixture_facts(parts: Sequence[Part], sources: Sequence[SourceSpec]) -> list[dict[str, Any]]:
+def mixture_facts(parts: Sequence[Part], sources: Sequence[DataSource]) -> list[dict[str, Any]]:
     """Each source's records, weight, and what the first epoch shows of it, for summary.json."""
     shown = [part.shown(1) for part in parts]
     return [
@@ -95,8 +96,8 @@ class Records:
 
 def stage_records(
     prepare: Callable[..., Trees],
-    sources: Sequence[SourceSpec],
-    held_out: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
+    held_out: Sequence[DataSource],
     settings: TrainingSettings,
     *,
     tokenizer: Any,
@@ -148,7 +149,7 @@ def stage_records(
 
 def prepared_records(
     prepare: Callable[..., Trees],
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     settings: TrainingSettings,
     *,
     tokenizer: Any,
