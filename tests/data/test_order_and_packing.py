@@ -14,11 +14,17 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.collate import fed_tokens, record_key
-from tandem.data.batching.packing import deal, pack, plan_step, tree_cost
-from tandem.data.batching.sampler import Part, epoch_size, epochs_after, steps, total_steps
+from tandem.data.batching.packing import assign_to_ranks, example_cost, pack, plan_step
+from tandem.data.batching.sampler import (
+    WeightedSource,
+    epoch_size,
+    epochs_after,
+    steps,
+    total_steps,
+)
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 
@@ -105,7 +111,7 @@ def test_every_tree_is_planned_once_within_the_budget_in_any_number_of_processes
 
 def test_dealing_beats_the_costliest_first_alone() -> None:
     # Costliest first, each to the rank with the least, ends at 14 to 10.
-    shares = deal([6, 6, 4, 4, 4], 2)
+    shares = assign_to_ranks([6, 6, 4, 4, 4], 2)
     assert sorted(sum([6, 6, 4, 4, 4][i] for i in share) for share in shares) == [12, 12]
 
 
@@ -113,14 +119,14 @@ def test_a_trees_cost_counts_what_is_seen() -> None:
     def branch(length: int) -> Branch:
         return Branch(np.zeros(length, np.int32), np.zeros(length, bool))
 
-    pair = Tree(branch(10), (branch(4), branch(2)), Origin("made", 1))
+    pair = Example(branch(10), (branch(4), branch(2)), Origin("made", 1))
     # Causal 10 x 10 / 2, then each branch on the prefix and itself.
-    assert tree_cost(pair, 0.0) == 16
-    assert tree_cost(pair, 1.0) == 16 + 50 + (40 + 8) + (20 + 2)
+    assert example_cost(pair, 0.0) == 16
+    assert example_cost(pair, 1.0) == 16 + 50 + (40 + 8) + (20 + 2)
 
 
 @pytest.fixture(scope="module")
-def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
+def real(shared_data: Path, _mistral: Any) -> dict[str, list[Example]]:
     """Real pairs and conversations as trees."""
     found = {}
     for name, prepare, path in (
@@ -140,12 +146,12 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["pairs", "conversations"])
 def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
-    real: dict[str, list[Tree]], name: str, ranks: int
+    real: dict[str, list[Example]], name: str, ranks: int
 ) -> None:
     trees, budget = real[name], 2048
     for step in steps(len(trees), 64, seed=1, count=len(trees) // 64):
         tokens = [fed_tokens(trees[i]) for i in step.examples]
-        costs = [tree_cost(trees[i], 4e-5) for i in step.examples]
+        costs = [example_cost(trees[i], 4e-5) for i in step.examples]
         plan = plan_step(tokens, costs, budget, ranks)
         loads = [sum(costs[i] for members in own for i in members) for own in plan.ranks]
         assert max(loads) <= max(1.05 * sum(costs) / ranks, max(costs))
@@ -156,13 +162,21 @@ def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
         assert plan.fill > 0.97 * sum(tokens) / budget / ranks / (bound + 1)
 
 
-PARTS = (Part(7, 0.5), Part(4), Part(5, 2.25), Part(0, 3.0), Part(3, 0.1))
+PARTS = (
+    WeightedSource(7, 0.5),
+    WeightedSource(4),
+    WeightedSource(5, 2.25),
+    WeightedSource(0, 3.0),
+    WeightedSource(3, 0.1),
+)
 
 
 def test_weights_of_one_change_nothing() -> None:
     plain = list(steps(12, 5, seed=4, count=20))
-    assert list(steps(12, 5, seed=4, count=20, parts=(Part(5), Part(7)))) == plain
-    assert total_steps(12, 5, epochs=2.5, parts=(Part(5), Part(7))) == 8
+    assert (
+        list(steps(12, 5, seed=4, count=20, parts=(WeightedSource(5), WeightedSource(7)))) == plain
+    )
+    assert total_steps(12, 5, epochs=2.5, parts=(WeightedSource(5), WeightedSource(7))) == 8
 
 
 def test_after_any_epochs_every_record_came_as_often_as_its_weight_says() -> None:
@@ -184,7 +198,7 @@ def test_after_any_epochs_every_record_came_as_often_as_its_weight_says() -> Non
 
 
 def test_half_a_source_is_another_half_every_epoch() -> None:
-    parts = (Part(10, 0.5),)
+    parts = (WeightedSource(10, 0.5),)
     first, second, third = (
         [i for step in steps(10, 5, seed=1, count=3, parts=parts) if step.epoch == epoch
          for i in step.examples]
@@ -208,7 +222,7 @@ def test_weighted_steps_may_start_late_and_are_counted() -> None:
 
 
 def test_an_epoch_that_shows_nothing_is_passed() -> None:
-    rare = (Part(2, 0.1),)
+    rare = (WeightedSource(2, 0.1),)
     taken = list(steps(2, 4, seed=1, count=4, parts=rare))
     assert [step.epoch for step in taken] == [0, 5, 10, 15]
     assert Counter(i for step in taken for i in step.examples) == {0: 2, 1: 2}
@@ -217,7 +231,7 @@ def test_an_epoch_that_shows_nothing_is_passed() -> None:
 
 
 def test_copies_in_one_step_are_told_apart() -> None:
-    (step,) = steps(2, 9, seed=1, count=1, parts=(Part(2, 3.0),))
+    (step,) = steps(2, 9, seed=1, count=1, parts=(WeightedSource(2, 3.0),))
     assert sorted(zip(step.examples, step.copies, strict=True)) == [
         (i, copy) for i in (0, 1) for copy in (0, 1, 2)
     ]
@@ -228,4 +242,4 @@ def test_copies_in_one_step_are_told_apart() -> None:
 
 def test_parts_must_cover_the_examples() -> None:
     with pytest.raises(ValueError, match="cover"):
-        next(steps(5, 2, seed=1, count=1, parts=(Part(4, 2.0),)))
+        next(steps(5, 2, seed=1, count=1, parts=(WeightedSource(4, 2.0),)))

@@ -28,7 +28,7 @@ from tandem.data.sources.chunks import LineChunk
 from tandem.data.sources.file_chunks import file_chunks
 from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import TandemError, UserError
 
@@ -185,9 +185,11 @@ def test_progress_is_shown_for_large_data_alone(mistral_tokenizer: Any, tmp_path
 
 
 def setup_of(tokenizer: Any) -> Setup:
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
     assert chat.parts is not None
-    return Setup(chat.parts, encode_chunk.Plan("preference pairs", Limits(512, None), "stop"))
+    return Setup(
+        chat.parts, encode_chunk.EncodingOptions("preference pairs", Limits(512, None), "stop")
+    )
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait(mistral_tokenizer: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tandem.data.batching import sampler
 from tandem.data.build_dataset import prepare_pairs
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
@@ -89,12 +89,12 @@ def oracle(stories_path: Path, pairs: list[plain.Pair]) -> Expected:
 
 
 @pytest.fixture(scope="module")
-def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Tree]:
+def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Example]:
     """The same pairs through tandem's data path."""
     return ours.trees_of(prepare_pairs, pairs_file, chat_tokenizer)
 
 
-def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tree]) -> None:
+def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Example]) -> None:
     assert any(tree.prefix.trained.any() for tree in trees), "no pair shares an answer's start"
     for row, pair, tree in zip(trl.train_dataset, pairs, trees, strict=True):
         assert row["prompt_ids"] == pair.prompt_ids
@@ -106,7 +106,7 @@ def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tre
 
 
 def test_loss_logps_and_gradients_equal_trls(
-    trl: Any, trees: list[Tree], oracle: Expected, stories_path: Path
+    trl: Any, trees: list[Example], oracle: Expected, stories_path: Path
 ) -> None:
     found = _ours(stories_path, trees, torch.float32, "segments")
     expected = _trls(trl)
@@ -128,7 +128,7 @@ def test_loss_logps_and_gradients_equal_trls(
 def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     backend: str,
     oracle: Expected,
-    trees: list[Tree],
+    trees: list[Example],
     stories_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +141,7 @@ def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     plain.assert_close_tensors(found.gradients, oracle.gradients, 1e-9)
 
 
-def _ours(folder: Path, trees: list[Tree], dtype: torch.dtype, backend: str) -> Expected:
+def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) -> Expected:
     model = ours.adapted(folder, dtype, backend)
     plain.move_adapter(model)
     engine = ours.engine_of(model)

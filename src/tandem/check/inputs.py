@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem.data.batching.sampler import total_steps
-from tandem.data.encoded.encode_chunk import Plan
-from tandem.data.formats.known_formats import Kind, detect, format_called
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.formats.format import Kind
+from tandem.data.formats.known_formats import detect, format_called
 from tandem.data.resolve_sources import held_out_sources, source_specs
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import SourceSpec, not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.added_tokens import add_tokens, row_notices
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
@@ -90,7 +91,7 @@ class StageData:
 
     stage: StageName
     sources: tuple[SourceSpec, ...]
-    plan: Plan
+    plan: EncodingOptions
     max_dropped: float
     validation: tuple[SourceSpec, ...] = ()
     limited: bool = False
@@ -113,7 +114,7 @@ class StageChat:
     model: str
     folder: Path
     template: str
-    chat: Chat
+    chat: ChatTokenizer
     special: tuple[str, ...]
     notices: tuple[str, ...]
 
@@ -230,13 +231,15 @@ def left_out(found: Sequence[StageData]) -> list[str]:
     return []
 
 
-def plan_of(kind: Kind, settings: Training | None) -> Plan:
+def plan_of(kind: Kind, settings: Training | None) -> EncodingOptions:
     """What a stage's settings make of every record; without settings nothing is cut."""
     if settings is None:
-        return Plan(kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record"))
+        return EncodingOptions(
+            kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record")
+        )
     limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
     loss_on = settings.loss_on if isinstance(settings, Sft) else "answers"
-    return Plan(kind, limits, settings.on_bad_record, loss_on)
+    return EncodingOptions(kind, limits, settings.on_bad_record, loss_on)
 
 
 def stage_chat(
@@ -271,7 +274,7 @@ def stage_chat(
         untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
         notices += tuple(words for words in (in_words(untrained),) if words)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
-    chat = Chat.of(tokenizer, template, rows)
+    chat = ChatTokenizer.of(tokenizer, template, rows)
     return StageChat(model, folder, template.name, chat, special, notices)
 
 

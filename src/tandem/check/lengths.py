@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.data.encoded.dataset import Columns
-from tandem.data.formats.known_formats import Kind
+from tandem.data.encoded.dataset import FlatArrays
+from tandem.data.formats.format import Kind
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
@@ -18,7 +18,7 @@ _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class LengthQuantiles:
     """The lengths of one part of all records, [n], in short."""
 
     mean: float
@@ -50,7 +50,7 @@ class Lengths:
         for name, values in measures.items():
             self._found.setdefault(name, []).append(values)
 
-    def measures(self) -> dict[str, Measure]:
+    def measures(self) -> dict[str, LengthQuantiles]:
         """All parts, summed up."""
         return {
             name: _measure(np.concatenate(parts).astype(np.int64))
@@ -64,7 +64,7 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
+def token_lengths(columns: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
     """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.
@@ -89,11 +89,11 @@ def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
     return {name: values.astype(np.int32) for name, values in found.items()}
 
 
-def _measure(values: Counts) -> Measure:
+def _measure(values: Counts) -> LengthQuantiles:
     quantiles: dict[str, Any] = {
         name: int(np.quantile(values, share, method="lower")) for name, share in _QUANTILES.items()
     }
-    return Measure(
+    return LengthQuantiles(
         mean=round(float(values.mean()), 1),
         least=int(values.min()),
         most=int(values.max()),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.batching.packing import padded_tokens, plan_step, tree_cost
-from tandem.data.batching.sampler import Part, Step, epochs_after, steps
-from tandem.data.records import Tree
+from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
+from tandem.data.batching.sampler import Step, WeightedSource, epochs_after, steps
+from tandem.data.records import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
@@ -33,7 +33,7 @@ _SAME_REQUEST = 5.0
 class Schedule:
     """When things happen, by step number, and how a step is packed.
 
-    `attention_weight` is for balance between processes, see `data.packing.tree_cost`; `parts` are
+    `attention_weight` is for balance between processes, see `packing.example_cost`; `parts` are
     the weights of the records, see `data.order.steps`.
     """
 
@@ -43,7 +43,7 @@ class Schedule:
     attention_weight: float
     logging_steps: int
     save_steps: int
-    parts: tuple[Part, ...] = ()
+    parts: tuple[WeightedSource, ...] = ()
 
 
 class Training:
@@ -70,7 +70,7 @@ class Training:
         *,
         engine: Engine,
         model: Any,
-        trees: Sequence[Tree],
+        trees: Sequence[Example],
         objective: Objective,
         learning_rate: Callable[[int], float],
         schedule: Schedule,
@@ -142,7 +142,7 @@ class Training:
         trees = [self.trees[i] for i in step.examples]
         denominator = self.objective.denominator(trees)
         tokens = [tokens_fed(self.model, tree) for tree in trees]
-        costs = [tree_cost(tree, self.schedule.attention_weight) for tree in trees]
+        costs = [example_cost(tree, self.schedule.attention_weight) for tree in trees]
         engine, processes = self.engine, self.engine.processes
         budget = self.budget.tokens
         plan = plan_step(
@@ -181,7 +181,7 @@ class Training:
             self.held_out.saved()
 
     def _account(
-        self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
+        self, step: Step, trees: Sequence[Example], sums: dict[str, float], rate: float
     ) -> None:
         progress = self.progress
         progress.step = step.number + 1
@@ -221,11 +221,11 @@ class Training:
         return round(found, 4)
 
 
-def _sequence_length(tree: Tree, branch: int) -> int:
+def _sequence_length(tree: Example, branch: int) -> int:
     return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
 
 
-def _account_savings(progress: Progress, trees: Sequence[Tree]) -> None:
+def _account_savings(progress: Progress, trees: Sequence[Example]) -> None:
     lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
     progress.padded_tokens += padded_tokens(lengths)
     # What every branch after a tree's first would have fed again.

@@ -38,7 +38,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedSource:
     """Consecutive examples that an epoch shows `weight` times each."""
 
     examples: int
@@ -64,7 +64,7 @@ def total_steps(
     *,
     epochs: float | None = None,
     max_steps: int | None = None,
-    parts: Sequence[Part] = (),
+    parts: Sequence[WeightedSource] = (),
 ) -> int:
     """Number of optimizer steps; the last step of an epoch may be smaller than the others.
 
@@ -82,7 +82,7 @@ def total_steps(
     return sum(sizes[:whole]) + math.ceil((wanted - whole) * sizes[whole])
 
 
-def epoch_size(examples: int, parts: Sequence[Part] = (), epoch: int = 0) -> int:
+def epoch_size(examples: int, parts: Sequence[WeightedSource] = (), epoch: int = 0) -> int:
     """How many examples an epoch shows, repeated ones each time."""
     if not _weighted(parts):
         return examples
@@ -90,13 +90,15 @@ def epoch_size(examples: int, parts: Sequence[Part] = (), epoch: int = 0) -> int
 
 
 def steps_per_epoch(
-    examples: int, batch_size: int, parts: Sequence[Part] = (), epoch: int = 0
+    examples: int, batch_size: int, parts: Sequence[WeightedSource] = (), epoch: int = 0
 ) -> int:
     """Optimizer steps of an epoch; by weights that are fractions, epochs may differ by a few."""
     return math.ceil(epoch_size(examples, parts, epoch) / batch_size)
 
 
-def epochs_after(step: int, examples: int, batch_size: int, parts: Sequence[Part] = ()) -> float:
+def epochs_after(
+    step: int, examples: int, batch_size: int, parts: Sequence[WeightedSource] = ()
+) -> float:
     """How many epochs, the last one in part, lie before a step."""
     if not _weighted(parts):
         return step / steps_per_epoch(examples, batch_size)
@@ -111,7 +113,7 @@ def steps(
     seed: int,
     count: int,
     start: int = 0,
-    parts: Sequence[Part] = (),
+    parts: Sequence[WeightedSource] = (),
 ) -> Iterator[Step]:
     """Steps `start` to `count` - 1; every epoch is a new permutation of what it shows.
 
@@ -142,7 +144,9 @@ def steps(
         position += 1
 
 
-def _locate(step: int, examples: int, batch_size: int, parts: Sequence[Part]) -> tuple[int, int]:
+def _locate(
+    step: int, examples: int, batch_size: int, parts: Sequence[WeightedSource]
+) -> tuple[int, int]:
     """The epoch that a step lies in, and how many of its steps come before."""
     if not _weighted(parts):
         return divmod(step, steps_per_epoch(examples, batch_size))
@@ -152,7 +156,9 @@ def _locate(step: int, examples: int, batch_size: int, parts: Sequence[Part]) ->
     return epoch, step
 
 
-def _shown(examples: int, parts: Sequence[Part], seed: int, epoch: int) -> NDArray[np.int64]:
+def _shown(
+    examples: int, parts: Sequence[WeightedSource], seed: int, epoch: int
+) -> NDArray[np.int64]:
     """The indices that an epoch shows, ascending."""
     if not _weighted(parts):
         return np.arange(examples)
@@ -167,7 +173,7 @@ def _shown(examples: int, parts: Sequence[Part], seed: int, epoch: int) -> NDArr
     return np.sort(np.concatenate(found))
 
 
-def _weighted(parts: Sequence[Part]) -> bool:
+def _weighted(parts: Sequence[WeightedSource]) -> bool:
     return any(part.weight != 1.0 for part in parts)
 
 
