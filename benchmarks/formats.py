@@ -27,7 +27,7 @@ from tandem.model.lora.adapter import load_adapter
 from tandem.model.quantize import FILE, quantize
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Lora, Sft
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -76,13 +76,13 @@ def _sft(folder: Path, options: argparse.Namespace, runtime: dict[str, Any]) -> 
     return run_sft(
         model="demo:base",
         revision=None,
-        settings=Sft(
+        settings=SftSettings(
             data=(DataSource(path="demo:instructions"),),
             batch_size=32,
             max_steps=options.steps,
             learning_rate=_LEARNING_RATE,
             max_length=256,
-            lora=Lora(rank=16, alpha=32),
+            lora=LoraSettings(rank=16, alpha=32),
         ),
         output_dir=folder,
         chat_template="neural-chat",

@@ -97,7 +97,7 @@ def test_every_tree_and_count_is_that_of_the_record(
     from tandem.data.encoded import encode_chunk
 
     direct: list[Example] = []
-    original = encode_chunk.to_columns
+    original = encode_chunk.to_arrays
 
     def watched(trees: list[Example], prompts: list[int]) -> Any:
         direct.extend(trees)
@@ -106,7 +106,7 @@ def test_every_tree_and_count_is_that_of_the_record(
     sources = [SourceSpec(str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_chunk, "to_columns", watched)
+        patch.setattr(encode_chunk, "to_arrays", watched)
         desk.prepare(sources, mistral_tokenizer, kind, workers=1, **limits)
     assert len(direct) > 1000
     trees = desk.prepare(sources, mistral_tokenizer, kind, **limits)

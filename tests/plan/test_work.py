@@ -14,7 +14,12 @@ from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
+from tandem.recipe.training_settings import (
+    DpoSettings,
+    LoraSettings,
+    SftSettings,
+    ValidationSettings,
+)
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
@@ -35,7 +40,9 @@ def _first_lines(source: Path, count: int, target: Path) -> Path:
     return target
 
 
-def _settings(kind: str, shared_data: Path, folder: Path, **changes: Any) -> Sft | Dpo:
+def _settings(
+    kind: str, shared_data: Path, folder: Path, **changes: Any
+) -> SftSettings | DpoSettings:
     source = {
         "sft": shared_data / "conversations" / "slimorca_format.jsonl",
         "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
@@ -47,12 +54,14 @@ def _settings(kind: str, shared_data: Path, folder: Path, **changes: Any) -> Sft
         "epochs": 1.5,
         "learning_rate": 1e-3,
         "max_length": 400,
-        "lora": Lora(rank=2, alpha=4),
+        "lora": LoraSettings(rank=2, alpha=4),
     } | changes
-    return Sft(**values) if kind == "sft" else Dpo(**values)
+    return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
 
 
-def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = False) -> Work:
+def _counted(
+    kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
+) -> Work:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
     from tandem.data.sources.rows import SourceSpec
 
@@ -92,7 +101,7 @@ def test_a_plan_counts_what_a_run_reports(
     if mixed:
         (source,) = settings.data
         twice = source.model_copy(update={"weight": 2.5})
-        held_out = Validation(fraction=0.2)
+        held_out = ValidationSettings(fraction=0.2)
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(

@@ -18,7 +18,7 @@ from tandem.plan.model_shape import described
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, count_operations, count_work, guess_work
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft, Training
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
 from tandem.runtime.device import choose_device
 
 _SMALL: dict[str, Any] = {
@@ -29,12 +29,14 @@ _LLAMA = LlamaConfig(**_SMALL)
 _ASKED = Asked(8, 1.0, None, seed=3, budget=30, processes=1, attention_weight=0.0)
 
 
-def _trial(config: Any = _LLAMA, settings: Training | None = None, **changes: Any) -> Trial:
+def _trial(config: Any = _LLAMA, settings: TrainingSettings | None = None, **changes: Any) -> Trial:
     values = {
         "attention": "auto", "dropout": True, "copies": 0,
         "added": AddedTokens(), "trains_added": True,
     } | changes  # fmt: skip
-    settings = settings or Sft(data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4))
+    settings = settings or SftSettings(
+        data=(DataSource(path="x"),), lora=LoraSettings(rank=2, alpha=4)
+    )
     shape = described(
         config,
         rank=settings.lora.rank,
@@ -166,10 +168,14 @@ def test_large_models_and_large_micro_batches_have_no_trial(
     [
         {},
         {"copies": 1000},
-        {"settings": Sft(data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4, dropout=0.5))},
         {
-            "settings": Dpo(
-                data=(DataSource(path="x"),), lora=Lora(rank=2, alpha=4),
+            "settings": SftSettings(
+                data=(DataSource(path="x"),), lora=LoraSettings(rank=2, alpha=4, dropout=0.5)
+            )
+        },
+        {
+            "settings": DpoSettings(
+                data=(DataSource(path="x"),), lora=LoraSettings(rank=2, alpha=4),
                 gradient_checkpointing=True,
             ),
             "dropout": False,

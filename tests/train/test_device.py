@@ -13,7 +13,7 @@ import torch
 
 from tandem.errors import UserError
 from tandem.integrations.gaudi import bridge
-from tandem.recipe.run_settings import Hpu
+from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.device import Device, choose_device, most_resident, token_budget
 from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import Processes
@@ -208,8 +208,8 @@ def test_kernels_that_are_asked_for_must_be_there(machine: Machine) -> None:
     machine.has("hpu")
     for key, name in (("fused_attention", "FusedSDPA"), ("fused_optimizer", "FusedAdamW")):
         with pytest.raises(UserError, match=rf"hpu\.{key} needs {name} of habana_frameworks"):
-            choose_device("hpu", "auto", Hpu(**{key: True}))  # type: ignore[arg-type]
-        assert choose_device("cpu", "auto", Hpu(**{key: True})).kind == "cpu"  # type: ignore[arg-type]
+            choose_device("hpu", "auto", HpuSettings(**{key: True}))  # type: ignore[arg-type]
+        assert choose_device("cpu", "auto", HpuSettings(**{key: True})).kind == "cpu"  # type: ignore[arg-type]
 
 
 def test_the_mode_is_always_set(machine: Machine) -> None:

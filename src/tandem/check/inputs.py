@@ -26,7 +26,7 @@ from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.run_pipeline import folder_of
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import Dpo, Sft, Training
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 
 # Rows that are looked at, of those that can be parsed; the readers give up no later.
@@ -67,7 +67,7 @@ def _look(source: SourceSpec) -> tuple[Kind | None, int]:
 
 StageName = Literal["sft", "dpo"]
 KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
-_SECTIONS: dict[StageName, type[Training]] = {"sft": Sft, "dpo": Dpo}
+_SECTIONS: dict[StageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 _NO_LIMIT = 2**31 - 1
 
 
@@ -231,14 +231,14 @@ def left_out(found: Sequence[StageData]) -> list[str]:
     return []
 
 
-def plan_of(kind: Kind, settings: Training | None) -> EncodingOptions:
+def plan_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions:
     """What a stage's settings make of every record; without settings nothing is cut."""
     if settings is None:
         return EncodingOptions(
             kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record")
         )
     limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
-    loss_on = settings.loss_on if isinstance(settings, Sft) else "answers"
+    loss_on = settings.loss_on if isinstance(settings, SftSettings) else "answers"
     return EncodingOptions(kind, limits, settings.on_bad_record, loss_on)
 
 
@@ -314,12 +314,12 @@ def _evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
     return source_specs(named, folder, recipe.seed)
 
 
-def _settings(recipe: Recipe, stage: StageName) -> Training | None:
+def _settings(recipe: Recipe, stage: StageName) -> TrainingSettings | None:
     return recipe.sft if stage == "sft" else recipe.dpo
 
 
 def _own_sources(
-    stage: StageName, recipe: Recipe, settings: Training, folder: Path
+    stage: StageName, recipe: Recipe, settings: TrainingSettings, folder: Path
 ) -> list[SourceSpec]:
     if settings.data:
         return source_specs(settings.data, folder, recipe.seed)
@@ -333,7 +333,7 @@ def _own_sources(
     )
 
 
-def _setting(stage: StageName, settings: Training | None, name: str) -> Any:
+def _setting(stage: StageName, settings: TrainingSettings | None, name: str) -> Any:
     """A setting, or what it is when a recipe says nothing."""
     if settings is not None:
         return getattr(settings, name)

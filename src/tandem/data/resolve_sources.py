@@ -10,7 +10,7 @@ from typing import Any
 from tandem.data.formats.known_formats import format_called
 from tandem.data.sources.rows import SourceSpec, local_files, looks_like_path
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.hashing import hash_files
 
 
@@ -51,14 +51,14 @@ def source_spec(source: DataSource, path: str) -> SourceSpec:
 
 
 def held_out_sources(
-    settings: Training, sources: Sequence[SourceSpec], run_folder: Path, seed: int
+    settings: TrainingSettings, sources: Sequence[SourceSpec], run_folder: Path, seed: int
 ) -> list[SourceSpec]:
     """The data sets that are held out as a whole; none where a fraction is."""
     return held_out_of(settings, sources, lambda named: source_specs(named, run_folder, seed))
 
 
 def held_out_of(
-    settings: Training,
+    settings: TrainingSettings,
     sources: Sequence[SourceSpec],
     named: Callable[[Sequence[DataSource]], list[SourceSpec]],
 ) -> list[SourceSpec]:

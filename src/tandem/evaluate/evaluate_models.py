@@ -28,7 +28,7 @@ from tandem.evaluate.own_measures import Examined, Examiner, Material, examined_
 from tandem.evaluate.scores import Score, compared, items_of
 from tandem.evaluate.suites import Plan, TaskPlan
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.report.report_warnings import evaluation_findings, in_words
 from tandem.runtime.console import phase, say
@@ -48,7 +48,7 @@ _OWN = ("questions", "pairs", "heldout")
 def run_evaluation(
     *,
     models: Mapping[str, str],
-    settings: Evaluate,
+    settings: EvaluationSettings,
     output_dir: Path,
     chat_template: str | None,
     seed: int,
@@ -175,7 +175,7 @@ class _Desk:
         models: Mapping[str, str],
         contestants: Sequence[Contestant],
         plan: Plan,
-        settings: Evaluate,
+        settings: EvaluationSettings,
         judge: Judge | None,
     ) -> dict[str, Any]:
         """All that is measured, as evaluation.json says it."""
@@ -270,7 +270,7 @@ def _evaluation(
     own: Mapping[str, Examined],
     tasks: Mapping[str, Mapping[str, TaskScores]],
     verdicts: Mapping[str, Verdicts],
-    settings: Evaluate,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     scores: dict[str, dict[str, Score]] = {
         label: {
@@ -311,7 +311,7 @@ def _samples(
     ]
 
 
-def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
+def _check_judged(models: Mapping[str, str], settings: EvaluationSettings) -> None:
     if not settings.questions or len(models) < 2:
         raise UserError(
             "judge: it compares answers to questions with the first model's; name questions, and "
@@ -319,7 +319,7 @@ def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
         )
 
 
-def check_something(settings: Evaluate) -> None:
+def check_something(settings: EvaluationSettings) -> None:
     """Raise UserError for settings that measure nothing."""
     if not (
         settings.questions or settings.pairs or settings.heldout or settings.tasks or settings.suite

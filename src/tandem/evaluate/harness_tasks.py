@@ -21,7 +21,7 @@ from tandem.evaluate.suites import Plan, TaskPlan, plan_tasks
 from tandem.evaluate.task_forms import FORMS
 from tandem.model.added_tokens import described_rows, rows_of
 from tandem.model.lora.adapter import added_ids_of_folder
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.runtime.console import phase, say
 from tandem.runtime.device import Device
 from tandem.runtime.extras import require
@@ -41,7 +41,7 @@ class TaskSettings:
     chat_template: str | None
 
 
-def tasks_of(settings: Evaluate) -> Plan:
+def tasks_of(settings: EvaluationSettings) -> Plan:
     """The harness's tasks that the settings ask for; raises UserError for data not there."""
     folder = None if settings.task_data is None else Path(settings.task_data).expanduser()
     return plan_tasks(settings.tasks, settings.suite, folder, settings.num_fewshot)

@@ -22,13 +22,13 @@ from tandem.model.lora.adapter import (
     modules_out_of_reach,
 )
 from tandem.model.torch_compile import Compiling, compile_elementwise
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
 
 def adapted(
     model: Any,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     backend: str,
     dropout: bool,

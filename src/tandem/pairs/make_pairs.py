@@ -31,7 +31,7 @@ from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
 from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import phase, say
 from tandem.runtime.device import choose_device
@@ -58,7 +58,7 @@ _APART: Any = {
 def run_pairs(
     *,
     model: str,
-    settings: Pairs,
+    settings: PairsSettings,
     output_dir: Path,
     seed: int,
     runtime: Runtime,
@@ -127,7 +127,7 @@ def run_pairs(
     return output_dir
 
 
-def _computed(settings: Pairs, runtime: Runtime) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
@@ -143,7 +143,7 @@ class _Maker:
 
     writer: Writer
     scorer: Scorer | None
-    settings: Pairs
+    settings: PairsSettings
     filters: Filters
     ledger: Ledger
     folder: Path

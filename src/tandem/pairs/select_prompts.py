@@ -20,7 +20,7 @@ from tandem.data.text.contamination import Other, fill
 from tandem.data.text.language import language_of
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.runtime.console import say
 from tandem.storage.hashing import hash_bytes
 
@@ -200,7 +200,7 @@ def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
 def selected_prompts(
     sources: Sequence[SourceSpec],
     evaluated: Sequence[SourceSpec],
-    settings: Pairs,
+    settings: PairsSettings,
     seed: int,
     ledger: Ledger,
     console: Console,
@@ -220,7 +220,7 @@ def selected_prompts(
 
 
 def heldout_prompts(
-    sources: Sequence[SourceSpec], settings: Pairs, ledger: Ledger, console: Console
+    sources: Sequence[SourceSpec], settings: PairsSettings, ledger: Ledger, console: Console
 ) -> list[Prompt]:
     """All `usable_prompts`, and the others are said; raises UserError when there is none."""
     before = len(ledger.entries)
@@ -232,7 +232,7 @@ def heldout_prompts(
 def asked_prompts(
     sources: Sequence[SourceSpec],
     evaluated: Sequence[SourceSpec],
-    settings: Pairs,
+    settings: PairsSettings,
     seed: int,
     ledger: Ledger,
     tell: Callable[[str], None] = lambda _: None,
@@ -265,7 +265,7 @@ def asked_prompts(
 
 
 def usable_prompts(
-    sources: Sequence[SourceSpec], settings: Pairs, ledger: Ledger
+    sources: Sequence[SourceSpec], settings: PairsSettings, ledger: Ledger
 ) -> Iterator[Prompt]:
     """The prompts that can be asked; records that cannot go to the ledger.
 

@@ -17,7 +17,7 @@ from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_inputs
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo
+from tandem.recipe.training_settings import DpoSettings
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text, remove_left_behind
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash
 from tandem.storage.manifest import NAME as MANIFEST
@@ -334,7 +334,7 @@ class _Ride:
     def _dpo_base(self) -> str:
         return str(self.root / _FOLDERS["sft-merge"]) if self.recipe.sft else self.recipe.model
 
-    def _dpo_settings(self) -> Dpo:
+    def _dpo_settings(self) -> DpoSettings:
         settings = self.recipe.dpo
         assert settings is not None
         if settings.data:

@@ -17,7 +17,7 @@ from tandem.pairs.select_prompts import asked_prompts
 from tandem.pipeline.run_pipeline import folder_of
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DataHere:
     download: bool
     scratch: Path
 
-    def of(self, settings: Training) -> PlannedData:
+    def of(self, settings: TrainingSettings) -> PlannedData:
         """The data of one training stage."""
         notes: list[str] = []
         sources = self._here(settings.data, notes) if settings.data else self._pairs(notes)

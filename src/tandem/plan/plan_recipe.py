@@ -30,7 +30,7 @@ from tandem.plan.stage_estimate import Forecast, asked_of, copied_bytes, forecas
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import Sft, Training
+from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device, choose_device, token_budget
 from tandem.stages.training.execution import copies_fit
@@ -187,7 +187,11 @@ class _Planner:
     baseline: int
 
     def stage(
-        self, stage: PlannedStage, settings: Training, data: PlannedData, guess: Guess | None
+        self,
+        stage: PlannedStage,
+        settings: TrainingSettings,
+        data: PlannedData,
+        guess: Guess | None,
     ) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
@@ -267,14 +271,14 @@ class _Planner:
     def _records(
         self,
         stage: PlannedStage,
-        settings: Training,
+        settings: TrainingSettings,
         data: PlannedData,
         tokenizer: Any,
         template: ChatTemplate,
         rows: int,
     ) -> Records:
         prepare = _PREPARE[stage.name]
-        if isinstance(settings, Sft):
+        if isinstance(settings, SftSettings):
             prepare = partial(prepare, loss_on=settings.loss_on)
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
@@ -362,7 +366,7 @@ class _Planner:
             return engine
         return "ddp" if self.processes > 1 else "single"
 
-    def _disk(self, settings: Training, config: Any, shape: ModelShape, work: Work) -> Disk:
+    def _disk(self, settings: TrainingSettings, config: Any, shape: ModelShape, work: Work) -> Disk:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)

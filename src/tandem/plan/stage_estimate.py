@@ -16,7 +16,7 @@ from tandem.plan.memory_estimate import Held, Memory, memory_of
 from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import Rate, recorded_rate
 from tandem.plan.workload import Asked, Operations, Work, count_operations, count_work
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, activation_bytes, attention_weight
 from tandem.train.engines.engine import Engine
 
@@ -44,7 +44,7 @@ class Forecast:
 def forecast(
     shape: ModelShape,
     work: Work,
-    settings: Training,
+    settings: TrainingSettings,
     setting: Setting,
     *,
     host: bool,
@@ -91,7 +91,7 @@ def forecast(
 
 
 def asked_of(
-    settings: Training,
+    settings: TrainingSettings,
     *,
     seed: int,
     budget: int,
@@ -115,7 +115,7 @@ def asked_of(
 
 
 def held_by(
-    settings: Training,
+    settings: TrainingSettings,
     work: Work,
     *,
     device: Device,
@@ -153,7 +153,7 @@ def forecast_run(
     name: str,
     dataset: EncodedDataset,
     model: Any,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     engine: Engine,
     config: Any,

@@ -34,7 +34,7 @@ from tandem.model.prepare_model import adapted
 from tandem.plan.model_shape import ModelShape
 from tandem.plan.rate import Rate
 from tandem.plan.workload import Asked, count_operations, count_work
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32
 
 # Parameters of the largest model that is made for it.
@@ -63,7 +63,7 @@ class Trial:
 
     config: Any
     shape: ModelShape
-    settings: Training
+    settings: TrainingSettings
     device: Device
     attention: str
     dropout: bool

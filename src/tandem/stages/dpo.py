@@ -13,7 +13,7 @@ from rich.console import Console
 from tandem.data.build_dataset import prepare_pairs
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Dpo
+from tandem.recipe.training_settings import DpoSettings
 from tandem.report.report_warnings import chosen_collapse
 from tandem.runtime.console import phase, say
 from tandem.stages.training.context import Made, StageKind, Start
@@ -32,7 +32,7 @@ def run_dpo(
     *,
     model: str,
     revision: str | None,
-    settings: Dpo,
+    settings: DpoSettings,
     output_dir: Path,
     chat_template: str | None,
     seed: int,

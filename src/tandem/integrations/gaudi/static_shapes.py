@@ -17,8 +17,8 @@ from tandem.data.batching.packing import pack
 from tandem.data.batching.sampler import WeightedSource, steps, steps_per_epoch
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
-from tandem.recipe.run_settings import Hpu, Runtime
-from tandem.recipe.training_settings import Training
+from tandem.recipe.run_settings import HpuSettings, Runtime
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
 # Lengths that are not asked for are multiples of this, as matrix engines like them.
@@ -195,7 +195,7 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 
 def declared_shapes(
     dataset: EncodedDataset,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     device: Device,
     runtime: Runtime,
@@ -215,7 +215,7 @@ def declared_shapes(
     Raises UserError for a record, or a budget, that exceeds the declared lengths.
     """
     if not device.static_shapes:
-        if runtime.hpu != Hpu():
+        if runtime.hpu != HpuSettings():
             tell(f"the recipe's hpu section does nothing on {device.kind}")
         return None, budget
     asked = runtime.hpu.buckets

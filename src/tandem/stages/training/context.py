@@ -15,7 +15,7 @@ from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import say
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
@@ -86,7 +86,7 @@ class Stage:
     """
 
     kind: StageKind
-    settings: Training
+    settings: TrainingSettings
     folder: Path
     seed: int
     runtime: Runtime

@@ -12,7 +12,7 @@ import numpy as np
 from tandem.data.batching.sampler import choose_held_out, shared_prompts, tenth
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_jsonl
 from tandem.train.checkpoint import Progress
 from tandem.train.held_out_evaluation import Best
@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def hold_out(
-    settings: Training,
+    settings: TrainingSettings,
     dataset: EncodedDataset,
     ledger: Ledger,
     *,
@@ -85,18 +85,18 @@ def hold_out(
     return dataset, HeldOut(found, own, (warning,), shared)
 
 
-def best_by(settings: Training) -> Best | None:
+def best_by(settings: TrainingSettings) -> Best | None:
     """How the best adapter is told; None where the last one is kept."""
     return _METRICS[settings.best_metric] if settings.keep == "best" else None
 
 
-def scored_every(settings: Training, total: int) -> int:
+def scored_every(settings: TrainingSettings, total: int) -> int:
     """Steps from one score to the next."""
     assert settings.validation is not None
     return settings.validation.steps or tenth(total)
 
 
-def kept_in_words(settings: Training, progress: Progress) -> str:
+def kept_in_words(settings: TrainingSettings, progress: Progress) -> str:
     """Which adapter becomes the stage's, where that was to be chosen; else empty."""
     if settings.keep != "best":
         return ""
@@ -107,7 +107,7 @@ def kept_in_words(settings: Training, progress: Progress) -> str:
 
 
 def validation_summary(
-    settings: Training, held_out: HeldOut | None, progress: Progress, folder: Path
+    settings: TrainingSettings, held_out: HeldOut | None, progress: Progress, folder: Path
 ) -> dict[str, Any]:
     """What summary.json says about held-out records: their counts, first, last and best scores."""
     if held_out is None:
@@ -127,7 +127,7 @@ def validation_summary(
     }
 
 
-def kept_warnings(settings: Training, progress: Progress) -> list[str]:
+def kept_warnings(settings: TrainingSettings, progress: Progress) -> list[str]:
     """What a user should know about the adapter that was kept."""
     if settings.keep == "best" and progress.best_step == 0:
         return [

@@ -23,7 +23,7 @@ from tandem.model.load_model import model_folder
 from tandem.model.torch_compile import Compiling
 from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training as TrainingSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, say
 from tandem.runtime.device import choose_device

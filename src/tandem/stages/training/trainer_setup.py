@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
-from tandem.recipe.training_settings import Training as TrainingSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.runtime.device import attention_weight
 from tandem.stages.training.context import Stage

@@ -18,7 +18,7 @@ from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
 from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import phase, say
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
@@ -100,7 +100,7 @@ def stage_records(
     prepare: Callable[..., EncodedDataset],
     sources: Sequence[SourceSpec],
     held_out: Sequence[SourceSpec],
-    settings: Training,
+    settings: TrainingSettings,
     *,
     tokenizer: Any,
     template: ChatTemplate,
@@ -152,7 +152,7 @@ def stage_records(
 def prepared_records(
     prepare: Callable[..., EncodedDataset],
     sources: Sequence[SourceSpec],
-    settings: Training,
+    settings: TrainingSettings,
     *,
     tokenizer: Any,
     template: ChatTemplate,
