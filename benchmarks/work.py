@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from tandem.data.batching.sampler import steps, steps_per_epoch
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.records import Example
@@ -234,8 +234,8 @@ def sequence_tokens(trees: Sequence[Example]) -> int:
 
 def in_training_order(trees: Sequence[Example], work: Work) -> list[Example]:
     """The records as tandem's steps take them, which is how the peers are given them."""
-    count = steps_per_epoch(len(trees), work.batch_size)
-    epoch = steps(len(trees), work.batch_size, seed=SEED, count=count)
+    sampler = StepSampler(len(trees), work.batch_size, SEED)
+    epoch = sampler.steps(0, sampler.steps_per_epoch())
     order = [i for step in epoch for i in step.examples]
     return [trees[i] for i in order[: work.records or len(order)]]
 

@@ -92,7 +92,7 @@ def reasons(
     dropped: dict[int, str] = {}
     for chunk, known in formatted_chunks(source_rows, plan.kind, Ledger(None), "stop"):
         batch = encode_chunk(chat, plan, chunk, known)
-        trained += batch.columns.rows.tolist()
+        trained += batch.arrays.rows.tolist()
         dropped |= {one.row: one.reason for one in batch.entries}
     return trained, dropped
 

@@ -314,7 +314,7 @@ def test_records_with_tools_take_the_models_template_for_them(
     assert known
     plan = EncodingOptions("conversations", Limits(1024, None), "stop")
     batch = encode_chunk(chat, plan, chunk, known.id)
-    assert batch.columns.rows.tolist() == [1, 2]
+    assert batch.arrays.rows.tolist() == [1, 2]
     # Calls without a list of tools take the other template, as in transformers.
     (dropped,) = batch.entries
     assert (dropped.row, dropped.reason) == (3, "the chat template does not render tool calls")

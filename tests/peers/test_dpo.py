@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data.batching import sampler
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Example
 from tandem.model.lora.adapter import adapter_off
@@ -217,7 +217,7 @@ def test_a_short_run_equals_a_plain_loop(
         policy = plain.pair_logps(model, [pairs[i] for i in examples])
         return plain.dpo_loss(policy, reference[list(examples)], BETA)
 
-    steps = sampler.steps(len(pairs), 3, seed=5, count=4)
+    steps = StepSampler(len(pairs), 3, seed=5).steps(0, 4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     trained = load_file(folder / "adapter_model.safetensors")
     plain.assert_close_tensors(trained, plain.trained_parameters(model), limit)

@@ -134,7 +134,7 @@ def test_a_plan_for_processes_deals_as_they_do(
 ) -> None:
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
-    from tandem.data.batching.sampler import steps
+    from tandem.data.batching.sampler import StepSampler
     from tandem.data.build_dataset import prepare_pairs
     from tandem.data.sources.rows import SourceSpec
     from tandem.runtime.device import attention_weight
@@ -155,7 +155,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     work = count_work(trees, asked)
     weight = attention_weight(config)
     plans = []
-    for step in steps(len(trees), 7, seed=3, count=work.steps):
+    for step in StepSampler(len(trees), 7, seed=3).steps(0, work.steps):
         own = [trees[i] for i in step.examples]
         costs = [example_cost(tree, weight) for tree in own]
         plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))

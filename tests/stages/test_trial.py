@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from tandem.data.batching.sampler import WeightedSource, steps
+from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.plan import trial
@@ -74,7 +74,7 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
     assert rate is not None
     # A record feeds 11 tokens, so that two fit into 30; after one to warm up each is taken twice.
     assert taken == [2] * 9
-    (first,) = steps(20, 8, seed=3, count=1)
+    (first,) = StepSampler(20, 8, seed=3).steps(0, 1)
     whole = count_work(trees.select(np.sort(np.array(first.examples))), _ASKED)
     assert (whole.tokens, whole.micro_batches) == (8 * 11, 4)
     found = count_operations(one.shape, whole, reference=False, checkpointing=False)
@@ -90,7 +90,7 @@ def test_a_record_that_a_step_repeats_is_tried_and_counted_as_often(
 ) -> None:
     trees, one = _trees(), _trial()
     asked = replace(_ASKED, batch_size=30, budget=60, parts=(WeightedSource(20, weight),))
-    (first,) = steps(20, 30, seed=3, count=1, parts=asked.parts)
+    (first,) = StepSampler(20, 30, seed=3, sources=asked.parts).steps(0, 1)
     assert len(set(first.examples)) < len(first.examples) == 30
     rate = one.rate(trees, asked, most=inf)
     assert rate is not None

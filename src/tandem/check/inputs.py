@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.data.batching.sampler import total_steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.formats.known_formats import detect, format_called
@@ -124,9 +124,7 @@ def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
     settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
     if settings is None or not records:
         return []
-    steps = total_steps(
-        records, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
-    )
+    steps = StepSampler(records, settings.batch_size).total_steps(settings)
     return [f"{stage}: {doubt}" for doubt in unmeant(settings, steps=steps, records=records)]
 
 

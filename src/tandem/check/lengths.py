@@ -64,20 +64,20 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(columns: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
+def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
     """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.
     """
-    if not len(columns.parts):
+    if not len(arrays.parts):
         return {}
-    first = np.concatenate([[0], np.cumsum(columns.parts)[:-1]]).astype(np.int64)
-    prefix_of = np.repeat(first, columns.parts)
-    is_prefix = np.zeros(len(columns.lengths), dtype=np.bool_)
+    first = np.concatenate([[0], np.cumsum(arrays.parts)[:-1]]).astype(np.int64)
+    prefix_of = np.repeat(first, arrays.parts)
+    is_prefix = np.zeros(len(arrays.lengths), dtype=np.bool_)
     is_prefix[first] = True
     # A part's whole path, and what is trained of it; the prefix's own entries are not used.
-    path = np.where(is_prefix, 0, columns.lengths + columns.lengths[prefix_of])
-    trained = np.where(is_prefix, 0, columns.targets + columns.targets[prefix_of])
+    path = np.where(is_prefix, 0, arrays.lengths + arrays.lengths[prefix_of])
+    trained = np.where(is_prefix, 0, arrays.targets + arrays.targets[prefix_of])
     found = {
         "whole": np.maximum.reduceat(path, first),
         "prompt": path[first + 1] - trained[first + 1],

@@ -181,7 +181,7 @@ def encode_row(chat: ChatTokenizer, plan: EncodingOptions, place: Place) -> Enco
     batch = encode_chunk(chat, plan, place.chunk, place.format)
     writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
-    writer.finish({}, [len(batch.columns.parts)])
+    writer.finish({}, [len(batch.arrays.parts)])
     examples = tuple(_sections(one, plan.kind, chat.codec.decode) for one in writer.dataset())
     return Encodings(plan.kind, examples, batch.entries)
 

@@ -202,7 +202,7 @@ class _Survey:
             self.ledger.add(entries, len(records))
             self._lengths.add(character_lengths(records))
         else:
-            self.ledger.add(self._told(batch), len(batch.columns.parts))
+            self.ledger.add(self._told(batch), len(batch.arrays.parts))
             self._measure(chunk, known, batch)
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
@@ -285,18 +285,18 @@ class _Survey:
     def _measure(self, chunk: Chunk, known: str, batch: EncodedChunk) -> None:
         """Note lengths in tokens, of records that were cut or dropped those they had before."""
         plan = self._subject.plan
-        found = token_lengths(batch.columns, plan.kind)
+        found = token_lengths(batch.arrays, plan.kind)
         if batch.entries and self._subject.limited:
             assert self._subject.chat is not None
             numbers = {entry.row for entry in batch.entries}
             # A row may hold several records, of which one alone was cut.
-            kept = ~np.isin(batch.columns.rows, list(numbers))
+            kept = ~np.isin(batch.arrays.rows, list(numbers))
             self._lengths.add({name: values[kept] for name, values in found.items()})
             rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
             whole = replace(plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
             again = RowChunk(chunk.file, len(rows), rows)
             batch = encode_chunk(self._subject.chat, whole, again, known)
-            found = token_lengths(batch.columns, plan.kind)
+            found = token_lengths(batch.arrays, plan.kind)
         self._lengths.add(found)
 
     def _compare(self, records: list[Record]) -> None:

@@ -170,10 +170,10 @@ def _fill(way: _Way, writer: DatasetWriter) -> Ledger:
             assert batch is not None
             room = None if way.limit is None else way.limit - writer.records
             writer.add(batch)
-            count = len(batch.columns.parts)
+            count = len(batch.arrays.parts)
             records[owners.popleft()] += count
             if room is not None and room <= count:
-                last = int(batch.columns.rows[room - 1])
+                last = int(batch.arrays.rows[room - 1])
                 ledger.add([entry for entry in batch.entries if entry.row <= last], room)
                 break
             ledger.add(batch.entries, count)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.batching.sampler import steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.dataset import EncodedDataset, to_arrays
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodedChunk
@@ -85,7 +85,8 @@ class Trial:
         if self.shape.parameters > _LARGEST or self.device.static_shapes:
             return None
         model = self._model()
-        (first,) = steps(len(trees), asked.batch_size, seed=asked.seed, count=1, parts=asked.parts)
+        sampler = StepSampler(len(trees), asked.batch_size, asked.seed, asked.parts)
+        (first,) = sampler.steps(0, 1)
         examples = np.asarray(first.examples, dtype=np.int64)
         groups = micro_batches(model, [trees[i] for i in first.examples], asked.budget)
         operations = seconds = spent = 0.0

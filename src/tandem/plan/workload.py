@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.batching.packing import pack_padded, padded_tokens, plan_step
-from tandem.data.batching.sampler import WeightedSource, steps, total_steps
+from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.plan.model_shape import ModelShape
 
@@ -132,7 +132,7 @@ class Asked:
         processes: how many share a step.
         attention_weight: for balance, see `data.packing.example_cost`.
         padded: whether the model reads one row a sequence, with nothing shared.
-        parts: the weights of the records, see `data.order.steps`.
+        parts: the weights of the records, see `StepSampler`.
     """
 
     batch_size: int
@@ -149,17 +149,13 @@ class Asked:
 def count_work(dataset: EncodedDataset, asked: Asked) -> Work:
     """The work of a stage over its encoded records; no tree is made for it."""
     records = _Records.of(dataset, asked)
-    count = total_steps(
-        len(dataset), asked.batch_size,
-        epochs=asked.epochs, max_steps=asked.max_steps, parts=asked.parts,
-    )  # fmt: skip
+    sampler = StepSampler(len(dataset), asked.batch_size, asked.seed, asked.parts)
+    count = sampler.total_steps(asked)
     every = max(1, math.ceil(count / _PACKED))
     times = np.zeros(len(dataset), dtype=np.int64)
     padded = 0
     packing = _Packing()
-    for step in steps(
-        len(dataset), asked.batch_size, seed=asked.seed, count=count, parts=asked.parts
-    ):
+    for step in sampler.steps(0, count):
         examples = np.asarray(step.examples)
         np.add.at(times, examples, 1)  # a step may show a record twice
         if not asked.padded:
@@ -204,8 +200,8 @@ def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Wo
         asked: how the stage goes through them.
         answers: share of the tokens that is trained.
     """
-    count = total_steps(records, asked.batch_size, epochs=asked.epochs, max_steps=asked.max_steps)
-    per_epoch = total_steps(records, asked.batch_size)
+    sampler = StepSampler(records, asked.batch_size)
+    count, per_epoch = sampler.total_steps(asked), sampler.steps_per_epoch()
     whole, rest = divmod(count, per_epoch)
     examples = whole * records + min(records, rest * asked.batch_size)
     targets, visible = round(tokens * answers), tokens * (tokens + 1) / 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
-from tandem.data.batching.sampler import Step, WeightedSource, epochs_after, steps
+from tandem.data.batching.sampler import Step, StepSampler, WeightedSource
 from tandem.data.records import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
@@ -108,14 +108,7 @@ class Training:
         # A killed run may have logged steps beyond its last checkpoint; they are taken again.
         processes.main(lambda: forget_after(self.metrics_path, progress.step))
         self.model.train()
-        remaining = steps(
-            len(self.trees),
-            schedule.batch_size,
-            seed=schedule.seed,
-            count=schedule.total_steps,
-            start=progress.step,
-            parts=schedule.parts,
-        )
+        remaining = self._sampler.steps(progress.step, schedule.total_steps)
         with _stop_requests() as stop:
             if self.held_out is not None:
                 self.held_out.begin(progress)
@@ -216,9 +209,12 @@ class Training:
         }
 
     def _epoch(self) -> float:
-        schedule, step = self.schedule, self.progress.step
-        found = epochs_after(step, len(self.trees), schedule.batch_size, schedule.parts)
-        return round(found, 4)
+        return round(self._sampler.epochs_after(self.progress.step), 4)
+
+    @property
+    def _sampler(self) -> StepSampler:
+        schedule = self.schedule
+        return StepSampler(len(self.trees), schedule.batch_size, schedule.seed, schedule.parts)
 
 
 def _sequence_length(tree: Example, branch: int) -> int:

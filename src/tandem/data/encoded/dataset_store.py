@@ -121,17 +121,17 @@ class DatasetWriter:
 
     def add(self, batch: EncodedChunk) -> None:
         """Append a batch's trees and ledger lines."""
-        columns = batch.columns
-        count = len(columns.parts)
-        bits = np.concatenate([self._bits, columns.trained])
+        arrays = batch.arrays
+        count = len(arrays.parts)
+        bits = np.concatenate([self._bits, arrays.trained])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
         self._put("trained", np.packbits(bits[:whole]))
         self._put("files", np.full(count, self._numbers[batch.file]))
-        self._put("ids", columns.ids.astype("<i4", copy=False))
-        self._put("digests", columns.digests)
+        self._put("ids", arrays.ids.astype("<i4", copy=False))
+        self._put("digests", arrays.digests)
         for name in ("parts", "lengths", "targets", "fed", "rows", "prompts"):
-            self._put(name, getattr(columns, name))
+            self._put(name, getattr(arrays, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
             self._sinks[_LEDGER].write(

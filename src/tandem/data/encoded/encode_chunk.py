@@ -52,7 +52,7 @@ class EncodedChunk:
     """A piece's trees, and an entry for each record that was cut or dropped, by row."""
 
     file: str
-    columns: FlatArrays
+    arrays: FlatArrays
     entries: tuple[Entry, ...]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, row_spans
 from tandem.data.batching.packing import pack
-from tandem.data.batching.sampler import WeightedSource, steps, steps_per_epoch
+from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
 from tandem.recipe.run_settings import HpuSettings, Runtime
@@ -251,9 +251,9 @@ def _rows(
 ) -> list[int]:
     """Rows of each micro-batch of the first epoch."""
     fed = dataset.fed.tolist()
-    count = steps_per_epoch(len(dataset), batch_size, parts)
+    sampler = StepSampler(len(dataset), batch_size, seed, tuple(parts))
     found: list[int] = []
-    for step in steps(len(dataset), batch_size, seed=seed, count=count, parts=parts):
+    for step in sampler.steps(0, sampler.steps_per_epoch()):
         tokens = [fed[i] for i in step.examples]
         found += [sum(tokens[i] for i in members) for members in pack(tokens, budget)]
     return found

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from tandem.data.batching.sampler import total_steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, source_specs
 from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
@@ -150,10 +150,8 @@ def _run(
     # From here on the folder is this stage's.
     processes.main(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
     processes.main(records.write_ledgers)
-    total = total_steps(
-        len(records.dataset), settings.batch_size,
-        epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
-    )  # fmt: skip
+    sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
+    total = sampler.total_steps(settings)
     expected = processes.main(lambda: _forecast(stage, records, model, schedule, held))
     compiled = compile_policy(stage, model, records.dataset, schedule)
     progress, state = _begin(stage, model, total)
