@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tandem.data.records import Example
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import most_resident
 from tandem.stages.dpo import run_dpo

@@ -20,8 +20,8 @@ from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch, Example, Origin
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.recipe.data_source import DataSource
 
 
 @dataclass
@@ -137,7 +137,7 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Example]]:
         ("conversations", prepare_conversations, "conversations/slimorca_format.jsonl"),
     ):
         found[name] = prepare(
-            [SourceSpec(str(shared_data / path))],
+            [DataSource(path=str(shared_data / path))],
             tokenizer=_mistral,
             template=resolve_template(_mistral, "neural-chat"),
             max_length=2048,

@@ -13,8 +13,8 @@ from tandem.data.formats.format import InvalidRecord
 from tandem.data.formats.known_formats import detect
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.recipe.data_source import DataSource
 
 # As Qwen3's: thoughts of the last answer only, and empty ones where there are none.
 LAST = """
@@ -52,7 +52,7 @@ def prepared(
     ledger = Ledger(None)
     chosen = resolve_template(tokenizer, str(folder / "template.jinja"))
     trees = (prepare or prepare_conversations)(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer, template=chosen, ledger=ledger, max_length=512,
     )  # fmt: skip
     return trees, ledger

@@ -20,8 +20,8 @@ from tandem.plan.model_shape import described
 from tandem.plan.rate import Rate, recorded_rate
 from tandem.plan.stage_estimate import Forecast, compared, copied_bytes, forecast, keep
 from tandem.plan.workload import Work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import choose_device
 from tandem.stages.sft import run_sft
@@ -117,7 +117,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
     monkeypatch.setattr(train_stage, "forecast_run", strange)
-    monkeypatch.setattr(context, "say", lambda _, text, **__: told.append(text))
+    monkeypatch.setattr(context, "log", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
     assert summary["steps"] == 2

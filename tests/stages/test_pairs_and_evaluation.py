@@ -16,10 +16,10 @@ from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.model.generate import generate_answers
 from tandem.model.load_model import load_model, load_tokenizer
 from tandem.pairs.make_pairs import run_pairs
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs

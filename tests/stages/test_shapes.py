@@ -30,7 +30,7 @@ def declare(
         runtime=Runtime(hpu=hpu, tokens_per_microbatch=tokens or "auto"),
         budget=tokens or 50,
         seed=1,
-        tell=told.append,
+        log=told.append,
     )
     return buckets, budget, told
 

@@ -17,7 +17,7 @@ from tandem.plan import trial
 from tandem.plan.model_shape import described
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, count_operations, count_work, guess_work
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
 from tandem.runtime.device import choose_device
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from tandem.errors import TandemError, UserError
 from tandem.model.load_model import load_model
 from tandem.model.lora.adapter import load_adapter
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import held_out_evaluation, trainer
-from tandem.train.step import MicroBatches
+from tandem.train.step import StepRunner
 
 from .made_inputs import WORDS, make_conversations, make_pairs
 from .test_training_stages import distance, run
@@ -145,13 +145,13 @@ def test_a_fraction_is_held_out_by_prompt_and_accounted_for(
 ) -> None:
     trained_on: list[Any] = []
     scored: list[Any] = []
-    plain = MicroBatches.run
+    plain = StepRunner.run
 
     def watch(self: Any, work: Any, own: Any) -> Any:
         (trained_on if self.learns else scored).extend(tree.origin.row for tree in work.trees)
         return plain(self, work, own)
 
-    monkeypatch.setattr(MicroBatches, "run", watch)
+    monkeypatch.setattr(StepRunner, "run", watch)
     run(kind, tiny_model, tmp_path / "out", validation=TWO)
     counts = read_json(tmp_path / "out" / "summary.json")["ledger"]
     assert counts["read"] == counts["trained"] + counts["held_out"] + counts["dropped"] == 24
@@ -173,7 +173,7 @@ def test_a_split_is_held_out_and_shared_prompts_are_said(
     make_conversations(data / "test.jsonl", 4)
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.training_data.log", lambda _, text, **__: said.append(text)
     )
     run(
         "sft", tiny_model, tmp_path / "out",
@@ -272,7 +272,7 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
 ) -> None:
     """The older best stays until a checkpoint knows of the newer one."""
     listed: list[list[str]] = []
-    plain = held_out_evaluation.HeldOutScores.saved
+    plain = held_out_evaluation.HeldOutEvaluation.saved
 
     def saved(self: Any) -> None:
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
@@ -280,7 +280,7 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out_evaluation.HeldOutScores, "saved", saved)
+        patch.setattr(held_out_evaluation.HeldOutEvaluation, "saved", saved)
         run(
             "sft", tiny_model, tmp_path / "out",
             validation=ValidationSettings(fraction=0.2, steps=1), keep="best", max_steps=6,
@@ -405,7 +405,7 @@ def test_the_mixture_is_said_in_one_line(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.training_data.log", lambda _, text, **__: said.append(text)
     )
     data = mixed(tmp_path, "sft", 0.5)
     run("sft", tiny_model, tmp_path / "out", data=data, max_steps=1)

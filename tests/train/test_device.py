@@ -16,11 +16,11 @@ from tandem.integrations.gaudi import bridge
 from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.device import Device, choose_device, most_resident, token_budget
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.engines.replicated import Replicated
 
-ALONE = Processes(Launch())
+ALONE = ProcessGroup(Launch())
 
 
 class Machine:
@@ -130,7 +130,9 @@ def test_a_device_that_accelerate_does_not_take_is_refused(machine: Machine) -> 
     machine.patch.setattr("tandem.train.engines.engine.Accelerator", lambda **_: taken)
     with pytest.raises(UserError, match="device: xpu was asked for, but accelerate prefers cuda"):
         Engine(
-            Device(torch.device("xpu"), torch.float32), Processes(Launch()), Replicated("single", 1)
+            Device(torch.device("xpu"), torch.float32),
+            ProcessGroup(Launch()),
+            Replicated("single", 1),
         )
 
 

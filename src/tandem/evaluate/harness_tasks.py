@@ -22,7 +22,7 @@ from tandem.evaluate.task_forms import FORMS
 from tandem.model.added_tokens import described_rows, rows_of
 from tandem.model.lora.adapter import added_ids_of_folder
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json
@@ -102,7 +102,7 @@ def measure_tasks(
             key = {**same, **_task_key(task)}
             if (before := kept.find(task.name, key)) is not None:
                 found[task.name] = task_scores_of(before)
-                say(console, f"{contestant.label}: {task.title} was measured before")
+                log(console, f"{contestant.label}: {task.title} was measured before")
                 continue
             if harness is None:
                 subject = _subject(contestant, tokenizer, settings, device)
@@ -163,7 +163,7 @@ def _measure(
 
         scores = harness.measure(task, limit=settings.limit, chat=settings.chat, advance=advance)
     if scores.cut:
-        say(
+        log(
             console,
             f"{label}: {task.title}: {scores.cut} requests were longer than the model's context; "
             "their beginning, few-shot examples first, was cut off",

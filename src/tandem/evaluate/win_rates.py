@@ -21,7 +21,7 @@ from tandem.evaluate.scores import Score
 from tandem.integrations.chat_server import ChatRequest, Failure
 from tandem.pairs.generators import open_server
 from tandem.recipe.pairs_settings import ServerSettings
-from tandem.runtime.console import say
+from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json
 from tandem.storage.journal import Journal
 
@@ -234,7 +234,7 @@ def server_judge(server: ServerSettings, console: Console) -> Judge:
                 yield number, found.text
         if failed:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
-            say(
+            log(
                 console,
                 f"{server.model} gave no answer to {failed.total()} requests ({reasons}); the "
                 f"first: {first}",

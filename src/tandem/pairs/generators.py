@@ -30,7 +30,7 @@ from tandem.model.load_model import (
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.console import say
+from tandem.runtime.console import log
 from tandem.runtime.device import choose_device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
@@ -84,7 +84,7 @@ def open_writer(settings: PairsSettings, model: str, runtime: Runtime, console: 
     """
     if settings.server is not None:
         return ServerWriter(settings, settings.server, console)
-    check_made(model_folder(model), lambda text: say(console, f"pairs: {text}", style="yellow"))
+    check_made(model_folder(model), lambda text: log(console, f"pairs: {text}", style="yellow"))
     return LocalWriter(settings, model_folder(model), model, runtime, console)
 
 
@@ -199,13 +199,13 @@ class LocalWriter:
                 detail = f"{len(ids)} tokens, of a context of {self._context}"
                 ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
         for reason, count in left_out.items():
-            say(
+            log(
                 self._console,
                 f"pairs: {count} of {len(prompts)} prompts are not asked: {reason} (each in "
                 f"{ledger.path})",
             )
         if long:
-            say(
+            log(
                 self._console,
                 f"pairs: {long} of {len(prompts)} prompts leave no room for "
                 f"{self._settings.max_new_tokens} tokens in the model's context of {self._context} "
@@ -290,5 +290,5 @@ def open_server(server: ServerSettings, console: Console) -> ChatServer:
         timeout=server.timeout,
         retries=server.retries,
         requests_per_minute=server.requests_per_minute,
-        tell=lambda text: say(console, text),
+        log=lambda text: log(console, text),
     )

@@ -15,18 +15,18 @@ from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
-from tandem.data.resolve_sources import held_out_of, source_spec
-from tandem.data.sources.rows import SourceSpec, count_sources, local_files, looks_like_path
+from tandem.data.resolve_sources import check_format, held_out_of
+from tandem.data.sources.rows import count_sources, local_files, looks_like_path
 from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
 
@@ -60,9 +60,9 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         _check_pairs(recipe.pairs)
 
 
-def _data(recipe: Recipe, wanted: Set[str]) -> list[SourceSpec]:
+def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found: list[DataSource] = []
-    held_out: list[SourceSpec] = []
+    held_out: list[DataSource] = []
     for section in _trained(recipe, wanted):
         found += section.data
         held_out += held_out_of(section, _named(section.data), _named)
@@ -194,12 +194,14 @@ def _check_tasks(settings: EvaluationSettings) -> None:
         open_server(settings.judge, Console(quiet=True))
 
 
-def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
+def _specs(sources: Sequence[DataSource]) -> list[DataSource]:
     return [spec for spec in _named(sources) if _is_local(spec.path)]
 
 
-def _named(sources: Sequence[DataSource]) -> list[SourceSpec]:
-    return [source_spec(source, source.path) for source in sources]
+def _named(sources: Sequence[DataSource]) -> list[DataSource]:
+    for source in sources:
+        check_format(source)
+    return list(sources)
 
 
 def _is_local(name: str) -> bool:

@@ -128,7 +128,7 @@ class Trial:
             compiled=False,
             base_name="",
             seed=0,
-            tell=lambda _: None,
+            log=lambda _: None,
             added=self.added if self.trains_added else None,
         )
         if self.copies:

@@ -15,7 +15,7 @@ from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings
 from tandem.report.report_warnings import chosen_collapse
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.stages.training.context import Made, StageKind, Start
 from tandem.stages.training.train_stage import run_training
 from tandem.storage.hashing import hash_json
@@ -81,7 +81,7 @@ def _objective(start: Start, beta: float) -> Made:
         }
     )
     processes = start.engine.processes
-    store = ReferenceStore(lambda text: say(start.console, f"dpo: {text}"))
+    store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
     with (
         adapter_off(start.model),
         phase(start.console, "reference log-probs", len(start.dataset)) as advance,
@@ -94,9 +94,9 @@ def _objective(start: Start, beta: float) -> Made:
             budget=start.budget,
             advance=advance,
         )
-    processes.main(store.prune)
+    processes.on_rank0(store.prune)
     seconds = time.perf_counter() - began
-    say(
+    log(
         start.console,
         f"dpo: reference log-probs of {len(start.dataset)} {start.what}pairs, {computed} computed "
         f"and {len(start.dataset) - computed} found in the store, {seconds:.1f} s",

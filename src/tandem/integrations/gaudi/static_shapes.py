@@ -201,7 +201,7 @@ def declared_shapes(
     runtime: Runtime,
     budget: int,
     seed: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     parts: Sequence[WeightedSource] = (),
     held_out: EncodedDataset | None = None,
 ) -> tuple[Buckets | None, int]:
@@ -216,7 +216,7 @@ def declared_shapes(
     """
     if not device.static_shapes:
         if runtime.hpu != HpuSettings():
-            tell(f"the recipe's hpu section does nothing on {device.kind}")
+            log(f"the recipe's hpu section does nothing on {device.kind}")
         return None, budget
     asked = runtime.hpu.buckets
     buckets = declare_buckets(
@@ -227,7 +227,7 @@ def declared_shapes(
     name = "pad_max" if asked == "max" else "buckets"
     share = padding_share(_rows(dataset, settings.batch_size, seed, budget, parts), buckets)
     lengths = ", ".join(str(shape.rows) for shape in buckets.shapes)
-    tell(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
+    log(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
     return buckets, budget
 
 

@@ -9,12 +9,12 @@ from tandem.model.torch_compile import check_compile
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 
 
 def start_engine(
-    device: Device, processes: Processes, settings: TrainingSettings, runtime: Runtime
+    device: Device, processes: ProcessGroup, settings: TrainingSettings, runtime: Runtime
 ) -> Engine:
     """The engine that a recipe asks for, which holds no model yet.
 

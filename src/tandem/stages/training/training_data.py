@@ -16,16 +16,17 @@ from tandem.data.batching.sampler import WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
 
 
-def parts_of(dataset: EncodedDataset, sources: Sequence[SourceSpec]) -> tuple[WeightedSource, ...]:
+def parts_of(dataset: EncodedDataset, sources: Sequence[DataSource]) -> tuple[WeightedSource, ...]:
     """The records of each source with its weight, in reading order."""
     return tuple(
         WeightedSource(count, source.weight)
@@ -34,7 +35,7 @@ def parts_of(dataset: EncodedDataset, sources: Sequence[SourceSpec]) -> tuple[We
 
 
 def mixture_facts(
-    parts: Sequence[WeightedSource], sources: Sequence[SourceSpec]
+    parts: Sequence[WeightedSource], sources: Sequence[DataSource]
 ) -> list[dict[str, Any]]:
     """Each source's records, weight, and what the first epoch shows of it, for summary.json."""
     shown = [part.shown(1) for part in parts]
@@ -98,8 +99,8 @@ class Records:
 
 def stage_records(
     prepare: Callable[..., EncodedDataset],
-    sources: Sequence[SourceSpec],
-    held_out: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
+    held_out: Sequence[DataSource],
     settings: TrainingSettings,
     *,
     tokenizer: Any,
@@ -130,28 +131,28 @@ def stage_records(
         rows=rows,
     )
 
-    def tell(text: str) -> None:
-        say(console, f"{name}: {text}")
+    def note(text: str) -> None:
+        log(console, f"{name}: {text}")
 
     for line in not_read([*sources, *held_out]):
-        tell(line)
+        note(line)
     ledger, read = prepared(sources)
     dataset, held = hold_out(
         settings, read, ledger,
-        seed=seed, prepare=lambda: prepared(held_out, held_out=True), tell=tell,
+        seed=seed, prepare=lambda: prepared(held_out, held_out=True), log=note,
     )  # fmt: skip
     parts = parts_of(dataset, sources)
     records = Records(dataset, ledger, parts, mixture_facts(parts, sources), held)
     for warning in records.warnings():
-        say(console, f"{name}: {warning}", style="yellow")
+        log(console, f"{name}: {warning}", style="yellow")
     if line := in_one_line(records.mixture):
-        tell(line)
+        note(line)
     return records
 
 
 def prepared_records(
     prepare: Callable[..., EncodedDataset],
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     settings: TrainingSettings,
     *,
     tokenizer: Any,
@@ -189,14 +190,14 @@ def prepared_records(
         too_long=settings.too_long,
         on_bad_record=settings.on_bad_record,
         ledger=ledger,
-        store=EncodedStore(lambda text: say(console, f"{name}: {text}")),
+        store=EncodedStore(lambda text: log(console, f"{name}: {text}")),
         show=lambda text, total: phase(console, f"{name}: {text}", total),
         rows=rows,
     )
     for line in sources_in_words(ledger):
-        say(console, f"{name}: {'held out: ' if held_out else ''}{line}")
+        log(console, f"{name}: {'held out: ' if held_out else ''}{line}")
     counts = ledger.summary()
-    say(
+    log(
         console,
         f"{name}: {counts['trained']} of {counts['read']} records "
         f"{'to score' if held_out else 'to train on'}, "
@@ -205,7 +206,7 @@ def prepared_records(
         + f", encoded in {time.perf_counter() - began:.1f} s",
     )
     for reason, count in counts["reasons"].items():
-        say(console, f"  {count} x {reason}")
+        log(console, f"  {count} x {reason}")
     ledger.check_share(settings.max_dropped)
     return ledger, dataset
 
