@@ -10,7 +10,8 @@ import pytest
 import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats.known_formats import FORMATS, detect, read_question
+from tandem.data.formats.conversations import read_question
+from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.records import Origin
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
