@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tandem.data.batching.sampler import steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.errors import UserError
 from tandem.integrations.choose import idle_settings
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
@@ -25,7 +25,7 @@ def declare(hpu: HpuSettings, tokens: int | None = None) -> tuple[Buckets, int, 
     """The shapes, the budget, and what was told."""
     told: list[str] = []
     request = BatchRequest(
-        TREES, None, lambda: steps(12, SETTINGS.batch_size, seed=1, count=3),
+        TREES, None, StepSampler(12, SETTINGS.batch_size, seed=1),
         SETTINGS.max_length, tokens or 50, tokens or "auto", told.append,
     )  # fmt: skip
     shapes, budget = GaudiDevice(torch.device("hpu"), torch.float32, hpu, lazy=False).batch_shapes(
@@ -70,5 +70,5 @@ def test_elsewhere_the_section_does_nothing_and_one_line_says_so() -> None:
     said = ["the recipe's hpu section does nothing on cpu"]
     assert idle_settings(Runtime(hpu=HpuSettings(lazy_mode=True)), cpu) == said
     assert idle_settings(Runtime(), cpu) == []
-    request = BatchRequest(TREES, None, lambda: (), 64, 50, "auto", said.append)
+    request = BatchRequest(TREES, None, None, 64, 50, "auto", said.append)
     assert cpu.batch_shapes(request) == (None, 50)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,7 +52,7 @@ class BatchRequest:
 
     Attributes:
         data, held_out: the encoded records to train on and to score, None for no such records.
-        epoch: makes the steps of an epoch (`data.batching.sampler.Step`), in their order.
+        sampler: which of `data` a step has (`data.batching.sampler.StepSampler`).
         max_length: tokens of a sequence.
         budget: tokens of a micro-batch, as the run would choose it.
         requested: the recipe's `tokens_per_microbatch`.
@@ -61,7 +61,7 @@ class BatchRequest:
 
     data: Any
     held_out: Any
-    epoch: Callable[[], Iterable[Any]]
+    sampler: Any
     max_length: int
     budget: int
     requested: int | Literal["auto"]

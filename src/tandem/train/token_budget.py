@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import Stopped, UserError
 from tandem.runtime.device import Device
 from tandem.runtime.launch import ask_for_restart
@@ -208,7 +208,7 @@ def _halves(members: Members, tokens: Sequence[int]) -> list[Members]:
     return [members[:cut], members[cut:]]
 
 
-def no_room(tree: Tree, tokens: int) -> UserError:
+def no_room(tree: Example, tokens: int) -> UserError:
     """The error of a record that does not fit in memory even alone."""
     return UserError(
         f"out of memory: {tree.origin}, {tokens} tokens, does not fit even alone. Lower "

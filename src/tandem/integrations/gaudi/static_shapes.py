@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, row_spans
 from tandem.data.batching.packing import pack
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
 from tandem.runtime.device import BatchRequest
 
@@ -64,11 +64,11 @@ class Buckets:
 
 def declare_buckets(
     asked: Sequence[int] | Literal["auto", "max"],
-    trees: Trees,
+    dataset: EncodedDataset,
     *,
     budget: int,
     max_length: int,
-    held_out: Trees | None = None,
+    held_out: EncodedDataset | None = None,
 ) -> Buckets:
     """The shapes of a run over these records.
 
@@ -84,7 +84,7 @@ def declare_buckets(
     Raises UserError naming the record and the lengths when a record exceeds the largest that was
     asked for.
     """
-    everything = [trees] if held_out is None else [trees, held_out]
+    everything = [dataset] if held_out is None else [dataset, held_out]
     longest = max((some[int(some.fed.argmax())] for some in everything), key=lambda tree: tree.fed)
     most = longest.fed
     if asked == "auto":
@@ -217,7 +217,7 @@ def declared_shapes(
     fed = request.data.fed.tolist()
     rows = [
         sum(fed[step.examples[i]] for i in members)
-        for step in request.epoch()
+        for step in request.sampler.steps(0, request.sampler.steps_per_epoch())
         for members in pack([fed[i] for i in step.examples], budget)
     ]
     share = padding_share(rows, buckets)

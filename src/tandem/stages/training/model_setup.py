@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from tandem.data.batching.sampler import Step, steps, steps_per_epoch
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import StepSampler
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import why_not
 from tandem.model.cpu.onednn_linear import order_weights
@@ -87,13 +86,15 @@ def make_policy(
     return model, schedule, budget
 
 
-def compile_policy(stage: Stage, model: Any, trees: Trees, schedule: dict[str, Any]) -> Compiling:
+def compile_policy(
+    stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
     settle_compile_caches(stage.log)
     compiling = stage.engine.processes.on_all(
-        lambda: warm_up(model, trees, stage.engine.device, seed=stage.seed)
+        lambda: warm_up(model, dataset, stage.engine.device, seed=stage.seed)
     )
     stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
@@ -118,16 +119,11 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
 
 
 def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
-    settings, count = stage.settings, len(records.trees)
-
-    def epoch() -> Iterator[Step]:
-        size = steps_per_epoch(count, settings.batch_size, records.parts)
-        return steps(count, settings.batch_size, seed=stage.seed, count=size, parts=records.parts)
-
+    settings = stage.settings
     request = BatchRequest(
-        records.trees,
-        None if records.held_out is None else records.held_out.trees,
-        epoch,
+        records.dataset,
+        None if records.held_out is None else records.held_out.dataset,
+        StepSampler(len(records.dataset), settings.batch_size, stage.seed, records.parts),
         settings.max_length,
         budget=schedule["tokens_per_microbatch"],
         requested=stage.runtime.tokens_per_microbatch,
