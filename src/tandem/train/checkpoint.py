@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,12 @@ from torch import Tensor
 from tandem.model.lora.adapter import load_adapter_weights, save_adapter
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.hashing import Damaged, hash_bytes, hash_file, read_object, sealed
+from tandem.train.run_state import RunState
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"
 _WAY_OUT = "Restore it, or remove its folder to go on from an earlier step."
 _KINDS = {"progress": dict, "files": dict}
-
-
-@dataclass
-class RunState:
-    """Where a training run stands; everything beside the tensors that a resume needs.
-
-    `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
-    rest is what the summary reports at the end. `padded_tokens` counts what padded batches of a
-    usual size would have fed, `shared_tokens` what sharing prefixes saved; `fill` and `imbalance`
-    sum up each step's, see `data.packing.StepPlan`. `best_step` is the step whose adapter scored
-    best on held-out records so far, `best` its score.
-    """
-
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    examples: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    shared_tokens: int = 0
-    micro_batches: int = 0
-    fill: float = 0.0
-    imbalance: float = 0.0
-    validation_seconds: float = 0.0
-    best_step: int | None = None
-    best: float | None = None
 
 
 class CheckpointStore:
@@ -68,7 +43,7 @@ class CheckpointStore:
         model: Any,
         trained: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        progress: RunState,
+        state: RunState,
     ) -> Path:
         """Write one checkpoint aside, sync it, move it into place, remove the oldest.
 
@@ -76,15 +51,15 @@ class CheckpointStore:
             model: adapter-wrapped, for the adapter's configuration.
             trained: the adapter's weights, whole, by the model's names.
             optimizer: its tensors, whole, by name.
-            progress: where the run stands.
+            state: where the run stands.
         """
-        path = self.path_of(progress.step)
+        path = self.path_of(state.step)
         with atomic_folder(path) as aside:
             save_adapter(model, aside, trained)
             save_file(dict(optimizer), aside / _OPTIMIZER)
             digests = {f.name: hash_file(f) for f in sorted(aside.iterdir()) if f.is_file()}
             mark = {
-                "progress": asdict(progress),
+                "progress": asdict(state),
                 "files": digests,
                 "lines": {file.name: hash_bytes(_content(file)) for file in self.lines},
             }

@@ -1,4 +1,4 @@
-"""A step's micro-batches in this process: forward and backward, finer when memory runs out."""
+"""One step of this process: its micro-batches forward and backward, finer when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.batching.packing import StepPlan
+from tandem.data.batching.packing import StepPlan, example_cost, plan_step
 from tandem.data.batching.sampler import Step
 from tandem.data.records import Example
 from tandem.errors import TandemError
+from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
 from tandem.train.token_budget import Members, TokenBudget, no_room
@@ -25,13 +26,13 @@ class StepWork:
     """What a step computes.
 
     Attributes:
-        step: its number and examples.
-        trees, tokens: of each example, the tokens that it feeds.
+        step: its number, and the indices of its examples.
+        examples, tokens: each example, and the tokens that it feeds.
         denominator: what the summed loss is divided by.
     """
 
     step: Step
-    trees: Sequence[Example]
+    examples: Sequence[Example]
     tokens: Sequence[int]
     denominator: int
 
@@ -41,11 +42,12 @@ class RankWork:
     """What one process computes of a step.
 
     Attributes:
-        pieces: its micro-batches.
-        fillers: so many more, of the `smallest` tree, that count nothing, to keep others company.
+        micro_batches: its own.
+        fillers: how many more it runs to keep the others company: each of the `smallest` example,
+            with a weight of 0.
     """
 
-    pieces: Sequence[Members]
+    micro_batches: Sequence[Members]
     fillers: int
     smallest: int
 
@@ -58,15 +60,25 @@ class MicroBatchResult:
     sums: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """A step that all processes have computed: sums over all of it, and who computed what."""
+
+    work: StepWork
+    plan: StepPlan
+    sums: dict[str, float]
+
+
 class StepRunner:
-    """Computes micro-batches of any step; nothing waits for the device before `sums_of`.
+    """Computes any step of some examples; nothing waits for the device before its sums are read.
 
     Args:
         engine: prepared.
         objective: what a step minimises.
+        examples: that steps name by index.
         budget: lowered when memory runs out.
-        seed: of dropout masks.
-        dropout: whether records need keys for them.
+        attention_weight: for the balance between processes, see `packing.example_cost`.
+        dropout_seed: of dropout masks; None where there is no dropout.
         learns: whether there is a backward; without one, losses are only added up.
     """
 
@@ -74,86 +86,152 @@ class StepRunner:
         self,
         engine: Engine,
         objective: Objective,
+        examples: Sequence[Example],
         budget: TokenBudget,
+        attention_weight: float,
         *,
-        seed: int,
-        dropout: bool,
+        dropout_seed: int | None = None,
         learns: bool = True,
     ) -> None:
         self.engine = engine
         self.objective = objective
+        self.examples = examples
         self.budget = budget
-        self.seed = seed
-        self.dropout = dropout
-        self.learns = learns
+        self._attention_weight = attention_weight
+        self._dropout_seed = dropout_seed
+        self._learns = learns
 
-    def run(self, work: StepWork, own: RankWork) -> list[MicroBatchResult]:
-        """Forward, and backward, of this process's micro-batches; see `TokenBudget.run`."""
-        for number in range(own.fillers):
-            last = not own.pieces and number == own.fillers - 1
-            self._one(work, (own.smallest,), 0.0, last=last)
-        found = self.budget.run(
-            own.pieces,
-            work.tokens,
-            lambda members, last: self._one(work, members, 1.0, last=last),
-            lambda i: no_room(work.trees[i], work.tokens[i]),
-        )
-        return [MicroBatchResult(members, sums) for members, sums in found]
-
-    def sums_of(self, work: StepWork, found: Sequence[MicroBatchResult]) -> dict[str, float]:
-        """The micro-batches' sums on the host, added up, and the `budget` that is left.
+    def run(self, step: Step) -> StepResult:
+        """Forward, and backward, of a step in all processes; see `TokenBudget.run`.
 
         Raises TandemError naming the records of a loss that is not finite.
         """
-        sums: dict[str, float] = {}
-        if found:
-            names = list(found[0].sums)
-            values = [one.sums[name] for one in found for name in names]
-            numbers = iter(torch.stack(values).tolist())  # the step's only wait
-            for one in found:
-                parts = dict(zip(names, numbers, strict=False))
-                if not math.isfinite(parts["loss"]):
-                    trees = [work.trees[i] for i in one.members]
-                    raise self._not_finite(work.step.number, trees)
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value
-        return {**sums, "budget": self.budget.tokens}
+        engine, processes = self.engine, self.engine.processes
+        examples = [self.examples[i] for i in step.examples]
+        tokens = [tokens_fed(engine.model, example) for example in examples]
+        work = StepWork(step, examples, tokens, self.objective.denominator(examples))
+        plan = self._plan(work)
+        mine = rank_work(plan, processes.rank, tokens, equally_many=engine.sharded)
+        if self.objective.couples:
+            self._see_step(work, mine)
+        # Gradients are exchanged once all processes know that none has failed.
+        parts = engine.gather(
+            lambda: self._run(work, mine), lambda results: self._sums(work, results)
+        )
+        self.budget.settle([int(part.pop("budget")) for part in parts], processes)
+        return StepResult(work, plan, added(parts))
+
+    def _plan(self, work: StepWork) -> StepPlan:
+        model, budget = self.engine.model, self.budget.tokens
+        costs = [example_cost(example, self._attention_weight) for example in work.examples]
+        return plan_step(
+            work.tokens, costs, budget, self.engine.processes.count,
+            pack_share=lambda share: micro_batches(
+                model, [work.examples[i] for i in share], budget
+            ),
+        )  # fmt: skip
+
+    def _run(self, work: StepWork, mine: RankWork) -> list[MicroBatchResult]:
+        """This process's micro-batches."""
+        for number in range(mine.fillers):
+            last = not mine.micro_batches and number == mine.fillers - 1
+            self._one(work, (mine.smallest,), 0.0, last=last)
+        results = self.budget.run(
+            mine.micro_batches,
+            work.tokens,
+            lambda members, last: self._one(work, members, 1.0, last=last),
+            lambda i: no_room(work.examples[i], work.tokens[i]),
+        )
+        return [MicroBatchResult(members, sums) for members, sums in results]
 
     def _one(
         self, work: StepWork, members: Members, weight: float, *, last: bool
     ) -> dict[str, Tensor]:
-        trees = [work.trees[i] for i in members]
-        examples = [work.step.examples[i] for i in members]
         number = work.step.number
-        keys = self._keys(work.step, members) if self.dropout else None
-        with nullcontext() if self.learns else torch.no_grad():
-            logps = self.engine.score(collate(trees, keys))
-            part = self.objective.part(logps, examples, first_step=self.learns and number == 0)
-            loss = part.loss / work.denominator
-        if self.learns:
-            self.engine.backward(loss * weight if weight != 1.0 else loss, last=last)
-        return part.sums
+        with nullcontext() if self._learns else torch.no_grad():
+            logps, weights = self._score(work, members, weight)
+            indices = [work.step.examples[i] for i in members]
+            first_step = self._learns and number == 0
+            result = self.objective.loss(logps, weights, indices, first_step=first_step)
+            loss = result.loss / work.denominator
+        if self._learns:
+            self.engine.backward(loss, last=last)
+        return result.sums
 
-    def _keys(self, step: Step, members: Members) -> list[int]:
+    def _score(
+        self, work: StepWork, members: Members, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of a micro-batch's sequences, and their weights [S]."""
+        batch = collate([work.examples[i] for i in members], self._dropout_keys(work.step, members))
+        logps = self.engine.score(batch)
+        weights = torch.zeros(len(logps), dtype=logps.dtype)
+        weights[: batch.sequences] = weight
+        return logps, weights.to(logps.device)
+
+    def _see_step(self, work: StepWork, mine: RankWork) -> None:
+        """Show the objective the log-probs of the whole step, in the order of its examples."""
+
+        def logps(members: Members, _last: bool) -> list[list[float]]:
+            with torch.no_grad():
+                scored, _ = self._score(work, members, 1.0)
+            branches = len(work.examples[members[0]].branches)
+            rows: list[list[float]] = scored.view(-1, branches).tolist()
+            return rows[: len(members)]
+
+        def run() -> list[tuple[int, list[float]]]:
+            for _ in range(mine.fillers):
+                logps((mine.smallest,), False)
+            done = self.budget.run(
+                mine.micro_batches, work.tokens, logps,
+                lambda i: no_room(work.examples[i], work.tokens[i]),
+            )  # fmt: skip
+            return [pair for members, rows in done for pair in zip(members, rows, strict=True)]
+
+        parts = self.engine.gather(run, lambda rows: rows)
+        rows = dict(row for part in parts for row in part)
+        whole = torch.tensor([rows[i] for i in range(len(rows))], dtype=self.engine.device.sums)
+        place = self.engine.device.torch_device
+        self.objective.see_step(whole.to(place).flatten(), work.step.examples)
+
+    def _sums(self, work: StepWork, results: Sequence[MicroBatchResult]) -> dict[str, float]:
+        """The micro-batches' sums on the host, added up, and the `budget` that is left."""
+        sums: dict[str, float] = {}
+        if results:
+            names = list(results[0].sums)
+            values = [one.sums[name] for one in results for name in names]
+            numbers = iter(torch.stack(values).tolist())  # the step's only wait
+            for one in results:
+                parts = dict(zip(names, numbers, strict=False))
+                if not math.isfinite(parts["loss"]):
+                    examples = [work.examples[i] for i in one.members]
+                    raise self._not_finite(work.step.number, examples)
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return {**sums, "budget": self.budget.tokens}
+
+    def _dropout_keys(self, step: Step, members: Members) -> list[int] | None:
         """The keys of some positions' dropout masks; two copies of a record have their own."""
+        seed = self._dropout_seed
+        if seed is None:
+            return None
         copies = step.copies
-        return [record_key(self.seed, step.number, step.examples[i], copies[i]) for i in members]
+        return [record_key(seed, step.number, step.examples[i], copies[i]) for i in members]
 
-    def _not_finite(self, step: int, trees: Sequence[Example]) -> TandemError:
-        if self.learns:
-            return not_finite("loss", step, trees)
+    def _not_finite(self, step: int, examples: Sequence[Example]) -> TandemError:
+        if self._learns:
+            return not_finite("loss", step, examples)
         return TandemError(
             f"the loss of held-out records is not finite after {step} steps. Records: "
-            f"{_origins(trees)}. Lower the learning rate, or look at these records."
+            f"{_origins(examples)}. Lower the learning rate, or look at these records."
         )
 
 
 def rank_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: bool) -> RankWork:
     """A rank's micro-batches; fillers where all ranks must run `equally_many`."""
-    pieces = plan.ranks[rank]
-    trees = [i for members in pieces for i in members] or range(len(tokens))
-    smallest = min(trees, key=lambda i: (tokens[i], i))
-    return RankWork(pieces, plan.micro_batches - len(pieces) if equally_many else 0, smallest)
+    own = plan.ranks[rank]
+    positions = [i for members in own for i in members] or range(len(tokens))
+    smallest = min(positions, key=lambda i: (tokens[i], i))
+    return RankWork(own, plan.micro_batches - len(own) if equally_many else 0, smallest)
 
 
 def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -165,14 +243,14 @@ def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return sums
 
 
-def not_finite(what: str, step: int, trees: Sequence[Example]) -> TandemError:
+def not_finite(what: str, step: int, examples: Sequence[Example]) -> TandemError:
     """The error of a step whose loss or gradient is no number, or beyond all bounds."""
     return TandemError(
         f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
-        f"{_origins(trees)}. Lower the learning rate, or look at these records."
+        f"{_origins(examples)}. Lower the learning rate, or look at these records."
     )
 
 
-def _origins(trees: Sequence[Example]) -> str:
-    more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
-    return "; ".join(str(tree.origin) for tree in trees[:8]) + more
+def _origins(examples: Sequence[Example]) -> str:
+    more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
+    return "; ".join(str(example.origin) for example in examples[:8]) + more

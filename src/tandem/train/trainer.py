@@ -1,4 +1,4 @@
-"""The training loop: steps of examples, micro-batches of trees, one line of metrics."""
+"""The training loop: steps of examples, and callbacks between them."""
 
 from __future__ import annotations
 
@@ -8,225 +8,144 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
-from tandem.data.batching.sampler import Step, StepSampler, WeightedSource
+from tandem.data.batching.packing import padded_tokens
+from tandem.data.batching.sampler import Step
 from tandem.data.records import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
-from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
-from tandem.storage.atomic_files import append_jsonl
-from tandem.train.checkpoint import CheckpointStore, RunState
-from tandem.train.engines.engine import Engine
-from tandem.train.held_out_evaluation import HeldOutEvaluation, forget_after
-from tandem.train.losses.objectives import Objective
-from tandem.train.step import StepRunner, StepWork, added, not_finite, rank_work
-from tandem.train.token_budget import TokenBudget
+from tandem.train.callbacks.callback import StepReport, TrainingRun
+from tandem.train.run_state import RunState
+from tandem.train.step import StepResult, StepRunner, not_finite
 
 # Seconds within which two different signals are one request to stop.
 _SAME_REQUEST = 5.0
+# Sums of the loop itself, among those of the objective.
+_OWN_SUMS = ("steps", "grad_norm", "tokens", "examples", "seconds")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When things happen, by step number, and how a step is packed.
-
-    `attention_weight` is for balance between processes, see `packing.example_cost`; `parts` are
-    the weights of the records, see `data.order.steps`.
-    """
-
-    total_steps: int
-    batch_size: int
-    seed: int
-    attention_weight: float
-    logging_steps: int
-    save_steps: int
-    parts: tuple[WeightedSource, ...] = ()
-
-
-class Training:
-    """One training run from a step to the last: the state that a loop needs a name for.
+class Trainer:
+    """Takes the steps of a run.
 
     Args:
-        engine: prepared with the model and its optimizer.
-        model: the adapter-wrapped model, for checkpoints.
-        trees: all records.
-        objective: what a step minimises.
+        run: its engine prepared with the model and its optimizer.
+        runner: computes a step's micro-batches.
         learning_rate: a step's rate by its number from 0.
-        schedule: step counts.
-        budget: tokens of a micro-batch.
-        dropout: whether records need dropout keys.
-        folder: the stage's folder, for metrics.jsonl.
-        checkpoints: where checkpoints go.
-        progress: where the run stands (a fresh one, or a checkpoint's).
-        advance: told each finished step, and its metrics when it is a logged one.
-        held_out: scored on the way, if there is any.
     """
 
     def __init__(
-        self,
-        *,
-        engine: Engine,
-        model: Any,
-        trees: Sequence[Example],
-        objective: Objective,
-        learning_rate: Callable[[int], float],
-        schedule: Schedule,
-        budget: TokenBudget,
-        dropout: bool,
-        folder: Path,
-        checkpoints: CheckpointStore,
-        progress: RunState,
-        advance: Callable[[int, dict[str, float]], None],
-        held_out: HeldOutEvaluation | None = None,
+        self, run: TrainingRun, runner: StepRunner, learning_rate: Callable[[int], float]
     ) -> None:
-        self.engine = engine
-        self.model = model
-        self.trees = trees
-        self.objective = objective
+        self.training = run
+        self.runner = runner
         self.learning_rate = learning_rate
-        self.schedule = schedule
-        self.budget = budget
-        self.micro_batches = StepRunner(
-            engine, objective, budget, seed=schedule.seed, dropout=dropout
-        )
-        self.metrics_path = folder / "metrics.jsonl"
-        self.checkpoints = checkpoints
-        self.progress = progress
-        self.advance = advance
-        self.held_out = held_out
 
-    def run(self) -> RunState:
+    def run(self) -> None:
         """Take all remaining steps.
 
-        Raises Stopped after a checkpoint when a process is asked to end, and TandemError before
-        a step that is not finite.
+        Raises Stopped after a checkpoint when a process, or a callback, is asked to end, and
+        TandemError before a step that is not finite.
         """
-        schedule, progress, processes = self.schedule, self.progress, self.engine.processes
-        # A killed run may have logged steps beyond its last checkpoint; they are taken again.
-        processes.on_rank0(lambda: forget_after(self.metrics_path, progress.step))
-        self.model.train()
-        remaining = self._sampler.steps(progress.step, schedule.total_steps)
+        run, model = self.training, self.training.engine.model
+        model.train()
         with _stop_requests() as stop:
-            if self.held_out is not None:
-                self.held_out.begin(progress)
-            for step in remaining:
-                self._take(step)
-                last = progress.step == schedule.total_steps
-                if self.held_out is not None and (self.held_out.due(progress.step) or last):
-                    self.held_out.score(progress, self._epoch())
-                stopping = processes.any_rank(stop.requested)
-                if progress.step % schedule.save_steps == 0 or last or stopping:
-                    self._save()
-                if stopping and not last:
-                    processes.raise_on_all(
-                        Stopped(
-                            f"stopped after step {progress.step} of {schedule.total_steps}; a "
-                            "checkpoint is written. The same command goes on from there."
-                        )
-                    )
-        self.model.eval()
-        return progress
+            for callback in run.callbacks:
+                callback.on_train_begin(run)
+            for step in run.sampler.steps(run.state.step, run.total_steps):
+                report = self._take(step)
+                for callback in run.callbacks:
+                    callback.on_step_end(run, report)
+                self._end_step(stop.requested, last=report.last)
+        model.eval()
 
-    def _take(self, step: Step) -> None:
+    def _end_step(self, requested: bool, *, last: bool) -> None:
+        """Let callbacks do what they do before the next step; raise Stopped where it ends here."""
+        run, processes = self.training, self.training.engine.processes
+        run.stopping = processes.any_rank(requested or bool(run.stop_reason))
+        for callback in run.callbacks:
+            callback.before_next_step(run)
+        if run.stopping and not last:
+            why = f": {run.stop_reason}" if run.stop_reason else ""
+            processes.raise_on_all(
+                Stopped(
+                    f"stopped after step {run.state.step} of {run.total_steps}{why}; a "
+                    "checkpoint is written. The same command goes on from there."
+                )
+            )
+
+    def _take(self, step: Step) -> StepReport:
+        engine, state = self.training.engine, self.training.state
         began = time.perf_counter()
-        trees = [self.trees[i] for i in step.examples]
-        denominator = self.objective.denominator(trees)
-        tokens = [tokens_fed(self.model, tree) for tree in trees]
-        costs = [example_cost(tree, self.schedule.attention_weight) for tree in trees]
-        engine, processes = self.engine, self.engine.processes
-        budget = self.budget.tokens
-        plan = plan_step(
-            tokens, costs, budget, processes.count,
-            pack_share=lambda share: micro_batches(self.model, [trees[i] for i in share], budget),
-        )  # fmt: skip
-        work = StepWork(step, trees, tokens, denominator)
-        mine = rank_work(plan, processes.rank, tokens, equally_many=engine.sharded)
-        # Gradients are exchanged once all processes know that none has failed.
-        parts = engine.gather(
-            lambda: self.micro_batches.run(work, mine),
-            lambda found: self.micro_batches.sums_of(work, found),
-        )
-        self.budget.settle([int(part.pop("budget")) for part in parts], processes)
-        sums = {"count": float(denominator), "steps": 1.0, **added(parts)}
+        result = self.runner.run(step)
+        work = result.work
         rate = self.learning_rate(step.number)
         norm = engine.step(rate)
         if not math.isfinite(norm):
             # The norm is of exchanged gradients, so that all ranks find the same.
-            processes.raise_on_all(not_finite("gradient", step.number, trees))
+            engine.processes.raise_on_all(not_finite("gradient", step.number, work.examples))
         engine.device.synchronize()
-        sums |= {"grad_norm": norm, "tokens": sum(tokens), "examples": len(trees)}
-        sums["seconds"] = time.perf_counter() - began
-        self.progress.micro_batches += sum(len(own) for own in plan.ranks)
-        self.progress.fill += plan.fill
-        self.progress.imbalance += plan.imbalance
-        self._account(step, trees, sums, rate)
-
-    def _save(self) -> None:
-        progress = self.progress
-        trained, state = self.engine.trained(), self.engine.optimizer_state()
-        self.engine.processes.on_rank0(
-            lambda: self.checkpoints.save(self.model, trained, state, progress)
-        )
-        if self.held_out is not None:
-            self.held_out.saved()
-
-    def _account(
-        self, step: Step, trees: Sequence[Example], sums: dict[str, float], rate: float
-    ) -> None:
-        progress = self.progress
-        progress.step = step.number + 1
-        progress.seconds += sums["seconds"]
-        progress.examples += len(trees)
-        progress.tokens += int(sums["tokens"])
-        if not is_padded(self.model):
-            _account_savings(progress, trees)
+        sums = {
+            "count": float(work.denominator),
+            "steps": 1.0,
+            **result.sums,
+            "grad_norm": norm,
+            "tokens": float(sum(work.tokens)),
+            "examples": float(len(work.examples)),
+            "seconds": time.perf_counter() - began,
+        }
+        _account(state, result, sums["seconds"], padded=is_padded(engine.model))
         for name, value in sums.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
-        logged: dict[str, float] = {}
-        last = progress.step == self.schedule.total_steps
-        if progress.step % self.schedule.logging_steps == 0 or last:
-            memory = max(self.engine.processes.gather(self.engine.device.peak_memory))
-            logged = {**self._metrics(rate), "memory_bytes": memory}
-            self.engine.processes.on_rank0(lambda: append_jsonl(self.metrics_path, logged))
-            progress.sums = {}
-        self.advance(progress.step, logged)
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        last = state.step == self.training.total_steps
+        if not last and state.step % self.training.settings.logging_steps:
+            return StepReport({}, last)
+        metrics = self._metrics(rate)
+        state.sums = {}
+        return StepReport(metrics, last)
 
     def _metrics(self, rate: float) -> dict[str, float]:
-        sums = self.progress.sums
+        """A line of metrics.jsonl over the steps since the last one."""
+        run, sums = self.training, self.training.state.sums
+        of_objective = {name: value for name, value in sums.items() if name not in _OWN_SUMS}
         return {
-            "step": self.progress.step,
-            "epoch": self._epoch(),
-            **self.objective.metrics(sums),
+            "step": run.state.step,
+            "epoch": run.epoch,
+            **self.runner.objective.metrics(of_objective),
             "grad_norm": sums["grad_norm"] / sums["steps"],
             "learning_rate": rate,
             "step_seconds": sums["seconds"] / sums["steps"],
             "tokens": sums["tokens"],
             "examples": sums["examples"],
             "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "memory_bytes": max(run.engine.processes.gather(run.engine.device.peak_memory)),
         }
 
-    def _epoch(self) -> float:
-        return round(self._sampler.epochs_after(self.progress.step), 4)
 
-    @property
-    def _sampler(self) -> StepSampler:
-        schedule = self.schedule
-        return StepSampler(len(self.trees), schedule.batch_size, schedule.seed, schedule.parts)
+def _account(state: RunState, result: StepResult, seconds: float, *, padded: bool) -> None:
+    """Count a finished step."""
+    work, plan = result.work, result.plan
+    state.step = work.step.number + 1
+    state.seconds += seconds
+    state.examples += len(work.examples)
+    state.tokens += sum(work.tokens)
+    state.micro_batches += sum(len(own) for own in plan.ranks)
+    state.fill += plan.fill
+    state.imbalance += plan.imbalance
+    if not padded:
+        _account_savings(state, work.examples)
 
 
-def _sequence_length(tree: Example, branch: int) -> int:
-    return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
-
-
-def _account_savings(progress: RunState, trees: Sequence[Example]) -> None:
-    lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
-    progress.padded_tokens += padded_tokens(lengths)
-    # What every branch after a tree's first would have fed again.
-    progress.shared_tokens += sum(
-        (len(tree.branches) - 1) * len(tree.prefix.input_ids) for tree in trees
+def _account_savings(state: RunState, examples: Sequence[Example]) -> None:
+    lengths = [
+        len(example.prefix.input_ids) + len(branch.input_ids)
+        for example in examples
+        for branch in example.branches
+    ]
+    state.padded_tokens += padded_tokens(lengths)
+    # What every branch after an example's first would have fed again.
+    state.shared_tokens += sum(
+        (len(example.branches) - 1) * len(example.prefix.input_ids) for example in examples
     )
 
 

@@ -1,10 +1,10 @@
-"""The supervised loss: negative log-likelihood of the trained tokens."""
+"""What a step minimises: from log-probs of sequences to a loss and named sums."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tandem.data.records import Example
 from tandem.errors import UserError
-from tandem.train.losses.paired import sigmoid_loss
+from tandem.recipe.training_settings import DpoSettings
+from tandem.train.losses.registry import AnswerLogps, PreferenceLoss
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:
@@ -41,14 +42,33 @@ class LossSums:
 
 
 class Objective(Protocol):
-    """Turns sequence log-probs into losses; the loop knows nothing else about a stage."""
+    """Turns sequence log-probs into losses; the loop knows nothing else about a stage.
 
-    def denominator(self, trees: Sequence[Example]) -> int:
+    `couples` says whether the loss of one example depends on the others of its step: `see_step`
+    is then called before the step's first `loss`.
+    """
+
+    couples: bool
+
+    def denominator(self, examples: Sequence[Example]) -> int:
         """What the step's summed loss is divided by, known before its first forward."""
         ...
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
-        """The loss of a micro-batch's examples from their sequences' log-probs [S]."""
+    def see_step(self, logps: Tensor, indices: Sequence[int]) -> None:
+        """Take the log-probs of a whole step, of all processes, without gradients [S]."""
+        ...
+
+    def loss(
+        self, logps: Tensor, weights: Tensor, indices: Sequence[int], *, first_step: bool
+    ) -> LossSums:
+        """The loss of a micro-batch.
+
+        Args:
+            logps: of its sequences [S].
+            weights: 1, or 0 for a sequence that only fills the micro-batch up [S].
+            indices: of its examples.
+            first_step: whether nothing is trained yet.
+        """
         ...
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -70,14 +90,21 @@ def trained_tokens(tree: Example) -> int:
 class SupervisedObjective:
     """Negative log-likelihood per trained token of the step."""
 
-    def denominator(self, trees: Sequence[Example]) -> int:
-        """The step's trained tokens."""
-        return sum(trained_tokens(tree) for tree in trees)
+    couples = False
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
-        """Sum of negative log-probs; see `Objective.part`."""
-        del examples, first_step
-        loss = negative_log_likelihood(logps)
+    def denominator(self, examples: Sequence[Example]) -> int:
+        """The step's trained tokens."""
+        return sum(trained_tokens(example) for example in examples)
+
+    def see_step(self, logps: Tensor, indices: Sequence[int]) -> None:
+        """Not called: every token counts for itself."""
+
+    def loss(
+        self, logps: Tensor, weights: Tensor, indices: Sequence[int], *, first_step: bool
+    ) -> LossSums:
+        """Sum of negative log-probs; see `Objective.loss`."""
+        del indices, first_step
+        loss = negative_log_likelihood(logps * weights)
         return LossSums(loss, {"loss": loss.detach()})
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -86,70 +113,88 @@ class SupervisedObjective:
 
 
 class PreferenceObjective:
-    """Sigmoid DPO (arXiv 2305.18290) averaged over the step's pairs.
+    """A preference loss averaged over the step's pairs.
 
     Args:
-        reference: log-probs of every example's two answers under the reference [n, 2] float64.
-        beta: strength of the pull towards the reference.
+        loss: a registered one.
+        settings: of the stage, with the loss's own numbers.
+        tokens: trained tokens of every example's two answers [n, 2].
+        reference: their log-probs under the reference [n, 2] float64, None for a loss without.
         relative_tolerance: of the step-0 check, what the precision in use explains.
     """
 
-    _MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
     def __init__(
-        self, reference: NDArray[np.float64], *, beta: float, relative_tolerance: float
+        self,
+        loss: PreferenceLoss,
+        settings: DpoSettings,
+        tokens: NDArray[Any],
+        reference: NDArray[np.float64] | None,
+        relative_tolerance: float,
     ) -> None:
-        self.reference = torch.from_numpy(reference)
-        self.beta = beta
-        self.relative_tolerance = relative_tolerance
+        self.couples = loss.statistic is not None
+        self._loss = loss
+        self._settings = settings
+        self._tokens = torch.from_numpy(np.asarray(tokens))
+        self._reference = None if reference is None else torch.from_numpy(reference)
+        self._tolerance = relative_tolerance
+        self._statistic: tuple[Any, ...] = ()
 
-    def denominator(self, trees: Sequence[Example]) -> int:
+    def denominator(self, examples: Sequence[Example]) -> int:
         """The step's pairs."""
-        return len(trees)
+        return len(examples)
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
+    def see_step(self, logps: Tensor, indices: Sequence[int]) -> None:
+        """Compute the loss's statistic of a step."""
+        if self._loss.statistic is not None:
+            answers = self._answers(logps.view(-1, 2), indices)
+            self._statistic = (self._loss.statistic(*answers, self._settings),)
+
+    def loss(
+        self, logps: Tensor, weights: Tensor, indices: Sequence[int], *, first_step: bool
+    ) -> LossSums:
         """Sum of the pairs' losses; in the first step, the step-0 check as well."""
         policy = logps.view(-1, 2)  # [P, 2] chosen, rejected
-        reference, real = self._rows(examples, policy)
-        if first_step:
+        chosen, rejected = self._answers(policy, indices)
+        if first_step and chosen.reference is not None and rejected.reference is not None:
+            reference = torch.stack((chosen.reference, rejected.reference), dim=1)
             self._check_start(policy.detach(), reference)
-        result = sigmoid_loss(
-            policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=self.beta
-        )
-        margins = result.chosen_rewards - result.rejected_rewards
-        # Pairs that only fill a declared shape up have zeros everywhere, and so a loss of ln 2.
-        loss = (result.loss * real).sum()
-        return LossSums(
-            loss,
-            {
-                "loss": loss.detach(),
-                "rewards/chosen": result.chosen_rewards.sum(),
-                "rewards/rejected": result.rejected_rewards.sum(),
-                "rewards/margins": margins.sum(),
-                "rewards/accuracies": (margins > 0).to(margins.dtype).sum(),
-                "logps/chosen": policy[:, 0].detach().sum(),
-                "logps/rejected": policy[:, 1].detach().sum(),
-            },
-        )
-
-    def _rows(self, examples: Sequence[int], policy: Tensor) -> tuple[Tensor, Tensor]:
-        """The reference of the policy's rows [P, 2], and which of them are pairs [P], 1 or 0."""
-        reference = torch.zeros(policy.shape, dtype=policy.dtype)
-        reference[: len(examples)] = self.reference[list(examples)].to(policy.dtype)
-        real = torch.zeros(len(policy), dtype=policy.dtype)
-        real[: len(examples)] = 1.0
-        return reference.to(policy.device), real.to(policy.device)
+        value = self._loss.compute(chosen, rejected, self._settings, *self._statistic)
+        # A pair that only fills a declared shape up has log-probs of 0, and yet a loss.
+        real = weights.view(-1, 2)[:, 0]
+        loss = (value.loss * real).sum()
+        metrics = {
+            **value.metrics,
+            "logps/chosen": policy[:, 0].detach(),
+            "logps/rejected": policy[:, 1].detach(),
+        }
+        sums = {name: (metric * real).sum() for name, metric in metrics.items()}
+        return LossSums(loss, {"loss": loss.detach(), **sums})
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means over pairs, under TRL's names."""
-        names = ("loss", *self._MEANS, "logps/chosen", "logps/rejected")
-        return {name: sums[name] / sums["count"] for name in names}
+        """Means over pairs; those of rewards have TRL's names."""
+        return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+
+    def _answers(self, policy: Tensor, indices: Sequence[int]) -> tuple[AnswerLogps, AnswerLogps]:
+        """The chosen and the rejected answers of a micro-batch, filled up as the policy is."""
+
+        def rows(values: Tensor) -> Tensor:
+            found = torch.zeros(policy.shape, dtype=policy.dtype)
+            found[: len(indices)] = values[list(indices)].to(policy.dtype)
+            return found.to(policy.device)
+
+        tokens = rows(self._tokens)
+        reference = None if self._reference is None else rows(self._reference)
+        chosen, rejected = (
+            AnswerLogps(policy[:, i], None if reference is None else reference[:, i], tokens[:, i])
+            for i in (0, 1)
+        )
+        return chosen, rejected
 
     def _check_start(self, policy: Tensor, reference: Tensor) -> None:
         # With B = 0 the policy is the reference: any other difference is a mistake that training
         # would silently build on.
         gap = (policy - reference).abs()
-        allowed = self.relative_tolerance * (reference.abs() + 10.0)
+        allowed = self._tolerance * (reference.abs() + 10.0)
         if bool((gap > allowed).any()):
             worst = int((gap - allowed).flatten().argmax())
             raise UserError(

@@ -1,42 +1,28 @@
-"""Preference losses as functions of sequence log-probabilities."""
+"""Losses that compare a chosen and a rejected answer to one prompt."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """Per-pair results, each [P]: the loss, and the implicit rewards (detached)."""
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
+from tandem.recipe.training_settings import DpoSettings
+from tandem.train.losses.registry import AnswerLogps, LossValue, preference_loss
 
 
-def sigmoid_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-) -> PreferenceLoss:
-    """The DPO loss, equation 7 of arXiv 2305.18290.
+@preference_loss("sigmoid", reference=True)
+def sigmoid(chosen: AnswerLogps, rejected: AnswerLogps, settings: DpoSettings) -> LossValue:
+    """The DPO loss, equation 7 of arXiv 2305.18290."""
+    loss = -F.logsigmoid(settings.beta * (chosen.ratio - rejected.ratio))
+    return LossValue(loss, rewards(chosen, rejected, settings.beta))
 
-    Args:
-        policy_chosen, policy_rejected: log pi(y|x) summed over the answer's tokens [P].
-        reference_chosen, reference_rejected: the same under the reference model [P].
-        beta: strength of the pull towards the reference.
-    """
-    chosen_ratio = policy_chosen - reference_chosen
-    rejected_ratio = policy_rejected - reference_rejected
-    loss = -F.logsigmoid(beta * (chosen_ratio - rejected_ratio))
-    return PreferenceLoss(
-        loss=loss,
-        chosen_rewards=beta * chosen_ratio.detach(),
-        rejected_rewards=beta * rejected_ratio.detach(),
-    )
+
+def rewards(chosen: AnswerLogps, rejected: AnswerLogps, beta: float) -> dict[str, Tensor]:
+    """The implicit rewards of both answers, their margin, and whether it is positive [P]."""
+    of_chosen, of_rejected = beta * chosen.ratio.detach(), beta * rejected.ratio.detach()
+    margins = of_chosen - of_rejected
+    return {
+        "rewards/chosen": of_chosen,
+        "rewards/rejected": of_rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+    }

@@ -1,0 +1,1 @@
+"""What happens between the steps of a run: lines of metrics, scores, checkpoints, trackers."""

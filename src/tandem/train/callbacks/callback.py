@@ -1,0 +1,156 @@
+"""The hook for all that happens between steps, and the run as a callback sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tandem.data.batching.sampler import StepSampler
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.console import StageProgress
+from tandem.storage.atomic_files import append_jsonl
+from tandem.train.checkpoint import CheckpointStore
+from tandem.train.engines.engine import Engine
+from tandem.train.run_state import RunState, forget_after
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step that is done.
+
+    Attributes:
+        metrics: as in a line of metrics.jsonl, every `logging_steps` and at the end; else empty.
+        last: whether it is the run's last step.
+    """
+
+    metrics: dict[str, float]
+    last: bool
+
+
+@dataclass
+class TrainingRun:
+    """A run of a training stage, the same in all processes.
+
+    Attributes:
+        name: of the stage: sft or dpo.
+        settings: of the stage.
+        folder: where it writes.
+        engine: holds the model, and knows the device and the processes.
+        dataset: the encoded records that are trained on.
+        sampler: which of them a step has.
+        total_steps: of the whole run.
+        execution: how the work is done, as in the manifest.
+        log: puts a line on the console.
+        callbacks: called in this order.
+        state: where the run stands.
+        baseline_memory: bytes that this process held before it loaded the model.
+        stop_reason: why a callback asked to stop; empty if none did.
+        stopping: known in `before_next_step`: whether the run ends after this step.
+    """
+
+    name: str
+    settings: TrainingSettings
+    folder: Path
+    engine: Engine
+    dataset: Any
+    sampler: StepSampler
+    total_steps: int
+    execution: Mapping[str, Any]
+    log: Callable[[str], None]
+    callbacks: Sequence[Callback] = ()
+    state: RunState = field(default_factory=RunState)
+    baseline_memory: int = 0
+    stop_reason: str = ""
+    stopping: bool = False
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs, the last one in part, are done."""
+        return round(self.sampler.epochs_after(self.state.step), 4)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """End the run with a checkpoint after this step; one process that asks is enough."""
+        self.stop_reason = reason
+
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in rank 0 alone; its result in every process."""
+        return self.engine.processes.on_rank0(work)
+
+
+class Callback:
+    """Called at fixed points of a run, by all processes and in the order of the run's callbacks.
+
+    Methods that a subclass leaves out do nothing. What only one process may do, such as writing a
+    file, goes through `run.on_rank0`.
+    """
+
+    def on_set_up(self, run: TrainingRun, model: Any) -> None:
+        """Model and data are there; nothing is computed yet, `run.state` is a new run's."""
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Before the first step, or the first one after a resume."""
+
+    def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
+        """After each step."""
+
+    def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
+        """After held-out records were scored; `scores` as in a line of validation.jsonl."""
+
+    def before_next_step(self, run: TrainingRun) -> None:
+        """After `on_step_end` of all callbacks, when `run.stopping` is known."""
+
+    def on_checkpoint(self, run: TrainingRun) -> None:
+        """After a checkpoint was written."""
+
+    def on_train_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
+        """After the last step; what is added to `summary` goes into summary.json."""
+
+
+class MetricsLog(Callback):
+    """Writes metrics.jsonl."""
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Forget lines of steps that are taken again: a killed run may have logged beyond its last
+        checkpoint.
+        """
+        run.on_rank0(lambda: forget_after(run.folder / "metrics.jsonl", run.state.step))
+
+    def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
+        """Write a logged step's line."""
+        if report.metrics:
+            run.on_rank0(lambda: append_jsonl(run.folder / "metrics.jsonl", report.metrics))
+
+
+class ShowProgress(Callback):
+    """Shows steps and scores on the console."""
+
+    def __init__(self, display: StageProgress) -> None:
+        self._display = display
+
+    def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
+        """Move the bar, or print a logged step's line."""
+        self._display.advance(run.state.step, report.metrics)
+
+    def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
+        """Show the scores."""
+        self._display.scored(run.state.step, scores)
+
+
+class SaveCheckpoints(Callback):
+    """Writes a checkpoint every so many steps, after the last one, and where a run stops."""
+
+    def __init__(self, checkpoints: CheckpointStore, every: int) -> None:
+        self._checkpoints = checkpoints
+        self._every = every
+
+    def before_next_step(self, run: TrainingRun) -> None:
+        """Write the step's checkpoint, if it is due."""
+        engine, step = run.engine, run.state.step
+        if step % self._every and step < run.total_steps and not run.stopping:
+            return
+        trained, optimizer = engine.trained(), engine.optimizer_state()
+        run.on_rank0(lambda: self._checkpoints.save(engine.model, trained, optimizer, run.state))
+        for callback in run.callbacks:
+            callback.on_checkpoint(run)

@@ -1,0 +1,127 @@
+"""Held-out records scored between steps with the model as it stands, and the best adapter kept."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.data.batching.sampler import Step
+from tandem.storage.atomic_files import append_jsonl
+from tandem.storage.hashing import Damaged
+from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
+from tandem.train.checkpoint import CheckpointStore, read_checkpoint
+from tandem.train.run_state import RunState, forget_after
+from tandem.train.step import StepRunner, added
+
+# Records whose sums travel at once.
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Best:
+    """What makes one adapter better than another: a metric's name, and which way is up."""
+
+    metric: str
+    higher: bool
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether a value beats another; an equal one does not."""
+        return than is None or (value > than if self.higher else value < than)
+
+
+class HeldOutEvaluation(Callback):
+    """Scores the held-out records before the first step, on the way and at the end.
+
+    It draws nothing at random and leaves gradients and optimizer alone, so that training goes on
+    as it would have. Every line of validation.jsonl is one score.
+
+    Args:
+        runner: of the held-out records, without a backward.
+        every: steps from one score to the next.
+        best: how the best adapter is told, when it is to be kept.
+        checkpoints: the run's; a best adapter stays as long as one of them remembers it.
+    """
+
+    def __init__(
+        self, runner: StepRunner, every: int, best: Best | None, checkpoints: CheckpointStore
+    ) -> None:
+        self._runner = runner
+        self._every = every
+        self._best = best
+        self._checkpoints = checkpoints
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Forget scores beyond the step that the run goes on from; score before the first one."""
+        # Scores come before the step's checkpoint, so that none is missing up to there.
+        first = run.state.step == 0
+        known = -1 if first else run.state.step
+        run.on_rank0(lambda: forget_after(run.folder / "validation.jsonl", known))
+        if first:
+            self._score(run)
+
+    def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
+        """Score every so many steps, and at the end."""
+        if report.last or run.state.step % self._every == 0:
+            self._score(run)
+
+    def on_checkpoint(self, run: TrainingRun) -> None:
+        """Forget best adapters that neither the run nor a checkpoint of it can come back to."""
+        run.on_rank0(lambda: self._forget_unneeded(best_adapters(run.folder)))
+
+    def _score(self, run: TrainingRun) -> None:
+        """Score all held-out records and write the line; keep the adapter if it is the best yet."""
+        state, model = run.state, run.engine.model
+        began = time.perf_counter()
+        model.eval()
+        sums: dict[str, float] = {}
+        count, total = 0, len(self._runner.examples)
+        for start in range(0, total, _BLOCK):
+            block = tuple(range(start, min(start + _BLOCK, total)))
+            result = self._runner.run(Step(state.step, 0, block))
+            sums, count = added([sums, result.sums]), count + result.work.denominator
+        model.train()
+        metrics = self._runner.objective.metrics({**sums, "count": float(count)})
+        seconds = time.perf_counter() - began
+        state.validation_seconds += seconds
+        line = {
+            "step": state.step,
+            "epoch": run.epoch,
+            **{f"eval_{name}": value for name, value in metrics.items()},
+            "eval_seconds": seconds,
+        }
+        run.on_rank0(lambda: append_jsonl(run.folder / "validation.jsonl", line))
+        self._keep(run, metrics)
+        for callback in run.callbacks:
+            callback.on_evaluate(run, line)
+
+    def _keep(self, run: TrainingRun, metrics: dict[str, float]) -> None:
+        state, best = run.state, self._best
+        if best is None or not best.better(metrics[best.metric], state.best):
+            return
+        state.best_step, state.best = state.step, metrics[best.metric]
+        trained, kept = run.engine.trained(), best_adapters(run.folder)
+        run.on_rank0(lambda: kept.save(run.engine.model, trained, {}, state))
+
+    def _forget_unneeded(self, kept: CheckpointStore) -> None:
+        needed = {state.best_step for state in self._checkpoints.steps()}
+        for state in kept.steps():
+            if state.step not in needed:
+                shutil.rmtree(kept.path_of(state.step))
+
+
+def best_adapters(folder: Path) -> CheckpointStore:
+    """Where a stage keeps the best adapters until it is finished."""
+    return CheckpointStore(folder / "best", keep=None)
+
+
+def why_best_is_gone(best: CheckpointStore, state: RunState) -> str:
+    """Why the best adapter that a checkpoint remembers cannot be had; empty where it can."""
+    if state.best_step is None:
+        return ""
+    try:
+        read_checkpoint(best.path_of(state.best_step))
+    except Damaged as error:
+        return str(error)
+    return ""
