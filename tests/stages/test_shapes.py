@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tandem.errors import UserError
 from tandem.integrations.gaudi.static_shapes import Buckets, declared_shapes
-from tandem.recipe.run_settings import HpuSettings, Runtime
+from tandem.recipe.run_settings import HpuSettings
 from tandem.recipe.training_settings import DpoSettings
 from tandem.runtime.device import Device
 
 from ..data.test_buckets import as_trees, make_pair
+from ..jobs import run_settings
 
 # Each feeds 10 + 5 + 5 rows.
 TREES = as_trees([make_pair(row, 10, 6, 6) for row in range(12)])
@@ -27,7 +30,7 @@ def declare(
         TREES,
         SETTINGS,
         device=Device(torch.device(kind), torch.float32),
-        runtime=Runtime(hpu=hpu, tokens_per_microbatch=tokens or "auto"),
+        runtime=run_settings("", Path(), hpu=hpu, tokens_per_microbatch=tokens or "auto"),
         budget=tokens or 50,
         seed=1,
         log=told.append,

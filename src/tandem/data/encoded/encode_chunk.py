@@ -9,7 +9,7 @@ from itertools import islice
 from tandem.data.encoded.dataset import Columns, to_columns
 from tandem.data.formats.known_formats import Kind
 from tandem.data.ledger import Entry
-from tandem.data.read_records import OnBadRecord, records_of
+from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize.behind_prompt import Refused
@@ -17,7 +17,6 @@ from tandem.data.tokenize.encode import (
     Chat,
     Encoded,
     Exchange,
-    LossOn,
     conversation_tree,
     encode_exchanges,
     encode_text,
@@ -29,6 +28,7 @@ from tandem.data.tokenize.encode import (
 from tandem.data.tokenize.template_capabilities import NO_REASONING, in_form, suited
 from tandem.data.truncation.conversation import Fitted, Light, fit_conversation, fit_pair, lighten
 from tandem.data.truncation.limits import Limits
+from tandem.recipe.choices import LossOn, OnBadRecord
 
 
 @dataclass(frozen=True, slots=True)

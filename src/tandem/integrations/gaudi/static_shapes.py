@@ -17,7 +17,7 @@ from tandem.data.batching.packing import pack
 from tandem.data.batching.sampler import Part, steps, steps_per_epoch
 from tandem.data.encoded.dataset import Trees
 from tandem.errors import UserError
-from tandem.recipe.run_settings import HpuSettings, Runtime
+from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
@@ -198,7 +198,7 @@ def declared_shapes(
     settings: TrainingSettings,
     *,
     device: Device,
-    runtime: Runtime,
+    runtime: RunSettings,
     budget: int,
     seed: int,
     log: Callable[[str], None],

@@ -6,30 +6,29 @@ from tandem.integrations.choose_engine import choose_strategy
 from tandem.integrations.deepspeed.ds_config import Settled
 from tandem.model.quantize import check_quantization
 from tandem.model.torch_compile import check_compile
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 
 
-def start_engine(
-    device: Device, processes: ProcessGroup, settings: TrainingSettings, runtime: Runtime
-) -> Engine:
-    """The engine that a recipe asks for, which holds no model yet.
+def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> Engine:
+    """Start the engine that a job asks for; it holds no model yet.
 
     Raises UserError for what does not exist here, does not fit the number of processes, or does
     not go together.
     """
+    run = job.run
     exact_float32()
     strategy = choose_strategy(
-        runtime.engine,
+        run.engine,
         device=device.kind,
         processes=processes.count,
-        settled=_settled(settings, device, processes.count),
+        settled=_settled(job.settings, device, processes.count),
     )
-    check_quantization(runtime.quantization, device=device.kind, sharded=strategy.sharded)
-    check_compile(runtime.compile, device=device.kind, sharded=strategy.sharded)
+    check_quantization(run.quantization, device=device.kind, sharded=strategy.sharded)
+    check_compile(run.compile, device=device.kind, sharded=strategy.sharded)
     return Engine(device, processes, strategy)
 
 
