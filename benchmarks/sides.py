@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
+from tandem.recipe.choices import DeviceName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import RunSettings
@@ -68,7 +69,7 @@ def measure(work: Work) -> Measured:
     )
 
 
-def _run_tandem(work: Work, trees: list[Tree]) -> Ran:
+def _run_tandem(work: Work, trees: list[Example]) -> Ran:
     """The stage as `tandem sft` and `tandem dpo` run it; the seconds are those of its summary."""
     assert not work.records, "tandem's stages take the whole file"
     computed = len(trees)
@@ -119,7 +120,7 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         output_dir=str(Path(work.scratch) / name),
         chat_template=TEMPLATE,
         seed=SEED,
-        device=work.device,
+        device=cast(DeviceName, work.device),
         quantization="nf4" if work.side == "tandem-nf4" else None,
         compile=work.side == "tandem-compiled",
     )

@@ -63,11 +63,11 @@ def _objective(inputs: ObjectiveInputs, beta: float) -> BuiltObjective:
     store = ReferenceStore(lambda text: log(inputs.console, f"dpo: {text}"))
     with (
         adapter_off(inputs.model),
-        phase(inputs.console, "reference log-probs", len(inputs.trees)) as advance,
+        phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance,
     ):
         reference, computed = reference_logps(
             inputs.engine,
-            inputs.trees,
+            inputs.dataset,
             store=store,
             identity=identity,
             budget=inputs.budget,
@@ -77,8 +77,8 @@ def _objective(inputs: ObjectiveInputs, beta: float) -> BuiltObjective:
     seconds = time.perf_counter() - began
     log(
         inputs.console,
-        f"dpo: reference log-probs of {len(inputs.trees)} {inputs.what}pairs, {computed} computed "
-        f"and {len(inputs.trees) - computed} found in the store, {seconds:.1f} s",
+        f"dpo: reference log-probs of {len(inputs.dataset)} {inputs.what}pairs, {computed} "
+        f"computed and {len(inputs.dataset) - computed} found in the store, {seconds:.1f} s",
     )
     objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
     return BuiltObjective(objective, seconds, computed)

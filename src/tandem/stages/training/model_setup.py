@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import why_not
@@ -88,14 +88,14 @@ def set_up_model(
 
 
 def compile_model(
-    context: TrainContext, model: Any, trees: Trees, schedule: dict[str, Any]
+    context: TrainContext, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
 ) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
     settle_compile_caches(context.log)
     compiling = context.engine.processes.on_all(
-        lambda: warm_up(model, trees, context.engine.device, seed=context.job.run.seed)
+        lambda: warm_up(model, dataset, context.engine.device, seed=context.job.run.seed)
     )
     context.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
@@ -125,10 +125,10 @@ def _declare_shapes(context: TrainContext, records: Records, schedule: dict[str,
     held_out = records.held_out
     context.engine.buckets, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
         lambda: declared_shapes(
-            records.trees, context.job.settings,
+            records.dataset, context.job.settings,
             device=context.engine.device, runtime=context.job.run,
             budget=schedule["tokens_per_microbatch"], seed=context.job.run.seed,
             log=context.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.trees,
+            held_out=None if held_out is None else held_out.dataset,
         )
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from tandem.data.batching.sampler import total_steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
@@ -133,19 +133,17 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
     # From here on the folder is this stage's.
     processes.on_rank0(lambda: start_stage(folder, stage.name, inputs, schedule))
     processes.on_rank0(records.write_ledgers)
-    total = total_steps(
-        len(records.trees), settings.batch_size,
-        epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
-    )  # fmt: skip
+    sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
+    total = sampler.total_steps(settings)
     expected = processes.on_rank0(lambda: _forecast(context, records, model, schedule, held))
-    compiled = compile_model(context, model, records.trees, schedule)
+    compiled = compile_model(context, model, records.dataset, schedule)
     progress, state = _begin(context, model, total)
     context = context.warned(
-        *unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
+        *unmeant(settings, steps=total, records=len(records.dataset), processes=processes.count)
     )
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
-        engine, model, records.trees, hash_json(inputs["model"]), schedule["attention"],
+        engine, model, records.dataset, hash_json(inputs["model"]), schedule["attention"],
         _numerics(schedule), budget, context.console,
     )  # fmt: skip
     built = _objectives(stage, start, records)
@@ -191,7 +189,7 @@ def _forecast(
     job = context.job
     try:
         return forecast_run(
-            context.stage.name, records.trees, model, job.settings,
+            context.stage.name, records.dataset, model, job.settings,
             engine=context.engine, config=context.config, schedule=schedule, parts=records.parts,
             quantization=job.run.quantization, seed=job.run.seed, baseline=held,
         )  # fmt: skip
@@ -238,7 +236,7 @@ def _objectives(
     """What a step minimises, and the same for held-out records if there are any."""
     built = [stage.make_objective(start)]
     if records.held_out is not None:
-        held_out = replace(start, trees=records.held_out.trees, what="held-out ")
+        held_out = replace(start, dataset=records.held_out.dataset, what="held-out ")
         built.append(stage.make_objective(held_out))
     return built
 
@@ -294,7 +292,7 @@ def _summary(context: TrainContext, done: _Done) -> dict[str, Any]:
     """What summary.json says of a run, but for the estimate that was made of it."""
     settings, records = context.job.settings, done.records
     return {
-        **training_summary(done.progress, records.trees),
+        **training_summary(done.progress, records.dataset),
         **validation_summary(settings, records.held_out, done.progress, context.job.folder),
         "mixture": records.mixture,
         "compile_seconds": done.compiled.seconds,
