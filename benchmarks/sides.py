@@ -120,7 +120,7 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         output_dir=str(Path(work.scratch) / name),
         chat_template=TEMPLATE,
         seed=SEED,
-        device=cast(DeviceName, work.device),
+        device=cast("DeviceName", work.device),
         quantization="nf4" if work.side == "tandem-nf4" else None,
         compile=work.side == "tandem-compiled",
     )
