@@ -92,7 +92,7 @@ def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -
     sums: dict[str, float] = {"count": denominator}
     for members in micro_batches(trees):
         logps = engine.score(collate([trees[i] for i in members]))
-        part = objective.part(logps, members, first_step=False)
+        part = objective.loss(logps, torch.ones_like(logps), members, first_step=False)
         engine.backward(part.loss / denominator, last=False)
         for name, value in part.sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -18,10 +19,10 @@ from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Example
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings
 from tandem.stages.dpo import run_dpo
-from tandem.train.losses.objectives import PreferenceObjective
+from tandem.train.losses.objectives import PreferenceObjective, find_loss
+from tests.jobs import training_job
 
 from . import ours, plain
 
@@ -148,7 +149,10 @@ def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) 
     with adapter_off(model):
         reference = ours.scores(engine, trees)
     policy = ours.scores(engine, trees)
-    objective = PreferenceObjective(reference.numpy(), beta=BETA, relative_tolerance=0.0)
+    objective = PreferenceObjective(
+        find_loss("sigmoid"), DpoSettings(beta=BETA), np.ones((len(trees), 2)),
+        reference.numpy(), relative_tolerance=0.0,
+    )  # fmt: skip
     metrics = ours.accumulate(engine, trees, objective)
     return Expected(policy, reference, metrics["loss"], plain.gradients(model), metrics)
 
@@ -199,14 +203,16 @@ def test_a_short_run_equals_a_plain_loop(
         lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_dpo(
-        model=str(some_model),
-        revision=None,
-        settings=settings,
-        output_dir=tmp_path / "dpo",
-        chat_template="neural-chat",
-        seed=5,
-        runtime=Runtime(device="cpu", dtype=dtype, tokens_per_microbatch=ours.BUDGET),
-        console=Console(quiet=True),
+        training_job(
+            settings,
+            some_model,
+            tmp_path / "dpo",
+            chat_template="neural-chat",
+            seed=5,
+            dtype=dtype,
+            tokens_per_microbatch=ours.BUDGET,
+        ),
+        Console(quiet=True),
     )
 
     model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)

@@ -18,7 +18,8 @@ from tandem.model.lora.adapter import load_adapter
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.storage.atomic_files import read_json, read_jsonl
-from tandem.train import held_out_evaluation, trainer
+from tandem.train import trainer
+from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation
 from tandem.train.step import StepRunner
 
 from .made_inputs import WORDS, make_conversations, make_pairs
@@ -239,17 +240,18 @@ def test_an_interrupted_run_keeps_the_same_best(
         "save_total_limit": 1,
         **WILD,
     }
-    plain, taken = trainer.Training._take, 0
+    plain, taken = trainer.Trainer._take, 0
 
-    def take(self: Any, step: Any) -> None:
+    def take(self: Any, step: Any) -> Any:
         nonlocal taken
-        plain(self, step)
+        report = plain(self, step)
         taken += 1
         if taken > crash_after:
             raise ZeroDivisionError
+        return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "out", **few)
     found = run("sft", tiny_model, tmp_path / "out", **few)
@@ -272,15 +274,16 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
 ) -> None:
     """The older best stays until a checkpoint knows of the newer one."""
     listed: list[list[str]] = []
-    plain = held_out_evaluation.HeldOutEvaluation.saved
+    plain = HeldOutEvaluation.on_checkpoint
+    best = tmp_path / "out" / "best"
 
-    def saved(self: Any) -> None:
-        listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
-        plain(self)
-        listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
+    def on_checkpoint(self: Any, training: Any) -> None:
+        listed.append(sorted(path.name for path in best.iterdir()))
+        plain(self, training)
+        listed.append(sorted(path.name for path in best.iterdir()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out_evaluation.HeldOutEvaluation, "saved", saved)
+        patch.setattr(HeldOutEvaluation, "on_checkpoint", on_checkpoint)
         run(
             "sft", tiny_model, tmp_path / "out",
             validation=ValidationSettings(fraction=0.2, steps=1), keep="best", max_steps=6,
@@ -377,18 +380,19 @@ def test_a_weighted_run_goes_on_bit_for_bit_under_any_budget(
     small = run("sft", tiny_model, tmp_path / "small", data=data, budget=1)
     # Dropout is on: masks of copies do not depend on who shares their micro-batch.
     assert distance(small, whole) < 5e-5
-    plain, taken, rows = trainer.Training._take, 0, Counter[int]()
+    plain, taken, rows = trainer.Trainer._take, 0, Counter[int]()
 
-    def take(self: Any, step: Any) -> None:
+    def take(self: Any, step: Any) -> Any:
         nonlocal taken
-        plain(self, step)
+        report = plain(self, step)
         rows.update(step.examples)
         taken += 1
         if taken == 5:
             raise ZeroDivisionError
+        return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "stopped", data=data)
     assert sum(rows.values()) == 24  # an epoch: 15 of a, 9 of b

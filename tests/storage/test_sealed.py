@@ -19,7 +19,7 @@ from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.journal import Journal
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
 from tandem.train.checkpoint import read_checkpoint
-from tandem.train.held_out_evaluation import forget_after
+from tandem.train.run_state import forget_after
 
 KINDS = {"a": int, "b": dict}
 

@@ -21,9 +21,9 @@ def evaluate(argv: list[str]) -> int:
     """Measure models on tasks and data, and print one table."""
     arguments = _parser().parse(argv)
     settings = _settings(arguments)
-    from tandem.chat.session import labels_of, model_in_run
-    from tandem.evaluate.evaluate_models import check_something, run_evaluation
-    from tandem.recipe.run_settings import Runtime
+    from tandem.evaluate.evaluate_models import check_something, evaluate_models
+    from tandem.recipe.jobs import EvaluationJob
+    from tandem.recipe.run_settings import RunSettings
     from tandem.report.report_warnings import evaluation_findings
     from tandem.report.terminal_tables import (
         comparison_notes,
@@ -32,20 +32,25 @@ def evaluate(argv: list[str]) -> int:
         samples_table,
     )
     from tandem.runtime.console import notice_console, result_console
+    from tandem.storage.run_folder import labels_of, model_in_run
 
     check_something(settings)
     folder = output_folder(Path(arguments.output_dir), "--output_dir")
     models = [model_in_run(path) for path in arguments.models]
-    found = run_evaluation(
-        models=dict(zip(labels_of(models), models, strict=True)),
-        settings=settings,
-        output_dir=folder,
-        chat_template=arguments.chat_template,
-        seed=0,
-        runtime=Runtime(device=arguments.device, dtype=arguments.dtype),
-        console=notice_console(),
+    job = EvaluationJob(
+        RunSettings(
+            model=models[0],
+            output_dir=str(folder),
+            chat_template=arguments.chat_template,
+            seed=0,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        ),
+        settings,
+        dict(zip(labels_of(models), models, strict=True)),
         replace=True,
     )
+    found = evaluate_models(job, notice_console())
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0

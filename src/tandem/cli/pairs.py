@@ -42,19 +42,13 @@ def pairs(argv: list[str]) -> int:
     console = notice_console()
     for notice in prepare_devices(recipe):
         console.print(notice, markup=False, soft_wrap=True)
-    from tandem.pairs.make_pairs import run_pairs
-    from tandem.recipe.run_settings import runtime_of
+    from tandem.pairs.make_pairs import make_pairs
+    from tandem.recipe.jobs import PairsJob
 
     settings = recipe.pairs
     assert settings is not None
-    run_pairs(
-        model=settings.model or recipe.model,
-        settings=settings,
-        output_dir=folder,
-        seed=recipe.seed,
-        runtime=runtime_of(recipe),
-        console=console,
-    )
+    run = {"model": settings.model or recipe.model, "output_dir": str(folder)}
+    make_pairs(PairsJob(recipe.model_copy(update=run), settings), console)
     result_console().print(f"pairs and their card: {folder}", markup=False, soft_wrap=True)
     return 0
 

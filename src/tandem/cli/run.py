@@ -23,7 +23,7 @@ def run(argv: list[str]) -> int:
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     if arguments.dry_run:
         from tandem.pipeline.preflight import check_tokens
-        from tandem.pipeline.run_pipeline import STAGES
+        from tandem.storage.run_folder import STAGES
 
         check_tokens(recipe, set(STAGES))
         if launched().speaks:
@@ -52,11 +52,11 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 
     Raises UserError for a stage that the recipe lacks.
     """
-    from tandem.pipeline.run_pipeline import asked_for, describe_pipeline
     from tandem.recipe.load_recipe import recipe_to_yaml
+    from tandem.recipe.recipe import asked_for, stages_of
     from tandem.recipe.unmeant import unmeant
 
-    planned = describe_pipeline(recipe)
+    planned = stages_of(recipe)
     asked = asked_for(planned, until=until, start=start)
     wide = max(len(stage.name) for stage in planned)
     folders = max(len(str(stage.folder)) for stage in planned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from tandem.runtime.launch import launched
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tandem.recipe.tutorial_flags import StageCall
+    from tandem.recipe.jobs import TrainingJob
 
 
 def sft(argv: list[str]) -> int:
@@ -32,21 +33,21 @@ def dpo(argv: list[str]) -> int:
 def merge(argv: list[str]) -> int:
     """Merge an adapter into its base model."""
     arguments = _merge_parser().parse(argv)
+    from tandem.recipe.jobs import MergeJob
+    from tandem.recipe.run_settings import RunSettings
+    from tandem.recipe.training_settings import MergeSettings
     from tandem.runtime.console import notice_console
     from tandem.stages.merge import run_merge
 
-    # The template comes with the adapter's folder, unless another one is asked for.
-    template = {"chat_template": arguments.chat_template} if arguments.chat_template else {}
-    run_merge(
-        base=arguments.base_model_path,
-        adapter=output_folder(Path(arguments.lora_model_path), "--lora-model-path"),
-        output_dir=output_folder(Path(arguments.output_path), "--output-path"),
-        dtype=arguments.dtype,
-        force=arguments.force,
+    run = RunSettings(
+        model=arguments.base_model_path,
+        output_dir=str(output_folder(Path(arguments.output_path), "--output-path")),
+        chat_template=arguments.chat_template,
         device=arguments.device,
-        console=notice_console(),
-        **template,
     )
+    adapter = output_folder(Path(arguments.lora_model_path), "--lora-model-path")
+    settings = MergeSettings(dtype=arguments.dtype)
+    run_merge(MergeJob(run, settings, adapter, force=arguments.force), notice_console())
     return 0
 
 
@@ -78,94 +79,65 @@ def _train(stage: Stage, argv: list[str]) -> int:
     """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
-    from tandem.recipe.training_settings import SftSettings
-    from tandem.recipe.tutorial_flags import stage_call
-
-    devices = nproc or launched().count
-    call = stage_call(stage, values, devices=devices, gaudi=bridge_installed())
-    if nproc is not None and not dry_run:
-        return in_processes(nproc, stage, argv, device=call.device)
+    from tandem.recipe.tutorial_flags import job_from_flags
     from tandem.runtime.console import notice_console
 
+    devices = nproc or launched().count
+    job, notices = job_from_flags(stage, values, devices=devices, gaudi=bridge_installed())
+    if nproc is not None and not dry_run:
+        return in_processes(nproc, stage, argv, device=job.run.device)
     console = notice_console()
-    for notice in (*prepare_devices(call), *call.notices):
+    for notice in (*prepare_devices(job.run), *notices):
         console.print(notice, markup=False, soft_wrap=True)
+    # --bf16 means bfloat16 where there is hardware for it.
+    half = bool(values.get("bf16")) and job.run.dtype == "auto"
     if dry_run:
         if launched().speaks:
-            print(_call_text(call), end="")
+            print(_dry_run_text(job, half=half), end="")
         return 0
-    if isinstance(call.settings, SftSettings):
+    output_folder(job.folder, "--output_dir")
+    if half:
+        job = _in_half(job, console)
+    from tandem.pipeline.default_callbacks import default_callbacks
+
+    if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        run_sft(settings=call.settings, **_common(call))
+        run_sft(job, console, default_callbacks())
     else:
         from tandem.stages.dpo import run_dpo
 
-        run_dpo(settings=call.settings, **_common(call))
+        run_dpo(job, console, default_callbacks())
     from tandem.runtime.process_group import leave
 
     leave()
     return 0
 
 
-def _call_text(call: StageCall) -> str:
+def _dry_run_text(job: TrainingJob, *, half: bool) -> str:
     from tandem.recipe.yaml_lines import dump_yaml
 
-    return dump_yaml(
-        {
-            "model": call.model,
-            "model_revision": call.revision,
-            "output_dir": str(call.output_dir),
-            "chat_template": call.chat_template,
-            "added_tokens": list(call.added_tokens),
-            "seed": call.seed,
-            "device": call.device,
-            "dtype": "bfloat16, but float32 on a CPU or MPS" if call.bf16 else call.dtype,
-            "attention": call.attention,
-            "tokens_per_microbatch": call.tokens_per_microbatch,
-            "engine": call.engine,
-            "timeout_minutes": call.timeout_minutes,
-            "quantization": call.quantization,
-            "compile": call.compile,
-            "hpu": call.hpu.model_dump(mode="json"),
-            "settings": call.settings.model_dump(mode="json"),
-        }
-    )
+    run = job.run.model_dump(mode="json", exclude={"name", "description"})
+    if half:
+        run["dtype"] = "bfloat16, but float32 on a CPU or MPS"
+    return dump_yaml({**run, "settings": job.settings.model_dump(mode="json")})
 
 
-def _common(call: StageCall) -> dict[str, Any]:
-    """What both stages' functions take besides their settings."""
-    from tandem.recipe.run_settings import runtime_of
-    from tandem.runtime.console import notice_console
-
-    console = notice_console()
-    return {
-        "model": call.model,
-        "revision": call.revision,
-        "output_dir": output_folder(call.output_dir, "--output_dir"),
-        "chat_template": call.chat_template,
-        "added_tokens": call.added_tokens,
-        "seed": call.seed,
-        "runtime": runtime_of(call, dtype=_dtype(call, console)),
-        "console": console,
-    }
-
-
-def _dtype(call: StageCall, console: Console) -> str:
-    """The dtype of the weights; --bf16 means bfloat16 where there is hardware for it."""
-    if not call.bf16 or call.dtype != "auto":
-        return call.dtype
+def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
+    """The job in bfloat16 where the device gains from it, else in float32, which is said."""
     from tandem.integrations.choose import choose_device
 
-    if choose_device(call.device, "auto").autocast is not None:
-        return "bfloat16"
-    console.print(
-        "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs and "
-        "not on every MPS (--dtype bfloat16 insists)",
-        markup=False,
-        soft_wrap=True,
-    )
-    return "float32"
+    if choose_device(job.run.device, "auto").autocast is not None:
+        dtype = "bfloat16"
+    else:
+        dtype = "float32"
+        console.print(
+            "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
+            "and not on every MPS (--dtype bfloat16 insists)",
+            markup=False,
+            soft_wrap=True,
+        )
+    return replace(job, run=job.run.model_copy(update={"dtype": dtype}))
 
 
 def _merge_parser() -> Parser:

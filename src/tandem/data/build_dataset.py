@@ -16,14 +16,15 @@ from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore, encod
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import Show, encoded_pieces
 from tandem.data.ledger import Ledger
-from tandem.data.read_records import OnBadRecord, formatted_chunks, names_of
+from tandem.data.read_records import formatted_chunks, names_of
 from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, origin_names
 from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.encode import ChatTokenizer, LossOn
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import way_out
-from tandem.data.truncation.limits import Limits, TooLong
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.choices import LossOn, OnBadRecord, TooLong
 
 if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Role = Literal["system", "user", "assistant", "tool"]
+from tandem.recipe.choices import Role
+
 TokenIds = NDArray[np.int32]
 TrainedMask = NDArray[np.bool_]
 

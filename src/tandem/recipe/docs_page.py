@@ -21,7 +21,8 @@ from tandem.recipe.pairs_settings import (
     ServerSettings,
     VllmSettings,
 )
-from tandem.recipe.recipe import HpuSettings, Recipe
+from tandem.recipe.recipe import Recipe
+from tandem.recipe.run_settings import HpuSettings
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,

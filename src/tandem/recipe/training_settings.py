@@ -6,12 +6,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from tandem.recipe.choices import (
+    BestMetric,
+    DtypeName,
+    KeptAdapter,
+    LossOn,
+    OnBadRecord,
+    Scheduler,
+    TooLong,
+)
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.section import Positive, Section
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
 class ValidationSettings(Section):
@@ -143,16 +148,16 @@ class TrainingSettings(Section):
     validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
     )
-    keep: Literal["last", "best"] = Field(
+    keep: KeptAdapter = Field(
         default="last",
         description="Which adapter becomes the stage's: the last, or the one that scored best on "
         "held-out records.",
     )
-    best_metric: Literal["loss", "accuracy", "margin"] = Field(
+    best_metric: BestMetric = Field(
         default="loss",
         description="What `keep: best` goes by: held-out loss, or reward accuracy or margin.",
     )
-    on_bad_record: Literal["stop", "drop"] = Field(
+    on_bad_record: OnBadRecord = Field(
         default="stop",
         description="What an unparsable line does: stop the run, or drop into the ledger.",
     )
@@ -185,7 +190,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
-    loss_on: Literal["answers", "text"] = Field(
+    loss_on: LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
@@ -199,6 +204,9 @@ class SftSettings(TrainingSettings):
 
 class DpoSettings(TrainingSettings):
     """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
+
+    # No key of a recipe yet: see `train.losses.registry`.
+    loss: ClassVar[str] = "sigmoid"
 
     data: Sources = Field(
         default=(), description="Preference pairs; empty: what the pairs stage makes."
@@ -214,6 +222,6 @@ class DpoSettings(TrainingSettings):
 class MergeSettings(Section):
     """Merging an adapter; `dtype` auto keeps the base weights' own."""
 
-    dtype: Dtype = Field(
+    dtype: DtypeName = Field(
         default="auto", description="Of the merged weights; auto keeps the base weights' own."
     )

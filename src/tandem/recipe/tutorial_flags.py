@@ -6,8 +6,6 @@ A flag that is left out has the value of the seed's recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -15,7 +13,8 @@ from pydantic import ValidationError
 from tandem.errors import UserError
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import FLAGS, Stage, flags_of, named_data, said_of_data
-from tandem.recipe.recipe import HpuSettings, checked_engine
+from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.run_settings import HpuSettings, RunSettings, checked_engine
 from tandem.recipe.training_settings import DpoSettings, SftSettings
 from tandem.recipe.yaml_lines import Location
 
@@ -23,7 +22,7 @@ Values = Mapping[str, Any]
 """Flags that were given, by name with underscores, converted to their types."""
 
 # What the seed's recipe says, stage by stage, for flags that are left out.
-_SEED: dict[Stage, dict[str, Any]] = {
+_TUTORIAL: dict[Stage, dict[str, Any]] = {
     "sft": {
         "learning_rate": 1e-4,
         "lr_scheduler": "cosine",
@@ -46,13 +45,16 @@ _SEED: dict[Stage, dict[str, Any]] = {
         "save_steps": 10,
     },
 }
-_SEED_DURATION: dict[Stage, dict[str, Any]] = {"sft": {"epochs": 2.0}, "dpo": {"max_steps": 1000}}
-_SEED_WARMUP: dict[Stage, dict[str, Any]] = {
+_TUTORIAL_DURATION: dict[Stage, dict[str, Any]] = {
+    "sft": {"epochs": 2.0},
+    "dpo": {"max_steps": 1000},
+}
+_TUTORIAL_WARMUP: dict[Stage, dict[str, Any]] = {
     "sft": {"warmup_ratio": 0.03},
     "dpo": {"warmup_steps": 100},
 }
-_SEED_BATCH: dict[Stage, tuple[int, int]] = {"sft": (1, 8), "dpo": (8, 8)}
-_SEED_LORA: dict[Stage, tuple[float, float, tuple[str, ...]]] = {  # alpha, dropout, modules
+_TUTORIAL_BATCH: dict[Stage, tuple[int, int]] = {"sft": (1, 8), "dpo": (8, 8)}
+_TUTORIAL_LORA: dict[Stage, tuple[float, float, tuple[str, ...]]] = {  # alpha, dropout, modules
     "sft": (64.0, 0.05, ("q_proj", "k_proj", "v_proj", "o_proj")),
     "dpo": (16.0, 0.0, ("k_proj", "q_proj", "v_proj")),
 }
@@ -70,35 +72,11 @@ _NOTICES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StageCall:
-    """What a stage command is asked to do, ready for the stage's function.
+def job_from_flags(
+    stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = False
+) -> tuple[TrainingJob, tuple[str, ...]]:
+    """The job that the flags ask for, and a line for each flag that cannot act.
 
-    `notices` has one line for every flag that was given and cannot act, and for the global batch.
-    """
-
-    model: str
-    revision: str | None
-    output_dir: Path
-    chat_template: str | None
-    added_tokens: tuple[str, ...]
-    seed: int
-    settings: SftSettings | DpoSettings
-    device: str
-    dtype: str
-    bf16: bool | None
-    attention: str
-    tokens_per_microbatch: int | Literal["auto"]
-    engine: str
-    timeout_minutes: int
-    quantization: str | None
-    compile: bool
-    hpu: HpuSettings
-    notices: tuple[str, ...]
-
-
-def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = False) -> StageCall:
-    """Turn the flags that were given into a stage's settings.
 
     Args:
         stage: sft or dpo.
@@ -116,7 +94,7 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         flag.key: values[flag.name] for flag in flags_of(stage) if flag.key and flag.name in values
     }
     section: dict[str, Any] = {
-        **_SEED[stage],
+        **_TUTORIAL[stage],
         **direct,
         **_duration(stage, values),
         **_warmup(stage, values),
@@ -132,17 +110,15 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
     on_gaudi = device == "hpu" or (device == "auto" and gaudi)
     if "max_grad_norm" in values:
         section["max_grad_norm"] = values["max_grad_norm"] or None
-    return StageCall(
+    run = RunSettings(
         model=values["model_name_or_path"],
-        revision=values.get("model_revision"),
-        output_dir=Path(values["output_dir"]),
+        model_revision=values.get("model_revision"),
+        output_dir=values["output_dir"],
         chat_template=values.get("chat_template"),
         added_tokens=tuple(values.get("added_tokens", ())),
         seed=_seed(values),
-        settings=_validated(stage, section, values),
         device=device,
         dtype=_dtype(values),
-        bf16=values.get("bf16"),
         attention=values.get("attention", "auto"),
         tokens_per_microbatch=_token_budget(values),
         engine=_engine(values),
@@ -150,8 +126,9 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         quantization=values.get("quantization"),
         compile=values.get("compile", False),
         hpu=_hpu(values) if on_gaudi else HpuSettings(),
-        notices=(*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice),
     )
+    notices = (*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice)
+    return TrainingJob(run, _validated(stage, section, values)), notices
 
 
 def _global_batch(stage: Stage, values: Values, devices: int) -> tuple[int, tuple[str, ...]]:
@@ -164,8 +141,8 @@ def _global_batch(stage: Stage, values: Values, devices: int) -> tuple[int, tupl
                 "the other one a factor of it; keep one way"
             )
         return _positive("batch_size", values["batch_size"]), ()
-    seeds = dict(zip(factors, _SEED_BATCH[stage], strict=True))
-    per_device, accumulation = (_positive(name, values.get(name, seeds[name])) for name in factors)
+    usual = dict(zip(factors, _TUTORIAL_BATCH[stage], strict=True))
+    per_device, accumulation = (_positive(name, values.get(name, usual[name])) for name in factors)
     total = per_device * accumulation * devices
     notice = (
         f"global batch: {per_device} per device x {accumulation} accumulation x {devices} "
@@ -183,7 +160,9 @@ def _duration(stage: Stage, values: Values) -> dict[str, Any]:
         return {"max_steps": steps}
     if epochs is not None:
         return {"epochs": epochs}
-    return {"epochs": 1.0} if "max_steps" in values and stage == "dpo" else _SEED_DURATION[stage]
+    return (
+        {"epochs": 1.0} if "max_steps" in values and stage == "dpo" else _TUTORIAL_DURATION[stage]
+    )
 
 
 def _warmup(stage: Stage, values: Values) -> dict[str, Any]:
@@ -194,11 +173,11 @@ def _warmup(stage: Stage, values: Values) -> dict[str, Any]:
         given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
     if not given and values.get("lr_scheduler_type") == "constant":
         return {"warmup_steps": 0}
-    return given or _SEED_WARMUP[stage]
+    return given or _TUTORIAL_WARMUP[stage]
 
 
 def _lora(stage: Stage, values: Values) -> dict[str, Any]:
-    alpha, dropout, seed_modules = _SEED_LORA[stage]
+    alpha, dropout, usual_modules = _TUTORIAL_LORA[stage]
     modules, all_linear = values.get("lora_target_modules"), values.get("lora_all_linear")
     if modules == ["all-linear"]:
         modules, all_linear = None, True
@@ -212,7 +191,7 @@ def _lora(stage: Stage, values: Values) -> dict[str, Any]:
         "rank": values.get("lora_rank", 16),
         "alpha": values.get("lora_alpha", alpha),
         "dropout": dropout,
-        "target_modules": "all-linear" if all_linear else tuple(modules or seed_modules),
+        "target_modules": "all-linear" if all_linear else tuple(modules or usual_modules),
     }
 
 
@@ -224,8 +203,8 @@ def _lengths(stage: Stage, values: Values) -> tuple[int, int, tuple[str, ...]]:
             f"--max_length {given[0]} and --max_seq_length {given[1]} are two names of one thing; "
             "keep one"
         )
-    length = int(given[0]) if given else int(_SEED[stage]["max_length"])
-    usual = int(_SEED[stage]["max_prompt_length"])
+    length = int(given[0]) if given else int(_TUTORIAL[stage]["max_length"])
+    usual = int(_TUTORIAL[stage]["max_prompt_length"])
     if "max_prompt_length" in values or usual < length:
         return length, int(values.get("max_prompt_length", usual)), ()
     half = max(1, length // 2)
@@ -236,7 +215,7 @@ def _lengths(stage: Stage, values: Values) -> tuple[int, int, tuple[str, ...]]:
     return length, half, (notice,)
 
 
-def _device(values: Values, gaudi: bool) -> str:
+def _device(values: Values, gaudi: bool) -> Any:
     """The device, as --device and --use_habana say it together."""
     device, habana = str(values.get("device", "auto")), values.get("use_habana")
     if device == "hpu" and habana is False:
@@ -271,7 +250,7 @@ def _hpu(values: Values) -> HpuSettings:
     )
 
 
-def _dtype(values: Values) -> str:
+def _dtype(values: Values) -> Any:
     dtype, bf16 = str(values.get("dtype", "auto")), values.get("bf16")
     if bf16 and dtype not in ("auto", "bfloat16"):
         raise UserError(f"--bf16 and --dtype {dtype} contradict each other; keep one")

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from tandem.data.build_dataset import prepare_pairs
+from tandem.errors import UserError
 from tandem.model.lora.adapter import adapter_off
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
 from tandem.report.report_warnings import chosen_collapse
 from tandem.runtime.console import log, phase
-from tandem.stages.training.context import Made, StageKind, Start
-from tandem.stages.training.train_stage import run_training
+from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
+from tandem.stages.training.train_stage import train_stage
 from tandem.storage.hashing import hash_json
-from tandem.train.losses.objectives import PreferenceObjective
+from tandem.train.callbacks.callback import Callback
+from tandem.train.losses.objectives import PreferenceObjective, find_loss
+from tandem.train.losses.registry import PreferenceLoss
 from tandem.train.reference_logps import ReferenceStore, reference_logps
 
 # Changes whenever the same weights and tokens would give another stored number.
@@ -28,81 +34,75 @@ _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 
-def run_dpo(
-    *,
-    model: str,
-    revision: str | None,
-    settings: DpoSettings,
-    output_dir: Path,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-    added_tokens: Sequence[str] = (),
-) -> Path:
-    """Align `model`, usually the merged SFT model, with preference pairs.
+def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
+    """Align the job's model, usually the merged SFT model, with preference pairs.
 
     The reference is the model itself with the adapter off; its log-probs are computed before the
-    first step or found in the store. See `training.run_training` for the rest.
+    first step or found in the store. See `train_stage` for the rest.
     """
-
-    def objective(start: Start) -> Made:
-        return _objective(start, settings.beta)
-
-    def warnings(metrics: list[dict[str, Any]]) -> list[str]:
-        return _warnings(metrics, settings.beta)
-
-    return run_training(
-        StageKind("dpo", prepare_pairs, objective, dropout=False, warnings=warnings),
-        model=model,
-        revision=revision,
-        settings=settings,
-        output_dir=output_dir,
-        chat_template=chat_template,
-        seed=seed,
-        runtime=runtime,
-        console=console,
-        added_tokens=added_tokens,
+    settings = job.settings
+    assert isinstance(settings, DpoSettings)
+    loss = find_loss(settings.loss)
+    if not loss.paired:
+        raise UserError(f"dpo trains on pairs, which the loss {loss.name} does not compare")
+    stage = TrainingStage(
+        "dpo",
+        prepare_pairs,
+        lambda inputs: _objective(inputs, loss, settings),
+        dropout=False,
+        warnings=lambda metrics: _warnings(metrics, settings.beta),
     )
+    return train_stage(stage, job, console, callbacks)
 
 
-def _objective(start: Start, beta: float) -> Made:
+def _objective(
+    inputs: ObjectiveInputs, loss: PreferenceLoss, settings: DpoSettings
+) -> BuiltObjective:
+    tokens = inputs.dataset.sequence_targets.reshape(-1, 2)
+    tolerance = _TOLERANCE[inputs.engine.device.dtype_name]
+    build = partial(PreferenceObjective, loss, settings, tokens, relative_tolerance=tolerance)
+    if not loss.reference:
+        return BuiltObjective(build(reference=None))
     began = time.perf_counter()
-    device = start.engine.device
-    dtype = device.dtype_name
+    reference, computed = _reference(inputs)
+    seconds = time.perf_counter() - began
+    count = len(inputs.dataset)
+    log(
+        inputs.console,
+        f"dpo: reference log-probs of {count} {inputs.what}pairs, {computed} computed and "
+        f"{count - computed} found in the store, {seconds:.1f} s",
+    )
+    return BuiltObjective(build(reference=reference), seconds, computed)
+
+
+def _reference(inputs: ObjectiveInputs) -> tuple[NDArray[np.float64], int]:
+    """Log-probs of all answers under the policy without its adapter [n, 2]; how many are new."""
+    device = inputs.engine.device
     identity = hash_json(
         {
             "numerics": _NUMERICS,
-            "model": start.model_hash,
-            "dtype": dtype,
-            "attention": start.backend,
+            "model": inputs.model_hash,
+            "dtype": device.dtype_name,
+            "attention": inputs.backend,
             "device": device.kind,
-            "kernels": start.numerics,
+            "kernels": inputs.numerics,
         }
     )
-    processes = start.engine.processes
-    store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
+    store = ReferenceStore(lambda text: log(inputs.console, f"dpo: {text}"))
     with (
-        adapter_off(start.model),
-        phase(start.console, "reference log-probs", len(start.dataset)) as advance,
+        adapter_off(inputs.model),
+        phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance,
     ):
-        reference, computed = reference_logps(
-            start.engine,
-            start.dataset,
+        found = reference_logps(
+            inputs.engine,
+            inputs.dataset,
             store=store,
             identity=identity,
-            budget=start.budget,
+            budget=inputs.budget,
             advance=advance,
         )
-    processes.on_rank0(store.prune)
-    seconds = time.perf_counter() - began
-    log(
-        start.console,
-        f"dpo: reference log-probs of {len(start.dataset)} {start.what}pairs, {computed} computed "
-        f"and {len(start.dataset) - computed} found in the store, {seconds:.1f} s",
-    )
-    objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
-    return Made(objective, seconds, computed)
+    inputs.engine.processes.on_rank0(store.prune)
+    return found
 
 
 def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:

@@ -158,9 +158,7 @@ class StepRunner:
             self.engine.backward(loss, last=last)
         return result.sums
 
-    def _score(
-        self, work: StepWork, members: Members, weight: float
-    ) -> tuple[Tensor, Tensor]:
+    def _score(self, work: StepWork, members: Members, weight: float) -> tuple[Tensor, Tensor]:
         """Log-probs of a micro-batch's sequences, and their weights [S]."""
         batch = collate([work.examples[i] for i in members], self._dropout_keys(work.step, members))
         logps = self.engine.score(batch)

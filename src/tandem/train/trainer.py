@@ -98,7 +98,7 @@ class Trainer:
         for name, value in sums.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         last = state.step == self.training.total_steps
-        if not last and state.step % self.training.settings.logging_steps:
+        if not last and state.step % self.training.job.settings.logging_steps:
             return StepReport({}, last)
         metrics = self._metrics(rate)
         state.sums = {}

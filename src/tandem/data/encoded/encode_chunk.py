@@ -9,7 +9,7 @@ from itertools import islice
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
-from tandem.data.read_records import OnBadRecord, records_of
+from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, Example, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize.behind_prompt import Refused
@@ -17,7 +17,6 @@ from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
     Exchange,
-    LossOn,
     conversation_example,
     encode_exchanges,
     encode_text,
@@ -35,6 +34,7 @@ from tandem.data.truncation.conversation import (
     skip_old_turns,
 )
 from tandem.data.truncation.limits import Limits
+from tandem.recipe.choices import LossOn, OnBadRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from tandem.data.tokenize.template_capabilities import (
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
-
-LossOn = Literal["answers", "text"]
+from tandem.recipe.choices import LossOn
 
 UNTRAINED = "every answer has weight 0"
 

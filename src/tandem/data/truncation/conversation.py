@@ -14,7 +14,6 @@ from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
     Exchange,
-    LossOn,
     encode_conversation,
     encode_exchanges,
     is_answer,
@@ -35,6 +34,7 @@ from tandem.data.truncation.prompt import (
     users,
     without_oldest,
 )
+from tandem.recipe.choices import LossOn
 
 
 @dataclass(frozen=True, slots=True)

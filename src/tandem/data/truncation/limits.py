@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
+from tandem.recipe.choices import TooLong
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import TrainingSettings
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
@@ -24,7 +23,7 @@ from tandem.train.token_budget import TokenBudget
 
 
 @dataclass(frozen=True)
-class Start:
+class ObjectiveInputs:
     """What an objective may need when it is made: the engine holds the untrained policy.
 
     `what` is a word before the records' name on the console, such as held-out.
@@ -32,7 +31,7 @@ class Start:
 
     engine: Engine
     model: Any
-    dataset: Sequence[Example]
+    dataset: EncodedDataset
     model_hash: str
     backend: str
     numerics: str
@@ -42,7 +41,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltObjective:
     """An objective and what making it cost."""
 
     objective: Objective
@@ -51,7 +50,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class StageKind:
+class TrainingStage:
     """How one training stage differs from the other.
 
     `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
@@ -60,44 +59,40 @@ class StageKind:
 
     name: str
     prepare: Callable[..., EncodedDataset]
-    make_objective: Callable[[Start], Made]
+    make_objective: Callable[[ObjectiveInputs], BuiltObjective]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The resolved pieces of one training stage.
+class TrainContext:
+    """A training stage at work: its job, and what was made of it.
 
     Attributes:
-        kind: how it differs from the other.
-        settings: its section of the recipe.
-        folder: where it writes.
-        seed: of order, adapter and dropout.
-        runtime: device, dtype, attention.
+        stage: how it differs from the other.
+        job: what is asked for.
         engine: holds no model yet.
         console: for progress.
         base: the model's folder.
         config: its transformers configuration.
-        base_name: what the run calls the model.
         tokenizer, template: of the model.
         added: tokens whose embeddings are trained.
+        sources: the data to train on.
+        held_out: data sets that are scored and not trained on.
         warnings: what was found of the model and the settings before the first step.
     """
 
-    kind: StageKind
-    settings: TrainingSettings
-    folder: Path
-    seed: int
-    runtime: Runtime
+    stage: TrainingStage
+    job: TrainingJob
     engine: Engine
     console: Console
     base: Path
     config: Any
-    base_name: str
     tokenizer: Any
     template: ChatTemplate
     added: AddedTokens
+    sources: list[DataSource]
+    held_out: list[DataSource]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -105,14 +100,21 @@ class Stage:
         """Rows of the embeddings, those of added tokens among them."""
         return described_rows(self.config, self.added)
 
-    def log(self, text: str) -> None:
+    def log(self, text: str, style: str = "") -> None:
         """Put a line on the console, the stage's name before it."""
-        log(self.console, f"{self.kind.name}: {text}")
+        log(self.console, f"{self.stage.name}: {text}", style=style)
+
+    def warned(self, *warnings: str, said: bool = False) -> TrainContext:
+        """The same with more warnings, which are put on the console unless they were `said`."""
+        for warning in () if said else warnings:
+            self.log(warning, style="yellow")
+        return replace(self, warnings=(*self.warnings, *warnings))
 
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
+        folder = self.job.folder
         return CheckpointStore(
-            self.folder / "checkpoints",
-            keep=self.settings.save_total_limit,
-            lines=(self.folder / "metrics.jsonl", self.folder / "validation.jsonl"),
+            folder / "checkpoints",
+            keep=self.job.settings.save_total_limit,
+            lines=(folder / "metrics.jsonl", folder / "validation.jsonl"),
         )

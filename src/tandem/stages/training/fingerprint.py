@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.model.load_model import check_context, load_config, load_tokenizer
 from tandem.model.model_folder import check_unquantized
-from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import Device
+from tandem.recipe.run_settings import RunSettings
+from tandem.stages.training.context import TrainContext
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 
 # Settings that say when to look or save, not what is computed.
@@ -29,49 +26,34 @@ _NOT_MATHEMATICS: Any = {
 }
 
 
-def resolved_inputs(
-    base: Path,
-    sources: list[DataSource],
-    held_out: list[DataSource],
-    settings: TrainingSettings,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    device: Device,
-    added_tokens: Sequence[str] = (),
-) -> tuple[Any, Any, ChatTemplate, AddedTokens, dict[str, Any]]:
-    """`model_side`, and all that the result depends on."""
-    config, tokenizer, template, added = model_side(base, settings, chat_template, added_tokens)
-    inputs = {
+def fingerprint(context: TrainContext) -> dict[str, Any]:
+    """All that the stage's result depends on, as its manifest has it."""
+    base, run, template, added = context.base, context.job.run, context.template, context.added
+    held_out = context.held_out
+    return {
         "model": {
             "weights": hash_weights(base),
             "config": hash_file(base / "config.json"),
-            **({"quantization": runtime.quantization} if runtime.quantization else {}),
+            **({"quantization": run.quantization} if run.quantization else {}),
             # The reference of DPO depends on them, too.
             **({"added_tokens": dict(added.new)} if added.new else {}),
             **({"trained_tokens": dict(added.known)} if added.known else {}),
         },
-        "data": data_identity(sources),
+        "data": data_identity(context.sources),
         **({"held_out": data_identity(held_out)} if held_out else {}),
         "chat_template": {
             "name": template.name,
             "hash": hash_bytes(template.source.encode()),
             **({"named": hash_json(template.named)} if template.named else {}),
         },
-        "settings": settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
-        "seed": seed,
-        "dtype": device.dtype_name,
+        "settings": context.job.settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+        "seed": run.seed,
+        "dtype": context.engine.device.dtype_name,
     }
-    return config, tokenizer, template, added, inputs
 
 
 def model_side(
-    base: Path,
-    settings: TrainingSettings,
-    chat_template: str | None,
-    added_tokens: Sequence[str] = (),
-    *,
-    weights: bool = True,
+    base: Path, run: RunSettings, max_length: int, *, weights: bool = True
 ) -> tuple[Any, Any, ChatTemplate, AddedTokens]:
     """The model's configuration, tokenizer and template, and the tokens that are trained.
 
@@ -79,7 +61,7 @@ def model_side(
     """
     config = load_config(base, weights=weights)
     check_unquantized(base, config)
-    check_context(config, settings.max_length, base)
+    check_context(config, max_length, base)
     tokenizer = load_tokenizer(base)
-    added = add_tokens(tokenizer, added_tokens)
-    return config, tokenizer, resolve_template(tokenizer, chat_template), added
+    added = add_tokens(tokenizer, run.added_tokens)
+    return config, tokenizer, resolve_template(tokenizer, run.chat_template), added

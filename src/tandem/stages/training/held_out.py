@@ -14,8 +14,8 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_jsonl
-from tandem.train.checkpoint import RunState
-from tandem.train.held_out_evaluation import Best
+from tandem.train.callbacks.held_out_evaluation import Best
+from tandem.train.run_state import RunState
 
 _METRICS = {
     "loss": Best("loss", higher=False),
@@ -96,18 +96,18 @@ def scored_every(settings: TrainingSettings, total: int) -> int:
     return settings.validation.steps or tenth(total)
 
 
-def kept_in_words(settings: TrainingSettings, progress: RunState) -> str:
+def kept_in_words(settings: TrainingSettings, state: RunState) -> str:
     """Which adapter becomes the stage's, where that was to be chosen; else empty."""
     if settings.keep != "best":
         return ""
     return (
-        f"the adapter of step {progress.best_step} of {progress.step} is kept: the best held-out "
-        f"{settings.best_metric}, {progress.best:.4f}"
+        f"the adapter of step {state.best_step} of {state.step} is kept: the best held-out "
+        f"{settings.best_metric}, {state.best:.4f}"
     )
 
 
 def validation_summary(
-    settings: TrainingSettings, held_out: HeldOut | None, progress: RunState, folder: Path
+    settings: TrainingSettings, held_out: HeldOut | None, state: RunState, folder: Path
 ) -> dict[str, Any]:
     """What summary.json says about held-out records: their counts, first, last and best scores."""
     if held_out is None:
@@ -117,19 +117,19 @@ def validation_summary(
         "validation": {
             "records": len(held_out.dataset),
             "shared_prompts": held_out.shared,
-            "seconds": progress.validation_seconds,
+            "seconds": state.validation_seconds,
             "first": lines[0],
             "last": lines[-1],
             **({} if held_out.ledger is None else {"ledger": held_out.ledger.summary()}),
         },
-        "kept_step": progress.best_step if settings.keep == "best" else progress.step,
+        "kept_step": state.best_step if settings.keep == "best" else state.step,
         **({"best_metric": settings.best_metric} if settings.keep == "best" else {}),
     }
 
 
-def kept_warnings(settings: TrainingSettings, progress: RunState) -> list[str]:
+def kept_warnings(settings: TrainingSettings, state: RunState) -> list[str]:
     """What a user should know about the adapter that was kept."""
-    if settings.keep == "best" and progress.best_step == 0:
+    if settings.keep == "best" and state.best_step == 0:
         return [
             f"no score after training is better than the {settings.best_metric} before it, so the "
             "adapter that is kept changes nothing: lower the learning rate, or look at the data"

@@ -19,65 +19,65 @@ from tandem.model.prepare_model import adapted, warm_up
 from tandem.model.torch_compile import Compiling, settle_compile_caches
 from tandem.model.weight_files import check_sums
 from tandem.runtime.device import BatchRequest
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
 from tandem.stages.training.training_data import Records
 from tandem.train.token_budget import TokenBudget
 
 
-def make_policy(
-    stage: Stage, records: Records, recorded: dict[str, Any]
+def set_up_model(
+    context: TrainContext, records: Records, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
-    engine, processes = stage.engine, stage.engine.processes
+    engine, processes = context.engine, context.engine.processes
     device = engine.device
     base = processes.on_all(
         lambda: load_model(
-            stage.base,
+            context.base,
             dtype=device.weights,
             # Whole models may not fit on a device; what is spread goes there in parts.
             device=torch.device("cpu") if engine.sharded else device.torch_device,
-            quantization=stage.runtime.quantization,
+            quantization=context.job.run.quantization,
         )
     )
+    attention = context.job.run.attention
     backend, why = processes.on_all(
-        lambda: (
-            device.attention(stage.runtime.attention, base)
-            or choose_backend(stage.runtime.attention, base)
-        )
+        lambda: device.attention(attention, base) or choose_backend(attention, base)
     )
-    schedule = _schedule(stage, recorded, base, backend)
-    _declare_shapes(stage, records, schedule)
+    schedule = _schedule(context, recorded, base, backend)
+    _declare_shapes(context, records, schedule)
     torch.set_num_threads(schedule["threads"])
-    budget = token_budget_of(engine, stage.folder, schedule, stage.log)
-    stage.log(
+    budget = token_budget_of(engine, context.job.folder, schedule, context.log)
+    context.log(
         f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
         f"{budget.tokens} tokens a micro-batch"
     )
-    if stage.runtime.quantization and device.is_host:
-        stage.log(
+    if context.job.run.quantization and device.is_host:
+        context.log(
             "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
             "memory that is short"
         )
     if device.is_host and (reason := why_not()):
-        stage.log(f"torch's own operators, no C kernels: {reason}")
-    base_name, revision = lasting_name(stage.base_name, stage.base)
+        context.log(f"torch's own operators, no C kernels: {reason}")
+    base_name, revision = lasting_name(context.job.run.model, context.base)
     model = processes.on_all(
         lambda: adapted(
             base,
-            stage.settings,
+            context.job.settings,
             backend=backend,
-            dropout=stage.kind.dropout,
+            dropout=context.stage.dropout,
             compiled=schedule["compiled"],
             base_name=base_name,
-            seed=stage.seed,
-            log=stage.log,
-            added=stage.added,
+            seed=context.job.run.seed,
+            log=context.log,
+            added=context.added,
         )
     )
     processes.on_all(
-        lambda: check_sums(stage.base, model_without_weights(stage.config), adapted_weights(model))
+        lambda: check_sums(
+            context.base, model_without_weights(context.config), adapted_weights(model)
+        )
     )
     model.peft_config["default"].revision = revision
     if schedule["ordered_weights"]:
@@ -86,49 +86,52 @@ def make_policy(
     return model, schedule, budget
 
 
-def compile_policy(
-    stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+def compile_model(
+    context: TrainContext, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
 ) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
-    settle_compile_caches(stage.log)
-    compiling = stage.engine.processes.on_all(
-        lambda: warm_up(model, dataset, stage.engine.device, seed=stage.seed)
+    settle_compile_caches(context.log)
+    compiling = context.engine.processes.on_all(
+        lambda: warm_up(model, dataset, context.engine.device, seed=context.job.run.seed)
     )
-    stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
+    context.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
 
 
-def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
+def _schedule(
+    context: TrainContext, recorded: dict[str, Any], model: Any, backend: str
+) -> dict[str, Any]:
+    run = context.job.run
     now = resolve_schedule(
-        stage.engine, model, stage.config,
-        requested=stage.runtime.tokens_per_microbatch, backend=backend, base=stage.base_name,
-        compiled=stage.runtime.compile,
+        context.engine, model, context.config,
+        requested=run.tokens_per_microbatch, backend=backend, base=run.model, compiled=run.compile,
     )  # fmt: skip
     if not recorded:
         return now
-    now, changes = repeat_schedule(recorded, now, stage.runtime.tokens_per_microbatch)
+    now, changes = repeat_schedule(recorded, now, run.tokens_per_microbatch)
     if changes:
         listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-        stage.log(
+        context.log(
             f"going on with another schedule ({listing}): the same steps, equal up to rounding "
             "instead of bit for bit"
         )
     return now
 
 
-def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
-    settings = stage.settings
+def _declare_shapes(context: TrainContext, records: Records, schedule: dict[str, Any]) -> None:
+    settings, run = context.job.settings, context.job.run
     request = BatchRequest(
         records.dataset,
         None if records.held_out is None else records.held_out.dataset,
-        StepSampler(len(records.dataset), settings.batch_size, stage.seed, records.parts),
+        StepSampler(len(records.dataset), settings.batch_size, run.seed, records.parts),
         settings.max_length,
         budget=schedule["tokens_per_microbatch"],
-        requested=stage.runtime.tokens_per_microbatch,
-        log=stage.log,
+        requested=run.tokens_per_microbatch,
+        log=context.log,
     )
-    stage.engine.shapes, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
-        lambda: stage.engine.device.batch_shapes(request)
+    engine = context.engine
+    engine.shapes, schedule["tokens_per_microbatch"] = engine.processes.on_all(
+        lambda: engine.device.batch_shapes(request)
     )

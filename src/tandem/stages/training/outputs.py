@@ -13,22 +13,23 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import find_ending
 from tandem.model.companion_files import write_ends
 from tandem.model.lora.adapter import save_adapter
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.storage.atomic_files import atomic_folder, spelled
 from tandem.storage.hashing import hash_bytes
-from tandem.train.checkpoint import RunState, copy_adapter
+from tandem.train.checkpoint import copy_adapter
+from tandem.train.run_state import RunState
 
 
 def save_adapter_folder(
-    stage: Stage, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
+    context: TrainContext, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
     The template is saved with the tokenizer, so that inference uses the one of training, and the
     folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
     """
-    tokenizer, template = stage.tokenizer, stage.template
-    with atomic_folder(stage.folder / "saving") as aside:
+    tokenizer, template = context.tokenizer, context.template
+    with atomic_folder(context.job.folder / "saving") as aside:
         if checkpoint is None:
             save_adapter(model, aside, trained)
         else:
@@ -37,9 +38,9 @@ def save_adapter_folder(
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
-        if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
-            stage.log(said)
-    return move_up(stage.folder / "saving")
+        if ending and (said := write_ends(aside, context.base, tokenizer, template, ending)):
+            context.log(said)
+    return move_up(context.job.folder / "saving")
 
 
 def move_up(folder: Path) -> list[str]:
@@ -59,7 +60,7 @@ def move_up(folder: Path) -> list[str]:
     return names
 
 
-def training_summary(progress: RunState, dataset: EncodedDataset) -> dict[str, Any]:
+def training_summary(state: RunState, dataset: EncodedDataset) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.
@@ -67,15 +68,15 @@ def training_summary(progress: RunState, dataset: EncodedDataset) -> dict[str, A
     process's share of a step by the mean one.
     """
     return {
-        "train_seconds": progress.seconds,
-        "examples": progress.examples,
-        "tokens": progress.tokens,
-        "padded_tokens": progress.padded_tokens,
-        "shared_tokens": progress.shared_tokens,
-        "steps": progress.step,
-        "micro_batches": progress.micro_batches,
-        "fill": progress.fill / max(1, progress.step),
-        "imbalance": progress.imbalance / max(1, progress.step),
+        "train_seconds": state.seconds,
+        "examples": state.examples,
+        "tokens": state.tokens,
+        "padded_tokens": state.padded_tokens,
+        "shared_tokens": state.shared_tokens,
+        "steps": state.step,
+        "micro_batches": state.micro_batches,
+        "fill": state.fill / max(1, state.step),
+        "imbalance": state.imbalance / max(1, state.step),
         "lengths": {
             "sequence": dataset.sequence_lengths.tolist(),
             "prompt": dataset.prompt_lengths.tolist(),

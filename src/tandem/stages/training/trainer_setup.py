@@ -1,4 +1,4 @@
-"""From a stage's settings to its optimizer, its loop of steps and its held-out scores."""
+"""From a stage's settings to its optimizer, its loop of steps, and what happens between steps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 from tandem.data.batching.sampler import tenth
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.stages.training.held_out import best_by, scored_every
 from tandem.stages.training.training_data import Records
-from tandem.train.checkpoint import RunState
-from tandem.train.held_out_evaluation import HeldOutEvaluation
+from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
 from tandem.train.optimizers import make_optimizer, make_schedule
+from tandem.train.step import StepRunner
 from tandem.train.token_budget import TokenBudget, attention_weight
-from tandem.train.trainer import Schedule, Training
+from tandem.train.trainer import Trainer
 
 
 def saved_every(settings: TrainingSettings, total: int) -> int:
@@ -27,84 +28,53 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
-def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> None:
+def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
     """Hand a stage's model to its engine, with the optimizer that the settings ask for.
 
     Args:
-        stage: resolved.
+        context: resolved.
         model: with its adapter.
         state: the optimizer's tensors where a run goes on; empty in a new one.
     """
-    engine, settings = stage.engine, stage.settings
-    engine.prepare(
-        model,
-        partial(make_optimizer, settings=settings, device=engine.device),
-        settings.max_grad_norm,
-    )
+    engine, settings = context.engine, context.job.settings
+    optimizer = partial(make_optimizer, settings=settings, device=engine.device)
+    engine.prepare(model, optimizer, settings.max_grad_norm)
     if state:
         engine.load_optimizer(state)
 
 
-def take_steps(
-    stage: Stage,
-    model: Any,
+def build_trainer(
+    context: TrainContext,
+    run: TrainingRun,
     records: Records,
     objectives: Sequence[Objective],
-    *,
     budget: TokenBudget,
-    progress: RunState,
-    total: int,
     display: StageProgress,
-) -> RunState:
-    """Take all steps that remain of a stage.
+) -> Trainer:
+    """The loop of a stage; its own callbacks are added before those that the run has already.
 
     Args:
-        stage: resolved, its engine prepared.
-        model: that the engine holds.
+        context: resolved, its engine prepared.
+        run: where it stands.
         records: to train on, and held out.
         objectives: of the first, and of the second if there are any.
         budget: tokens of a micro-batch.
-        progress: where the run stands.
-        total: steps of the whole run.
-        display: told each step and score.
+        display: shows each step and score.
     """
-    settings, checkpoints = stage.settings, stage.checkpoints()
-    schedule = Schedule(
-        total_steps=total,
-        batch_size=settings.batch_size,
-        seed=stage.seed,
-        attention_weight=attention_weight(stage.config),
-        logging_steps=settings.logging_steps,
-        save_steps=saved_every(settings, total),
-        parts=records.parts,
-    )
-    held_out = None
+    settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
+    runner = partial(StepRunner, context.engine, attention_weight=attention_weight(context.config))
+    own = [
+        MetricsLog(),
+        ShowProgress(display),
+        SaveCheckpoints(checkpoints, saved_every(settings, total)),
+    ]
     if records.held_out is not None:
-        held_out = HeldOutEvaluation(
-            engine=stage.engine,
-            model=model,
-            trees=records.held_out.dataset,
-            objective=objectives[1],
-            budget=budget,
-            attention_weight=schedule.attention_weight,
-            every=scored_every(settings, total),
-            folder=stage.folder,
-            best=best_by(settings),
-            checkpoints=checkpoints,
-            show=display.scored,
+        scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
+        own.append(
+            HeldOutEvaluation(scored, scored_every(settings, total), best_by(settings), checkpoints)
         )
-    return Training(
-        engine=stage.engine,
-        model=model,
-        trees=records.dataset,
-        objective=objectives[0],
-        learning_rate=make_schedule(settings, total),
-        schedule=schedule,
-        budget=budget,
-        dropout=stage.kind.dropout and settings.lora.dropout > 0,
-        folder=stage.folder,
-        checkpoints=checkpoints,
-        progress=progress,
-        advance=display.advance,
-        held_out=held_out,
-    ).run()
+    run.callbacks = (*own, *run.callbacks)
+    dropout = context.stage.dropout and settings.lora.dropout > 0
+    seed = context.job.run.seed if dropout else None
+    steps = runner(objectives[0], records.dataset, budget, dropout_seed=seed)
+    return Trainer(run, steps, make_schedule(settings, total))

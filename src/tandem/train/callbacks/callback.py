@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.recipe.training_settings import TrainingSettings
+from tandem.data.encoded.dataset import EncodedDataset
+from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import StageProgress
 from tandem.storage.atomic_files import append_jsonl
 from tandem.train.checkpoint import CheckpointStore
@@ -34,10 +35,10 @@ class TrainingRun:
     """A run of a training stage, the same in all processes.
 
     Attributes:
-        name: of the stage: sft or dpo.
-        settings: of the stage.
-        folder: where it writes.
+        stage: its name, sft or dpo.
+        job: what is asked for.
         engine: holds the model, and knows the device and the processes.
+        config: the model's transformers configuration.
         dataset: the encoded records that are trained on.
         sampler: which of them a step has.
         total_steps: of the whole run.
@@ -50,11 +51,11 @@ class TrainingRun:
         stopping: known in `before_next_step`: whether the run ends after this step.
     """
 
-    name: str
-    settings: TrainingSettings
-    folder: Path
+    stage: str
+    job: TrainingJob
     engine: Engine
-    dataset: Any
+    config: Any
+    dataset: EncodedDataset
     sampler: StepSampler
     total_steps: int
     execution: Mapping[str, Any]
@@ -64,6 +65,11 @@ class TrainingRun:
     baseline_memory: int = 0
     stop_reason: str = ""
     stopping: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return self.job.folder
 
     @property
     def epoch(self) -> float:
@@ -87,7 +93,7 @@ class Callback:
     """
 
     def on_set_up(self, run: TrainingRun, model: Any) -> None:
-        """Model and data are there; nothing is computed yet, `run.state` is a new run's."""
+        """When data and model are there, and nothing is computed; `run.state` is a new run's."""
 
     def on_train_begin(self, run: TrainingRun) -> None:
         """Before the first step, or the first one after a resume."""

@@ -14,7 +14,11 @@ from torch import Tensor
 from tandem.data.records import Example
 from tandem.errors import UserError
 from tandem.recipe.training_settings import DpoSettings
-from tandem.train.losses.registry import AnswerLogps, PreferenceLoss
+from tandem.train.losses import paired
+from tandem.train.losses.registry import PREFERENCE_LOSSES, AnswerLogps, PreferenceLoss
+
+# A loss is registered when its module is imported.
+LOSS_MODULES = (paired,)
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:
@@ -110,6 +114,13 @@ class SupervisedObjective:
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss per trained token."""
         return {"loss": sums["loss"] / sums["count"]}
+
+
+def find_loss(name: str) -> PreferenceLoss:
+    """The loss of a name. Raises UserError, with the names there are, for another one."""
+    if name not in PREFERENCE_LOSSES:
+        raise UserError(f"there is no loss {name!r}; it may be {', '.join(PREFERENCE_LOSSES)}")
+    return PREFERENCE_LOSSES[name]
 
 
 class PreferenceObjective:

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tandem.errors import UserError
-
 
 @dataclass(frozen=True)
 class AnswerLogps:
@@ -78,10 +76,3 @@ def preference_loss(
         return compute
 
     return register
-
-
-def find_loss(name: str) -> PreferenceLoss:
-    """The loss of a name. Raises UserError, with the names there are, for another one."""
-    if name not in PREFERENCE_LOSSES:
-        raise UserError(f"there is no loss {name!r}; it may be {', '.join(PREFERENCE_LOSSES)}")
-    return PREFERENCE_LOSSES[name]

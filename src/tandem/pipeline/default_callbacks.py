@@ -1,0 +1,44 @@
+"""What every training stage of a command is accompanied by, beside its own callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.train.callbacks.callback import Callback, TrainingRun
+
+
+def default_callbacks() -> list[Callback]:
+    """The callbacks of a stage of a run, or of a stage alone."""
+    return [EstimateRun()]
+
+
+class EstimateRun(Callback):
+    """Estimates a run before it begins, and compares the estimate with what came of it."""
+
+    def __init__(self) -> None:
+        self._estimate: Forecast | None = None
+
+    def on_set_up(self, run: TrainingRun, model: Any) -> None:
+        """Estimate time and memory in rank 0; whatever is strange about a model, it trains."""
+        if not run.engine.processes.is_rank0:
+            return
+        try:
+            self._estimate = forecast_run(
+                run.stage, run.dataset, model, run.job.settings,
+                engine=run.engine, config=run.config, schedule=run.execution,
+                parts=run.sampler.sources, quantization=run.job.run.quantization,
+                seed=run.job.run.seed, baseline=run.baseline_memory,
+            )  # fmt: skip
+        except Exception as error:
+            run.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
+
+    def on_train_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
+        """Add the comparison to the summary, and keep this run's rate for the next plan."""
+        if self._estimate is None:
+            return
+        summary["estimate"] = compared(self._estimate, summary)
+        try:
+            keep(self._estimate, summary["estimate"], summary)
+        except OSError as error:
+            run.log(f"how fast this was cannot be kept for the next plan ({error})")
