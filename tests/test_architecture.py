@@ -43,6 +43,7 @@ DEBTS: set[tuple[str, str]] = {
     ("evaluate/evaluate_models.py", "report"),
     ("evaluate/win_rates.py", "pairs"),
     ("model/attention/select.py", "integrations"),
+    ("plan/available_data.py", "pairs"),
     ("runtime/device.py", "integrations"),
     ("runtime/device.py", "recipe"),
     ("stages/dpo.py", "report"),

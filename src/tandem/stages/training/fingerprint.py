@@ -1,7 +1,8 @@
-"""What the result of a training stage depends on."""
+"""What a training stage begins with: its model, whether that fits, and all the result depends on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,40 @@ def model_side(
     tokenizer = load_tokenizer(base)
     added = add_tokens(tokenizer, run.added_tokens)
     return config, tokenizer, resolve_template(tokenizer, run.chat_template), added
+
+
+def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
+    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+
+    So it is for a base that is quantised already, and for one into whose files no adapter could be
+    merged.
+
+    Args:
+        folder: the base model's.
+        sections: the training stages by name, all of them on models of the base's architecture.
+        weights: whether the folder must hold weights.
+    """
+    config = load_config(folder, weights=weights)
+    check_unquantized(folder, config)
+    for name, section in sections.items():
+        check_context(config, section.max_length, folder, f"{name}.max_length")
+    for name, section in sections.items():
+        targets = section.lora.target_modules
+        if not isinstance(targets, str):
+            model = model_without_weights(config)
+            key = f"{name}.lora.target_modules"
+            check_targets(model, targets, refused_modules(model), key)
+        if weights:
+            _check_sums(folder, config, section)
+
+
+def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
+    """Raise UserError if a stage's adapter could not be merged into the base's files."""
+    model, plain = model_without_weights(config), model_without_weights(config)
+    lora = section.lora
+    adapted = add_adapter(
+        model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules,
+        base_name="", seed=0, out_of_reach=refused_modules(model),
+    )  # fmt: skip
+    rows = [f"{name}.weight" for name in embedding_names(plain)]
+    check_sums(folder, plain, [*adapted_weights(adapted), *rows])
