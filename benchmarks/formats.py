@@ -25,8 +25,8 @@ from tandem.demo.embedded import materialise
 from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.model_folder import load_tokenizer
 from tandem.model.quantize import FILE, quantize
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft

@@ -20,12 +20,13 @@ import torch
 
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Row
-from tandem.data.sources.rows import SourceSpec, read_rows
+from tandem.data.sources.rows import read_rows
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.model.generate import generate_answers
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import context_length, load_tokenizer, model_folder
 from tandem.pairs.prompts import read_prompts
+from tandem.recipe.data_source import DataSource
 
 from .record import Environment, log
 from .report import RESULTS
@@ -82,7 +83,7 @@ def _asked(name: str, options: argparse.Namespace) -> Asked:
     template = resolve_template(tokenizer, None)
     context = context_length(model.config) or 2**31
     prompts: list[list[int]] = []
-    source = SourceSpec(str(options.prompts))
+    source = DataSource(path=str(options.prompts))
     if not any(isinstance(row, Row) for row in read_rows(source)):
         raise SystemExit(f"{options.prompts} has no records")
     for prompt in read_prompts([source], "different", Ledger()):

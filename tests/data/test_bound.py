@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat, Encoded, encode_conversation
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_conversation
 from tandem.data.tokenize.token_bounds import longest_token
 from tandem.data.truncation.limits import Limits, TooLong
 from tests.data.test_truncate import POLICIES, fit, fit_two
@@ -132,7 +132,7 @@ def test_long_records_come_out_as_if_tokenised_whole(
 ) -> None:
     tokenizer = request.getfixturevalue(f"{family}_tokenizer")
     name = "chatml" if family == "byte" else "zephyr"
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, name))
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
     limits = Limits(length, prompt, policy)
     before = (Turn("system", system),) if system else ()
     roles = ("user", "assistant")
@@ -155,7 +155,7 @@ def test_only_a_part_is_tokenised(
         (stories_tokenizer, "zephyr"),
         (byte_tokenizer, "chatml"),
     ):
-        chat = Chat.of(tokenizer, resolve_template(tokenizer, name))
+        chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
         long = "It was a day. " * 4000
         for texts in ((long, "Yes"), ("Yes", long)):
             turns = (Turn("user", texts[0]), Turn("assistant", texts[1]))
@@ -181,7 +181,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
 from tandem.data.build_dataset import prepare_conversations
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
@@ -194,7 +194,7 @@ def most():
 def run(path, policy, loss_on):
     ledger = Ledger(None)
     trees = prepare_conversations(
-        [SourceSpec(path)], tokenizer=tokenizer, template=template, max_length=512,
+        [DataSource(path=path)], tokenizer=tokenizer, template=template, max_length=512,
         max_prompt_length=256, too_long=policy, loss_on=loss_on, ledger=ledger)
     return [e.outcome for e in ledger.entries], [len(t.sequence(0).input_ids) for t in trees]
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from tandem.data.batching.collate import collate
 from tandem.data.build_dataset import prepare_conversations
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.recipe.data_source import DataSource
 from tandem.train.losses.objectives import SupervisedObjective
 
 from ..invariants.made import attend
@@ -34,13 +34,13 @@ TALK = [
 
 def prepared(
     tokenizer: Any, folder: Path, rows: list[Any], template: str, **options: Any
-) -> tuple[Trees, Ledger]:
+) -> tuple[EncodedDataset, Ledger]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = Ledger(None)
     options.setdefault("max_length", 512)
     trees = prepare_conversations(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, template),
         ledger=ledger,
@@ -49,7 +49,7 @@ def prepared(
     return trees, ledger
 
 
-def path_of(trees: Trees, number: int = 0) -> Branch:
+def path_of(trees: EncodedDataset, number: int = 0) -> Branch:
     assert trees[number].prefix.input_ids.size == 0
     (branch,) = trees[number].branches
     return branch
@@ -83,7 +83,7 @@ def test_weights_of_answers_count_in_messages_and_not_for_the_text(
 
 
 def test_the_loss_is_that_of_plain_transformers(
-    stories_tokenizer: Any, stories_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_tokenizer: Any, some_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_plain_transformers(
     double_precision(monkeypatch)
     rows = [{"messages": TALK}, {"messages": [TALK[1], TALK[2]]}]
     trees, _ = prepared(stories_tokenizer, tmp_path, rows, "neural-chat", loss_on="text")
-    plain = AutoModelForCausalLM.from_pretrained(stories_path, dtype=torch.float64).eval()
+    plain = AutoModelForCausalLM.from_pretrained(some_model, dtype=torch.float64).eval()
     total, count = 0.0, 0
     for row in rows:
         ids = stories_tokenizer.apply_chat_template(
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_plain_transformers(
         assert out.loss.item() == pytest.approx(exact.item(), rel=1e-6)
         total += exact.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    model = load_model(stories_path, dtype=torch.float64)
+    model = load_model(some_model, dtype=torch.float64)
     attend(model, "segments")
     with torch.no_grad():
         logps = sequence_logps(model, collate(list(trees)))

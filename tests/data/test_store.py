@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import Trees, sequence_digest
-from tandem.data.encoded.dataset_store import EncodedStore, TreeWriter
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
+from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.sources.chunks import RowChunk
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 from tandem.storage.cache_folder import cache_report, clear_cache
 
 from .test_prepare import pair, talk, write
@@ -38,14 +38,14 @@ class Desk:
     ledger: Ledger
 
     def prepare(
-        self, sources: list[SourceSpec], tokenizer: Any, kind: Any = prepare_pairs, **options: Any
-    ) -> Trees:
+        self, sources: list[DataSource], tokenizer: Any, kind: Any = prepare_pairs, **options: Any
+    ) -> EncodedDataset:
         template = options.pop("template", None) or resolve_template(tokenizer, "neural-chat")
         options = {"max_length": 512, **options}
         self.said.clear()
         self.ledger = Ledger(None)
         store = EncodedStore(self.said.append, self.folder)
-        trees: Trees = kind(
+        trees: EncodedDataset = kind(
             sources,
             tokenizer=tokenizer,
             template=template,
@@ -65,14 +65,14 @@ def desk(tmp_path: Path) -> Desk:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> SourceSpec:
+def source(tmp_path: Path) -> DataSource:
     rows: list[Any] = [pair(f"What is {n}?", f"It is {n}.", f"Not {n}.") for n in range(9)]
     rows[3] = pair("What?", "Same.", "Same.")
     rows[5] = pair("word " * 800, "Long.", "Short.")
     return write(tmp_path / "p.jsonl", rows)
 
 
-def same(a: Tree, b: Tree) -> bool:
+def same(a: Example, b: Example) -> bool:
     parts = zip((a.prefix, *a.branches), (b.prefix, *b.branches), strict=True)
     return a.origin == b.origin and all(
         np.array_equal(x.input_ids, y.input_ids) and np.array_equal(x.trained, y.trained)
@@ -88,21 +88,25 @@ def same(a: Tree, b: Tree) -> bool:
     ],
 )
 def test_every_tree_and_count_is_that_of_the_record(
-    shared_data: Path, mistral_tokenizer: Any, desk: Desk, name: str, kind: Callable[..., Trees]
+    shared_data: Path,
+    mistral_tokenizer: Any,
+    desk: Desk,
+    name: str,
+    kind: Callable[..., EncodedDataset],
 ) -> None:
     from tandem.data.encoded import encode_chunk
 
-    direct: list[Tree] = []
-    original = encode_chunk.to_columns
+    direct: list[Example] = []
+    original = encode_chunk.to_arrays
 
-    def watched(trees: list[Tree], prompts: list[int]) -> Any:
+    def watched(trees: list[Example], prompts: list[int]) -> Any:
         direct.extend(trees)
         return original(trees, prompts)
 
-    sources = [SourceSpec(str(shared_data / name))]
+    sources = [DataSource(path=str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_chunk, "to_columns", watched)
+        patch.setattr(encode_chunk, "to_arrays", watched)
         desk.prepare(sources, mistral_tokenizer, kind, workers=1, **limits)
     assert len(direct) > 1000
     trees = desk.prepare(sources, mistral_tokenizer, kind, **limits)
@@ -123,7 +127,7 @@ def test_every_tree_and_count_is_that_of_the_record(
     )
 
 
-def test_trees_are_a_sequence(source: SourceSpec, mistral_tokenizer: Any, desk: Desk) -> None:
+def test_trees_are_a_sequence(source: DataSource, mistral_tokenizer: Any, desk: Desk) -> None:
     trees = desk.prepare([source], mistral_tokenizer)
     assert len(trees) == 8
     assert [tree.origin.row for tree in trees] == [1, 2, 3, 5, 6, 7, 8, 9]
@@ -134,7 +138,7 @@ def test_trees_are_a_sequence(source: SourceSpec, mistral_tokenizer: Any, desk: 
 
 
 def test_a_second_start_tells_the_same_without_encoding(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = list(desk.prepare([source], mistral_tokenizer))
     told = (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary())
@@ -144,7 +148,7 @@ def test_a_second_start_tells_the_same_without_encoding(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     again = desk.prepare([source], mistral_tokenizer)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary()) == told
@@ -152,13 +156,13 @@ def test_a_second_start_tells_the_same_without_encoding(
 
 
 def test_where_data_lies_plays_no_part(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     desk.prepare([source], mistral_tokenizer)
     elsewhere = tmp_path / "else" / "where.jsonl"
     elsewhere.parent.mkdir()
     shutil.copy(source.path, elsewhere)
-    trees = desk.prepare([SourceSpec(str(elsewhere))], mistral_tokenizer)
+    trees = desk.prepare([DataSource(path=str(elsewhere))], mistral_tokenizer)
     assert len(desk.entries()) == 1
     assert trees[0].origin.file == str(elsewhere)
     assert {entry.file for entry in desk.ledger.entries} == {str(elsewhere)}
@@ -166,7 +170,7 @@ def test_where_data_lies_plays_no_part(
 
 
 def test_everything_that_ids_depend_on_misses(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     from tokenizers import AddedToken
 
@@ -187,7 +191,7 @@ def test_everything_that_ids_depend_on_misses(
     changed = tmp_path / "changed.jsonl"
     content = Path(source.path).read_bytes()
     changed.write_bytes(content.replace(b"It is 7.", b"It is 6."))
-    assert entries_after(sources=[SourceSpec(str(changed))]) == 8
+    assert entries_after(sources=[DataSource(path=str(changed))]) == 8
     mistral_tokenizer.eos_token, before = "<unk>", mistral_tokenizer.eos_token
     assert entries_after(template=plain) == 9
     mistral_tokenizer.eos_token = before
@@ -205,7 +209,7 @@ def test_everything_that_ids_depend_on_misses(
 @pytest.mark.parametrize("name", ["ids", "trained", "lengths", "rows", "ledger", "entry.json"])
 @pytest.mark.parametrize("damage", ["a byte", "the end", "all"])
 def test_a_damaged_entry_is_made_again_with_a_line(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, name: str, damage: str
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, name: str, damage: str
 ) -> None:
     first = list(desk.prepare([source], mistral_tokenizer))
     (entry,) = desk.folder.iterdir()
@@ -252,30 +256,33 @@ def test_a_data_set_of_the_hub_is_loaded_once(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 0)  # as for large data
-    hub = SourceSpec("made/pairs", fields=(("question", "ask"),))
+    hub = DataSource(path="made/pairs", fields={"question": "ask"})
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
     assert asked == [("made/pairs", None, "train", None)]
-    assert len(desk.prepare([replace(hub, revision="v1")], mistral_tokenizer, workers=1)) == 9
+    assert (
+        len(desk.prepare([hub.model_copy(update={"revision": "v1"})], mistral_tokenizer, workers=1))
+        == 9
+    )
     assert len(asked) == 2
 
 
 def test_a_file_that_changes_meanwhile_is_refused(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode(*arguments: Any) -> Any:
         with Path(source.path).open("a") as file:
             file.write(json.dumps(pair("More?", "A", "B")) + "\n")
-        return encode_batch(*arguments)
+        return encode_chunk(*arguments)
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     with pytest.raises(UserError, match="changed while it was being read"):
         desk.prepare([source], mistral_tokenizer)
     assert desk.entries() == set()
 
 
 def test_a_store_that_cannot_be_written_costs_a_line(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
     desk.folder = tmp_path / "file" / "store"
@@ -291,21 +298,21 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
 ) -> None:
     import os
 
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
     store = EncodedStore(desk.said.append, desk.folder)
-    plan = Plan("conversations", Limits(512, None), "stop")
+    plan = EncodingOptions("conversations", Limits(512, None), "stop")
     (tmp_path / "c.jsonl").write_text(json.dumps(talk("Hi", "Hello")) + "\n")
     from tandem.data.sources.rows import read_rows
 
-    rows = tuple(read_rows(SourceSpec(str(tmp_path / "c.jsonl"))))
+    rows = tuple(read_rows(DataSource(path=str(tmp_path / "c.jsonl"))))
     names = [str(tmp_path / "c.jsonl")]
     for number, key in enumerate("abcd"):
         with store.writing(key, names) as writer:
-            writer.add(encode_batch(chat, plan, RowChunk(names[0], 1, rows), "messages"))
+            writer.add(encode_chunk(chat, plan, RowChunk(names[0], 1, rows), "messages"))
             writer.finish({0: "messages"}, [1])
         os.utime(desk.folder / key, (number, number))
     found = store.find("b", names)
-    oldest = store.trees("a", names)
+    oldest = store.dataset("a", names)
     size = sum(file.stat().st_size for file in (desk.folder / "a").iterdir())
     assert found is not None
     assert store.prune("c", limit_bytes=2 * size) == 2
@@ -323,7 +330,7 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
 
 
 def test_the_cache_command_sees_and_empties_it(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     desk.folder = EncodedStore(print).folder
@@ -337,8 +344,8 @@ def test_the_cache_command_sees_and_empties_it(
 
 
 def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> None:
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
-    plan = Plan("preference pairs", Limits(512, None), "stop")
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    plan = EncodingOptions("preference pairs", Limits(512, None), "stop")
     from tandem.data.records import Origin
     from tandem.data.sources.chunks import Row
 
@@ -348,12 +355,12 @@ def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> 
     rows = [Row(one, Origin("f", n)) for n, one in enumerate(fields, 1)]
     results = []
     for size in (1, 3, 39):
-        writer = TreeWriter(None, ["f"])
+        writer = DatasetWriter(None, ["f"])
         for at in range(0, 39, size):
             chunk = RowChunk("f", size, tuple(rows[at : at + size]))
-            writer.add(encode_batch(chat, plan, chunk, "orca_dpo_pairs"))
+            writer.add(encode_chunk(chat, plan, chunk, "orca_dpo_pairs"))
         writer.finish({0: "orca_dpo_pairs"}, [39])
-        results.append(list(writer.trees()))
+        results.append(list(writer.dataset()))
     assert len(results[0]) == 39
     for other in results[1:]:
         assert all(same(a, b) for a, b in zip(results[0], other, strict=True))

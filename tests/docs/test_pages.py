@@ -10,22 +10,28 @@ import pytest
 import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats.known_formats import FORMATS, detect, read_question
+from tandem.data.formats.conversations import read_question
+from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.records import Origin
-from tandem.data.resolve_sources import source_spec
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 
 from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
+GUIDE = ROOT / "docs" / "guide"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`([\w/]+/[\w/]*(?:\.py|\.c|/))`")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 def test_the_index_links_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / target).resolve() for target in _LINK.findall(index.read_text())}
-    assert {page_name(page) for page in PAGES[1:] if page != index and page not in linked} == set()
+    assert {page_name(page) for page in PAGES[2:] if page != index and page not in linked} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -46,16 +52,27 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_named_tests_exist(page: Path) -> None:
-    for file, test in _TEST.findall(page.read_text()):
+def test_named_tests_exist_and_the_guide_names_none(page: Path) -> None:
+    named = _TEST.findall(page.read_text())
+    assert not named or page.parent.name == "internals"
+    for file, test in named:
         assert (ROOT / file).is_file(), f"{page_name(page)} names {file}"
         assert not test or f"def {test}(" in (ROOT / file).read_text(), (
             f"{page_name(page)} names {test}"
         )
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_code_exists_and_the_guide_names_none(page: Path) -> None:
+    """A path of code is written from the repository or from src/tandem."""
+    named = set(_CODE.findall(without_blocks(page)))
+    assert not named or page.parent.name != "guide"
+    roots = (ROOT, ROOT / "src" / "tandem")
+    assert {path for path in named if not any((root / path).exists() for root in roots)} == set()
+
+
 def test_the_example_records_can_be_read() -> None:
-    page = ROOT / "docs" / "guide" / "data.md"
+    page = GUIDE / "data.md"
     found = []
     for block in blocks(page, "json"):
         fields, origin = json.loads(block.text), Origin("data.md", 1)
@@ -76,17 +93,16 @@ def test_the_example_records_can_be_read() -> None:
 
 
 def test_the_example_sources_can_be_said() -> None:
-    block = blocks(ROOT / "docs" / "guide" / "data.md", "yaml")[0]
+    (block,) = blocks(GUIDE / "data.md", "yaml")
     sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
-    assert [source_spec(source, source.path).meaning != {} for source in sources] == [True] * 3
+    assert [source.meaning != {} for source in sources] == [True] * 3
 
 
 def test_the_example_settings_are_those_of_recipes() -> None:
-    examples = [
-        yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "guide" / "data.md", "yaml")
-    ]
-    assert len(examples) > 2
-    for example in examples[1:]:
+    pages = [GUIDE / f"{name}.md" for name in ("templates", "training-data")]
+    examples = [yaml.safe_load(block.text) for page in pages for block in blocks(page, "yaml")]
+    assert len(examples) == 4
+    for example in examples:
         given = {"name": "x", "model": "m", "output_dir": "o", "sft": {}} | example
         given["sft"] = {"data": "d.jsonl"} | given["sft"]
         Recipe.model_validate(given)

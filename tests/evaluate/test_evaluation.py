@@ -21,9 +21,9 @@ from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.evaluate.harness import Harness
 from tandem.evaluate.measurement_store import Kept
 from tandem.evaluate.win_rates import Judge, Messages
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.report.terminal_tables import comparison_notes
 from tandem.storage.atomic_files import read_json, read_jsonl
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data.batching import sampler
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_pairs
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.lora.adapter import LoraWeights
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings
 from tandem.stages.dpo import run_dpo
 from tandem.train.losses.objectives import PreferenceObjective
@@ -41,7 +41,7 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def trl(
-    stories_path: Path,
+    some_model: Path,
     pairs: list[plain.Pair],
     chat_tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -53,7 +53,7 @@ def trl(
     datasets.disable_progress_bars()
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     trainer = DPOTrainer(
-        model=plain.load(stories_path),
+        model=plain.load(some_model),
         args=DPOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             use_cpu=True,
@@ -74,11 +74,11 @@ def trl(
 
 
 @pytest.fixture(scope="module")
-def oracle(stories_path: Path, pairs: list[plain.Pair]) -> Expected:
+def oracle(some_model: Path, pairs: list[plain.Pair]) -> Expected:
     """The plain model in float64."""
     with pytest.MonkeyPatch.context() as patch:
         plain.keep_float64(patch)
-        model = plain.fresh_adapter(plain.load(stories_path, torch.float64), seed=1)
+        model = plain.fresh_adapter(plain.load(some_model, torch.float64), seed=1)
         plain.move_adapter(model)
         with plain.adapter_off(model):
             reference = plain.pair_logps(model, pairs)
@@ -89,12 +89,12 @@ def oracle(stories_path: Path, pairs: list[plain.Pair]) -> Expected:
 
 
 @pytest.fixture(scope="module")
-def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Tree]:
+def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Example]:
     """The same pairs through tandem's data path."""
     return ours.trees_of(prepare_pairs, pairs_file, chat_tokenizer)
 
 
-def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tree]) -> None:
+def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Example]) -> None:
     assert any(tree.prefix.trained.any() for tree in trees), "no pair shares an answer's start"
     for row, pair, tree in zip(trl.train_dataset, pairs, trees, strict=True):
         assert row["prompt_ids"] == pair.prompt_ids
@@ -106,9 +106,9 @@ def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tre
 
 
 def test_loss_logps_and_gradients_equal_trls(
-    trl: Any, trees: list[Tree], oracle: Expected, stories_path: Path
+    trl: Any, trees: list[Example], oracle: Expected, some_model: Path
 ) -> None:
-    found = _ours(stories_path, trees, torch.float32, "segments")
+    found = _ours(some_model, trees, torch.float32, "segments")
     expected = _trls(trl)
     assert (found.policy - found.reference).abs().min() > 1e-2, "the adapter does nothing"
     close = {"rtol": 1e-5, "atol": 0.0, "check_dtype": False}
@@ -128,12 +128,12 @@ def test_loss_logps_and_gradients_equal_trls(
 def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     backend: str,
     oracle: Expected,
-    trees: list[Tree],
-    stories_path: Path,
+    trees: list[Example],
+    some_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain.keep_float64(monkeypatch)
-    found = _ours(stories_path, trees, torch.float64, backend)
+    found = _ours(some_model, trees, torch.float64, backend)
     assert found.policy.dtype == torch.float64
     torch.testing.assert_close(found.reference, oracle.reference, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(found.policy, oracle.policy, rtol=1e-9, atol=0.0)
@@ -141,7 +141,7 @@ def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     plain.assert_close_tensors(found.gradients, oracle.gradients, 1e-9)
 
 
-def _ours(folder: Path, trees: list[Tree], dtype: torch.dtype, backend: str) -> Expected:
+def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) -> Expected:
     model = ours.adapted(folder, dtype, backend)
     plain.move_adapter(model)
     engine = ours.engine_of(model)
@@ -183,7 +183,7 @@ def test_a_short_run_equals_a_plain_loop(
     limit: float,
     pairs: list[plain.Pair],
     pairs_file: Path,
-    stories_path: Path,
+    some_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -199,7 +199,7 @@ def test_a_short_run_equals_a_plain_loop(
         lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_dpo(
-        model=str(stories_path),
+        model=str(some_model),
         revision=None,
         settings=settings,
         output_dir=tmp_path / "dpo",
@@ -209,7 +209,7 @@ def test_a_short_run_equals_a_plain_loop(
         console=Console(quiet=True),
     )
 
-    model = plain.fresh_adapter(plain.load(stories_path, getattr(torch, dtype)), seed=5)
+    model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)
     with plain.adapter_off(model):
         reference = plain.pair_logps(model, pairs)
 
@@ -217,7 +217,7 @@ def test_a_short_run_equals_a_plain_loop(
         policy = plain.pair_logps(model, [pairs[i] for i in examples])
         return plain.dpo_loss(policy, reference[list(examples)], BETA)
 
-    steps = sampler.steps(len(pairs), 3, seed=5, count=4)
+    steps = StepSampler(len(pairs), 3, seed=5).steps(0, 4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     trained = load_file(folder / "adapter_model.safetensors")
     plain.assert_close_tensors(trained, plain.trained_parameters(model), limit)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.packing import padded_tokens
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,
@@ -28,6 +28,8 @@ from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import QUIET
 
+RECORDS, BATCH_SIZE = 18, 4
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,16 +43,16 @@ def _first_lines(source: Path, count: int, target: Path) -> Path:
 
 
 def _settings(
-    kind: str, shared_data: Path, folder: Path, **changes: Any
+    kind: str, some_data: Path, folder: Path, **changes: Any
 ) -> SftSettings | DpoSettings:
     source = {
-        "sft": shared_data / "conversations" / "slimorca_format.jsonl",
-        "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
+        "sft": some_data / "conversations" / "slimorca_format.jsonl",
+        "dpo": some_data / "pairs" / "orca_dpo_pairs.jsonl",
     }[kind]
-    data = _first_lines(source, 30, folder / f"{kind}.jsonl")
+    data = _first_lines(source, RECORDS, folder / f"{kind}.jsonl")
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
-        "batch_size": 7,
+        "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
         "max_length": 400,
@@ -63,12 +65,11 @@ def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Work:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
 
     config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
     records = stage_records(
         prepare_conversations if kind == "sft" else prepare_pairs,
-        [SourceSpec(source.path, weight=source.weight) for source in settings.data],
+        [DataSource(path=source.path, weight=source.weight) for source in settings.data],
         [],
         settings,
         tokenizer=tokenizer,
@@ -82,7 +83,7 @@ def _counted(
         settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
         parts=records.parts,
     )  # fmt: skip
-    return count_work(records.trees, asked)
+    return count_work(records.dataset, asked)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,9 @@ def _counted(
     ],
 )
 def test_a_plan_counts_what_a_run_reports(
-    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
+    kind: str, attention: str, mixed: bool, some_model: Path, some_data: Path, tmp_path: Path
 ) -> None:
-    settings: Any = _settings(kind, shared_data, tmp_path)
+    settings: Any = _settings(kind, some_data, tmp_path)
     if mixed:
         (source,) = settings.data
         twice = source.model_copy(update={"weight": 2.5})
@@ -105,7 +106,7 @@ def test_a_plan_counts_what_a_run_reports(
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(
-        model=str(stories_path),
+        model=str(some_model),
         revision=None,
         settings=settings,
         output_dir=tmp_path / "out",
@@ -115,7 +116,7 @@ def test_a_plan_counts_what_a_run_reports(
         console=QUIET,
     )
     summary = read_json(folder / "summary.json")
-    work = _counted(kind, stories_path, settings, padded=attention == "padded")
+    work = _counted(kind, some_model, settings, padded=attention == "padded")
     for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):
         assert getattr(work, name) == summary[name], name
     assert work.fill == pytest.approx(summary["fill"], rel=1e-12)
@@ -130,20 +131,19 @@ def test_a_plan_counts_what_a_run_reports(
 
 
 def test_a_plan_for_processes_deals_as_they_do(
-    stories_path: Path, shared_data: Path, tmp_path: Path
+    some_model: Path, some_data: Path, tmp_path: Path
 ) -> None:
     """Against dealing every step's trees, one by one."""
-    from tandem.data.batching.packing import plan_step, tree_cost
-    from tandem.data.batching.sampler import steps
+    from tandem.data.batching.packing import example_cost, plan_step
+    from tandem.data.batching.sampler import StepSampler
     from tandem.data.build_dataset import prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
     from tandem.runtime.device import attention_weight
 
-    settings = _settings("dpo", shared_data, tmp_path)
-    config, tokenizer, template, _ = model_side(stories_path, settings, None)
+    settings = _settings("dpo", some_data, tmp_path)
+    config, tokenizer, template, _ = model_side(some_model, settings, None)
     _, trees = prepared_records(
         prepare_pairs,
-        [SourceSpec(settings.data[0].path)],
+        [DataSource(path=settings.data[0].path)],
         settings,
         tokenizer=tokenizer,
         template=template,
@@ -155,9 +155,9 @@ def test_a_plan_for_processes_deals_as_they_do(
     work = count_work(trees, asked)
     weight = attention_weight(config)
     plans = []
-    for step in steps(len(trees), 7, seed=3, count=work.steps):
+    for step in StepSampler(len(trees), BATCH_SIZE, seed=3).steps(0, work.steps):
         own = [trees[i] for i in step.examples]
-        costs = [tree_cost(tree, weight) for tree in own]
+        costs = [example_cost(tree, weight) for tree in own]
         plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))
     assert work.micro_batches == sum(len(rank) for plan in plans for rank in plan.ranks)
     assert work.imbalance == pytest.approx(np.mean([plan.imbalance for plan in plans]), rel=1e-12)
@@ -167,7 +167,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     assert work.longest == max(tree.fed for tree in trees)
 
 
-def _visible(tree: Tree) -> int:
+def _visible(tree: Example) -> int:
     """Pairs that see each other, row by row."""
     prefix = len(tree.prefix.input_ids)
     return sum(range(1, prefix + 1)) + sum(
@@ -176,12 +176,12 @@ def _visible(tree: Tree) -> int:
 
 
 def test_many_steps_are_packed_in_part(
-    stories_path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some_model: Path, some_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _settings("sft", shared_data, tmp_path, batch_size=2, epochs=4)
-    whole = _counted("sft", stories_path, settings)
+    settings = _settings("sft", some_data, tmp_path, batch_size=2, epochs=4)
+    whole = _counted("sft", some_model, settings)
     monkeypatch.setattr("tandem.plan.workload._PACKED", 7)
-    part = _counted("sft", stories_path, settings)
+    part = _counted("sft", some_model, settings)
     assert part.packed_steps < whole.packed_steps == whole.steps
     assert (part.tokens, part.padded_tokens) == (whole.tokens, whole.padded_tokens)
     assert part.micro_batches == pytest.approx(whole.micro_batches, rel=0.2)
@@ -197,20 +197,20 @@ def test_padded_batches_of_eight(count: int) -> None:
 
 def test_guessed_records_count_as_equal_ones_would() -> None:
     """Against records of that many tokens, six of ten trained."""
-    from tandem.data.encoded.dataset import to_columns
-    from tandem.data.encoded.dataset_store import TreeWriter
-    from tandem.data.encoded.encode_chunk import Batch
+    from tandem.data.encoded.dataset import to_arrays
+    from tandem.data.encoded.dataset_store import DatasetWriter
+    from tandem.data.encoded.encode_chunk import EncodedChunk
 
     length, count = 11, 10
     ids = np.arange(length, dtype=np.int32)
     trained = np.arange(length) > 4
     nothing = Branch(ids[:0], trained[:0])
-    trees = [Tree(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
-    writer = TreeWriter(None, ["x"])
-    writer.add(Batch("x", to_columns(trees), ()))
+    trees = [Example(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
+    writer = DatasetWriter(None, ["x"])
+    writer.add(EncodedChunk("x", to_arrays(trees), ()))
     writer.finish({}, [count])
     asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
-    real, guessed = count_work(writer.trees(), asked), guess_work(10, 10, asked, answers=0.6)
+    real, guessed = count_work(writer.dataset(), asked), guess_work(10, 10, asked, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.
     names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
     for name in (*names.split(), "reference_tokens", "reference_visible"):

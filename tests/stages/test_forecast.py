@@ -20,8 +20,8 @@ from tandem.plan.model_shape import described
 from tandem.plan.rate import Rate, recorded_rate
 from tandem.plan.stage_estimate import Forecast, compared, copied_bytes, forecast, keep
 from tandem.plan.workload import Work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import choose_device
 from tandem.stages.sft import run_sft

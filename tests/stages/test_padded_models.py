@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLm
 
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import run_evaluation
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge

@@ -17,10 +17,10 @@ from tandem.model.generate import generate_answers
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import load_tokenizer
 from tandem.pairs.make_pairs import run_pairs
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs

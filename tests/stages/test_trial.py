@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from tandem.data.batching.sampler import Part, steps
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import StepSampler, WeightedSource
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.plan import trial
 from tandem.plan.model_shape import described
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, count_operations, count_work, guess_work
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
 from tandem.runtime.device import choose_device
 
@@ -55,7 +55,7 @@ def _trial(config: Any = _LLAMA, settings: TrainingSettings | None = None, **cha
     )
 
 
-def _trees(count: int = 20, tokens: int = 12) -> Trees:
+def _trees(count: int = 20, tokens: int = 12) -> EncodedDataset:
     return made_up(count, tokens, 0.5, vocabulary=90)
 
 
@@ -64,7 +64,7 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
 ) -> None:
     taken: list[int] = []
 
-    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+    def take(_: Trial, __: Any, ___: EncodedDataset, members: Any) -> float:
         taken.append(len(members))
         return 0.125 if len(taken) % 2 else 0.01
 
@@ -74,7 +74,7 @@ def test_all_operations_of_a_step_are_set_against_its_seconds(
     assert rate is not None
     # A record feeds 11 tokens, so that two fit into 30; after one to warm up each is taken twice.
     assert taken == [2] * 9
-    (first,) = steps(20, 8, seed=3, count=1)
+    (first,) = StepSampler(20, 8, seed=3).steps(0, 1)
     whole = count_work(trees.select(np.sort(np.array(first.examples))), _ASKED)
     assert (whole.tokens, whole.micro_batches) == (8 * 11, 4)
     found = count_operations(one.shape, whole, reference=False, checkpointing=False)
@@ -89,15 +89,15 @@ def test_a_record_that_a_step_repeats_is_tried_and_counted_as_often(
     weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trees, one = _trees(), _trial()
-    asked = replace(_ASKED, batch_size=30, budget=60, parts=(Part(20, weight),))
-    (first,) = steps(20, 30, seed=3, count=1, parts=asked.parts)
+    asked = replace(_ASKED, batch_size=30, budget=60, parts=(WeightedSource(20, weight),))
+    (first,) = StepSampler(20, 30, seed=3, sources=asked.parts).steps(0, 1)
     assert len(set(first.examples)) < len(first.examples) == 30
     rate = one.rate(trees, asked, most=inf)
     assert rate is not None
     assert rate.operations > 0
     taken: list[int] = []
 
-    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+    def take(_: Trial, __: Any, ___: EncodedDataset, members: Any) -> float:
         taken.extend(members)
         return 0.01
 
@@ -128,7 +128,7 @@ def test_a_trial_ends_with_the_pass_in_which_a_second_has_passed(
 ) -> None:
     taken: list[float] = []
 
-    def take(_: Trial, __: Any, ___: Trees, ____: Any) -> float:
+    def take(_: Trial, __: Any, ___: EncodedDataset, ____: Any) -> float:
         taken.append(seconds)
         return seconds
 
@@ -146,7 +146,7 @@ def test_large_models_and_large_micro_batches_have_no_trial(
 ) -> None:
     taken: list[int] = []
 
-    def take(_: Trial, __: Any, ___: Trees, members: Any) -> float:
+    def take(_: Trial, __: Any, ___: EncodedDataset, members: Any) -> float:
         taken.append(len(members))
         return 0.01
 

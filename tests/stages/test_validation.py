@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tandem.errors import TandemError, UserError
 from tandem.model.load_model import load_adapter, load_model
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import held_out_evaluation, trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tandem.data.formats.aliases import columns_of_turns, ends_with_answer
 from tandem.data.formats.check_fields import (
@@ -15,21 +15,19 @@ from tandem.data.formats.check_fields import (
     unread_keys,
     unreadable,
 )
-from tandem.data.formats.known_formats import (
+from tandem.data.formats.conversations import (
     QUESTION_KEYS,
     QUESTION_OPTIONS,
-    Fields,
-    Format,
-    Kind,
     Question,
-    Record,
-    Unusable,
+    read_question,
+)
+from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind, Record
+from tandem.data.formats.known_formats import (
     describe_formats,
     detect,
     format_called,
     format_with,
     overlooked,
-    read_question,
     variant,
 )
 from tandem.data.formats.turns import check_text_alone, tools_in
@@ -37,8 +35,11 @@ from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
-from tandem.data.sources.rows import SourceSpec, read_chunks, read_rows
+from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 OnBadRecord = Literal["stop", "drop"]
 
@@ -48,7 +49,7 @@ _UNKNOWN_ROWS = 20
 
 
 def read_conversations(
-    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+    sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[Conversation]:
     """Stream the usable conversations of some sources; the others go to the ledger."""
     for record in _read(sources, "conversations", ledger, on_bad_record):
@@ -57,7 +58,7 @@ def read_conversations(
 
 
 def read_pairs(
-    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+    sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[PreferencePair]:
     """Stream the usable preference pairs of some sources; the others go to the ledger."""
     for record in _read(sources, "preference pairs", ledger, on_bad_record):
@@ -65,7 +66,7 @@ def read_pairs(
         yield record
 
 
-def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> list[Question]:
+def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> list[Question]:
     """Evaluation questions, all or the first so many; what lies behind those is not read.
 
     Every bad row is a `UserError`, for a score needs them all.
@@ -84,7 +85,7 @@ def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> l
                 raise _bad_line(BadLine(row.origin, said))
             try:
                 questions.append(read_question(row.fields, row.origin))
-            except Unusable as reason:
+            except InvalidRecord as reason:
                 raise UserError(
                     f"{row.origin}: no usable question: {reason}. A question is an object with "
                     "`question` and `answer` (and `system`, `accepted`, `completion` if wanted)."
@@ -97,7 +98,7 @@ def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> l
 
 
 def _read(
-    sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
+    sources: Sequence[DataSource], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[Record]:
     for chunk, known in formatted_chunks(sources, kind, ledger, on_bad_record):
         for record in records_of(chunk, known, on_bad_record):
@@ -108,7 +109,7 @@ def _read(
 
 
 def formatted_chunks(
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     kind: Kind,
     ledger: Ledger,
     on_bad_record: OnBadRecord,
@@ -180,26 +181,26 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             check_text_alone(row.fields)
             tools = tools_in(row.fields)
             found = layout.read(row.fields, row.origin)
-        except Unusable as verdict:
+        except InvalidRecord as verdict:
             tools, found = "", [_another_format(row.fields, layout) or verdict]
         for one in found:
-            if isinstance(one, Unusable):
+            if isinstance(one, InvalidRecord):
                 yield Entry.dropped(row.origin, one.reason, one.detail)
             else:
                 yield replace(one, tools=tools) if tools else one
 
 
 def _check_format(fields: Fields, others: Sequence[Format], known: Format) -> None:
-    """Raise `Unusable` for a row that is of one of these other formats by what it holds."""
+    """Raise `InvalidRecord` for a row that is of one of these other formats by what it holds."""
     for other in others:
         if other.fits(fields) and all(fields[key] is not None for key in other.keys):
-            raise Unusable(
+            raise InvalidRecord(
                 f"a row of another format than its source's first ({other.name}, not {known.name})",
                 f"its keys are {', '.join(map(str, fields))}",
             )
 
 
-def _another_format(fields: Fields, known: Format) -> Unusable | None:
+def _another_format(fields: Fields, known: Format) -> InvalidRecord | None:
     """The reason of a row that lacks its source's keys, but has those of another format."""
     given = {key: value for key, value in fields.items() if value is not None}
     # Joined rows are not as they were.
@@ -208,13 +209,13 @@ def _another_format(fields: Fields, known: Format) -> Unusable | None:
     other = detect(given)
     if other is None or other.keys == known.keys:
         return None
-    return Unusable(
+    return InvalidRecord(
         f"a row of another format than its source's first ({other.name}, not {known.name})",
         f"without {', '.join(sorted(known.keys - given.keys()))}",
     )
 
 
-def names_of(sources: Sequence[SourceSpec]) -> str:
+def names_of(sources: Sequence[DataSource]) -> str:
     """The sources' names, for messages."""
     return ", ".join(source.path for source in sources)
 
@@ -229,7 +230,7 @@ def _bad_line(line: BadLine) -> UserError:
 def _look(
     chunks: Iterator[Chunk],
     seen: list[Chunk],
-    source: SourceSpec,
+    source: DataSource,
     kind: Kind,
     on_bad_record: OnBadRecord,
 ) -> Format | None:
@@ -256,7 +257,7 @@ def _look(
     return None
 
 
-def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
+def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
     """The format of a row, the one that the source is said to be in if it is."""
     if source.format is None:
         known = detect(row.fields)
@@ -276,7 +277,7 @@ def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
     return known
 
 
-def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
+def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
     check_use(source)  # a misspelt name of the data's is the likelier reason
     keys = ", ".join(map(str, row.fields)) or "none"
     if source.format is not None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.formats.known_formats import Question
+from tandem.data.formats.conversations import Question
 from tandem.data.read_records import read_questions
-from tandem.data.resolve_sources import data_identity, source_specs
+from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant, find_contestant, tokenizer_identity
@@ -88,7 +88,7 @@ def run_evaluation(
         for folder in (one.folder, *([one.adapter] if one.adapter else [])):
             check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
     sources = {
-        name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
+        name: resolve_sources(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
     device = choose_device(runtime.device, runtime.dtype, runtime.hpu)

@@ -12,14 +12,19 @@ from rich.console import Console
 
 from tandem.data.batching.collate import collate
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.formats.known_formats import Question
+from tandem.data.formats.conversations import Question
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
+from tandem.data.records import Example
 from tandem.data.text.answers import contains_accepted, first_sentence
 from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
+from tandem.data.tokenize.encode import (
+    ChatTokenizer,
+    Encoded,
+    Exchange,
+    conversation_example,
+    encode_exchanges,
+)
 from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant
@@ -33,6 +38,7 @@ from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.model_folder import context_length
 from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, prepare_model
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device, token_budget
@@ -54,8 +60,8 @@ class Material:
     """
 
     questions: Sequence[Question]
-    pairs: Sequence[SourceSpec]
-    heldout: Sequence[SourceSpec]
+    pairs: Sequence[DataSource]
+    heldout: Sequence[DataSource]
     max_new_tokens: int
     limit: int | None
 
@@ -202,10 +208,12 @@ class Examiner:
             ]
         )
 
-    def _conversations(self, questions: Sequence[Question]) -> list[Tree]:
+    def _conversations(self, questions: Sequence[Question]) -> list[Example]:
         exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
         trees = []
-        encoded = encode_exchanges(Chat.of(self.tokenizer, self.template, self._rows), exchanges)
+        encoded = encode_exchanges(
+            ChatTokenizer.of(self.tokenizer, self.template, self._rows), exchanges
+        )
         for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
                 why = f"{one.reason} ({one.detail})" if one.detail else one.reason
@@ -214,7 +222,7 @@ class Examiner:
                     f"{way_out(one.reason)}"
                 )
             self._check_room(question, len(one.ids), 0)
-            trees.append(conversation_tree([one], question.origin))
+            trees.append(conversation_example([one], question.origin))
         return trees
 
     def _check_rows(self, question: Question, ids: Sequence[int]) -> None:
@@ -232,7 +240,7 @@ class Examiner:
                 + (", or lower evaluate.max_new_tokens." if answer else ".")
             )
 
-    def _heldout(self, material: Material) -> Sequence[Tree]:
+    def _heldout(self, material: Material) -> Sequence[Example]:
         ledger = Ledger(None)
         trees = prepare_conversations(
             material.heldout,
@@ -246,7 +254,7 @@ class Examiner:
         self._log(ledger, "conversations", "scored")
         return trees
 
-    def _loss(self, trees: Sequence[Tree]) -> Score:
+    def _loss(self, trees: Sequence[Example]) -> Score:
         logps = self._score(trees)
         return Score(
             _items(trees),
@@ -285,7 +293,7 @@ class Examiner:
                 + (f" ({why})" if why else ""),
             )
 
-    def _score(self, trees: Sequence[Tree]) -> torch.Tensor:
+    def _score(self, trees: Sequence[Example]) -> torch.Tensor:
         """Log-probs of each tree's sequences [trees, sequences of a tree]."""
         wide = max(len(tree.branches) for tree in trees)
         found = torch.zeros(len(trees), wide, dtype=torch.float64)
@@ -302,5 +310,5 @@ class Examiner:
         return found
 
 
-def _items(trees: Sequence[Tree]) -> tuple[str, ...]:
+def _items(trees: Sequence[Example]) -> tuple[str, ...]:
     return tuple(f"{tree.origin.file}:{tree.origin.row}" for tree in trees)

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.resolve_sources import data_identity, source_specs
-from tandem.data.sources.rows import SourceSpec, not_read
+from tandem.data.resolve_sources import data_identity, resolve_sources
+from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
 from tandem.pairs.filters import (
     Candidate,
@@ -31,6 +31,7 @@ from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
 from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
@@ -83,7 +84,7 @@ def run_pairs(
     check_writers(settings)
     check = Check(settings.filters.check) if settings.filters.check is not None else None
     specs = {
-        name: source_specs(sources, output_dir.parent, seed)
+        name: resolve_sources(sources, output_dir.parent, seed)
         for name, sources in (
             ("prompts", settings.prompts),
             ("heldout", settings.heldout),
@@ -150,7 +151,7 @@ class _Maker:
     console: Console
 
     def everything(
-        self, specs: dict[str, list[SourceSpec]], inputs: dict[str, Any], seed: int
+        self, specs: dict[str, list[DataSource]], inputs: dict[str, Any], seed: int
     ) -> list[str]:
         """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
         kind = self.settings.format

@@ -14,12 +14,12 @@ from typing import Literal
 from rich.console import Console
 
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.answers import refuses
 from tandem.data.text.contamination import Other, fill
 from tandem.data.text.language import language_of
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt, read_prompts
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_bytes
@@ -198,8 +198,8 @@ def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
 
 
 def selected_prompts(
-    sources: Sequence[SourceSpec],
-    evaluated: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
+    evaluated: Sequence[DataSource],
     settings: PairsSettings,
     seed: int,
     ledger: Ledger,
@@ -220,7 +220,7 @@ def selected_prompts(
 
 
 def heldout_prompts(
-    sources: Sequence[SourceSpec], settings: PairsSettings, ledger: Ledger, console: Console
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger, console: Console
 ) -> list[Prompt]:
     """All `usable_prompts`, and the others are said; raises UserError when there is none."""
     before = len(ledger.entries)
@@ -230,8 +230,8 @@ def heldout_prompts(
 
 
 def asked_prompts(
-    sources: Sequence[SourceSpec],
-    evaluated: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
+    evaluated: Sequence[DataSource],
     settings: PairsSettings,
     seed: int,
     ledger: Ledger,
@@ -265,7 +265,7 @@ def asked_prompts(
 
 
 def usable_prompts(
-    sources: Sequence[SourceSpec], settings: PairsSettings, ledger: Ledger
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger
 ) -> Iterator[Prompt]:
     """The prompts that can be asked; records that cannot go to the ledger.
 
@@ -280,7 +280,7 @@ def usable_prompts(
             yield prompt
 
 
-def _set_of(sources: Sequence[SourceSpec], run: int) -> Other:
+def _set_of(sources: Sequence[DataSource], run: int) -> Other:
     # What many questions share is no form here, but a passage that they are about.
     found = Other("evaluation sets", run=run, form=None)
     for source in sources:

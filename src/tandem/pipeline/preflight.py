@@ -9,23 +9,24 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import encoded_pieces
-from tandem.data.formats.known_formats import Kind, Question
+from tandem.data.formats.conversations import Question
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
-from tandem.data.resolve_sources import held_out_of, source_spec
-from tandem.data.sources.rows import SourceSpec, count_sources, local_files, looks_like_path
+from tandem.data.resolve_sources import check_format, held_out_of
+from tandem.data.sources.rows import count_sources, local_files, looks_like_path
 from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
 
@@ -59,9 +60,9 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         _check_pairs(recipe.pairs)
 
 
-def _data(recipe: Recipe, wanted: Set[str]) -> list[SourceSpec]:
+def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found: list[DataSource] = []
-    held_out: list[SourceSpec] = []
+    held_out: list[DataSource] = []
     for section in _trained(recipe, wanted):
         found += section.data
         held_out += held_out_of(section, _named(section.data), _named)
@@ -139,14 +140,14 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
     for kind, named in _encoded(recipe, wanted):
         specs = _specs(named)
         # Piece by piece, and none is kept: data may be larger than memory.
         for _ in encoded_pieces(
             formatted_chunks(specs, kind, Ledger(None), "drop"),
             chat,
-            Plan(kind, Limits(_NO_LIMIT, None), "drop"),
+            EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop"),
             doing="looking for tokens that the model has no row for",
             total=partial(count_sources, specs),
             show=None,
@@ -193,12 +194,14 @@ def _check_tasks(settings: EvaluationSettings) -> None:
         open_server(settings.judge, Console(quiet=True))
 
 
-def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
+def _specs(sources: Sequence[DataSource]) -> list[DataSource]:
     return [spec for spec in _named(sources) if _is_local(spec.path)]
 
 
-def _named(sources: Sequence[DataSource]) -> list[SourceSpec]:
-    return [source_spec(source, source.path) for source in sources]
+def _named(sources: Sequence[DataSource]) -> list[DataSource]:
+    for source in sources:
+        check_format(source)
+    return list(sources)
 
 
 def _is_local(name: str) -> bool:

@@ -15,8 +15,8 @@ from rich.console import Console
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_inputs
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import DpoSettings
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text, remove_left_behind
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.data.ledger import Ledger
-from tandem.data.resolve_sources import held_out_of, source_specs
-from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.resolve_sources import held_out_of, resolve_sources
+from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.select_prompts import asked_prompts
 from tandem.pipeline.run_pipeline import folder_of
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 
 
@@ -30,8 +30,8 @@ class PlannedData:
         notes: what is away or guessed.
     """
 
-    sources: Sequence[SourceSpec]
-    held_out: Sequence[SourceSpec] | None = ()
+    sources: Sequence[DataSource]
+    held_out: Sequence[DataSource] | None = ()
     notes: tuple[str, ...] = ()
 
 
@@ -71,22 +71,22 @@ class DataHere:
         notes += not_read([*sources, *held_out])
         return PlannedData(sources, held_out, tuple(notes))
 
-    def _here(self, wanted: Sequence[DataSource], notes: list[str]) -> list[SourceSpec]:
+    def _here(self, wanted: Sequence[DataSource], notes: list[str]) -> list[DataSource]:
         """Sources for the readers; none of them when one is away, which is noted."""
         away = [source.path for source in wanted if not _is_here(source.path)]
         if away and not self.download:
             notes.append(f"{', '.join(away)}: on the Hub, and not read")
             return []
-        return source_specs(wanted, self.scratch, self.recipe.seed)
+        return resolve_sources(wanted, self.scratch, self.recipe.seed)
 
-    def _pairs(self, notes: list[str]) -> list[SourceSpec]:
+    def _pairs(self, notes: list[str]) -> list[DataSource]:
         """What the pairs stage has made, or pairs as its prompts let one expect."""
         settings = self.recipe.pairs
         assert settings is not None
         made = made_pairs(folder_of(self.recipe, "pairs"))
         if made is not None:
             notes.append(f"pairs: those of {made}")
-            return [SourceSpec(str(made))]
+            return [DataSource(path=str(made))]
         prompts = self._here(settings.prompts, notes)
         if not prompts:
             return []
@@ -104,7 +104,7 @@ class DataHere:
             f"guessed: the pairs are not made yet. Taken are {len(asked)} prompts, with rejected "
             "answers as long as the chosen ones"
         )
-        return [SourceSpec(str(guessed))]
+        return [DataSource(path=str(guessed))]
 
 
 def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import TandemError
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
@@ -42,7 +42,10 @@ from tandem.stages.training.training_data import Records, stage_records
 _ANSWERS = 0.5
 # Seconds that a pass of a trial may be expected to take at a product's rate.
 _PASS = 3.0
-_PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
+_PREPARE: dict[str, Callable[..., EncodedDataset]] = {
+    "sft": prepare_conversations,
+    "dpo": prepare_pairs,
+}
 
 
 @dataclass(frozen=True)
@@ -135,21 +138,21 @@ class _Known:
     """
 
     asked: Asked
-    trees: Trees
+    dataset: EncodedDataset
     work: Work
     ledger: dict[str, Any] | None
 
 
 def _read(records: Records, asked: Asked) -> _Known:
     asked = replace(asked, parts=records.parts)
-    work = count_work(records.trees, asked)
-    return _Known(asked, records.trees, work, records.ledger.summary())
+    work = count_work(records.dataset, asked)
+    return _Known(asked, records.dataset, work, records.ledger.summary())
 
 
 def _taken(guess: Guess, asked: Asked, vocabulary: int) -> _Known:
     work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
-    trees = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
-    return _Known(asked, trees, work, None)
+    dataset = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
+    return _Known(asked, dataset, work, None)
 
 
 def _notes(data: PlannedData, guess: Guess | None, model: Described) -> tuple[str, ...]:
@@ -252,8 +255,8 @@ class _Planner:
                 trains_added=trains_added,
             )
             made, memory, failed = self._forecast(stage, trial, known)
-            count = guess.records if guess is not None else len(known.trees)
-            count = len(known.trees) if known.ledger is not None else count
+            count = guess.records if guess is not None else len(known.dataset)
+            count = len(known.dataset) if known.ledger is not None else count
             doubts = unmeant(
                 settings, steps=known.work.steps, records=count, processes=self.processes
             )
@@ -343,7 +346,7 @@ class _Planner:
         failed: tuple[str, ...] = ()
         if self.recipe.quantization is None:
             try:
-                tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
+                tried = trial.rate(known.dataset, known.asked, most=_PASS * product.operations)
             except TandemError:
                 raise
             except Exception as error:  # whatever a strange model leads to, a plan can do without

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.batching.sampler import Part
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import WeightedSource
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.attention.select import is_padded
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
@@ -98,7 +98,7 @@ def asked_of(
     processes: int,
     config: Any,
     padded: bool,
-    parts: tuple[Part, ...] = (),
+    parts: tuple[WeightedSource, ...] = (),
 ) -> Asked:
     """How a stage goes through its records."""
     return Asked(
@@ -151,14 +151,14 @@ def held_by(
 
 def forecast_run(
     name: str,
-    trees: Trees,
+    dataset: EncodedDataset,
     model: Any,
     settings: TrainingSettings,
     *,
     engine: Engine,
     config: Any,
     schedule: Mapping[str, Any],
-    parts: tuple[Part, ...],
+    parts: tuple[WeightedSource, ...],
     quantization: str | None,
     seed: int,
     baseline: int,
@@ -182,7 +182,7 @@ def forecast_run(
         padded=is_padded(model),
         parts=parts,
     )
-    work = count_work(trees, asked)
+    work = count_work(dataset, asked)
     setting = Setting(
         name, device.kind, device.dtype_name, shape.parameters, processes, schedule["engine"]
     )

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.batching.sampler import steps
-from tandem.data.encoded.dataset import Trees, to_columns
-from tandem.data.encoded.dataset_store import TreeWriter
-from tandem.data.encoded.encode_chunk import Batch
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.batching.sampler import StepSampler
+from tandem.data.encoded.dataset import EncodedDataset, to_arrays
+from tandem.data.encoded.dataset_store import DatasetWriter
+from tandem.data.encoded.encode_chunk import EncodedChunk
+from tandem.data.records import Branch, Example, Origin
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import choose_backend
@@ -74,7 +74,7 @@ class Trial:
     added: AddedTokens
     trains_added: bool
 
-    def rate(self, trees: Trees, asked: Asked, *, most: float) -> Rate | None:
+    def rate(self, trees: EncodedDataset, asked: Asked, *, most: float) -> Rate | None:
         """The rate of one process over its first step's micro-batches, as many as a second holds.
 
         None for models and micro-batches that are too large, and for devices that compile a graph
@@ -88,7 +88,8 @@ class Trial:
         if self.shape.parameters > _LARGEST or self.device.static_shapes:
             return None
         model = self._model()
-        (first,) = steps(len(trees), asked.batch_size, seed=asked.seed, count=1, parts=asked.parts)
+        sampler = StepSampler(len(trees), asked.batch_size, asked.seed, asked.parts)
+        (first,) = sampler.steps(0, 1)
         examples = np.asarray(first.examples, dtype=np.int64)
         groups = micro_batches(model, [trees[i] for i in first.examples], asked.budget)
         operations = seconds = spent = 0.0
@@ -131,7 +132,7 @@ class Trial:
         model.train()
         return model
 
-    def _take(self, model: Any, trees: Trees, members: NDArray[np.int64]) -> float:
+    def _take(self, model: Any, trees: EncodedDataset, members: NDArray[np.int64]) -> float:
         """Seconds of one micro-batch, forward and backward."""
         device = self.device
         keys = [record_key(0, 0, int(i)) for i in members] if self._drops else None
@@ -149,7 +150,7 @@ class Trial:
     def _drops(self) -> bool:
         return self.dropout and self.settings.lora.dropout > 0
 
-    def _operations(self, trees: Trees, members: NDArray[np.int64], asked: Asked) -> float:
+    def _operations(self, trees: EncodedDataset, members: NDArray[np.int64], asked: Asked) -> float:
         """Of one micro-batch, in which a record counts as often as it is there."""
         records, times = np.unique(members, return_counts=True)
         checkpointing = self.settings.gradient_checkpointing
@@ -166,7 +167,7 @@ class Trial:
         return found
 
 
-def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> Trees:
+def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> EncodedDataset:
     """A few of the records that a guess says there are.
 
     Args:
@@ -179,10 +180,11 @@ def made_up(records: int, tokens: int, answers: float, vocabulary: int) -> Trees
     trained = np.arange(tokens) >= round(tokens * (1 - answers))
     nothing = Branch(ids[:0], trained[:0])
     count = min(records, _MADE_UP)
-    writer = TreeWriter(None, ["guessed"])
+    writer = DatasetWriter(None, ["guessed"])
     trees = [
-        Tree(nothing, (Branch(ids, trained),), Origin("guessed", row + 1)) for row in range(count)
+        Example(nothing, (Branch(ids, trained),), Origin("guessed", row + 1))
+        for row in range(count)
     ]
-    writer.add(Batch("guessed", to_columns(trees), ()))
+    writer.add(EncodedChunk("guessed", to_arrays(trees), ()))
     writer.finish({}, [count])
-    return writer.trees()
+    return writer.dataset()

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.load_recipe import recipe_names
 from tandem.recipe.pairs_settings import (
@@ -21,7 +22,6 @@ from tandem.recipe.pairs_settings import (
     VllmSettings,
 )
 from tandem.recipe.recipe import HpuSettings, Recipe
-from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from tandem.recipe.data_source import Unweighted
 from tandem.recipe.pairs_settings import ServerSettings
-from tandem.recipe.section import PathText, Positive, Section, Unweighted
+from tandem.recipe.section import PathText, Positive, Section
 
 
 class EvaluationSettings(Section):

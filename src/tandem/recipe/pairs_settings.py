@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tandem.recipe.section import PathText, Positive, Section, Unweighted
+from tandem.recipe.data_source import Unweighted
+from tandem.recipe.section import PathText, Positive, Section
 
 # As data/text/language.py can tell them.
 Language = Literal[

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tandem.recipe.section import Positive, Section, Sources, Unweighted
+from tandem.recipe.data_source import Sources, Unweighted
+from tandem.recipe.section import Positive, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]

@@ -10,27 +10,32 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.data.encoded.dataset import Bytes, Index, Trees
-from tandem.data.encoded.encode_chunk import Batch, Plan
+from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index
+from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.sources.compression import is_compressed, kind_of
-from tandem.data.sources.rows import SourceSpec, data_files, load_hub, looks_like_path
+from tandem.data.sources.rows import data_files, load_hub, looks_like_path
 from tandem.data.tokenize.codec import CodecParts
 from tandem.storage.atomic_files import HALVES, atomic_folder, read_json
 from tandem.storage.cache_folder import cache_folder, prune_folders, remove
 from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, sealed
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries, or
 # more is kept of them.
 _ENCODER = 7
 
 
-def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:
+def encoding_key(
+    sources: Sequence[DataSource], parts: CodecParts, plan: EncodingOptions
+) -> str | None:
     """The key of what a plan makes of some sources, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
@@ -54,7 +59,7 @@ def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -
     )
 
 
-def _content(source: SourceSpec) -> list[Any] | None:
+def _content(source: DataSource) -> list[Any] | None:
     if looks_like_path(source.path):
         saved, files = data_files(source)
         try:
@@ -92,13 +97,13 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Damaged)
 class Found:
     """An entry that is there: its trees, and what the ledger is to be told."""
 
-    trees: Trees
+    dataset: EncodedDataset
     entries: list[Entry]
     formats: dict[int, str]
     unread: dict[int, tuple[str, ...]]
 
 
-class TreeWriter:
+class DatasetWriter:
     """Takes batches in reading order, and gives their trees back.
 
     Args:
@@ -117,19 +122,19 @@ class TreeWriter:
         self.records = 0
         self._sources: tuple[int, ...] = ()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedChunk) -> None:
         """Append a batch's trees and ledger lines."""
-        columns = batch.columns
-        count = len(columns.parts)
-        bits = np.concatenate([self._bits, columns.trained])
+        arrays = batch.arrays
+        count = len(arrays.parts)
+        bits = np.concatenate([self._bits, arrays.trained])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
         self._put("trained", np.packbits(bits[:whole]))
         self._put("files", np.full(count, self._numbers[batch.file]))
-        self._put("ids", columns.ids.astype("<i4", copy=False))
-        self._put("digests", columns.digests)
+        self._put("ids", arrays.ids.astype("<i4", copy=False))
+        self._put("digests", arrays.digests)
         for name in ("parts", "lengths", "targets", "fed", "rows", "prompts"):
-            self._put(name, getattr(columns, name))
+            self._put(name, getattr(arrays, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
             self._sinks[_LEDGER].write(
@@ -168,13 +173,13 @@ class TreeWriter:
         for sink in self._sinks.values():
             sink.close()
 
-    def trees(self) -> Trees:
+    def dataset(self) -> EncodedDataset:
         """What was added, of a writer to memory."""
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
         index: Any = Index(**arrays, names=self._names, sources=self._sources)
         ids, trained, digests = (Bytes(memory[name]) for name in ("ids", "trained", "digests"))
-        return Trees(index, ids, trained, digests)
+        return EncodedDataset(index, ids, trained, digests)
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         dtype = _DTYPES.get(name)
@@ -212,8 +217,8 @@ class EncodedStore:
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
-            trees = _open(entry, names, about["sources"])
-            found = Found(trees, _ledger_lines(entry, names), formats, unread)
+            dataset = _open(entry, names, about["sources"])
+            found = Found(dataset, _ledger_lines(entry, names), formats, unread)
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
         except _DAMAGE as error:
@@ -224,16 +229,16 @@ class EncodedStore:
         return found
 
     @contextmanager
-    def writing(self, key: str, names: Sequence[str]) -> Iterator[TreeWriter]:
+    def writing(self, key: str, names: Sequence[str]) -> Iterator[DatasetWriter]:
         """A writer whose trees become the entry when the block ends without an error."""
         with atomic_folder(self.folder / key) as aside:
-            writer = TreeWriter(aside, names)
+            writer = DatasetWriter(aside, names)
             try:
                 yield writer
             finally:
                 writer.close()
 
-    def trees(self, key: str, names: Sequence[str]) -> Trees:
+    def dataset(self, key: str, names: Sequence[str]) -> EncodedDataset:
         """The trees of an entry that was just written."""
         about = read_json(self.folder / key / "entry.json")
         return _open(self.folder / key, names, about["sources"])
@@ -243,11 +248,11 @@ class EncodedStore:
         return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
 
 
-def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> Trees:
+def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> EncodedDataset:
     arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
     index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources))
     ids, trained, digests = (Bytes(entry / name) for name in ("ids", "trained", "digests"))
-    return Trees(index, ids, trained, digests)
+    return EncodedDataset(index, ids, trained, digests)
 
 
 def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
@@ -292,4 +297,4 @@ def replay(found: Found, ledger: Ledger, sources: Sequence[str]) -> None:
     """Tell the ledger what it was told when the entry was made."""
     for number, name in found.formats.items():
         ledger.detected(sources[number], name, found.unread.get(number, ()))
-    ledger.add(found.entries, len(found.trees))
+    ledger.add(found.entries, len(found.dataset))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.resolve_sources import data_identity
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.model.model_folder import check_context, check_unquantized, load_config, load_tokenizer
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
@@ -30,8 +30,8 @@ _NOT_MATHEMATICS: Any = {
 
 def resolved_inputs(
     base: Path,
-    sources: list[SourceSpec],
-    held_out: list[SourceSpec],
+    sources: list[DataSource],
+    held_out: list[DataSource],
     settings: TrainingSettings,
     chat_template: str | None,
     seed: int,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.integrations.gaudi.attention import choose_static
 from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
@@ -79,7 +79,9 @@ def set_up_model(
     return model, schedule, budget
 
 
-def compile_model(stage: Stage, model: Any, trees: Trees, schedule: dict[str, Any]) -> Compiling:
+def compile_model(
+    stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
@@ -87,8 +89,8 @@ def compile_model(stage: Stage, model: Any, trees: Trees, schedule: dict[str, An
     device, compiling = stage.engine.device, Compiling()
     # The model is not yet the engine's, which may watch every backward.
     batches = [
-        collate([trees[i]], [record_key(stage.seed, 0, i)]).to(device.torch_device)
-        for i in (0, len(trees) - 1)
+        collate([dataset[i]], [record_key(stage.seed, 0, i)]).to(device.torch_device)
+        for i in (0, len(dataset) - 1)
     ]
 
     def warm_up() -> None:
@@ -122,10 +124,10 @@ def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) ->
     held_out = records.held_out
     stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
         lambda: declared_shapes(
-            records.trees, stage.settings,
+            records.dataset, stage.settings,
             device=stage.engine.device, runtime=stage.runtime,
             budget=schedule["tokens_per_microbatch"], seed=stage.seed,
             log=stage.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.trees,
+            held_out=None if held_out is None else held_out.dataset,
         )
     )  # fmt: skip

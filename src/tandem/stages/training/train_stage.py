@@ -13,15 +13,15 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from tandem.data.batching.sampler import total_steps
-from tandem.data.resolve_sources import held_out_sources, source_specs
-from tandem.data.sources.rows import SourceSpec
+from tandem.data.batching.sampler import StepSampler
+from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
@@ -79,7 +79,7 @@ def run_training(
         processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
         base = processes.rank0_first(lambda: model_folder(model, revision))
         sources = processes.rank0_first(
-            lambda: source_specs(settings.data, output_dir.parent, seed)
+            lambda: resolve_sources(settings.data, output_dir.parent, seed)
         )
         held_out = processes.rank0_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
@@ -138,8 +138,8 @@ def _run(
     stage: Stage,
     recorded: dict[str, Any],
     inputs: dict[str, Any],
-    sources: list[SourceSpec],
-    held_out: list[SourceSpec],
+    sources: list[DataSource],
+    held_out: list[DataSource],
 ) -> None:
     """Load, adapt, train and write; what can be refused is, before anything is written."""
     engine, processes, settings = stage.engine, stage.engine.processes, stage.settings
@@ -154,14 +154,12 @@ def _run(
     # From here on the folder is this stage's.
     processes.on_rank0(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
     processes.on_rank0(records.write_ledgers)
-    total = total_steps(
-        len(records.trees), settings.batch_size,
-        epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
-    )  # fmt: skip
+    sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
+    total = sampler.total_steps(settings)
     expected = processes.on_rank0(lambda: _forecast(stage, records, model, schedule, held))
-    compiled = compile_model(stage, model, records.trees, schedule)
+    compiled = compile_model(stage, model, records.dataset, schedule)
     progress, state = _begin(stage, model, total)
-    doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
+    doubts = unmeant(settings, steps=total, records=len(records.dataset), processes=processes.count)
     for doubt in doubts:
         log(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
     stage = replace(stage, warnings=(*stage.warnings, *doubts))
@@ -189,7 +187,7 @@ def _row_warnings(
     return () if words is None else (words,)
 
 
-def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
+def _records(stage: Stage, sources: list[DataSource], held_out: list[DataSource]) -> Records:
     return stage_records(
         stage.kind.prepare,
         sources,
@@ -210,7 +208,7 @@ def _forecast(
 ) -> Forecast | None:
     try:
         return forecast_run(
-            stage.kind.name, records.trees, model, stage.settings,
+            stage.kind.name, records.dataset, model, stage.settings,
             engine=stage.engine, config=stage.config, schedule=schedule, parts=records.parts,
             quantization=stage.runtime.quantization, seed=stage.seed, baseline=held,
         )  # fmt: skip
@@ -255,7 +253,7 @@ def _objectives(
     start = Start(
         stage.engine,
         model,
-        records.trees,
+        records.dataset,
         model_hash,
         schedule["attention"],
         f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
@@ -266,7 +264,7 @@ def _objectives(
     )
     made = [stage.kind.make_objective(start)]
     if records.held_out is not None:
-        held_out = replace(start, trees=records.held_out.trees, what="held-out ")
+        held_out = replace(start, dataset=records.held_out.dataset, what="held-out ")
         made.append(stage.kind.make_objective(held_out))
     return made
 
@@ -292,7 +290,7 @@ def _finish(
     for warning in warnings:
         log(stage.console, f"{stage.kind.name}: {warning}", style="yellow")
     summary = {
-        **training_summary(progress, records.trees),
+        **training_summary(progress, records.dataset),
         **validation_summary(stage.settings, records.held_out, progress, stage.folder),
         "mixture": records.mixture,
         "compile_seconds": compiled.seconds,
