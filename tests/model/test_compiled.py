@@ -59,7 +59,9 @@ def _as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def functions(model: nn.Module) -> list[str]:
     forwards = [module.__dict__.get("forward") for module in model.modules()]
     taken = [
-        f for f in forwards if getattr(f, "func", None) in (elementwise._norm, elementwise._mlp)
+        f
+        for f in forwards
+        if getattr(f, "func", None) in (elementwise._compiled_norm, elementwise._compiled_mlp)
     ]
     return [f.args[2].__name__ for f in taken]
 
