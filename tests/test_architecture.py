@@ -42,7 +42,6 @@ ALLOWED: dict[str, set[str]] = {
 DEBTS: set[tuple[str, str]] = {
     ("evaluate/evaluate_models.py", "report"),
     ("evaluate/win_rates.py", "pairs"),
-    ("model/attention/select.py", "integrations"),
     ("plan/available_data.py", "pairs"),
     ("runtime/device.py", "integrations"),
     ("runtime/device.py", "recipe"),
@@ -66,7 +65,7 @@ HOMES = {
         "stages",
         "train",
     },
-    "peft": {"model/lora", "model/merging"},
+    "peft": {"model/lora"},
     "accelerate": {"train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -107,7 +106,7 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
     """
     if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
-    from tandem.model.load_model import load_tokenizer, model_folder
+    from tandem.model.model_folder import load_tokenizer, model_folder
 
     tokenizer = load_tokenizer(model_folder(recipe.model))
     add_tokens(tokenizer, recipe.added_tokens)
@@ -133,7 +132,7 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
     from tandem.model.added_tokens import described_rows
-    from tandem.model.load_model import load_config, load_tokenizer, model_folder
+    from tandem.model.model_folder import load_config, load_tokenizer, model_folder
 
     folder = model_folder(recipe.model)
     tokenizer = load_tokenizer(folder)
@@ -234,14 +233,14 @@ def _check_pairs(settings: PairsSettings) -> None:
 def _check_model(name: str) -> None:
     if not _is_local(name):
         return
-    from tandem.model.load_model import load_config, model_folder
+    from tandem.model.model_folder import load_config, model_folder
 
     load_config(model_folder(name))
 
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
-    from tandem.model.load_model import check_fetchable, model_folder
+    from tandem.model.model_folder import check_fetchable, model_folder
     from tandem.stages.training.fingerprint import check_base
 
     begins = next(iter(_sections(recipe)), None)

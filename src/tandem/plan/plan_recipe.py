@@ -18,7 +18,7 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import TandemError
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
+from tandem.model.model_folder import model_folder
 from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.plan.history import Setting
 from tandem.plan.memory_estimate import Disk, Memory, disk_of, memory_of

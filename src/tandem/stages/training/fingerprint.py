@@ -1,4 +1,4 @@
-"""What a training stage begins with: its model, whether that fits, and all the result depends on."""
+"""What a training stage begins with: its model, if that fits, and all its result depends on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ from typing import Any
 from tandem.data.resolve_sources import data_identity
 from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
-from tandem.model.load_model import check_context, load_config, load_tokenizer
-from tandem.model.model_folder import check_unquantized
+from tandem.model.added_tokens import embedding_names
+from tandem.model.lora.adapter import (
+    LoraWeights,
+    adapted_weights,
+    check_targets,
+    refused_modules,
+)
+from tandem.model.model_folder import (
+    check_context,
+    check_unquantized,
+    load_config,
+    load_tokenizer,
+    model_without_weights,
+)
+from tandem.model.weight_files import check_sums
 from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.stages.training.context import TrainContext
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 
@@ -96,10 +110,6 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
 def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     """Raise UserError if a stage's adapter could not be merged into the base's files."""
     model, plain = model_without_weights(config), model_without_weights(config)
-    lora = section.lora
-    adapted = add_adapter(
-        model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules,
-        base_name="", seed=0, out_of_reach=refused_modules(model),
-    )  # fmt: skip
+    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
     rows = [f"{name}.weight" for name in embedding_names(plain)]
     check_sums(folder, plain, [*adapted_weights(adapted), *rows])

@@ -18,8 +18,8 @@ from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
-from tandem.model.torch_compile import Compiling
+from tandem.model.elementwise import Compiling
+from tandem.model.model_folder import model_folder
 from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.unmeant import unmeant
@@ -144,7 +144,7 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), schedule["attention"],
-        _numerics(schedule), budget, context.console,
+        _numerics(schedule), budget, context.console, context.weights,
     )  # fmt: skip
     built = _objectives(stage, start, records)
     with StageProgress(
@@ -201,7 +201,7 @@ def _forecast(
 def _begin(context: TrainContext, model: Any, total: int) -> tuple[RunState, dict[str, Tensor]]:
     """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
     checkpoints, processes = context.checkpoints(), context.engine.processes
-    usable = partial(why_best_is_gone, best_adapters(context.job.folder))
+    usable = partial(why_best_is_gone, best_adapters(context.job.folder, context.weights))
     newest = processes.on_rank0(lambda: checkpoints.newest(context.log, usable))
     if newest is None:
         return RunState(), {}
@@ -258,7 +258,7 @@ def _finish(context: TrainContext, done: _Done, expected: Forecast | None) -> No
     """Write the adapter and summary.json, and mark the stage as finished."""
     settings, folder = context.job.settings, context.job.folder
     progress, records = done.progress, done.records
-    best = best_adapters(folder)
+    best = best_adapters(folder, context.weights)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
     outputs = save_adapter_folder(context, done.model, done.trained, kept)
     context = context.warned(*records.warnings(), said=True).warned(
