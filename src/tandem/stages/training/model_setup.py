@@ -105,10 +105,10 @@ def compile_model(
 def _schedule(
     context: TrainContext, recorded: dict[str, Any], model: Any, backend: str
 ) -> dict[str, Any]:
+    run = context.job.run
     now = resolve_schedule(
         context.engine, model, context.config,
-        requested=context.job.run.tokens_per_microbatch, backend=backend, base=context.job.run.model,
-        compiled=context.job.run.compile,
+        requested=run.tokens_per_microbatch, backend=backend, base=run.model, compiled=run.compile,
     )  # fmt: skip
     if not recorded:
         return now
