@@ -13,9 +13,11 @@ import tandem.stages.dpo
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
-from tandem.recipe.flags import DATA_FLAGS, Stage, boolean, flags_of
+from tandem.recipe.choices import TrainingStageName as Stage
+from tandem.recipe.flags import DATA_FLAGS, Flag, boolean
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import DpoSettings, SftSettings
+from tandem.recipe.tutorial_flags import SETTINGS, stage_flags
 
 SEED_SFT = """
 model_name_or_path dataset_name output_dir per_device_train_batch_size
@@ -67,6 +69,10 @@ SAMPLES = {
 }
 
 
+def _flags(stage: Stage) -> list[Flag]:
+    return stage_flags(SETTINGS[stage])
+
+
 class Calls(list[Any]):
     """The jobs that stages were given."""
 
@@ -97,16 +103,16 @@ def _dry(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
 
 @pytest.mark.parametrize(("stage", "names"), [("sft", SEED_SFT), ("dpo", SEED_DPO)])
 def test_every_flag_of_the_seed_is_there(stage: Stage, names: str) -> None:
-    assert set(names.split()) <= {flag.name for flag in flags_of(stage)}
+    assert set(names.split()) <= {flag.name for flag in _flags(stage)}
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"), [(stage, flag.name) for stage in STAGES for flag in flags_of(stage)]
+    ("stage", "name"), [(stage, flag.name) for stage in STAGES for flag in _flags(stage)]
 )
 def test_dashes_and_underscores_are_the_same(
     capsys: pytest.CaptureFixture[str], stage: Stage, name: str
 ) -> None:
-    flag = next(flag for flag in flags_of(stage) if flag.name == name)
+    flag = next(flag for flag in _flags(stage) if flag.name == name)
     value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
     rest = [
         text
@@ -120,7 +126,7 @@ def test_dashes_and_underscores_are_the_same(
     ]
     joined = _dry(capsys, stage, *rest, f"--{name.replace('_', '-')}={value}")
     assert shown[0] == shown[1] == joined
-    inert = {flag.name for flag in flags_of(stage) if flag.name.startswith("hpu_")}
+    inert = {flag.name for flag in _flags(stage) if flag.name.startswith("hpu_")}
     inert |= {"use_habana", "use_lazy_mode", "pad_max"}
     already = {"lora_dropout", "gradient_checkpointing"} if stage == "dpo" else set()
     if name not in inert | already:
@@ -215,7 +221,8 @@ def test_all_commands_that_name_data_say_the_same_of_it(
     assert main([command, "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for flag in DATA_FLAGS:
-        assert f"--{flag.name} {flag.metavar or 'TEXT'} " in said
+        metavar = flag.metavar or f"{{{','.join(flag.choices)}}}"
+        assert f"--{flag.name} {metavar} " in said
         assert flag.help in said
 
 
@@ -226,9 +233,9 @@ def test_all_commands_that_name_data_say_the_same_of_it(
         (["--fields", "asked"], "--fields: 'asked' is not KEY=NAME; write it as in --fields prom"),
         (["--fields", "=asked"], "--fields: '=asked' is not KEY=NAME; write it as in --fields pr"),
         (["--roles", "caller="], "--roles: 'caller=' is not NAME=ROLE; write it as in --roles ca"),
-        (["--fields", "prompt=a", "prompt=b"], "--fields: prompt is said twice; keep one"),
-        (["--roles", "caller=boss"], "--roles: roles is 'boss', but it must be 'system', "),
-        (["--completions", "some"], "--completions: completions is 'some', but it must be"),
+        (["--fields", "prompt=a", "prompt=b"], "--fields: prompt is given twice; keep one"),
+        (["--roles", "caller=boss"], "--roles is 'boss', but it must be 'system', "),
+        (["--completions", "some"], "invalid choice: 'some' (choose from 'best_vs_worst', 'best_v"),
     ],
 )
 def test_what_flags_cannot_say_of_data(
@@ -237,7 +244,8 @@ def test_what_flags_cannot_say_of_data(
     named = REQUIRED if command[0] in ("sft", "dpo") else ["d"]
     assert main([*command, *named, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}")
+    assert line.startswith("error: ")
+    assert said in line
 
 
 def test_the_environments_world_size_is_a_factor(

@@ -10,6 +10,7 @@ import pytest
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Example, Origin
+from tandem.pipeline.default_callbacks import default_callbacks
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.data_source import DataSource
@@ -117,6 +118,7 @@ def test_a_plan_counts_what_a_run_reports(
             tokens_per_microbatch=1024,
         ),
         QUIET,
+        default_callbacks(),
     )
     summary = read_json(folder / "summary.json")
     work = _counted(kind, some_model, settings, padded=attention == "padded")

@@ -8,12 +8,11 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.choices import AttentionName
-from tandem.recipe.flags import FLAGS
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.load_recipe import load_recipe
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.recipe.tutorial_flags import job_from_flags
+from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]
@@ -122,7 +121,7 @@ def test_steps_take_the_place_of_epochs_and_the_other_way_round() -> None:
     none = _call("dpo", max_steps=-1, num_train_epochs=2.0).settings
     assert (none.max_steps, none.epochs) == (None, 2.0)
     assert "--num_train_epochs and --max_steps" in _message("sft", max_steps=5, num_train_epochs=1)
-    assert "--max_steps: max_steps is 0" in _message("sft", max_steps=0)
+    assert "--max_steps is 0" in _message("sft", max_steps=0)
 
 
 def test_warm_up_in_steps_takes_the_place_of_a_share() -> None:
@@ -241,11 +240,11 @@ def test_what_is_not_of_the_seed_arrives_too() -> None:
         ({"tokens_per_microbatch": "0"}, "--tokens_per_microbatch is '0'"),
         ({"seed": -1}, "--seed is -1"),
         ({"engine": "zero3"}, "--engine: unknown engine 'zero3'; did you mean deepspeed-zero3?"),
-        ({"learning_rate": 0.0}, "--learning_rate: learning_rate is 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate: learning_rate is nan"),
-        ({"lora_rank": 0}, "--lora_rank: lora.rank is 0, but it must be greater than 0"),
-        ({"beta": -1.0}, "--beta: beta is -1.0"),
-        ({"save_steps": 0}, "--save_steps: save_steps is 0"),
+        ({"learning_rate": 0.0}, "--learning_rate is 0.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate is nan"),
+        ({"lora_rank": 0}, "--lora_rank is 0, but it must be greater than 0"),
+        ({"beta": -1.0}, "--beta is -1.0"),
+        ({"save_steps": 0}, "--save_steps is 0"),
     ],
 )
 def test_an_impossible_value_is_named_by_its_flag(values: dict[str, Any], said: str) -> None:
@@ -253,7 +252,7 @@ def test_an_impossible_value_is_named_by_its_flag(values: dict[str, Any], said: 
 
 
 def test_flags_and_recipes_know_the_same_attention_backends() -> None:
-    (flag,) = [flag for flag in FLAGS if flag.name == "attention"]
+    (flag,) = [flag for flag in stage_flags(SETTINGS["sft"]) if flag.name == "attention"]
     assert flag.choices == get_args(AttentionName)
     for backend in flag.choices:
         assert _call("sft", attention=backend).run.attention == backend

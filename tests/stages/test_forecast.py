@@ -14,7 +14,8 @@ from tandem.integrations.choose import choose_device
 from tandem.model.cpu.onednn_linear import bytes_to_order, order_weights, ordered_bytes
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.output_head import order_head
-from tandem.model.lora.adapter import add_adapter
+from tandem.model.lora.adapter import LoraWeights
+from tandem.pipeline.default_callbacks import default_callbacks
 from tandem.plan.history import Setting, recall
 from tandem.plan.memory_estimate import Held
 from tandem.plan.model_shape import described
@@ -24,7 +25,7 @@ from tandem.plan.workload import Work
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
-from tandem.stages.training import context, train_stage
+from tandem.stages.training import context
 from tandem.storage.atomic_files import read_json
 from tests.jobs import training_job
 
@@ -100,7 +101,9 @@ def _run(folder: Path, **runtime: Any) -> dict[str, Any]:
         data=(DataSource(path=str(make_conversations(folder / "c.jsonl"))),),
         batch_size=8, max_steps=2, max_length=128, lora=LoraSettings(rank=2, alpha=4),
     )  # fmt: skip
-    made = run_sft(training_job(settings, model, folder / "out", **runtime), QUIET)
+    made = run_sft(
+        training_job(settings, model, folder / "out", **runtime), QUIET, default_callbacks()
+    )
     summary: dict[str, Any] = read_json(made / "summary.json")
     return summary
 
@@ -113,7 +116,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
     def strange(*_: Any, **__: Any) -> Any:
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
-    monkeypatch.setattr(train_stage, "forecast_run", strange)
+    monkeypatch.setattr("tandem.pipeline.default_callbacks.forecast_run", strange)
     monkeypatch.setattr(context, "log", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
@@ -152,13 +155,13 @@ def test_copies_in_a_faster_order_are_those_that_a_run_makes(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     model = load_model(tmp_path / "model", dtype=torch.float32, quantization=quantization)
     to_come = bytes_to_order(model)
-    adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
-    adapted = add_adapter(model, **adapter, dropout=0.0, base_name="", seed=0)
+    adapted = LoraWeights(LoraSettings(rank=4, alpha=8)).attach(model)
     assert ordered_bytes(adapted) == 0
     order_weights(adapted)
     order_head(adapted.get_base_model())
     if to_come == 0:
         pytest.skip("no oneDNN here")
     assert ordered_bytes(adapted) == to_come
-    shape = described(config, **adapter, attention="auto").shape
+    lora: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
+    shape = described(config, **lora, attention="auto").shape
     assert copied_bytes(shape, quantized=quantization is not None) == to_come

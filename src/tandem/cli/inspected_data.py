@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tandem.cli.parser import Parser, add_flag, path
 from tandem.errors import UserError
-from tandem.recipe.flags import DATA_FLAGS
+from tandem.recipe.flags import DATA_FLAGS, REVISION
 
 if TYPE_CHECKING:
     from tandem.check.inputs import StageChat, StageData
@@ -52,9 +52,7 @@ def add_inspected(parser: Parser) -> None:
     saying = parser.add_argument_group("of DATA, as the recipe's keys of these names")
     for flag in DATA_FLAGS:
         add_flag(saying, flag)
-    saying.add_argument(
-        "--revision", metavar="NAME", help="commit, tag or branch of a Hub data set"
-    )
+    add_flag(saying, REVISION)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
@@ -100,9 +98,9 @@ def _asked(
 ) -> tuple[Sequence[StageData], Sequence[str]]:
     """See `data_of`."""
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
-    from tandem.recipe.flags import said_of_data
+    from tandem.recipe.flags import data_settings
 
-    said = said_of_data(vars(arguments))
+    said = data_settings(vars(arguments))
     if not arguments.data:
         if said:
             raise UserError(

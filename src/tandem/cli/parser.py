@@ -101,8 +101,11 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
-    """Declare a flag; booleans may stand alone or before true or false."""
+def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) -> None:
+    """Declare a flag; booleans may stand alone or before true or false.
+
+    `more` are options of argparse, such as a default or whether it is required.
+    """
     kind = path if flag.kind is expanded else flag.kind
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
@@ -114,7 +117,25 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
         options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
-    parser.add_argument(f"--{flag.name}", dest=flag.name, **options)
+    parser.add_argument(f"--{flag.name}", dest=flag.name, **{**options, **more})
+
+
+def add_dry_run(parser: Parser) -> None:
+    """Declare `--dry_run`."""
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Print the resolved settings and stop."
+    )
+
+
+def add_overrides(parser: Parser, what: str) -> None:
+    """Declare `key=value` arguments."""
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help=f"{what}, with dots; values as in YAML, null unsets.",
+    )
 
 
 def output_folder(path: Path, name: str) -> Path:

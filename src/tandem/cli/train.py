@@ -1,4 +1,4 @@
-"""`tandem sft`, `tandem dpo` and `tandem merge`: one stage each, under the seed's flags."""
+"""`tandem sft`, `tandem dpo` and `tandem merge`: one stage each, under the tutorial's flags."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
-from tandem.cli.parser import Parser, add_flag, output_folder, path
+from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
 from tandem.integrations.gaudi.bridge import bridge_installed
-from tandem.recipe.flags import DEVICES, DTYPES, Stage, flags_of
+from tandem.recipe.choices import TrainingStageName
+from tandem.recipe.flags import flag_of
+from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import MergeSettings, TrainingSettings
+from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 from tandem.runtime.launch import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tandem.recipe.jobs import TrainingJob
+
+_TITLES = {
+    "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
+    "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
+}
 
 
 def sft(argv: list[str]) -> int:
@@ -34,8 +43,6 @@ def merge(argv: list[str]) -> int:
     """Merge an adapter into its base model."""
     arguments = _merge_parser().parse(argv)
     from tandem.recipe.jobs import MergeJob
-    from tandem.recipe.run_settings import RunSettings
-    from tandem.recipe.training_settings import MergeSettings
     from tandem.runtime.console import notice_console
     from tandem.stages.merge import run_merge
 
@@ -51,41 +58,39 @@ def merge(argv: list[str]) -> int:
     return 0
 
 
-def stage_parser(stage: Stage) -> Parser:
-    """The parser of a training stage; flags that are left out do not appear in its result."""
-    titles = {
-        "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
-        "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
-    }
+def stage_parser(
+    stage: TrainingStageName, settings: type[TrainingSettings] | None = None
+) -> Parser:
+    """The parser of a training stage; flags that are left out do not appear in its result.
+
+    `settings` is the class of the stage's settings, where it has more fields.
+    """
     parser = Parser(
         prog=f"tandem {stage}",
         usage=f"tandem {stage} --model_name_or_path M --dataset_name D --output_dir O [flags]",
-        description=titles[stage],
+        description=_TITLES[stage],
         epilog="A flag that is left out has the value of the recipe neural-chat-7b-v3-1. Dashes "
         "and underscores\nare the same. The global batch is the per-device batch x accumulation x "
         "devices.",
         argument_default=argparse.SUPPRESS,
     )
-    for flag in flags_of(stage):
+    for flag in stage_flags(settings or SETTINGS[stage]):
         add_flag(parser, flag)
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved settings and stop"
-    )
+    add_dry_run(parser)
     add_nproc(parser)
     return parser
 
 
-def _train(stage: Stage, argv: list[str]) -> int:
+def _train(stage: TrainingStageName, argv: list[str]) -> int:
     """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
-    from tandem.recipe.tutorial_flags import job_from_flags
-    from tandem.runtime.console import notice_console
-
     devices = nproc or launched().count
     job, notices = job_from_flags(stage, values, devices=devices, gaudi=bridge_installed())
     if nproc is not None and not dry_run:
         return in_processes(nproc, stage, argv, device=job.run.device)
+    from tandem.runtime.console import notice_console
+
     console = notice_console()
     for notice in (*prepare_devices(job.run), *notices):
         console.print(notice, markup=False, soft_wrap=True)
@@ -93,7 +98,7 @@ def _train(stage: Stage, argv: list[str]) -> int:
     half = bool(values.get("bf16")) and job.run.dtype == "auto"
     if dry_run:
         if launched().speaks:
-            print(_dry_run_text(job, half=half), end="")
+            print(dry_run_text(job, half=half), end="")
         return 0
     output_folder(job.folder, "--output_dir")
     if half:
@@ -114,7 +119,8 @@ def _train(stage: Stage, argv: list[str]) -> int:
     return 0
 
 
-def _dry_run_text(job: TrainingJob, *, half: bool) -> str:
+def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
+    """The job as YAML; `half` where its dtype follows from the device."""
     from tandem.recipe.yaml_lines import dump_yaml
 
     run = job.run.model_dump(mode="json", exclude={"name", "description"})
@@ -127,9 +133,8 @@ def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
     """The job in bfloat16 where the device gains from it, else in float32, which is said."""
     from tandem.integrations.choose import choose_device
 
-    if choose_device(job.run.device, "auto").autocast is not None:
-        dtype = "bfloat16"
-    else:
+    dtype = "bfloat16"
+    if choose_device(job.run.device, "auto").autocast is None:
         dtype = "float32"
         console.print(
             "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
@@ -147,28 +152,15 @@ def _merge_parser() -> Parser:
         description="Merge a LoRA adapter into its base: added in float32, cast once, verified.",
     )
     required: dict[str, Any] = {"required": True, "metavar": "PATH", "type": path}
-    parser.add_argument("--base-model-path", help="model folder or Hub id", **required)
-    parser.add_argument("--lora-model-path", help="adapter folder", **required)
-    parser.add_argument("--output-path", help="folder for the merged model", **required)
+    parser.add_argument("--base-model-path", help="The model's folder or Hub id.", **required)
+    parser.add_argument("--lora-model-path", help="The adapter's folder.", **required)
+    parser.add_argument("--output-path", help="The folder for the merged model.", **required)
+    add_flag(parser, flag_of(MergeSettings, "dtype"), default="auto")
     parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="of the merged weights; auto: the base's own",
+        "--force", action="store_true", help="Merge even into other weights than the adapter's own."
     )
-    parser.add_argument(
-        "--force", action="store_true", help="merge even into other weights than the adapter's own"
-    )
-    parser.add_argument(
-        "--chat_template",
-        type=path,
-        metavar="NAME|FILE",
-        help="default: the one in the adapter's folder",
-    )
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="where the check computes",
-    )
+    own = "A shipped one or a file; by default the one in the adapter's folder."
+    add_flag(parser, flag_of(RunSettings, "chat_template", help=own))
+    where = flag_of(RunSettings, "device", help="Where the check computes.")
+    add_flag(parser, where, default="auto")
     return parser

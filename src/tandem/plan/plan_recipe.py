@@ -19,8 +19,7 @@ from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import TandemError
 from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
-from tandem.pipeline.preflight import check_base
+from tandem.model.model_folder import model_folder
 from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.plan.history import Setting
 from tandem.plan.memory_estimate import Disk, Memory, disk_of, memory_of
@@ -35,7 +34,7 @@ from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
-from tandem.stages.training.fingerprint import model_side
+from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import Records, stage_records
 from tandem.train.token_budget import token_budget

@@ -60,7 +60,7 @@ class RunSettings(Section):
     output_dir: PathText = Field(description="The run's folder; every stage gets a folder in it.")
     chat_template: PathText | None = Field(
         default=None,
-        description="A shipped one, a file, or null: the model's own, else `neural-chat`.",
+        description="A shipped one or a file; null: the model's own, else `neural-chat`.",
     )
     added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from tandem.data.build_dataset import prepare_pairs
 from tandem.errors import UserError
-from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
 from tandem.report.report_warnings import chosen_collapse
@@ -89,8 +88,14 @@ def _reference(inputs: ObjectiveInputs) -> tuple[NDArray[np.float64], int]:
         }
     )
     store = ReferenceStore(lambda text: log(inputs.console, f"dpo: {text}"))
+    without = inputs.weights.reference(inputs.model)
+    if without is None:
+        raise UserError(
+            "dpo: the model that is trained cannot be its own reference with these weights, and a "
+            "second model is not supported"
+        )
     with (
-        adapter_off(inputs.model),
+        without,
         phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance,
     ):
         found = reference_logps(

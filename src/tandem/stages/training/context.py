@@ -13,6 +13,9 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
+from tandem.model.base_model import lasting_name
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.trained_weights import TrainedWeights
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import log
@@ -37,6 +40,7 @@ class ObjectiveInputs:
     numerics: str
     budget: TokenBudget
     console: Console
+    weights: TrainedWeights
     what: str = ""
 
 
@@ -49,12 +53,20 @@ class BuiltObjective:
     reference_computed: int = 0
 
 
+def lora_weights(context: TrainContext) -> TrainedWeights:
+    """The adapter that a stage's settings ask for."""
+    job, dropout = context.job, context.stage.dropout
+    base, revision = lasting_name(job.run.model, context.base)
+    return LoraWeights(job.settings.lora, job.run.seed, base, revision, dropout=dropout)
+
+
 @dataclass(frozen=True)
 class TrainingStage:
     """How one training stage differs from the other.
 
     `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
-    whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
+    whether the adapter's dropout may be on, `warnings` looks over the finished metrics, `weights`
+    says what is trained.
     """
 
     name: str
@@ -62,6 +74,7 @@ class TrainingStage:
     make_objective: Callable[[ObjectiveInputs], BuiltObjective]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]
+    weights: Callable[[TrainContext], TrainedWeights] = lora_weights
 
 
 @dataclass(frozen=True)
@@ -110,11 +123,17 @@ class TrainContext:
             self.log(warning, style="yellow")
         return replace(self, warnings=(*self.warnings, *warnings))
 
+    @property
+    def weights(self) -> TrainedWeights:
+        """What is trained."""
+        return self.stage.weights(self)
+
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
         folder = self.job.folder
         return CheckpointStore(
             folder / "checkpoints",
+            self.weights,
             keep=self.job.settings.save_total_limit,
             lines=(folder / "metrics.jsonl", folder / "validation.jsonl"),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tandem.integrations.choose import choose_engine
+from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
-from tandem.model.torch_compile import check_compile
 from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.device import Device, exact_float32
 from tandem.runtime.process_group import ProcessGroup

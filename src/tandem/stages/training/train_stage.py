@@ -19,8 +19,8 @@ from tandem.data.tokenize.added_tokens import row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
-from tandem.model.torch_compile import Compiling
+from tandem.model.elementwise import Compiling
+from tandem.model.model_folder import model_folder
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, log
@@ -163,7 +163,7 @@ def _run(
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), schedule["attention"],
-        _numerics(schedule), budget, context.console,
+        _numerics(schedule), budget, context.console, context.weights,
     )  # fmt: skip
     built = _objectives(stage, start, records)
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
@@ -204,7 +204,7 @@ def _records(context: TrainContext) -> Records:
 def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Tensor]:
     """Put run and adapter to where they stood; returns the optimizer's tensors, if any."""
     checkpoints, processes = context.checkpoints(), context.engine.processes
-    usable = partial(why_best_is_gone, best_adapters(context.job.folder))
+    usable = partial(why_best_is_gone, best_adapters(context.job.folder, context.weights))
     newest = processes.on_rank0(lambda: checkpoints.newest(context.log, usable))
     if newest is None:
         return {}
@@ -260,7 +260,8 @@ class _Done:
 def _write_adapter(context: TrainContext, done: _Done) -> tuple[list[str], dict[str, Any]]:
     """Write the adapter's folder; returns its files, and what summary.json says."""
     state, folder = done.state, context.job.folder
-    kept = None if state.best_step is None else best_adapters(folder).path_of(state.best_step)
+    best = best_adapters(folder, context.weights)
+    kept = None if state.best_step is None else best.path_of(state.best_step)
     outputs = save_adapter_folder(context, done.model, done.trained, kept)
     context = context.warned(*done.records.warnings(), said=True).warned(
         *context.stage.warnings(read_jsonl(folder / "metrics.jsonl")),
@@ -281,7 +282,7 @@ def _finish(
     if (folder / "data-ledger.jsonl").exists():
         outputs.append("data-ledger.jsonl")
     finish_stage(folder, outputs)
-    best_adapters(folder).clear()
+    best_adapters(folder, context.weights).clear()
     if words := kept_in_words(context.job.settings, state):
         context.log(words)
     context.log(

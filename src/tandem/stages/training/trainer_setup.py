@@ -15,7 +15,7 @@ from tandem.stages.training.context import TrainContext
 from tandem.stages.training.held_out import best_by, scored_every
 from tandem.stages.training.training_data import Records
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
-from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation
+from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.losses.objectives import Objective
 from tandem.train.optimizers import make_optimizer, make_schedule
 from tandem.train.step import StepRunner
@@ -71,7 +71,13 @@ def build_trainer(
     if records.held_out is not None:
         scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
         own.append(
-            HeldOutEvaluation(scored, scored_every(settings, total), best_by(settings), checkpoints)
+            HeldOutEvaluation(
+                scored,
+                scored_every(settings, total),
+                best_by(settings),
+                best_adapters(run.folder, context.weights),
+                checkpoints,
+            )
         )
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.data.batching.sampler import Step
+from tandem.model.trained_weights import TrainedWeights
 from tandem.storage.atomic_files import append_jsonl
 from tandem.storage.hashing import Damaged
 from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
@@ -41,15 +42,22 @@ class HeldOutEvaluation(Callback):
         runner: of the held-out records, without a backward.
         every: steps from one score to the next.
         best: how the best adapter is told, when it is to be kept.
+        kept: where the best adapters are kept.
         checkpoints: the run's; a best adapter stays as long as one of them remembers it.
     """
 
     def __init__(
-        self, runner: StepRunner, every: int, best: Best | None, checkpoints: CheckpointStore
+        self,
+        runner: StepRunner,
+        every: int,
+        best: Best | None,
+        kept: CheckpointStore,
+        checkpoints: CheckpointStore,
     ) -> None:
         self._runner = runner
         self._every = every
         self._best = best
+        self._kept = kept
         self._checkpoints = checkpoints
 
     def on_train_begin(self, run: TrainingRun) -> None:
@@ -68,7 +76,7 @@ class HeldOutEvaluation(Callback):
 
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Forget best adapters that neither the run nor a checkpoint of it can come back to."""
-        run.on_rank0(lambda: self._forget_unneeded(best_adapters(run.folder)))
+        run.on_rank0(self._forget_unneeded)
 
     def _score(self, run: TrainingRun) -> None:
         """Score all held-out records and write the line; keep the adapter if it is the best yet."""
@@ -101,19 +109,19 @@ class HeldOutEvaluation(Callback):
         if best is None or not best.better(metrics[best.metric], state.best):
             return
         state.best_step, state.best = state.step, metrics[best.metric]
-        trained, kept = run.engine.trained(), best_adapters(run.folder)
-        run.on_rank0(lambda: kept.save(run.engine.model, trained, {}, state))
+        trained = run.engine.trained()
+        run.on_rank0(lambda: self._kept.save(run.engine.model, trained, {}, state))
 
-    def _forget_unneeded(self, kept: CheckpointStore) -> None:
+    def _forget_unneeded(self) -> None:
         needed = {state.best_step for state in self._checkpoints.steps()}
-        for state in kept.steps():
+        for state in self._kept.steps():
             if state.step not in needed:
-                shutil.rmtree(kept.path_of(state.step))
+                shutil.rmtree(self._kept.path_of(state.step))
 
 
-def best_adapters(folder: Path) -> CheckpointStore:
+def best_adapters(folder: Path, weights: TrainedWeights) -> CheckpointStore:
     """Where a stage keeps the best adapters until it is finished."""
-    return CheckpointStore(folder / "best", keep=None)
+    return CheckpointStore(folder / "best", weights, keep=None)
 
 
 def why_best_is_gone(best: CheckpointStore, state: RunState) -> str:
