@@ -147,9 +147,10 @@ def test_a_fraction_is_held_out_by_prompt_and_accounted_for(
     scored: list[Any] = []
     plain = StepRunner.run
 
-    def watch(self: Any, work: Any, own: Any) -> Any:
-        (trained_on if self.learns else scored).extend(tree.origin.row for tree in work.trees)
-        return plain(self, work, own)
+    def watch(self: Any, step: Any) -> Any:
+        rows = (self.examples[i].origin.row for i in step.examples)
+        (trained_on if self._learns else scored).extend(rows)
+        return plain(self, step)
 
     monkeypatch.setattr(StepRunner, "run", watch)
     run(kind, tiny_model, tmp_path / "out", validation=TWO)

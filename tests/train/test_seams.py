@@ -1,0 +1,219 @@
+"""Losses, optimizers, schedules and callbacks that come from outside, each in a dozen lines."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import get_scheduler
+
+from tandem.errors import Stopped, UserError
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.stages.dpo import run_dpo
+from tandem.stages.sft import run_sft
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
+from tandem.train.losses.objectives import find_loss
+from tandem.train.losses.registry import (
+    PREFERENCE_LOSSES,
+    AnswerLogps,
+    LossValue,
+    preference_loss,
+)
+from tandem.train.optimizers import LR_SCHEDULES, OPTIMIZERS, OptimizerSpec, make_schedule
+
+from ..jobs import training_job
+from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
+
+QUIET = Console(quiet=True)
+COMMON: dict[str, Any] = {
+    "batch_size": 4, "max_steps": 6, "max_length": 128, "learning_rate": 1e-3,
+    "logging_steps": 1, "save_steps": 2, "lora": LoraSettings(rank=2, alpha=4),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("seams") / "model")
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    found, wanted = adapter(a), adapter(b)
+    return all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.fixture(autouse=True)
+def _losses_of_before() -> Iterator[None]:
+    before = dict(PREFERENCE_LOSSES)
+    yield
+    PREFERENCE_LOSSES.clear()
+    PREFERENCE_LOSSES.update(before)
+
+
+def test_a_loss_from_outside_trains(model: Path, tmp_path: Path) -> None:
+    @preference_loss("hinge", reference=True)
+    def hinge(chosen: AnswerLogps, rejected: AnswerLogps, settings: DpoSettings) -> LossValue:
+        margin = settings.beta * (chosen.ratio - rejected.ratio)
+        return LossValue(F.relu(1 - margin), {"margin": margin.detach()})
+
+    class Hinge(DpoSettings):
+        loss: ClassVar[str] = "hinge"
+
+    pairs = DataSource(path=str(make_pairs(tmp_path / "pairs.jsonl", 12)))
+    job = training_job(Hinge(data=(pairs,), **COMMON), model, tmp_path / "dpo")
+    lines = read_jsonl(run_dpo(job, QUIET) / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(1.0, abs=1e-6)
+    assert lines[-1]["loss"] == pytest.approx(1.0 - lines[-1]["margin"], abs=1e-5)
+    assert lines[-1]["margin"] > 0.001
+
+
+def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
+    model: Path, tmp_path: Path
+) -> None:
+    """It needs no reference, and its statistic is of all pairs of a step."""
+
+    def mean_margin(chosen: AnswerLogps, rejected: AnswerLogps, _: DpoSettings) -> Tensor:
+        return (chosen.policy / chosen.tokens - rejected.policy / rejected.tokens).mean()
+
+    @preference_loss("closest", reference=False, statistic=mean_margin)
+    def closest(
+        chosen: AnswerLogps, rejected: AnswerLogps, settings: DpoSettings, mean: Tensor
+    ) -> LossValue:
+        margin = chosen.policy / chosen.tokens - rejected.policy / rejected.tokens
+        loss = (margin - mean - settings.beta) ** 2
+        return LossValue(loss, {"margin": margin.detach(), "mean": mean.expand_as(margin)})
+
+    class Closest(DpoSettings):
+        loss: ClassVar[str] = "closest"
+
+    pairs = DataSource(path=str(make_pairs(tmp_path / "pairs.jsonl", 12)))
+    settings = Closest(data=(pairs,), **COMMON)
+    for budget in (4096, 40):
+        folder = tmp_path / str(budget)
+        run_dpo(training_job(settings, model, folder, tokens_per_microbatch=budget), QUIET)
+    whole, fine = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("4096", "40"))
+    for a, b in zip(whole, fine, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["mean"] == pytest.approx(a["margin"], rel=1e-5)
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("4096", "40")]
+    assert summaries[0]["micro_batches"] < summaries[1]["micro_batches"]
+    assert summaries[0]["reference_computed"] == 0
+
+
+def test_a_loss_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no loss 'sigmiod'; it may be sigmoid"):
+        find_loss("sigmiod")
+
+
+class SignSgd(torch.optim.Optimizer):
+    """Steps by the sign of a running mean: one tensor of state for each parameter."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 0.1)
+                    parameter.sub_(mean.sign(), alpha=group["lr"])
+
+
+class Signed(SftSettings):
+    optimizer: ClassVar[str] = "sign"
+
+
+class StopAfter(Callback):
+    """A callback from outside: notes what it is told, and asks to stop after a step."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+        self.told: list[tuple[str, int]] = []
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        self.told.append(("begin", run.state.step))
+
+    def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
+        if report.metrics:
+            self.told.append(("step", int(report.metrics["step"])))
+        if run.state.step == self.step:
+            run.ask_to_stop("enough for today")
+
+    def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
+        self.told.append(("scores", int(scores["step"])))
+
+    def on_checkpoint(self, run: TrainingRun) -> None:
+        self.told.append(("checkpoint", run.state.step))
+
+    def on_train_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
+        summary["told"] = len(self.told)
+
+
+def test_an_optimizer_from_outside_trains_and_resumes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = OptimizerSpec(SignSgd, lambda settings: {"lr": settings.learning_rate}, state_tensors=1)
+    monkeypatch.setitem(OPTIMIZERS, "sign", spec)
+    talks = DataSource(path=str(make_conversations(tmp_path / "talks.jsonl", 12)))
+    settings = Signed(data=(talks,), **COMMON)
+    whole = run_sft(training_job(settings, model, tmp_path / "whole"), QUIET)
+    stopped = training_job(settings, model, tmp_path / "stopped")
+    with pytest.raises(Stopped, match="stopped after step 3 of 6: enough for today; a checkpoint"):
+        run_sft(stopped, QUIET, [StopAfter(3)])
+    state = load_file(
+        tmp_path / "stopped" / "checkpoints" / "step-000003" / "optimizer.safetensors"
+    )
+    assert {name.rsplit("|", 1)[1] for name in state} == {"mean"}
+    assert same(run_sft(stopped, QUIET), whole)
+    lines = read_jsonl(whole / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_callback_from_outside_is_told_and_adds_to_the_summary(
+    model: Path, tmp_path: Path
+) -> None:
+    talks = DataSource(path=str(make_conversations(tmp_path / "talks.jsonl", 12)))
+    settings = SftSettings(
+        data=(talks,),
+        validation={"fraction": 0.2, "steps": 3},
+        **COMMON,  # type: ignore[arg-type]
+    )
+    callback = StopAfter()
+    folder = run_sft(training_job(settings, model, tmp_path / "out"), QUIET, [callback])
+    assert callback.told == [
+        ("scores", 0), ("begin", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("scores", 3),
+        ("step", 3), ("step", 4), ("checkpoint", 4), ("step", 5), ("scores", 6), ("step", 6),
+        ("checkpoint", 6),
+    ]  # fmt: skip
+    assert read_json(folder / "summary.json")["told"] == len(callback.told)
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_learning_rates_are_those_of_transformers(name: str) -> None:
+    for peak, total, warmup in itertools.product((1e-4, 7.3e-5), (1, 7, 100), (0, 1, 10)):
+        if name == "constant" and warmup:
+            continue
+        settings = SftSettings(
+            data=(DataSource(path="x"),), learning_rate=peak, warmup_steps=warmup,
+            lr_scheduler=name,  # type: ignore[arg-type]
+        )  # fmt: skip
+        theirs = get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=peak), warmup, total)
+        ours = make_schedule(settings, total)
+        (factor,) = theirs.lr_lambdas
+        assert [ours(step) for step in range(total)] == [
+            peak * factor(step) for step in range(total)
+        ]
