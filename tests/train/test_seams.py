@@ -169,7 +169,7 @@ def test_an_optimizer_from_outside_trains_and_resumes(
     spec = OptimizerSpec(SignSgd, lambda settings: {"lr": settings.learning_rate}, state_tensors=1)
     monkeypatch.setitem(OPTIMIZERS, "sign", spec)
     talks = DataSource(path=str(make_conversations(tmp_path / "talks.jsonl", 12)))
-    settings = Signed(data=(talks,), **COMMON)
+    settings = Signed(data=(talks,), **(COMMON | {"batch_size": 12, "learning_rate": 3e-3}))
     whole = run_sft(training_job(settings, model, tmp_path / "whole"), QUIET)
     stopped = training_job(settings, model, tmp_path / "stopped")
     with pytest.raises(Stopped, match="stopped after step 3 of 6: enough for today; a checkpoint"):

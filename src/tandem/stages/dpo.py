@@ -117,6 +117,8 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
     mean = {key: sum(line[key] for line in last) / len(last) for key in metrics[0]}
     collapse = chosen_collapse(metrics, beta)
     found = [] if collapse is None else [collapse]
+    if "rewards/margins" not in mean:  # a loss without rewards
+        return found
     if mean["rewards/accuracies"] < 0.5 and mean["rewards/margins"] < 0:
         found.append(
             f"the policy prefers the chosen answer in only {mean['rewards/accuracies']:.0%} of "
