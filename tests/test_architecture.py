@@ -66,7 +66,7 @@ HOMES = {
         "stages",
         "train",
     },
-    "peft": {"model/lora", "model/merging"},
+    "peft": {"model/lora"},
     "accelerate": {"train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},

@@ -15,11 +15,10 @@ from tandem.data.batching.collate import Segment, row_spans
 from tandem.errors import UserError
 from tandem.integrations.gaudi import bridge
 from tandem.integrations.gaudi.static_shapes import declared_shapes
-from tandem.model.attention.dense import dense_attention
-from tandem.model.attention.hf_interface import entry
+from tandem.model.attention.backend import attention_backend, dense_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
-from tandem.model.attention.packing_probe import decoder_of, examine
-from tandem.model.attention.select import BACKENDS
+from tandem.model.attention.packing_probe import probe_packing
+from tandem.model.unwrap import decoder_of
 from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.device import BatchRequest, BatchShapes, Device
 
@@ -101,7 +100,7 @@ def fused_kernel() -> Any:
         ) from None
 
 
-@entry()
+@attention_backend("fused")
 def fused_attention(
     query: Tensor,
     key: Tensor,
@@ -116,7 +115,7 @@ def fused_attention(
     Keys and values are repeated for the query heads that share them: the kernel was seen to be
     called in no other way.
 
-    Arguments and result as `dense.dense_attention`.
+    Arguments and result as `backend.dense_attention`.
     """
     groups = query.shape[1] // key.shape[1]
     output: Tensor = fused_kernel().apply(
@@ -129,9 +128,6 @@ def fused_attention(
         scaling,
     )
     return output.transpose(1, 2).contiguous()
-
-
-BACKENDS["fused"] = fused_attention
 
 
 _NAME = "tandem_dense"
@@ -161,7 +157,7 @@ def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]
         other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
         raise UserError(f"attention: {requested} cannot be used here: {REASON}. Use {other}.")
     name = type(model).__name__
-    examined = examine(model)
+    examined = probe_packing(model)
     if examined.obstacle is not None:
         raise UserError(
             f"{name} cannot read packed trees ({examined.obstacle}), and padded rows have no "

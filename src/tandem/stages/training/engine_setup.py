@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tandem.integrations.choose import choose_engine
+from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
-from tandem.model.torch_compile import check_compile
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32

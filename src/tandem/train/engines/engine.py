@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError, UserError
 from tandem.model.logprobs.sequence_logps import Scorer
-from tandem.model.lora.adapter import trainable_parameters
+from tandem.model.trained_weights import trainable_parameters
 from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.optimizers import clip_and_step, load_state, state_of, whole

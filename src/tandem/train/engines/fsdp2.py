@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tandem.errors import TandemError
-from tandem.model.attention.select import decoder_of
-from tandem.model.lora.adapter import trainable_parameters
+from tandem.model.trained_weights import trainable_parameters
+from tandem.model.unwrap import decoder_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 
 
