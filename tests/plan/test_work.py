@@ -137,7 +137,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
     from tandem.data.build_dataset import prepare_pairs
-    from tandem.runtime.device import attention_weight
+    from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
     config, tokenizer, template, _ = model_side(some_model, settings, None)
