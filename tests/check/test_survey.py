@@ -16,8 +16,8 @@ from tandem.check.check_page import as_json, print_survey
 from tandem.check.findings import Finding, masked
 from tandem.check.lengths import Histogram
 from tandem.check.survey import Subject, Survey, survey
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
+from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Chunk
@@ -28,6 +28,7 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
+from ..data.built import prepare_conversations, prepare_pairs
 from .made_data import FORGETFUL, conversation, pair, write
 
 _MANY = 2**31 - 1
@@ -470,9 +471,11 @@ def test_processes_find_what_one_process_finds(
         def __exit__(self, *_: object) -> None:
             pass
 
-    one = survey(subject, workers=1, show=lambda text, total: Phase())
+    one = survey(
+        subject, encoding_work=EncodingWork(workers=1, progress=lambda text, total: Phase())
+    )
     assert sum(seen) == len(rows)
-    two = survey(subject, workers=2)
+    two = survey(subject, encoding_work=EncodingWork(workers=2))
     assert as_json(one) == as_json(two)
     assert one.counts["truncated"] > 0
     assert _by_name(one)["exact_duplicates"].count == 60

@@ -180,7 +180,7 @@ import json, re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
-from tandem.data.build_dataset import prepare_conversations
+from .built import prepare_conversations
 from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from tandem.data.batching.collate import collate
-from tandem.data.build_dataset import prepare_conversations
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch
@@ -21,6 +20,8 @@ from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.recipe.data_source import DataSource
 from tandem.train.losses.objectives import SupervisedObjective
+
+from .built import prepare_conversations
 
 TALK = [
     {"role": "system", "content": "Be brief."},

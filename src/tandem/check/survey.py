@@ -28,7 +28,7 @@ from tandem.check.text_signs import TextSigns
 from tandem.check.unread_columns import Columns
 from tandem.data.build_dataset import nothing_left
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
-from tandem.data.encoded.worker_pool import Show, encoded_pieces
+from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
@@ -111,8 +111,7 @@ def survey(
     others: Sequence[Other] = (),
     limit: int | None = None,
     shown: int = 3,
-    show: Show | None = None,
-    workers: int | None = None,
+    encoding_work: EncodingWork = EncodingWork(),  # noqa: B008 - frozen
 ) -> Survey:
     """Read a data set once, and say what is in it.
 
@@ -121,8 +120,7 @@ def survey(
         others: sets that it should share nothing with.
         limit: rows after which to stop.
         shown: rows of each finding.
-        show: displays the progress of large data.
-        workers: processes that encode large data, one a core when None.
+        encoding_work: who encodes large data, and how that is displayed.
 
     Raises nothing for data that cannot be used: that is in the result's `problem`.
     """
@@ -130,17 +128,12 @@ def survey(
     problem = None
     try:
         plan = _plan(subject)
-        pieces = encoded_pieces(
-            work.chunks(),
-            subject.chat,
-            plan,
-            doing="checking records",
-            total=partial(_total, subject.sources, limit),
-            show=show,
-            workers=workers,
+        total = partial(_total, subject.sources, limit)
+        encoding = encoded_chunks(
+            work.chunks(), subject.chat, plan, "checking records", total, encoding_work
         )
-        for chunk, known, batch in pieces:
-            work.take(chunk, known, batch)
+        for chunk, known, encoded in encoding:
+            work.take(chunk, known, encoded)
     except UserError as error:
         problem = str(error)
     return work.finish(problem or work.ended)

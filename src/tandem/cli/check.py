@@ -60,6 +60,7 @@ def _survey(
 ) -> Survey:
     from tandem.check.inputs import other_sets, require_context
     from tandem.check.survey import Subject, survey
+    from tandem.data.encoded.worker_pool import EncodingWork
     from tandem.runtime.console import notice_console, phase
 
     if chat is not None:
@@ -80,7 +81,7 @@ def _survey(
         others=other_sets(data, recipe, arguments.against or [], folder),
         limit=arguments.limit,
         shown=arguments.rows,
-        show=lambda text, total: phase(console, text, total),
+        encoding_work=EncodingWork(progress=lambda text, total: phase(console, text, total)),
     )
 
 

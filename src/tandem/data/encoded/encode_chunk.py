@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
 from tandem.data.formats.format import Kind
@@ -36,6 +37,9 @@ from tandem.data.truncation.conversation import (
 )
 from tandem.data.truncation.limits import Limits
 
+if TYPE_CHECKING:
+    from tandem.recipe.training_settings import TrainingSettings
+
 
 @dataclass(frozen=True, slots=True)
 class EncodingOptions:
@@ -45,6 +49,13 @@ class EncodingOptions:
     limits: Limits
     on_bad_record: OnBadRecord
     loss_on: LossOn = "answers"
+
+    @classmethod
+    def of(cls, kind: Kind, settings: TrainingSettings) -> EncodingOptions:
+        """What a stage's settings make of records of a kind."""
+        limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
+        loss_on: LossOn = getattr(settings, "loss_on", "answers")  # of SFT alone
+        return cls(kind, limits, settings.on_bad_record, loss_on)
 
 
 @dataclass(frozen=True, slots=True)

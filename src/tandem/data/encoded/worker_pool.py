@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 import tandem
+from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
 from tandem.data.encoded.encode_worker import Bug, Setup, receive, send
 from tandem.data.sources.chunks import Chunk
@@ -151,62 +153,71 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-# Shows a phase: its text and total (None: nobody knows) -> told how many more are done.
-Show = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+# Displays a phase, given its text and its total, if that is known; what it yields is told of progress.
+ShowProgress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
-# Pieces, of up to 256 records each, beyond which worker processes are worth their start: on two
+# Chunks, of up to 256 records each, beyond which worker processes are worth their start: on two
 # cores 4000 conversations are quicker without (1.4 s, 1.8 s), 8000 take the same either way.
 _FEW = 32
 # A worker takes about 140 MB; this many, with the process itself, stay below 2 GB.
 _MOST_WORKERS = 12
 
 
-def encoded_pieces(
+@dataclass(frozen=True, slots=True)
+class EncodingWork:
+    """Where encoded data is kept, who encodes it, and how much of it is wanted.
+
+    Attributes:
+        store: finds and keeps the result; without one it is held in memory.
+        workers: processes that encode large data; None: one a core, but no more than 12.
+        progress: displays the progress of large data.
+        limit: only so many examples are made, in memory; chunks behind them are not read.
+    """
+
+    store: EncodedStore | None = None
+    workers: int | None = None
+    progress: ShowProgress | None = None
+    limit: int | None = None
+
+
+def encoded_chunks(
     chunks: Iterator[tuple[Chunk, str]],
     chat: ChatTokenizer | None,
-    plan: EncodingOptions,
-    *,
+    options: EncodingOptions,
     doing: str,
     total: Callable[[], int | None],
-    show: Show | None,
-    workers: int | None,
-    limit: int | None = None,
+    work: EncodingWork,
 ) -> Generator[tuple[Chunk, str, EncodedChunk | None]]:
-    """Pieces and their formats, each with its batch: None without a tokenizer.
+    """Chunks and their formats, each with what encoding makes of it: None without a tokenizer.
 
     Args:
-        chunks: the pieces, see `reading.formatted_chunks`.
+        chunks: see `read_records.formatted_chunks`.
         chat: tokenizer and template.
-        plan: what is made of every record.
+        options: what is made of every record.
         doing: in words, for the display.
         total: counts the rows, when there is something to display.
-        show: displays the progress of many pieces.
-        workers: processes that encode many, one a core when None.
-        limit: rows that are surely wanted; more are only read when they are asked for.
+        work: who encodes; beyond its limit, rows are read only when they are asked for.
     """
     first: list[tuple[Chunk, str]] = []
-    for piece in chunks:
-        first.append(piece)
-        enough = limit is not None and sum(chunk.count for chunk, _ in first) >= limit
+    for one in chunks:
+        first.append(one)
+        enough = work.limit is not None and sum(c.count for c, _ in first) >= work.limit
         if enough or len(first) > _FEW:
             break
-    pieces = chain(first, chunks)
+    tasks = chain(first, chunks)
     if len(first) <= _FEW:
-        for chunk, known in pieces:
-            yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
+        for chunk, known in tasks:
+            yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
         return
-    count = workers or min(available_cores(), _MOST_WORKERS)
-    with show(doing, total()) if show else nullcontext(_unseen) as advance:
+    count = work.workers or min(available_cores(), _MOST_WORKERS)
+    showing = work.progress(doing, total()) if work.progress else nullcontext(lambda _: None)
+    with showing as advance:
         if chat is None or chat.parts is None or count == 1:
-            for chunk, known in pieces:
-                yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
+            for chunk, known in tasks:
+                yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
                 advance(chunk.count)
             return
-        with Pool(Setup(chat.parts, plan), count) as pool:
-            for (chunk, known), batch in pool.map(pieces):
-                yield chunk, known, batch
+        with Pool(Setup(chat.parts, options), count) as pool:
+            for (chunk, known), encoded in pool.map(tasks):
+                yield chunk, known, encoded
                 advance(chunk.count)
-
-
-def _unseen(_: int) -> None:
-    pass

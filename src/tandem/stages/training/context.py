@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.formats.format import Kind
 from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
@@ -54,12 +54,12 @@ class Made:
 class StageKind:
     """How one training stage differs from the other.
 
-    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
+    `records` are what it trains on, `make_objective` says what a step minimises, `dropout`
     whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
     """
 
     name: str
-    prepare: Callable[..., EncodedDataset]
+    records: Kind
     make_objective: Callable[[Start], Made]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]

@@ -14,7 +14,7 @@ from tandem.runtime.console import StageProgress
 from tandem.runtime.device import attention_weight
 from tandem.stages.training.context import Stage
 from tandem.stages.training.held_out import best_by, scored_every
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.checkpoint import RunState
 from tandem.train.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
@@ -56,7 +56,7 @@ def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> Non
 def take_steps(
     stage: Stage,
     model: Any,
-    records: Records,
+    records: TrainingData,
     objectives: Sequence[Objective],
     *,
     budget: TokenBudget,
