@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.records import Branch, Conversation, Example, Origin, Turn
+from tandem.data.encoded.example import Branch, Example, conversation_example, pair_example
+from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
     Exchange,
-    conversation_example,
     encode_exchanges,
-    pair_example,
     trained_exchanges,
 )
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tandem.data.batching.collate import collate
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.example import Branch
 from tandem.data.ledger import Ledger
-from tandem.data.records import Branch
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.model.attention.select import use_backend
 from tandem.model.load_model import load_model

@@ -15,8 +15,8 @@ import pytest
 from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
 from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
+from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.sources.chunks import RowChunk
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.packing import padded_tokens
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work

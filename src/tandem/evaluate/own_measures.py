@@ -14,21 +14,15 @@ from tandem.data.batching.collate import collate
 from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example, conversation_example
 from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.text.answers import contains_accepted, first_sentence
 from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import (
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    conversation_example,
-    encode_exchanges,
-)
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError

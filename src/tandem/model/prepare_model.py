@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import use_backend

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import Stopped, UserError
 from tandem.runtime.launch import ask_for_restart
 from tandem.runtime.process_group import ProcessGroup

@@ -8,10 +8,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
+from tandem.data.encoded.example import Example, conversation_example, pair_example
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
 from tandem.data.read_records import OnBadRecord, records_of
-from tandem.data.records import Conversation, Example, PreferencePair, prompt_key
+from tandem.data.records import Conversation, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import (
@@ -19,11 +20,9 @@ from tandem.data.tokenize.encode import (
     Encoded,
     Exchange,
     LossOn,
-    conversation_example,
     encode_exchanges,
     encode_text,
     is_answer,
-    pair_example,
     pair_exchanges,
     trained_exchanges,
 )

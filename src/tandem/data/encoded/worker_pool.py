@@ -153,7 +153,7 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-# Displays a phase, given its text and its total, if that is known; what it yields is told of progress.
+# Displays a phase with a text and a total, if that is known; what it yields is told of progress.
 ShowProgress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 # Chunks, of up to 256 records each, beyond which worker processes are worth their start: on two

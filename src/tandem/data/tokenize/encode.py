@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
-
-from tandem.data.records import Branch, Conversation, Example, Origin, PreferencePair, Turn
+from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.added_tokens import NoRow
 from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
@@ -277,57 +273,6 @@ def room_for(chat: ChatTokenizer, text: str, limit: int | None) -> int | None:
     return None if room is None or len(text) <= room else room
 
 
-def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
-    """The tree of a conversation's trained answers, oldest first.
-
-    When each answer's sequence continues the one before (the usual case) it is a single path;
-    otherwise one branch per answer behind the common prefix, in which nothing is trained, so
-    that no answer counts twice.
-    """
-    if all(_continues(b.ids, a.ids) for a, b in pairwise(encoded)):
-        last = encoded[-1]
-        trained = np.zeros(len(last.ids), dtype=np.bool_)
-        for answer in encoded:
-            trained[answer.start : len(answer.ids)] = True
-        branches = (_branch(last.ids, trained),)
-        return Example(_branch([], np.zeros(0, dtype=np.bool_)), branches, origin)
-    shared = min(_common(encoded[0].ids, other.ids) for other in encoded[1:])
-    return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
-
-
-def pair_example(chosen: Encoded, rejected: Encoded, origin: Origin) -> Example:
-    """The tree of a preference pair: longest common token prefix, then chosen and rejected.
-
-    The prefix may reach into the answers; it is shortened so that each branch keeps a token.
-    """
-    shared = _common(chosen.ids, rejected.ids)
-    shared = min(shared, len(chosen.ids) - 1, len(rejected.ids) - 1)
-    return _split((chosen, rejected), shared, origin)
-
-
-def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
-    masks = []
-    for answer in encoded:
-        mask = np.zeros(len(answer.ids), dtype=np.bool_)
-        mask[answer.start :] = True
-        masks.append(mask)
-    return Example(
-        _branch(encoded[0].ids[:shared], masks[0][:shared]),
-        tuple(
-            _branch(answer.ids[shared:], mask[shared:], first=shared == 0)
-            for answer, mask in zip(encoded, masks, strict=True)
-        ),
-        origin,
-    )
-
-
-def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
-    """A branch; the `first` token of a sequence has nothing before it to be predicted from."""
-    if first and len(trained):
-        trained[0] = False
-    return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
-
-
 @dataclass(frozen=True, slots=True)
 class _Texts:
     """A rendered prompt and the answer behind it; parts of them if `whole` is False."""
@@ -400,15 +345,3 @@ def _continuation(
 
 def _continues(ids: list[int], start: list[int]) -> bool:
     return ids[: len(start)] == start
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
-    length = min(len(a), len(b))
-    same = 0
-    # Blocks compare much faster than their elements, and prompts are long.
-    for step in (64, 1):
-        while same < length and a[same : same + step] == b[same : same + step]:
-            same += step
-        same = min(same, length)
-    return same

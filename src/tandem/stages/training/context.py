@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
-from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
