@@ -159,10 +159,9 @@ def test_only_a_part_is_tokenised(
         long = "It was a day. " * 4000
         for texts in ((long, "Yes"), ("Yes", long)):
             turns = (Turn("user", texts[0]), Turn("assistant", texts[1]))
-            limits = Limits(64, None)
             for loss_on in ("answers", "text"):
                 record = Conversation(turns, ORIGIN)
-                (one,) = encode_conversation(chat, record, limits, loss_on)  # type: ignore[arg-type]
+                (one,) = encode_conversation(chat, record, 64, loss_on)  # type: ignore[arg-type]
                 assert isinstance(one, Encoded)
                 assert not one.whole
                 assert 64 < len(one.ids) < 4000

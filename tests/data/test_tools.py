@@ -357,8 +357,8 @@ def test_a_template_gets_calls_in_the_form_that_it_takes(
 ) -> None:
     template = written(tmp_path, PICKY)
     chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, template))
-    assert chat.tools.calls == ToolCallForm(text=True, null=True)
-    assert not chat.tools.tools
+    assert chat.with_tools.calls == ToolCallForm(text=True, null=True)
+    assert not chat.with_tools.tools
     trees, _ = prepared(mistral_tokenizer, template, tmp_path, [{"messages": SAID[:4]}])
     sequence = trees[0].sequence(0)
     text = mistral_tokenizer.decode(sequence.input_ids[sequence.trained])

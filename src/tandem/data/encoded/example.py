@@ -89,14 +89,15 @@ def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
     return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
 
 
-def pair_example(chosen: Encoded, rejected: Encoded, origin: Origin) -> Example:
+def pair_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
     """The example of a preference pair: longest common token prefix, then chosen and rejected.
 
     The prefix may reach into the answers; it is shortened so that each branch keeps a token.
     """
+    chosen, rejected = encoded
     shared = _common(chosen.ids, rejected.ids)
     shared = min(shared, len(chosen.ids) - 1, len(rejected.ids) - 1)
-    return _split((chosen, rejected), shared, origin)
+    return _split(encoded, shared, origin)
 
 
 def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
