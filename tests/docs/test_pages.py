@@ -24,6 +24,10 @@ _CODE = re.compile(r"`([\w/]+/[\w/]*(?:\.py|\.c|/))`")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
 
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
 def test_the_index_links_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / target).resolve() for target in _LINK.findall(index.read_text())}
