@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tandem.check.preference_columns import column_signs, scores_in, side_columns, sides_of
+from tandem.check.column_signs import column_signs, scores_in
+from tandem.check.column_words import side_columns, sides_of
 from tandem.check.survey import Subject, survey
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.records import Origin, PreferencePair, Turn

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tandem.check.check_page import as_json, print_survey
 from tandem.check.survey import Subject, Survey, survey
-from tandem.check.unread_columns import verdict_sign
+from tandem.check.column_signs import verdict_sign
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.formats.known_formats import format_called
@@ -320,7 +320,7 @@ def test_a_long_list_of_keys_is_cut_and_says_so(
     found = _survey(file)
     assert line(found).endswith("key18, key19, and 10 more (--json lists them)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (30, False)
-    monkeypatch.setattr("tandem.check.unread_columns._MOST", 25)
+    monkeypatch.setattr("tandem.check.column_signs._MOST", 25)
     found = _survey(file)
     assert line(found).endswith("key18, key19, and more than 5 more (--json lists 25)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (25, True)
@@ -329,7 +329,7 @@ def test_a_long_list_of_keys_is_cut_and_says_so(
 def test_rows_with_endless_sets_of_keys_need_no_endless_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.check.unread_columns._REMEMBERED", 3)
+    monkeypatch.setattr("tandem.check.column_signs._REMEMBERED", 3)
     rows: list[Any] = [{**conversation(seed), f"key{seed:02}": 1} for seed in range(20)]
     for number, row in enumerate(rows):
         row["messages"][1][f"own{number:02}"] = 1

@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 
+from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Repeated, signatures
 from tandem.check.findings import Finding, Sign, Tally
 from tandem.check.lengths import Histogram, LengthQuantiles, Lengths, token_lengths
@@ -25,7 +26,6 @@ from tandem.check.record_signs import (
 )
 from tandem.check.shared_texts import look_for_shared
 from tandem.check.text_signs import TextSigns
-from tandem.check.unread_columns import Columns
 from tandem.data.build_dataset import nothing_left
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
 from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
@@ -224,7 +224,7 @@ class _Survey:
             self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
-            self._columns.unread_cut,
+            self._columns.cut,
             counts,
             summary["reasons"],
             self._roles,
