@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from tandem.check.column_words import (
@@ -23,7 +23,7 @@ from tandem.check.column_words import (
     written,
 )
 from tandem.check.findings import Sign
-from tandem.check.record_signs import answer_of, texts_of
+from tandem.check.record_signs import Beside, answer_of, texts_of
 from tandem.data.formats.format import Format, Kind, texts_in
 from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
@@ -112,8 +112,6 @@ def meaning_sign(column: str, key: str, known: Format) -> Sign:
     )
 
 
-# The signs beside a record, each with what its row says.
-Beside = Callable[[Conversation | PreferencePair], Iterable[tuple[Sign, str]]]
 Fields = Mapping[str, object]
 
 
