@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tandem.data.encoded import encode_chunk, encode_worker, worker_pool
+from tandem.data.encoded import encode_chunk, worker_pool
 from tandem.data.encoded.dataset_store import EncodedStore
-from tandem.data.encoded.encode_worker import Setup
+from tandem.data.encoded.worker_pool import Setup
 from tandem.data.ledger import Ledger
 from tandem.data.sources import file_chunks as files
 from tandem.data.sources.chunks import LineChunk
@@ -229,11 +229,11 @@ def test_a_file_that_vanishes_is_the_users_to_hear_of(
 
 def test_workers_do_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, tandem.data.encoded.encode_worker, transformers.utils.chat_template_utils;"
+        "import sys, tandem.data.encoded.worker_pool, transformers.utils.chat_template_utils;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=NEW).returncode == 0
-    assert encode_worker.__name__ == "tandem.data.encoded.encode_worker"
+    assert worker_pool.main.__module__ == "tandem.data.encoded.worker_pool"
 
 
 _LONG = """

@@ -28,8 +28,7 @@ from tandem.data.formats.format import Format, Kind, texts_in
 from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Conversation, PreferencePair
-from tandem.data.sources.chunks import BadLine, Row
-from tandem.data.sources.renaming import Names, led_into
+from tandem.data.sources.chunks import BadLine, Names, Row, led_into
 
 SWAPPED_SCORE = Sign(
     "chosen_scored_lower",

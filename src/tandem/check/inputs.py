@@ -18,9 +18,9 @@ from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
-from tandem.data.tokenize.added_tokens import add_tokens, row_notices
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs

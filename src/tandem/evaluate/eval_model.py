@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.model.added_tokens import described_rows, grow_vocabulary
 from tandem.model.companion_files import load_combined_tokenizer
 from tandem.model.load_model import (

@@ -19,11 +19,11 @@ from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.text.answers import contains_accepted, first_sentence
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant

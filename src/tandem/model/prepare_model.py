@@ -10,7 +10,7 @@ import torch
 
 from tandem.data.batching.collate import collate, record_key
 from tandem.data.encoded.example import Example
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import use_backend
 from tandem.model.keyed_dropout import silence

@@ -17,10 +17,10 @@ from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, local_files, looks_like_path
-from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
+from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource

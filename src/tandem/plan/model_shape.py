@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows, plain_head
 from tandem.model.attention.select import declared_obstacle

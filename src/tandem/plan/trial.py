@@ -23,7 +23,7 @@ from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodedChunk
 from tandem.data.encoded.example import Branch, Example
 from tandem.data.records import Origin
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.elementwise import fuse_elementwise

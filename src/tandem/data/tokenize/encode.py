@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.tokenize.added_tokens import NoRow
 from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
@@ -18,6 +17,7 @@ from tandem.data.tokenize.template_capabilities import (
     probe_template,
 )
 from tandem.data.tokenize.template_omissions import Omissions
+from tandem.data.tokenize.vocabulary import NoRow
 from tandem.errors import UserError
 
 LossOn = Literal["answers", "text"]

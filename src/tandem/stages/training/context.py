@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
-from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import described_rows
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings

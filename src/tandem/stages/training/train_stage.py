@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
-from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import AddedTokens, row_notices
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.load_model import model_folder
 from tandem.model.torch_compile import Compiling
