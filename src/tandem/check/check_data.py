@@ -10,13 +10,7 @@ from pathlib import Path
 
 from tandem import __version__
 from tandem.check.check_page import as_json, print_survey
-from tandem.check.inputs import (
-    StageChat,
-    doubts_of,
-    other_sets,
-    require_context,
-    with_validation,
-)
+from tandem.check.inputs import StageChat, doubts_of, other_sets, require_context, with_validation
 from tandem.check.survey import survey
 from tandem.check.survey_result import CheckTarget, Survey
 from tandem.data.encoded.worker_pool import EncodingWork

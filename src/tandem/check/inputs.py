@@ -35,9 +35,7 @@ from tandem.recipe.unmeant import unmeant
 _ROWS = 20
 
 
-def by_kind(
-    sources: Sequence[DataSource],
-) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
+def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
     """The sources of each kind, in order; and those with rows of no known format.
 
     These, and those without a row that can be read, count as conversations: reading them says what
@@ -221,10 +219,7 @@ def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions
 
 
 def stage_chat(
-    model: str,
-    revision: str | None,
-    chat_template: str | None,
-    added_tokens: Sequence[str] = (),
+    model: str, revision: str | None, chat_template: str | None, added_tokens: Sequence[str] = ()
 ) -> StageChat:
     """A model's tokenizer with its template; weights are not fetched.
 

@@ -168,10 +168,9 @@ def _legend(parts: Sequence[TokenUse], every: str, coloured: bool) -> Iterator[T
 
 
 def _head(section: TokenSection, every: str) -> Text:
-    what = {
-        "record": "the record",
-        "shared": f"what {every} answers share",
-    }.get(section.name, section.name)
+    what = {"record": "the record", "shared": f"what {every} answers share"}.get(
+        section.name, section.name
+    )
     count = len(section.tokens)
     tokens = "1 token" if count == 1 else f"{count} tokens"
     return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
@@ -204,7 +203,5 @@ def _listed(section: TokenSection, coloured: bool) -> Iterator[Text]:
         style = _STYLES[token.part][0] if coloured else ""
         text = visible(token.text).replace("\n", "")
         yield Text.assemble(
-            f"{number:>6} {token.id:>7}  ",
-            (f"{_LABELS[token.part]:<{wide}}", style),
-            f"  |{text}|",
+            f"{number:>6} {token.id:>7}  ", (f"{_LABELS[token.part]:<{wide}}", style), f"  |{text}|"
         )

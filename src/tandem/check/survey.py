@@ -180,11 +180,7 @@ class _Survey:
             self._lengths.histogram(),
             tuple(
                 self._tally.findings(
-                    {
-                        "records": counts["read"],
-                        "pairs": self._records,
-                        "answers": self._answers,
-                    }
+                    {"records": counts["read"], "pairs": self._records, "answers": self._answers}
                 )
             ),
             self._others,

@@ -25,13 +25,7 @@ from tandem.data.formats.conversations import (
     read_question_and_response,
     read_sharegpt,
 )
-from tandem.data.formats.format import (
-    Fields,
-    Format,
-    Kind,
-    Reader,
-    ToUnpaired,
-)
+from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
 from tandem.data.formats.preferences import (
     answers_as_texts,
     read_alpaca_pair,
