@@ -179,7 +179,10 @@ import json, re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
-from .built import prepare_conversations
+from tandem.data.build_dataset import build_dataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 
@@ -192,9 +195,9 @@ def most():
 
 def run(path, policy, loss_on):
     ledger = Ledger(None)
-    trees = prepare_conversations(
-        [DataSource(path=path)], tokenizer=tokenizer, template=template, max_length=512,
-        max_prompt_length=256, too_long=policy, loss_on=loss_on, ledger=ledger)
+    options = EncodingOptions("conversations", Limits(512, 256, policy), "stop", loss_on)
+    trees = build_dataset(
+        [DataSource(path=path)], ChatTokenizer.of(tokenizer, template), options, ledger)
     return [e.outcome for e in ledger.entries], [len(t.sequence(0).input_ids) for t in trees]
 
 run(sys.argv[3], "drop", "answers")
