@@ -154,7 +154,7 @@ def test_reversed_rows_are_found_where_a_recipe_names_the_answers(
         made = pair(seed)
         answers = {"response_0": made["chosen"], "response_1": made["rejected"]}
         rows.append({"prompt": made["prompt"], **answers, "better_response_id": int(seed == 5)})
-    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=NUMBERED)
+    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=dict(NUMBERED))
     other = DataSource(path=str(write(tmp_path / "b.jsonl", map(pair, range(20, 30)))))
     plan = EncodingOptions("preference pairs", Limits(2**31 - 1, None), "stop")
     found = survey(CheckTarget(None, (spec, other), plan, 0.05), limit=limit)
