@@ -134,7 +134,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
-    from tandem.runtime.device import attention_weight
+    from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
     config, tokenizer, template, _ = model_side(some_model, settings, None)

@@ -28,7 +28,6 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant
 from tandem.evaluate.scores import Score, per_item, score_of
-from tandem.integrations.gaudi.attention import choose_static
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
@@ -40,8 +39,9 @@ from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, pr
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, token_budget
+from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
+from tandem.train.token_budget import token_budget
 
 _NO_LIMIT = 2**31
 
@@ -108,11 +108,8 @@ class Examiner:
         self.device = device
         config = contestant.config
         self._base = contestant.load_base(device)
-        self.backend, why = (
-            choose_static(runtime.attention, self._base, fused=False)
-            if device.static_shapes
-            else choose_backend(runtime.attention, self._base)
-        )
+        own = device.attention(runtime.attention, self._base)
+        self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         prepare_model(self._base, FOR_ANSWERS, Preparation())

@@ -17,6 +17,7 @@ from tandem.data.formats.format import Kind
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError
+from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.model_folder import model_folder
 from tandem.pipeline.preflight import check_base
@@ -32,11 +33,12 @@ from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
-from tandem.runtime.device import Device, choose_device, token_budget
+from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.fingerprint import model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
+from tandem.train.token_budget import token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5

@@ -86,7 +86,7 @@ class Trial:
             asked: how it goes through them.
             most: operations of a micro-batch that is tried: a pass cannot be cut short.
         """
-        if self.shape.parameters > _LARGEST or self.device.static_shapes:
+        if self.shape.parameters > _LARGEST or not self.device.free_shapes:
             return None
         model = self._model()
         sampler = StepSampler(len(trees), asked.batch_size, asked.seed, asked.parts)
