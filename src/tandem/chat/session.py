@@ -16,7 +16,6 @@ from rich.text import Text
 
 from tandem.chat.stream_answer import StreamedAnswer, model_stop_ids, stream_answer
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     prompt_ids,
@@ -25,6 +24,7 @@ from tandem.data.tokenize.chat_template import (
     template_names,
 )
 from tandem.data.tokenize.template_omissions import Omissions, omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.model.added_tokens import rows_of
 from tandem.model.generate import Sampling

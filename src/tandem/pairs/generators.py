@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 from tandem.integrations.choose import device_of
