@@ -23,12 +23,12 @@ from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import Stage
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import TokenBudget
 
 
 def set_up_model(
-    stage: Stage, records: Records, recorded: dict[str, Any]
+    stage: Stage, records: TrainingData, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
     engine, processes = stage.engine, stage.engine.processes
@@ -119,7 +119,7 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
     return now
 
 
-def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
+def _declare_shapes(stage: Stage, records: TrainingData, schedule: dict[str, Any]) -> None:
     settings = stage.settings
     request = BatchRequest(
         records.dataset,

@@ -13,7 +13,7 @@ from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import Stage
 from tandem.stages.training.held_out import best_by, scored_every
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.checkpoint import RunState
 from tandem.train.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
@@ -48,7 +48,7 @@ def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> Non
 def take_steps(
     stage: Stage,
     model: Any,
-    records: Records,
+    records: TrainingData,
     objectives: Sequence[Objective],
     *,
     budget: TokenBudget,
