@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ..warm.python import python
-
 PROGRAM = """
-    import atexit, ctypes, sys, tempfile, threading, time
-    import torch
+    import atexit, ctypes, sys, tempfile, threading, time, types
     from tandem.cli import main as entry
+
+    sys.modules["torch"] = types.ModuleType("torch")
 
     class Torn:
         def __del__(self):
@@ -38,7 +37,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(scratch: Path, before: str = "") -> subprocess.CompletedProcess[str]:
     program = textwrap.dedent(before) + textwrap.dedent(PROGRAM)
     return subprocess.run(
-        [python(), "-c", program, str(scratch)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, str(scratch)], capture_output=True, text=True, check=False
     )
 
 
