@@ -17,7 +17,7 @@ from tandem.errors import UserError
 from tandem.evaluate.harness import Harness, Subject, TaskScores, task_scores_of
 from tandem.evaluate.local_tasks import write_tasks
 from tandem.evaluate.suites import NOT_COMPARABLE, TaskPlan, plan_tasks
-from tandem.model.load_model import load_tokenizer
+from tandem.model.model_folder import load_tokenizer
 from tandem.storage.atomic_files import read_jsonl
 
 from ..warm.python import python

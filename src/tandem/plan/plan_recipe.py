@@ -18,7 +18,7 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import TandemError
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
+from tandem.model.model_folder import model_folder
 from tandem.pipeline.preflight import check_base
 from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline
 from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for

@@ -25,12 +25,15 @@ from tandem.data.records import Branch, Example, Origin
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import choose_backend
-from tandem.model.cpu.elementwise import fuse_elementwise
-from tandem.model.cpu.onednn_linear import order_weights, speed_up_frozen_products
-from tandem.model.logprobs.output_head import order_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
-from tandem.model.lora.adapter import trainable_parameters
-from tandem.model.prepare_model import adapted
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.prepare_model import (
+    AFTER_LOADING,
+    FOR_TRAINING,
+    Preparation,
+    prepare_model,
+)
+from tandem.model.trained_weights import trainable_parameters
 from tandem.plan.model_shape import ModelShape
 from tandem.plan.rate import Rate
 from tandem.plan.workload import Asked, count_operations, count_work
@@ -114,26 +117,18 @@ class Trial:
         model: Any = AutoModelForCausalLM.from_config(
             copy.deepcopy(self.config), dtype=device.weights
         )
-        model = model.eval().to(device.torch_device)
-        speed_up_frozen_products(model)
-        fuse_elementwise(model)
+        model = prepare_model(model.eval(), AFTER_LOADING, Preparation(device=device.torch_device))
         backend, _ = choose_backend(self.attention, model)
         if not self.trains_added:
             make_rows(model, self.added)
-        model = adapted(
-            model,
-            settings,
-            backend=backend,
-            dropout=self.dropout,
-            compiled=False,
-            base_name="",
-            seed=0,
-            log=lambda _: None,
+        preparation = Preparation(
+            attention=backend,
+            weights=LoraWeights(settings.lora, dropout=self.dropout),
+            recomputed=settings.gradient_checkpointing,
+            reordered=bool(self.copies),
             added=self.added if self.trains_added else None,
         )
-        if self.copies:
-            order_weights(model)
-            order_head(model.get_base_model())
+        model = prepare_model(model, FOR_TRAINING, preparation)
         model.train()
         return model
 
