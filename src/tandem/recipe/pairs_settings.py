@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tandem.recipe.data_source import Unweighted
 from tandem.recipe.section import PathText, Positive, Section
 
-# As data/text/language.py can tell them.
+# As data/text/text_traits.py can tell them.
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "ru", "uk", "el",
     "he", "ar", "hi", "bn", "ta", "th", "ja", "ko", "zh",

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_pairs
 from tandem.errors import UserError
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings
@@ -53,7 +52,7 @@ def run_dpo(
         return _warnings(metrics, settings.beta)
 
     return run_training(
-        StageKind("dpo", prepare_pairs, objective, dropout=False, warnings=warnings),
+        StageKind("dpo", "preference pairs", objective, dropout=False, warnings=warnings),
         model=model,
         revision=revision,
         settings=settings,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import SftSettings
 from tandem.stages.training.context import Made, StageKind, Start
@@ -33,8 +31,7 @@ def run_sft(
 
     See `training.run_training` for what is resumed, recognised and refused.
     """
-    prepare = partial(prepare_conversations, loss_on=settings.loss_on)
-    kind = StageKind("sft", prepare, _objective, dropout=True, warnings=_warnings)
+    kind = StageKind("sft", "conversations", _objective, dropout=True, warnings=_warnings)
     return run_training(
         kind,
         model=model,

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
-from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import AddedTokens, row_notices
+from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
@@ -26,7 +28,6 @@ from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, log
-from tandem.runtime.device import choose_device
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.training.context import Made, Stage, StageKind, Start
@@ -36,7 +37,7 @@ from tandem.stages.training.held_out import kept_in_words, kept_warnings, valida
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.training.trainer_setup import prepare_engine, take_steps
-from tandem.stages.training.training_data import Records, stage_records
+from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
@@ -70,13 +71,15 @@ def run_training(
 
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
-    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    device = device_of(runtime)
     processes = join(launched(), device.backend, timedelta(minutes=runtime.timeout_minutes))
     if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
+        for notice in idle_settings(runtime, device):
+            log(console, f"{kind.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, settings, runtime))
-        processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
+        processes.require_same(engine=hash_json([engine.name, engine.config]))
         base = processes.rank0_first(lambda: model_folder(model, revision))
         sources = processes.rank0_first(
             lambda: resolve_sources(settings.data, output_dir.parent, seed)
@@ -100,7 +103,7 @@ def run_training(
                 added_tokens,
             )
         )
-        check_added({*added.new, *added.known}, engine=engine.strategy.name, sharded=engine.sharded)
+        check_added({*added.new, *added.known}, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -172,7 +175,7 @@ def _run(
             stage, model, records, [each.objective for each in made],
             budget=budget, progress=progress, total=total, display=display,
         )  # fmt: skip
-    trained = engine.strategy.trained()
+    trained = engine.trained()
     processes.on_rank0(
         lambda: _finish(
             stage, model, trained, records, made, progress, schedule, compiled, expected
@@ -187,24 +190,15 @@ def _row_warnings(
     return () if words is None else (words,)
 
 
-def _records(stage: Stage, sources: list[DataSource], held_out: list[DataSource]) -> Records:
-    return stage_records(
-        stage.kind.prepare,
-        sources,
-        held_out,
-        stage.settings,
-        tokenizer=stage.tokenizer,
-        template=stage.template,
-        folder=stage.folder,
-        name=stage.kind.name,
-        seed=stage.seed,
-        console=stage.console,
-        rows=stage.rows,
-    )
+def _records(stage: Stage, sources: list[DataSource], held_out: list[DataSource]) -> TrainingData:
+    chat = ChatTokenizer.of(stage.tokenizer, stage.template, stage.rows)
+    kind = stage.kind
+    reader = StageReader(kind.name, kind.records, stage.settings, chat, stage.folder, stage.console)
+    return reader.read(sources, held_out, stage.seed)
 
 
 def _forecast(
-    stage: Stage, records: Records, model: Any, schedule: dict[str, Any], held: int
+    stage: Stage, records: TrainingData, model: Any, schedule: dict[str, Any], held: int
 ) -> Forecast | None:
     try:
         return forecast_run(
@@ -244,7 +238,7 @@ def _clean_lines(stage: Stage, checkpoints: CheckpointStore, newest: Path, step:
 def _objectives(
     stage: Stage,
     model: Any,
-    records: Records,
+    records: TrainingData,
     model_hash: str,
     schedule: dict[str, Any],
     budget: TokenBudget,
@@ -273,7 +267,7 @@ def _finish(
     stage: Stage,
     model: Any,
     trained: dict[str, Tensor],
-    records: Records,
+    records: TrainingData,
     made: Sequence[Made],
     progress: RunState,
     schedule: dict[str, Any],
