@@ -11,8 +11,8 @@ def cache(argv: list[str]) -> int:
     parser = Parser(
         prog="tandem cache",
         usage="tandem cache [show|clear]",
-        description="What is kept between runs: encoded data and reference log-probs. Both are "
-        "found again by content, and safe to empty.",
+        description="Show or empty what is kept between runs: encoded data and reference "
+        "log-probs.\nBoth are found again by their content, so that nothing is lost but time.",
     )
     parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show")
     action = parser.parse(argv).action

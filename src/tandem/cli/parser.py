@@ -106,14 +106,14 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) 
 
     `more` are options of argparse, such as a default or whether it is required.
     """
-    kind = path if flag.kind is expanded else flag.kind
+    kind: Any = path if flag.kind is expanded else flag.kind
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        of_its_kind = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
+        of_its_kind = {int: "N", float: "X", path: "PATH"}.get(kind, "TEXT")
         options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
@@ -121,9 +121,9 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) 
 
 
 def add_dry_run(parser: Parser) -> None:
-    """Declare `--dry_run`."""
+    """Declare `--dry-run`."""
     parser.add_argument(
-        "--dry_run", action="store_true", help="Print the resolved settings and stop."
+        "--dry-run", action="store_true", help="Print the resolved settings and stop."
     )
 
 

@@ -16,7 +16,7 @@ def report(argv: list[str]) -> int:
         description="Rebuild a run's report.html from the files in its folder.",
     )
     parser.add_argument(
-        "run", type=path, metavar="RUN", help="a run's folder, for instance runs/demo"
+        "run", type=path, metavar="RUN", help="A run's folder, for instance runs/demo."
     )
     run_dir = Path(parser.parse(argv).run)
     if not run_dir.is_dir():

@@ -44,6 +44,10 @@ class Flag:
     metavar: str = ""
 
 
+# What values look like, for flags of one name in several commands.
+_METAVARS = {"chat_template": "NAME|FILE"}
+
+
 def boolean(text: str) -> bool:
     """A flag's true or false, in the spellings that argument parsers of the field take."""
     lowered = text.lower()
@@ -93,7 +97,7 @@ def flag_of(
         many,
         () if kinds else words,
         (*at, key),
-        metavar,
+        metavar or _METAVARS.get(key, ""),
     )
 
 
