@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tandem.cli.main import main
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import UserError
 from tandem.evaluate import harness
 from tandem.evaluate.eval_model import find_contestant
 from tandem.evaluate.harness_tasks import TaskSettings, _subject
-from tandem.runtime.device import choose_device
+from tandem.integrations.choose import choose_device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
 from .desk import Desk

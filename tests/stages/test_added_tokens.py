@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tandem.data.batching.collate import collate
-from tandem.data.records import Branch, Example, Origin
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.added_tokens import grow_vocabulary
 from tandem.model.load_model import load_adapter, load_model

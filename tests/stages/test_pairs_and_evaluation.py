@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.data.text.answers import contains_accepted, first_sentence
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import evaluate_models

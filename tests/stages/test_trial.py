@@ -12,14 +12,14 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
+from tandem.integrations.choose import choose_device
 from tandem.plan import trial
 from tandem.plan.model_shape import described
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, count_operations, count_work, guess_work
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
-from tandem.runtime.device import choose_device
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -23,7 +23,6 @@ from tandem.chat.stream_answer import (
     stream_answer,
 )
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     prompt_ids,
@@ -32,6 +31,7 @@ from tandem.data.tokenize.chat_template import (
     template_names,
 )
 from tandem.data.tokenize.template_omissions import Omissions, omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.storage.manifest import check_made
 from tandem.storage.run_folder import labels_of, model_in_run

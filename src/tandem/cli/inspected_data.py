@@ -14,7 +14,8 @@ from tandem.recipe.flags import DATA_FLAGS, REVISION, flag_of
 from tandem.recipe.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from tandem.check.inputs import StageChat, StageData
+    from tandem.check.inputs import StageChat
+    from tandem.check.survey_result import CheckTarget
     from tandem.recipe.recipe import Recipe
 
 
@@ -65,7 +66,7 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
 
 def data_of(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
-) -> tuple[Sequence[StageData], Sequence[str]]:
+) -> tuple[Sequence[CheckTarget], Sequence[str]]:
     """What each stage would read of the data that was named, or of the recipe's own; and notices.
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
@@ -78,7 +79,7 @@ def data_of(
 
 def _asked(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
-) -> tuple[Sequence[StageData], Sequence[str]]:
+) -> tuple[Sequence[CheckTarget], Sequence[str]]:
     """See `data_of`."""
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
     from tandem.recipe.flags import data_settings

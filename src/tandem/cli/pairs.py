@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.cli.environment import prepare_gaudi
+from tandem.cli.environment import prepare_devices
 from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, output_folder, path
 from tandem.recipe.flags import flag_of
 from tandem.recipe.pairs_settings import PairsSettings
@@ -50,7 +50,7 @@ def pairs(argv: list[str]) -> int:
     from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
-    for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
+    for notice in prepare_devices(recipe):
         console.print(notice, markup=False, soft_wrap=True)
     from tandem.pairs.make_pairs import make_pairs
 

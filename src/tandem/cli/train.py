@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import prepare_gaudi
+from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
 from tandem.integrations.gaudi.bridge import bridge_installed
@@ -92,7 +92,7 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     from tandem.runtime.console import notice_console
 
     console = notice_console()
-    for notice in (*prepare_gaudi(lazy=job.run.hpu.lazy_mode), *notices):
+    for notice in (*prepare_devices(job.run), *notices):
         console.print(notice, markup=False, soft_wrap=True)
     # --bf16 means bfloat16 where there is hardware for it.
     half = bool(values.get("bf16")) and job.run.dtype == "auto"
@@ -129,7 +129,7 @@ def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
 
 def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
     """The job in bfloat16 where the device gains from it, else in float32, which is said."""
-    from tandem.runtime.device import choose_device
+    from tandem.integrations.choose import choose_device
 
     dtype = "bfloat16"
     if choose_device(job.run.device, "auto").autocast is None:

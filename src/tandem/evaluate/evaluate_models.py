@@ -28,12 +28,13 @@ from tandem.evaluate.own_measures import Examined, Examiner, Material, examined_
 from tandem.evaluate.scores import Score, compared, items_of
 from tandem.evaluate.suites import Plan, TaskPlan
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
+from tandem.integrations.choose import device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.jobs import EvaluationJob
 from tandem.recipe.run_settings import RunSettings
 from tandem.report.report_warnings import evaluation_findings, in_words
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, choose_device
+from tandem.runtime.device import Device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
@@ -72,7 +73,7 @@ def evaluate_models(
         name: resolve_sources(getattr(settings, name), output_dir.parent, run.seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
-    device = choose_device(run.device, run.dtype, run.hpu)
+    device = device_of(run)
     inputs = {
         "models": {c.label: c.identity for c in contestants},
         **data,

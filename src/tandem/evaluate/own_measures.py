@@ -11,25 +11,23 @@ import torch
 from rich.console import Console
 
 from tandem.data.batching.collate import collate
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.build_dataset import build_dataset
+from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example, conversation_example
+from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.conversations import Question
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
-from tandem.data.text.answers import contains_accepted, first_sentence
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import (
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    conversation_example,
-    encode_exchanges,
-)
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant
 from tandem.evaluate.scores import Score, per_item, score_of
-from tandem.integrations.gaudi.attention import choose_static
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
@@ -41,8 +39,9 @@ from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, pr
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, token_budget
+from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
+from tandem.train.token_budget import token_budget
 
 _NO_LIMIT = 2**31
 
@@ -109,11 +108,8 @@ class Examiner:
         self.device = device
         config = contestant.config
         self._base = contestant.load_base(device)
-        self.backend, why = (
-            choose_static(runtime.attention, self._base, fused=False)
-            if device.static_shapes
-            else choose_backend(runtime.attention, self._base)
-        )
+        own = device.attention(runtime.attention, self._base)
+        self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         prepare_model(self._base, FOR_ANSWERS, Preparation())
@@ -241,18 +237,18 @@ class Examiner:
             )
 
     def _heldout(self, material: Material) -> Sequence[Example]:
-        ledger = Ledger(None)
-        trees = prepare_conversations(
-            material.heldout,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-            limit=material.limit,
-            rows=self._rows,
-        )
+        trees, ledger = self._encoded("conversations", material.heldout, material.limit)
         self._log(ledger, "conversations", "scored")
         return trees
+
+    def _encoded(
+        self, kind: Kind, sources: Sequence[DataSource], limit: int | None
+    ) -> tuple[EncodedDataset, Ledger]:
+        """Records of a kind within the model's context, and what became of each."""
+        ledger = Ledger(None)
+        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
+        options = EncodingOptions(kind, Limits(self.context or _NO_LIMIT, None), "stop")
+        return build_dataset(sources, chat, options, ledger, EncodingWork(limit=limit)), ledger
 
     def _loss(self, trees: Sequence[Example]) -> Score:
         logps = self._score(trees)
@@ -263,16 +259,7 @@ class Examiner:
         )
 
     def _prefer(self, material: Material, scores: dict[str, Score]) -> None:
-        ledger = Ledger(None)
-        chosen = prepare_pairs(
-            material.pairs,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-            limit=material.limit,
-            rows=self._rows,
-        )
+        chosen, ledger = self._encoded("preference pairs", material.pairs, material.limit)
         self._log(ledger, "pairs", "compared")
         # Per token: summed log-probs would prefer the shorter answer whatever it says.
         lengths = torch.tensor([sequence_tokens(tree) for tree in chosen])

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
+from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
 from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
@@ -26,7 +27,6 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
-from tandem.runtime.device import choose_device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
 from tandem.storage.manifest import check_made
@@ -97,7 +97,7 @@ class LocalWriter:
         console: Console,
     ) -> None:
         self._settings, self._console = settings, console
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+        device = device_of(runtime)
         self._tokenizer = load_tokenizer(folder)
         self._template: ChatTemplate = resolve_template(self._tokenizer, None)
         self._stops = all_stop_ids(folder, self._tokenizer, self._template)

@@ -17,6 +17,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
+from tandem.integrations.choose import device_of
 from tandem.pairs.filters import (
     Candidate,
     Check,
@@ -36,7 +37,6 @@ from tandem.recipe.jobs import PairsJob
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import choose_device
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
@@ -121,7 +121,7 @@ def _computed(settings: PairsSettings, runtime: RunSettings) -> dict[str, str] |
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
-    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    device = device_of(runtime)
     found = {"dtype": device.dtype_name, "device": device.kind}
     # To vLLM, auto is the dtype that the model's files say.
     return found if settings.vllm is None else {**found, "vllm_dtype": runtime.dtype}

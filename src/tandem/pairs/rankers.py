@@ -13,18 +13,18 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import render, resolve_template, tokenize
 from tandem.data.tokenize.template_omissions import omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure
+from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import rows_of
 from tandem.model.model_folder import context_length, load_tokenizer, model_folder, require_model
 from tandem.pairs.generators import open_server
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
-from tandem.runtime.device import choose_device
 from tandem.storage.hashing import hash_json, hash_weights
 
 QUESTION = """\
@@ -99,7 +99,7 @@ def open_scorer(rank: RankSettings, runtime: RunSettings, console: Console) -> S
 class _Reward:
     def __init__(self, name: str, runtime: RunSettings) -> None:
 
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+        device = device_of(runtime)
         folder = model_folder(name)
         self._model = RewardModel(folder, dtype=device.weights, device=device.torch_device)
         self.failed: dict[int, Failure] = {}

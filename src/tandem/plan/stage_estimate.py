@@ -17,8 +17,9 @@ from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import Rate, recorded_rate
 from tandem.plan.workload import Asked, Operations, Work, count_operations, count_work
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import Device, activation_bytes, attention_weight
+from tandem.runtime.device import Device
 from tandem.train.engines.engine import Engine
+from tandem.train.token_budget import activation_bytes, attention_weight
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.dataset import EncodedDataset, to_arrays
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodedChunk
-from tandem.data.records import Branch, Example, Origin
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
@@ -85,7 +86,7 @@ class Trial:
             asked: how it goes through them.
             most: operations of a micro-batch that is tried: a pass cannot be cut short.
         """
-        if self.shape.parameters > _LARGEST or self.device.static_shapes:
+        if self.shape.parameters > _LARGEST or not self.device.free_shapes:
             return None
         model = self._model()
         sampler = StepSampler(len(trees), asked.batch_size, asked.seed, asked.parts)

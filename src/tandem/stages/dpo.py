@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_pairs
 from tandem.errors import UserError
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
@@ -37,7 +36,7 @@ def run_dpo(job: TrainingJob, console: Console) -> Path:
     beta = job.settings.beta
     stage = TrainingStage(
         "dpo",
-        prepare_pairs,
+        "preference pairs",
         lambda inputs: _objective(inputs, beta),
         dropout=False,
         warnings=lambda metrics: _warnings(metrics, beta),

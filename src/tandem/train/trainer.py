@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
 from tandem.data.batching.sampler import Step, StepSampler, WeightedSource
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
@@ -165,8 +165,8 @@ class Training:
         self._account(step, trees, sums, rate)
 
     def _save(self) -> None:
-        strategy, progress = self.engine.strategy, self.progress
-        trained, state = strategy.trained(), strategy.optimizer_state()
+        progress = self.progress
+        trained, state = self.engine.trained(), self.engine.optimizer_state()
         self.engine.processes.on_rank0(
             lambda: self.checkpoints.save(self.model, trained, state, progress)
         )

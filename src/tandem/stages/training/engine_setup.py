@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from tandem.integrations.choose_engine import choose_strategy
-from tandem.integrations.deepspeed.ds_config import Settled
+from tandem.integrations.choose import choose_engine
 from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
@@ -21,35 +19,14 @@ def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> E
     """
     run = job.run
     exact_float32()
-    strategy = choose_strategy(
-        run.engine,
-        device=device.kind,
-        processes=processes.count,
-        settled=_settled(job.settings, device, processes.count),
-    )
-    check_quantization(run.quantization, device=device.kind, sharded=strategy.sharded)
-    check_compile(run.compile, device=device.kind, sharded=strategy.sharded)
-    return Engine(device, processes, strategy)
+    engine = choose_engine(run.engine, device, processes, job.settings)
+    check_quantization(run.quantization, device=device.kind, sharded=engine.sharded)
+    check_compile(run.compile, device=device.kind, sharded=engine.sharded)
+    return engine
 
 
 def in_words(engine: Engine) -> str:
     """Where a run computes."""
     count, kind = engine.processes.count, engine.device.kind
     place = f"{count} processes on {kind}" if count > 1 else kind
-    return place if engine.strategy.name == "single" else f"{place} ({engine.strategy.name})"
-
-
-def _settled(settings: TrainingSettings, device: Device, processes: int) -> Settled:
-    return Settled(
-        batch_size=settings.batch_size,
-        processes=processes,
-        max_grad_norm=settings.max_grad_norm,
-        dtype=device.dtype_name,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        scheduler=settings.lr_scheduler,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-    )
+    return place if engine.name == "single" else f"{place} ({engine.name})"

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from tandem.data.batching.collate import collate, record_key
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.integrations.gaudi.attention import choose_static
-from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import unavailable_reason
 from tandem.model.elementwise import Compiling, settle_compile_caches
@@ -20,15 +19,16 @@ from tandem.model.lora.adapter import adapted_weights
 from tandem.model.model_folder import model_without_weights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums
+from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import TrainContext
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import TokenBudget
 
 
 def set_up_model(
-    context: TrainContext, records: Records, recorded: dict[str, Any]
+    context: TrainContext, records: TrainingData, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
     engine, processes = context.engine, context.engine.processes
@@ -44,9 +44,8 @@ def set_up_model(
     )
     backend, why = processes.on_all(
         lambda: (
-            choose_static(context.job.run.attention, base, fused=device.fused_attention)
-            if device.static_shapes
-            else choose_backend(context.job.run.attention, base)
+            device.attention(context.job.run.attention, base)
+            or choose_backend(context.job.run.attention, base)
         )
     )
     schedule = _schedule(context, recorded, base, backend)
@@ -122,14 +121,17 @@ def _schedule(
     return now
 
 
-def _declare_shapes(context: TrainContext, records: Records, schedule: dict[str, Any]) -> None:
-    held_out = records.held_out
-    context.engine.buckets, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
-        lambda: declared_shapes(
-            records.dataset, context.job.settings,
-            device=context.engine.device, runtime=context.job.run,
-            budget=schedule["tokens_per_microbatch"], seed=context.job.run.seed,
-            log=context.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.dataset,
-        )
-    )  # fmt: skip
+def _declare_shapes(context: TrainContext, records: TrainingData, schedule: dict[str, Any]) -> None:
+    settings = context.job.settings
+    request = BatchRequest(
+        records.dataset,
+        None if records.held_out is None else records.held_out.dataset,
+        StepSampler(len(records.dataset), settings.batch_size, context.job.run.seed, records.parts),
+        settings.max_length,
+        budget=schedule["tokens_per_microbatch"],
+        requested=context.job.run.tokens_per_microbatch,
+        log=context.log,
+    )
+    context.engine.shapes, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
+        lambda: context.engine.device.batch_shapes(request)
+    )

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
-from tandem.data.tokenize.added_tokens import row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import row_notices
+from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added, in_words, untrained_tokens
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
@@ -24,7 +26,6 @@ from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, log
-from tandem.runtime.device import choose_device
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.training.context import (
@@ -39,7 +40,7 @@ from tandem.stages.training.held_out import kept_in_words, kept_warnings, valida
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.training.trainer_setup import prepare_engine, take_steps
-from tandem.stages.training.training_data import Records, stage_records
+from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
@@ -62,17 +63,19 @@ def train_stage(stage: TrainingStage, job: TrainingJob, console: Console) -> Pat
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
     run, folder = job.run, job.folder
-    device = choose_device(run.device, run.dtype, run.hpu)
+    device = device_of(run)
     processes = join(launched(), device.backend, timedelta(minutes=run.timeout_minutes))
     if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
+        for notice in idle_settings(run, device):
+            log(console, f"{stage.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, job))
-        processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
+        processes.require_same(engine=hash_json([engine.name, engine.config]))
         context = _look_up(stage, job, engine, console)
         inputs = processes.on_all(lambda: fingerprint(context))
         added = {*context.added.new, *context.added.known}
-        check_added(added, engine=engine.strategy.name, sharded=engine.sharded)
+        check_added(added, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -154,7 +157,7 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
             context, model, records, [each.objective for each in built],
             budget=budget, progress=progress, total=total, display=display,
         )  # fmt: skip
-    done = _Done(model, engine.strategy.trained(), records, built, progress, schedule, compiled)
+    done = _Done(model, engine.trained(), records, built, progress, schedule, compiled)
     processes.on_rank0(lambda: _finish(context, done, expected))
 
 
@@ -167,24 +170,15 @@ def _untrained_rows(context: TrainContext) -> tuple[str, ...]:
     return () if words is None else (words,)
 
 
-def _records(context: TrainContext) -> Records:
-    return stage_records(
-        context.stage.prepare,
-        context.sources,
-        context.held_out,
-        context.job.settings,
-        tokenizer=context.tokenizer,
-        template=context.template,
-        folder=context.job.folder,
-        name=context.stage.name,
-        seed=context.job.run.seed,
-        console=context.console,
-        rows=context.rows,
-    )
+def _records(context: TrainContext) -> TrainingData:
+    stage, job = context.stage, context.job
+    chat = ChatTokenizer.of(context.tokenizer, context.template, context.rows)
+    reader = StageReader(stage.name, stage.records, job.settings, chat, job.folder, context.console)
+    return reader.read(context.sources, context.held_out, job.run.seed)
 
 
 def _forecast(
-    context: TrainContext, records: Records, model: Any, schedule: dict[str, Any], held: int
+    context: TrainContext, records: TrainingData, model: Any, schedule: dict[str, Any], held: int
 ) -> Forecast | None:
     job = context.job
     try:
@@ -231,7 +225,7 @@ def _numerics(schedule: dict[str, Any]) -> str:
 
 
 def _objectives(
-    stage: TrainingStage, start: ObjectiveInputs, records: Records
+    stage: TrainingStage, start: ObjectiveInputs, records: TrainingData
 ) -> list[BuiltObjective]:
     """What a step minimises, and the same for held-out records if there are any."""
     built = [stage.make_objective(start)]
@@ -247,7 +241,7 @@ class _Done:
 
     model: Any
     trained: dict[str, Tensor]
-    records: Records
+    records: TrainingData
     objectives: Sequence[BuiltObjective]
     progress: RunState
     schedule: dict[str, Any]
