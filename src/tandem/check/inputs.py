@@ -27,8 +27,7 @@ from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
 from tandem.storage.run_folder import made_pairs, stage_folder
 
 # Rows that are looked at, of those that can be parsed; the readers give up no later.

@@ -30,8 +30,7 @@ from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.fingerprint import check_base, model_side

@@ -24,7 +24,7 @@ from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import unmeant
 from tandem.runtime.console import StageProgress, log
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
