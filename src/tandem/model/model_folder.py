@@ -74,12 +74,8 @@ def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
 def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
     """Raise UserError when the Hub's files of a model hold no weights that could be loaded.
 
-    Nothing is said where the Hub does not answer: what was fetched before is used then.
-
-    Args:
-        name: the model's id.
-        folder: what is small of it, see `model_folder`.
-        revision: as there.
+    Nothing is said where the Hub does not answer: what was fetched before is used then. `folder`
+    holds what is small of the model.
     """
     from huggingface_hub import HfApi
 
@@ -187,13 +183,9 @@ def model_without_weights(config: Any, folder: Path | None = None) -> Any:
 def check_whole(folder: Path, config: Any) -> None:
     """Raise UserError when the files hold fewer numbers than config.json's model has.
 
-    Loading would allocate the model that config.json describes, whatever size it is, and fill
-    what is missing with random numbers. Only the files' headers are read. Quantised weights are
-    packed, so they are not counted.
-
-    Args:
-        folder: a local model folder with safetensors files.
-        config: its transformers configuration.
+    Loading would allocate the model that config.json describes, whatever size it is, and fill what
+    is missing with random numbers. Only the files' headers are read. Quantised weights are packed,
+    so they are not counted.
     """
     from tandem.model.weight_files import parts_of, read_heads
 
@@ -215,12 +207,7 @@ def check_whole(folder: Path, config: Any) -> None:
 
 
 def check_unquantized(folder: Path, config: Any) -> None:
-    """Raise UserError for a model whose weights are quantised already: nothing is merged into it.
-
-    Args:
-        folder: a local model folder.
-        config: its transformers configuration.
-    """
+    """Raise UserError for a model that is quantised already: nothing is merged into that."""
     found = (
         getattr(one, "quantization_config", None) for one in (config, config.get_text_config())
     )
