@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.recipe.choices import DeviceName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob

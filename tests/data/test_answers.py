@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.check.record_signs import REFUSAL, answer_signs
-from tandem.data.text.answers import refuses, refuses_only
+from tandem.data.text.text_traits import refuses, refuses_only
 from tandem.pairs.filters import Candidate, Filters, against_answer
 
 REFUSALS = (

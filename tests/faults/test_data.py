@@ -301,14 +301,15 @@ def test_what_lies_in_the_runs_own_folder_is_no_data(
     data.mkdir()
     desk.conversations.rename(data / "conversations.jsonl")
     call = desk.train(dataset_name="data", output_dir="data/out", max_steps=3)
-    plain = trainer.Training._take
+    plain = trainer.Trainer._take
 
-    def take(self: Any, step: Any) -> None:
-        plain(self, step)
+    def take(self: Any, step: Any) -> Any:
+        report = plain(self, step)
         os.kill(os.getpid(), signal.SIGTERM)
+        return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         assert main(call) == 3
     assert (data / "out" / "checkpoints").is_dir()
     said = desk.accepted(call)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.recipe.data_source import DataSource

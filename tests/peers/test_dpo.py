@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.data.build_dataset import prepare_pairs
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model.lora.adapter import LoraWeights
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings
@@ -24,6 +23,7 @@ from tandem.stages.dpo import run_dpo
 from tandem.train.losses.objectives import PreferenceObjective, find_loss
 from tests.jobs import training_job
 
+from ..data.built import prepare_pairs
 from . import ours, plain
 
 BETA = 0.1

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
@@ -21,6 +20,7 @@ from tandem.storage.atomic_files import read_jsonl
 from tandem.train.losses.objectives import SupervisedObjective
 from tests.jobs import training_job
 
+from ..data.built import prepare_conversations
 from . import ours, plain
 
 

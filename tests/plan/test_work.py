@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.packing import padded_tokens
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.pipeline.default_callbacks import default_callbacks
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
@@ -23,7 +25,7 @@ from tandem.recipe.training_settings import (
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
-from tandem.stages.training.training_data import prepared_records, stage_records
+from tandem.stages.training.training_data import StageReader
 from tandem.storage.atomic_files import read_json
 from tests.jobs import run_settings, training_job
 
@@ -56,31 +58,27 @@ def _settings(
         "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
-        "max_length": 400,
+        "max_length": 256,
         "lora": LoraSettings(rank=2, alpha=4),
     } | changes
     return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
 
 
+def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageReader:
+    sft = isinstance(settings, SftSettings)
+    name, kind = ("sft", "conversations") if sft else ("dpo", "preference pairs")
+    return StageReader(name, kind, settings, chat, None, QUIET)
+
+
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Work:
-    from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-
     config, tokenizer, template, _ = model_side(
         model, run_settings("", Path()), settings.max_length, weights=False
     )
-    records = stage_records(
-        prepare_conversations if kind == "sft" else prepare_pairs,
-        [DataSource(path=source.path, weight=source.weight) for source in settings.data],
-        [],
-        settings,
-        tokenizer=tokenizer,
-        template=template,
-        folder=None,
-        name=kind,
-        seed=3,
-        console=QUIET,
+    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    records = reader.read(
+        [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
     )
     asked = asked_of(
         settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
@@ -141,23 +139,14 @@ def test_a_plan_for_processes_deals_as_they_do(
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
-    from tandem.data.build_dataset import prepare_pairs
     from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
     config, tokenizer, template, _ = model_side(
         some_model, run_settings("", Path()), settings.max_length
     )
-    _, trees = prepared_records(
-        prepare_pairs,
-        [DataSource(path=settings.data[0].path)],
-        settings,
-        tokenizer=tokenizer,
-        template=template,
-        folder=None,
-        name="dpo",
-        console=QUIET,
-    )
+    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    _, trees = reader.encode([DataSource(path=settings.data[0].path)])
     asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
     work = count_work(trees, asked)
     weight = attention_weight(config)

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tandem.data.batching.collate import collate
-from tandem.data.records import Branch, Example, Origin
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.added_tokens import grow_vocabulary
 from tandem.model.load_model import load_adapter, load_model
@@ -246,17 +247,18 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     tokens = (*CHATML, "</s>")  # two that it lacks, one that it has
     uninterrupted = run("sft", bases["tied"], tmp_path / "uninterrupted", added_tokens=tokens)
-    taken, plain = 0, trainer.Training._take
+    taken, plain = 0, trainer.Trainer._take
 
-    def take(self: Any, step: Any) -> None:
+    def take(self: Any, step: Any) -> Any:
         nonlocal taken
-        plain(self, step)
+        report = plain(self, step)
         taken += 1
         if taken == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+        return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(Stopped):
             run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)
     resumed = run("sft", bases["tied"], tmp_path / "stopped", added_tokens=tokens)

@@ -45,7 +45,7 @@ def test_compiled_or_not_the_parameters_are_the_same(
     summary = read_json(tmp_path / "plain" / "summary.json")
     assert (summary["compile_seconds"], summary["compiled_graphs"]) == (0.0, 0)
     began: list[int] = []
-    whole = trainer.Training.run
+    whole = trainer.Trainer.run
 
     def watched(self: Any) -> Any:
         began.append(elementwise._graphs())
@@ -53,7 +53,7 @@ def test_compiled_or_not_the_parameters_are_the_same(
         began.append(elementwise._graphs())
         return progress
 
-    monkeypatch.setattr(trainer.Training, "run", watched)
+    monkeypatch.setattr(trainer.Trainer, "run", watched)
     variants: dict[str, dict[str, Any]] = {
         "whole": {},
         "small": {"budget": 40},

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.data.text.answers import contains_accepted, first_sentence
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import evaluate_models
-from tandem.model.generate import generate_answers
+from tandem.model.generate import Sampling, generate_answers
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import load_tokenizer
 from tandem.pairs import make_pairs as stage
@@ -45,10 +45,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time(tiny_model: Path) -> None:
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 4, 17, 1)]
     options: dict[str, Any] = {
         "stop_ids": [tokenizer.eos_token_id],
-        "max_new_tokens": 12,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
+        "sampling": Sampling(12),
     }
     done: list[int] = []
     together = generate_answers(model, prompts, advance=done.append, **options)
@@ -59,16 +56,14 @@ def test_a_batch_answers_as_one_prompt_at_a_time(tiny_model: Path) -> None:
 
 def test_sampling_follows_the_seed(tiny_model: Path) -> None:
     model = load_model(tiny_model, dtype=torch.float32)
-    options: dict[str, Any] = {
-        "stop_ids": [1],
-        "max_new_tokens": 8,
-        "temperature": 1.0,
-        "top_p": 0.9,
-        "advance": lambda _: None,
-    }
-    first = generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
-    assert first == generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
-    assert first != generate_answers(model, [[5, 6, 7]] * 4, seed=2, **options)
+    first, again, other = (
+        generate_answers(
+            model, [[5, 6, 7]] * 4, stop_ids=[1], sampling=Sampling(8, 1.0, 0.9, seed=seed)
+        )
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
 
 
 def test_pairs_keep_the_sets_answer_and_generate_the_other(

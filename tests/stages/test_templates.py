@@ -80,17 +80,18 @@ def test_a_run_that_goes_on_the_next_day_has_the_date_that_it_began_with(
     dated = DEFAULT.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d %b %Y') }}")
     (base / "chat_template.jinja").write_text(dated)
     run("sft", base, tmp_path / "whole", save_steps=1)
-    taken, plain = 0, trainer.Training._take
+    taken, plain = 0, trainer.Trainer._take
 
-    def take(self: Any, step: Any) -> None:
+    def take(self: Any, step: Any) -> Any:
         nonlocal taken
-        plain(self, step)
+        report = plain(self, step)
         taken += 1
         if taken == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+        return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(Stopped):
             run("sft", base, tmp_path / "out", save_steps=1)
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.cli.main import main
-from tandem.data.batching.sampler import StepSampler
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
 from tandem.recipe.data_source import DataSource
@@ -100,17 +99,18 @@ def test_a_stopped_run_ends_with_the_same_bits(
 ) -> None:
     whole = run(kind, tiny_model, tmp_path / "whole")
     taken = 0
-    plain = trainer.Training._take
+    plain = trainer.Trainer._take
 
-    def take(self: Any, step: Any) -> None:
+    def take(self: Any, step: Any) -> Any:
         nonlocal taken
-        plain(self, step)
+        report = plain(self, step)
         taken += 1
         if taken == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+        return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_take", take)
+        patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(Stopped, match="after step 5 of 8"):
             run(kind, tiny_model, tmp_path / "stopped")
     resumed = run(kind, tiny_model, tmp_path / "stopped")
@@ -127,7 +127,7 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
 ) -> None:
     whole = run("dpo", tiny_model, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "run", _two_steps_then_crash)
+        patch.setattr(trainer.Trainer, "run", _two_steps_then_crash)
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "changed")
     said: list[str] = []
@@ -151,7 +151,7 @@ def test_kernels_and_order_are_recorded_and_kept(
     assert schedule["kernels"] == numerics()
     assert schedule["ordered_weights"] == torch.backends.mkldnn.is_available()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "run", _two_steps_then_crash)
+        patch.setattr(trainer.Trainer, "run", _two_steps_then_crash)
         with pytest.raises(ZeroDivisionError):
             run("dpo", tiny_model, tmp_path / "crashed")
     # Less memory than at the first start changes nothing, for the order was recorded.
@@ -166,11 +166,12 @@ def test_kernels_and_order_are_recorded_and_kept(
 
 
 def _two_steps_then_crash(self: Any) -> None:
-    for step in itertools.islice(
-        StepSampler(len(self.trees), self.schedule.batch_size, self.schedule.seed).steps(0, 8), 2
-    ):
+    training = self.training
+    for step in itertools.islice(training.sampler.steps(0, 8), 2):
         self._take(step)
-    self._save()
+    training.stopping = True
+    for callback in training.callbacks:
+        callback.before_next_step(training)
     _crash()
 
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.integrations.choose import choose_device
 from tandem.plan import trial
 from tandem.plan.model_shape import described

@@ -12,21 +12,22 @@ from tandem.recipe.run_settings import RunSettings
 def chat(argv: list[str]) -> int:
     """Talk to one model, or to several side by side."""
     arguments = _chat_parser().parse(argv)
-    from tandem.chat.session import run_chat
+    from tandem.chat.session import ChatOptions, run_chat
     from tandem.integrations.choose import choose_device
+    from tandem.model.generate import Sampling
     from tandem.runtime.console import result_console
 
     device = choose_device(arguments.device, "auto")
     run_chat(
         arguments.models,
-        system=arguments.system,
-        chat_template=arguments.chat_template,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        device=str(device.torch_device),
-        console=result_console(),
+        ChatOptions(
+            Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p),
+            system=arguments.system,
+            chat_template=arguments.chat_template,
+            seed=arguments.seed,
+            device=str(device.torch_device),
+        ),
+        result_console(),
     )
     return 0
 

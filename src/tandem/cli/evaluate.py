@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 def _data(key: str) -> Flag:
     """A flag that names data of the user's own, by path."""
     about = EvaluationSettings.model_fields[key].description or ""
-    return Flag(key, path, about.partition("; empty")[0], many=True, field=(key,), metavar="DATA")
+    return Flag(
+        key,
+        path,
+        about.partition("; empty")[0].rstrip(".") + ".",
+        many=True,
+        field=(key,),
+        metavar="DATA",
+    )
 
 
 # By the groups of the help text. Where help differs from a recipe's, so does the value.
@@ -43,7 +50,8 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
     "a judge of the answers to --questions": (
         flag_of(ServerSettings, "model", "judge", at=("judge",), metavar="MODEL",
                 help="A model on an OpenAI-compatible server, by its name there."),
-        flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL"),
+        flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL",
+                help="The server's address, up to where /chat/completions follows."),
         flag_of(ServerSettings, "key_variable", "judge_key_variable", at=("judge",),
                 metavar="NAME"),
     ),

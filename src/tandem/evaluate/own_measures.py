@@ -11,28 +11,27 @@ import torch
 from rich.console import Console
 
 from tandem.data.batching.collate import collate
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.build_dataset import build_dataset
+from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example, conversation_example
+from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.conversations import Question
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
-from tandem.data.text.answers import contains_accepted, first_sentence
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import (
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    conversation_example,
-    encode_exchanges,
-)
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant
 from tandem.evaluate.scores import Score, per_item, score_of
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, generate_answers
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_answers
 from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.model_folder import context_length
@@ -148,20 +147,17 @@ class Examiner:
             self._prefer(material, scores)
         return Examined(scores, answers)
 
-    def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[Answer]:
+    def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[GeneratedAnswer]:
         with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
             return generate_answers(
                 self.model,
                 prompts,
                 stop_ids=all_stop_ids(self._folder, self.tokenizer, self.template),
-                max_new_tokens=most,
-                temperature=0.0,
-                top_p=1.0,
-                seed=0,
+                sampling=Sampling(most),
                 advance=advance,
             )
 
-    def _decode(self, answers: Sequence[Answer]) -> list[str]:
+    def _decode(self, answers: Sequence[GeneratedAnswer]) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(
             [list(answer.ids) for answer in answers], skip_special_tokens=True
         )
@@ -238,18 +234,18 @@ class Examiner:
             )
 
     def _heldout(self, material: Material) -> Sequence[Example]:
-        ledger = Ledger(None)
-        trees = prepare_conversations(
-            material.heldout,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-            limit=material.limit,
-            rows=self._rows,
-        )
+        trees, ledger = self._encoded("conversations", material.heldout, material.limit)
         self._log(ledger, "conversations", "scored")
         return trees
+
+    def _encoded(
+        self, kind: Kind, sources: Sequence[DataSource], limit: int | None
+    ) -> tuple[EncodedDataset, Ledger]:
+        """Records of a kind within the model's context, and what became of each."""
+        ledger = Ledger(None)
+        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
+        options = EncodingOptions(kind, Limits(self.context or _NO_LIMIT, None), "stop")
+        return build_dataset(sources, chat, options, ledger, EncodingWork(limit=limit)), ledger
 
     def _loss(self, trees: Sequence[Example]) -> Score:
         logps = self._score(trees)
@@ -260,16 +256,7 @@ class Examiner:
         )
 
     def _prefer(self, material: Material, scores: dict[str, Score]) -> None:
-        ledger = Ledger(None)
-        chosen = prepare_pairs(
-            material.pairs,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-            limit=material.limit,
-            rows=self._rows,
-        )
+        chosen, ledger = self._encoded("preference pairs", material.pairs, material.limit)
         self._log(ledger, "pairs", "compared")
         # Per token: summed log-probs would prefer the shorter answer whatever it says.
         lengths = torch.tensor([sequence_tokens(tree) for tree in chosen])

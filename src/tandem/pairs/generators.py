@@ -12,15 +12,15 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_batch, plan_batches
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
 from tandem.pairs.prompts import Prompt
@@ -150,7 +150,7 @@ class LocalWriter:
         sampling: Sampling,
         done: Collection[int],
     ) -> Iterator[Unit]:
-        ask: Callable[..., list[Answer]] = (
+        ask: Callable[..., list[GeneratedAnswer]] = (
             partial(generate_batch, self._model) if self._vllm is None else self._vllm.answers
         )
         for members in batches:

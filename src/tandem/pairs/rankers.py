@@ -13,9 +13,9 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import render, resolve_template, tokenize
 from tandem.data.tokenize.template_omissions import omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure
 from tandem.integrations.choose import device_of

@@ -14,9 +14,8 @@ from typing import Literal
 from rich.console import Console
 
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.text.answers import refuses
 from tandem.data.text.contamination import Other, fill
-from tandem.data.text.language import language_of
+from tandem.data.text.text_traits import language_of, refuses
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.recipe.data_source import DataSource

@@ -9,17 +9,17 @@ from pathlib import Path
 from rich.console import Console
 
 from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.encoded.worker_pool import encoded_pieces
+from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, local_files, looks_like_path
-from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
+from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
@@ -143,15 +143,10 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     for kind, named in _encoded(recipe, wanted):
         specs = _specs(named)
         # Piece by piece, and none is kept: data may be larger than memory.
-        for _ in encoded_pieces(
-            formatted_chunks(specs, kind, Ledger(None), "drop"),
-            chat,
-            EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop"),
-            doing="looking for tokens that the model has no row for",
-            total=partial(count_sources, specs),
-            show=None,
-            workers=None,
-        ):
+        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop")
+        chunks = formatted_chunks(specs, kind, Ledger(None), "drop")
+        doing, total = "looking for tokens without a row", partial(count_sources, specs)
+        for _ in encoded_chunks(chunks, chat, options, doing, total, EncodingWork()):
             pass
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.formats.format import Kind
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError
 from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
@@ -30,23 +30,19 @@ from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
-from tandem.recipe.training_settings import SftSettings, TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
-from tandem.stages.training.training_data import Records, stage_records
+from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.train.token_budget import token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
 # Seconds that a pass of a trial may be expected to take at a product's rate.
 _PASS = 3.0
-_PREPARE: dict[str, Callable[..., EncodedDataset]] = {
-    "sft": prepare_conversations,
-    "dpo": prepare_pairs,
-}
+_KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class _Known:
     ledger: dict[str, Any] | None
 
 
-def _read(records: Records, asked: Asked) -> _Known:
+def _read(records: TrainingData, asked: Asked) -> _Known:
     asked = replace(asked, parts=records.parts)
     work = count_work(records.dataset, asked)
     return _Known(asked, records.dataset, work, records.ledger.summary())
@@ -279,25 +275,12 @@ class _Planner:
         tokenizer: Any,
         template: ChatTemplate,
         rows: int,
-    ) -> Records:
-        prepare = _PREPARE[stage.name]
-        if isinstance(settings, SftSettings):
-            prepare = partial(prepare, loss_on=settings.loss_on)
+    ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        return stage_records(
-            prepare,
-            data.sources,
-            data.held_out or (),
-            settings,
-            tokenizer=tokenizer,
-            template=template,
-            folder=None,
-            name=stage.name,
-            seed=self.recipe.seed,
-            console=self.console,
-            rows=rows,
-        )
+        chat = ChatTokenizer.of(tokenizer, template, rows)
+        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
+        return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _copies(self, shape: ModelShape, free: int) -> int:
         """What a run here would take for copies of the weights in a faster order."""

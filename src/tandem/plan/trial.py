@@ -21,8 +21,9 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.dataset import EncodedDataset, to_arrays
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodedChunk
-from tandem.data.records import Branch, Example, Origin
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from tandem.recipe.yaml_lines import Location
+if TYPE_CHECKING:
+    from tandem.recipe.yaml_lines import Location
 
 _MAPPING_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
 

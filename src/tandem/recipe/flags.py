@@ -6,9 +6,8 @@ What has no field of its own, or another spelling, is in `tutorial_flags.py` or 
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -42,6 +41,10 @@ class Flag:
     choices: tuple[str, ...] = ()
     field: tuple[str, ...] = ()
     metavar: str = ""
+
+
+# What values look like, for flags of one name in several commands.
+_METAVARS = {"chat_template": "NAME|FILE"}
 
 
 def boolean(text: str) -> bool:
@@ -93,7 +96,7 @@ def flag_of(
         many,
         () if kinds else words,
         (*at, key),
-        metavar,
+        metavar or _METAVARS.get(key, ""),
     )
 
 
@@ -172,13 +175,6 @@ DATA_FLAGS: tuple[Flag, ...] = (
     flag_of(DataSource, "subset", metavar="NAME"),
 )
 REVISION = flag_of(DataSource, "revision", metavar="NAME")
-
-
-def nearest_flag(name: str, known: Iterable[str]) -> str | None:
-    """The known flag that a misspelt one is closest to, if any is close."""
-    spelled = {flag.replace("_", "-"): flag for flag in known}
-    close = difflib.get_close_matches(name.replace("_", "-"), spelled, n=1, cutoff=0.6)
-    return spelled[close[0]] if close else None
 
 
 def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ tutorial's recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,7 +35,9 @@ from tandem.recipe.training_settings import (
     SftSettings,
     TrainingSettings,
 )
-from tandem.recipe.yaml_lines import Location
+
+if TYPE_CHECKING:
+    from tandem.recipe.yaml_lines import Location
 
 Values = Mapping[str, Any]
 """Flags that were given, by name with underscores, converted to their types."""

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_pairs
 from tandem.errors import UserError
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
@@ -46,7 +45,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
         raise UserError(f"dpo trains on pairs, which the loss {loss.name} does not compare")
     stage = TrainingStage(
         "dpo",
-        prepare_pairs,
+        "preference pairs",
         lambda inputs: _objective(inputs, loss, settings),
         dropout=False,
         warnings=lambda metrics: _warnings(metrics, settings.beta),

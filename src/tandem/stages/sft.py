@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.training_settings import SftSettings
 from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
 from tandem.stages.training.train_stage import train_stage
 from tandem.train.callbacks.callback import Callback
@@ -23,9 +20,7 @@ def run_sft(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
 
     See `train_stage` for what is resumed, recognised and refused.
     """
-    assert isinstance(job.settings, SftSettings)
-    prepare = partial(prepare_conversations, loss_on=job.settings.loss_on)
-    stage = TrainingStage("sft", prepare, _objective, dropout=True, warnings=_warnings)
+    stage = TrainingStage("sft", "conversations", _objective, dropout=True, warnings=_warnings)
     return train_stage(stage, job, console, callbacks)
 
 

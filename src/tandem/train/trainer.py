@@ -12,7 +12,7 @@ from typing import Any
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.batching.sampler import Step
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.train.callbacks.callback import StepReport, TrainingRun

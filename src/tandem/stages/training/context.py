@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.formats.format import Kind
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import lasting_name
 from tandem.model.lora.adapter import LoraWeights
@@ -64,13 +65,13 @@ def lora_weights(context: TrainContext) -> TrainedWeights:
 class TrainingStage:
     """How one training stage differs from the other.
 
-    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
+    `records` are what it trains on, `make_objective` says what a step minimises, `dropout`
     whether the adapter's dropout may be on, `warnings` looks over the finished metrics, `weights`
     says what is trained.
     """
 
     name: str
-    prepare: Callable[..., EncodedDataset]
+    records: Kind
     make_objective: Callable[[ObjectiveInputs], BuiltObjective]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.resolve_sources import data_identity
-from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.model.added_tokens import embedding_names
 from tandem.model.lora.adapter import (
     LoraWeights,

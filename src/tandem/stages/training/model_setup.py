@@ -23,12 +23,12 @@ from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import TrainContext
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import TokenBudget
 
 
 def set_up_model(
-    context: TrainContext, records: Records, recorded: dict[str, Any]
+    context: TrainContext, records: TrainingData, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
     engine, processes = context.engine, context.engine.processes
@@ -119,18 +119,17 @@ def _schedule(
     return now
 
 
-def _declare_shapes(context: TrainContext, records: Records, schedule: dict[str, Any]) -> None:
-    settings, run = context.job.settings, context.job.run
+def _declare_shapes(context: TrainContext, records: TrainingData, schedule: dict[str, Any]) -> None:
+    settings = context.job.settings
     request = BatchRequest(
         records.dataset,
         None if records.held_out is None else records.held_out.dataset,
-        StepSampler(len(records.dataset), settings.batch_size, run.seed, records.parts),
+        StepSampler(len(records.dataset), settings.batch_size, context.job.run.seed, records.parts),
         settings.max_length,
         budget=schedule["tokens_per_microbatch"],
-        requested=run.tokens_per_microbatch,
+        requested=context.job.run.tokens_per_microbatch,
         log=context.log,
     )
-    engine = context.engine
-    engine.shapes, schedule["tokens_per_microbatch"] = engine.processes.on_all(
-        lambda: engine.device.batch_shapes(request)
+    context.engine.shapes, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
+        lambda: context.engine.device.batch_shapes(request)
     )

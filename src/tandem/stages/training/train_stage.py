@@ -15,14 +15,15 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
-from tandem.data.tokenize.added_tokens import row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import row_notices
 from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added, in_words, untrained_tokens
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import unmeant
 from tandem.runtime.console import StageProgress, log
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
@@ -38,7 +39,7 @@ from tandem.stages.training.held_out import kept_in_words, kept_warnings, valida
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.training.trainer_setup import build_trainer, prepare_engine
-from tandem.stages.training.training_data import Records, stage_records
+from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
@@ -185,20 +186,11 @@ def _untrained_rows(context: TrainContext) -> tuple[str, ...]:
     return () if words is None else (words,)
 
 
-def _records(context: TrainContext) -> Records:
-    return stage_records(
-        context.stage.prepare,
-        context.sources,
-        context.held_out,
-        context.job.settings,
-        tokenizer=context.tokenizer,
-        template=context.template,
-        folder=context.job.folder,
-        name=context.stage.name,
-        seed=context.job.run.seed,
-        console=context.console,
-        rows=context.rows,
-    )
+def _records(context: TrainContext) -> TrainingData:
+    stage, job = context.stage, context.job
+    chat = ChatTokenizer.of(context.tokenizer, context.template, context.rows)
+    reader = StageReader(stage.name, stage.records, job.settings, chat, job.folder, context.console)
+    return reader.read(context.sources, context.held_out, job.run.seed)
 
 
 def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Tensor]:
@@ -234,7 +226,7 @@ def _numerics(schedule: dict[str, Any]) -> str:
 
 
 def _objectives(
-    stage: TrainingStage, start: ObjectiveInputs, records: Records
+    stage: TrainingStage, start: ObjectiveInputs, records: TrainingData
 ) -> list[BuiltObjective]:
     """What a step minimises, and the same for held-out records if there are any."""
     built = [stage.make_objective(start)]
@@ -250,7 +242,7 @@ class _Done:
 
     model: Any
     trained: dict[str, Tensor]
-    records: Records
+    records: TrainingData
     objectives: Sequence[BuiltObjective]
     state: RunState
     schedule: dict[str, Any]

@@ -13,7 +13,7 @@ from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import TrainContext
 from tandem.stages.training.held_out import best_by, scored_every
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.losses.objectives import Objective
@@ -46,7 +46,7 @@ def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor
 def build_trainer(
     context: TrainContext,
     run: TrainingRun,
-    records: Records,
+    records: TrainingData,
     objectives: Sequence[Objective],
     budget: TokenBudget,
     display: StageProgress,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import UserError
 from tandem.recipe.training_settings import DpoSettings
 from tandem.train.losses import paired
