@@ -41,3 +41,22 @@ def nearest(name: str, names: Iterable[str]) -> str:
     spelled = {one.lower(): one for one in names}
     close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
     return f" Did you mean {spelled[close[0]]!r}?" if close else ""
+
+
+def require(package: str, extra: str, why: str) -> None:
+    """Raise UserError unless a package that only some runs need is installed.
+
+    Args:
+        package: the distribution's name, `deepspeed` for instance.
+        extra: the extra of tandem that installs it.
+        why: what needs it, as the beginning of a sentence: `engine: deepspeed-zero2`.
+    """
+    from importlib import metadata  # not every start needs it
+
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"{why} needs the package {package}, which is not installed here. Install it with "
+            f"pip install '.[{extra}]' in the folder of tandem's sources"
+        ) from None

@@ -288,7 +288,7 @@ def test_without_the_extra(
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr("tandem.runtime.extras.version", version)
+    monkeypatch.setattr("importlib.metadata.version", version)
     code, _, err = run_cli(
         capsys, str(stories_path), "--tasks", "gsm8k", "--output_dir", str(tmp_path / "o")
     )

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.errors import UserError
-from tandem.runtime.extras import require
+from tandem.errors import UserError, require
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -22,7 +21,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("tandem.runtime.extras.version", missing)
+    monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(UserError) as caught:
         require("deepspeed", "deepspeed", "engine: deepspeed-zero2")
     said = str(caught.value)

@@ -190,7 +190,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("tandem.runtime.extras.version", missing)
+    monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(UserError, match=r"pip install '\.\[quant\]'"):
         quantized(make_model(dtype=torch.float32))
     with pytest.raises(UserError, match="bitsandbytes, which is not installed"):

@@ -18,8 +18,7 @@ from tandem.storage.atomic_files import aside_of, atomic_write_json, read_json, 
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.journal import Journal
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
-from tandem.train.checkpoint import read_checkpoint
-from tandem.train.run_state import forget_after
+from tandem.train.checkpoint import forget_after, read_checkpoint
 
 KINDS = {"a": int, "b": dict}
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.tokenize.vocabulary import require_rows, tokens_without_row
+from tandem.errors import require
 from tandem.evaluate.eval_model import Contestant, tokenizer_identity
 from tandem.evaluate.harness import Harness, Subject, TaskScores, check_names, task_scores_of
 from tandem.evaluate.local_tasks import write_tasks
@@ -24,7 +25,6 @@ from tandem.model.lora.adapter import added_ids_of_folder
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
-from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json
 
 # Where the harness puts a model by itself; elsewhere it gets one that is there.

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from tandem.errors import UserError
+from tandem.errors import UserError, require
 from tandem.recipe.run_settings import HpuSettings
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import DTYPES, Device, numbered, unavailable_reason
-from tandem.runtime.extras import require
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.engines.replicated import ReplicatedEngine

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.errors import UserError
+from tandem.errors import UserError, require
 from tandem.model.model_folder import QUANTIZATION
 from tandem.model.unwrap import plain_model
-from tandem.runtime.extras import require
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
 _BLOCK = 64

@@ -15,7 +15,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
 from tandem.data.tokenize.vocabulary import NoRow, require_rows
-from tandem.errors import UserError
+from tandem.errors import UserError, require
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
@@ -27,7 +27,6 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
-from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
 from tandem.storage.manifest import check_made
 

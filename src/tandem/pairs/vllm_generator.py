@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.errors import require
 from tandem.model.generate import GeneratedAnswer, Sampling
-from tandem.runtime.extras import require
 
 
 class Vllm:

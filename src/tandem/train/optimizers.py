@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tandem.errors import UserError
+from tandem.errors import UserError, require
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
-from tandem.runtime.extras import require
 
 
 @dataclass(frozen=True)

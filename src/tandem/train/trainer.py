@@ -16,7 +16,7 @@ from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.train.callbacks.callback import StepReport, TrainingRun
-from tandem.train.run_state import RunState
+from tandem.train.checkpoint import RunState
 from tandem.train.step import StepResult, StepRunner, not_finite
 
 # Seconds within which two different signals are one request to stop.

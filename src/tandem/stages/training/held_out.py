@@ -15,7 +15,7 @@ from tandem.data.ledger import Ledger
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_jsonl
 from tandem.train.callbacks.held_out_evaluation import Best
-from tandem.train.run_state import RunState
+from tandem.train.checkpoint import RunState
 
 _METRICS = {
     "loss": Best("loss", higher=False),

@@ -15,8 +15,7 @@ from tandem.model.companion_files import write_ends
 from tandem.stages.training.context import TrainContext
 from tandem.storage.atomic_files import atomic_folder, spelled
 from tandem.storage.hashing import hash_bytes
-from tandem.train.checkpoint import copy_adapter
-from tandem.train.run_state import RunState
+from tandem.train.checkpoint import RunState, copy_adapter
 
 
 def save_adapter_folder(

@@ -46,9 +46,8 @@ from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
 from tandem.train.callbacks.callback import Callback, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_is_gone
-from tandem.train.checkpoint import CheckpointStore
+from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
-from tandem.train.run_state import RunState, forget_after
 
 # Of the schedule: what a template that writes the date gets.
 _DATE = "template_date"

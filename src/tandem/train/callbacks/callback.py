@@ -12,9 +12,8 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import StageProgress
 from tandem.storage.atomic_files import append_jsonl
-from tandem.train.checkpoint import CheckpointStore
+from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
-from tandem.train.run_state import RunState, forget_after
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from tandem.model.trained_weights import TrainedWeights
 from tandem.storage.atomic_files import append_jsonl
 from tandem.storage.hashing import Damaged
 from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
-from tandem.train.checkpoint import CheckpointStore, read_checkpoint
-from tandem.train.run_state import RunState, forget_after
+from tandem.train.checkpoint import CheckpointStore, RunState, forget_after, read_checkpoint
 from tandem.train.step import StepRunner, added
 
 # Records whose sums travel at once.
