@@ -65,6 +65,7 @@ HOMES = {
     "accelerate": {"train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},
+    "httpx2": {"integrations/chat_request.py"},
     "lm_eval": {"evaluate/harness.py"},
     "vllm": {"pairs/vllm_generator.py"},
 }

@@ -14,6 +14,7 @@ import pytest
 from tandem.errors import Stopped, UserError
 from tandem.integrations.chat_request import Endpoint, is_here
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
+from tandem.recipe.pairs_settings import ServerSettings
 
 from .badly_behaved import KEY, Desk, asked, badly_behaved
 
@@ -28,8 +29,18 @@ def ask(text: str, **options: Any) -> ChatRequest:
     return ChatRequest(({"role": "user", "content": text},), options)
 
 
+def settings(url: str, **options: Any) -> ServerSettings:
+    return ServerSettings(base_url=url, model="m", **{"timeout": 5, **options})
+
+
 def server(desk: Desk, **options: Any) -> ChatServer:
-    return ChatServer(desk.url, "m", **{"timeout": 5, "backoff": 0.01, **options})
+    return at(desk.url, **options)
+
+
+def at(url: str, **options: Any) -> ChatServer:
+    own = {key: options.pop(key) for key in ("patience", "log") if key in options}
+    own["backoff"] = options.pop("backoff", 0.01)
+    return ChatServer(settings(url, **options), **own)
 
 
 def found(client: ChatServer, *texts: str) -> list[Reply | Failure]:
@@ -60,7 +71,7 @@ def test_a_half_character_in_an_answer_becomes_a_sign_that_can_be_written(desk: 
     desk.answer = lambda _: "half \ud83d, whole \U0001f642"
     ((_, answer),) = server(desk).answers([ask("x")])
     assert answer == Reply("half \ufffd, whole \U0001f642", True)
-    client = Endpoint(desk.url, "m", key_variable=None, timeout=5)
+    client = Endpoint(settings(desk.url, timeout=5))
     assert client._plain("no \ud83d") == "no \ufffd"
 
 
@@ -134,12 +145,12 @@ def test_the_key_is_sent_and_shown_nowhere(desk: Desk, monkeypatch: pytest.Monke
 
 def test_a_key_that_is_not_there() -> None:
     with pytest.raises(UserError, match="environment variable NO_SUCH_KEY is not set"):
-        ChatServer("http://a/v1", "m", key_variable="NO_SUCH_KEY")
+        at("http://a/v1", key_variable="NO_SUCH_KEY")
 
 
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions"])
 def test_the_address_may_end_in_any_way(desk: Desk, end: str) -> None:
-    assert found(ChatServer(f"{desk.url}{end}", "m"), "a") == [Reply("to a", True)]
+    assert found(at(f"{desk.url}{end}"), "a") == [Reply("to a", True)]
 
 
 def test_all_wait_as_long_as_the_server_asks(desk: Desk) -> None:
@@ -187,7 +198,7 @@ def test_a_dead_server_stops_the_run_and_a_wrong_model_refuses_it(desk: Desk) ->
     desk.plan = {"*": [400] * 1000}
     with pytest.raises(UserError, match="refused the first 3 requests"):
         found(server(desk, patience=3), *"abcdefgh")
-    nobody = ChatServer("http://127.0.0.1:9/v1", "m", retries=1, backoff=0.01, patience=2)
+    nobody = at("http://127.0.0.1:9/v1", retries=1, backoff=0.01, patience=2)
     with pytest.raises(Stopped, match="no connection"):
         found(nobody, *"abcdefgh")
 
@@ -237,7 +248,7 @@ def test_no_proxy_comes_between_us_and_a_server_on_this_machine(
 ) -> None:
     proxied.delenv("http_proxy")
     proxied.setenv(variable, "http://127.0.0.1:9")
-    client = ChatServer(desk.url.replace("127.0.0.1", host), "m", timeout=5, backoff=0.01)
+    client = at(desk.url.replace("127.0.0.1", host), timeout=5, backoff=0.01)
     assert found(client, "x") == [Reply("to x", True)]
 
 
@@ -257,7 +268,7 @@ def test_what_this_machine_is_called(host: str, here: bool) -> None:
 def test_a_proxy_that_fails_is_named_with_its_variable_and_without_its_password(
     proxied: pytest.MonkeyPatch,
 ) -> None:
-    client = ChatServer("http://models.example/v1", "m", timeout=5, retries=0, patience=1)
+    client = at("http://models.example/v1", timeout=5, retries=0, patience=1)
     with pytest.raises(Stopped) as caught:
         found(client, "x")
     message = str(caught.value)
@@ -270,12 +281,10 @@ def test_a_proxy_is_asked_for_servers_elsewhere_and_no_proxy_is_heeded(
 ) -> None:
     proxied.setenv("HTTP_PROXY", desk.url.removesuffix("/v1"))
     proxied.delenv("http_proxy")
-    assert found(ChatServer("http://models.example/v1", "m", timeout=5), "x") == [
-        Reply("to x", True)
-    ]
+    assert found(at("http://models.example/v1", timeout=5), "x") == [Reply("to x", True)]
     for exception in ("models.example", "models.example:8123", ".example", "*"):
         proxied.setenv("no_proxy", exception)
-        endpoint = Endpoint("http://models.example:8123/v1", "m", key_variable=None, timeout=1)
+        endpoint = Endpoint(settings("http://models.example:8123/v1", timeout=1))
         assert (exception, endpoint._way()) == (exception, "")
 
 
@@ -285,4 +294,4 @@ def test_a_proxy_that_wants_a_password_is_told_from_the_server(
     proxied.setenv("http_proxy", desk.url.removesuffix("/v1"))
     desk.plan = {"*": [407] * 9}
     with pytest.raises(UserError, match="The proxy wants a name and a password"):
-        found(ChatServer("http://models.example/v1", "m", timeout=5), "x")
+        found(at("http://models.example/v1", timeout=5), "x")

@@ -1,29 +1,30 @@
 """One request to an OpenAI-compatible server, and what its answer means.
 
-Only the standard library is needed. Of the protocol, `POST {base_url}/chat/completions` is used,
-without streaming.
+Of the protocol, `POST {base_url}/chat/completions` is used, without streaming.
 """
 
 from __future__ import annotations
 
 import email.utils
-import http.client
 import ipaddress
 import json
 import os
 import socket
+import ssl
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
+
 from tandem.errors import UserError
+from tandem.recipe.pairs_settings import ServerSettings
 
 # Statuses that another try may cure; the other 4xx say what is wrong with the request.
-_PASSING = frozenset({408, 409, 425, 429})
+_MAY_PASS = frozenset({408, 409, 425, 429})
 _WHOLE_RUN = frozenset({401, 403, 404, 405, 407})
 _MAX_BYTES = 32 * 2**20
 _SHOWN = 200
@@ -56,7 +57,7 @@ class Failure:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class Passing(Exception):  # noqa: N818 - a reason to try again
+class RetryableError(Exception):
     """What another try may cure; `wait` is what the server asks for, in seconds."""
 
     def __init__(self, reason: str, detail: str, wait: float | None = None) -> None:
@@ -67,62 +68,61 @@ class Passing(Exception):  # noqa: N818 - a reason to try again
 class Endpoint:
     """A model's address: asks it once, and says what came of it.
 
-    Args:
-        base_url, model, key_variable, timeout: see `server.ChatServer`.
-
-    Raises UserError for a variable that is not set. Address and variable are taken as they are:
-    `recipe.making_pairs.Server` has looked at them.
+    Raises UserError for a variable that is not set. `ServerSettings` has checked address and
+    variable.
     """
 
-    def __init__(
-        self, base_url: str, model: str, *, key_variable: str | None, timeout: float
-    ) -> None:
-        begins = base_url.rstrip("/").removesuffix("/chat/completions")
+    def __init__(self, server: ServerSettings) -> None:
+        begins = server.base_url.rstrip("/").removesuffix("/chat/completions")
         self.url = f"{begins}/chat/completions"
-        self.model = model
-        self._key_variable = key_variable
-        self._key = _key(key_variable)
-        self._timeout = timeout
-        # A server on this machine is asked directly, even if no_proxy does not name it.
-        self._proxies = {} if is_here(urlsplit(self.url).hostname or "") else _proxies_to(self.url)
-        self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler(self._proxies), _NoRedirect
+        self.model = server.model
+        self._key_variable = server.key_variable
+        self._key = _key(server.key_variable)
+        self._timeout = server.timeout
+        self._proxy = _proxy_to(self.url)
+        headers = {"User-Agent": "tandem", "Accept": "application/json"}
+        headers |= {"Accept-Encoding": "identity", "Connection": "close"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._client = httpx2.Client(
+            headers=headers,
+            proxy=self._proxy,
+            timeout=server.timeout,
+            # A redirected POST would lose its body, and take the key elsewhere.
+            follow_redirects=False,
+            trust_env=False,
+            verify=ssl.create_default_context(),
+            limits=httpx2.Limits(max_keepalive_connections=0),
         )
 
     def ask(self, request: ChatRequest) -> Reply | Failure:
         """The answer, or a failure that another try cannot help.
 
-        Raises Passing for what another try may cure, UserError for what no request gets past.
+        Raises RetryableError for what another try may cure, UserError for what no request gets
+        past.
         """
         body = {"model": self.model, "messages": list(request.messages), **request.options}
-        call = urllib.request.Request(
-            self.url,
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Accept": "application/json"},
-        )
-        call.add_header("User-Agent", "tandem")
-        if self._key is not None:
-            call.add_unredirected_header("Authorization", f"Bearer {self._key}")
         deadline = time.monotonic() + self._timeout
+        begun = False
         try:
-            with self._opener.open(call, timeout=self._timeout) as response:
-                return self._read(_whole(response, deadline))
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._status(error, deadline)
-        except TimeoutError:
+            with self._client.stream("POST", self.url, json=body) as response:
+                begun = True
+                if response.is_success:
+                    return self._read(_whole(response, deadline))
+                return self._status(response, deadline)
+        except httpx2.TimeoutException:
             text = f"no whole answer in {self._timeout:g} s"
-            raise Passing("timeout", text + self._way()) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                text = f"no answer in {self._timeout:g} s"
-                raise Passing("timeout", text + self._way()) from None
-            raise Passing("no connection", self._plain(str(error.reason)) + self._way()) from None
-        except http.client.IncompleteRead:
-            raise Passing("cut answer", "the connection ended within an answer") from None
-        except (http.client.HTTPException, OSError) as error:
+            raise RetryableError("timeout", text + self._way()) from None
+        except (httpx2.ConnectError, httpx2.ProxyError) as error:
+            raise RetryableError("no connection", self._plain(str(error)) + self._way()) from None
+        except (httpx2.TransportError, httpx2.StreamError) as error:
+            if begun and isinstance(error, httpx2.RemoteProtocolError):
+                detail = "the connection ended within an answer"
+                raise RetryableError("cut answer", detail) from None
+                    "cut answer", "the connection ended within an answer"
+                ) from None
             detail = f"{type(error).__name__}: {error}"
-            raise Passing("broken connection", self._plain(detail) + self._way()) from None
+            raise RetryableError("broken connection", self._plain(detail) + self._way()) from None
 
     def _read(self, body: bytes) -> Reply:
         try:
@@ -137,24 +137,25 @@ class Endpoint:
             return Reply(_writable(text), choice.get("finish_reason") == "stop")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             said = self._plain(body.decode("utf-8", "replace"))
-            raise Passing(
+            raise RetryableError(
                 "malformed answer", f"no chat completion, but {said!r}{self._way()}"
             ) from None
 
-    def _status(self, error: urllib.error.HTTPError, deadline: float) -> Failure:
-        code, reason = error.code, f"HTTP {error.code}"
+    def _status(self, response: httpx2.Response, deadline: float) -> Failure:
+        code, reason = response.status_code, f"HTTP {response.status_code}"
         try:
-            said = self._plain(_message(_whole(error, deadline)))
-        except (OSError, http.client.HTTPException):
+            said = self._plain(_message(_whole(response, deadline)))
+        except httpx2.TransportError:
             said = ""
-        said = (said or self._plain(str(error.reason))) + self._way()
-        if code in _PASSING or code >= 500:
-            raise Passing(reason, said, _retry_after(error.headers.get("Retry-After")))
+        said = (said or self._plain(response.reason_phrase)) + self._way()
+        if code in _MAY_PASS or code >= 500:
+            raise RetryableError(reason, said, _retry_after(response.headers.get("Retry-After")))
         if code in _WHOLE_RUN or code < 400:
-            raise UserError(f"{self.url}: {reason}: {said}. {self._way_out(code, error)}")
+            place = self._plain(response.headers.get("Location") or "elsewhere")
+            raise UserError(f"{self.url}: {reason}: {said}. {self._way_out(code, place)}")
         return Failure(reason, said)
 
-    def _way_out(self, code: int, error: urllib.error.HTTPError) -> str:
+    def _way_out(self, code: int, place: str) -> str:
         if code in (401, 403):
             if self._key is None:
                 return "It wants a key: name the environment variable that holds it (key_variable)."
@@ -162,22 +163,21 @@ class Endpoint:
         if code == 407:
             return "The proxy wants a name and a password: set them in its variable, or leave it."
         if code < 400:
-            place = self._plain(error.headers.get("Location") or "elsewhere")
             return f"It points to {place}; requests are not sent on, so set base_url to the server."
         return "Check base_url (most end in /v1) and the model's name on the server."
 
     def _way(self) -> str:
         """Through which proxy the server is asked, and which variable says so; "" without one."""
-        for scheme, proxy in self._proxies.items():
-            variable = next(
-                (n for n in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY") if os.environ.get(n)),
-                "the system's settings",
-            )
-            # Leave out the user name and the password.
-            place = proxy.rpartition("@")[2] if "@" in proxy else proxy
-            host = urlsplit(self.url).hostname
-            return f" (through the proxy {place} of {variable}; no_proxy={host} goes without)"
-        return ""
+        if self._proxy is None:
+            return ""
+        address = urlsplit(self.url)
+        names = (f"{address.scheme}_proxy", f"{address.scheme.upper()}_PROXY")
+        variable = next((name for name in names if os.environ.get(name)), "the system's settings")
+        # Leave out the user name and the password.
+        place = self._proxy.rpartition("@")[2]
+        return (
+            f" (through the proxy {place} of {variable}; no_proxy={address.hostname} goes without)"
+        )
 
     def _plain(self, text: str) -> str:
         """A server's words on one short line, without the key."""
@@ -211,36 +211,26 @@ def is_here(host: str) -> bool:
     return bool(mapped.is_loopback or mapped.is_unspecified)
 
 
-def _proxies_to(url: str) -> dict[str, str]:
-    """The proxy of an address by scheme, as the environment says it; empty for none."""
+def _proxy_to(url: str) -> str | None:
+    """The proxy of an address, as the environment says it; a server on this machine needs none."""
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or urllib.request.proxy_bypass(parts.netloc):
-        return {}
-    return {parts.scheme: proxy}
+    if not proxy or is_here(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return proxy
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would lose its body, and take the key elsewhere."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Never follow."""
-
-
-def _whole(response: Any, deadline: float) -> bytes:
-    """A body to its end; raises TimeoutError for one that trickles past the deadline."""
-    expected = response.headers.get("Content-Length")
+def _whole(response: httpx2.Response, deadline: float) -> bytes:
+    """A body to its end; raises ReadTimeout for one that trickles past the deadline."""
     parts: list[bytes] = []
     size = 0
-    while part := response.read1(65536):
+    for part in response.iter_raw():
         parts.append(part)
         size += len(part)
         if time.monotonic() > deadline:
-            raise TimeoutError
+            raise httpx2.ReadTimeout("the deadline is past")
         if size > _MAX_BYTES:
-            raise http.client.HTTPException(f"an answer of more than {_MAX_BYTES} bytes")
-    if expected is not None and expected.isdigit() and size < int(expected):
-        raise http.client.IncompleteRead(b"", int(expected) - size)
+            raise httpx2.ReadError(f"an answer of more than {_MAX_BYTES} bytes")
     return b"".join(parts)
 
 

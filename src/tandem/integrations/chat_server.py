@@ -10,7 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from tandem.errors import Stopped, UserError
-from tandem.integrations.chat_request import ChatRequest, Endpoint, Failure, Passing, Reply
+from tandem.integrations.chat_request import (
+    ChatRequest,
+    Endpoint,
+    Failure,
+    Reply,
+    RetryableError,
+)
+from tandem.recipe.pairs_settings import ServerSettings
 
 __all__ = ["ChatRequest", "ChatServer", "Failure", "Reply"]
 
@@ -23,50 +30,37 @@ class ChatServer:
     """A model behind an OpenAI-compatible server.
 
     Args:
-        base_url: up to where `/chat/completions` follows, `http://localhost:8000/v1` for instance.
-        model: what the server calls the model.
-        key_variable: the environment variable that holds the key; None sends none.
-        concurrency: requests on their way at once.
-        timeout: seconds that a request may take.
-        retries: further tries after a failure that may pass.
-        requests_per_minute: at most so many are begun, tries included; None: no limit but the
-            server's own, which answers 429.
+        server: where it is, and how fast it may be asked. The key is read from the environment
+            here, sent in the header, and taken out of everything that a server says.
         backoff: seconds before the first retry at most; doubled with each, and drawn at random
             below that, so that requests that failed together do not come back together.
         patience: so many requests without an answer in a row, tries included, end it.
-        log: told when the server asks for a pause, and at the end how many retries there were.
+        log: called when the server asks for a pause, and at the end with the number of retries.
 
     `retried` counts the retries of the last requests by reason.
 
-    Raises UserError for a variable that is not set. The key is read from the environment here, sent
-    in the header, and taken out of everything that a server says. The address is that of a recipe,
-    which is refused there when it is none or has a key in it.
+    Raises UserError for a variable that is not set.
     """
 
     def __init__(
         self,
-        base_url: str,
-        model: str,
+        server: ServerSettings,
         *,
-        key_variable: str | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        retries: int = 5,
-        requests_per_minute: float | None = None,
         backoff: float = 1.0,
         patience: int = 10,
-        log: Callable[[str], None] | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._endpoint = Endpoint(base_url, model, key_variable=key_variable, timeout=timeout)
-        self.url, self.model = self._endpoint.url, model
+        self._endpoint = Endpoint(server)
+        self.url, self.model = self._endpoint.url, server.model
         self.retried: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._concurrency = concurrency
-        self._retries = retries
+        self._concurrency = server.concurrency
+        self._retries = server.retries
         self._backoff = backoff
         self._patience = patience
-        self._log = log or (lambda _: None)
-        self._pace = _Pace(60.0 / requests_per_minute if requests_per_minute else 0.0)
+        self._log = log
+        rate = server.requests_per_minute
+        self._pace = _Pace(60.0 / rate if rate else 0.0)
 
     def __repr__(self) -> str:
         return f"ChatServer({self.url!r}, {self.model!r})"
@@ -134,7 +128,7 @@ class ChatServer:
             self._pace.wait(stop)
             try:
                 return self._endpoint.ask(request)
-            except Passing as trouble:
+            except RetryableError as trouble:
                 last = trouble
             if attempt == self._retries or stop.is_set():
                 break

@@ -283,13 +283,4 @@ def check_writers(settings: PairsSettings) -> None:
 
 def open_server(server: ServerSettings, console: Console) -> ChatServer:
     """The client of a recipe's server section; raises UserError when its key is not there."""
-    return ChatServer(
-        server.base_url,
-        server.model,
-        key_variable=server.key_variable,
-        concurrency=server.concurrency,
-        timeout=server.timeout,
-        retries=server.retries,
-        requests_per_minute=server.requests_per_minute,
-        log=lambda text: log(console, text),
-    )
+    return ChatServer(server, log=lambda text: log(console, text))
