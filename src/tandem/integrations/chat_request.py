@@ -119,8 +119,6 @@ class Endpoint:
             if begun and isinstance(error, httpx2.RemoteProtocolError):
                 detail = "the connection ended within an answer"
                 raise RetryableError("cut answer", detail) from None
-                    "cut answer", "the connection ended within an answer"
-                ) from None
             detail = f"{type(error).__name__}: {error}"
             raise RetryableError("broken connection", self._plain(detail) + self._way()) from None
 
