@@ -142,6 +142,18 @@ def test_vendors_have_one_home() -> None:
     assert found == homes
 
 
+def test_gaudi_is_named_where_it_is_chosen_and_asked_for_alone() -> None:
+    named = re.compile(r"(?<![a-z])(hpu|gaudi|habana)", re.IGNORECASE)
+    homes = ("integrations/gaudi/", "integrations/__init__.py", "recipe/")
+    others = {"integrations/choose.py", "cli/environment.py"}
+    found = {
+        _name(path)
+        for path in modules()
+        if named.search(path.read_text()) and not _name(path).startswith(homes)
+    }
+    assert found == others
+
+
 def test_stages_do_not_import_each_other() -> None:
     stages = {"sft", "dpo", "merge"}
     for name in stages:

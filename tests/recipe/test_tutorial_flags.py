@@ -173,14 +173,14 @@ def test_a_flag_that_cannot_act_is_accepted_and_reported_once(stage: Stage, flag
 
 
 def test_on_gaudi_the_seeds_flags_act() -> None:
-    call = _call("dpo", gaudi=True, use_habana=True, use_lazy_mode=True, pad_max=True)
+    call = _call("dpo", cards=True, use_habana=True, use_lazy_mode=True, pad_max=True)
     assert (call.run.device, call.run.hpu) == ("hpu", HpuSettings(lazy_mode=True, buckets="max"))
     assert not any("does nothing" in notice for notice in call.notices)
-    plain = _call("dpo", gaudi=True)
+    plain = _call("dpo", cards=True)
     assert (plain.run.device, plain.run.hpu) == ("auto", HpuSettings())
     kernels = {"hpu_fused_attention": True, "hpu_fused_optimizer": True}
     given: dict[str, Any] = {"hpu_buckets": ["512", "1024"], **kernels}
-    assert _call("sft", gaudi=True, **given).run.hpu == HpuSettings(
+    assert _call("sft", cards=True, **given).run.hpu == HpuSettings(
         buckets=(512, 1024), fused_attention=True, fused_optimizer=True
     )
     assert _call("sft", **given).run.hpu == HpuSettings()
@@ -189,14 +189,14 @@ def test_on_gaudi_the_seeds_flags_act() -> None:
 def test_flags_about_gaudi_that_contradict_each_other() -> None:
     def message(**values: Any) -> str:
         with pytest.raises(UserError) as caught:
-            _call("sft", gaudi=True, **values)
+            _call("sft", cards=True, **values)
         return str(caught.value)
 
     assert "--use_habana and --device cpu" in message(use_habana=True, device="cpu")
     assert "--use_habana false and --device hpu" in message(use_habana=False, device="hpu")
     assert "--pad_max" in message(pad_max=True, hpu_buckets=["64"])
     assert "--hpu_buckets is 'a b'" in message(hpu_buckets=["a", "b"])
-    assert _call("sft", gaudi=True, use_habana=False).run.device == "cpu"
+    assert _call("sft", cards=True, use_habana=False).run.device == "cpu"
 
 
 def test_bf16_and_another_dtype_contradict_each_other() -> None:

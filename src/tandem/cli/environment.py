@@ -17,3 +17,8 @@ def prepare_devices(run: Any) -> tuple[str, ...]:
     """
     notice = set_modes(lazy=run.hpu.lazy_mode) if bridge_installed() else None
     return () if notice is None else (notice,)
+
+
+def has_bridge() -> bool:
+    """Whether a bridge is installed through which `auto` may find Gaudi cards."""
+    return bridge_installed()

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import prepare_devices
+from tandem.cli.environment import has_bridge, prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
-from tandem.integrations.gaudi.bridge import bridge_installed
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings
@@ -86,7 +85,7 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
     devices = nproc or launched().count
-    job, notices = job_from_flags(stage, values, devices=devices, gaudi=bridge_installed())
+    job, notices = job_from_flags(stage, values, devices=devices, cards=has_bridge())
     if nproc is not None and not dry_run:
         return in_processes(nproc, stage, argv, device=job.run.device)
     from tandem.runtime.console import notice_console

@@ -166,7 +166,7 @@ def job_from_flags(
     values: Values,
     *,
     devices: int = 1,
-    gaudi: bool = False,
+    cards: bool = False,
     settings: type[TrainingSettings] | None = None,
 ) -> tuple[TrainingJob, tuple[str, ...]]:
     """The job that the flags ask for, and a line for each flag that cannot act.
@@ -175,7 +175,7 @@ def job_from_flags(
         stage: sft or dpo.
         values: the flags given, by name with underscores; absent ones take the tutorial's values.
         devices: how many devices take part; a factor of the global batch.
-        gaudi: whether Habana's bridge is installed, so that `auto` may find Gaudi cards.
+        cards: whether Habana's bridge is installed, so that `auto` may find Gaudi cards.
         settings: the class of the stage's settings, where it has more fields.
 
     Raises UserError naming the flags for missing, contradicting or impossible values.
@@ -203,8 +203,8 @@ def job_from_flags(
     length_notice = _set_lengths(stage, job["settings"], values)
     if "max_grad_norm" in values:
         job["settings"]["max_grad_norm"] = values["max_grad_norm"] or None
-    device = _device(values, gaudi)
-    on_gaudi = device == "hpu" or (device == "auto" and gaudi)
+    device = _device(values, cards)
+    on_gaudi = device == "hpu" or (device == "auto" and cards)
     job["run"] |= {"device": device, "dtype": _dtype(values)}
     job["run"]["hpu"] = _hpu(job["run"].get("hpu", {}), values) if on_gaudi else {}
     run: RunSettings = _validated(RunSettings, "run", job, flags, stage, values)
@@ -302,12 +302,12 @@ def _set_lengths(
     )
 
 
-def _device(values: Values, gaudi: bool) -> str:
+def _device(values: Values, cards: bool) -> str:
     """The device, as --device and --use_habana say it together."""
     device, habana = str(values.get("device", "auto")), values.get("use_habana")
     if device == "hpu" and habana is False:
         raise UserError("--use_habana false and --device hpu contradict each other; keep one")
-    if not gaudi or habana is None:
+    if not cards or habana is None:
         return device
     if device not in ("auto", "hpu") and habana:
         raise UserError(f"--use_habana and --device {device} contradict each other; keep one")
