@@ -13,8 +13,8 @@ import tandem.report.report_warnings
 import tandem.storage.cache_folder
 from tandem.cli.main import main
 from tandem.errors import Stopped
-from tandem.recipe.load_recipe import load_recipe
 from tandem.model.generate import Sampling
+from tandem.recipe.load_recipe import load_recipe
 from tandem.recipe.recipe import Recipe
 
 
