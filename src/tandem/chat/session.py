@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -30,6 +30,7 @@ from tandem.model.added_tokens import rows_of
 from tandem.model.generate import Sampling
 from tandem.model.model_folder import context_length
 from tandem.storage.manifest import check_made
+from tandem.storage.run_folder import labels_of, model_in_run
 
 HELP = """\
 /help          these commands
@@ -326,15 +327,6 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
         del kept[:2]  # a question goes with its answer
 
 
-def model_in_run(path: str) -> str:
-    """The newest model of a run folder: 5-final, or 2-sft-merged; any other path as it is."""
-    for name in ("5-final", "2-sft-merged"):
-        inside = Path(path) / name
-        if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
-            return str(inside)
-    return path
-
-
 def _load(path: str, label: str, options: ChatOptions) -> _Speaker:
     # Imported here so that a test, or another front end, can put its own loader in place.
     from tandem.model.load_model import load_for_inference
@@ -361,16 +353,6 @@ def _check(models: Sequence[str], sampling: Sampling) -> None:
         raise UserError(f"--temperature is {sampling.temperature}; it must be 0 (greedy) or more.")
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"--top_p is {sampling.top_p}; it must be above 0 and at most 1.")
-
-
-def labels_of(models: Sequence[str]) -> list[str]:
-    """The shortest path endings that tell the models apart."""
-    parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        labels = ["/".join(p[-depth:]) for p in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{m} ({i})" for i, m in enumerate(models, start=1)]
 
 
 def _visible(text: str) -> str:

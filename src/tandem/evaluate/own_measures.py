@@ -37,7 +37,7 @@ from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.model_folder import context_length
 from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
@@ -97,7 +97,7 @@ class Examiner:
         tokenizer: Any,
         template: ChatTemplate,
         device: Device,
-        runtime: Runtime,
+        runtime: RunSettings,
         console: Console,
     ) -> None:
         self.label = contestant.label
