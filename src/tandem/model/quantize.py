@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
+from tandem.model.model_folder import QUANTIZATION
 from tandem.model.unwrap import plain_model
 from tandem.runtime.extras import require
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
-FILE = "quantization.json"
 _BLOCK = 64
 # Where bitsandbytes says that it has not fetched a kernel from the Hub.
 _LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -140,7 +140,7 @@ def quantized_of(model: Any) -> Quantized | None:
 def write_record(model: Any, folder: Path) -> None:
     """Note in an adapter's folder that its base is quantised, if it is."""
     if (found := quantized_of(model)) is not None:
-        atomic_write_json(folder / FILE, asdict(found))
+        atomic_write_json(folder / QUANTIZATION, asdict(found))
 
 
 def read_record(folder: Path) -> Quantized | None:
@@ -148,7 +148,7 @@ def read_record(folder: Path) -> Quantized | None:
 
     Raises UserError for a file that cannot be read.
     """
-    path = folder / FILE
+    path = folder / QUANTIZATION
     if not path.exists():
         return None
     try:
