@@ -102,7 +102,7 @@ def test_templates_render_and_encode_as_with_transformers(pair: tuple[Any, Any])
     [
         "{% for m in messages %}{{ m.content | tojson }}{% if loop.first %}{% continue %}"
         "{% endif %}{{ m.role }}{% break %}{% endfor %}",
-        "{% set x = 1 %}{% for m in messages %}\n  {% generation %}{% set x = 2 %}{{ m['content'] }}"
+        "{% set x = 1 %}{% for m in messages %}\n  {% generation %}{% set x = 2 %}{{ m.content }}"
         "{{ x }}{% endgeneration %}{{ x }}\n{% endfor %}",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
         "{{ ns.n }}{{ dict(a=1) | tojson(indent=2) }}",
