@@ -15,7 +15,6 @@ from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.plan.stage_estimate import asked_of
 from tandem.plan.workload import Asked, Work, count_work, guess_work
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,
@@ -27,6 +26,7 @@ from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
 from tandem.stages.training.training_data import StageReader
 from tandem.storage.atomic_files import read_json
+from tests.jobs import run_settings, training_job
 
 from ..stages.made_inputs import QUIET
 
@@ -57,7 +57,7 @@ def _settings(
         "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
-        "max_length": 400,
+        "max_length": 256,
         "lora": LoraSettings(rank=2, alpha=4),
     } | changes
     return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
@@ -72,7 +72,9 @@ def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageRe
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Work:
-    config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
+    config, tokenizer, template, _ = model_side(
+        model, run_settings("", Path()), settings.max_length, weights=False
+    )
     reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
     records = reader.read(
         [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
@@ -104,14 +106,15 @@ def test_a_plan_counts_what_a_run_reports(
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(
-        model=str(some_model),
-        revision=None,
-        settings=settings,
-        output_dir=tmp_path / "out",
-        chat_template=None,
-        seed=3,
-        runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=1024),
-        console=QUIET,
+        training_job(
+            settings,
+            some_model,
+            tmp_path / "out",
+            seed=3,
+            attention=attention,
+            tokens_per_microbatch=1024,
+        ),
+        QUIET,
     )
     summary = read_json(folder / "summary.json")
     work = _counted(kind, some_model, settings, padded=attention == "padded")
@@ -137,7 +140,9 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
-    config, tokenizer, template, _ = model_side(some_model, settings, None)
+    config, tokenizer, template, _ = model_side(
+        some_model, run_settings("", Path()), settings.max_length
+    )
     reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
     _, trees = reader.encode([DataSource(path=settings.data[0].path)])
     asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)

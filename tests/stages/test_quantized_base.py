@@ -18,13 +18,14 @@ from torch import Tensor
 
 from tandem.errors import Stopped, UserError
 from tandem.model.load_model import load_adapter, load_base, load_for_inference, load_model
-from tandem.model.quantize import FILE, dequantized, quantized_of, read_record
-from tandem.recipe.run_settings import Runtime
+from tandem.model.model_folder import QUANTIZATION
+from tandem.model.quantize import dequantized, quantized_of, read_record
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
+from tests.jobs import merge_job, training_job
 
 from ..invariants.orders import ROOT, TORCHRUN
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
@@ -44,22 +45,13 @@ def run(
         "quantization": quantization,
     }
     stage: Any = run_sft if kind == "sft" else run_dpo
-    stage(
-        model=str(model),
-        revision=None,
-        settings=settings(kind, data, **changes),
-        output_dir=folder,
-        chat_template=None,
-        seed=1,
-        runtime=Runtime(**runtime),
-        console=QUIET,
-    )
+    stage(training_job(settings(kind, data, **changes), model, folder, **runtime), QUIET)
     return load_file(folder / "adapter_model.safetensors")
 
 
 def merge(base: Path, adapter: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
     options: dict[str, Any] = {"dtype": "auto", "force": False, "device": "cpu"} | changes
-    run_merge(base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options)
+    run_merge(merge_job(base, adapter, output, **options), QUIET)
     return load_file(output / "model.safetensors")
 
 
@@ -153,7 +145,7 @@ def test_merged_into_the_weights_that_were_seen(
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["quantization"] == "nf4"
     assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / QUANTIZATION).exists()
     # It is a plain model, which the next stage quantises again.
     assert quantized_of(load_model(tmp_path / "out", dtype=torch.float32)) is None
     run("dpo", tmp_path / "out", tmp_path / "dpo")
@@ -201,7 +193,7 @@ def test_trained_and_merged_in_bfloat16(tmp_path: Path) -> None:
 def test_another_merge_is_noticed(
     tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record := trained / FILE).rename(aside := tmp_path / FILE)
+    (record := trained / QUANTIZATION).rename(aside := tmp_path / QUANTIZATION)
     try:
         with pytest.raises(UserError, match=r"has no quantization\.json"):
             merge(tiny_model, trained, tmp_path / "out")
@@ -261,5 +253,5 @@ def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert read_json(two / "summary.json")["processes"] == 2
     assert distance(load_file(two / "adapter_model.safetensors"), one) < 5e-5
-    record = (two / FILE).read_bytes()
-    assert record == (tmp_path / "one" / FILE).read_bytes()
+    record = (two / QUANTIZATION).read_bytes()
+    assert record == (tmp_path / "one" / QUANTIZATION).read_bytes()

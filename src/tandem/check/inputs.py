@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tandem.check.survey_result import CheckTarget, StageName
+from tandem.check.survey_result import CheckTarget
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
@@ -23,13 +23,12 @@ from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
-from tandem.pairs.pairs_file import made_pairs
-from tandem.pipeline.run_pipeline import folder_of
+from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
+from tandem.storage.run_folder import made_pairs, stage_folder
 
 # Rows that are looked at, of those that can be parsed; the readers give up no later.
 _ROWS = 20
@@ -65,8 +64,11 @@ def _look(source: DataSource) -> tuple[Kind | None, int]:
     return None, rows
 
 
-KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
-_SECTIONS: dict[StageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
+KINDS: dict[TrainingStageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
+_SECTIONS: dict[TrainingStageName, type[TrainingSettings]] = {
+    "sft": SftSettings,
+    "dpo": DpoSettings,
+}
 _NO_LIMIT = 2**31 - 1
 
 
@@ -121,13 +123,16 @@ def named_sources(
     return resolve_sources(named_data(paths, said or {}), folder, seed)
 
 
-def stage_of(kind: Kind) -> StageName:
+def stage_of(kind: Kind) -> TrainingStageName:
     """The stage that trains on records of a kind."""
     return next(stage for stage, its in KINDS.items() if its == kind)
 
 
 def stage_data(
-    stage: StageName, recipe: Recipe | None, sources: Sequence[DataSource] | None, folder: Path
+    stage: TrainingStageName,
+    recipe: Recipe | None,
+    sources: Sequence[DataSource] | None,
+    folder: Path,
 ) -> CheckTarget:
     """What a stage of a recipe would read.
 
@@ -287,16 +292,16 @@ def _evaluation_sources(recipe: Recipe, folder: Path) -> list[DataSource]:
     return resolve_sources(named, folder, recipe.seed)
 
 
-def _settings(recipe: Recipe, stage: StageName) -> TrainingSettings | None:
+def _settings(recipe: Recipe, stage: TrainingStageName) -> TrainingSettings | None:
     return recipe.sft if stage == "sft" else recipe.dpo
 
 
 def _own_sources(
-    stage: StageName, recipe: Recipe, settings: TrainingSettings, folder: Path
+    stage: TrainingStageName, recipe: Recipe, settings: TrainingSettings, folder: Path
 ) -> list[DataSource]:
     if settings.data:
         return resolve_sources(settings.data, folder, recipe.seed)
-    made = folder_of(recipe, "pairs")
+    made = stage_folder(recipe.output_dir, "pairs")
     pairs = made_pairs(made)
     if pairs is not None:
         return [DataSource(path=str(pairs))]
@@ -306,7 +311,7 @@ def _own_sources(
     )
 
 
-def _setting(stage: StageName, settings: TrainingSettings | None, name: str) -> Any:
+def _setting(stage: TrainingStageName, settings: TrainingSettings | None, name: str) -> Any:
     """A setting, or what it is when a recipe says nothing."""
     if settings is not None:
         return getattr(settings, name)

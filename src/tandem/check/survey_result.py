@@ -15,9 +15,9 @@ from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.text.contamination import Other
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 
-StageName = Literal["sft", "dpo"]
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
 _BARS = 14
@@ -61,7 +61,7 @@ class CheckTarget:
         held_out: whether a run would score it, and not train on it.
     """
 
-    stage: StageName | None
+    stage: TrainingStageName | None
     sources: tuple[DataSource, ...]
     options: EncodingOptions
     max_dropped: float

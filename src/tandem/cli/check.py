@@ -37,16 +37,11 @@ def _parser() -> Parser:
         "Exit code 2 when a run would not train on it.",
     )
     add_inspected(parser)
-    parser.add_argument(
-        "--against",
-        type=path,
-        metavar="FILE",
-        nargs="+",
-        help="evaluation or validation sets of any layout, with which nothing should be shared",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
-    parser.add_argument(
-        "--rows", type=positive, default=3, metavar="N", help="rows shown of each finding (3)"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
+    add = parser.add_argument
+    add("--against", type=path, metavar="FILE", nargs="+",
+        help="Evaluation or validation sets of any layout, with which nothing should be shared.",
+    )  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="Only the first N rows.")
+    add("--rows", type=positive, default=3, metavar="N", help="Rows shown of each finding (3).")
+    add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     return parser

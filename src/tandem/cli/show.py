@@ -79,14 +79,11 @@ def _parser() -> Parser:
         "elsewhere with a word before each line.",
     )
     add_inspected(parser)
-    parser.add_argument(
-        "--row",
-        type=positive,
-        required=True,
-        metavar="N",
-        help="counted from 1, as the ledger does",
+    add = parser.add_argument
+    add(
+        "--row", type=positive, required=True, metavar="N", help="Counted from 1, as in the ledger."
     )
-    parser.add_argument("--file", metavar="NAME", help="of several files, the one with the row")
-    parser.add_argument("--ids", action="store_true", help="one token a line, with its id")
-    parser.add_argument("--text", action="store_true", help="the turns alone, without a tokenizer")
+    add("--file", metavar="NAME", help="Of several files, the one with the row.")
+    add("--ids", action="store_true", help="Print one token a line, with its id.")
+    add("--text", action="store_true", help="Print the turns alone, without a tokenizer.")
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tandem.data.formats.check_fields import (
     check_meaning,
@@ -36,11 +36,11 @@ from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
+from tandem.recipe.choices import OnBadRecord
 
 if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
-OnBadRecord = Literal["stop", "drop"]
 
 _SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
 # Rows of no known format that a source may begin with before it is given up.

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Role = Literal["system", "user", "assistant", "tool"]
+from tandem.recipe.choices import Role
 
 # The key of an answer's reasoning in `Turn.extra`.
 REASONING = "reasoning_content"

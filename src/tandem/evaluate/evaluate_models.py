@@ -30,7 +30,8 @@ from tandem.evaluate.suites import Plan, TaskPlan
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
 from tandem.integrations.choose import device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import EvaluationJob
+from tandem.recipe.run_settings import RunSettings
 from tandem.report.report_warnings import evaluation_findings, in_words
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
@@ -46,40 +47,20 @@ _JUDGMENTS = "judgments.jsonl"
 _OWN = ("questions", "pairs", "heldout")
 
 
-def run_evaluation(
-    *,
-    models: Mapping[str, str],
-    settings: EvaluationSettings,
-    output_dir: Path,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-    added_tokens: tuple[str, ...] = (),
-    judge: Judge | None = None,
-    replace: bool = False,
+def evaluate_models(
+    job: EvaluationJob, console: Console, judge: Judge | None = None
 ) -> dict[str, Any]:
     """Ask every model, write evaluation.json, and return what it says.
 
-    Args:
-        models: model or adapter folders by label; the one called "base" is asked in completion
-            form as well.
-        settings: questions, held-out data, tasks.
-        output_dir: the stage's folder.
-        chat_template: for models without one of their own.
-        seed: of the embedded demo's data.
-        runtime: device, dtype, attention.
-        console: for progress.
-        added_tokens: what that template needs, for models that lack it.
-        judge: compares each model's answers with the first model's; None: the settings' own, if
-            they name one.
-        replace: whether an evaluation of other models or settings that is finished in the folder
-            gives way; what it measured is used again.
+    `judge` compares each model's answers with the first model's; None: the settings' own, if they
+    name one.
 
     A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
     not made again after a kill. While verdicts are missing the stage stays unfinished: the same
     call asks for them again.
     """
+    models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
+    chat_template, added_tokens = run.chat_template, run.added_tokens
     plan = tasks_of(settings)
     check_harness(plan)
     if judge is None and settings.judge is not None:
@@ -89,10 +70,10 @@ def run_evaluation(
         for folder in (one.folder, *([one.adapter] if one.adapter else [])):
             check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
     sources = {
-        name: resolve_sources(getattr(settings, name), output_dir.parent, seed) for name in _OWN
+        name: resolve_sources(getattr(settings, name), output_dir.parent, run.seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
-    device = device_of(runtime)
+    device = device_of(run)
     inputs = {
         "models": {c.label: c.identity for c in contestants},
         **data,
@@ -102,14 +83,14 @@ def run_evaluation(
         "added_tokens": list(added_tokens),
         "dtype": device.dtype_name,
         "device": device.kind,
-        "attention": runtime.attention,
+        "attention": run.attention,
     }
     if judge is not None:
         _check_judged(models, settings)
         inputs["judge"] = judge.name
     with folder_lock(output_dir, lambda text: log(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
-        if not (replace and _holds_another(output_dir, inputs)) and (
+        if not (job.replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
         ):
             found: dict[str, Any] = read_json(path)
@@ -127,7 +108,7 @@ def run_evaluation(
             settings.max_new_tokens,
             settings.limit,
         )
-        desk = _Desk(output_dir, material, data, chat_template, device, runtime, console)
+        desk = _Desk(output_dir, material, data, chat_template, device, run, console)
         evaluation = desk.evaluate(models, contestants, plan, settings, judge)
         atomic_write_json(path, evaluation)
         # What has no verdict is asked again, so that there is more to do.
@@ -159,7 +140,7 @@ class _Desk:
         data: Mapping[str, Any],
         chat_template: str | None,
         device: Device,
-        runtime: Runtime,
+        runtime: RunSettings,
         console: Console,
     ) -> None:
         self.folder = folder

@@ -31,13 +31,13 @@ from tandem.evaluate.scores import Score, per_item, score_of
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, generate_answers
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_answers
 from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.model_folder import context_length
 from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
@@ -97,7 +97,7 @@ class Examiner:
         tokenizer: Any,
         template: ChatTemplate,
         device: Device,
-        runtime: Runtime,
+        runtime: RunSettings,
         console: Console,
     ) -> None:
         self.label = contestant.label
@@ -147,20 +147,17 @@ class Examiner:
             self._prefer(material, scores)
         return Examined(scores, answers)
 
-    def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[Answer]:
+    def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[GeneratedAnswer]:
         with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
             return generate_answers(
                 self.model,
                 prompts,
                 stop_ids=all_stop_ids(self._folder, self.tokenizer, self.template),
-                max_new_tokens=most,
-                temperature=0.0,
-                top_p=1.0,
-                seed=0,
+                sampling=Sampling(most),
                 advance=advance,
             )
 
-    def _decode(self, answers: Sequence[Answer]) -> list[str]:
+    def _decode(self, answers: Sequence[GeneratedAnswer]) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(
             [list(answer.ids) for answer in answers], skip_special_tokens=True
         )

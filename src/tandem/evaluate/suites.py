@@ -9,8 +9,8 @@ from pathlib import Path
 from tandem.errors import UserError
 from tandem.evaluate.local_tasks import LocalData, find_data
 from tandem.evaluate.task_forms import FORMS
+from tandem.recipe.choices import SUITES
 
-SUITES = ("leaderboard-v1",)
 NOT_COMPARABLE = (
     "few-shot examples are drawn from the evaluated file itself, the item that is asked left out: "
     "not comparable with the leaderboard's scores"

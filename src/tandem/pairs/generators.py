@@ -20,12 +20,12 @@ from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Re
 from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_batch, plan_batches
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
@@ -72,7 +72,9 @@ def writer_identity(settings: PairsSettings, model: str) -> Any:
     return hash_weights(model_folder(model))
 
 
-def open_writer(settings: PairsSettings, model: str, runtime: Runtime, console: Console) -> Writer:
+def open_writer(
+    settings: PairsSettings, model: str, runtime: RunSettings, console: Console
+) -> Writer:
     """The writer that a recipe asks for, its model loaded.
 
     Raises UserError for a model that cannot be loaded, and where vLLM is not installed.
@@ -87,7 +89,12 @@ class LocalWriter:
     """A model in this process, through transformers or vLLM."""
 
     def __init__(
-        self, settings: PairsSettings, folder: Path, name: str, runtime: Runtime, console: Console
+        self,
+        settings: PairsSettings,
+        folder: Path,
+        name: str,
+        runtime: RunSettings,
+        console: Console,
     ) -> None:
         self._settings, self._console = settings, console
         device = device_of(runtime)
@@ -143,7 +150,7 @@ class LocalWriter:
         sampling: Sampling,
         done: Collection[int],
     ) -> Iterator[Unit]:
-        ask: Callable[..., list[Answer]] = (
+        ask: Callable[..., list[GeneratedAnswer]] = (
             partial(generate_batch, self._model) if self._vllm is None else self._vllm.answers
         )
         for members in batches:

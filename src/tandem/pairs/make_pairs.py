@@ -28,19 +28,21 @@ from tandem.pairs.filters import (
     ranked_pair,
 )
 from tandem.pairs.generators import Work, Writer, check_writers, open_writer, writer_identity
-from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
+from tandem.pairs.pairs_file import data_card, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
 from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.jobs import PairsJob
 from tandem.recipe.pairs_settings import PairsSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
 from tandem.storage.journal import recorded
 from tandem.storage.manifest import finish_stage, open_stage, start_stage, versions
+from tandem.storage.run_folder import pairs_file
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
@@ -56,31 +58,18 @@ _APART: Any = {
 }
 
 
-def run_pairs(
-    *,
-    model: str,
-    settings: PairsSettings,
-    output_dir: Path,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-) -> Path:
+def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
     Answers are recorded as they are finished, in `generated/`: an interrupted stage goes on after
-    them.
-
-    Args:
-        model: the weaker model, asked in its own chat template; not read where a server writes.
-        settings: prompts, sampling and filters.
-        output_dir: the stage's folder.
-        seed: of the selection and the sampling.
-        runtime: device and dtype.
-        console: for progress.
+    them. `job.run.model` is the weaker model, asked in its own chat template; it is not read where
+    a server writes.
 
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
     server no longer answers.
     """
+    run, settings, output_dir = job.run, job.settings, job.folder
+    model, seed = run.model, run.seed
     check_writers(settings)
     check = Check(settings.filters.check) if settings.filters.check is not None else None
     specs = {
@@ -95,7 +84,7 @@ def run_pairs(
         "model": writer_identity(settings, model),
         **{name: data_identity(found) for name, found in specs.items()},
         "scorer": scorer_identity(settings.rank) if settings.rank is not None else None,
-        "computed": _computed(settings, runtime),
+        "computed": _computed(settings, run),
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
@@ -111,8 +100,8 @@ def run_pairs(
             log(console, f"pairs: {line}")
         with _threads(threads):
             maker = _Maker(
-                open_writer(settings, model, runtime, console),
-                open_scorer(settings.rank, runtime, console) if settings.rank else None,
+                open_writer(settings, model, run, console),
+                open_scorer(settings.rank, run, console) if settings.rank else None,
                 settings,
                 Filters(
                     keep=settings.keep,
@@ -128,7 +117,7 @@ def run_pairs(
     return output_dir
 
 
-def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, runtime: RunSettings) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None

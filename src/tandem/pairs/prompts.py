@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tandem.data.ledger import Ledger
-from tandem.data.read_records import OnBadRecord, read_conversations, read_questions
+from tandem.data.read_records import read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import read_rows
 from tandem.errors import UserError
+from tandem.recipe.choices import OnBadRecord
 from tandem.recipe.data_source import DataSource
 
 

@@ -24,7 +24,7 @@ from tandem.model.model_folder import context_length, load_tokenizer, model_fold
 from tandem.pairs.generators import open_server
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.storage.hashing import hash_json, hash_weights
 
 QUESTION = """\
@@ -88,7 +88,7 @@ def scorer_identity(rank: RankSettings) -> Any:
     return hash_weights(model_folder(rank.reward_model))
 
 
-def open_scorer(rank: RankSettings, runtime: Runtime, console: Console) -> Scorer:
+def open_scorer(rank: RankSettings, runtime: RunSettings, console: Console) -> Scorer:
     """The scorer that a recipe asks for, its model loaded; raises UserError where it cannot be."""
     if rank.judge is not None:
         return _Judge(rank.judge, console)
@@ -97,7 +97,7 @@ def open_scorer(rank: RankSettings, runtime: Runtime, console: Console) -> Score
 
 
 class _Reward:
-    def __init__(self, name: str, runtime: Runtime) -> None:
+    def __init__(self, name: str, runtime: RunSettings) -> None:
 
         device = device_of(runtime)
         folder = model_folder(name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -237,6 +236,7 @@ def _check_model(name: str) -> None:
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
     from tandem.model.model_folder import check_fetchable, model_folder
+    from tandem.stages.training.fingerprint import check_base
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
@@ -247,49 +247,3 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
             return
         check_fetchable(recipe.model, folder, recipe.model_revision)
         check_base(folder, sections, weights=False)
-
-
-def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
-    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
-
-    So it is for a base that is quantised already, and for one into whose files no adapter could be
-    merged.
-
-    Args:
-        folder: the base model's.
-        sections: the training stages by name, all of them on models of the base's architecture.
-        weights: whether the folder must hold weights.
-    """
-    from tandem.model.lora.adapter import check_targets, refused_modules
-    from tandem.model.model_folder import (
-        check_context,
-        check_unquantized,
-        load_config,
-        model_without_weights,
-    )
-
-    config = load_config(folder, weights=weights)
-    check_unquantized(folder, config)
-    for name, section in sections.items():
-        check_context(config, section.max_length, folder, f"{name}.max_length")
-    for name, section in sections.items():
-        targets = section.lora.target_modules
-        if not isinstance(targets, str):
-            model = model_without_weights(config)
-            key = f"{name}.lora.target_modules"
-            check_targets(model, targets, refused_modules(model), key)
-        if weights:
-            _check_sums(folder, config, section)
-
-
-def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
-    """Raise UserError if a stage's adapter could not be merged into the base's files."""
-    from tandem.model.added_tokens import embedding_names
-    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
-    from tandem.model.model_folder import model_without_weights
-    from tandem.model.weight_files import check_sums
-
-    model, plain = model_without_weights(config), model_without_weights(config)
-    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
-    rows = [f"{name}.weight" for name in embedding_names(plain)]
-    check_sums(folder, plain, [*adapted_weights(adapted), *rows])

@@ -11,13 +11,12 @@ from tandem.data.ledger import Ledger
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.errors import UserError
-from tandem.pairs.pairs_file import made_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.select_prompts import asked_prompts
-from tandem.pipeline.run_pipeline import folder_of
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
+from tandem.storage.run_folder import made_pairs, stage_folder
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class DataHere:
         """What the pairs stage has made, or pairs as its prompts let one expect."""
         settings = self.recipe.pairs
         assert settings is not None
-        made = made_pairs(folder_of(self.recipe, "pairs"))
+        made = made_pairs(stage_folder(self.recipe.output_dir, "pairs"))
         if made is not None:
             notes.append(f"pairs: those of {made}")
             return [DataSource(path=str(made))]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.plan.model_shape import ModelShape
+from tandem.recipe.choices import SHARDS
 
-ENGINES = ("single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
-# Those that spread the weights over the processes.
-SHARDED = ("deepspeed-zero3", "fsdp2")
 # Adapters, their gradients and AdamW's moments are float32.
 _TRAINED_BYTES = 4
 # nf4 with its blocks' scales, which are quantised as well.
@@ -87,12 +85,10 @@ def memory_of(shape: ModelShape, held: Held, engine: str, processes: int) -> Mem
     Args:
         shape: of the model with its adapter.
         held: how.
-        engine: one of `ENGINES`; ZeRO-2 spreads gradients and moments, ZeRO-3 and FSDP2 the
-            weights as well, and gather a layer at a time.
+        engine: what it shards is spread; weights are gathered a layer at a time.
         processes: how many there are.
     """
-    sharded = engine in SHARDED
-    zero = engine == "deepspeed-zero2" or sharded
+    sharded = "weights" in SHARDS[engine]
     per_parameter = held.weight_bytes
     frozen = float(shape.parameters * per_parameter)
     if held.quantized:
@@ -101,7 +97,7 @@ def memory_of(shape: ModelShape, held: Held, engine: str, processes: int) -> Mem
     if sharded and processes > 1:
         weights = frozen / processes + 2 * shape.largest_layer * per_parameter
     trained = shape.trained * _TRAINED_BYTES
-    share = processes if zero else 1
+    share = processes if "gradients" in SHARDS[engine] else 1
     return Memory(
         weights=int(weights),
         adapter=trained // (processes if sharded else 1),

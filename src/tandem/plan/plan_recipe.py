@@ -20,22 +20,20 @@ from tandem.errors import TandemError
 from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.model_folder import model_folder
-from tandem.pipeline.preflight import check_base
-from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline
 from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.plan.history import Setting
-from tandem.plan.memory_estimate import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
+from tandem.plan.memory_estimate import Disk, Memory, disk_of, memory_of
 from tandem.plan.model_shape import Described, ModelShape, described
 from tandem.plan.rate import Rate, product_rate, recorded_rate
 from tandem.plan.stage_estimate import Forecast, asked_of, copied_bytes, forecast, held_by
 from tandem.plan.trial import Trial, made_up
 from tandem.plan.workload import Asked, Work, count_work, guess_work
-from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.choices import SHARDS
+from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
+from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
-from tandem.stages.training.fingerprint import model_side
+from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.train.token_budget import token_budget
@@ -80,7 +78,7 @@ class Plan:
     device: str
     dtype: str
     processes: int
-    stages: tuple[PlannedStage, ...]
+    stages: tuple[PipelineStage, ...]
     trained: tuple[StagePlan, ...]
 
 
@@ -106,13 +104,13 @@ def plan_recipe(
     not fit it, data that training would refuse, and guesses that nothing would come of.
     """
     device = choose_device(recipe.device, recipe.dtype)
-    planned = describe_pipeline(recipe)
+    planned = stages_of(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         here = DataHere(recipe, download, Path(scratch))
         data = [here.of(settings) for _, settings in wanted]
-        longest = {stage.name: settings.max_length for stage, settings in wanted}
+        longest = {str(stage.name): settings.max_length for stage, settings in wanted}
         check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
@@ -187,7 +185,7 @@ class _Planner:
 
     def stage(
         self,
-        stage: PlannedStage,
+        stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
         guess: Guess | None,
@@ -195,13 +193,15 @@ class _Planner:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
         config, tokenizer, template, added = model_side(
-            self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
+            self.base, recipe, settings.max_length, weights=False
         )
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
         if trains_added:
             engine = self._engine()
-            check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
+            check_added(
+                {*added.new, *added.known}, engine=engine, sharded="weights" in SHARDS[engine]
+            )
         lora = settings.lora
         model = described(
             config,
@@ -269,7 +269,7 @@ class _Planner:
 
     def _records(
         self,
-        stage: PlannedStage,
+        stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
         tokenizer: Any,
@@ -290,7 +290,7 @@ class _Planner:
         return copies if fits else 0
 
     def _forecast(
-        self, stage: PlannedStage, trial: Trial, known: _Known
+        self, stage: PipelineStage, trial: Trial, known: _Known
     ) -> tuple[Forecast, dict[str, Memory], tuple[str, ...]]:
         """Estimates, memory by engine, and notes."""
         device, shape, settings = self.device, trial.shape, trial.settings
@@ -312,9 +312,10 @@ class _Planner:
             shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
         )
         # A single process has but one way.
-        engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
+        every = tuple(SHARDS)
+        engines = every[1:] if self.processes > 1 else every[:1]
         if trial.added and trial.trains_added:
-            engines = [name for name in engines if name not in SHARDED]
+            engines = tuple(name for name in engines if "weights" not in SHARDS[name])
         memory = {
             name: memory_of(shape, held, name, self.processes)
             for name in dict.fromkeys((engine, *engines))

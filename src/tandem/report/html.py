@@ -24,7 +24,7 @@ from tandem.report.result_rows import (
     shown_measures,
     task_notes,
 )
-from tandem.report.run_facts import STAGE_TITLES, RunFacts, StageFacts, read_run
+from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.wording import count, duration, is_number, percent, short_count
 
@@ -113,7 +113,7 @@ def _steps(facts: RunFacts) -> list[_Step]:
 
 
 def _absent(name: str) -> _Step:
-    return _Step(name, STAGE_TITLES[name], "missing", "", "", (), "")
+    return _Step(name, STAGE_FOLDERS[name].title, "missing", "", "", (), "")
 
 
 def _step(stage: StageFacts) -> _Step:

@@ -20,9 +20,10 @@ from tandem.report.result_rows import (
     task_measures,
     task_notes,
 )
-from tandem.report.run_facts import KIND_TITLES, RunFacts, StageFacts, read_run
+from tandem.report.run_facts import RunFacts, StageFacts, read_run
 from tandem.report.training_section import base_model, find_key
 from tandem.storage.atomic_files import atomic_write_text
+from tandem.storage.run_folder import KIND_TITLES
 from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem.report.result_rows import ROW_LABELS, mapping, model_names, sampling_error
-from tandem.report.run_facts import STAGE_TITLES, RunFacts, StageFacts, read_run
+from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run
 from tandem.report.training_section import find_key
 from tandem.wording import count, is_number, number, percent
 
@@ -45,7 +45,7 @@ def find(facts: RunFacts) -> list[Finding]:
         found += _state(stage)
     found += evaluation_findings(facts.evaluation)
     if facts.missing:
-        names = ", ".join(f"{STAGE_TITLES[name]} ({name})" for name in facts.missing)
+        names = ", ".join(f"{STAGE_FOLDERS[name].title} ({name})" for name in facts.missing)
         found.append(
             Finding("note", "partial run", f"The recipe also asks for: {names}. Not there yet.")
         )

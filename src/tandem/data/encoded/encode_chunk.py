@@ -11,7 +11,7 @@ from tandem.data.encoded.dataset import FlatArrays, to_arrays
 from tandem.data.encoded.example import conversation_example, pair_example
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
-from tandem.data.read_records import OnBadRecord, records_of
+from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize.behind_prompt import Refused
@@ -19,7 +19,6 @@ from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
     Exchange,
-    LossOn,
     encode_exchanges,
     encode_text,
     is_answer,
@@ -30,6 +29,7 @@ from tandem.data.tokenize.template_capabilities import NO_REASONING, in_form, re
 from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
 from tandem.data.truncation.limits import Fitted, Limits
 from tandem.data.truncation.pair import fit_pair
+from tandem.recipe.choices import LossOn, OnBadRecord
 
 if TYPE_CHECKING:
     from tandem.recipe.training_settings import TrainingSettings

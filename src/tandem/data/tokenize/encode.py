@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
@@ -19,8 +19,7 @@ from tandem.data.tokenize.template_capabilities import (
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.tokenize.vocabulary import NoRow
 from tandem.errors import UserError
-
-LossOn = Literal["answers", "text"]
+from tandem.recipe.choices import LossOn
 
 UNTRAINED = "every answer has weight 0"
 

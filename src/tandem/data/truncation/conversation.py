@@ -16,7 +16,6 @@ from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
     Exchange,
-    LossOn,
     encode_conversation,
     encode_exchanges,
     is_answer,
@@ -46,6 +45,7 @@ from tandem.data.truncation.prompt import (
     users,
     without_oldest,
 )
+from tandem.recipe.choices import LossOn
 
 
 def skip_old_turns(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import Encoded
-
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
+from tandem.recipe.choices import TooLong
 
 NOTHING_LEFT = "nothing left to train"
 BEYOND = "longer than max_length"

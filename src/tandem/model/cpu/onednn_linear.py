@@ -21,15 +21,9 @@ _EXPECTED_ROWS = 1024
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias without a gradient for anything.
+    """x @ weight.T + bias without a gradient for anything: [..., K] to [..., N] in x's dtype.
 
-    Args:
-        x: [..., K].
-        weight: [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
+    `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
     """
     if _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -82,10 +76,7 @@ class Plain:
 
 
 def speed_up_frozen_products(model: nn.Module) -> None:
-    """Send the products of a model's linear layers through `product` while they are frozen.
-
-    Modules stay in place under their names, only their forward is replaced.
-    """
+    """Send the products of a model's linear layers through `product` while they are frozen."""
     if not _AVAILABLE:
         return
     for module in model.modules():
@@ -145,13 +136,9 @@ def low_rank_product(
         frozen: the frozen layer, weight [N, K].
         down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685).
         scale: alpha / r.
-
-    Returns:
-        [..., N].
     """
-    result: Tensor = _LowRankProduct.apply(
-        x, None if dropped is x else dropped, weights_of(frozen), frozen.bias, down, up, scale
-    )
+    fixed = weights_of(frozen), frozen.bias, scale
+    result: Tensor = _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)
     return result
 
 
@@ -191,12 +178,11 @@ class _LowRankProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weights: Ordered | Plain,
-        bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        scale: float,
+        fixed: tuple[Ordered | Plain, Tensor | None, float],  # weight, bias, scale
     ) -> Tensor:
+        weights, bias, scale = fixed
         source = _rows(x if dropped is None else dropped)
         inner = source @ down.T  # [T, r]
         out = product(x, weights.forward, bias)
@@ -220,7 +206,7 @@ class _LowRankProduct(torch.autograd.Function):
             d_x = d_x.view(ctx.shape)
         if ctx.separate and ctx.needs_input_grad[1]:
             d_dropped = (d_inner @ down).view(ctx.shape)
-        return d_x, d_dropped, None, None, d_down, d_up, None
+        return d_x, d_dropped, d_down, d_up, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
