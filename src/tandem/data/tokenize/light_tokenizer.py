@@ -95,6 +95,11 @@ class LightTokenizer:
             raise KeyError(token)
         return int(index)
 
+    def convert_ids_to_tokens(self, index: int) -> str | None:
+        """The token of an id, as the vocabulary spells it."""
+        token: str | None = self.backend_tokenizer.id_to_token(index)
+        return token
+
     def add_tokens(self, tokens: Sequence[Any], *, special_tokens: bool) -> int:
         """Add tokens, an `AddedToken` each; returns how many are new."""
         add = "add_special_tokens" if special_tokens else "add_tokens"
