@@ -43,7 +43,6 @@ DEBTS: set[tuple[str, str]] = {
     ("evaluate/evaluate_models.py", "report"),
     ("evaluate/win_rates.py", "pairs"),
     ("plan/available_data.py", "pairs"),
-    ("stages/dpo.py", "report"),
 }
 
 # Third-party packages with one home each.

@@ -11,10 +11,11 @@ import pytest
 from tandem.cli.run import _finish
 from tandem.errors import UserError
 from tandem.report.html import write_report
-from tandem.report.report_warnings import chosen_collapse, evaluation_findings, find, in_words
+from tandem.report.report_warnings import evaluation_findings, find, in_words
 from tandem.report.result_rows import shown_measures
 from tandem.report.run_facts import read_run
 from tandem.report.training_section import tiles
+from tandem.wording import chosen_collapse
 
 from .made_runs import (
     NASTY,

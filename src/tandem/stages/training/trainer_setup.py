@@ -62,7 +62,8 @@ def build_trainer(
         display: shows each step and score.
     """
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
-    runner = partial(StepRunner, context.engine, attention_weight=attention_weight(context.config))
+    weight = attention_weight(context.base.config)
+    runner = partial(StepRunner, context.engine, attention_weight=weight)
     own = [
         MetricsLog(),
         ShowProgress(display),
