@@ -11,7 +11,8 @@ from tandem.errors import UserError
 
 RESTART_FILE = "TANDEM_RESTART_FILE"
 
-# What `accelerate launch` hands on of its own settings, and which value asks for nothing.
+# Settings that `accelerate launch` puts into the environment: the value that asks for nothing, and
+# the recipe's key of the same meaning.
 _ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": ("no", "dtype"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "compile"),
@@ -29,12 +30,7 @@ _ACCELERATE_ENGINES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of its run.
-
-    Attributes:
-        rank, count: its number from 0 in the whole run, and how many there are.
-        local_rank, local_count: the same among the processes of this machine.
-    """
+    """This process's rank and the number of processes, in the whole run and on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -96,16 +92,13 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def forget_accelerates_settings() -> list[str]:
-    """Take accelerate's own settings out of the environment: a recipe says these things.
+    """Take accelerate's own settings out of the environment, where they would override the recipe.
 
-    accelerate heeds them behind the recipe's back, for instance by dividing the loss by its
-    accumulation steps.
+    accelerate would, for instance, divide the loss by its accumulation steps. Returns a line for
+    each setting that asked for something.
 
-    Returns:
-        A line for each setting that asked for something.
-
-    Raises UserError where `accelerate launch` was asked for another engine, or for several
-    processes and started one.
+    Raises UserError if `accelerate launch` was asked for another engine, or for several processes
+    and started one.
     """
     if "ACCELERATE_DYNAMO_BACKEND" not in os.environ:  # which accelerate launch always sets
         return []
@@ -125,20 +118,15 @@ def forget_accelerates_settings() -> list[str]:
     for name, (nothing, key) in _ACCELERATE.items():
         value = os.environ.pop(name, nothing)
         if value.lower() != nothing:
-            notices.append(f"accelerate's {name}={value} is not heeded: the recipe's {key} is")
+            notices.append(f"accelerate's {name}={value} has no effect: the recipe's {key} says it")
     return notices
 
 
 def ask_for_restart(reason: str) -> bool:
-    """Leave word that all processes should be started again, for whoever started them.
+    """Ask the launcher to start all processes again, for a reason that it shows.
 
-    The processes then have to end with `Stopped`.
-
-    Args:
-        reason: a short line, which is shown.
-
-    Returns:
-        Whether there is somebody who would start them again: `--nproc` does.
+    The processes then have to end with `Stopped`. Returns whether the launcher does so: `--nproc`
+    does, others do not.
     """
     path = os.environ.get(RESTART_FILE)
     if path is None:

@@ -26,12 +26,7 @@ _RESTARTS = 8
 
 
 def check_devices(count: int, device: str) -> None:
-    """Raise UserError unless there is a device for each process, where each needs its own.
-
-    Args:
-        count: how many processes are to be started.
-        device: the recipe's.
-    """
+    """Raise UserError unless this machine has a device for each of `count` processes."""
     there = count_devices(device)
     if there is not None and count > there:
         kind = "GPU" if device == "auto" else f"{device.upper()} device"
@@ -42,18 +37,11 @@ def check_devices(count: int, device: str) -> None:
 
 
 def run_processes(count: int, command: Sequence[str], *, log: Callable[[str], None]) -> int:
-    """Run a command in several processes of this machine until it is done.
+    """Run a command in several processes of this machine; returns their exit code.
 
-    They meet at a free port. SIGINT and SIGTERM are passed on to them. When they end and have left
-    word to be started again (`launch.ask_for_restart`), they are.
-
-    Args:
-        count: how many processes.
-        command: program and arguments.
-        log: told what the processes cannot say themselves, a line at a time.
-
-    Returns:
-        The exit code of the processes.
+    They meet at a free port, and get SIGINT and SIGTERM from here. When they end and have asked to
+    be started again (`launch.ask_for_restart`), they are. `log` takes lines about what the
+    processes cannot report themselves.
     """
     # torch reports each failure in a box and a log line; the processes have said what it was.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
@@ -88,7 +76,7 @@ def _counted(count: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class _End:
-    """How the processes ended: exit codes of those that failed by rank, and who asked for it."""
+    """How the processes ended: exit codes of those that failed by rank, and the signal, if any."""
 
     codes: Mapping[int, int]
     asked: signal.Signals | None = None

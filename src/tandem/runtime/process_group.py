@@ -43,13 +43,13 @@ class _Failure:
 class ProcessGroup:
     """The processes that train together; a single one is the trivial case.
 
-    What may fail in one process alone runs inside `gather`, `on_all` or `on_rank0`. There an error
-    in any of them ends them all at the same point: the first process that failed raises its own
-    error and says it, the others raise one that is `told` already.
+    Work that may fail in one process alone runs inside `gather`, `on_all` or `on_rank0`. An error
+    in any process then ends all of them at the same point: the first one that failed raises its
+    own error and reports it, the others raise one that is marked as `told`.
 
     Args:
         launch: this process's place among them.
-        group: for plain values, on the CPU; None where there is one process.
+        group: carries plain values on the CPU; None for one process.
         patience: how long `rank0_alone` and `rank0_first` wait for a sign of life.
     """
 
@@ -107,27 +107,20 @@ class ProcessGroup:
         return result[0]
 
     def rank0_alone(self, work: Callable[[], T]) -> T | None:
-        """Run `work` in rank 0 while the others wait, however long it takes.
-
-        Returns:
-            The result in rank 0, None in the others.
-        """
+        """Run `work` in rank 0, however long it takes; returns its result there, None elsewhere."""
         done = self._turn(work, range(1))
         return done[0] if done else None
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in rank 0 and then in all others, which find what it left on disk.
-
-        However long each takes, as in `rank0_alone`.
-        """
+        """Run `work` in rank 0, then in all others, which find what it left on disk."""
         done = [*self._turn(work, range(1)), *self._turn(work, range(1, self.count))]
         return done[0]
 
     def _turn(self, work: Callable[[], T], workers: range) -> list[T]:
-        """Run `work` in some of the processes; the own result, in a list.
+        """Run `work` in some of the processes; returns this one's result, in a list.
 
-        No collective is open meanwhile, so that no timeout runs. Those who work show that they are
-        alive, and one that ended or froze is noticed.
+        No collective is open meanwhile, so no timeout runs. A process that works gives signs of
+        life, and one that ended or froze is noticed.
         """
         here = self.rank in workers
         if self.count == 1:
@@ -193,11 +186,11 @@ class ProcessGroup:
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
-        """Around all that the processes do together: none is left waiting for another.
+        """Surround all that the processes do together, so that none is left waiting for another.
 
-        An error that all agreed on is raised once all are here, so that a launcher, which ends
-        the others when one ends, finds nothing unfinished. Contact that is lost because another
-        process ended becomes an error that says so.
+        An error that all processes raise leaves here once all have come this far: a launcher ends
+        the others as soon as one ends. Lost contact to another process becomes an error that says
+        so.
         """
         self._agreed = False
         try:
@@ -222,15 +215,14 @@ class ProcessGroup:
 
 
 def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
-    """Get in contact with the other processes; those that are already are left as they are.
+    """Get in contact with the other processes, unless this one is already.
 
     Args:
         launch: this process's place among them.
-        backend: what carries tensors between them: gloo, nccl or another of torch's.
+        backend: carries tensors between them: gloo, nccl or another of torch's.
         timeout: how long any process waits for another one.
 
-    Raises UserError where the port that they should meet at is taken, and TandemError when they do
-    not meet in time.
+    Raises UserError if the port is taken, TandemError if the processes do not meet in time.
     """
     global _control
     if launch.count == 1:
@@ -328,12 +320,9 @@ def _contact_lost(error: Exception) -> bool:
 
 @contextmanager
 def beating(store: Store, name: str, every: float) -> Iterator[None]:
-    """While the body works, tell those who `await_end` that this process is alive.
+    """Give a sign of life every so many seconds while the body works, to those who `await_end`.
 
-    Args:
-        store: what the processes share; a thread of this one writes to it.
-        name: of this piece of work, the same in all processes and never used again.
-        every: seconds between two signs of life.
+    `name` is that of this piece of work, the same in all processes and never used again.
     """
     over, beats = threading.Event(), count()
 
@@ -356,13 +345,7 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 def await_end(store: Store, name: str, patience: timedelta) -> None:
     """Wait until the body of `beating` is through, however long that takes.
 
-    Args:
-        store: what the processes share; it is used through a copy.
-        name: of the piece of work.
-        patience: how long to wait for a sign of life.
-
-    Raises TimeoutError when there was no sign of life for `patience`, and DistError when contact to
-    the store is lost.
+    Raises TimeoutError without a sign of life for `patience`, DistError if the store is lost.
     """
     heard: SimpleQueue[bytes | Exception] = SimpleQueue()
     left = threading.Event()
@@ -387,7 +370,7 @@ def await_end(store: Store, name: str, patience: timedelta) -> None:
 def _listen(
     shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
 ) -> None:
-    """Hand on each sign of life as it comes, up to the last one."""
+    """Pass on each sign of life as it comes, up to the last one."""
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:

@@ -51,10 +51,10 @@ class RunState:
 
 
 class CheckpointStore:
-    """The `checkpoints` folder of a stage.
+    """A folder of checkpoints: step-000100, step-000200, ...
 
     Args:
-        folder: holds step-000100, step-000200, ...
+        folder: of a stage.
         weights: what is trained, which knows how it is saved.
         keep: how many of the newest stay, all when None.
         lines: files of JSON lines that grow along with the run. A checkpoint knows what was in
@@ -83,11 +83,7 @@ class CheckpointStore:
     ) -> Path:
         """Write one checkpoint aside, sync it, move it into place, remove the oldest.
 
-        Args:
-            model: adapter-wrapped, for the adapter's configuration.
-            trained: the adapter's weights, whole, by the model's names.
-            optimizer: its tensors, whole, by name.
-            state: where the run stands.
+        `trained` and `optimizer` are the trained weights and the optimizer's tensors, whole.
         """
         path = self.path_of(state.step)
         with atomic_folder(path) as aside:
@@ -111,9 +107,8 @@ class CheckpointStore:
     ) -> Path | None:
         """The newest checkpoint whose files are all there and unchanged.
 
-        Args:
-            log: told of each newer one that is passed over, and why.
-            usable: why a run that stood there cannot go on from it; empty where it can.
+        `usable` says why a run cannot go on from one, or nothing; `log` takes a line for each newer
+        one that is skipped.
         """
         for path in reversed(self._all()):
             try:

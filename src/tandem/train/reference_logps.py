@@ -43,16 +43,10 @@ _ROW_BYTES = 80
 class ReferenceStore:
     """Log-probs of sequences by (reference weights, numerics, tokens, trained mask).
 
-    The key holds nothing about learning rates, seeds, adapters, beta or losses, so other runs
-    over the same data and reference find what this one computed; a changed weight byte or token
-    misses. Every row has a checksum: a damaged one counts as missing.
-
-    It never stops a run: what cannot be read is computed again, and the run goes on without a store
-    that cannot be opened, read or written.
-
-    Args:
-        log: told, once, when something is damaged or the store cannot be used.
-        folder: where the store lives, `cache_folder()` unless told otherwise.
+    Learning rates, seeds, adapters, beta and losses are not part of the key, so other runs over
+    the same data and reference find what this one computed; a changed weight byte or token misses.
+    Every row has a checksum, and a damaged one counts as missing. A store that cannot be used never
+    stops a run: the log-probs are computed again, and `log` says so once.
     """
 
     def __init__(
@@ -198,11 +192,10 @@ def reference_logps(
         trees: all records, each with the same number of branches B.
         store: where log-probs are looked up and kept; rank 0's is used.
         identity: hash of the reference weights and of what the numerics depend on.
-        budget: tokens of a micro-batch; lowered when memory runs out.
-        advance: told how many more records are done.
+        budget: lowered when memory runs out.
+        advance: called with the number of records that were done.
 
-    Returns:
-        [n, B] float64, and how many records had to be computed.
+    Returns the log-probs [n, B] float64, and how many records had to be computed.
     """
     processes = engine.processes
 

@@ -62,9 +62,8 @@ def token_budget(
 ) -> int:
     """Tokens that a micro-batch should not exceed.
 
-    `auto` divides a share of the free memory by an estimate of the activations a token keeps for
-    the backward, bounded by what keeps the device busy. `free` is what is taken for free memory,
-    in place of what is free now.
+    `auto` divides a share of the free memory (`free` bytes, or what is free now) by an estimate of
+    the activations a token keeps for the backward, bounded by what keeps the device busy.
     """
     if requested != "auto":
         return requested
@@ -75,14 +74,14 @@ def token_budget(
 
 
 class TokenBudget:
-    """Tokens that a micro-batch should not exceed: less after running out of memory.
+    """Tokens that a micro-batch should not exceed: fewer after running out of memory.
 
     Args:
-        tokens: to begin with.
+        tokens: at first.
         release: gives the device's unused memory back.
-        remember: keeps a smaller budget for whoever goes on with this run.
-        alone: whether this process can go on with smaller micro-batches by itself. Where weights
-            are spread, the others wait inside the one that failed, and all must begin anew.
+        remember: keeps a smaller budget for a resumed run.
+        alone: whether this process can go on with smaller micro-batches by itself. With spread
+            weights the others wait inside the one that failed, and all must begin anew.
     """
 
     def __init__(
@@ -118,10 +117,8 @@ class TokenBudget:
                 behind if it fails.
             no_room: the error of a tree that does not fit even alone.
 
-        Returns:
-            The micro-batches that were computed in the end, each with what `compute` returned.
-
-        Raises Stopped where this process cannot go on by itself.
+        Returns the micro-batches that were computed, each with its result. Raises Stopped if this
+        process cannot go on by itself.
         """
         done: list[tuple[Members, T]] = []
         pending = deque(pieces)

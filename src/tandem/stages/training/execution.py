@@ -1,4 +1,4 @@
-"""How a training stage's work is done: none of it changes what is computed, beyond rounding."""
+"""Where and how a training stage's work is done: it changes nothing but rounding."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any, Literal
 
 import torch
 
+from tandem.integrations.choose import choose_engine
 from tandem.model.cpu.c_kernels import numerics
 from tandem.model.cpu.onednn_linear import bytes_to_order
-from tandem.runtime.device import Device, float32_products
+from tandem.model.elementwise import check_compile
+from tandem.model.quantize import check_quantization
+from tandem.recipe.jobs import TrainingJob
+from tandem.runtime.device import Device, exact_float32, float32_products
+from tandem.runtime.process_group import ProcessGroup
+from tandem.stages.training.context import TrainContext
 from tandem.storage.atomic_files import atomic_write_json
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.manifest import difference
@@ -19,7 +25,7 @@ from tandem.train.token_budget import TokenBudget, token_budget
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
-# What a schedule that was recorded before these were known had.
+# What an execution had that was recorded before these were known.
 _ONCE = {
     "processes": 1,
     "kernels": "torch",
@@ -28,43 +34,72 @@ _ONCE = {
     "compiled": False,
 }
 
-Budget = int | Literal["auto"]
+# How a run does its work, by name; the manifest's key for it is `schedule`.
+Execution = dict[str, Any]
 
 
-def resolve_schedule(
-    engine: Engine,
-    model: Any,
-    config: Any,
-    *,
-    requested: Budget,
-    backend: str,
-    base: str,
-    compiled: bool = False,
-) -> dict[str, Any]:
-    """What a run that starts here and now does.
+def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> Engine:
+    """Start the engine that a job asks for; it holds no model yet.
 
-    The process with the least memory and the fewest threads says what all do.
+    Raises UserError for what does not exist here, does not fit the number of processes, or does
+    not go together.
+    """
+    run = job.run
+    exact_float32()
+    engine = choose_engine(run.engine, device, processes, job.settings)
+    check_quantization(run.quantization, device=device.kind, sharded=engine.sharded)
+    check_compile(run.compile, device=device.kind, sharded=engine.sharded)
+    return engine
+
+
+def in_words(engine: Engine) -> str:
+    """Where a run computes."""
+    count, kind = engine.processes.count, engine.device.kind
+    place = f"{count} processes on {kind}" if count > 1 else kind
+    return place if engine.name == "single" else f"{place} ({engine.name})"
+
+
+def decide_execution(
+    context: TrainContext, model: Any, backend: str, recorded: Execution
+) -> Execution:
+    """How a run does its work: as it began if it is resumed, unless it is asked to do otherwise.
+
+    The process with the least memory and the fewest threads decides for all. A line on the console
+    says what differs from the recorded execution.
 
     Args:
-        engine: knows the device and the other processes.
+        context: of the stage.
         model: loaded, on its device, without an adapter.
-        config: the model's transformers configuration.
-        requested: tokens_per_microbatch of the recipe.
         backend: the attention backend.
-        base: what the run calls the model.
-        compiled: whether torch.compile takes norms and gated MLPs.
+        recorded: what a resumed run began with; empty in a new one.
     """
+    now = _execution_here(context, model, backend)
+    if not recorded:
+        return now
+    now, changes = repeat_execution(recorded, now, context.job.run.tokens_per_microbatch)
+    if changes:
+        listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
+        context.log(
+            f"going on with another schedule ({listing}): the same steps, equal up to rounding "
+            "instead of bit for bit"
+        )
+    return now
+
+
+def _execution_here(context: TrainContext, model: Any, backend: str) -> Execution:
+    """What a run that starts here and now does."""
+    engine, run = context.engine, context.job.run
     device, processes = engine.device, engine.processes
     copies = 0 if engine.sharded else bytes_to_order(model)
     found = processes.gather(
         lambda: (
-            token_budget(requested, device, config),
+            token_budget(run.tokens_per_microbatch, device, context.base.config),
             torch.get_num_threads(),
             copies_fit(copies, device, device.free_memory()),
         )
     )
     return {
-        "base": base,
+        "base": run.model,
         "tokens_per_microbatch": min(budget for budget, _, _ in found),
         "threads": min(threads for _, threads, _ in found),
         "kernels": numerics() if device.is_host else device.graphs,
@@ -74,7 +109,7 @@ def resolve_schedule(
         "device": device.kind,
         "attention": backend,
         "float32_products": float32_products(),
-        "compiled": compiled,
+        "compiled": run.compile,
     }
 
 
@@ -89,13 +124,10 @@ def copies_fit(copies: int, device: Device, free: int) -> bool:
     return device.is_host and 0 < copies <= free * _COPIES_SHARE
 
 
-def repeat_schedule(
-    recorded: dict[str, Any], now: dict[str, Any], requested: Budget
-) -> tuple[dict[str, Any], list[tuple[str, Any, Any]]]:
-    """What a resumed run does: what it began with, unless told otherwise.
-
-    Returns the schedule and what differs from the recorded one: name, before, now.
-    """
+def repeat_execution(
+    recorded: Execution, now: Execution, requested: int | Literal["auto"]
+) -> tuple[Execution, list[tuple[str, Any, Any]]]:
+    """What a resumed run does, and what differs from the recorded execution: name, before, now."""
     recorded = {**_ONCE, **recorded}
     recorded.setdefault("engine", "single" if recorded["processes"] == 1 else "ddp")
     repeated = dict(now)
@@ -108,16 +140,9 @@ def repeat_schedule(
 
 
 def token_budget_of(
-    engine: Engine, folder: Path, schedule: dict[str, Any], log: Callable[[str], None]
+    engine: Engine, folder: Path, execution: Execution, log: Callable[[str], None]
 ) -> TokenBudget:
-    """The schedule's token budget, or less if more did not fit in memory before.
-
-    Args:
-        engine: knows the other processes.
-        folder: the stage's, which remembers a smaller budget.
-        schedule: resolved.
-        log: told when the budget gets smaller.
-    """
+    """The execution's token budget, or less if the stage's folder remembers that less fits."""
     path, key = folder / "memory.json", "tokens_per_microbatch"
     fitting = engine.processes.on_rank0(lambda: _remembered(path, key, log))
 
@@ -130,7 +155,7 @@ def token_budget_of(
             log(f"what fits in memory cannot be kept for the next start ({error})")
         log(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
 
-    tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
+    tokens = execution[key] if fitting is None else min(execution[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
 
 

@@ -21,8 +21,7 @@ from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums
 from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import TrainContext
-from tandem.stages.training.engine_setup import in_words
-from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
+from tandem.stages.training.execution import decide_execution, in_words, token_budget_of
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import TokenBudget
 
@@ -30,7 +29,7 @@ from tandem.train.token_budget import TokenBudget
 def set_up_model(
     context: TrainContext, records: TrainingData, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
-    """The base with its adapter, the schedule and the budget; says how it will compute."""
+    """The base with its adapter, how the work is done, and the budget; says so on the console."""
     engine, processes = context.engine, context.engine.processes
     device = engine.device
     base = processes.on_all(
@@ -46,10 +45,10 @@ def set_up_model(
     backend, why = processes.on_all(
         lambda: device.attention(attention, base) or choose_backend(attention, base)
     )
-    schedule = _schedule(context, recorded, base, backend)
-    _declare_shapes(context, records, schedule)
-    torch.set_num_threads(schedule["threads"])
-    budget = token_budget_of(engine, context.job.folder, schedule, context.log)
+    execution = decide_execution(context, base, backend, recorded)
+    _declare_shapes(context, records, execution)
+    torch.set_num_threads(execution["threads"])
+    budget = token_budget_of(engine, context.job.folder, execution, context.log)
     context.log(
         f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
         f"{budget.tokens} tokens a micro-batch"
@@ -65,22 +64,22 @@ def set_up_model(
         added=context.base.added,
         attention=backend,
         weights=context.weights,
-        compiled=schedule["compiled"],
+        compiled=execution["compiled"],
         recomputed=context.job.settings.gradient_checkpointing,
-        reordered=schedule["ordered_weights"],
+        reordered=execution["ordered_weights"],
     )
     model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, context.log))
     if context.weights.leaves == "adapter":
         described = model_without_weights(context.base.config)
         processes.on_all(lambda: check_sums(context.base.folder, described, adapted_weights(model)))
-    return model, schedule, budget
+    return model, execution, budget
 
 
 def compile_model(
-    context: TrainContext, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+    context: TrainContext, model: Any, dataset: EncodedDataset, execution: dict[str, Any]
 ) -> Compiling:
-    """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
-    if not schedule["compiled"]:
+    """Have torch.compile's graphs made before the clock runs, if asked for."""
+    if not execution["compiled"]:
         return Compiling()
     settle_compile_caches(context.log)
     device, compiling = context.engine.device, Compiling()
@@ -99,37 +98,19 @@ def compile_model(
     return compiling
 
 
-def _schedule(
-    context: TrainContext, recorded: dict[str, Any], model: Any, backend: str
-) -> dict[str, Any]:
-    run = context.job.run
-    now = resolve_schedule(
-        context.engine, model, context.base.config,
-        requested=run.tokens_per_microbatch, backend=backend, base=run.model, compiled=run.compile,
-    )  # fmt: skip
-    if not recorded:
-        return now
-    now, changes = repeat_schedule(recorded, now, run.tokens_per_microbatch)
-    if changes:
-        listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-        context.log(
-            f"going on with another schedule ({listing}): the same steps, equal up to rounding "
-            "instead of bit for bit"
-        )
-    return now
-
-
-def _declare_shapes(context: TrainContext, records: TrainingData, schedule: dict[str, Any]) -> None:
+def _declare_shapes(
+    context: TrainContext, records: TrainingData, execution: dict[str, Any]
+) -> None:
     settings = context.job.settings
     request = BatchRequest(
         records.dataset,
         None if records.held_out is None else records.held_out.dataset,
         StepSampler(len(records.dataset), settings.batch_size, context.job.run.seed, records.parts),
         settings.max_length,
-        budget=schedule["tokens_per_microbatch"],
+        budget=execution["tokens_per_microbatch"],
         requested=context.job.run.tokens_per_microbatch,
         log=context.log,
     )
-    context.engine.shapes, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
+    context.engine.shapes, execution["tokens_per_microbatch"] = context.engine.processes.on_all(
         lambda: context.engine.device.batch_shapes(request)
     )

@@ -31,7 +31,7 @@ from tandem.stages.training.context import (
     TrainContext,
     TrainingStage,
 )
-from tandem.stages.training.engine_setup import start_engine
+from tandem.stages.training.execution import start_engine
 from tandem.stages.training.fingerprint import fingerprint
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
 from tandem.stages.training.model_setup import compile_model, set_up_model
@@ -47,10 +47,10 @@ from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_i
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
 
-# Of the schedule: what a template that writes the date gets.
+# Of the execution: what a template that writes the date gets.
 _DATE = "template_date"
-# What the summary repeats of the schedule.
-_OF_THE_SCHEDULE = ("processes", "engine", "attention", "device", "float32_products")
+# What the summary repeats of the execution.
+_OF_THE_EXECUTION = ("processes", "engine", "attention", "device", "float32_products")
 
 
 def train_stage(
@@ -113,7 +113,7 @@ def _look_up(
 
 
 def _dated(base: BaseModelInfo, recorded: dict[str, Any]) -> tuple[BaseModelInfo, dict[str, Any]]:
-    """The base, its template with the date that a stage began with; the rest of its schedule."""
+    """The base, its template with the date that a stage began with; the rest of its execution."""
     rest = {key: value for key, value in recorded.items() if key != _DATE}
     if base.template.now is not None and _DATE in recorded:
         template = replace(base.template, now=datetime.fromisoformat(recorded[_DATE]))
@@ -135,22 +135,22 @@ def _run(
     if processes.count > 1:
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
-    model, schedule, budget = set_up_model(context, records, recorded)
+    model, execution, budget = set_up_model(context, records, recorded)
     if (now := context.base.template.now) is not None:
-        schedule[_DATE] = now.isoformat(timespec="seconds")
+        execution[_DATE] = now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
-    processes.on_rank0(lambda: start_stage(folder, stage.name, inputs, schedule))
+    processes.on_rank0(lambda: start_stage(folder, stage.name, inputs, execution))
     processes.on_rank0(records.write_ledgers)
     sampler = StepSampler(
         len(records.dataset), settings.batch_size, context.job.run.seed, records.parts
     )
     run = TrainingRun(
         stage.name, context.job, engine, context.base.config, records.dataset, sampler,
-        sampler.total_steps(settings), schedule, context.log, callbacks, baseline_memory=held,
+        sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=held,
     )  # fmt: skip
     for callback in callbacks:
         callback.on_set_up(run, model)
-    compiled = compile_model(context, model, records.dataset, schedule)
+    compiled = compile_model(context, model, records.dataset, execution)
     state = _begin(context, model, run)
     context = context.warned(
         *unmeant(
@@ -159,14 +159,14 @@ def _run(
     )
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
-        engine, model, records.dataset, hash_json(inputs["model"]), schedule["attention"],
-        _numerics(schedule), budget, context.console, context.weights,
+        engine, model, records.dataset, hash_json(inputs["model"]), execution["attention"],
+        _numerics(execution), budget, context.console, context.weights,
     )  # fmt: skip
     built = _objectives(stage, start, records)
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
         objectives = [each.objective for each in built]
         build_trainer(context, run, records, objectives, budget, display).run()
-    done = _Done(model, engine.trained(), records, built, run.state, schedule, compiled)
+    done = _Done(model, engine.trained(), records, built, run.state, execution, compiled)
     outputs, summary = processes.on_rank0(lambda: _write_adapter(context, done))
     for callback in run.callbacks:
         callback.on_train_end(run, summary)
@@ -206,10 +206,10 @@ def _clean_lines(
         )
 
 
-def _numerics(schedule: dict[str, Any]) -> str:
+def _numerics(execution: dict[str, Any]) -> str:
     """What rounds the numbers of a run, in words."""
-    compiled = ", compiled" if schedule["compiled"] else ""
-    return f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}{compiled}"
+    compiled = ", compiled" if execution["compiled"] else ""
+    return f"{execution['kernels']}, ordered weights: {execution['ordered_weights']}{compiled}"
 
 
 def _objectives(
@@ -232,7 +232,7 @@ class _Done:
     records: TrainingData
     objectives: Sequence[BuiltObjective]
     state: RunState
-    schedule: dict[str, Any]
+    execution: dict[str, Any]
     compiled: Compiling
 
 
@@ -286,5 +286,5 @@ def _summary(context: TrainContext, done: _Done) -> dict[str, Any]:
         "dtype": context.engine.device.dtype_name,
         "quantization": context.job.run.quantization,
         "ledger": records.ledger.summary(),
-        **{key: done.schedule[key] for key in _OF_THE_SCHEDULE},
+        **{key: done.execution[key] for key in _OF_THE_EXECUTION},
     }

@@ -22,13 +22,10 @@ LOSS_MODULES = (paired,)
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:
-    """Sum of the negative log-probabilities of a micro-batch.
+    """Sum of the negative log-probabilities of a micro-batch's sequences [S].
 
-    The caller divides by the step's trained tokens, a number known before the first forward, so
-    that micro-batches of any size add up to the same loss.
-
-    Args:
-        logps: summed log-probability of each sequence [S], float32 or float64.
+    The caller divides by the step's trained tokens, which are known before the first forward, so
+    micro-batches of any size add up to the same loss.
     """
     return -logps.sum()
 
