@@ -14,11 +14,11 @@ from collections.abc import Iterable
 class TandemError(Exception):
     """Base of the errors that a command reports without a traceback.
 
-    `told` is set where another process of the same run reports it.
+    `reported` is set if another process of the same run has reported it.
     """
 
     exit_code = 1
-    told = False
+    reported = False
 
 
 class UserError(TandemError):

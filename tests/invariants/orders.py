@@ -152,7 +152,7 @@ def carry_out(order: Order, home: Path) -> Outcome:
             )
         except TandemError as error:
             kind = type(error).__name__
-            return Outcome(text.getvalue(), kind, str(error), error.exit_code, error.told)
+            return Outcome(text.getvalue(), kind, str(error), error.exit_code, error.reported)
     return Outcome(text.getvalue())
 
 

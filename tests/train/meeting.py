@@ -70,7 +70,7 @@ def _caught(work: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"result": work()}
     except TandemError as error:
-        told, code = error.told, error.exit_code
+        told, code = error.reported, error.exit_code
         return {"kind": type(error).__name__, "message": str(error), "told": told, "code": code}
 
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except TandemError as error:
         _settle()
-        if not error.told and _says_it():
+        if not error.reported and _says_it():
             _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:

@@ -50,13 +50,8 @@ class BatchShapes(Protocol):
 class BatchRequest:
     """What a device may look at before it declares shapes.
 
-    Attributes:
-        data, held_out: the encoded records to train on and to score, None for no such records.
-        sampler: which of `data` a step has (`data.batching.sampler.StepSampler`).
-        max_length: tokens of a sequence.
-        budget: tokens of a micro-batch, as the run would choose it.
-        requested: the recipe's `tokens_per_microbatch`.
-        log: takes lines for the console.
+    `data` and `held_out` (None: nothing) are encoded records, `sampler` chooses those of a step.
+    `budget` is the tokens of a micro-batch that the run would choose, `requested` the recipe's.
     """
 
     data: Any
@@ -101,10 +96,7 @@ class Device:
 
     @property
     def sums(self) -> torch.dtype:
-        """What log-probs are summed in: float64 where there is such a thing.
-
-        MPS has none, and of Intel's GPUs the Arc A series has none.
-        """
+        """What log-probs are summed in: float64 where the device has it (MPS and Arc A do not)."""
         if self.kind in ("cpu", "cuda"):
             return torch.float64
         if self.kind == "xpu" and torch.xpu.get_device_properties(self.torch_device).has_fp64:
@@ -134,9 +126,7 @@ class Device:
     def attention(self, requested: str, model: Any) -> tuple[str, str] | None:
         """The attention backend that this device needs and why; None: any that fits the model.
 
-        Args:
-            requested: the recipe's attention.
-            model: on the device, without an adapter.
+        `requested` is the recipe's; the model is on the device, without an adapter.
         """
         del requested, model
         return None
@@ -174,10 +164,7 @@ class Device:
         return int(self._module.mem_get_info(self.torch_device)[0])
 
     def peak_memory(self) -> int:
-        """Most bytes this process has held at once: on CPU resident, elsewhere allocated.
-
-        MPS keeps no record of its most; there it is what the driver holds now.
-        """
+        """Most bytes this process has held at once: resident on a CPU, else allocated."""
         if self.kind == "cpu":
             return most_resident()
         if self.kind == "mps":
@@ -185,10 +172,7 @@ class Device:
         return int(self._module.max_memory_allocated(self.torch_device))
 
     def held_memory(self) -> int:
-        """Bytes this process holds before a model is loaded, counted as `peak_memory` counts.
-
-        Interpreter and libraries are in a CPU's memory and not in that of other devices.
-        """
+        """Bytes that interpreter and libraries hold of what `peak_memory` counts."""
         return int(psutil.Process().memory_info().rss) if self.kind == "cpu" else 0
 
     @property
@@ -231,10 +215,9 @@ def numbered(kind: str) -> str:
 
 
 def count_devices(device: str) -> int | None:
-    """How many there are of a kind of which each process needs one of its own; None of others.
+    """How many devices there are if each process needs one of its own, else None.
 
-    Args:
-        device: a recipe's; `auto` is the kind that would be taken.
+    `device` is a recipe's; `auto` stands for the kind that would be chosen.
     """
     if device == "auto":
         device = next((kind for kind in ("cuda", "xpu") if unavailable_reason(kind) is None), "cpu")

@@ -74,7 +74,7 @@ def started_by_launcher() -> bool:
 def without_local_rank(argv: Sequence[str]) -> list[str]:
     """A command line without the `--local_rank=N` that launchers put before the command.
 
-    deepspeed does so unless it is told `--no_local_rank`; the number is in LOCAL_RANK, too.
+    deepspeed does so unless `--no_local_rank` is set; the number is in LOCAL_RANK, too.
 
     Raises UserError for another number than that one.
     """

@@ -88,7 +88,7 @@ class _End:
         return own[0] if own else TandemError.exit_code if self.codes else 0
 
     def killed(self) -> Iterator[str]:
-        """A line for each process that a signal ended, but for the SIGTERM of the launcher."""
+        """A line for each process that a signal ended, except the launcher's SIGTERM."""
         for rank, code in sorted(self.codes.items()):
             if code < 0 and -code != signal.SIGTERM:
                 yield f"error: process {rank} was ended by {signal.Signals(-code).name}"

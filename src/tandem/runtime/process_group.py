@@ -45,7 +45,7 @@ class ProcessGroup:
 
     Work that may fail in one process alone runs inside `gather`, `on_all` or `on_rank0`. An error
     in any process then ends all of them at the same point: the first one that failed raises its
-    own error and reports it, the others raise one that is marked as `told`.
+    own error and reports it, the others raise one that is marked as `reported`.
 
     Args:
         launch: this process's place among them.
@@ -84,7 +84,7 @@ class ProcessGroup:
             if error is not None and self.rank == failed[0]:
                 raise error
             failure: _Failure = found[failed[0]]
-            raise _told(failure.message, failure.exit_code)
+            raise _reported(failure.message, failure.exit_code)
         return found
 
     def on_all(self, work: Callable[[], T]) -> T:
@@ -159,7 +159,7 @@ class ProcessGroup:
             )
             # All that wait find the same; the first of them says it.
             speaks = self.rank == (1 if other == 0 else 0)
-            raise (TandemError(message) if speaks else _told(message, 1)) from error
+            raise (TandemError(message) if speaks else _reported(message, 1)) from error
 
     def any_rank(self, value: bool) -> bool:
         """Whether it is true in any process."""
@@ -182,7 +182,7 @@ class ProcessGroup:
     def raise_on_all(self, error: TandemError) -> NoReturn:
         """Raise an error that every process raises at this point; rank 0 says it."""
         self._agreed = True
-        raise error if self.is_rank0 else _told(str(error), error.exit_code)
+        raise error if self.is_rank0 else _reported(str(error), error.exit_code)
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
@@ -300,10 +300,10 @@ def _not_met(launch: Launch, timeout: timedelta, why: str) -> TandemError:
     )
 
 
-def _told(message: str, exit_code: int) -> TandemError:
+def _reported(message: str, exit_code: int) -> TandemError:
     error = TandemError(message)
     error.exit_code = exit_code
-    error.told = True
+    error.reported = True
     return error
 
 
@@ -327,7 +327,7 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
     over, beats = threading.Event(), count()
 
     def beat() -> None:
-        with suppress(dist.DistError):  # nobody is left to be told
+        with suppress(dist.DistError):  # no process is left to listen
             while not over.wait(every):
                 store.set(f"{name}/{next(beats)}", _ALIVE.decode())
 

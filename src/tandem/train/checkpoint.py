@@ -221,7 +221,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def _step_in(line: bytes) -> float:
-    """The step of a line of metrics; beyond all others where it cannot be told."""
+    """The step of a line of metrics; infinity for a line that cannot be read."""
     try:
         match json.loads(line.decode()):
             case {"step": int(step)}:

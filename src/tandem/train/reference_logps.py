@@ -201,7 +201,7 @@ def reference_logps(
 
     def compute(part: Sequence[range]) -> list[tuple[float, int]]:
         unit = part[processes.rank] if processes.rank < len(part) else range(0)
-        # A process without records of its own still has to keep the others company.
+        # With spread weights, a process without records of its own still takes part.
         return _compute_unit(engine, [trees[i] for i in unit], trees[part[0].start], budget)
 
     def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:

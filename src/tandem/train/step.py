@@ -43,8 +43,8 @@ class RankWork:
 
     Attributes:
         micro_batches: its own.
-        fillers: how many more it runs to keep the others company: each of the `smallest` example,
-            with a weight of 0.
+        fillers: how many more it runs so that all run equally many: each of the `smallest`
+            example, with a weight of 0.
     """
 
     micro_batches: Sequence[Members]

@@ -44,7 +44,7 @@ _SCHEDULERS = {
 
 
 def own_config(stage: int) -> dict[str, Any]:
-    """What DeepSpeed is told when the recipe only names a stage."""
+    """DeepSpeed's configuration for a recipe that only names a stage."""
     return _for_deepspeed({"zero_optimization": {"stage": stage}})
 
 

@@ -68,7 +68,7 @@ def load_bridge(*, lazy: bool | None) -> None:
 
 
 def lazy_mode() -> bool:
-    """Whether the bridge is told to run in lazy mode."""
+    """Whether the bridge is set to lazy mode."""
     return os.environ.get(_MODE) == "1"
 
 

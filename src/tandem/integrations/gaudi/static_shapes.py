@@ -76,10 +76,6 @@ def declare_buckets(
         asked: lengths in tokens; `max`: one, which holds `max_length` and the longest record;
             `auto`: up to four, the largest of which holds the token budget and the longest record,
             each other half of the next, so that filling a micro-batch up never doubles it.
-        trees: the run's records.
-        budget: tokens of a micro-batch.
-        max_length: tokens of a sequence.
-        held_out: records that are scored on the way.
 
     Raises UserError naming the record and the lengths when a record exceeds the largest that was
     asked for.
@@ -126,13 +122,8 @@ def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
     behind the last sequence, which is thrown away, and filler sequences have no targets, so that
     their log-prob is 0.
 
-    Args:
-        batch: on the CPU, where all of this happens.
-        bucket: its shape, not smaller in anything.
-
-    Returns:
-        T, N and S as declared, `spans` in place of a mask, and every row in `read_rows`: how many
-        are really read would be one more shape.
+    All of this happens on the CPU. The result has T, N and S as declared, `spans` in place of a
+    mask, and every row in `read_rows`: how many are really read would be one more shape.
     """
     rows = bucket.rows - batch.tokens
     targets = bucket.targets - len(batch.target_id)

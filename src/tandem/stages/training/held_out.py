@@ -29,7 +29,7 @@ class HeldOut:
     """The held-out records.
 
     Attributes:
-        trees: encoded.
+        dataset: encoded.
         ledger: of data sets of their own; None where they were training records.
         warnings: what a reader of their scores should know.
         shared: how many of them have a prompt that is trained on.
@@ -54,10 +54,10 @@ def hold_out(
 
     Args:
         settings: of the stage.
-        trees, ledger: of the stage's data sets.
+        dataset, ledger: of the stage's data sets.
         seed: of the choice.
         prepare: reads and encodes the held-out data sets.
-        log: told what is held out, and the prompts that both parts have.
+        log: takes lines about what is held out, and prompts that both parts have.
 
     Raises UserError for data that cannot be used or divided.
     """
@@ -86,7 +86,7 @@ def hold_out(
 
 
 def best_by(settings: TrainingSettings) -> Best | None:
-    """How the best adapter is told; None where the last one is kept."""
+    """What makes an adapter the best; None if the last one is kept."""
     return _METRICS[settings.best_metric] if settings.keep == "best" else None
 
 

@@ -40,7 +40,7 @@ class HeldOutEvaluation(Callback):
     Args:
         runner: of the held-out records, without a backward.
         every: steps from one score to the next.
-        best: how the best adapter is told, when it is to be kept.
+        best: what makes an adapter the best, if that one is to be kept.
         kept: where the best adapters are kept.
         checkpoints: the run's; a best adapter stays as long as one of them remembers it.
     """

@@ -82,12 +82,9 @@ class Engine(ABC):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
     ) -> None:
-        """Take over a model, adapter included.
+        """Take over a model with its adapter, on the CPU if `sharded`, else on the device.
 
-        Args:
-            model: on the CPU where `sharded`, else on the device.
-            make_optimizer: called with the parameters that it moves.
-            max_grad_norm: gradients are clipped to it; None leaves them alone.
+        Gradients are clipped to `max_grad_norm`; None leaves them alone.
         """
         self.model = model
         self.parameters = trainable_parameters(model)
