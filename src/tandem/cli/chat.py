@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parser import Parser, add_flag, path, positive, seed
+from tandem.cli.parser import Parser, add_flag, number, path, positive, seed
 from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings
 
@@ -56,21 +56,14 @@ def _chat_parser() -> Parser:
 
 
 def _not_negative(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number < float("inf"):
+    value = number(text)
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return number
+    return value
 
 
 def _share(text: str) -> float:
-    number = _number(text)
-    if not 0 < number <= 1:
+    value = number(text)
+    if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    return value

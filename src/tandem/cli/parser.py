@@ -78,29 +78,30 @@ def path(text: str) -> str:
 
 def positive(text: str) -> int:
     """A whole number above 0, as argparse wants it."""
-    number = _whole(text)
-    if number <= 0:
+    value = whole(text)
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def count(text: str) -> int:
-    """A whole number from 0, as argparse wants it."""
-    number = _whole(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
+    return value
 
 
 def seed(text: str) -> int:
     """A whole number that torch and numpy take as a seed, as argparse wants it."""
-    number = _whole(text)
-    if not 0 <= number < 2**32:
+    value = whole(text)
+    if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
-    return number
+    return value
 
 
-def _whole(text: str) -> int:
+def number(text: str) -> float:
+    """A number, as argparse wants it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def whole(text: str) -> int:
+    """A whole number, as argparse wants it."""
     try:
         return int(text)
     except ValueError:
@@ -115,14 +116,14 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) 
     from tandem.recipe.flags import boolean
     from tandem.recipe.section import expanded
 
-    kind: Any = path if flag.kind is expanded else flag.kind
+    kind: Any = {expanded: path, int: whole, float: number}.get(flag.kind, flag.kind)
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        of_its_kind = {int: "N", float: "X", path: "PATH"}.get(kind, "TEXT")
+        of_its_kind = {whole: "N", number: "X", path: "PATH"}.get(kind, "TEXT")
         options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
