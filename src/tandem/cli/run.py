@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         from tandem.pipeline.preflight import check_tokens
 
-        check_tokens(recipe, set(STAGES))
+        check_tokens(recipe)
         if launched().speaks:
             print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0
