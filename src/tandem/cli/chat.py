@@ -50,7 +50,7 @@ def _chat_parser() -> Parser:
         help="0 always takes the likeliest token (0.7).")  # fmt: skip
     add("--top_p", type=_share, default=0.95, metavar="X", help="Nucleus sampling (0.95).")
     add("--seed", type=seed, metavar="N", help="Makes sampled answers repeatable.")
-    device = flag_of(RunSettings, "device", help="Where to answer.")
+    device = flag_of(RunSettings, "device", help="The device to answer on.")
     add_flag(parser, device, default="auto")
     return parser
 

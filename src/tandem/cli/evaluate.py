@@ -51,7 +51,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         flag_of(ServerSettings, "model", "judge", at=("judge",), metavar="MODEL",
                 help="A model on an OpenAI-compatible server, by its name there."),
         flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL",
-                help="The server's address, up to where /chat/completions follows."),
+                ),
         flag_of(ServerSettings, "key_variable", "judge_key_variable", at=("judge",),
                 metavar="NAME"),
     ),
@@ -59,7 +59,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
 _LIMIT = flag_of(EvaluationSettings, "limit")
 _RUN = (
     flag_of(RunSettings, "chat_template", help="For models without a template of their own."),
-    flag_of(RunSettings, "device", help="Where to compute."),
+    flag_of(RunSettings, "device", help="The device to compute on."),
     flag_of(RunSettings, "dtype"),
 )
 

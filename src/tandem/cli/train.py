@@ -159,6 +159,6 @@ def _merge_parser() -> Parser:
     )
     own = "A shipped one or a file; by default the one in the adapter's folder."
     add_flag(parser, flag_of(RunSettings, "chat_template", help=own))
-    where = flag_of(RunSettings, "device", help="Where the check computes.")
+    where = flag_of(RunSettings, "device", help="The device that the check computes on.")
     add_flag(parser, where, default="auto")
     return parser

@@ -78,7 +78,8 @@ def _section(title: str, model: type[BaseModel], titles: Mapping[str, str]) -> I
         if shared.get(name) == entry:
             continue
         default = "" if name in schema.get("required", ()) else _default(model, name)
-        yield f"| `{name}` | {_type(entry, titles)} | {default} | {entry['description']} |"
+        meaning = model.model_fields[name].description
+        yield f"| `{name}` | {_type(entry, titles)} | {default} | {meaning} |"
     yield ""
 
 
