@@ -213,8 +213,8 @@ def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
     The configuration of a model on the Hub is fetched if the stage that begins with it is asked
     for.
     """
+    from tandem.model.base_model import check_base
     from tandem.model.model_folder import check_fetchable, model_folder
-    from tandem.stages.training.fingerprint import check_base
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}
