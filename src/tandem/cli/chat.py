@@ -1,4 +1,4 @@
-"""`tandem chat MODEL [MODEL ...]`: talking to what came out."""
+"""`tandem chat MODEL [MODEL ...]`: talk to models in the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An argparse parser that takes dashes for underscores, and says what a wrong flag is close to."""
+"""An argparse parser that treats dashes as underscores and suggests the nearest valid flag."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(self._own_spelling(argv))
 
     def error(self, message: str) -> NoReturn:
-        """Argparse calls this with what is wrong."""
+        """Raise what argparse finds wrong as a UserError."""
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help")
 
     def _own_spelling(self, argv: Sequence[str]) -> list[str]:
-        """The arguments with every flag spelt as it was declared."""
+        """Spell every flag as it was declared."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         declared = {flag.replace("_", "-"): flag for flag in flags}
         spelled: list[str] = []
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """A path, `~` and variables resolved, as argparse wants it."""
+    """Convert to a path, with `~` and variables resolved."""
     from tandem.recipe.section import expanded
 
     try:  # a shell leaves `~` in `--flag=~/x` as it is
@@ -77,7 +77,7 @@ def path(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as argparse wants it."""
+    """Convert to a whole number above 0."""
     value = whole(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -85,7 +85,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A whole number that torch and numpy take as a seed, as argparse wants it."""
+    """Convert to a whole number that torch and numpy take as a seed."""
     value = whole(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
@@ -93,7 +93,7 @@ def seed(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A number, as argparse wants it."""
+    """Convert to a number."""
     try:
         return float(text)
     except ValueError:
@@ -101,7 +101,7 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """A whole number, as argparse wants it."""
+    """Convert to a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -149,7 +149,7 @@ def add_overrides(parser: Parser, what: str) -> None:
 
 
 def output_folder(path: Path, name: str) -> Path:
-    """The folder that a command is to write into, `~` resolved; it need not exist yet.
+    """Resolve `~` in the folder that a command is to write into; it need not exist yet.
 
     Args:
         path: the folder.

@@ -1,4 +1,4 @@
-"""Before the first stage: what a later one would stumble over after hours of work."""
+"""Checks before the first stage for what would stop a later one after hours of work."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PairsFormat = Literal["jsonl", "parquet"]
 Strata = Literal["source", "length"]
 Shares = Literal["proportional", "equal"]
 LimitKey = Literal["max_tokens", "max_completion_tokens"]
-# As data/text/language.py can tell them.
+# Those that data/text can tell apart.
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "ru", "uk", "el",
     "he", "ar", "hi", "bn", "ta", "th", "ja", "ko", "zh",
@@ -40,7 +40,7 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 TRAINING_STAGES: tuple[TrainingStageName, ...] = get_args(TrainingStageName)
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
-# What each engine divides among its processes; the others hold it whole.
+# What each engine divides among its processes; the rest is whole in each of them.
 SHARDS: dict[str, frozenset[str]] = {
     "single": frozenset(),
     "ddp": frozenset(),
