@@ -14,11 +14,10 @@ from rich.console import Console
 
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.formats.format import Kind
-from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError
 from tandem.integrations.choose import choose_device
-from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
+from tandem.model.added_tokens import check_added
+from tandem.model.base_model import BaseModelInfo, check_base, load_base_info
 from tandem.model.model_folder import model_folder
 from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
 from tandem.plan.history import Setting
@@ -33,7 +32,6 @@ from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
-from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.train.token_budget import token_budget
@@ -192,9 +190,8 @@ class _Planner:
     ) -> StagePlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        config, tokenizer, template, added = model_side(
-            self.base, recipe, settings.max_length, weights=False
-        )
+        base = load_base_info(recipe, self.base, settings.max_length, weights=False)
+        config, added = base.config, base.added
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
         if trains_added:
@@ -227,17 +224,13 @@ class _Planner:
         known = None
         if data.sources:
             known = _read(
-                self._records(
-                    stage, settings, data, tokenizer, template, described_rows(config, added)
-                ),
+                self._records(stage, settings, data, base),
                 asked,
             )
         elif guess is not None:
             known = _taken(guess, asked, int(config.get_text_config().vocab_size))
-        if trains_added and (
-            words := in_words(untrained_tokens(self.base, config, tokenizer, template, added.ids))
-        ):
-            data = replace(data, notes=(words, *data.notes))
+        if trains_added:
+            data = replace(data, notes=(*base.warnings(), *data.notes))
         made, disk = None, None
         memory: dict[str, Memory] = {}
         notes = _notes(data, guess, model)
@@ -272,14 +265,13 @@ class _Planner:
         stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
-        tokenizer: Any,
-        template: ChatTemplate,
-        rows: int,
+        base: BaseModelInfo,
     ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        chat = ChatTokenizer.of(tokenizer, template, rows)
-        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
+        reader = StageReader(
+            stage.name, _KINDS[stage.name], settings, base.chat, None, self.console
+        )
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _copies(self, shape: ModelShape, free: int) -> int:
