@@ -75,14 +75,14 @@ def many_words(text: str) -> bool:
 class Other:
     """A set of texts that others are looked for in; filled with `fill` or `add`, then asked.
 
+    `rows` counts what was read, `unreadable` what could not be parsed; `first_unreadable` is the
+    first of that.
+
     Args:
         name: of the set, for messages.
         runs: whether to look for words in a row, or for whole prompts only.
         run: so many words in a row are a sign.
         form: words in a row in more rows than this are the set's form, and no sign; None: all are.
-
-    `rows` counts what was read, `unreadable` what could not be parsed; the first of that is told
-    by `first_unreadable`.
     """
 
     def __init__(
