@@ -141,7 +141,7 @@ def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]
     """Positions of the examples that each rank computes, with costs as even as they get.
 
     The costliest first, each to the rank with the least so far; then examples of the costliest rank
-    move to another, or change places with one there, as long as that lowers the costlier of the two.
+    move to another, or change places with one there, while that lowers the costlier of the two.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
