@@ -156,8 +156,8 @@ class DatasetWriter:
     ) -> None:
         """Complete the columns; nothing may be added after that.
 
-        `formats` are names of formats and `unread` keys that are not read, by source; `sources` says
-        how many records each source gave.
+        `formats` are names of formats and `unread` keys that are not read, by source; `sources`
+        are how many records each source gave.
         """
         self._sources = tuple(sources)
         self._put("trained", np.packbits(self._bits))
