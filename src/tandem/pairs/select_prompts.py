@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from tandem.data.text.contamination import Other, fill
 from tandem.data.text.text_traits import language_of, refuses
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt, read_prompts
+from tandem.recipe.choices import Shares, Strata
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.runtime.console import log
@@ -43,8 +43,8 @@ class Selection:
     """
 
     count: int | None = None
-    stratify: Literal["source", "length"] | None = None
-    shares: Literal["proportional", "equal"] = "proportional"
+    stratify: Strata | None = None
+    shares: Shares = "proportional"
     distinct: bool = False
     min_prompt_characters: int | None = None
     max_prompt_characters: int | None = None

@@ -26,6 +26,7 @@ from tandem.report.result_rows import (
 )
 from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run
 from tandem.storage.atomic_files import atomic_write_text
+from tandem.storage.run_folder import TRAINING_STAGES
 from tandem.wording import count, duration, is_number, percent, short_count
 
 PAGE = "report.html"
@@ -144,7 +145,7 @@ def _base_model(facts: RunFacts) -> str:
     from_recipe = facts.recipe.get("model")
     if from_recipe:
         return str(from_recipe)
-    trained = [s for s in facts.stages if s.kind in ("sft", "dpo")]
+    trained = [s for s in facts.stages if s.kind in TRAINING_STAGES]
     return training_section.base_model(trained[0]) if trained else ""
 
 

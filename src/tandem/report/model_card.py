@@ -23,7 +23,7 @@ from tandem.report.result_rows import (
 from tandem.report.run_facts import RunFacts, StageFacts, read_run
 from tandem.report.training_section import base_model, find_key
 from tandem.storage.atomic_files import atomic_write_text
-from tandem.storage.run_folder import KIND_TITLES
+from tandem.storage.run_folder import KIND_TITLES, TRAINING_STAGES
 from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,7 +48,7 @@ def write_card(run_dir: Path, model_dir: Path) -> Path:
 
 def card_facts(run: RunFacts) -> dict[str, Any]:
     """The plain values that `model_card` prints, taken from a run's files."""
-    trained = [s for s in run.stages if s.kind in ("sft", "dpo")]
+    trained = [s for s in run.stages if s.kind in TRAINING_STAGES]
     base = run.recipe.get("model") or (base_model(trained[0]) if trained else "")
     versions: dict[str, str] = {}
     for stage in run.stages:
