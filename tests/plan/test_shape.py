@@ -25,9 +25,9 @@ from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import examine
 from tandem.model.lora.adapter import add_adapter, modules_out_of_reach, trainable_parameters
-from tandem.plan.memory_estimate import ENGINES, Held, memory_of
 from tandem.plan.model_shape import ModelShape, described, shape_of
-from tandem.plan.workload import Work, count_operations
+from tandem.plan.stage_estimate import ENGINES, MemoryUse, memory_of
+from tandem.plan.workload import Workload, count_operations
 
 from ..invariants.families import PADDED
 
@@ -188,9 +188,9 @@ def test_operations_are_those_that_torch_counts(targets: Any, checkpointing: boo
     assert found.reference_share == found.reference / (found.training + found.reference)
 
 
-def _work(rows: int) -> Work:
+def _work(rows: int) -> Workload:
     visible = rows * (rows + 1) / 2
-    return Work(
+    return Workload(
         records=1, steps=1, examples=1, tokens=rows, tokens_per_epoch=rows, padded_tokens=rows,
         shared_tokens=0, targets=rows, visible=visible, longest=rows, packed_steps=1,
         micro_batches=1, fill=1.0, imbalance=1.0, largest=rows, reference_tokens=rows,
@@ -219,7 +219,7 @@ def test_a_model_whose_sizes_have_other_names_is_refused(monkeypatch: pytest.Mon
 
 def test_memory_by_engine() -> None:
     shape = _shape(CONFIGS["llama"])
-    held = Held(
+    held = MemoryUse(
         weight_bytes=2, quantized=False, copies=0, checkpointing=False, tokens=100,
         activation_bytes=10.0, head_bytes=1000, baseline=50,
     )  # fmt: skip
@@ -242,8 +242,8 @@ def test_four_bits_and_checkpointing_take_less() -> None:
     shape = _shape(CONFIGS["llama"])
     held = {"weight_bytes": 2, "copies": 0, "tokens": 100, "activation_bytes": 3e4,
             "head_bytes": 0, "baseline": 0}  # fmt: skip
-    plain = memory_of(shape, Held(quantized=False, checkpointing=False, **held), "single", 1)
-    less = memory_of(shape, Held(quantized=True, checkpointing=True, **held), "single", 1)
+    plain = memory_of(shape, MemoryUse(quantized=False, checkpointing=False, **held), "single", 1)
+    less = memory_of(shape, MemoryUse(quantized=True, checkpointing=True, **held), "single", 1)
     packed = shape.in_linear * (0.5 + 1 / 64 + 4 / (64 * 256))
     assert less.weights == pytest.approx(2 * (shape.parameters - shape.in_linear) + packed, abs=1)
     assert less.activations == 100 * (3 * 32 * 2 + 10_000)

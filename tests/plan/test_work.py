@@ -10,8 +10,8 @@ import pytest
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Origin, Tree
-from tandem.plan.stage_estimate import asked_of
-from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.plan.stage_estimate import pacing_of
+from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
@@ -52,7 +52,7 @@ def _settings(kind: str, shared_data: Path, folder: Path, **changes: Any) -> Sft
     return Sft(**values) if kind == "sft" else Dpo(**values)
 
 
-def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = False) -> Work:
+def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = False) -> Workload:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
     from tandem.data.sources.rows import SourceSpec
 
@@ -69,11 +69,11 @@ def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = Fals
         seed=3,
         console=QUIET,
     )
-    asked = asked_of(
+    pacing = pacing_of(
         settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
         parts=records.parts,
     )  # fmt: skip
-    return count_work(records.trees, asked)
+    return count_work(records.trees, pacing)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_a_plan_for_processes_deals_as_they_do(
         name="dpo",
         console=QUIET,
     )
-    asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
-    work = count_work(trees, asked)
+    pacing = pacing_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
+    work = count_work(trees, pacing)
     weight = attention_weight(config)
     plans = []
     for step in steps(len(trees), 7, seed=3, count=work.steps):
@@ -200,8 +200,8 @@ def test_guessed_records_count_as_equal_ones_would() -> None:
     writer = TreeWriter(None, ["x"])
     writer.add(Batch("x", to_columns(trees), ()))
     writer.finish({}, [count])
-    asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
-    real, guessed = count_work(writer.trees(), asked), guess_work(10, 10, asked, answers=0.6)
+    pacing = Pacing(4, 1.5, None, 0, 20, 1, 0.0)
+    real, guessed = count_work(writer.trees(), pacing), guess_work(10, 10, pacing, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.
     names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
     for name in (*names.split(), "reference_tokens", "reference_visible"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,35 @@ from rich.console import Console
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import Trees
+from tandem.data.resolve_sources import held_out_of, source_specs
+from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.errors import TandemError
+from tandem.errors import UserError
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.load_model import model_folder
+from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_base
-from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline
-from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
-from tandem.plan.history import Setting
-from tandem.plan.memory_estimate import ENGINES, SHARDED, Disk, Memory, disk_of, memory_of
+from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline, folder_of
 from tandem.plan.model_shape import Described, ModelShape, described
-from tandem.plan.rate import Rate, product_rate, recorded_rate
-from tandem.plan.stage_estimate import Forecast, asked_of, copied_bytes, forecast, held_by
-from tandem.plan.trial import Trial, made_up
-from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.plan.rate import RateKey, product_rate, recorded_rate
+from tandem.plan.stage_estimate import (
+    ENGINES,
+    SHARDED,
+    Disk,
+    Memory,
+    MemoryUse,
+    StageEstimate,
+    copied_bytes,
+    disk_of,
+    estimate_stage,
+    memory_of,
+    memory_use,
+    pacing_of,
+)
+from tandem.plan.workload import Workload, count_work, guess_work
 from tandem.recipe.recipe import Recipe
+from tandem.recipe.section import DataSource
 from tandem.recipe.training_settings import Sft, Training
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device, choose_device, token_budget
@@ -40,13 +54,34 @@ from tandem.stages.training.training_data import Records, stage_records
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-# Seconds that a pass of a trial may be expected to take at a product's rate.
-_PASS = 3.0
 _PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class PlannedData:
+    """A stage's data as far as it is here.
+
+    Attributes:
+        sources: none where they are not here.
+        held_out: data sets that are held out as a whole; None where they are not here.
+        notes: what is missing, and what to do about it.
+    """
+
+    sources: Sequence[SourceSpec]
+    held_out: Sequence[SourceSpec] | None = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What is assumed of data that is not here: how many records, and tokens of each."""
+
+    records: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
     """What one training stage would do and take.
 
     Attributes:
@@ -54,10 +89,10 @@ class StagePlan:
         ledger: counts of its records, None where they were not read.
         budget: tokens of a micro-batch.
         shape: of the model with its adapter.
-        forecast: work, operations, memory and time; None where nothing is known of the data.
+        estimate: work, operations, memory and time; None where nothing is known of the data.
         memory: of one process by engine, where the work is known.
         disk: what it and its merge leave, where the work is known.
-        notes: what is missing, guessed or left out, or has failed.
+        notes: what is missing, guessed or left out.
     """
 
     name: str
@@ -65,7 +100,7 @@ class StagePlan:
     ledger: dict[str, Any] | None
     budget: int
     shape: ModelShape
-    forecast: Forecast | None
+    estimate: StageEstimate | None
     memory: dict[str, Memory]
     disk: Disk | None
     notes: tuple[str, ...]
@@ -79,7 +114,7 @@ class Plan:
     dtype: str
     processes: int
     stages: tuple[PlannedStage, ...]
-    trained: tuple[StagePlan, ...]
+    trained: tuple[TrainingPlan, ...]
 
 
 def plan_recipe(
@@ -96,85 +131,118 @@ def plan_recipe(
         recipe: the resolved recipe; of its model only configuration and tokenizer are needed.
         processes: in how many it would run.
         download: whether data sets of the Hub may be fetched.
-        guesses: what is taken for data that is not here, by training stage; the last is for all
+        guesses: what is assumed of data that is not here, by training stage; the last is for all
             that follow.
         console: for progress.
 
     Raises UserError for a model without configuration or tokenizer, an adapter or limits that do
-    not fit it, data that training would refuse, and guesses that nothing would come of.
+    not fit it, data that training would refuse, and guesses that no stage would use.
     """
     device = choose_device(recipe.device, recipe.dtype)
     planned = describe_pipeline(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
-        here = DataHere(recipe, download, Path(scratch))
-        data = [here.of(settings) for _, settings in wanted]
+        data = [available_data(recipe, s, download, Path(scratch)) for _, s in wanted]
         longest = {stage.name: settings.max_length for stage, settings in wanted}
         check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
         check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
-        baseline = device.held_memory()
-        planner = _Planner(recipe, processes, console, device, base, baseline)
+        planner = _Planner(recipe, processes, console, device, base, device.held_memory())
         trained = [
-            planner.stage(stage, settings, found, guess_for(guesses, number))
-            for number, ((stage, settings), found) in enumerate(zip(wanted, data, strict=True))
+            planner.stage(stage, settings, here, guess_for(guesses, number))
+            for number, ((stage, settings), here) in enumerate(zip(wanted, data, strict=True))
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Records and the work that they make.
+def available_data(
+    recipe: Recipe, settings: Training, download: bool, scratch: Path
+) -> PlannedData:
+    """The data of one training stage; that of the Hub is only read where `download` allows it.
 
-    Attributes:
-        asked: how the stage goes through them.
-        trees: encoded; a few made-up ones where they are guessed.
-        work: counted.
-        ledger: counts of what was read, None where they are guessed.
+    Files that are only needed meanwhile go into the folder `scratch`.
     """
+    notes: list[str] = []
 
-    asked: Asked
-    trees: Trees
-    work: Work
-    ledger: dict[str, Any] | None
+    def here(wanted: Sequence[DataSource]) -> list[SourceSpec]:
+        """Sources for the readers; none of them when one is on the Hub, which is noted."""
+        away = [
+            s.path for s in wanted if not (s.path.startswith("demo:") or looks_like_path(s.path))
+        ]
+        if away and not download:
+            notes.append(f"{', '.join(away)}: on the Hub, and not read")
+            return []
+        return source_specs(wanted, scratch, recipe.seed)
 
-
-def _read(records: Records, asked: Asked) -> _Known:
-    asked = replace(asked, parts=records.parts)
-    work = count_work(records.trees, asked)
-    return _Known(asked, records.trees, work, records.ledger.summary())
-
-
-def _taken(guess: Guess, asked: Asked, vocabulary: int) -> _Known:
-    work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
-    trees = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
-    return _Known(asked, trees, work, None)
-
-
-def _notes(data: PlannedData, guess: Guess | None, model: Described) -> tuple[str, ...]:
-    """What is missing, guessed or left out."""
-    notes = list(data.notes)
-    if not data.sources and guess is not None:
+    if settings.data:
+        way = "add --download to fetch and read it"
+        sources = here(settings.data)
+    else:
+        way = "make the pairs with `tandem run --until pairs`"
+        made = made_pairs(folder_of(recipe, "pairs"))
+        sources = [] if made is None else [SourceSpec(str(made))]
+        notes.append("the pairs are not made yet" if made is None else f"pairs: those of {made}")
+    if not sources:
         notes.append(
-            f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
-            "trained, no prompt shared"
+            f"steps, time and memory depend on this data: {way}, or add --records N "
+            "--tokens-per-record M to plan without it"
         )
-    elif not data.sources:
-        notes.append(
-            "steps, time and memory follow from it: --download fetches and reads it, --records "
-            "N --tokens-per-record M plans without it"
+        return PlannedData((), (), tuple(notes))
+    before = len(notes)
+    held_out = held_out_of(settings, sources, here)
+    if len(notes) > before:
+        notes[-1] += ", so nothing is said of the held-out records"
+        return PlannedData(sources, None, tuple(notes))
+    return PlannedData(sources, held_out, (*notes, *not_read([*sources, *held_out])))
+
+
+def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:
+    """What is assumed of the data of a stage, counted from 0; the last is for all that follow."""
+    return guesses[min(number, len(guesses) - 1)] if guesses else None
+
+
+def check_guesses(
+    guesses: Sequence[Guess], longest: Mapping[str, int], data: Sequence[PlannedData]
+) -> None:
+    """Raise UserError for guesses that no stage would use, or whose records it would not train.
+
+    Args:
+        guesses: see `guess_for`.
+        longest: the max_length of each training stage.
+        data: of each.
+    """
+    stages = list(longest)
+    away = [number for number, here in enumerate(data, start=1) if not here.sources]
+    if guesses and not away:
+        raise UserError(
+            "tandem plan: --records and --tokens-per-record are for data that is not here, and "
+            f"that of {' and '.join(stages) or 'this recipe'} is; leave them out"
         )
-    if not model.reached:
-        notes.append("which layers all-linear reaches is only known with weights: all are counted")
-    if model.padded:
-        notes.append("this model reads padded rows: nothing is shared")
-    return tuple(notes)
+    if guesses and len(guesses) > away[-1]:
+        raise UserError(
+            f"tandem plan: --records has {len(guesses)} numbers, one for each of "
+            f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
+            f"missing; leave the last {len(guesses) - away[-1]} out"
+        )
+    for number in away:
+        guess, stage = guess_for(guesses, number - 1), stages[number - 1]
+        if guess is not None and guess.tokens < 2:
+            raise UserError(
+                f"tandem plan: --tokens-per-record {guess.tokens} leaves none to train after a "
+                "first one; give at least 2"
+            )
+        if guess is not None and guess.tokens > longest[stage]:
+            raise UserError(
+                f"tandem plan: --tokens-per-record {guess.tokens} is above {stage}.max_length "
+                f"{longest[stage]}: no record that is trained is longer; give at most "
+                f"{longest[stage]}, or raise it"
+            )
 
 
 @dataclass(frozen=True)
 class _Planner:
-    """One recipe on this machine, and what the process holds before any model."""
+    """One recipe on this machine, and the bytes that the process holds before any model."""
 
     recipe: Recipe
     processes: int
@@ -185,32 +253,27 @@ class _Planner:
 
     def stage(
         self, stage: PlannedStage, settings: Training, data: PlannedData, guess: Guess | None
-    ) -> StagePlan:
+    ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
+        # An SFT before it leaves them in the merged model.
+        trains_added = stage.name == "sft" or recipe.sft is None
         config, tokenizer, template, added = model_side(
             self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
         )
-        # An SFT before it leaves them in the merged model.
-        trains_added = stage.name == "sft" or recipe.sft is None
+        notes = list(data.notes)
         if trains_added:
             engine = self._engine()
             check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
-        lora = settings.lora
-        model = described(
-            config,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
-            attention=recipe.attention,
-            added=added,
-            trains_added=trains_added,
-        )
+            untrained = untrained_tokens(self.base, config, tokenizer, template, added.ids)
+            if words := in_words(untrained):
+                notes.insert(0, words)
+        model = self._described(settings, config, added, trains_added)
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
         budget = token_budget(recipe.tokens_per_microbatch, device, config, free)
-        asked = asked_of(
+        pacing = pacing_of(
             settings,
             seed=recipe.seed,
             budget=budget,
@@ -218,48 +281,45 @@ class _Planner:
             config=config,
             padded=model.padded,
         )
-        known = None
-        if data.sources:
-            known = _read(
-                self._records(
-                    stage, settings, data, tokenizer, template, described_rows(config, added)
-                ),
-                asked,
-            )
-        elif guess is not None:
-            known = _taken(guess, asked, int(config.get_text_config().vocab_size))
-        if trains_added and (
-            words := in_words(untrained_tokens(self.base, config, tokenizer, template, added.ids))
-        ):
-            data = replace(data, notes=(words, *data.notes))
-        made, disk = None, None
+        work = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
-        notes = _notes(data, guess, model)
-        if known is not None:
-            trial = Trial(
-                config=config,
-                shape=model.shape,
-                settings=settings,
-                device=device,
-                attention=recipe.attention,
-                dropout=stage.name == "sft",
-                copies=self._copies(model.shape, free),
-                added=added,
-                trains_added=trains_added,
+        if data.sources:
+            rows = described_rows(config, added)
+            records = self._records(stage, settings, data, tokenizer, template, rows)
+            ledger = records.ledger.summary()
+            work = count_work(records.trees, replace(pacing, parts=records.parts))
+        elif guess is not None:
+            work = guess_work(guess.records, guess.tokens, pacing, answers=_ANSWERS)
+            notes[-1] = (  # in place of what to do about it
+                f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
+                "trained, no prompt shared"
             )
-            made, memory, failed = self._forecast(stage, trial, known)
-            count = guess.records if guess is not None else len(known.trees)
-            count = len(known.trees) if known.ledger is not None else count
-            doubts = unmeant(
-                settings, steps=known.work.steps, records=count, processes=self.processes
+        notes += _model_notes(model)
+        if work is not None:
+            estimate, use = self._estimate(stage.name, settings, config, model.shape, work, free)
+            memory = self._by_engine(model.shape, use, spread=not (trains_added and added))
+            notes += unmeant(
+                settings, steps=work.steps, records=work.records, processes=self.processes
             )
-            notes += (*failed, *doubts)
-            disk = self._disk(settings, config, model.shape, known.work)
-        ledger = None if known is None else known.ledger
-        return StagePlan(
-            stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            notes,
+            disk = self._disk(settings, config, model.shape, work)
+        return TrainingPlan(
+            stage.name, stage.folder, ledger, budget, model.shape, estimate, memory, disk,
+            tuple(notes),
         )  # fmt: skip
+
+    def _described(
+        self, settings: Training, config: Any, added: AddedTokens, trains_added: bool
+    ) -> Described:
+        lora = settings.lora
+        return described(
+            config,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            attention=self.recipe.attention,
+            added=added,
+            trains_added=trains_added,
+        )
 
     def _records(
         self,
@@ -289,66 +349,48 @@ class _Planner:
             rows=rows,
         )
 
-    def _copies(self, shape: ModelShape, free: int) -> int:
-        """What a run here would take for copies of the weights in a faster order."""
+    def _estimate(
+        self,
+        name: str,
+        settings: Training,
+        config: Any,
+        shape: ModelShape,
+        work: Workload,
+        free: int,
+    ) -> tuple[StageEstimate, MemoryUse]:
         device = self.device
-        copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
-        fits = device.weights == torch.float32 and copies_fit(copies, device, free)
-        return copies if fits else 0
-
-    def _forecast(
-        self, stage: PlannedStage, trial: Trial, known: _Known
-    ) -> tuple[Forecast, dict[str, Memory], tuple[str, ...]]:
-        """Estimates, memory by engine, and notes."""
-        device, shape, settings = self.device, trial.shape, trial.settings
-        engine = self._engine()
-        held = held_by(
+        quantized = self.recipe.quantization is not None
+        # What a run here would take for copies of the weights in a faster order.
+        copies = copied_bytes(shape, quantized=quantized)
+        if device.weights != torch.float32 or not copies_fit(copies, device, free):
+            copies = 0
+        use = memory_use(
             settings,
-            known.work,
+            work,
             device=device,
-            config=trial.config,
-            quantization=self.recipe.quantization,
-            copies=trial.copies,
+            config=config,
+            quantized=quantized,
+            copies=copies,
             baseline=self.baseline,
         )
-        setting = Setting(
-            stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
+        setting = RateKey(
+            name, device.kind, device.dtype_name, shape.parameters, self.processes, self._engine()
         )
-        rate, failed = self._rate(setting, trial, known)
-        made = forecast(
-            shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
+        rate = recorded_rate(setting) or product_rate(device)
+        return (
+            estimate_stage(shape, work, settings, setting, host=device.is_host, use=use, rate=rate),
+            use,
         )
-        # A single process has but one way.
-        engines: Sequence[str] = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
-        if trial.added and trial.trains_added:
-            engines = [name for name in engines if name not in SHARDED]
-        memory = {
-            name: memory_of(shape, held, name, self.processes)
-            for name in dict.fromkeys((engine, *engines))
-        }
-        return made, memory, failed
 
-    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> tuple[Rate, tuple[str, ...]]:
-        """From the last run that is alike; a trial says more than a brief one. And notes."""
-        device, recorded = self.device, recorded_rate(setting)
-        last = recorded.measured if recorded else None
-        if recorded and last and not last.brief:
-            return recorded, ()
-        product = product_rate(device.torch_device, device.weights, device.synchronize)
-        tried = None
-        failed: tuple[str, ...] = ()
-        if self.recipe.quantization is None:
-            try:
-                tried = trial.rate(known.trees, known.asked, most=_PASS * product.operations)
-            except TandemError:
-                raise
-            except Exception as error:  # whatever a strange model leads to, a plan can do without
-                failed = (
-                    f"the trial that tells its time failed ({type(error).__name__}: {error})",
-                )
-        if tried is not None:
-            return replace(tried, measured=last), ()
-        return recorded or product, failed
+    def _by_engine(self, shape: ModelShape, use: MemoryUse, *, spread: bool) -> dict[str, Memory]:
+        """Memory by engine, the chosen one first; `spread`: whether weights may be spread."""
+        # A single process has but one way.
+        others = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
+        engines = (self._engine(), *(one for one in others if spread or one not in SHARDED))
+        return {
+            engine: memory_of(shape, use, engine, self.processes)
+            for engine in dict.fromkeys(engines)
+        }
 
     def _engine(self) -> str:
         engine = self.recipe.engine
@@ -359,7 +401,7 @@ class _Planner:
             return engine
         return "ddp" if self.processes > 1 else "single"
 
-    def _disk(self, settings: Training, config: Any, shape: ModelShape, work: Work) -> Disk:
+    def _disk(self, settings: Training, config: Any, shape: ModelShape, work: Workload) -> Disk:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)
@@ -370,3 +412,12 @@ class _Planner:
             keep=settings.save_total_limit,
             merged_bytes=merged.itemsize,
         )
+
+
+def _model_notes(model: Described) -> list[str]:
+    notes = []
+    if not model.reached:
+        notes.append("which layers all-linear reaches is only known with weights: all are counted")
+    if model.padded:
+        notes.append("this model reads padded rows: nothing is shared")
+    return notes

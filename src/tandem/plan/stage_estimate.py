@@ -1,4 +1,4 @@
-"""What a training stage will take, estimated before it begins, and compared when it is done."""
+"""What a training stage will take (memory by engine, disk, time), and what it took."""
 
 from __future__ import annotations
 
@@ -7,33 +7,102 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.batching.sampler import Part
-from tandem.data.encoded.dataset import Trees
 from tandem.model.attention.select import is_padded
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
-from tandem.plan.history import FIGURES, Measured, Setting, remember
-from tandem.plan.memory_estimate import Held, Memory, memory_of
 from tandem.plan.model_shape import ModelShape, shape_of
-from tandem.plan.rate import Rate, recorded_rate
-from tandem.plan.workload import Asked, Operations, Work, count_operations, count_work
+from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
+from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
 from tandem.recipe.training_settings import Training
 from tandem.runtime.device import Device, activation_bytes, attention_weight
-from tandem.train.engines.engine import Engine
+from tandem.stages.training.context import Stage
+from tandem.stages.training.training_data import Records
+
+ENGINES = ("single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
+# Those that spread the weights over the processes.
+SHARDED = ("deepspeed-zero3", "fsdp2")
+# Adapters, their gradients and AdamW's moments are float32.
+_TRAINED_BYTES = 4
+# nf4 with its blocks' scales, which are quantised as well.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Blocks of logits and their running sums, see `model.logprobs.output_head`.
+_HEAD_BLOCKS = 3
 
 
 @dataclass(frozen=True)
-class Forecast:
+class MemoryUse:
+    """How a process of a stage uses memory.
+
+    Attributes:
+        weight_bytes: of a frozen weight.
+        quantized: whether the linear layers are in 4 bits.
+        copies: bytes of copies of the frozen weights in a faster order (on CPU).
+        checkpointing: whether activations are computed once more.
+        tokens: of the largest micro-batch.
+        activation_bytes: what a token keeps for the backward, without checkpointing.
+        head_bytes: a block of logits, see `model.logprobs.output_head`.
+        baseline: what the process holds without a model (on CPU interpreter and libraries).
+    """
+
+    weight_bytes: int
+    quantized: bool
+    copies: int
+    checkpointing: bool
+    tokens: int
+    activation_bytes: float
+    head_bytes: int
+    baseline: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process.
+
+    Attributes:
+        weights: frozen ones, copies in a faster order included.
+        adapter, gradients, optimizer: of what is trained.
+        activations: of the largest micro-batch.
+        head: the output head's blocks.
+        baseline: the process without a model.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    baseline: int
+
+    @property
+    def peak(self) -> int:
+        """All at once."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk: the adapter's file, all checkpoints that are kept, and the merged model."""
+
+    adapter: int
+    checkpoints: int
+    kept: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class StageEstimate:
     """Estimates of one stage.
 
     Attributes:
         setting: where it runs, and of what size it is.
-        work, operations, memory: see `estimate`.
-        rate: what time follows from; None where nobody knows.
+        work, operations, memory: what it does and holds.
+        rate: what time follows from; None where no run has shown one and none was timed.
         seconds, reference_seconds: of training, and of DPO's pass before it; None without a rate.
     """
 
-    setting: Setting
-    work: Work
+    setting: RateKey
+    work: Workload
     operations: Operations
     memory: Memory
     rate: Rate | None
@@ -41,16 +110,64 @@ class Forecast:
     reference_seconds: float | None
 
 
-def forecast(
+def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
+    """What one process holds under one of `ENGINES`.
+
+    ZeRO-2 spreads gradients and moments over the processes; ZeRO-3 and FSDP2 spread the weights as
+    well, and gather a layer at a time.
+    """
+    sharded = engine in SHARDED
+    frozen = float(shape.parameters * use.weight_bytes)
+    if use.quantized:
+        frozen -= shape.in_linear * (use.weight_bytes - _NF4_BYTES)
+    weights = frozen + (0 if sharded else use.copies)
+    if sharded and processes > 1:
+        weights = frozen / processes + 2 * shape.largest_layer * use.weight_bytes
+    per_token = use.activation_bytes
+    if use.checkpointing:
+        # Each layer's input stays, and one layer at a time is there whole.
+        per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers
+    trained = shape.trained * _TRAINED_BYTES
+    share = processes if sharded or engine == "deepspeed-zero2" else 1
+    return Memory(
+        weights=int(weights),
+        adapter=trained // (processes if sharded else 1),
+        gradients=trained // share,
+        optimizer=2 * trained // share,
+        activations=int(use.tokens * per_token),
+        head=use.head_bytes * _HEAD_BLOCKS + use.tokens * shape.hidden * (4 + use.weight_bytes),
+        baseline=use.baseline,
+    )
+
+
+def disk_of(
+    shape: ModelShape, *, steps: int, save_steps: int, keep: int | None, merged_bytes: int
+) -> Disk:
+    """What a stage and its merge leave on disk.
+
+    Args:
+        shape: of the model with its adapter.
+        steps: optimizer steps of the stage.
+        save_steps: a checkpoint every so many, and at the end.
+        keep: how many checkpoints stay, None for all.
+        merged_bytes: of a weight of the merged model.
+    """
+    adapter = shape.trained * _TRAINED_BYTES
+    kept = -(-steps // save_steps)
+    kept = kept if keep is None else min(kept, keep)
+    return Disk(adapter, kept * 3 * adapter, kept, shape.parameters * merged_bytes)
+
+
+def estimate_stage(
     shape: ModelShape,
-    work: Work,
+    work: Workload,
     settings: Training,
-    setting: Setting,
+    setting: RateKey,
     *,
     host: bool,
-    held: Held,
+    use: MemoryUse,
     rate: Rate | None,
-) -> Forecast:
+) -> StageEstimate:
     """The estimates that follow from a model's shape and the work.
 
     Args:
@@ -59,7 +176,7 @@ def forecast(
         settings: of the stage.
         setting: where it runs.
         host: whether processes share the machine's processor.
-        held: how memory is used.
+        use: how memory is used.
         rate: of one process, if it is known.
     """
     operations = count_operations(
@@ -68,29 +185,27 @@ def forecast(
         reference=setting.stage == "dpo",
         checkpointing=settings.gradient_checkpointing,
     )
-    memory = memory_of(shape, held, setting.engine, setting.processes)
+    memory = memory_of(shape, use, setting.engine, setting.processes)
     if rate is None:
-        return Forecast(setting, work, operations, memory, None, None, None)
-    # On CPU processes share the machine that was timed.
-    together = rate.operations * (setting.processes if not host else 1)
-    before = together
-    if rate.measured is not None and not rate.basis:
-        if host:
-            together = before = rate.measured.rate
-        if rate.measured.reference_seconds > 0:
-            before = rate.measured.reference_operations / rate.measured.reference_seconds
-    return Forecast(
+        return StageEstimate(setting, work, operations, memory, None, None, None)
+    last = rate.last_run
+    # Processes on a CPU share the machine that was timed.
+    together = rate.operations * (1 if host and last is None else setting.processes)
+    reference = together
+    if last is not None and last.reference_seconds > 0:
+        reference = last.reference_operations / last.reference_seconds
+    return StageEstimate(
         setting,
         work,
         operations,
         memory,
         rate,
         operations.training * work.imbalance / together,
-        operations.reference / before,
+        operations.reference / reference,
     )
 
 
-def asked_of(
+def pacing_of(
     settings: Training,
     *,
     seed: int,
@@ -99,9 +214,9 @@ def asked_of(
     config: Any,
     padded: bool,
     parts: tuple[Part, ...] = (),
-) -> Asked:
+) -> Pacing:
     """How a stage goes through its records."""
-    return Asked(
+    return Pacing(
         settings.batch_size,
         settings.epochs,
         settings.max_steps,
@@ -114,16 +229,16 @@ def asked_of(
     )
 
 
-def held_by(
+def memory_use(
     settings: Training,
-    work: Work,
+    work: Workload,
     *,
     device: Device,
     config: Any,
-    quantization: str | None,
+    quantized: bool,
     copies: int,
     baseline: int,
-) -> Held:
+) -> MemoryUse:
     """How a process of a stage on this kind of device uses memory.
 
     Args:
@@ -131,15 +246,15 @@ def held_by(
         work: what it feeds.
         device: where.
         config: the model's configuration.
-        quantization: of the base.
+        quantized: whether the base is in 4 bits.
         copies: bytes of copies of the weights in a faster order.
-        baseline: what the process holds without a model.
+        baseline: bytes that the process holds without a model.
     """
     width = device.weights.itemsize
     vocabulary = int(config.get_text_config().vocab_size)
-    return Held(
+    return MemoryUse(
         weight_bytes=width,
-        quantized=quantization is not None,
+        quantized=quantized,
         copies=copies,
         checkpointing=settings.gradient_checkpointing,
         tokens=work.largest,
@@ -149,97 +264,79 @@ def held_by(
     )
 
 
-def forecast_run(
-    name: str,
-    trees: Trees,
-    model: Any,
-    settings: Training,
-    *,
-    engine: Engine,
-    config: Any,
-    schedule: Mapping[str, Any],
-    parts: tuple[Part, ...],
-    quantization: str | None,
-    seed: int,
-    baseline: int,
-) -> Forecast:
+def estimate_run(
+    stage: Stage, records: Records, model: Any, schedule: Mapping[str, Any], baseline: int
+) -> StageEstimate:
     """The estimates of a run that is about to begin, with its model loaded and adapted.
 
     Args:
-        name: sft or dpo.
-        trees, model, settings, engine, config, parts, quantization, seed: the run's.
-        schedule: resolved.
-        baseline: what the process held before the model was loaded.
+        stage, records, model, schedule: the run's.
+        baseline: bytes that the process held before the model was loaded.
     """
-    device, processes = engine.device, engine.processes.count
+    device, processes = stage.engine.device, stage.engine.processes.count
     shape = shape_of(model)
-    asked = asked_of(
-        settings,
-        seed=seed,
+    pacing = pacing_of(
+        stage.settings,
+        seed=stage.seed,
         budget=schedule["tokens_per_microbatch"],
         processes=processes,
-        config=config,
+        config=stage.config,
         padded=is_padded(model),
-        parts=parts,
+        parts=records.parts,
     )
-    work = count_work(trees, asked)
-    setting = Setting(
-        name, device.kind, device.dtype_name, shape.parameters, processes, schedule["engine"]
-    )
-    held = held_by(
-        settings,
+    work = count_work(records.trees, pacing)
+    setting = RateKey(
+        stage.kind.name, device.kind, device.dtype_name, shape.parameters, processes,
+        schedule["engine"],
+    )  # fmt: skip
+    use = memory_use(
+        stage.settings,
         work,
         device=device,
-        config=config,
-        quantization=quantization,
+        config=stage.config,
+        quantized=stage.runtime.quantization is not None,
         copies=ordered_bytes(model),
         baseline=baseline,
     )
     # Nothing is timed here, where other processes wait.
     rate = recorded_rate(setting)
-    return forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
+    return estimate_stage(
+        shape, work, stage.settings, setting, host=device.is_host, use=use, rate=rate
+    )
 
 
 def copied_bytes(shape: ModelShape, *, quantized: bool) -> int:
-    """What `model.products.ordered_bytes` will find in a model; 4-bit layers have no copies."""
+    """What `onednn_linear.ordered_bytes` will find in a model; 4-bit layers have no copies."""
     return 2 * 4 * (shape.head + (0 if quantized else shape.plain))
 
 
-def compared(made: Forecast, summary: Mapping[str, Any]) -> dict[str, Any]:
+def compare(estimate: StageEstimate, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Estimates against what a finished stage's summary says, for that summary."""
-    estimated = {
-        "tokens": made.work.tokens,
-        "steps": made.work.steps,
-        "memory": made.memory.peak,
-        "seconds": made.seconds,
-    }
-    actual = {
-        "tokens": summary["tokens"],
-        "steps": summary["steps"],
-        "memory": summary["peak_memory_bytes"],
-        "seconds": summary["train_seconds"],
-    }
+    work = estimate.work
+    estimated = (work.tokens, work.steps, estimate.memory.peak, estimate.seconds)
+    keys = ("tokens", "steps", "peak_memory_bytes", "train_seconds")
     return {
-        "rate_from": None if made.rate is None else made.rate.source,
-        **{name: {"estimated": estimated[name], "actual": actual[name]} for name in FIGURES},
+        "rate_from": None if estimate.rate is None else estimate.rate.source,
+        **{
+            figure: {"estimated": value, "actual": summary[key]}
+            for figure, value, key in zip(FIGURES, estimated, keys, strict=True)
+        },
     }
 
 
-def keep(made: Forecast, comparison: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Remember a finished stage for the next plan; raises OSError where that cannot be."""
+def remember_run(
+    estimate: StageEstimate, comparison: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """Record a finished stage for the next plan; raises OSError where that cannot be."""
     figures = {name: comparison[name] for name in FIGURES}
-    whole = summary["reference_computed"] == made.work.records
+    whole = summary["reference_computed"] == estimate.work.records
     remember(
         Measured(
-            made.setting,
-            made.operations.training * made.work.imbalance,
-            {
-                name: figure["estimated"]
-                for name, figure in figures.items()
-                if figure["estimated"] is not None
-            },
-            {name: figure["actual"] for name, figure in figures.items()},
-            made.operations.reference if whole else 0.0,
+            estimate.setting,
+            estimate.operations.training * estimate.work.imbalance,
+            {k: v["estimated"] for k, v in figures.items() if v["estimated"] is not None},
+            {k: v["actual"] for k, v in figures.items()},
+            estimate.operations.reference if whole else 0.0,
             summary["reference_seconds"] if whole else 0.0,
         )
     )

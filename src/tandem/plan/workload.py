@@ -52,7 +52,7 @@ class Operations:
 
 
 def count_operations(
-    shape: ModelShape, work: Work, *, reference: bool, checkpointing: bool
+    shape: ModelShape, work: Workload, *, reference: bool, checkpointing: bool
 ) -> Operations:
     """The operations of a stage.
 
@@ -82,7 +82,7 @@ _PACKED = 256
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Counts of a whole training stage, and of DPO's reference pass over the same records.
 
     Attributes:
@@ -123,7 +123,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Pacing:
     """How a stage goes through its records.
 
     Attributes:
@@ -146,32 +146,32 @@ class Asked:
     parts: tuple[Part, ...] = ()
 
 
-def count_work(trees: Trees, asked: Asked) -> Work:
+def count_work(trees: Trees, pacing: Pacing) -> Workload:
     """The work of a stage over its encoded records; no tree is made for it."""
-    records = _Records.of(trees, asked)
+    records = _Records.of(trees, pacing)
     count = total_steps(
-        len(trees), asked.batch_size,
-        epochs=asked.epochs, max_steps=asked.max_steps, parts=asked.parts,
+        len(trees), pacing.batch_size,
+        epochs=pacing.epochs, max_steps=pacing.max_steps, parts=pacing.parts,
     )  # fmt: skip
     every = max(1, math.ceil(count / _PACKED))
     times = np.zeros(len(trees), dtype=np.int64)
     padded = 0
     packing = _Packing()
     for step in steps(
-        len(trees), asked.batch_size, seed=asked.seed, count=count, parts=asked.parts
+        len(trees), pacing.batch_size, seed=pacing.seed, count=count, parts=pacing.parts
     ):
         examples = np.asarray(step.examples)
         np.add.at(times, examples, 1)  # a step may show a record twice
-        if not asked.padded:
+        if not pacing.padded:
             padded += padded_tokens(records.sequences(examples))
         if step.number % every == 0:
-            packing.add(records, examples, asked)
-    return Work(
+            packing.add(records, examples, pacing)
+    return Workload(
         records=len(trees),
         steps=count,
         examples=int(times.sum()),
         tokens=int(times @ records.fed),
-        tokens_per_epoch=_an_epoch(records.fed, asked.parts),
+        tokens_per_epoch=_an_epoch(records.fed, pacing.parts),
         padded_tokens=padded,
         shared_tokens=int(times @ records.shared),
         targets=int(times @ records.targets),
@@ -196,22 +196,24 @@ def _an_epoch(fed: NDArray[np.int64], parts: Sequence[Part]) -> int:
     return round(float(fed @ weights))
 
 
-def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Work:
+def guess_work(records: int, tokens: int, pacing: Pacing, *, answers: float) -> Workload:
     """The work of records that nobody has seen, all equally long, with nothing shared.
 
     Args:
         records, tokens: how many, and tokens of each.
-        asked: how the stage goes through them.
+        pacing: how the stage goes through them.
         answers: share of the tokens that is trained.
     """
-    count = total_steps(records, asked.batch_size, epochs=asked.epochs, max_steps=asked.max_steps)
-    per_epoch = total_steps(records, asked.batch_size)
+    count = total_steps(
+        records, pacing.batch_size, epochs=pacing.epochs, max_steps=pacing.max_steps
+    )
+    per_epoch = total_steps(records, pacing.batch_size)
     whole, rest = divmod(count, per_epoch)
-    examples = whole * records + min(records, rest * asked.batch_size)
+    examples = whole * records + min(records, rest * pacing.batch_size)
     targets, visible = round(tokens * answers), tokens * (tokens + 1) / 2
-    in_one = max(1, asked.budget // tokens)
-    a_share = math.ceil(min(asked.batch_size, records) / asked.processes)
-    return Work(
+    in_one = max(1, pacing.budget // tokens)
+    a_share = math.ceil(min(pacing.batch_size, records) / pacing.processes)
+    return Workload(
         records=records,
         steps=count,
         examples=examples,
@@ -223,8 +225,8 @@ def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Wo
         visible=examples * visible,
         longest=tokens,
         packed_steps=0,
-        micro_batches=count * asked.processes * math.ceil(a_share / in_one),
-        fill=min(1.0, min(in_one, a_share) * tokens / asked.budget),
+        micro_batches=count * pacing.processes * math.ceil(a_share / in_one),
+        fill=min(1.0, min(in_one, a_share) * tokens / pacing.budget),
         imbalance=1.0,
         largest=min(in_one, a_share) * tokens,
         reference_tokens=records * tokens,
@@ -248,7 +250,7 @@ class _Records:
     first: NDArray[np.int64]
 
     @classmethod
-    def of(cls, trees: Trees, asked: Asked) -> _Records:
+    def of(cls, trees: Trees, pacing: Pacing) -> _Records:
         """From the lengths that the encoded records keep; no tree is made for it."""
         branches = trees.branches.astype(np.int64)
         prefix = trees.prefix_lengths.astype(np.int64)
@@ -269,13 +271,13 @@ class _Records:
         seen = added(rows * before + rows * (rows + 1) / 2)
         shared = (branches - 1) * prefix
         half = prefix * prefix / 2
-        cost = tokens + asked.attention_weight * (half + added(own * before + own * own / 2))
+        cost = tokens + pacing.attention_weight * (half + added(own * before + own * own / 2))
         whole = prefix * (prefix + 1) / 2
         return cls(
-            fed=fed + shared if asked.padded else fed,
-            shared=np.zeros_like(shared) if asked.padded else shared,
+            fed=fed + shared if pacing.padded else fed,
+            shared=np.zeros_like(shared) if pacing.padded else shared,
             targets=added(trees.sequence_targets.astype(np.int64)),
-            visible=seen + (whole * branches if asked.padded else whole),
+            visible=seen + (whole * branches if pacing.padded else whole),
             costs=cost,
             branches=branches,
             rows=np.ceil(np.maximum.reduceat(before + rows, first[:-1])).astype(np.int64),
@@ -300,20 +302,20 @@ class _Packing:
         self.imbalance = 0.0
         self.largest = 0
 
-    def add(self, records: _Records, examples: NDArray[np.int64], asked: Asked) -> None:
+    def add(self, records: _Records, examples: NDArray[np.int64], pacing: Pacing) -> None:
         """Pack one step as training does."""
         tokens = records.fed[examples].tolist()
         sequences, rows = records.branches[examples].tolist(), records.rows[examples].tolist()
 
         def in_rows(share: Sequence[int]) -> list[tuple[int, ...]]:
-            return pack_padded([(sequences[i], rows[i]) for i in share], asked.budget)
+            return pack_padded([(sequences[i], rows[i]) for i in share], pacing.budget)
 
         plan = plan_step(
             tokens,
             records.costs[examples].tolist(),
-            asked.budget,
-            asked.processes,
-            pack_share=in_rows if asked.padded else None,
+            pacing.budget,
+            pacing.processes,
+            pack_share=in_rows if pacing.padded else None,
         )
         self.steps += 1
         self.micro_batches += sum(map(len, plan.ranks))

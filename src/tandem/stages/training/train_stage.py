@@ -21,7 +21,7 @@ from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.load_model import model_folder
 from tandem.model.torch_compile import Compiling
-from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import Training as TrainingSettings
 from tandem.recipe.unmeant import unmeant
@@ -154,7 +154,7 @@ def _run(
         len(records.trees), settings.batch_size,
         epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
     )  # fmt: skip
-    expected = processes.main(lambda: _forecast(stage, records, model, schedule, held))
+    expected = processes.main(lambda: _estimate(stage, records, model, schedule, held))
     compiled = compile_policy(stage, model, records.trees, schedule)
     progress, state = _begin(stage, model, total)
     doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
@@ -201,15 +201,11 @@ def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]
     )
 
 
-def _forecast(
+def _estimate(
     stage: Stage, records: Records, model: Any, schedule: dict[str, Any], held: int
-) -> Forecast | None:
+) -> StageEstimate | None:
     try:
-        return forecast_run(
-            stage.kind.name, records.trees, model, stage.settings,
-            engine=stage.engine, config=stage.config, schedule=schedule, parts=records.parts,
-            quantization=stage.runtime.quantization, seed=stage.seed, baseline=held,
-        )  # fmt: skip
+        return estimate_run(stage, records, model, schedule, held)
     except Exception as error:  # whatever a strange model leads to, training can do without
         stage.tell(f"nothing is estimated of this run ({type(error).__name__}: {error})")
         return None
@@ -275,7 +271,7 @@ def _finish(
     progress: Progress,
     schedule: dict[str, Any],
     compiled: Compiling,
-    expected: Forecast | None,
+    expected: StageEstimate | None,
 ) -> None:
     best = best_adapters(stage.folder)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
@@ -302,9 +298,9 @@ def _finish(
         **{key: schedule[key] for key in _OF_THE_SCHEDULE},
     }
     if expected is not None:
-        summary["estimate"] = compared(expected, summary)
+        summary["estimate"] = compare(expected, summary)
         try:
-            keep(expected, summary["estimate"], summary)
+            remember_run(expected, summary["estimate"], summary)
         except OSError as error:
             stage.tell(f"how fast this was cannot be kept for the next plan ({error})")
     atomic_write_json(stage.folder / "summary.json", summary)
