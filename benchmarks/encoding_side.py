@@ -33,7 +33,7 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
     from tandem.data.encoded.dataset_store import EncodedStore
     from tandem.data.ledger import Ledger
-    from tandem.data.sources.rows import SourceSpec
+    from tandem.recipe.data_source import DataSource
     from tandem.runtime.console import phase
 
     tokenizer, template = _tokenizer(task)
@@ -43,7 +43,7 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     began, used = time.perf_counter(), _core_seconds()
     function = prepare_pairs if task["kind"] == "pairs" else prepare_conversations
     trees = function(
-        [SourceSpec(task["data"])],
+        [DataSource(path=task["data"])],
         tokenizer=tokenizer,
         template=template,
         max_length=limits[0],
@@ -129,9 +129,9 @@ def _records(task: dict[str, Any]) -> list[Any]:
     """The first records: messages of a conversation, or the pair itself."""
     from tandem.data.ledger import Ledger
     from tandem.data.read_records import read_conversations, read_pairs
-    from tandem.data.sources.rows import SourceSpec
+    from tandem.recipe.data_source import DataSource
 
-    sources = [SourceSpec(task["data"])]
+    sources = [DataSource(path=task["data"])]
     if task["kind"] == "pairs":
         return list(islice(read_pairs(sources, Ledger(None)), task["sample"]))
     found = islice(read_conversations(sources, Ledger(None)), task["sample"])

@@ -25,14 +25,14 @@ from tandem.demo.embedded import materialise
 from tandem.model.load_model import load_base, load_model, load_tokenizer
 from tandem.model.lora.adapter import load_adapter
 from tandem.model.quantize import FILE, quantize
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Lora, Sft
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 
-from .record import Environment, say
+from .record import Environment, log
 from .report import RESULTS
 from .work import SEED
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 summary = read_json(_sft(folder, options, settings) / "summary.json")
                 seconds[run].append(summary["train_seconds"])
                 compiling += [summary["compile_seconds"]] if run == "compiled" else []
-                say(f"{repeat + 1}/{options.repeats} {run}: {seconds[run][-1]:.1f} s")
+                log(f"{repeat + 1}/{options.repeats} {run}: {seconds[run][-1]:.1f} s")
         losses = _losses(scratch, options)
     page = _page(seconds, max(compiling), losses, layer_bytes(options.hidden), options)
     print(page, flush=True)
@@ -76,13 +76,13 @@ def _sft(folder: Path, options: argparse.Namespace, runtime: dict[str, Any]) -> 
     return run_sft(
         model="demo:base",
         revision=None,
-        settings=Sft(
+        settings=SftSettings(
             data=(DataSource(path="demo:instructions"),),
             batch_size=32,
             max_steps=options.steps,
             learning_rate=_LEARNING_RATE,
             max_length=256,
-            lora=Lora(rank=16, alpha=32),
+            lora=LoraSettings(rank=16, alpha=32),
         ),
         output_dir=folder,
         chat_template="neural-chat",

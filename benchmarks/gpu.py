@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .apart import Apart
-from .record import Environment, Record, Task, load, resumed, say, take_turns
+from .record import Environment, Record, Task, load, log, resumed, take_turns
 from .report import comparisons, markdown, roofline_share
 from .training import add_files, check_files, new_record
 from .work import PADDED, Stage, Work, write_first_lines, write_model
@@ -64,7 +64,7 @@ def main(
             device=device,
         )
         if not (folder / _READY).exists():
-            say(f"writing a model of {size}M parameters to {folder}")
+            log(f"writing a model of {size}M parameters to {folder}")
             write_model(size, options.tokenizer, folder, dtype=base.dtype, device=device)
         for stage in STAGES:
             records[stage] = _measure(bench, options, replace(base, stage=stage), Path(name))

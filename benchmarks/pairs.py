@@ -20,13 +20,14 @@ import torch
 
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Row
-from tandem.data.sources.rows import SourceSpec, read_rows
+from tandem.data.sources.rows import read_rows
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.model.generate import generate_answers
 from tandem.model.load_model import context_length, load_model, load_tokenizer, model_folder
 from tandem.pairs.prompts import read_prompts
+from tandem.recipe.data_source import DataSource
 
-from .record import Environment, say
+from .record import Environment, log
 from .report import RESULTS
 from .training import SHARED
 
@@ -81,7 +82,7 @@ def _asked(name: str, options: argparse.Namespace) -> Asked:
     template = resolve_template(tokenizer, None)
     context = context_length(model.config) or 2**31
     prompts: list[list[int]] = []
-    source = SourceSpec(str(options.prompts))
+    source = DataSource(path=str(options.prompts))
     if not any(isinstance(row, Row) for row in read_rows(source)):
         raise SystemExit(f"{options.prompts} has no records")
     for prompt in read_prompts([source], "different", Ledger()):
@@ -104,7 +105,7 @@ def _measured(asked: Asked, how: str, temperature: float, repeats: int) -> tuple
         for side in names:
             runs[side].append(sides[side](asked, temperature, repeat))
             done = runs[side][-1]
-            say(f"{asked.name}, {how}, {side}: {done.seconds:.1f} s, {done.rate:.0f} tokens/s")
+            log(f"{asked.name}, {how}, {side}: {done.seconds:.1f} s, {done.rate:.0f} tokens/s")
     return row(asked.name, how, runs["tandem"], runs["alone"])
 
 

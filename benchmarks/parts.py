@@ -35,7 +35,7 @@ from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.lora import adapter
 from tandem.model.lora.adapter import adapter_off, add_adapter
 
-from .record import Environment, say
+from .record import Environment, log
 from .report import RESULTS
 from .training import SHARED
 from .work import ADAPTERS, SEED, read_trees, write_first_lines, write_model
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         turns: list[dict[str, float]] = []
         for repeat in range(options.repeats + 1):
             turns.append({name: _seconds(model, *case) for name, case in cases.items()})
-            say(f"turn {repeat} of {options.repeats}")
+            log(f"turn {repeat} of {options.repeats}")
     page = _page(turns[1:], options)  # the first turn warms up
     print(page, flush=True)
     if options.save:

@@ -138,10 +138,10 @@ def take_turns(
                 if task.work.device != "cuda" or task.work.side == "tandem":
                     raise SystemExit(f"{name} failed:\n{failure}") from failure
                 record.failed[name] = _reason(str(failure))
-                say(f"{name} failed: {failure}")
+                log(f"{name} failed: {failure}")
             else:
                 done.append(measured)
-                say(f"{repeat + 1}/{task.repeats} {name}: {measured.seconds:.1f} s")
+                log(f"{repeat + 1}/{task.repeats} {name}: {measured.seconds:.1f} s")
             if path is not None:
                 record.save(path)
 
@@ -170,7 +170,7 @@ def check(found: Mapping[str, Sequence[Measured]], stage: Stage) -> None:
                 )
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Progress, apart from the tables."""
     print(text, file=sys.stderr, flush=True)
 

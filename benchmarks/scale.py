@@ -25,7 +25,7 @@ from typing import Any
 
 from .apart import ROOT
 from .encoding import tree_memory
-from .record import Environment, say
+from .record import Environment, log
 from .report import RESULTS
 from .training import SHARED
 from .work import TEMPLATE
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         found = {}
         for form in options.formats:
             data = scratch / f"data.{form}"
-            say(f"writing {options.records} records as {form}")
+            log(f"writing {options.records} records as {form}")
             write_records(options.records, data)
             size = data.stat().st_size
             found[form] = (size, _measure(data, model, scratch))
@@ -213,7 +213,7 @@ def run(name: str, command: list[str], cache: Path) -> Ran:
         output.seek(0)
         text = output.read()
     said = json.loads(text.splitlines()[-1]) if "encoding_side" in " ".join(command) else {}
-    say(f"{name}: {seconds:.1f} s, {peak / 1e6:.0f} MB")
+    log(f"{name}: {seconds:.1f} s, {peak / 1e6:.0f} MB")
     return Ran(name, seconds, peak, said)
 
 

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tandem.data.records import Tree
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import most_resident
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
@@ -108,7 +108,9 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         "max_length": MAX_LENGTH,
         # The first step's metrics are compared with the peers'.
         "logging_steps": 1,
-        "lora": Lora(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets),
+        "lora": LoraSettings(
+            rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets
+        ),
         **steps,
     }
     named: dict[str, Any] = {
@@ -125,8 +127,8 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         "console": Console(quiet=True),
     }
     if work.stage == "dpo":
-        return run_dpo(settings=Dpo(**common, beta=BETA), **named)
-    return run_sft(settings=Sft(**common), **named)
+        return run_dpo(settings=DpoSettings(**common, beta=BETA), **named)
+    return run_sft(settings=SftSettings(**common), **named)
 
 
 @contextmanager

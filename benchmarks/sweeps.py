@@ -23,7 +23,7 @@ from tandem.report.plots import Series
 
 from .apart import Apart
 from .charts import sweep_chart
-from .record import Environment, Record, Task, resumed, say, take_turns
+from .record import Environment, Record, Task, log, resumed, take_turns
 from .report import RESULTS
 from .work import SEED, Work, write_model
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, apart: Callable[[int], Any] = A
             }
             found.rates = [{}] * options.repeats  # no roofline here
             tasks = _tasks(options, point, scratch, found)
-            say(f"{point}")
+            log(f"{point}")
             if tasks:
                 (scratch / "runs").mkdir()
                 take_turns(bench, tasks, found, scratch / "runs", None)

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from .apart import ROOT, Apart
-from .record import Environment, Record, Task, resumed, say, take_turns
+from .record import Environment, Record, Task, log, resumed, take_turns
 from .report import RESULTS, markdown, write
 from .roofline import needed_operations
 from .work import (
@@ -47,7 +47,7 @@ def main(
     tables: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as name:
         scratch = Path(name)
-        say(f"writing a model of {options.size}M parameters")
+        log(f"writing a model of {options.size}M parameters")
         write_model(options.size, options.tokenizer, scratch / "model")
         stages: tuple[Stage, ...] = ("dpo", "sft") if options.stage == "both" else (options.stage,)
         for stage in stages:
@@ -89,7 +89,7 @@ def _measure(
     if not keep:
         return markdown(record)
     record.save(file)
-    say(f"written to {file.parent}")
+    log(f"written to {file.parent}")
     return write(record, file)
 
 

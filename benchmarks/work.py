@@ -15,8 +15,8 @@ from tandem.data.batching.sampler import steps, steps_per_epoch
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.recipe.data_source import DataSource
 
 Stage = Literal["dpo", "sft"]
 TEMPLATE = "neural-chat"
@@ -215,7 +215,7 @@ def read_trees(stage: Stage, model: Path, data: Path) -> list[Tree]:
     prepare = prepare_pairs if stage == "dpo" else prepare_conversations
     ledger = Ledger(None)
     trees = prepare(
-        [SourceSpec(str(data))],
+        [DataSource(path=str(data))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, TEMPLATE),
         max_length=MAX_LENGTH,

@@ -11,8 +11,8 @@ from tandem.check.preference_columns import column_signs, scores_in, side_column
 from tandem.check.survey import Subject, survey
 from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.records import Origin, PreferencePair, Turn
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.truncation.limits import Limits
+from tandem.recipe.data_source import DataSource
 
 from .made_data import pair, write
 
@@ -152,8 +152,8 @@ def test_reversed_rows_are_found_where_a_recipe_names_the_answers(
         made = pair(seed)
         answers = {"response_0": made["chosen"], "response_1": made["rejected"]}
         rows.append({"prompt": made["prompt"], **answers, "better_response_id": int(seed == 5)})
-    spec = SourceSpec(str(write(tmp_path / "a.jsonl", rows)), fields=NUMBERED)
-    other = SourceSpec(str(write(tmp_path / "b.jsonl", map(pair, range(20, 30)))))
+    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=NUMBERED)
+    other = DataSource(path=str(write(tmp_path / "b.jsonl", map(pair, range(20, 30)))))
     plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")
     found = survey(Subject(None, (spec, other), plan, 0.05), limit=limit)
     (finding,) = found.findings

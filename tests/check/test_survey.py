@@ -21,12 +21,12 @@ from tandem.data.encoded.encode_chunk import Batch, Plan, encode_batch
 from tandem.data.formats.known_formats import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Chunk
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.contamination import read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 from .made_data import FORGETFUL, conversation, pair, write
 
@@ -36,7 +36,7 @@ CLEAN = 40
 
 def _survey(*files: Path, kind: Kind = "conversations", **options: Any) -> Survey:
     plan = Plan(kind, Limits(_MANY, None), "stop")
-    subject = Subject(None, tuple(SourceSpec(str(file)) for file in files), plan, 0.05)
+    subject = Subject(None, tuple(DataSource(path=str(file)) for file in files), plan, 0.05)
     return survey(subject, **options)
 
 
@@ -172,7 +172,7 @@ def _scored(question: str, *answers: str) -> dict[str, Any]:
 
 
 def _best_vs_rest(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
-    spec = SourceSpec(str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
+    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
     plan = Plan("preference pairs", Limits(_MANY, None), "stop")
     found = survey(Subject(None, (spec,), plan, 0.05))
     return {
@@ -247,7 +247,7 @@ def test_rows_of_a_folder_to_compare_with_have_their_file(tmp_path: Path) -> Non
     write(folder / "a.jsonl", [conversation(2)])
     write(folder / "b.jsonl", [{"query": row["messages"][0]["content"]}])
     file = write(tmp_path / "a.jsonl", [row])
-    found = _by_name(_survey(file, others=[read_other(SourceSpec(str(folder)))]))
+    found = _by_name(_survey(file, others=[read_other(DataSource(path=str(folder)))]))
     excerpt = found["shared_prompts"].examples[0].excerpt
     assert excerpt.startswith(f"as {folder / 'b.jsonl'}, row 1: What is it")
 
@@ -271,7 +271,7 @@ def test_the_special_tokens_of_the_tokenizer_are_found(
     rows = [*map(conversation, range(5)), _answer("It is <s> open.")]
     subject = Subject(
         "sft",
-        (SourceSpec(str(write(tmp_path / "a.jsonl", rows))),),
+        (DataSource(path=str(write(tmp_path / "a.jsonl", rows))),),
         Plan("conversations", Limits(_MANY, None), "stop"),
         0.05,
         chat=Chat.of(mistral_tokenizer, template),
@@ -295,7 +295,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     ledger = Ledger(None)
     prepare = prepare_pairs if pairs else prepare_conversations
     trees = prepare(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=mistral_tokenizer,
         template=template,
         max_length=400,
@@ -304,7 +304,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     )
     subject = Subject(
         None,
-        (SourceSpec(str(file)),),
+        (DataSource(path=str(file)),),
         Plan(kind, Limits(400, 150), "stop"),
         0.05,
         chat=Chat.of(mistral_tokenizer, template),
@@ -326,7 +326,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert rows == expected
     # Lengths are those before the cut.
     whole = prepare(
-        [SourceSpec(str(file))], tokenizer=mistral_tokenizer, template=template,
+        [DataSource(path=str(file))], tokenizer=mistral_tokenizer, template=template,
         max_length=_MANY, ledger=Ledger(None),
     )  # fmt: skip
     longest = [
@@ -401,7 +401,7 @@ def test_a_row_of_several_pairs_is_measured_once(mistral_tokenizer: Any, tmp_pat
         {"response": text, "overall_score": 9 - number} for number, text in enumerate(answers)
     ]
     row = {"instruction": "Why is it that the river is wide?", "completions": completions}
-    spec = SourceSpec(str(write(tmp_path / "a.jsonl", [row])), completions="best_vs_rest")
+    spec = DataSource(path=str(write(tmp_path / "a.jsonl", [row])), completions="best_vs_rest")
     chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
 
     def look(limited: bool) -> Survey:
@@ -427,14 +427,14 @@ def test_a_conversation_of_two_branches_is_no_pair(byte_tokenizer: Any, tmp_path
     resolved = resolve_template(byte_tokenizer, str(template))
     subject = Subject(
         None,
-        (SourceSpec(str(file)),),
+        (DataSource(path=str(file)),),
         Plan("conversations", Limits(_MANY, None), "stop"),
         0.05,
         chat=Chat.of(byte_tokenizer, resolved),
     )
     found = survey(subject)
     trees = prepare_conversations(
-        [SourceSpec(str(file))], tokenizer=byte_tokenizer, template=resolved,
+        [DataSource(path=str(file))], tokenizer=byte_tokenizer, template=resolved,
         max_length=_MANY, ledger=Ledger(None),
     )  # fmt: skip
     assert {len(tree.branches) for tree in trees} == {2}
@@ -453,7 +453,7 @@ def test_processes_find_what_one_process_finds(
     template = resolve_template(byte_tokenizer, "chatml")
     subject = Subject(
         None,
-        (SourceSpec(str(file)),),
+        (DataSource(path=str(file)),),
         Plan("conversations", Limits(250, None), "stop"),
         0.05,
         chat=Chat.of(byte_tokenizer, template),
@@ -480,7 +480,7 @@ def _run(file: Path, tokenizer: Any) -> None:
     """What a training stage does with its data before it trains."""
     ledger = Ledger(None)
     prepare_conversations(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, "neural-chat"),
         max_length=_MANY,
@@ -553,7 +553,7 @@ def test_few_rows_before_a_source_of_no_format_are_reported_as_well(
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     plan = Plan("conversations", Limits(_MANY, None), "drop")
-    found = survey(Subject(None, (SourceSpec(str(file)),), plan, 0.05))
+    found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05))
     assert found.problem is None
     assert _by_name(found)["dropped"].sign.about == "unparsable"
 
@@ -617,7 +617,7 @@ def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> N
     lines = tmp_path / "lines.txt"
     lines.write_text("nothing of it is here\n" + " ".join(words[3:16]).replace(".", " -") + "\n")
     file = write(tmp_path / "a.jsonl", rows)
-    others = [read_other(SourceSpec(str(path))) for path in (asked, lines)]
+    others = [read_other(DataSource(path=str(path))) for path in (asked, lines)]
     found = _survey(file, others=others)
     said = {(f.sign.name, f.sign.about): f.examples for f in found.findings}
     assert {key: [e.row for e in examples] for key, examples in said.items()} == {
@@ -628,7 +628,7 @@ def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> N
     assert shown.startswith("as row 2 there: " + " ".join(words[3:6]).replace(".", ""))
     # Twelve words are no overlap.
     lines.write_text(" ".join(words[3:15]) + "\n")
-    assert not _survey(file, others=[read_other(SourceSpec(str(lines)))]).findings
+    assert not _survey(file, others=[read_other(DataSource(path=str(lines)))]).findings
 
 
 def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
@@ -645,7 +645,7 @@ def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
     assert _survey(write(tmp_path / "b.jsonl", [conversation(1)] * 2)).unread == ()
     # What a recipe's names lead into is read.
     nested = write(tmp_path / "n.jsonl", [{"log": conversation(1), "id": 1}])
-    named = SourceSpec(str(nested), fields=(("messages", "log.messages"),))
+    named = DataSource(path=str(nested), fields={"messages": "log.messages"})
     plan = Plan("conversations", Limits(_MANY, None), "stop")
     assert survey(Subject(None, (named,), plan, 0.05)).unread == ("id",)
     # Of labelled answers those are left out that are put together first.
@@ -730,7 +730,7 @@ def test_secrets_are_looked_for_in_what_is_shown_alone(
         tmp_path / "answers.jsonl", [{"text": row["messages"][1]["content"]} for row in rows]
     )
     file = write(tmp_path / "a.jsonl", [*rows, *[CONVERSATIONS["dropped"]] * 30])
-    others = [read_other(SourceSpec(str(path))) for path in (asked, words)]
+    others = [read_other(DataSource(path=str(path))) for path in (asked, words)]
     seen: list[str] = []
 
     def counting(text: str) -> str:
@@ -755,7 +755,7 @@ def test_without_a_tokenizer_lengths_are_characters(tmp_path: Path) -> None:
 def _with_chat(tokenizer: Any, limited: bool, *files: Path) -> Survey:
     chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
     plan = Plan("conversations", Limits(400, None) if limited else Limits(_MANY, None), "stop")
-    sources = tuple(SourceSpec(str(file)) for file in files)
+    sources = tuple(DataSource(path=str(file)) for file in files)
     return survey(Subject(None, sources, plan, 0.05, chat=chat, limited=limited))
 
 

@@ -16,11 +16,11 @@ from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.formats.known_formats import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, PreferencePair
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 from .made_data import FORGETFUL, conversation, pair, write
 
@@ -44,7 +44,7 @@ def test_ids_and_targets_are_those_of_a_run(
     template = resolve_template(mistral_tokenizer, "neural-chat")
     ledger = Ledger(None)
     trees = (prepare_pairs if pairs else prepare_conversations)(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=mistral_tokenizer,
         template=template,
         max_length=length,
@@ -52,7 +52,7 @@ def test_ids_and_targets_are_those_of_a_run(
     )
     chat = Chat.of(mistral_tokenizer, template)
     for tree in trees:
-        place = find_row([SourceSpec(str(file))], kind, None, tree.origin.row)
+        place = find_row([DataSource(path=str(file))], kind, None, tree.origin.row)
         found = encode_row(chat, _plan(kind, length), place)
         (sections,) = found.trees
         assert [s.name for s in sections] == (
@@ -90,7 +90,7 @@ def test_token_texts_put_together_are_the_text(
 def test_a_dropped_row_says_why(tmp_path: Path, stories_tokenizer: Any) -> None:
     rows = [conversation(1), {"messages": [{"role": "user", "content": "Anybody?"}]}]
     file = write(tmp_path / "a.jsonl", rows)
-    place = find_row([SourceSpec(str(file))], "conversations", None, 2)
+    place = find_row([DataSource(path=str(file))], "conversations", None, 2)
     with pytest.raises(UserError, match="row 2: a run would drop this record: no assistant turn"):
         records_in(place)
     chat = Chat.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
@@ -102,7 +102,7 @@ def test_a_dropped_row_says_why(tmp_path: Path, stories_tokenizer: Any) -> None:
 def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", [conversation(seed) for seed in range(600)])
     second = write(tmp_path / "b.jsonl", ["", conversation(7), "{"])
-    sources = [SourceSpec(str(first)), SourceSpec(str(second))]
+    sources = [DataSource(path=str(first)), DataSource(path=str(second))]
     for name, row, seed in (("a.jsonl", 599, 598), ("b.jsonl", 2, 7), (str(second), 2, 7)):
         ((record,), _) = records_in(find_row(sources, "conversations", name, row))
         assert isinstance(record, Conversation)
@@ -123,12 +123,12 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
 def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
     answers = [{"response": text, "overall_score": number} for number, text in enumerate("BA")]
     file = write(tmp_path / "a.jsonl", [{"instruction": "Q", "completions": answers}])
-    source = SourceSpec(str(file), completions="best_vs_rest")
+    source = DataSource(path=str(file), completions="best_vs_rest")
     place = find_row([source], "preference pairs", None, 1)
     assert place.format_name == "UltraFeedback"
     ((record,), _) = records_in(place)
     assert isinstance(record, PreferencePair)
-    bad = SourceSpec(str(write(tmp_path / "b.jsonl", ["{"])))
+    bad = DataSource(path=str(write(tmp_path / "b.jsonl", ["{"])))
     assert find_row([bad], "preference pairs", None, 1).format_name == ""
 
 
@@ -141,7 +141,7 @@ def test_rows_that_are_put_together_are_told_and_those_left_alone_are_found(tmp_
         {"prompt": "P1", "completion": "bad", "label": False},
         {"prompt": "P1", "completion": "worse", "label": False},
     ]
-    sources = [SourceSpec(str(write(tmp_path / "a.jsonl", rows)))]
+    sources = [DataSource(path=str(write(tmp_path / "a.jsonl", rows)))]
     ((record,), _) = records_in(find_row(sources, "preference pairs", None, 5))
     assert isinstance(record, PreferencePair)
     assert (record.chosen, record.rejected) == ("good", "bad")
@@ -157,7 +157,7 @@ def test_rows_that_are_put_together_are_told_and_those_left_alone_are_found(tmp_
         records_in(find_row(sources, "preference pairs", None, 2))
     turns = [{"role": "user", "content": "P1"}, {"role": "assistant", "content": "good"}]
     others = [{"messages": turns, "label": text} for text in ("true", "false")]
-    sources.insert(0, SourceSpec(str(write(tmp_path / "b.jsonl", others))))
+    sources.insert(0, DataSource(path=str(write(tmp_path / "b.jsonl", others))))
     for file, row, pair_at in (("a.jsonl", 1, 5), ("b.jsonl", 1, 2)):
         with pytest.raises(UserError, match=f"in that of .*{file}, row {pair_at}"):
             find_row(sources, "preference pairs", file, row)
@@ -168,7 +168,7 @@ def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(tokenizer, how.pop("template", "chatml"))
     chat = Chat.of(tokenizer, template)
-    found = encode_row(chat, _plan(kind), find_row([SourceSpec(str(file))], kind, None, 1))
+    found = encode_row(chat, _plan(kind), find_row([DataSource(path=str(file))], kind, None, 1))
     ids = how.pop("ids", False)
     console = Console(width=300, record=True, highlight=False, **how)
     with console.capture() as captured:
@@ -286,7 +286,7 @@ def test_ids_are_listed_on_request(byte_tokenizer: Any, tmp_path: Path) -> None:
 
 def test_turns_alone_need_no_tokenizer(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [pair(1)])
-    ((record,), _) = records_in(find_row([SourceSpec(str(file))], "preference pairs", None, 1))
+    ((record,), _) = records_in(find_row([DataSource(path=str(file))], "preference pairs", None, 1))
     console = Console(width=500)
     with console.capture() as captured:
         print_turns(console, record)

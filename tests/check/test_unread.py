@@ -15,8 +15,8 @@ from tandem.check.survey import Subject, Survey, survey
 from tandem.check.unread_columns import verdict_sign
 from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.formats.known_formats import Kind, format_called
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.truncation.limits import Limits
+from tandem.recipe.data_source import DataSource
 
 from .made_data import conversation, pair, write
 
@@ -24,10 +24,10 @@ ASKED, ANSWERED = "Why is the river wide?", "It has come a long way from the hil
 
 
 def _survey(
-    file: Path, kind: Kind = "conversations", fields: tuple[tuple[str, str], ...] = ()
+    file: Path, kind: Kind = "conversations", fields: dict[str, str] | None = None
 ) -> Survey:
     plan = Plan(kind, Limits(2**31 - 1, None), "stop")
-    return survey(Subject(None, (SourceSpec(str(file), fields=fields),), plan, 0.05))
+    return survey(Subject(None, (DataSource(path=str(file), fields=fields or {}),), plan, 0.05))
 
 
 def _said(found: Survey, name: str) -> dict[str, list[tuple[int, str]]]:
@@ -208,7 +208,7 @@ def test_what_is_not_read_has_advice_that_suits_the_format(
     assert advice in finding.sign.hint
     if "=" in advice:
         key = advice.split()[1].partition("=")[0]
-        named = _survey(tmp_path / "a.jsonl", fields=((key, column),))
+        named = _survey(tmp_path / "a.jsonl", fields={key: column})
         assert not named.findings
 
 
@@ -264,14 +264,14 @@ def test_keys_of_turns_are_looked_at_wherever_turns_are(tmp_path: Path) -> None:
     # A recipe's names of a turn's keys are read.
     log = [{"who": "user", "said": "Q", "at": 1}, {"who": "assistant", "said": "A", "at": 2}]
     file = write(tmp_path / "e.jsonl", [{"log": log}])
-    names = (("messages", "log"), ("role", "who"), ("content", "said"))
+    names = {"messages": "log", "role": "who", "content": "said"}
     assert _survey(file, fields=names).unread == ("messages[].at",)
 
 
 def test_what_a_sources_names_lead_into_is_read_of_that_source_alone(tmp_path: Path) -> None:
     led = write(tmp_path / "a.jsonl", [{"q": {"text": ASKED}, "completion": ANSWERED}])
     plain = write(tmp_path / "b.jsonl", [{"prompt": ASKED, "completion": ANSWERED, "q": 1}])
-    sources = (SourceSpec(str(led), fields=(("prompt", "q.text"),)), SourceSpec(str(plain)))
+    sources = (DataSource(path=str(led), fields={"prompt": "q.text"}), DataSource(path=str(plain)))
     plan = Plan("conversations", Limits(2**31 - 1, None), "stop")
     assert survey(Subject(None, sources[:1], plan, 0.05)).unread == ()
     assert survey(Subject(None, sources, plan, 0.05)).unread == ("q",)
@@ -297,11 +297,11 @@ def test_keys_beside_labelled_answers_are_listed(tmp_path: Path) -> None:
     assert _survey(file, "preference pairs").unread == listed
     # Under other names as well, of which those that lead into a key read it.
     named = write(tmp_path / "b.jsonl", [{**rows[0], "label": 1, "rater": {"of": True}}, rows[1]])
-    fields = (("label", "rater.of"),)
+    fields = {"label": "rater.of"}
     assert _survey(named, "preference pairs", fields).unread == ("note", "prompt[].mood")
     # With a limit, those of the rows that were looked at.
     plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")
-    found = survey(Subject(None, (SourceSpec(str(file)),), plan, 0.05), limit=1)
+    found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05), limit=1)
     assert found.unread == ("note", "prompt[].mood")
 
 

@@ -32,7 +32,7 @@ def _by_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def _run(code: str, count: int = 2) -> tuple[int, list[str]]:
     """The exit code of processes that run some Python, and what was said about them."""
     said: list[str] = []
-    return run_processes(count, [sys.executable, "-c", code], say=said.append), said
+    return run_processes(count, [sys.executable, "-c", code], log=said.append), said
 
 
 def test_mistakes_are_found_before_anything_starts(

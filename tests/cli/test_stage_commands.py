@@ -15,7 +15,7 @@ import tandem.stages.sft
 from tandem.cli.main import main
 from tandem.recipe.flags import DATA_FLAGS, Stage, boolean, flags_of
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Dpo, Sft
+from tandem.recipe.training_settings import DpoSettings, SftSettings
 
 SEED_SFT = """
 model_name_or_path dataset_name output_dir per_device_train_batch_size
@@ -148,7 +148,7 @@ def test_the_seeds_own_command_line_runs(
     assert call["model"] == "./finetuned_model_lora"
     assert call["output_dir"] == Path("finetuned_model_lora_plus_dpo")
     settings = call["settings"]
-    assert isinstance(settings, Dpo)
+    assert isinstance(settings, DpoSettings)
     assert settings.data[0].path == "Intel/orca_dpo_pairs"
     assert (settings.batch_size, settings.max_steps, settings.beta) == (64, 1000, 0.1)
     assert settings.lora.target_modules == ("k_proj", "q_proj", "v_proj")
@@ -170,7 +170,7 @@ def test_sft_passes_its_flags_on(calls: Calls) -> None:
     argv = ["--device=cpu", "--tokens-per-microbatch", "512", "--attention", "dense"]
     assert main(["sft", *REQUIRED, *argv, "--chat-template", "t.jinja", "--seed", "7"]) == 0
     (call,) = calls
-    assert isinstance(call["settings"], Sft)
+    assert isinstance(call["settings"], SftSettings)
     assert (call["chat_template"], call["seed"], call["revision"]) == ("t.jinja", 7, None)
     assert call["runtime"] == Runtime("cpu", "auto", "dense", 512)
 
@@ -193,7 +193,7 @@ def test_flags_say_of_every_data_set_what_a_recipe_says(
         "roles": {"caller": "user", "host": "assistant"},
         "completions": "best_vs_rest",
     }
-    for stage, section in (("sft", Sft), ("dpo", Dpo)):
+    for stage, section in (("sft", SftSettings), ("dpo", DpoSettings)):
         assert main([stage, *argv]) == 0
         data = calls.pop()["settings"].data
         assert data == section.model_validate(

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 # As DeepSeek-R1's: every answer loses its reasoning, and the prompt opens the next one.
 R1 = (
@@ -40,7 +40,7 @@ def trained(tokenizer: Any, folder: Path, source: str, row: Any, prepare: Any = 
     (folder / "t.jinja").write_text(source)
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (tree,) = (prepare or prepare_conversations)(
-        [SourceSpec(str(folder / "rows.jsonl"))], tokenizer=tokenizer,
+        [DataSource(path=str(folder / "rows.jsonl"))], tokenizer=tokenizer,
         template=resolve_template(tokenizer, str(folder / "t.jinja")), ledger=Ledger(None),
         max_length=512,
     )  # fmt: skip

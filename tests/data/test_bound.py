@@ -181,7 +181,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
 from tandem.data.build_dataset import prepare_conversations
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
@@ -194,7 +194,7 @@ def most():
 def run(path, policy, loss_on):
     ledger = Ledger(None)
     trees = prepare_conversations(
-        [SourceSpec(path)], tokenizer=tokenizer, template=template, max_length=512,
+        [DataSource(path=path)], tokenizer=tokenizer, template=template, max_length=512,
         max_prompt_length=256, too_long=policy, loss_on=loss_on, ledger=ledger)
     return [e.outcome for e in ledger.entries], [len(t.sequence(0).input_ids) for t in trees]
 

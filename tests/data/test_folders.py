@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tandem.data.sources.local_files import look_into
-from tandem.data.sources.rows import SourceSpec, local_files, not_read
+from tandem.data.sources.rows import local_files, not_read
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 ROW = '{"prompt": "Why?", "completion": "So."}\n'
 
@@ -100,7 +101,7 @@ def test_what_of_a_folder_is_left_out_is_said(tmp_path: Path) -> None:
         tmp_path / "data", "train.jsonl", "val.jsonl", "extra.jsonl", "README.md", "more.zip",
         "._train.jsonl", "~$train.csv", ".cache/x.jsonl", "__MACOSX/train.jsonl", "Thumbs.db",
     )  # fmt: skip
-    (line,) = not_read([SourceSpec(str(root))])
+    (line,) = not_read([DataSource(path=str(root))])
     assert line == (
         f"not read of {root}: val.jsonl (split validation); ._train.jsonl (hidden); extra.jsonl "
         "(states no split, and others do); more.zip (of no kind that is read); ~$train.csv (the "
@@ -108,15 +109,15 @@ def test_what_of_a_folder_is_left_out_is_said(tmp_path: Path) -> None:
     )
     assert names_of(root) == ["train.jsonl"]
     # What another source reads is not left out.
-    (line,) = not_read([SourceSpec(str(root)), SourceSpec(str(root), split="validation")])
+    (line,) = not_read([DataSource(path=str(root)), DataSource(path=str(root), split="validation")])
     assert "val.jsonl" not in line
-    assert not_read([SourceSpec(str(root / "train.jsonl"))]) == []
-    assert not_read([SourceSpec(str(lay(tmp_path / "whole", "a.jsonl", "b.jsonl")))]) == []
+    assert not_read([DataSource(path=str(root / "train.jsonl"))]) == []
+    assert not_read([DataSource(path=str(lay(tmp_path / "whole", "a.jsonl", "b.jsonl")))]) == []
 
 
 def test_many_files_that_are_left_out_are_counted(tmp_path: Path) -> None:
     root = lay(tmp_path, "train.jsonl", *(f"test-{i}.jsonl" for i in range(9)))
-    (line,) = not_read([SourceSpec(str(root))])
+    (line,) = not_read([DataSource(path=str(root))])
     assert line.endswith("test-0.jsonl, test-1.jsonl, test-2.jsonl and 6 more (split test)")
 
 
@@ -131,7 +132,7 @@ def test_the_folder_of_a_run_is_no_data(tmp_path: Path, manifest: dict[str, obje
     root = lay(tmp_path, "a.jsonl", "out/data-ledger.jsonl", "out/checkpoints/step-1/metrics.jsonl")
     (root / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert names_of(root) == ["a.jsonl"]
-    assert not_read([SourceSpec(str(root))])[0].endswith("out (the folder of a run of tandem)")
+    assert not_read([DataSource(path=str(root))])[0].endswith("out (the folder of a run of tandem)")
 
 
 def test_somebody_elses_manifest_is_no_runs(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Conversation, Origin, PreferencePair
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.renaming import Renaming
-from tandem.data.sources.rows import SourceSpec, read_rows
+from tandem.data.sources.rows import read_rows
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 BOM = codecs.BOM_UTF8
 ORIGIN = Origin("made.jsonl", 1)
@@ -121,7 +122,7 @@ def test_a_file_is_read_or_refused(read: Any, lines: list[bytes], tmp_path: Path
     for on_bad_record in ("stop", "drop"):
         ledger, said, records = Ledger(), "", []
         try:
-            records = list(read([SourceSpec(str(path))], ledger, on_bad_record))
+            records = list(read([DataSource(path=str(path))], ledger, on_bad_record))
         except UserError as error:
             said = str(error)
         if said:
@@ -138,7 +139,7 @@ def test_any_array_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "made.json"
     path.write_bytes(b'[{"question": "Q", "chosen": "C", "rejected": "R"}' + content)
     ledger = Ledger()
-    rows = [one.origin.row for one in read_pairs([SourceSpec(str(path))], ledger, "drop")]
+    rows = [one.origin.row for one in read_pairs([DataSource(path=str(path))], ledger, "drop")]
     rows += [entry.row for entry in ledger.entries]
     assert sorted(rows) == list(range(1, len(rows) + 1))
     try:
@@ -149,7 +150,7 @@ def test_any_array_is_read_or_refused(content: bytes, tmp_path: Path) -> None:
         assert len(whole) == len(rows)
 
 
-def account(source: SourceSpec, read: Any) -> tuple[list[int], list[int], str] | None:
+def account(source: DataSource, read: Any) -> tuple[list[int], list[int], str] | None:
     """Rows of records, rows of ledger entries and the last detail; None if the file is refused."""
     ledger = Ledger()
     try:
@@ -174,12 +175,12 @@ def test_a_compressed_file_is_read_as_far_as_it_goes(
     plain.write_bytes(b"\n".join(lines))
     whole = packed_as(suffix, plain.read_bytes())
     packed.write_bytes(whole)
-    expected = account(SourceSpec(str(plain)), read_pairs)
-    assert account(SourceSpec(str(packed)), read_pairs) == expected
+    expected = account(DataSource(path=str(plain)), read_pairs)
+    assert account(DataSource(path=str(packed)), read_pairs) == expected
     # Bytes in the middle may change unseen: zstd need not have a checksum.
     for damaged in (whole[: int((len(whole) - 1) * cut)], whole + rubbish):
         packed.write_bytes(damaged)
-        found = account(SourceSpec(str(packed)), read_pairs)
+        found = account(DataSource(path=str(packed)), read_pairs)
         if found is None or damaged.rstrip(b"\0") == whole.rstrip(b"\0"):
             continue
         rows, entries, last = found
@@ -209,7 +210,7 @@ def test_what_a_writer_of_tables_writes_is_read(
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_ALL)
         table.writerows([("a", "b"), *rows])
-    found = list(read_rows(SourceSpec(str(path))))
+    found = list(read_rows(DataSource(path=str(path))))
     assert [row.fields for row in found if isinstance(row, Row)] == [
         {"a": a, "b": b} for a, b in rows
     ]
@@ -221,7 +222,7 @@ def test_what_a_writer_of_tables_writes_is_read(
 def test_any_bytes_are_a_table(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "made.csv"
     path.write_bytes(b"prompt,completion,label\nQ,A,true\n" + content)
-    found = account(SourceSpec(str(path)), read_conversations)
+    found = account(DataSource(path=str(path)), read_conversations)
     assert found is not None
     rows, entries, _ = found
     assert rows[0] == 1
@@ -236,7 +237,7 @@ def test_labelled_rows_are_pairs_or_have_a_reason(
     path = tmp_path / "made.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = Ledger()
-    pairs = list(read_pairs([SourceSpec(str(path))], ledger))
+    pairs = list(read_pairs([DataSource(path=str(path))], ledger))
     together = sum(entry.reason in TWO_ROWS for entry in ledger.entries)
     assert 2 * len(pairs) + len(ledger.entries) + together == len(rows)
 
@@ -253,7 +254,7 @@ def test_every_scored_answer_is_in_a_pair_or_has_a_reason(
     path = tmp_path / "made.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = Ledger()
-    source = SourceSpec(str(path), completions="best_vs_rest")
+    source = DataSource(path=str(path), completions="best_vs_rest")
     told = [record.origin.row for record in read_pairs([source], ledger)]
     told += [entry.row for entry in ledger.entries]
     assert set(told) == set(range(1, len(rows) + 1))

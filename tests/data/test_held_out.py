@@ -17,9 +17,9 @@ from tandem.data.build_dataset import prepare_conversations
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn, prompt_key
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 WHERE = Origin("f", 1)
 
@@ -87,10 +87,10 @@ def test_a_prompt_is_what_comes_before_the_first_trained_answer() -> None:
     )
 
 
-def write(path: Path, talks: list[tuple[str, str]]) -> SourceSpec:
+def write(path: Path, talks: list[tuple[str, str]]) -> DataSource:
     lines = [{"prompt": question, "completion": answer} for question, answer in talks]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return SourceSpec(str(path))
+    return DataSource(path=str(path))
 
 
 @pytest.mark.parametrize("kept", [True, False])

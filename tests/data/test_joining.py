@@ -18,7 +18,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Origin
 from tandem.data.sources.chunks import Chunk, Row, RowChunk
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 
 Rows = list[dict[str, Any]]
 
@@ -27,9 +27,9 @@ def answer(prompt: Any, completion: Any, label: Any) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion, "label": label}
 
 
-def write(path: Path, rows: Rows) -> SourceSpec:
+def write(path: Path, rows: Rows) -> DataSource:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return SourceSpec(str(path))
+    return DataSource(path=str(path))
 
 
 def naive(rows: Rows) -> tuple[list[tuple[str, str, int]], list[int]]:
@@ -167,7 +167,7 @@ def test_a_verdict_that_the_first_row_lacks_is_not_overlooked(
     }
     # What a recipe states is not doubted.
     (name,) = ledger.formats.values()
-    stated = SourceSpec(source.path, format=name)
+    stated = DataSource(path=source.path, format=name)
     assert len(list(read_conversations([stated], Ledger()))) == len(rows)
 
 
@@ -228,7 +228,7 @@ def test_pairs_across_files_keep_the_file_of_the_later_row(tmp_path: Path) -> No
     write(tmp_path / "a.jsonl", [answer("Q", "bad", False), answer("P", "bad", False)])
     write(tmp_path / "b.jsonl", [answer("Q", "good", True)])
     ledger = Ledger()
-    (pair,) = read_pairs([SourceSpec(str(tmp_path))], ledger)
+    (pair,) = read_pairs([DataSource(path=str(tmp_path))], ledger)
     assert pair.origin == Origin(str(tmp_path / "b.jsonl"), 1)
     assert [(Path(entry.file).name, entry.row) for entry in ledger.entries] == [("a.jsonl", 2)]
 

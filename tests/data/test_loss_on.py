@@ -15,11 +15,11 @@ from tandem.data.build_dataset import prepare_conversations
 from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.model.attention.select import use_backend
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.recipe.data_source import DataSource
 from tandem.train.losses.objectives import SupervisedObjective
 
 TALK = [
@@ -39,7 +39,7 @@ def prepared(
     ledger = Ledger(None)
     options.setdefault("max_length", 512)
     trees = prepare_conversations(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, template),
         ledger=ledger,

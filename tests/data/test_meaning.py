@@ -14,19 +14,20 @@ from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.records import Turn
-from tandem.data.resolve_sources import data_identity, source_spec
-from tandem.data.sources.rows import SourceSpec
+from tandem.data.resolve_sources import check_format, data_identity
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 
 PAIR = {"ask": "Q", "good": "C", "bad": "R"}
 NAMES = {"question": "ask", "chosen": "good", "rejected": "bad"}
 
 
-def source(path: Path, rows: list[dict[str, Any]], **said: Any) -> SourceSpec:
+def source(path: Path, rows: list[dict[str, Any]], **said: Any) -> DataSource:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return source_spec(DataSource(path=str(path), **said), str(path))
+    source = DataSource(path=str(path), **said)
+    check_format(source)
+    return source
 
 
 def pairs(path: Path, rows: list[dict[str, Any]], **said: Any) -> list[tuple[Any, ...]]:
@@ -190,7 +191,7 @@ def test_roles_without_effect_are_errors(
 def test_a_table_of_questions_under_its_own_names(shared_data: Path) -> None:
     path = shared_data / "evaluation" / "truthfulqa.csv"
     names = {"question": "Question", "answer": "Best Answer"}
-    found = read_questions([source_spec(DataSource(path=str(path), fields=names), str(path))])
+    found = read_questions([DataSource(path=str(path), fields=names)])
     assert len(found) == 817
     assert found[0].turns[0].content.endswith("?")
 

@@ -16,13 +16,13 @@ from tandem.data.encoded.encode_chunk import Plan, encode_batch
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks
 from tandem.data.records import Turn
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
 from tandem.data.tokenize.encode import Chat
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 SYSTEM = {"role": "system", "content": "Answer in French only."}
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -87,7 +87,7 @@ def reasons(
         choice = str(folder / "template.jinja")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = Chat.of(tokenizer, resolve_template(tokenizer, choice))
-    source_rows = [SourceSpec(str(folder / "rows.jsonl"))]
+    source_rows = [DataSource(path=str(folder / "rows.jsonl"))]
     trained: list[int] = []
     dropped: dict[int, str] = {}
     for chunk, known in formatted_chunks(source_rows, plan.kind, Ledger(None), "stop"):
@@ -165,7 +165,7 @@ def test_all_of_a_data_set_that_is_left_out_is_said_with_a_way_out(
         UserError, match=r"does not render the system turn .*deaf\.jinja\)\. Choose another `chat_"
     ):
         prepare_conversations(
-            [SourceSpec(str(tmp_path / "rows.jsonl"))], tokenizer=mistral_tokenizer,
+            [DataSource(path=str(tmp_path / "rows.jsonl"))], tokenizer=mistral_tokenizer,
             template=resolve_template(mistral_tokenizer, str(tmp_path / "deaf.jinja")),
             ledger=Ledger(None), max_length=512,
         )  # fmt: skip
@@ -209,7 +209,7 @@ def test_templates_of_the_hub_and_of_the_package_lose_nothing_of_real_data(
         (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
         ledger = Ledger(None)
         prepare(
-            [SourceSpec(str(tmp_path / "rows.jsonl"))], tokenizer=tokenizer, template=template,
+            [DataSource(path=str(tmp_path / "rows.jsonl"))], tokenizer=tokenizer, template=template,
             ledger=ledger, max_length=16384,
         )  # fmt: skip
         assert [one for one in ledger.entries if one.outcome == "dropped"] == []

@@ -19,8 +19,8 @@ from tandem.data.batching.sampler import Part, epoch_size, epochs_after, steps, 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch, Origin, Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.recipe.data_source import DataSource
 
 
 def test_an_epoch_shows_every_example_once_in_a_new_order() -> None:
@@ -128,7 +128,7 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
         ("conversations", prepare_conversations, "conversations/slimorca_format.jsonl"),
     ):
         found[name] = prepare(
-            [SourceSpec(str(shared_data / path))],
+            [DataSource(path=str(shared_data / path))],
             tokenizer=_mistral,
             template=resolve_template(_mistral, "neural-chat"),
             max_length=2048,

@@ -14,11 +14,11 @@ import pytest
 
 from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text import contamination
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.text.word_hashes import MOST_CHARACTERS, words_of
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 from ..check.made_data import sentences, write
 from .plain_words import plain_words
@@ -114,7 +114,7 @@ def test_shared_words_are_those_of_a_plain_search(
     form = "This is the question that has the same form in every row of the set: "
     rows = [{"q": f"{form} number{n} {text}", "n": 1} for n, text in enumerate(theirs)]
     path = write(tmp_path / "eval.jsonl", rows)
-    other = read_other(SourceSpec(str(path)))
+    other = read_other(DataSource(path=str(path)))
     assert (other.sampled > 1) == (most == 40)
     ours = [f"{form} mine{n} {sentences(rng, 3)}" for n in range(10)]
     ours += [f"{sentences(rng, 1)} {theirs[i]} {sentences(rng, 1)}" for i in (3, 11)]
@@ -140,7 +140,7 @@ def test_files_of_any_layout_can_be_compared_with(tmp_path: Path) -> None:
     for name, content in files.items():
         path = tmp_path / name
         path.write_bytes(content)
-        other = read_other(SourceSpec(str(path)))
+        other = read_other(DataSource(path=str(path)))
         ((_, origin),) = other.shared(words_of([f"Well, {text.upper()}!"]))
         assert (origin.file, origin.row) == (str(path), 2), name
         assert other.rows == 2, name
@@ -151,7 +151,7 @@ def test_rows_of_a_table_are_those_under_its_header(tmp_path: Path) -> None:
     texts = [" ".join(f"{name}{i}" for i in range(20)) for name in "abc"]
     path = tmp_path / "a.csv"
     path.write_text("".join(f"{text},A\n" for text in texts))
-    other = read_other(SourceSpec(str(path)))
+    other = read_other(DataSource(path=str(path)))
     assert other.rows == 2
     assert [(n, origin.row) for n, origin in other.shared(words_of(texts))] == [
         (0, 1), (1, 1), (2, 2),
@@ -179,7 +179,7 @@ def test_a_set_that_cannot_be_read_is_an_error(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        read_other(SourceSpec(str(tmp_path / name)))
+        read_other(DataSource(path=str(tmp_path / name)))
 
 
 def test_texts_that_share_so_many_words_in_a_row_are_held() -> None:

@@ -26,11 +26,11 @@ from tandem.data.ledger import Ledger
 from tandem.data.sources import file_chunks as files
 from tandem.data.sources.chunks import LineChunk
 from tandem.data.sources.file_chunks import file_chunks
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.truncation.limits import Limits
 from tandem.errors import TandemError, UserError
+from tandem.recipe.data_source import DataSource
 
 from .test_prepare import pair, talk, write
 
@@ -44,7 +44,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both_ways(
-    sources: list[SourceSpec], tokenizer: Any, kind: Any, folder: Path, **options: Any
+    sources: list[DataSource], tokenizer: Any, kind: Any, folder: Path, **options: Any
 ) -> None:
     """Prepare with one process and with two; everything written must be the same bytes."""
     template = resolve_template(tokenizer, "neural-chat")
@@ -91,7 +91,10 @@ def test_two_processes_write_what_one_writes(
             table.writerows(rows)
     else:
         file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
-    sources = [SourceSpec(str(file)), SourceSpec(str(shared_data / "pairs/orca_dpo_pairs.jsonl"))]
+    sources = [
+        DataSource(path=str(file)),
+        DataSource(path=str(shared_data / "pairs/orca_dpo_pairs.jsonl")),
+    ]
     both_ways(sources, mistral_tokenizer, prepare_pairs, tmp_path / "s", max_length=256)
 
 
@@ -107,7 +110,7 @@ def test_renamed_and_joined_rows_too(
     ]
     source = write(tmp_path / "p.jsonl", [*labelled[:200], {"text": "?"}, *labelled[200:]])
     both_ways(
-        [SourceSpec(source.path, fields=(("prompt", "ask"),))], mistral_tokenizer, prepare_pairs,
+        [DataSource(path=source.path, fields={"prompt": "ask"})], mistral_tokenizer, prepare_pairs,
         tmp_path / "s", max_length=256,
     )  # fmt: skip
 
@@ -239,7 +242,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data import chunks, pieces, prepare
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.tokenize.chat_template import resolve_template
 chunks._ROWS, pieces._FEW = 16, 2
@@ -249,7 +252,7 @@ def show(text, total):
     from contextlib import nullcontext
     return nullcontext(lambda n: print("done", flush=True))
 prepare.prepare_pairs(
-    [SourceSpec(sys.argv[2])], tokenizer=tokenizer, max_length=512, ledger=Ledger(None),
+    [DataSource(path=sys.argv[2])], tokenizer=tokenizer, max_length=512, ledger=Ledger(None),
     template=resolve_template(tokenizer, "neural-chat"), workers=2, show=show,
     store=EncodedStore(print, Path(sys.argv[3])),
 )

@@ -14,15 +14,15 @@ from tandem.data.encoded import worker_pool
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 
-def write(path: Path, rows: list[Any]) -> SourceSpec:
+def write(path: Path, rows: list[Any]) -> DataSource:
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(line + "\n" for line in lines))
-    return SourceSpec(str(path))
+    return DataSource(path=str(path))
 
 
 def pair(question: str, chosen: str, rejected: str, system: str = "Be brief.") -> dict[str, str]:
@@ -36,7 +36,7 @@ def talk(*texts: str, system: str | None = None) -> dict[str, Any]:
 
 
 def prepare(
-    kind: Any, source: SourceSpec, tokenizer: Any, **options: Any
+    kind: Any, source: DataSource, tokenizer: Any, **options: Any
 ) -> tuple[list[Tree], Ledger]:
     template = resolve_template(tokenizer, options.pop("template", "neural-chat"))
     ledger = Ledger(None)
@@ -365,7 +365,7 @@ def test_real_files_are_encoded_completely(
     kind = prepare_conversations if name.startswith("conv") else prepare_pairs
     trees, ledger = prepare(
         kind,
-        SourceSpec(str(shared_data / name)),
+        DataSource(path=str(shared_data / name)),
         mistral_tokenizer,
         max_length=1536,
         max_prompt_length=1024,
@@ -386,7 +386,7 @@ def test_real_files_are_encoded_completely(
 
 
 def test_a_small_context_says_what_was_cut(shared_data: Path, stories_tokenizer: Any) -> None:
-    source = SourceSpec(str(shared_data / "pairs" / "orca_dpo_pairs.jsonl"))
+    source = DataSource(path=str(shared_data / "pairs" / "orca_dpo_pairs.jsonl"))
     trees, ledger = prepare(prepare_pairs, source, stories_tokenizer, max_length=512)
     assert len(trees) == 142
     assert ledger.counts["truncated"] > 130

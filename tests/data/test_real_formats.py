@@ -15,10 +15,8 @@ import pytest
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
-from tandem.data.resolve_sources import source_spec
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.recipe.section import DataSource
+from tandem.recipe.data_source import DataSource
 
 Rows = list[dict[str, Any]]
 PAIRS = 40
@@ -53,7 +51,7 @@ def write(path: Path, rows: Rows) -> Path:
     return path
 
 
-def trees(prepare: Any, tokenizer: Any, *specs: SourceSpec) -> tuple[Trees, dict[str, int]]:
+def trees(prepare: Any, tokenizer: Any, *specs: DataSource) -> tuple[Trees, dict[str, int]]:
     ledger = Ledger()
     template = resolve_template(tokenizer, "neural-chat")
     found = prepare(specs, tokenizer=tokenizer, template=template, max_length=2048, ledger=ledger)
@@ -156,10 +154,10 @@ def test_pairs_are_the_same_in_every_format(
     source = shared_data / "pairs" / "orca_dpo_pairs.jsonl"
     rows = rows_of(source, PAIRS)
     original = write(tmp_path / "original.jsonl", rows)
-    expected, counts = trees(prepare_pairs, stories_tokenizer, SourceSpec(str(original)))
+    expected, counts = trees(prepare_pairs, stories_tokenizer, DataSource(path=str(original)))
     assert counts["trained"] >= PAIRS - 2
     path = write(tmp_path / file, [one for row in rows for one in convert(row)])
-    spec = source_spec(DataSource(path=str(path), **options), str(path))
+    spec = DataSource(path=str(path), **options)
     found, converted = trees(prepare_pairs, stories_tokenizer, spec)
     assert converted == counts
     assert ids(found) == ids(expected)
@@ -171,8 +169,8 @@ def test_pairs_are_the_same_in_every_kind_of_file(
 ) -> None:
     rows = rows_of(shared_data / "pairs" / "orca_dpo_pairs.jsonl", PAIRS)
     original, table = write(tmp_path / "o.jsonl", rows), write(tmp_path / name, rows)
-    expected, _ = trees(prepare_pairs, stories_tokenizer, SourceSpec(str(original)))
-    found, _ = trees(prepare_pairs, stories_tokenizer, SourceSpec(str(table)))
+    expected, _ = trees(prepare_pairs, stories_tokenizer, DataSource(path=str(original)))
+    found, _ = trees(prepare_pairs, stories_tokenizer, DataSource(path=str(table)))
     assert ids(found) == ids(expected)
 
 
@@ -216,9 +214,11 @@ def test_conversations_are_the_same_in_every_format(
     rows = rows_of(source, 8000)[::100]  # of every kind: several turns, system texts
     assert len(rows) == TALKS
     original = write(tmp_path / "original.jsonl", rows)
-    expected, counts = trees(prepare_conversations, stories_tokenizer, SourceSpec(str(original)))
+    expected, counts = trees(
+        prepare_conversations, stories_tokenizer, DataSource(path=str(original))
+    )
     path = write(tmp_path / file, [one for row in rows for one in convert(row)])
-    spec = source_spec(DataSource(path=str(path), **options), str(path))
+    spec = DataSource(path=str(path), **options)
     found, converted = trees(prepare_conversations, stories_tokenizer, spec)
     assert converted == counts
     assert ids(found) == ids(expected)
@@ -250,9 +250,13 @@ def test_single_exchanges_are_the_same_in_every_format(
     kept = [(row, parts) for row in rows if (parts := single(row))]
     assert len(kept) > TALKS // 2
     original = write(tmp_path / "o.jsonl", [row for row, _ in kept])
-    expected, counts = trees(prepare_conversations, stories_tokenizer, SourceSpec(str(original)))
+    expected, counts = trees(
+        prepare_conversations, stories_tokenizer, DataSource(path=str(original))
+    )
     for name in ("a.jsonl", "a.csv"):
         path = write(tmp_path / name, [make(*parts) for _, parts in kept])
-        found, converted = trees(prepare_conversations, stories_tokenizer, SourceSpec(str(path)))
+        found, converted = trees(
+            prepare_conversations, stories_tokenizer, DataSource(path=str(path))
+        )
         assert converted == counts
         assert ids(found) == ids(expected)

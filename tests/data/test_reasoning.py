@@ -12,8 +12,8 @@ from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.formats.known_formats import Unusable, detect
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.recipe.data_source import DataSource
 
 # As Qwen3's: thoughts of the last answer only, and empty ones where there are none.
 LAST = """
@@ -51,7 +51,7 @@ def prepared(
     ledger = Ledger(None)
     chosen = resolve_template(tokenizer, str(folder / "template.jinja"))
     trees = (prepare or prepare_conversations)(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer, template=chosen, ledger=ledger, max_length=512,
     )  # fmt: skip
     return trees, ledger

@@ -10,8 +10,9 @@ import pytest
 
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
-from tandem.data.sources.rows import BadLine, Row, SourceSpec, read_rows
+from tandem.data.sources.rows import BadLine, Row, read_rows
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 LINE = '{"prompt": "Why?", "completion": "So."}\n'
 CELLS = "prompt,completion\nWhy?,So.\n"
@@ -19,7 +20,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0af3\nsize 12345\n
 
 
 def read(path: Path) -> list[Row | BadLine]:
-    return list(read_rows(SourceSpec(str(path))))
+    return list(read_rows(DataSource(path=str(path))))
 
 
 def fields(path: Path) -> list[dict[str, object]]:
@@ -102,4 +103,4 @@ def test_records_under_a_key_are_pointed_at(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"version": 1, "data": [json.loads(LINE)] * 3}))
     with pytest.raises(UserError, match="But `data` holds a list of records: save that list alone"):
-        list(read_conversations([SourceSpec(str(file))], Ledger(None)))
+        list(read_conversations([DataSource(path=str(file))], Ledger(None)))

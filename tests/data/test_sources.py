@@ -17,15 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from tandem.data.sources.chunks import LATIN
-from tandem.data.sources.rows import (
-    BadLine,
-    Row,
-    SourceSpec,
-    local_files,
-    looks_like_path,
-    read_rows,
-)
+from tandem.data.sources.rows import BadLine, Row, local_files, looks_like_path, read_rows
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 ROWS: list[dict[str, object]] = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
 
@@ -68,7 +62,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def read(path: Path | str, **options: Any) -> list[Row | BadLine]:
-    return list(read_rows(SourceSpec(str(path), **options)))
+    return list(read_rows(DataSource(path=str(path), **options)))
 
 
 @pytest.mark.parametrize(
@@ -379,7 +373,7 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
     size = file.stat().st_size
     tracemalloc.start()
     try:
-        numbers = [row.fields["n"] for row in read_rows(SourceSpec(str(file)))
+        numbers = [row.fields["n"] for row in read_rows(DataSource(path=str(file)))
                    if isinstance(row, Row)]  # fmt: skip
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -424,8 +418,8 @@ def test_one_record_of_50_mb_is_read_in_a_few_times_its_size(tmp_path: Path, nam
     write(tmp_path / name, [*small, {"a": "long " * (size // 5)}, *small])
     tracemalloc.start()
     try:
-        lengths = [len(str(row.fields["a"])) for row in read_rows(SourceSpec(str(tmp_path / name)))
-                   if isinstance(row, Row)]  # fmt: skip
+        rows = read_rows(DataSource(path=str(tmp_path / name)))
+        lengths = [len(str(row.fields["a"])) for row in rows if isinstance(row, Row)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

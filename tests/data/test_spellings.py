@@ -14,8 +14,8 @@ from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
 from tandem.data.sources.renaming import Renaming
-from tandem.data.sources.rows import SourceSpec
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 ORIGIN = Origin("made.jsonl", 7)
 TURNS = [
@@ -134,7 +134,7 @@ def test_reasons_speak_of_the_keys_that_the_row_has(row: dict[str, Any], reason:
 def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> None:
     def refusal(row: Fields, **said: Any) -> str:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        source = SourceSpec(str(tmp_path / "rows.jsonl"), **said)
+        source = DataSource(path=str(tmp_path / "rows.jsonl"), **said)
         with pytest.raises(UserError) as caught:
             list(read_conversations([source], Ledger(None)))
         return str(caught.value)
@@ -144,7 +144,7 @@ def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> Non
         "But `dialogue` holds turns: say so with `fields: {messages: dialogue}` in a recipe, or "
         "--fields messages=dialogue."
     )
-    named = SourceSpec(str(tmp_path / "rows.jsonl"), fields=(("messages", "dialogue"),))
+    named = DataSource(path=str(tmp_path / "rows.jsonl"), fields={"messages": "dialogue"})
     assert len(list(read_conversations([named], Ledger(None)))) == 1
     assert "does not say what is asked" in refusal({"text": "### Human: hello"})
     assert "If only names differ" in refusal({"asked": "Q", "answered": "A"})
@@ -157,8 +157,8 @@ def test_unknown_rows_are_told_what_would_make_them_known(tmp_path: Path) -> Non
         "`fields: {prompt: input, completion: ...}`, or --fields prompt=input and so on."
     )
     assert "`a` and `b` hold turns" in refusal({"a": [*context, *answer], "b": context + answer})
-    prompt = SourceSpec(
-        str(tmp_path / "rows.jsonl"), fields=(("prompt", "input"), ("completion", "output"))
+    prompt = DataSource(
+        path=str(tmp_path / "rows.jsonl"), fields={"prompt": "input", "completion": "output"}
     )
     (tmp_path / "rows.jsonl").write_text(json.dumps({"input": context, "output": "A"}) + "\n")
     assert len(list(read_conversations([prompt], Ledger(None)))) == 1
@@ -169,7 +169,7 @@ def test_images_that_a_text_needs_are_not_left_out_in_silence(tmp_path: Path) ->
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}]
         (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, **more}) + "\n")
         ledger = Ledger(None)
-        list(read_conversations([SourceSpec(str(tmp_path / "rows.jsonl"))], ledger))
+        list(read_conversations([DataSource(path=str(tmp_path / "rows.jsonl"))], ledger))
         return [entry.reason for entry in ledger.entries]
 
     assert dropped("<image>\nWhat is it?", images=["a.png"]) == [

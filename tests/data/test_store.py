@@ -19,11 +19,11 @@ from tandem.data.encoded.encode_chunk import Plan, encode_batch
 from tandem.data.ledger import Ledger
 from tandem.data.records import Tree
 from tandem.data.sources.chunks import RowChunk
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 from tandem.storage.cache_folder import cache_report, clear_cache
 
 from .test_prepare import pair, talk, write
@@ -38,7 +38,7 @@ class Desk:
     ledger: Ledger
 
     def prepare(
-        self, sources: list[SourceSpec], tokenizer: Any, kind: Any = prepare_pairs, **options: Any
+        self, sources: list[DataSource], tokenizer: Any, kind: Any = prepare_pairs, **options: Any
     ) -> Trees:
         template = options.pop("template", None) or resolve_template(tokenizer, "neural-chat")
         options = {"max_length": 512, **options}
@@ -65,7 +65,7 @@ def desk(tmp_path: Path) -> Desk:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> SourceSpec:
+def source(tmp_path: Path) -> DataSource:
     rows: list[Any] = [pair(f"What is {n}?", f"It is {n}.", f"Not {n}.") for n in range(9)]
     rows[3] = pair("What?", "Same.", "Same.")
     rows[5] = pair("word " * 800, "Long.", "Short.")
@@ -99,7 +99,7 @@ def test_every_tree_and_count_is_that_of_the_record(
         direct.extend(trees)
         return original(trees, prompts)
 
-    sources = [SourceSpec(str(shared_data / name))]
+    sources = [DataSource(path=str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_chunk, "to_columns", watched)
@@ -123,7 +123,7 @@ def test_every_tree_and_count_is_that_of_the_record(
     )
 
 
-def test_trees_are_a_sequence(source: SourceSpec, mistral_tokenizer: Any, desk: Desk) -> None:
+def test_trees_are_a_sequence(source: DataSource, mistral_tokenizer: Any, desk: Desk) -> None:
     trees = desk.prepare([source], mistral_tokenizer)
     assert len(trees) == 8
     assert [tree.origin.row for tree in trees] == [1, 2, 3, 5, 6, 7, 8, 9]
@@ -134,7 +134,7 @@ def test_trees_are_a_sequence(source: SourceSpec, mistral_tokenizer: Any, desk: 
 
 
 def test_a_second_start_tells_the_same_without_encoding(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = list(desk.prepare([source], mistral_tokenizer))
     told = (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary())
@@ -152,13 +152,13 @@ def test_a_second_start_tells_the_same_without_encoding(
 
 
 def test_where_data_lies_plays_no_part(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     desk.prepare([source], mistral_tokenizer)
     elsewhere = tmp_path / "else" / "where.jsonl"
     elsewhere.parent.mkdir()
     shutil.copy(source.path, elsewhere)
-    trees = desk.prepare([SourceSpec(str(elsewhere))], mistral_tokenizer)
+    trees = desk.prepare([DataSource(path=str(elsewhere))], mistral_tokenizer)
     assert len(desk.entries()) == 1
     assert trees[0].origin.file == str(elsewhere)
     assert {entry.file for entry in desk.ledger.entries} == {str(elsewhere)}
@@ -166,7 +166,7 @@ def test_where_data_lies_plays_no_part(
 
 
 def test_everything_that_ids_depend_on_misses(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     from tokenizers import AddedToken
 
@@ -187,7 +187,7 @@ def test_everything_that_ids_depend_on_misses(
     changed = tmp_path / "changed.jsonl"
     content = Path(source.path).read_bytes()
     changed.write_bytes(content.replace(b"It is 7.", b"It is 6."))
-    assert entries_after(sources=[SourceSpec(str(changed))]) == 8
+    assert entries_after(sources=[DataSource(path=str(changed))]) == 8
     mistral_tokenizer.eos_token, before = "<unk>", mistral_tokenizer.eos_token
     assert entries_after(template=plain) == 9
     mistral_tokenizer.eos_token = before
@@ -205,7 +205,7 @@ def test_everything_that_ids_depend_on_misses(
 @pytest.mark.parametrize("name", ["ids", "trained", "lengths", "rows", "ledger", "entry.json"])
 @pytest.mark.parametrize("damage", ["a byte", "the end", "all"])
 def test_a_damaged_entry_is_made_again_with_a_line(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, name: str, damage: str
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, name: str, damage: str
 ) -> None:
     first = list(desk.prepare([source], mistral_tokenizer))
     (entry,) = desk.folder.iterdir()
@@ -252,16 +252,19 @@ def test_a_data_set_of_the_hub_is_loaded_once(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 0)  # as for large data
-    hub = SourceSpec("made/pairs", fields=(("question", "ask"),))
+    hub = DataSource(path="made/pairs", fields={"question": "ask"})
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
     assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
     assert asked == [("made/pairs", None, "train", None)]
-    assert len(desk.prepare([replace(hub, revision="v1")], mistral_tokenizer, workers=1)) == 9
+    assert (
+        len(desk.prepare([hub.model_copy(update={"revision": "v1"})], mistral_tokenizer, workers=1))
+        == 9
+    )
     assert len(asked) == 2
 
 
 def test_a_file_that_changes_meanwhile_is_refused(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode(*arguments: Any) -> Any:
         with Path(source.path).open("a") as file:
@@ -275,7 +278,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
 
 def test_a_store_that_cannot_be_written_costs_a_line(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
     desk.folder = tmp_path / "file" / "store"
@@ -297,7 +300,7 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
     (tmp_path / "c.jsonl").write_text(json.dumps(talk("Hi", "Hello")) + "\n")
     from tandem.data.sources.rows import read_rows
 
-    rows = tuple(read_rows(SourceSpec(str(tmp_path / "c.jsonl"))))
+    rows = tuple(read_rows(DataSource(path=str(tmp_path / "c.jsonl"))))
     names = [str(tmp_path / "c.jsonl")]
     for number, key in enumerate("abcd"):
         with store.writing(key, names) as writer:
@@ -323,7 +326,7 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
 
 
 def test_the_cache_command_sees_and_empties_it(
-    source: SourceSpec, mistral_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
+    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     desk.folder = EncodedStore(print).folder

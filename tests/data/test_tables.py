@@ -15,9 +15,9 @@ import pytest
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.sources import rows as sources
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.contamination import read_other
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 N = 40
 
@@ -47,7 +47,7 @@ def write(path: Path, table: Any) -> Path:
 
 def whole(path: Path | str, **said: Any) -> tuple[int, Ledger]:
     ledger = Ledger(None)
-    source = SourceSpec(str(path), **said)
+    source = DataSource(path=str(path), **said)
     return len(list(read_conversations([source], ledger, "drop"))), ledger
 
 
@@ -99,21 +99,21 @@ def test_a_record_of_broken_text_is_named_or_dropped(tmp_path: Path, kind: str) 
     file = write(tmp_path / f"a.{kind}", pa.table({"prompt": asked, "completion": text(broken)}))
     said = rf"a\.{kind}, row 18: .*`completion` a value that is not valid UTF-8 \(byte 7\)"
     with pytest.raises(UserError, match=said):
-        list(read_conversations([SourceSpec(str(file))], Ledger(None)))
+        list(read_conversations([DataSource(path=str(file))], Ledger(None)))
     count, ledger = whole(file)
     ((row, reason),) = [(entry.row, entry.reason) for entry in ledger.entries]
     assert (count, row, reason) == (N - 1, 18, "unparsable")
     # Under the data's own names, too.
     named = write(tmp_path / f"b.{kind}", pa.table({"ask": asked, "reply": text(broken)}))
-    fields = (("completion", "reply"), ("prompt", "ask"))
+    fields = {"completion": "reply", "prompt": "ask"}
     count, ledger = whole(named, fields=fields)
     assert (count, [entry.row for entry in ledger.entries]) == (N - 1, [18])
     pairs = pa.table({"prompt": asked, "chosen": good, "rejected": text(broken)})
-    source = SourceSpec(str(write(tmp_path / f"c.{kind}", pairs)))
+    source = DataSource(path=str(write(tmp_path / f"c.{kind}", pairs)))
     with pytest.raises(UserError, match="row 18"):
         list(read_pairs([source], Ledger(None)))
     other = pa.table({"question": asked, "answer": text(broken)})
-    source = SourceSpec(str(write(tmp_path / f"d.{kind}", other)))
+    source = DataSource(path=str(write(tmp_path / f"d.{kind}", other)))
     with pytest.raises(UserError, match=r"row 18: .*`answer` a value that is not valid UTF-8"):
         read_questions([source])
     assert read_other(source).unreadable == 1
@@ -131,7 +131,7 @@ def test_labelled_rows_of_broken_text_are_named(tmp_path: Path) -> None:
         }
     )
     ledger = Ledger(None)
-    source = SourceSpec(str(write(tmp_path / "kto.parquet", table)))
+    source = DataSource(path=str(write(tmp_path / "kto.parquet", table)))
     assert len(list(read_pairs([source], ledger, "drop"))) == N // 2 - 1
     assert ("unparsable", 18) in {(entry.reason, entry.row) for entry in ledger.entries}
 
@@ -160,7 +160,7 @@ def test_columns_of_one_name_cost_only_who_reads_them(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([asked, replies, asked, replies], names)
     assert whole(write(tmp_path / "a.arrow", table))[0] == N
     table = pa.Table.from_arrays([asked, replies, asked], ["prompt", "completion", "prompt"])
-    source = SourceSpec(str(write(tmp_path / "b.arrow", table)))
+    source = DataSource(path=str(write(tmp_path / "b.arrow", table)))
     with pytest.raises(UserError, match="stands in more than one column of this name"):
         list(read_conversations([source], Ledger(None)))
 
@@ -181,7 +181,7 @@ def test_a_damaged_page_costs_its_column(tmp_path: Path) -> None:
     content[start : start + 20] = bytes(20)
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.parquet, row 1: .*`completion` a value that cannot"):
-        list(read_conversations([SourceSpec(str(file))], Ledger(None)))
+        list(read_conversations([DataSource(path=str(file))], Ledger(None)))
 
 
 def test_tables_without_rows_are_empty(tmp_path: Path) -> None:
@@ -212,5 +212,5 @@ def test_columns_that_have_to_be_decoded_are_not(
     assert (count, ledger.unread) == (N, {str(tmp_path / "saved"): ("cover", "voice")})
     monkeypatch.setattr(sources, "_hub_table", lambda *_: pictures)
     assert whole("owner/pictures")[0] == N
-    _, ledger = whole("owner/pictures", fields=(("prompt", "cover"),))
+    _, ledger = whole("owner/pictures", fields={"prompt": "cover"})
     assert {entry.reason for entry in ledger.entries} == {"`prompt` is not a text"}

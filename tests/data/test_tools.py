@@ -16,11 +16,11 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import read_conversations, read_pairs, records_of
 from tandem.data.records import Conversation, Origin
 from tandem.data.sources.chunks import Row, RowChunk
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.tokenize.template_capabilities import Form
 from tandem.data.truncation.limits import Limits
+from tandem.recipe.data_source import DataSource
 
 # Tools in the system turn, calls in tags, results of one exchange together in a user turn.
 TAGGED = """
@@ -105,7 +105,7 @@ def prepared(tokenizer: Any, template: str, folder: Path, rows: list[Any], **opt
     ledger = Ledger(None)
     options.setdefault("max_length", 1024)
     trees = options.pop("kind", prepare_conversations)(
-        [SourceSpec(str(file))],
+        [DataSource(path=str(file))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, template),
         ledger=ledger,
@@ -186,7 +186,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.id)
 def test_every_format_has_tools(tmp_path: Path, known: Format) -> None:
     file = tmp_path / "rows.jsonl"
-    source = SourceSpec(str(file), format=known.name, completions=known.completions)
+    source = DataSource(path=str(file), format=known.name, completions=known.completions)
     read_all: Any = read_pairs if known.kind == "preference pairs" else read_conversations
 
     def told(tools: str) -> tuple[set[str], set[str]]:
@@ -324,7 +324,7 @@ def test_records_with_tools_take_the_models_template_for_them(
         )  # fmt: skip
         record = read(row)
         assert prompt_ids(mistral_tokenizer, template, record.turns[:-1], record.tools) == fed
-    source = SourceSpec(str(tmp_path / "rows.jsonl"))
+    source = DataSource(path=str(tmp_path / "rows.jsonl"))
     Path(source.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     trees = prepare_conversations(
         [source], tokenizer=mistral_tokenizer, template=template, max_length=1024,

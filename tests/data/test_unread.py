@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
-from tandem.data.sources.rows import SourceSpec
+from tandem.recipe.data_source import DataSource
 
 from .test_prepare import pair, talk, write
 from .test_store import Desk, desk
@@ -30,13 +29,13 @@ TURNS = [{"who": "user", "said": "Why?"}, {"who": "assistant", "said": "So."}]
         ({**talk("Why?", "So."), "source": "web", "id": 3}, {}, ("id", "source")),
         (
             {"asked": "Why?", "answers": {"good": "So."}, "id": 1},
-            {"fields": (("prompt", "asked"), ("completion", "answers.good"))},
+            {"fields": {"prompt": "asked", "completion": "answers.good"}},
             ("id",),
         ),
         (
             # `who` is a turn's; a column that is called so is another thing.
             {"log": TURNS, "who": "me"},
-            {"fields": (("messages", "log"), ("role", "who"), ("content", "said"))},
+            {"fields": {"messages": "log", "role": "who", "content": "said"}},
             ("who",),
         ),
         # Read as what it is said to be, not as what it looks like.
@@ -47,7 +46,7 @@ TURNS = [{"who": "user", "said": "Why?"}, {"who": "assistant", "said": "So."}]
 def test_keys_that_nothing_reads_are_told(
     row: dict[str, Any], said: dict[str, Any], unread: tuple[str, ...], tmp_path: Path
 ) -> None:
-    source = replace(write(tmp_path / "a.jsonl", [row]), **said)
+    source = write(tmp_path / "a.jsonl", [row]).model_copy(update=said)
     ledger = Ledger()
     assert len(list(read_conversations([source], ledger))) == 1
     assert ledger.unread == ({source.path: unread} if unread else {})
@@ -76,7 +75,7 @@ def test_rows_that_become_pairs_are_looked_at_as_they_were(tmp_path: Path) -> No
 def test_one_place_read_twice_has_the_keys_of_both(tmp_path: Path) -> None:
     for split, key in (("train", "id"), ("test", "url")):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({**talk("a", "b"), key: 1}) + "\n")
-    sources = [SourceSpec(str(tmp_path), split=split) for split in ("train", "test")]
+    sources = [DataSource(path=str(tmp_path), split=split) for split in ("train", "test")]
     ledger = Ledger()
     assert len(list(read_conversations(sources, ledger))) == 2
     assert ledger.unread == {str(tmp_path): ("id", "url")}

@@ -13,11 +13,11 @@ from tandem.data.formats.known_formats import read_question
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
-from tandem.data.sources.rows import SourceSpec
 from tandem.demo.corpus import documents
 from tandem.demo.embedded import materialise, split_facts
 from tandem.demo.facts import Fact, all_facts
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 NAMES = ("demo:instructions", "demo:prompts", "demo:questions")
 
@@ -83,7 +83,7 @@ def test_the_same_seed_writes_the_same_file(tmp_path: Path, name: str) -> None:
 
 def test_the_stages_can_read_what_is_written(tmp_path: Path) -> None:
     ledger = Ledger(None)
-    spec = SourceSpec(str(materialise("demo:instructions", tmp_path, 1)))
+    spec = DataSource(path=str(materialise("demo:instructions", tmp_path, 1)))
     conversations = list(read_conversations([spec], ledger))
     assert len(conversations) >= 500
     assert ledger.summary()["dropped"] == 0

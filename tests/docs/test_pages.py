@@ -12,9 +12,8 @@ from benchmarks.report import MARKS, readme_table
 
 from tandem.data.formats.known_formats import FORMATS, detect, read_question
 from tandem.data.records import Origin
-from tandem.data.resolve_sources import source_spec
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
 
 from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
@@ -78,7 +77,7 @@ def test_the_example_records_can_be_read() -> None:
 def test_the_example_sources_can_be_said() -> None:
     block = blocks(ROOT / "docs" / "guide" / "data.md", "yaml")[0]
     sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
-    assert [source_spec(source, source.path).meaning != {} for source in sources] == [True] * 3
+    assert [source.meaning != {} for source in sources] == [True] * 3
 
 
 def test_the_example_settings_are_those_of_recipes() -> None:

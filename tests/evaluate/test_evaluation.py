@@ -21,9 +21,9 @@ from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.evaluate.harness import Harness
 from tandem.evaluate.measurement_store import Kept
 from tandem.evaluate.win_rates import Judge, Messages
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.report.terminal_tables import comparison_notes
 from tandem.storage.atomic_files import read_json, read_jsonl
 
@@ -33,7 +33,9 @@ from .test_judge import one_by_one
 pytest.importorskip("lm_eval")
 
 
-def evaluate(models: dict[str, str], folder: Path, settings: Evaluate, **changes: Any) -> Any:
+def evaluate(
+    models: dict[str, str], folder: Path, settings: EvaluationSettings, **changes: Any
+) -> Any:
     said = io.StringIO()
     found = run_evaluation(
         models=models,
@@ -62,11 +64,11 @@ def adapter(stories_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def settings(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+def settings(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationSettings:
     heldout = tmp_path_factory.mktemp("data") / "heldout.jsonl"
     with (shared_data / "conversations" / "slimorca_format.jsonl").open() as file:
         heldout.write_text("".join(line for line, _ in zip(file, range(20), strict=False)))
-    return Evaluate(
+    return EvaluationSettings(
         tasks=("arc_easy", "winogrande"),
         task_data=str(shared_data / "evaluation"),
         num_fewshot=1,
@@ -78,7 +80,10 @@ def settings(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Eva
 
 @pytest.fixture(scope="module")
 def evaluated(
-    stories_path: Path, adapter: Path, settings: Evaluate, tmp_path_factory: pytest.TempPathFactory
+    stories_path: Path,
+    adapter: Path,
+    settings: EvaluationSettings,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Any, str, Path]:
     folder = tmp_path_factory.mktemp("run") / "evaluation"
     found, said = evaluate({"stories": str(stories_path), "tuned": str(adapter)}, folder, settings)
@@ -143,7 +148,10 @@ def test_an_adapter_of_other_weights_is_refused(
 
 
 def test_what_is_finished_is_not_measured_again(
-    stories_path: Path, settings: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_path: Path,
+    settings: EvaluationSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: list[str] = []
     real = Harness.measure
@@ -283,7 +291,9 @@ def test_without_the_extra(
 
 def test_samples_of_answers(stories_path: Path, tmp_path: Path) -> None:
     asked = questions(tmp_path / "q.jsonl", count=6)
-    only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=4, limit=4, samples=2)
+    only = EvaluationSettings(
+        questions=(DataSource(path=str(asked)),), max_new_tokens=4, limit=4, samples=2
+    )
     found, _ = evaluate({"m": str(stories_path)}, tmp_path / "e", only)
     assert found["counts"] == {"questions": 4, "pairs": 0}
     assert [s["prompt"] for s in found["samples"]] == ["What is 0 and one?", "What is 2 and one?"]
@@ -304,7 +314,7 @@ def test_what_lies_behind_the_limit_is_not_read(stories_path: Path, tmp_path: Pa
         lines[580] = "{"
         (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(lines))
     one = (DataSource(path=str(tmp_path / "rows.jsonl")),)
-    only = Evaluate(
+    only = EvaluationSettings(
         questions=one, pairs=one, heldout=(DataSource(path=str(tmp_path / "talks.jsonl")),),
         max_new_tokens=1, limit=3,
     )  # fmt: skip
@@ -314,7 +324,7 @@ def test_what_lies_behind_the_limit_is_not_read(stories_path: Path, tmp_path: Pa
 
 def test_figures_of_another_dtype_are_others(stories_path: Path, tmp_path: Path) -> None:
     asked = questions(tmp_path / "q.jsonl")
-    only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=4)
+    only = EvaluationSettings(questions=(DataSource(path=str(asked)),), max_new_tokens=4)
     models = {"m": str(stories_path)}
 
     def loss(dtype: str, **changes: Any) -> float:
@@ -334,7 +344,7 @@ def test_a_judge_compares_with_the_first_model(
     stories_path: Path, adapter: Path, tmp_path: Path
 ) -> None:
     asked = questions(tmp_path / "q.jsonl")
-    only = Evaluate(questions=(DataSource(path=str(asked)),), max_new_tokens=6)
+    only = EvaluationSettings(questions=(DataSource(path=str(asked)),), max_new_tokens=6)
     models = {"stories": str(stories_path), "tuned": str(adapter)}
     shown: list[str] = []
 
@@ -365,7 +375,7 @@ def test_a_judge_compares_with_the_first_model(
 def test_a_recipe_measures_its_models_by_one_line(
     stories_path: Path,
     shared_data: Path,
-    settings: Evaluate,
+    settings: EvaluationSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -403,7 +413,9 @@ def test_right_answers_that_did_not_end_are_counted_apart(
     """A base model that was never taught to end says the right word, and goes on."""
     row = {"question": "Once upon a time", "answer": "said", "accepted": ["said"]}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
-    only = Evaluate(questions=(DataSource(path=f"{tmp_path}/q.jsonl"),), max_new_tokens=24)
+    only = EvaluationSettings(
+        questions=(DataSource(path=f"{tmp_path}/q.jsonl"),), max_new_tokens=24
+    )
     found, _ = evaluate({"sft": str(stories_path)}, tmp_path / "e", only)
     figures = found["models"]["sft"]
     assert (figures["answer_accuracy"], figures["stop_rate"]) == (0.0, 0.0)

@@ -37,7 +37,7 @@ def run_stages(folder: Path, runtime: Any, model: Path) -> None:
 
 
 def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
-    from tandem.recipe.training_settings import Dpo, Sft
+    from tandem.recipe.training_settings import DpoSettings, SftSettings
     from tandem.stages.dpo import run_dpo
     from tandem.stages.sft import run_sft
 
@@ -50,8 +50,8 @@ def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
     conversations = str(make_conversations(folder / "conversations.jsonl", 24))
     pairs = str(make_pairs(folder / "pairs.jsonl", 24))
     sft = {**SETTINGS, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
-    run_sft(settings=Sft(data=conversations, **sft), output_dir=folder / "sft", **common)  # type: ignore[arg-type]
-    run_dpo(settings=Dpo(data=pairs, **SETTINGS), output_dir=folder / "dpo", **common)  # type: ignore[arg-type]
+    run_sft(settings=SftSettings(data=conversations, **sft), output_dir=folder / "sft", **common)  # type: ignore[arg-type]
+    run_dpo(settings=DpoSettings(data=pairs, **SETTINGS), output_dir=folder / "dpo", **common)  # type: ignore[arg-type]
 
 
 class Watch:
@@ -150,10 +150,10 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     lazy = mode == "lazy"
     notices = prepare_gaudi(lazy=lazy)
     early = "torch" not in sys.modules
-    from tandem.recipe.run_settings import Hpu, Runtime
+    from tandem.recipe.run_settings import HpuSettings, Runtime
     from tandem.runtime.device import choose_device
 
-    hpu = Hpu(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
+    hpu = HpuSettings(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
     device = choose_device("auto", "auto", hpu)
     import torch
     from accelerate.utils import is_hpu_available

@@ -29,9 +29,14 @@ from tandem.data.batching.collate import MicroBatch, Segment, collate
 from tandem.data.records import Tree
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
+from tandem.recipe.training_settings import (
+    DpoSettings,
+    LoraSettings,
+    SftSettings,
+    ValidationSettings,
+)
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import reference_logps
@@ -227,10 +232,10 @@ def _engine(order: Order, home: Path) -> str:
 
 def _held_out(order: Order, data: Path) -> dict[str, Any]:
     source = DataSource(path=str(data.with_name(f"{order.kind}-held-out.jsonl")))
-    return {"keep": order.keep, "validation": Validation(data=(source,), steps=2)}
+    return {"keep": order.keep, "validation": ValidationSettings(data=(source,), steps=2)}
 
 
-def _settings(order: Order, data: Path) -> Sft | Dpo:
+def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
         **(_held_out(order, data) if order.keep else {}),
@@ -240,7 +245,7 @@ def _settings(order: Order, data: Path) -> Sft | Dpo:
         "max_length": 200,
         "logging_steps": 1,
         "save_steps": 4,
-        "lora": Lora(
+        "lora": LoraSettings(
             rank=4,
             alpha=8,
             dropout=0.1 if order.kind == "sft" else 0.0,
@@ -248,7 +253,7 @@ def _settings(order: Order, data: Path) -> Sft | Dpo:
         ),
         "gradient_checkpointing": order.checkpointing,
     }
-    return Sft(**values) if order.kind == "sft" else Dpo(**values)
+    return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
 
 
 def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from tandem.data.ledger import Ledger
 from tandem.data.records import Origin, Turn
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.contamination import Other
 from tandem.pairs.filters import similarity, words_of
 from tandem.pairs.prompts import Prompt, read_prompts
 from tandem.pairs.select_prompts import Selection, select_prompts
+from tandem.recipe.data_source import DataSource
 
 
 def prompt(question: str, answer: str = "yes", *, row: int = 1, source: int = 0) -> Prompt:
@@ -148,7 +148,9 @@ def test_what_cannot_be_a_prompt_is_in_the_ledger(tmp_path: Path) -> None:
         + talk(("user", "hi"), ("assistant", "ho"))
     )  # fmt: skip
     ledger = Ledger()
-    found = list(read_prompts([SourceSpec(str(path)), SourceSpec(str(path))], "different", ledger))
+    found = list(
+        read_prompts([DataSource(path=str(path)), DataSource(path=str(path))], "different", ledger)
+    )
     assert [(one.system, one.question, one.answer, one.source) for one in found] == [
         ("Be brief.", "hi", "ho", 0),
         ("", "hi", "ho", 0),

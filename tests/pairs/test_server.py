@@ -146,7 +146,7 @@ def test_all_wait_as_long_as_the_server_asks(desk: Desk) -> None:
     desk.plan = {"0": [429]}
     desk.retry_after = "0.6"
     told: list[str] = []
-    client = server(desk, concurrency=2, backoff=30, tell=told.append)
+    client = server(desk, concurrency=2, backoff=30, log=told.append)
     assert len(found(client, *map(str, range(6)))) == 6
     refused = desk.times[[asked(body) for body in desk.bodies].index("0")]
     # What was on its way already comes through; everything else waits.
@@ -154,7 +154,7 @@ def test_all_wait_as_long_as_the_server_asks(desk: Desk) -> None:
     assert len(late) >= 3
     assert min(late) >= 0.55
     desk.plan, desk.retry_after = {"x": [503]}, "1"
-    found(server(desk, tell=told.append), "x")
+    found(server(desk, log=told.append), "x")
     assert [line.partition(": ")[2] for line in told] == [
         "1 requests were sent again (HTTP 429: 1)",
         "HTTP 503, waiting 1 s",

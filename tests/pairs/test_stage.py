@@ -24,9 +24,9 @@ from tandem.errors import Stopped, UserError
 from tandem.pairs import generators, rankers
 from tandem.pairs import make_pairs as pairs_stage
 from tandem.pairs.make_pairs import run_pairs
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.runtime import extras
 from tandem.storage.atomic_files import read_json, read_jsonl
 
@@ -58,7 +58,8 @@ def make(
 ) -> list[dict[str, Any]]:  # fmt: skip
     values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
     run_pairs(
-        model=str(model), settings=Pairs.model_validate(values), output_dir=folder, seed=seed,
+        model=str(model), settings=PairsSettings.model_validate(values), output_dir=folder,
+        seed=seed,
         runtime=Runtime(device="cpu", dtype=dtype), console=console,
     )  # fmt: skip
     return read_jsonl(folder / "pairs.jsonl")
@@ -434,9 +435,8 @@ def test_parquet_holds_what_json_lines_hold(
     assert len(rows) == COUNT
     from tandem.data.ledger import Ledger
     from tandem.data.read_records import read_pairs
-    from tandem.data.sources.rows import SourceSpec
 
-    read = list(read_pairs([SourceSpec(str(tmp_path / "b" / "pairs.parquet"))], Ledger()))
+    read = list(read_pairs([DataSource(path=str(tmp_path / "b" / "pairs.parquet"))], Ledger()))
     assert [pair.rejected for pair in read] == [row["rejected"] for row in rows]
 
 

@@ -13,15 +13,15 @@ from tandem.data.batching.collate import collate, fed_tokens
 from tandem.data.batching.packing import pack
 from tandem.data.ledger import Ledger
 from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.integrations.choose_engine import choose_strategy
 from tandem.model.attention.select import use_backend
 from tandem.model.load_model import load_model
 from tandem.model.lora.adapter import add_adapter
+from tandem.recipe.data_source import DataSource
 from tandem.runtime.device import choose_device
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
 
@@ -35,7 +35,7 @@ def trees_of(prepare: Any, path: Path, tokenizer: Any) -> list[Tree]:
     """Records through the public path of data; every row must come out whole."""
     ledger = Ledger(None)
     trees: list[Tree] = prepare(
-        [SourceSpec(str(path))],
+        [DataSource(path=str(path))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, "neural-chat"),
         max_length=512,
@@ -64,7 +64,7 @@ def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
     single = choose_strategy("single", device="cpu", processes=1)
-    engine = Engine(device, Processes(Launch()), single)
+    engine = Engine(device, ProcessGroup(Launch()), single)
     engine.prepare(model, torch.optim.SGD, None)
     return engine
 

@@ -17,9 +17,9 @@ from tandem.data.batching import sampler
 from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Tree
 from tandem.model.lora.adapter import adapter_off
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora
+from tandem.recipe.training_settings import DpoSettings, LoraSettings
 from tandem.stages.dpo import run_dpo
 from tandem.train.losses.objectives import PreferenceObjective
 
@@ -188,7 +188,7 @@ def test_a_short_run_equals_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain.keep_float64(monkeypatch)
-    settings = Dpo(
+    settings = DpoSettings(
         data=(DataSource(path=str(pairs_file)),),
         batch_size=3,
         max_steps=4,
@@ -196,7 +196,7 @@ def test_a_short_run_equals_a_plain_loop(
         adam_epsilon=plain.EPSILON,
         beta=BETA,
         max_length=plain.CONTEXT,
-        lora=Lora(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
+        lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_dpo(
         model=str(stories_path),

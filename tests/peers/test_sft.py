@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tandem.data.batching import sampler
 from tandem.data.build_dataset import prepare_conversations
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Lora, Sft
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_jsonl
 from tandem.train.losses.objectives import SupervisedObjective
@@ -67,7 +67,7 @@ def test_a_short_run_equals_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain.keep_float64(monkeypatch)
-    settings = Sft(
+    settings = SftSettings(
         data=(DataSource(path=str(conversations_file)),),
         batch_size=3,
         max_steps=4,
@@ -75,7 +75,7 @@ def test_a_short_run_equals_a_plain_loop(
         adam_epsilon=plain.EPSILON,
         logging_steps=1,
         max_length=plain.CONTEXT,
-        lora=Lora(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
+        lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_sft(
         model=str(stories_path),

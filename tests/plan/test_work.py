@@ -12,9 +12,14 @@ from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Origin, Tree
 from tandem.plan.stage_estimate import pacing_of
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft, Validation
+from tandem.recipe.training_settings import (
+    DpoSettings,
+    LoraSettings,
+    SftSettings,
+    ValidationSettings,
+)
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
@@ -22,6 +27,8 @@ from tandem.stages.training.training_data import prepared_records, stage_records
 from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import QUIET
+
+RECORDS, BATCH_SIZE = 18, 4
 
 
 @pytest.fixture(autouse=True)
@@ -35,31 +42,34 @@ def _first_lines(source: Path, count: int, target: Path) -> Path:
     return target
 
 
-def _settings(kind: str, shared_data: Path, folder: Path, **changes: Any) -> Sft | Dpo:
+def _settings(
+    kind: str, some_data: Path, folder: Path, **changes: Any
+) -> SftSettings | DpoSettings:
     source = {
-        "sft": shared_data / "conversations" / "slimorca_format.jsonl",
-        "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
+        "sft": some_data / "conversations" / "slimorca_format.jsonl",
+        "dpo": some_data / "pairs" / "orca_dpo_pairs.jsonl",
     }[kind]
-    data = _first_lines(source, 30, folder / f"{kind}.jsonl")
+    data = _first_lines(source, RECORDS, folder / f"{kind}.jsonl")
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
-        "batch_size": 7,
+        "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
         "max_length": 400,
-        "lora": Lora(rank=2, alpha=4),
+        "lora": LoraSettings(rank=2, alpha=4),
     } | changes
-    return Sft(**values) if kind == "sft" else Dpo(**values)
+    return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
 
 
-def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = False) -> Workload:
+def _counted(
+    kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
+) -> Workload:
     from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
 
     config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
     records = stage_records(
         prepare_conversations if kind == "sft" else prepare_pairs,
-        [SourceSpec(source.path, weight=source.weight) for source in settings.data],
+        [DataSource(path=source.path, weight=source.weight) for source in settings.data],
         [],
         settings,
         tokenizer=tokenizer,
@@ -86,17 +96,17 @@ def _counted(kind: str, model: Path, settings: Sft | Dpo, *, padded: bool = Fals
     ],
 )
 def test_a_plan_counts_what_a_run_reports(
-    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
+    kind: str, attention: str, mixed: bool, some_model: Path, some_data: Path, tmp_path: Path
 ) -> None:
-    settings: Any = _settings(kind, shared_data, tmp_path)
+    settings: Any = _settings(kind, some_data, tmp_path)
     if mixed:
         (source,) = settings.data
         twice = source.model_copy(update={"weight": 2.5})
-        held_out = Validation(fraction=0.2)
+        held_out = ValidationSettings(fraction=0.2)
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(
-        model=str(stories_path),
+        model=str(some_model),
         revision=None,
         settings=settings,
         output_dir=tmp_path / "out",
@@ -106,7 +116,7 @@ def test_a_plan_counts_what_a_run_reports(
         console=QUIET,
     )
     summary = read_json(folder / "summary.json")
-    work = _counted(kind, stories_path, settings, padded=attention == "padded")
+    work = _counted(kind, some_model, settings, padded=attention == "padded")
     for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):
         assert getattr(work, name) == summary[name], name
     assert work.fill == pytest.approx(summary["fill"], rel=1e-12)
@@ -121,20 +131,19 @@ def test_a_plan_counts_what_a_run_reports(
 
 
 def test_a_plan_for_processes_deals_as_they_do(
-    stories_path: Path, shared_data: Path, tmp_path: Path
+    some_model: Path, some_data: Path, tmp_path: Path
 ) -> None:
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import plan_step, tree_cost
     from tandem.data.batching.sampler import steps
     from tandem.data.build_dataset import prepare_pairs
-    from tandem.data.sources.rows import SourceSpec
     from tandem.runtime.device import attention_weight
 
-    settings = _settings("dpo", shared_data, tmp_path)
-    config, tokenizer, template, _ = model_side(stories_path, settings, None)
+    settings = _settings("dpo", some_data, tmp_path)
+    config, tokenizer, template, _ = model_side(some_model, settings, None)
     _, trees = prepared_records(
         prepare_pairs,
-        [SourceSpec(settings.data[0].path)],
+        [DataSource(path=settings.data[0].path)],
         settings,
         tokenizer=tokenizer,
         template=template,
@@ -146,7 +155,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     work = count_work(trees, pacing)
     weight = attention_weight(config)
     plans = []
-    for step in steps(len(trees), 7, seed=3, count=work.steps):
+    for step in steps(len(trees), BATCH_SIZE, seed=3, count=work.steps):
         own = [trees[i] for i in step.examples]
         costs = [tree_cost(tree, weight) for tree in own]
         plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))
@@ -167,12 +176,12 @@ def _visible(tree: Tree) -> int:
 
 
 def test_many_steps_are_packed_in_part(
-    stories_path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some_model: Path, some_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _settings("sft", shared_data, tmp_path, batch_size=2, epochs=4)
-    whole = _counted("sft", stories_path, settings)
+    settings = _settings("sft", some_data, tmp_path, batch_size=2, epochs=4)
+    whole = _counted("sft", some_model, settings)
     monkeypatch.setattr("tandem.plan.workload._PACKED", 7)
-    part = _counted("sft", stories_path, settings)
+    part = _counted("sft", some_model, settings)
     assert part.packed_steps < whole.packed_steps == whole.steps
     assert (part.tokens, part.padded_tokens) == (whole.tokens, whole.padded_tokens)
     assert part.micro_batches == pytest.approx(whole.micro_batches, rel=0.2)

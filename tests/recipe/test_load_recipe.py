@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.load_recipe import load_recipe, recipe_names, recipe_to_yaml
-from tandem.recipe.section import DataSource
 from tandem.recipe.yaml_lines import dump_yaml, parse_yaml
 
 SMALL = """\

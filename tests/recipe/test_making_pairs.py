@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tandem.recipe.pairs_settings import Pairs, Server
+from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 
 SERVER = {"base_url": "http://localhost:8000/v1", "model": "m"}
 RANK = {"judge": SERVER}
 KEY = "sk-not-to-be-seen"
 
 
-def pairs(**settings: Any) -> Pairs:
-    return Pairs.model_validate({"prompts": ({"path": "a.jsonl"},), **settings})
+def pairs(**settings: Any) -> PairsSettings:
+    return PairsSettings.model_validate({"prompts": ({"path": "a.jsonl"},), **settings})
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_can_act_is_taken() -> None:
 )
 def test_an_address_or_a_variable_that_is_none(url: str, variable: str | None, said: str) -> None:
     with pytest.raises(ValidationError) as error:
-        Server(base_url=url, model="m", key_variable=variable)
+        ServerSettings(base_url=url, model="m", key_variable=variable)
     (found,) = error.value.errors()
     assert said in found["msg"]
     assert KEY not in found["msg"]

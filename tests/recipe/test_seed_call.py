@@ -10,8 +10,8 @@ import pytest
 from tandem.errors import UserError
 from tandem.recipe.flags import FLAGS
 from tandem.recipe.load_recipe import load_recipe
-from tandem.recipe.recipe import AttentionBackend, Hpu
-from tandem.recipe.training_settings import Training
+from tandem.recipe.recipe import AttentionBackend, HpuSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.tutorial_flags import StageCall, stage_call
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
@@ -32,7 +32,7 @@ def _message(stage: Stage, devices: int = 1, **values: Any) -> str:
 @pytest.mark.parametrize("stage", STAGES)
 def test_flags_that_are_left_out_have_the_seed_recipes_values(stage: Stage) -> None:
     recipe = load_recipe("neural-chat-7b-v3-1")
-    section: Training | None = getattr(recipe, stage)
+    section: TrainingSettings | None = getattr(recipe, stage)
     assert section is not None
     # SFT's 64 came from 8 devices. Dropout cannot act in DPO, so the flags do not carry it.
     flags = _call(stage, devices=8 if stage == "sft" else 1).settings.model_dump()
@@ -160,16 +160,16 @@ def test_a_flag_that_cannot_act_is_accepted_and_reported_once(stage: Stage, flag
 def test_on_gaudi_the_seeds_flags_act() -> None:
     values = {**REQUIRED, "use_habana": True, "use_lazy_mode": True, "pad_max": True}
     call = stage_call("dpo", values, gaudi=True)
-    assert (call.device, call.hpu) == ("hpu", Hpu(lazy_mode=True, buckets="max"))
+    assert (call.device, call.hpu) == ("hpu", HpuSettings(lazy_mode=True, buckets="max"))
     assert not any("does nothing" in notice for notice in call.notices)
     plain = stage_call("dpo", REQUIRED, gaudi=True)
-    assert (plain.device, plain.hpu) == ("auto", Hpu())
+    assert (plain.device, plain.hpu) == ("auto", HpuSettings())
     kernels = {"hpu_fused_attention": True, "hpu_fused_optimizer": True}
     given = {**REQUIRED, "hpu_buckets": ["512", "1024"], **kernels}
-    assert stage_call("sft", given, gaudi=True).hpu == Hpu(
+    assert stage_call("sft", given, gaudi=True).hpu == HpuSettings(
         buckets=(512, 1024), fused_attention=True, fused_optimizer=True
     )
-    assert stage_call("sft", given).hpu == Hpu()
+    assert stage_call("sft", given).hpu == HpuSettings()
 
 
 def test_flags_about_gaudi_that_contradict_each_other() -> None:

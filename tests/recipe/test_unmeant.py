@@ -10,14 +10,16 @@ import pytest
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.recipe.load_recipe import load_recipe
-from tandem.recipe.training_settings import Sft
+from tandem.recipe.training_settings import SftSettings
 from tandem.recipe.unmeant import unmeant
 
 DATA: Any = ({"path": "d.jsonl"},)
 
 
-def sft(**settings: Any) -> Sft:
-    return Sft.model_validate({"data": DATA, "batch_size": 4, "logging_steps": 1, **settings})
+def sft(**settings: Any) -> SftSettings:
+    return SftSettings.model_validate(
+        {"data": DATA, "batch_size": 4, "logging_steps": 1, **settings}
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from tandem.plan.stage_estimate import (
     remember_run,
 )
 from tandem.plan.workload import Workload
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import choose_device
 from tandem.stages.sft import run_sft
 from tandem.stages.training import context, train_stage
@@ -61,7 +61,7 @@ def _forecast(device: str, rate: Rate | None = None) -> StageEstimate:
         weight_bytes=4, quantized=False, copies=0, checkpointing=False, tokens=60,
         activation_bytes=10.0, head_bytes=1000, baseline=50,
     )  # fmt: skip
-    settings = Dpo(data=(DataSource(path="x"),), lora=Lora(rank=4, alpha=8))
+    settings = DpoSettings(data=(DataSource(path="x"),), lora=LoraSettings(rank=4, alpha=8))
     # Of another device than the one that is here only its kind is asked.
     here: Any = replace(choose_device("cpu", "float32"), torch_device=torch.device(device))
     rate = rate or recorded_rate(setting)
@@ -102,9 +102,9 @@ def test_a_run_without_a_record_has_no_estimate_of_its_time() -> None:
 
 def _run(folder: Path, **runtime: Any) -> dict[str, Any]:
     model = make_model_folder(folder / "model")
-    settings = Sft(
+    settings = SftSettings(
         data=(DataSource(path=str(make_conversations(folder / "c.jsonl"))),),
-        batch_size=8, max_steps=2, max_length=128, lora=Lora(rank=2, alpha=4),
+        batch_size=8, max_steps=2, max_length=128, lora=LoraSettings(rank=2, alpha=4),
     )  # fmt: skip
     made = run_sft(
         model=str(model), revision=None, settings=settings, output_dir=folder / "out",
@@ -123,7 +123,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
     monkeypatch.setattr(train_stage, "estimate_run", strange)
-    monkeypatch.setattr(context, "say", lambda _, text, **__: told.append(text))
+    monkeypatch.setattr(context, "log", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
     assert summary["steps"] == 2

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLm
 
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import run_evaluation
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
@@ -62,13 +62,13 @@ def train(
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),), "batch_size": 6, "max_steps": 4,
         "learning_rate": 1e-2, "max_length": 128, "logging_steps": 1,
-        "lora": Lora(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
+        "lora": LoraSettings(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
     }  # fmt: skip
     stage: Any = run_sft if kind == "sft" else run_dpo
     stage(
         model=str(model),
         revision=None,
-        settings=(Sft if kind == "sft" else Dpo)(**values | changes),
+        settings=(SftSettings if kind == "sft" else DpoSettings)(**values | changes),
         output_dir=folder,
         chat_template=None,
         seed=1,
@@ -138,7 +138,7 @@ def test_evaluation_pads_what_it_cannot_pack(tiny_model: Path, tmp_path: Path) -
     def evaluate(folder: str, attention: str) -> dict[str, Any]:
         found = run_evaluation(
             models={"mamba": str(mamba), "llama": str(tiny_model)},
-            settings=Evaluate(
+            settings=EvaluationSettings(
                 questions=(DataSource(path=str(questions)),),
                 pairs=(DataSource(path=str(pairs)),),
                 max_new_tokens=4,
@@ -168,7 +168,7 @@ def test_what_a_mamba_adapter_leaves_out_is_said(tmp_path: Path) -> None:
     trained = train("sft", model, tmp_path / "all", console=console)
     assert "all-linear leaves out dt_proj, out_proj" in said.getvalue()
     assert {name.split(".")[-3] for name in trained} == {"in_proj", "x_proj"}
-    lora = Lora(rank=4, alpha=8, target_modules=("in_proj", "dt_proj"))
+    lora = LoraSettings(rank=4, alpha=8, target_modules=("in_proj", "dt_proj"))
     with pytest.raises(UserError, match="dt_proj"):
         train("sft", model, tmp_path / "named", lora=lora)
     with pytest.raises(UserError, match=r"attention: segments.*padded"):

@@ -16,10 +16,10 @@ from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.model.generate import generate_answers
 from tandem.model.load_model import load_model, load_tokenizer
 from tandem.pairs.make_pairs import run_pairs
-from tandem.recipe.evaluation_settings import Evaluate
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs
@@ -78,7 +78,7 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
     conversations = make_conversations(tmp_path / "c.jsonl")
     with conversations.open("a") as file:
         file.write('{"conversations": [{"from": "human", "value": "and then?"}]}\n')
-    settings = Pairs(
+    settings = PairsSettings(
         prompts=(DataSource(path=str(conversations)),),
         heldout=(DataSource(path=str(make_questions(tmp_path / "q.jsonl"))),),
         max_new_tokens=6,
@@ -124,7 +124,7 @@ def test_scores_equal_plain_transformers(tiny_model: Path, tmp_path: Path) -> No
     pairs = make_pairs(tmp_path / "p.jsonl", count=10)
     evaluation = run_evaluation(
         models={"base": str(tiny_model), "sft": str(tiny_model)},
-        settings=Evaluate(
+        settings=EvaluationSettings(
             questions=(DataSource(path=str(questions)),),
             pairs=(DataSource(path=str(pairs)),),
             max_new_tokens=8,

@@ -166,9 +166,9 @@ def test_merged_into_the_weights_that_were_seen(
 def test_weights_without_an_adapter_are_those_that_were_seen(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    from tandem.recipe.training_settings import Lora
+    from tandem.recipe.training_settings import LoraSettings
 
-    run("sft", tiny_model, tmp_path / "sft", lora=Lora(rank=4, target_modules=("q_proj",)))
+    run("sft", tiny_model, tmp_path / "sft", lora=LoraSettings(rank=4, target_modules=("q_proj",)))
     merged = merge(tiny_model, tmp_path / "sft", tmp_path / "out")
     base = load_base(tiny_model, tmp_path / "sft", dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj"

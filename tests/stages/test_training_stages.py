@@ -24,9 +24,9 @@ from tandem.cli.main import main
 from tandem.data.batching.sampler import steps
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Sft
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.report.report_warnings import find
 from tandem.report.run_facts import read_run
 from tandem.stages.dpo import run_dpo
@@ -37,7 +37,7 @@ from tandem.train import trainer
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 
 
-def settings(kind: str, file: Path, **changes: Any) -> Sft | Dpo:
+def settings(kind: str, file: Path, **changes: Any) -> SftSettings | DpoSettings:
     values: dict[str, Any] = {
         "data": (DataSource(path=str(file)),),
         "batch_size": 5,
@@ -46,9 +46,9 @@ def settings(kind: str, file: Path, **changes: Any) -> Sft | Dpo:
         "max_length": 128,
         "logging_steps": 3,
         "save_steps": 2,
-        "lora": Lora(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
+        "lora": LoraSettings(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
     } | changes
-    return Sft(**values) if kind == "sft" else Dpo(**values)
+    return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
 
 
 def run(
@@ -136,7 +136,7 @@ def test_a_resumed_run_may_be_given_another_budget_and_says_so(
             run("dpo", tiny_model, tmp_path / "changed")
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.context.log", lambda _, text, **__: said.append(text)
     )
     resumed = run("dpo", tiny_model, tmp_path / "changed", budget=64)
     assert any("tokens_per_microbatch 2048 -> 64" in line for line in said)
@@ -148,7 +148,7 @@ def test_kernels_and_order_are_recorded_and_kept(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.context.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.context.log", lambda _, text, **__: said.append(text)
     )
     whole = run("dpo", tiny_model, tmp_path / "whole")
     schedule = read_json(tmp_path / "whole" / "manifest.json")["schedule"]
@@ -383,7 +383,7 @@ def test_a_context_too_short_and_a_missing_target_are_named(
     with pytest.raises(UserError, match=r"max_length 300 exceeds .* 256"):
         run("sft", tiny_model, tmp_path / "a", max_length=300)
     with pytest.raises(UserError, match=r"'wq' fits no module .* q_proj"):
-        run("sft", tiny_model, tmp_path / "b", lora=Lora(target_modules=("wq",)))
+        run("sft", tiny_model, tmp_path / "b", lora=LoraSettings(target_modules=("wq",)))
     with pytest.raises(UserError, match="does not exist"):
         run("sft", tmp_path / "nowhere", tmp_path / "c")
     (tmp_path / "empty").mkdir()

@@ -15,17 +15,17 @@ from torch import Tensor
 from tandem.errors import TandemError, UserError
 from tandem.model.load_model import load_model
 from tandem.model.lora.adapter import load_adapter
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Lora, Validation
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import held_out_evaluation, trainer
-from tandem.train.step import MicroBatches
+from tandem.train.step import StepRunner
 
 from .made_inputs import WORDS, make_conversations, make_pairs
 from .test_training_stages import distance, run
 
 STEADY = ("step", "loss", "grad_norm", "learning_rate")
-TWO = Validation(fraction=0.2, steps=2)
+TWO = ValidationSettings(fraction=0.2, steps=2)
 
 
 def lines(folder: Path, name: str = "validation.jsonl") -> list[dict[str, Any]]:
@@ -39,9 +39,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in b)
 
 
-def own_data(kind: str, path: Path) -> Validation:
+def own_data(kind: str, path: Path) -> ValidationSettings:
     (make_conversations if kind == "sft" else make_pairs)(path, count=9)
-    return Validation(data=(DataSource(path=str(path)),), steps=3)
+    return ValidationSettings(data=(DataSource(path=str(path)),), steps=3)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -145,13 +145,13 @@ def test_a_fraction_is_held_out_by_prompt_and_accounted_for(
 ) -> None:
     trained_on: list[Any] = []
     scored: list[Any] = []
-    plain = MicroBatches.run
+    plain = StepRunner.run
 
     def watch(self: Any, work: Any, own: Any) -> Any:
         (trained_on if self.learns else scored).extend(tree.origin.row for tree in work.trees)
         return plain(self, work, own)
 
-    monkeypatch.setattr(MicroBatches, "run", watch)
+    monkeypatch.setattr(StepRunner, "run", watch)
     run(kind, tiny_model, tmp_path / "out", validation=TWO)
     counts = read_json(tmp_path / "out" / "summary.json")["ledger"]
     assert counts["read"] == counts["trained"] + counts["held_out"] + counts["dropped"] == 24
@@ -173,11 +173,11 @@ def test_a_split_is_held_out_and_shared_prompts_are_said(
     make_conversations(data / "test.jsonl", 4)
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.training_data.log", lambda _, text, **__: said.append(text)
     )
     run(
         "sft", tiny_model, tmp_path / "out",
-        data=(DataSource(path=str(data)),), validation=Validation(split="test"),
+        data=(DataSource(path=str(data)),), validation=ValidationSettings(split="test"),
     )  # fmt: skip
     line = "sft: 4 of 4 held-out records have a prompt that 12 training records have too"
     assert any(text.startswith(line) for text in said)
@@ -188,14 +188,14 @@ def test_a_split_is_held_out_and_shared_prompts_are_said(
     with pytest.raises(UserError, match="held_out"):
         run(
             "sft", tiny_model, tmp_path / "out",
-            data=(DataSource(path=str(data)),), validation=Validation(split="test"),
+            data=(DataSource(path=str(data)),), validation=ValidationSettings(split="test"),
         )  # fmt: skip
 
 
 WILD = {"learning_rate": 0.01, "max_steps": 8, "keep": "best", "lr_scheduler": "constant"}
 
 
-def unlike(folder: Path) -> Validation:
+def unlike(folder: Path) -> ValidationSettings:
     """Held-out answers unlike those that are trained on: their loss falls, and rises in the end."""
     rows = [
         [{"from": "human", "value": f"say {word}"}, {"from": "gpt", "value": "xyz"}]
@@ -203,7 +203,7 @@ def unlike(folder: Path) -> Validation:
     ]
     path = folder / "unlike.jsonl"
     path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
-    return Validation(data=(DataSource(path=str(path)),), steps=2)
+    return ValidationSettings(data=(DataSource(path=str(path)),), steps=2)
 
 
 def test_the_best_adapter_becomes_the_stages(tiny_model: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
 ) -> None:
     """The older best stays until a checkpoint knows of the newer one."""
     listed: list[list[str]] = []
-    plain = held_out_evaluation.HeldOutScores.saved
+    plain = held_out_evaluation.HeldOutEvaluation.saved
 
     def saved(self: Any) -> None:
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
@@ -280,11 +280,11 @@ def test_a_later_best_that_no_checkpoint_knows_replaces_none(
         listed.append(sorted(path.name for path in self.kept.folder.iterdir()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out_evaluation.HeldOutScores, "saved", saved)
+        patch.setattr(held_out_evaluation.HeldOutEvaluation, "saved", saved)
         run(
             "sft", tiny_model, tmp_path / "out",
-            validation=Validation(fraction=0.2, steps=1), keep="best", max_steps=6, save_steps=3,
-            save_total_limit=1, learning_rate=1e-3,
+            validation=ValidationSettings(fraction=0.2, steps=1), keep="best", max_steps=6,
+            save_steps=3, save_total_limit=1, learning_rate=1e-3,
         )  # fmt: skip
     assert listed == [
         ["step-000000", "step-000001", "step-000002", "step-000003"], ["step-000003"],
@@ -299,7 +299,7 @@ def test_training_that_only_harms_says_so(tiny_model: Path, tmp_path: Path) -> N
     rows = read_jsonl(tmp_path / "dpo.jsonl")
     rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     swapped.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    against = Validation(data=(DataSource(path=str(swapped)),), steps=2)
+    against = ValidationSettings(data=(DataSource(path=str(swapped)),), steps=2)
     run("dpo", tiny_model, tmp_path / "out", validation=against, keep="best")
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["kept_step"] == 0
@@ -343,7 +343,11 @@ def mixed(tmp_path: Path, kind: str, weight: float) -> tuple[DataSource, ...]:
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_record_shown_twice_counts_twice(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """One step of all records is one over a file that has the weighted ones twice."""
-    once: dict[str, Any] = {"batch_size": 100, "max_steps": 1, "lora": Lora(rank=4, alpha=8)}
+    once: dict[str, Any] = {
+        "batch_size": 100,
+        "max_steps": 1,
+        "lora": LoraSettings(rank=4, alpha=8),
+    }
     data = mixed(tmp_path, kind, 2.0)
     weighted = run(kind, tiny_model, tmp_path / "weighted", data=data, **once)
     copied = tmp_path / "copied.jsonl"
@@ -401,7 +405,7 @@ def test_the_mixture_is_said_in_one_line(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(
-        "tandem.stages.training.training_data.say", lambda _, text, **__: said.append(text)
+        "tandem.stages.training.training_data.log", lambda _, text, **__: said.append(text)
     )
     data = mixed(tmp_path, "sft", 0.5)
     run("sft", tiny_model, tmp_path / "out", data=data, max_steps=1)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tandem.errors import TandemError, UserError
 from tandem.runtime.launch import launched
-from tandem.runtime.process_group import Processes, join
+from tandem.runtime.process_group import ProcessGroup, join
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=2)
@@ -72,7 +72,7 @@ def _caught(work: Callable[[], Any]) -> dict[str, Any]:
         return {"kind": type(error).__name__, "message": str(error), "told": told, "code": code}
 
 
-def together(processes: Processes) -> dict[str, Any]:
+def together(processes: ProcessGroup) -> dict[str, Any]:
     """Work longer than the timeout, in turn; fail alone; be asked for another recipe; hang."""
     found: dict[str, Any] = {}
 
@@ -87,31 +87,33 @@ def together(processes: Processes) -> dict[str, Any]:
         if processes.rank == 1:
             time.sleep(600)
 
-    found["alone"] = _caught(lambda: processes.alone(work))
-    found["in turn"] = _caught(lambda: processes.main_first(work))
-    found["mistake"] = _caught(lambda: processes.alone(mistake))
-    found["again"] = _caught(lambda: join(launched(), "gloo", TIMEOUT).main(lambda: "same group"))
+    found["alone"] = _caught(lambda: processes.rank0_alone(work))
+    found["in turn"] = _caught(lambda: processes.rank0_first(work))
+    found["mistake"] = _caught(lambda: processes.rank0_alone(mistake))
+    found["again"] = _caught(
+        lambda: join(launched(), "gloo", TIMEOUT).on_rank0(lambda: "same group")
+    )
     found["recipes"] = _caught(lambda: processes.require_same(recipe=f"seed {processes.rank}"))
 
     def share(work: Callable[[], Any]) -> Any:
         with processes.shared_fate():
-            return processes.together(work)
+            return processes.on_all(work)
 
     found["hang"] = _caught(lambda: share(hang))
     return found
 
 
-def frozen(processes: Processes) -> dict[str, Any]:
+def frozen(processes: ProcessGroup) -> dict[str, Any]:
     """Rank 0 freezes while the other one waits for it."""
-    return _caught(lambda: processes.alone(lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    return _caught(lambda: processes.rank0_alone(lambda: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
-def dead(processes: Processes) -> dict[str, Any]:
+def dead(processes: ProcessGroup) -> dict[str, Any]:
     """Rank 0 ends without a word while the other one waits for it."""
 
     def wait() -> None:
         with processes.shared_fate():
-            processes.alone(lambda: os._exit(9))
+            processes.rank0_alone(lambda: os._exit(9))
 
     return _caught(wait)
 

@@ -13,14 +13,14 @@ import torch
 
 from tandem.errors import UserError
 from tandem.integrations.gaudi import bridge
-from tandem.recipe.run_settings import Hpu
+from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.device import Device, choose_device, most_resident, token_budget
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.engines.replicated import Replicated
 
-ALONE = Processes(Launch())
+ALONE = ProcessGroup(Launch())
 
 
 class Machine:
@@ -130,7 +130,9 @@ def test_a_device_that_accelerate_does_not_take_is_refused(machine: Machine) -> 
     machine.patch.setattr("tandem.train.engines.engine.Accelerator", lambda **_: taken)
     with pytest.raises(UserError, match="device: xpu was asked for, but accelerate prefers cuda"):
         Engine(
-            Device(torch.device("xpu"), torch.float32), Processes(Launch()), Replicated("single", 1)
+            Device(torch.device("xpu"), torch.float32),
+            ProcessGroup(Launch()),
+            Replicated("single", 1),
         )
 
 
@@ -208,8 +210,8 @@ def test_kernels_that_are_asked_for_must_be_there(machine: Machine) -> None:
     machine.has("hpu")
     for key, name in (("fused_attention", "FusedSDPA"), ("fused_optimizer", "FusedAdamW")):
         with pytest.raises(UserError, match=rf"hpu\.{key} needs {name} of habana_frameworks"):
-            choose_device("hpu", "auto", Hpu(**{key: True}))  # type: ignore[arg-type]
-        assert choose_device("cpu", "auto", Hpu(**{key: True})).kind == "cpu"  # type: ignore[arg-type]
+            choose_device("hpu", "auto", HpuSettings(**{key: True}))  # type: ignore[arg-type]
+        assert choose_device("cpu", "auto", HpuSettings(**{key: True})).kind == "cpu"  # type: ignore[arg-type]
 
 
 def test_the_mode_is_always_set(machine: Machine) -> None:

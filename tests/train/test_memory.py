@@ -10,7 +10,7 @@ import torch
 
 from tandem.errors import Stopped, UserError
 from tandem.runtime.launch import RESTART_FILE, Launch
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.token_budget import TokenBudget, ran_out
 
 TOKENS = [90, 40, 40, 10]
@@ -44,8 +44,8 @@ def test_what_does_not_fit_is_split_and_so_is_the_rest() -> None:
     assert done == [((0,), "0"), ((1,), "1"), ((2, 3), "2,3")]
     assert made.tokens == 65
     assert remembered == []
-    made.settle([made.tokens, 50], Processes(Launch()))
-    made.settle([50], Processes(Launch()))
+    made.settle([made.tokens, 50], ProcessGroup(Launch()))
+    made.settle([50], ProcessGroup(Launch()))
     assert remembered == [50], "once, when all processes know"
 
 

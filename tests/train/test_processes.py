@@ -85,7 +85,7 @@ def test_processes_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_process_needs_no_contact() -> None:
     processes = join(Launch(), "gloo", timedelta(seconds=1))
-    assert (processes.count, processes.alone(lambda: 3)) == (1, 3)
+    assert (processes.count, processes.rank0_alone(lambda: 3)) == (1, 3)
     assert not dist.is_initialized()
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from tandem.data.batching.sampler import total_steps
 from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.formats.known_formats import Kind, detect, format_called
-from tandem.data.resolve_sources import held_out_sources, source_specs
+from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.sources.chunks import Row
-from tandem.data.sources.rows import SourceSpec, not_read, read_rows
+from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.added_tokens import add_tokens, row_notices
 from tandem.data.tokenize.chat_template import resolve_template
@@ -23,9 +23,10 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.run_pipeline import folder_of
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import Dpo, Sft, Training
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 
 # Rows that are looked at, of those that can be parsed; the readers give up no later.
@@ -33,15 +34,15 @@ _ROWS = 20
 
 
 def by_kind(
-    sources: Sequence[SourceSpec],
-) -> tuple[dict[Kind, list[SourceSpec]], list[SourceSpec]]:
+    sources: Sequence[DataSource],
+) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
     """The sources of each kind, in order; and those with rows of no known format.
 
     These, and those without a row that can be read, count as conversations: reading them says what
     is wrong.
     """
-    found: dict[Kind, list[SourceSpec]] = {}
-    unknown: list[SourceSpec] = []
+    found: dict[Kind, list[DataSource]] = {}
+    unknown: list[DataSource] = []
     for source in sources:
         kind, rows = _look(source)
         found.setdefault(kind or "conversations", []).append(source)
@@ -50,7 +51,7 @@ def by_kind(
     return found, unknown
 
 
-def _look(source: SourceSpec) -> tuple[Kind | None, int]:
+def _look(source: DataSource) -> tuple[Kind | None, int]:
     """The kind of a source's first rows, and after how many of them it was clear, or given up."""
     if source.format is not None:
         return format_called(source.format).kind, 0
@@ -66,7 +67,7 @@ def _look(source: SourceSpec) -> tuple[Kind | None, int]:
 
 StageName = Literal["sft", "dpo"]
 KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
-_SECTIONS: dict[StageName, type[Training]] = {"sft": Sft, "dpo": Dpo}
+_SECTIONS: dict[StageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 _NO_LIMIT = 2**31 - 1
 
 
@@ -89,10 +90,10 @@ class StageData:
     """
 
     stage: StageName
-    sources: tuple[SourceSpec, ...]
+    sources: tuple[DataSource, ...]
     plan: Plan
     max_dropped: float
-    validation: tuple[SourceSpec, ...] = ()
+    validation: tuple[DataSource, ...] = ()
     limited: bool = False
     held_out: bool = False
 
@@ -131,7 +132,7 @@ def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
 
 def named_sources(
     paths: Sequence[str], folder: Path, seed: int | None, said: Mapping[str, object] | None = None
-) -> list[SourceSpec]:
+) -> list[DataSource]:
     """Files, folders, Hub ids or `demo:NAME` for the readers.
 
     Args:
@@ -143,7 +144,7 @@ def named_sources(
     Raises UserError for what a recipe cannot say.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
-    return source_specs(named_data(paths, said or {}), folder, seed)
+    return resolve_sources(named_data(paths, said or {}), folder, seed)
 
 
 def stage_of(kind: Kind) -> StageName:
@@ -152,7 +153,7 @@ def stage_of(kind: Kind) -> StageName:
 
 
 def stage_data(
-    stage: StageName, recipe: Recipe | None, sources: Sequence[SourceSpec] | None, folder: Path
+    stage: StageName, recipe: Recipe | None, sources: Sequence[DataSource] | None, folder: Path
 ) -> StageData:
     """What a stage of a recipe would read.
 
@@ -230,12 +231,12 @@ def left_out(found: Sequence[StageData]) -> list[str]:
     return []
 
 
-def plan_of(kind: Kind, settings: Training | None) -> Plan:
+def plan_of(kind: Kind, settings: TrainingSettings | None) -> Plan:
     """What a stage's settings make of every record; without settings nothing is cut."""
     if settings is None:
         return Plan(kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record"))
     limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
-    loss_on = settings.loss_on if isinstance(settings, Sft) else "answers"
+    loss_on = settings.loss_on if isinstance(settings, SftSettings) else "answers"
     return Plan(kind, limits, settings.on_bad_record, loss_on)
 
 
@@ -302,35 +303,35 @@ def other_sets(
     ]
 
 
-def _evaluation_sources(recipe: Recipe, folder: Path) -> list[SourceSpec]:
+def _evaluation_sources(recipe: Recipe, folder: Path) -> list[DataSource]:
     """The questions and held-out pairs that a recipe evaluates on."""
     if recipe.evaluate is None:
         return []
     settings = recipe.evaluate
     named = [*settings.questions, *settings.pairs, *settings.heldout]
-    return source_specs(named, folder, recipe.seed)
+    return resolve_sources(named, folder, recipe.seed)
 
 
-def _settings(recipe: Recipe, stage: StageName) -> Training | None:
+def _settings(recipe: Recipe, stage: StageName) -> TrainingSettings | None:
     return recipe.sft if stage == "sft" else recipe.dpo
 
 
 def _own_sources(
-    stage: StageName, recipe: Recipe, settings: Training, folder: Path
-) -> list[SourceSpec]:
+    stage: StageName, recipe: Recipe, settings: TrainingSettings, folder: Path
+) -> list[DataSource]:
     if settings.data:
-        return source_specs(settings.data, folder, recipe.seed)
+        return resolve_sources(settings.data, folder, recipe.seed)
     made = folder_of(recipe, "pairs")
     pairs = made_pairs(made)
     if pairs is not None:
-        return [SourceSpec(str(pairs))]
+        return [DataSource(path=str(pairs))]
     raise NotMade(
         f"recipe {recipe.name}: {stage}.data is what its pairs stage makes, and there are none in "
         f"{made} yet. Run it until then (tandem run ... --until pairs), or name a file."
     )
 
 
-def _setting(stage: StageName, settings: Training | None, name: str) -> Any:
+def _setting(stage: StageName, settings: TrainingSettings | None, name: str) -> Any:
     """A setting, or what it is when a recipe says nothing."""
     if settings is not None:
         return getattr(settings, name)

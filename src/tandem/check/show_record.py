@@ -15,9 +15,10 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
 from tandem.data.records import Branch, Origin, Tree
 from tandem.data.sources.chunks import BadLine, Row, RowChunk
-from tandem.data.sources.rows import SourceSpec, origin_names, read_rows
+from tandem.data.sources.rows import origin_names, read_rows
 from tandem.data.tokenize.encode import Chat
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 Part = Literal["prompt", "trained", "shared", "shared and trained"]
 # Tokens in a row that decode to no whole character, after which that is taken as it is.
@@ -73,7 +74,7 @@ class Encodings:
     entries: tuple[Entry, ...]
 
 
-def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number: int) -> Place:
+def find_row(sources: Sequence[DataSource], kind: Kind, file: str | None, number: int) -> Place:
     """Row `number` of a file, counted from 1 as the ledger counts.
 
     Args:
@@ -113,7 +114,7 @@ def find_row(sources: Sequence[SourceSpec], kind: Kind, file: str | None, number
     raise UserError(f"data: row {number} of {wanted} is empty.")
 
 
-def _pair_with(wanted: Row, source: SourceSpec, kind: Kind) -> str:
+def _pair_with(wanted: Row, source: DataSource, kind: Kind) -> str:
     """In which pair of its source a row's answer is, which comes after the row."""
     side = "chosen" if label_of(wanted.fields) else "rejected"
     for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):

@@ -34,13 +34,14 @@ from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
 from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
-from tandem.data.sources.rows import SourceSpec, count_sources, read_rows
+from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
 from tandem.data.text.word_hashes import words_of
 from tandem.data.tokenize.encode import Chat
 from tandem.data.tokenize.template_omissions import way_out
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 # Tokens beyond which nobody counts: a text of 50 MB would take gigabytes.
 _COUNTED = 2**17
@@ -69,7 +70,7 @@ class Subject:
     """
 
     stage: str | None
-    sources: tuple[SourceSpec, ...]
+    sources: tuple[DataSource, ...]
     plan: Plan
     max_dropped: float
     chat: Chat | None = None
@@ -185,7 +186,9 @@ class _Survey:
                 if layout is not None and layout.joins:
                     self._joins = True
                     # Read once more: the pairs no longer have the keys that nothing reads.
-                    self._columns.joined(islice(read_rows(source), limit), layout, source.fields)
+                    self._columns.joined(
+                        islice(read_rows(source), limit), layout, renaming_of(source).fields
+                    )
         except UserError as error:
             self.ended = str(error)
 
@@ -342,7 +345,7 @@ def _plan(subject: Subject) -> Plan:
     return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
 
 
-def _total(sources: Sequence[SourceSpec], limit: int | None) -> int | None:
+def _total(sources: Sequence[DataSource], limit: int | None) -> int | None:
     total = count_sources(sources)
     return total if limit is None or total is None else min(limit, total)
 

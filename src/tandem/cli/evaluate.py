@@ -13,8 +13,8 @@ from tandem.errors import UserError
 from tandem.recipe.flags import DEVICES, DTYPES
 
 if TYPE_CHECKING:
-    from tandem.recipe.evaluation_settings import Evaluate
-    from tandem.recipe.pairs_settings import Server
+    from tandem.recipe.evaluation_settings import EvaluationSettings
+    from tandem.recipe.pairs_settings import ServerSettings
 
 
 def evaluate(argv: list[str]) -> int:
@@ -61,16 +61,16 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> Evaluate:
+def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
     from pydantic import ValidationError
 
-    from tandem.recipe.evaluation_settings import Evaluate
+    from tandem.recipe.evaluation_settings import EvaluationSettings
 
     def sources(paths: Sequence[str]) -> Any:
         return tuple({"path": path} for path in paths)
 
     try:
-        return Evaluate(
+        return EvaluationSettings(
             questions=sources(arguments.questions),
             pairs=sources(arguments.pairs),
             heldout=sources(arguments.heldout),
@@ -90,7 +90,7 @@ def _settings(arguments: argparse.Namespace) -> Evaluate:
         raise UserError(f"tandem eval: {said.replace('task_data', 'data')}") from None
 
 
-def _judge(arguments: argparse.Namespace) -> Server | None:
+def _judge(arguments: argparse.Namespace) -> ServerSettings | None:
     """The judge's server; raises UserError for one that is named by half."""
     if not arguments.judge and not arguments.judge_url:
         if arguments.judge_key_variable:
@@ -100,10 +100,10 @@ def _judge(arguments: argparse.Namespace) -> Server | None:
         raise UserError("a judge needs both --judge, its name on the server, and --judge_url")
     from pydantic import ValidationError
 
-    from tandem.recipe.pairs_settings import Server
+    from tandem.recipe.pairs_settings import ServerSettings
 
     try:
-        return Server(
+        return ServerSettings(
             base_url=arguments.judge_url,
             model=arguments.judge,
             key_variable=arguments.judge_key_variable,

@@ -99,7 +99,7 @@ def _says_it() -> bool:
     """Whether it is this process's to say what went wrong.
 
     Of several processes that a launcher started, all find the same until they are in contact, so
-    that the first of a machine says it; from then on it is in the error, see `Processes`.
+    that the first of a machine says it; from then on it is in the error, see `ProcessGroup`.
     """
     return _in_contact() or _speaks()
 

@@ -45,7 +45,7 @@ def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> 
 
     check_devices(count, device)
     command = [sys.executable, "-m", "tandem", name, *_without_flag(argv)]
-    return run_processes(count, command, say=lambda text: print(text, file=sys.stderr, flush=True))
+    return run_processes(count, command, log=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _without_flag(argv: Sequence[str]) -> list[str]:

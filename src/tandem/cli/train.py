@@ -78,7 +78,7 @@ def _train(stage: Stage, argv: list[str]) -> int:
     """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
-    from tandem.recipe.training_settings import Sft
+    from tandem.recipe.training_settings import SftSettings
     from tandem.recipe.tutorial_flags import stage_call
 
     devices = nproc or launched().count
@@ -94,7 +94,7 @@ def _train(stage: Stage, argv: list[str]) -> int:
         if launched().speaks:
             print(_call_text(call), end="")
         return 0
-    if isinstance(call.settings, Sft):
+    if isinstance(call.settings, SftSettings):
         from tandem.stages.sft import run_sft
 
         run_sft(settings=call.settings, **_common(call))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,16 +18,19 @@ from tandem.data.encoded.worker_pool import Show, encoded_pieces
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import OnBadRecord, formatted_chunks, names_of
 from tandem.data.sources.chunks import Chunk
-from tandem.data.sources.rows import SourceSpec, count_sources, origin_names
+from tandem.data.sources.rows import count_sources, origin_names
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.data.tokenize.encode import Chat, LossOn
 from tandem.data.tokenize.template_omissions import way_out
 from tandem.data.truncation.limits import Limits, TooLong
 from tandem.errors import UserError
 
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
+
 
 def prepare_conversations(
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     *,
     tokenizer: Any,
     template: ChatTemplate,
@@ -62,7 +65,7 @@ def prepare_conversations(
 
 
 def prepare_pairs(
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     *,
     tokenizer: Any,
     template: ChatTemplate,
@@ -92,7 +95,7 @@ def prepare_pairs(
 class _Way:
     """What one preparation was asked for."""
 
-    sources: Sequence[SourceSpec]
+    sources: Sequence[DataSource]
     chat: Chat
     plan: Plan
     ledger: Ledger
@@ -107,7 +110,7 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
     parts = way.chat.parts
     key = None if parts is None else encoding_key(way.sources, parts, way.plan)
     if key is None:
-        store.say("this data or tokenizer cannot be told by content: it is encoded at every start")
+        store.log("this data or tokenizer cannot be told by content: it is encoded at every start")
         return _in_memory(way)
     names = origin_names(way.sources)
     found = store.find(key, names)
@@ -125,7 +128,7 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
         trees = store.trees(key, names)
         store.prune(key)
     except OSError as error:
-        store.say(f"the encoded data cannot be kept ({error}): it is encoded at every start")
+        store.log(f"the encoded data cannot be kept ({error}): it is encoded at every start")
         return _in_memory(way)
     _tell(way.ledger, ledger)
     return trees
@@ -188,7 +191,7 @@ def _tell(ledger: Ledger, more: Ledger) -> None:
     ledger.add(more.entries, more.counts["trained"])
 
 
-def nothing_left(sources: Sequence[SourceSpec], ledger: Ledger) -> UserError:
+def nothing_left(sources: Sequence[DataSource], ledger: Ledger) -> UserError:
     """What to say when no record of some sources can be trained."""
     reasons = "; ".join(f"{reason}: {n}" for reason, n in ledger.summary()["reasons"].items())
     return UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tandem.data.formats.aliases import columns_of_turns, ends_with_answer
 from tandem.data.formats.check_fields import (
@@ -37,8 +37,11 @@ from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
-from tandem.data.sources.rows import SourceSpec, read_chunks, read_rows
+from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 OnBadRecord = Literal["stop", "drop"]
 
@@ -48,7 +51,7 @@ _UNKNOWN_ROWS = 20
 
 
 def read_conversations(
-    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+    sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[Conversation]:
     """Stream the usable conversations of some sources; the others go to the ledger."""
     for record in _read(sources, "conversations", ledger, on_bad_record):
@@ -57,7 +60,7 @@ def read_conversations(
 
 
 def read_pairs(
-    sources: Sequence[SourceSpec], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+    sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[PreferencePair]:
     """Stream the usable preference pairs of some sources; the others go to the ledger."""
     for record in _read(sources, "preference pairs", ledger, on_bad_record):
@@ -65,7 +68,7 @@ def read_pairs(
         yield record
 
 
-def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> list[Question]:
+def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> list[Question]:
     """Evaluation questions, all or the first so many; what lies behind those is not read.
 
     Every bad row is a `UserError`, for a score needs them all.
@@ -97,7 +100,7 @@ def read_questions(sources: Sequence[SourceSpec], limit: int | None = None) -> l
 
 
 def _read(
-    sources: Sequence[SourceSpec], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
+    sources: Sequence[DataSource], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[Record]:
     for chunk, known in formatted_chunks(sources, kind, ledger, on_bad_record):
         for record in records_of(chunk, known, on_bad_record):
@@ -108,7 +111,7 @@ def _read(
 
 
 def formatted_chunks(
-    sources: Sequence[SourceSpec],
+    sources: Sequence[DataSource],
     kind: Kind,
     ledger: Ledger,
     on_bad_record: OnBadRecord,
@@ -214,7 +217,7 @@ def _another_format(fields: Fields, known: Format) -> Unusable | None:
     )
 
 
-def names_of(sources: Sequence[SourceSpec]) -> str:
+def names_of(sources: Sequence[DataSource]) -> str:
     """The sources' names, for messages."""
     return ", ".join(source.path for source in sources)
 
@@ -229,7 +232,7 @@ def _bad_line(line: BadLine) -> UserError:
 def _look(
     chunks: Iterator[Chunk],
     seen: list[Chunk],
-    source: SourceSpec,
+    source: DataSource,
     kind: Kind,
     on_bad_record: OnBadRecord,
 ) -> Format | None:
@@ -256,7 +259,7 @@ def _look(
     return None
 
 
-def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
+def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
     """The format of a row, the one that the source is said to be in if it is."""
     if source.format is None:
         known = detect(row.fields)
@@ -276,7 +279,7 @@ def _detect(row: Row, source: SourceSpec, kind: Kind) -> Format | None:
     return known
 
 
-def _unknown(row: Row, source: SourceSpec, kind: Kind) -> UserError:
+def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
     check_use(source)  # a misspelt name of the data's is the likelier reason
     keys = ", ".join(map(str, row.fields)) or "none"
     if source.format is not None:

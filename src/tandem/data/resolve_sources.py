@@ -3,75 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.data.formats.known_formats import format_called
-from tandem.data.sources.rows import SourceSpec, local_files, looks_like_path
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Training
+from tandem.data.sources.rows import local_files, looks_like_path
 from tandem.storage.hashing import hash_files
 
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
+    from tandem.recipe.training_settings import TrainingSettings
 
-def source_specs(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[SourceSpec]:
+
+def resolve_sources(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[DataSource]:
     """A recipe's sources for the readers; `demo:NAME` becomes a generated file.
 
     Args:
         sources: as the recipe says them.
         run_folder: the embedded demo's data is written into its `data` folder.
         seed: of the embedded data's splits.
+
+    Raises UserError for a format that does not exist.
     """
-    specs = []
+    resolved = []
     for source in sources:
         path = source.path
         if path.startswith("demo:"):
             from tandem.demo.embedded import materialise
 
             path = str(materialise(path, run_folder / "data", seed))
-        specs.append(source_spec(source, path))
-    return specs
+        check_format(source)
+        resolved.append(source.model_copy(update={"path": path}))
+    return resolved
 
 
-def source_spec(source: DataSource, path: str) -> SourceSpec:
-    """One source for the readers, at `path`; raises UserError for a format that is none."""
+def check_format(source: DataSource) -> None:
+    """Raise UserError for a source whose stated format does not exist."""
     if source.format is not None:
         format_called(source.format)
-    return SourceSpec(
-        path,
-        source.split,
-        source.subset,
-        source.revision,
-        source.format,
-        tuple(sorted(source.fields.items())),
-        tuple(sorted(source.roles.items())),
-        source.completions,
-        source.weight,
-    )
 
 
 def held_out_sources(
-    settings: Training, sources: Sequence[SourceSpec], run_folder: Path, seed: int
-) -> list[SourceSpec]:
+    settings: TrainingSettings, sources: Sequence[DataSource], run_folder: Path, seed: int
+) -> list[DataSource]:
     """The data sets that are held out as a whole; none where a fraction is."""
-    return held_out_of(settings, sources, lambda named: source_specs(named, run_folder, seed))
+    return held_out_of(settings, sources, lambda named: resolve_sources(named, run_folder, seed))
 
 
 def held_out_of(
-    settings: Training,
-    sources: Sequence[SourceSpec],
-    named: Callable[[Sequence[DataSource]], list[SourceSpec]],
-) -> list[SourceSpec]:
+    settings: TrainingSettings,
+    sources: Sequence[DataSource],
+    named: Callable[[Sequence[DataSource]], list[DataSource]],
+) -> list[DataSource]:
     """See `held_out_sources`; `named` makes sources of those that the recipe names."""
     validation = settings.validation
     if validation is None or validation.fraction is not None:
         return []
     if validation.split is not None:
-        return [replace(source, split=validation.split, weight=1.0) for source in sources]
+        return [
+            source.model_copy(update={"split": validation.split, "weight": 1.0})
+            for source in sources
+        ]
     return named(validation.data)
 
 
-def data_identity(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
+def data_identity(specs: Sequence[DataSource]) -> list[dict[str, Any]]:
     """What the data is: hashes of local files; name, subset, split and revision on the Hub.
 
     What the recipe says of formats and names is part of it, where it says something.

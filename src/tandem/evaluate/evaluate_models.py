@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tandem.data.formats.known_formats import Question
 from tandem.data.read_records import read_questions
-from tandem.data.resolve_sources import data_identity, source_specs
+from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import Contestant, find_contestant, tokenizer_identity
@@ -28,10 +28,10 @@ from tandem.evaluate.own_measures import Examined, Examiner, Material, examined_
 from tandem.evaluate.scores import Score, compared, items_of
 from tandem.evaluate.suites import Plan, TaskPlan
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.report.report_warnings import evaluation_findings, in_words
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device, choose_device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.folder_lock import folder_lock
@@ -48,7 +48,7 @@ _OWN = ("questions", "pairs", "heldout")
 def run_evaluation(
     *,
     models: Mapping[str, str],
-    settings: Evaluate,
+    settings: EvaluationSettings,
     output_dir: Path,
     chat_template: str | None,
     seed: int,
@@ -86,9 +86,9 @@ def run_evaluation(
     contestants = [find_contestant(label, path, added_tokens) for label, path in models.items()]
     for one in contestants:
         for folder in (one.folder, *([one.adapter] if one.adapter else [])):
-            check_made(folder, lambda text: say(console, f"evaluate: {text}", style="yellow"))
+            check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
     sources = {
-        name: source_specs(getattr(settings, name), output_dir.parent, seed) for name in _OWN
+        name: resolve_sources(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
     data = {name: data_identity(specs) for name, specs in sources.items()}
     device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
@@ -106,7 +106,7 @@ def run_evaluation(
     if judge is not None:
         _check_judged(models, settings)
         inputs["judge"] = judge.name
-    with folder_lock(output_dir, lambda text: say(console, f"evaluate: {text}")):
+    with folder_lock(output_dir, lambda text: log(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
         if not (replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
@@ -115,9 +115,9 @@ def run_evaluation(
             return found
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
         for line in not_read([spec for specs in sources.values() for spec in specs]):
-            say(console, line)
+            log(console, line)
         for title, why in plan.left_out:
-            say(console, f"{title} is not measured: {why}")
+            log(console, f"{title} is not measured: {why}")
         questions = sources["questions"]
         material = Material(
             read_questions(questions, settings.limit) if questions else [],
@@ -168,14 +168,14 @@ class _Desk:
         self.device = device
         self.runtime = runtime
         self.console = console
-        self.kept = Kept(folder / _SCORES, lambda text: say(console, f"evaluate: {text}"))
+        self.kept = Kept(folder / _SCORES, lambda text: log(console, f"evaluate: {text}"))
 
     def evaluate(
         self,
         models: Mapping[str, str],
         contestants: Sequence[Contestant],
         plan: Plan,
-        settings: Evaluate,
+        settings: EvaluationSettings,
         judge: Judge | None,
     ) -> dict[str, Any]:
         """All that is measured, as evaluation.json says it."""
@@ -256,7 +256,7 @@ class _Desk:
             with phase(self.console, f"{label}: {judge.name} judges", 2 * len(duels)) as advance:
                 found[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
             if unread := found[label].unread:
-                say(
+                log(
                     self.console,
                     f"{label}: {unread} of {len(duels)} questions have no verdict of {judge.name}; "
                     "they are left out, and asked again when the evaluation is repeated",
@@ -270,7 +270,7 @@ def _evaluation(
     own: Mapping[str, Examined],
     tasks: Mapping[str, Mapping[str, TaskScores]],
     verdicts: Mapping[str, Verdicts],
-    settings: Evaluate,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     scores: dict[str, dict[str, Score]] = {
         label: {
@@ -311,7 +311,7 @@ def _samples(
     ]
 
 
-def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
+def _check_judged(models: Mapping[str, str], settings: EvaluationSettings) -> None:
     if not settings.questions or len(models) < 2:
         raise UserError(
             "judge: it compares answers to questions with the first model's; name questions, and "
@@ -319,7 +319,7 @@ def _check_judged(models: Mapping[str, str], settings: Evaluate) -> None:
         )
 
 
-def check_something(settings: Evaluate) -> None:
+def check_something(settings: EvaluationSettings) -> None:
     """Raise UserError for settings that measure nothing."""
     if not (
         settings.questions or settings.pairs or settings.heldout or settings.tasks or settings.suite

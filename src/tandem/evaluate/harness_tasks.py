@@ -21,8 +21,8 @@ from tandem.evaluate.suites import Plan, TaskPlan, plan_tasks
 from tandem.evaluate.task_forms import FORMS
 from tandem.model.added_tokens import described_rows, rows_of
 from tandem.model.lora.adapter import added_ids_of_folder
-from tandem.recipe.evaluation_settings import Evaluate
-from tandem.runtime.console import phase, say
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json
@@ -41,7 +41,7 @@ class TaskSettings:
     chat_template: str | None
 
 
-def tasks_of(settings: Evaluate) -> Plan:
+def tasks_of(settings: EvaluationSettings) -> Plan:
     """The harness's tasks that the settings ask for; raises UserError for data not there."""
     folder = None if settings.task_data is None else Path(settings.task_data).expanduser()
     return plan_tasks(settings.tasks, settings.suite, folder, settings.num_fewshot)
@@ -102,7 +102,7 @@ def measure_tasks(
             key = {**same, **_task_key(task)}
             if (before := kept.find(task.name, key)) is not None:
                 found[task.name] = task_scores_of(before)
-                say(console, f"{contestant.label}: {task.title} was measured before")
+                log(console, f"{contestant.label}: {task.title} was measured before")
                 continue
             if harness is None:
                 subject = _subject(contestant, tokenizer, settings, device)
@@ -163,7 +163,7 @@ def _measure(
 
         scores = harness.measure(task, limit=settings.limit, chat=settings.chat, advance=advance)
     if scores.cut:
-        say(
+        log(
             console,
             f"{label}: {task.title}: {scores.cut} requests were longer than the model's context; "
             "their beginning, few-shot examples first, was cut off",

@@ -16,11 +16,11 @@ from tandem.storage.hashing import Damaged, hash_json, read_object, sealed
 class Kept:
     """A folder of measurements: what is finished is not measured again after a kill.
 
-    `tell` is told of a damaged file, whose measurement is made again.
+    `log` is told of a damaged file, whose measurement is made again.
     """
 
     folder: Path
-    tell: Callable[[str], None] = lambda _: None
+    log: Callable[[str], None] = lambda _: None
 
     def find(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was kept under a key, None if nothing was.
@@ -37,7 +37,7 @@ class Kept:
         except Damaged as error:
             if path.is_dir():
                 raise Damaged(f"{path} is a folder, and a file belongs there. Remove it.") from None
-            self.tell(str(error))
+            self.log(str(error))
             return None
         result: dict[str, Any] = found["result"]
         return result if found["key"] == _plain(key) else None

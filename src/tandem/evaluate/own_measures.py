@@ -15,7 +15,6 @@ from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.formats.known_formats import Question
 from tandem.data.ledger import Ledger
 from tandem.data.records import Tree
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.answers import contains_accepted, first_sentence
 from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
@@ -31,8 +30,9 @@ from tandem.model.generate import Answer, generate_answers
 from tandem.model.load_model import context_length
 from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import check_head, micro_batches, sequence_logps
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device, token_budget
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
 
@@ -52,8 +52,8 @@ class Material:
     """
 
     questions: Sequence[Question]
-    pairs: Sequence[SourceSpec]
-    heldout: Sequence[SourceSpec]
+    pairs: Sequence[DataSource]
+    heldout: Sequence[DataSource]
     max_new_tokens: int
     limit: int | None
 
@@ -105,7 +105,7 @@ class Examiner:
             runtime.attention, self._base, static_shapes=device.static_shapes
         )
         if self.backend == "padded":
-            say(console, f"{self.label}: attention padded ({why})")
+            log(console, f"{self.label}: attention padded ({why})")
         check_head(self._base)
         self.model = contestant.with_adapter(self._base)
         if contestant.adapter is not None and not scores_head(self.model):
@@ -239,7 +239,7 @@ class Examiner:
             limit=material.limit,
             rows=self._rows,
         )
-        self._tell(ledger, "conversations", "scored")
+        self._log(ledger, "conversations", "scored")
         return trees
 
     def _loss(self, trees: Sequence[Tree]) -> Score:
@@ -261,7 +261,7 @@ class Examiner:
             limit=material.limit,
             rows=self._rows,
         )
-        self._tell(ledger, "pairs", "compared")
+        self._log(ledger, "pairs", "compared")
         # Per token: summed log-probs would prefer the shorter answer whatever it says.
         lengths = torch.tensor([sequence_tokens(tree) for tree in chosen])
         margins = (self._score(chosen) / lengths).diff(dim=1).neg()[:, 0]
@@ -269,12 +269,12 @@ class Examiner:
         scores["preference_accuracy"] = Score(items, tuple((margins > 0).double().tolist()))
         scores["preference_margin"] = Score(items, tuple(margins.tolist()))
 
-    def _tell(self, ledger: Ledger, what: str, done: str) -> None:
+    def _log(self, ledger: Ledger, what: str, done: str) -> None:
         counts = ledger.counts
         if counts["truncated"] or counts["dropped"]:
             dropped = Counter(e.reason for e in ledger.entries if e.outcome == "dropped")
             why = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-            say(
+            log(
                 self.console,
                 f"{self.label}: of {counts['read']} {what}, {counts['truncated']} were cut to the "
                 f"model's context of {self.context} and {counts['dropped']} cannot be {done}"

@@ -20,8 +20,8 @@ from tandem.errors import UserError
 from tandem.evaluate.scores import Score
 from tandem.integrations.chat_server import ChatRequest, Failure
 from tandem.pairs.generators import open_server
-from tandem.recipe.pairs_settings import Server
-from tandem.runtime.console import say
+from tandem.recipe.pairs_settings import ServerSettings
+from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json
 from tandem.storage.journal import Journal
 
@@ -214,7 +214,7 @@ def _verdicts(
 _MOST = 1024
 
 
-def server_judge(server: Server, console: Console) -> Judge:
+def server_judge(server: ServerSettings, console: Console) -> Judge:
     """A judge from a recipe's server section.
 
     Raises UserError when its key is not there; nothing is sent yet.
@@ -234,7 +234,7 @@ def server_judge(server: Server, console: Console) -> Judge:
                 yield number, found.text
         if failed:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
-            say(
+            log(
                 console,
                 f"{server.model} gave no answer to {failed.total()} requests ({reasons}); the "
                 f"first: {first}",

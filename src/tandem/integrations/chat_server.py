@@ -34,7 +34,7 @@ class ChatServer:
         backoff: seconds before the first retry at most; doubled with each, and drawn at random
             below that, so that requests that failed together do not come back together.
         patience: so many requests without an answer in a row, tries included, end it.
-        tell: told when the server asks for a pause, and at the end how many retries there were.
+        log: told when the server asks for a pause, and at the end how many retries there were.
 
     `retried` counts the retries of the last requests by reason.
 
@@ -55,7 +55,7 @@ class ChatServer:
         requests_per_minute: float | None = None,
         backoff: float = 1.0,
         patience: int = 10,
-        tell: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self._endpoint = Endpoint(base_url, model, key_variable=key_variable, timeout=timeout)
         self.url, self.model = self._endpoint.url, model
@@ -65,7 +65,7 @@ class ChatServer:
         self._retries = retries
         self._backoff = backoff
         self._patience = patience
-        self._tell = tell or (lambda _: None)
+        self._log = log or (lambda _: None)
         self._pace = _Pace(60.0 / requests_per_minute if requests_per_minute else 0.0)
 
     def __repr__(self) -> str:
@@ -111,7 +111,7 @@ class ChatServer:
                 todo.put(None)
             if self.retried:
                 reasons = ", ".join(f"{why}: {n}" for why, n in self.retried.most_common())
-                self._tell(
+                self._log(
                     f"{self.url}: {self.retried.total()} requests were sent again ({reasons})"
                 )
 
@@ -142,7 +142,7 @@ class ChatServer:
                 if last.wait > _LONGEST_WAIT:
                     return Failure(last.reason, f"asks to wait {last.wait:.0f} s: {last.detail}")
                 if self._pace.hold(last.wait) and last.wait >= 1:
-                    self._tell(f"{self.url}: {last.reason}, waiting {last.wait:.0f} s")
+                    self._log(f"{self.url}: {last.reason}, waiting {last.wait:.0f} s")
             else:
                 most = min(self._backoff * 2**attempt, _LONGEST_BACKOFF)
                 stop.wait(draw.uniform(most / 2, most))

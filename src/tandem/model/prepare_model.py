@@ -22,20 +22,20 @@ from tandem.model.lora.adapter import (
     modules_out_of_reach,
 )
 from tandem.model.torch_compile import Compiling, compile_elementwise
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
 
 def adapted(
     model: Any,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     backend: str,
     dropout: bool,
     compiled: bool,
     base_name: str,
     seed: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     added: AddedTokens | None = None,
 ) -> Any:
     """Wrap a loaded model with the adapter that the settings ask for.
@@ -48,7 +48,7 @@ def adapted(
         compiled: whether torch.compile takes norms and gated MLPs.
         base_name: what the saved adapter names as its base.
         seed: of the adapter's weights.
-        tell: told what is left out or switched off.
+        log: told what is left out or switched off.
         added: tokens whose embeddings are trained, and made where the model has none.
     """
     if added:
@@ -59,19 +59,19 @@ def adapted(
         compile_elementwise(model)
     use_backend(model, backend)
     if silenced := silence(model):
-        tell(
+        log(
             f"the base model's own dropout ({silenced} modules) is off; only lora.dropout acts, "
             "with masks that do not depend on the schedule"
         )
     lora = settings.lora
     if lora.dropout > 0 and not dropout:
-        tell(
+        log(
             f"lora.dropout {lora.dropout} does nothing here: dropout is off, so that policy and "
             "reference are the same function and prefixes can be shared"
         )
     if out_of_reach and lora.target_modules == "all-linear":
         names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
-        tell(
+        log(
             f"all-linear leaves out {', '.join(names)}: the model does not use these layers as "
             "plain products, so an adapter there would do nothing"
         )
@@ -87,7 +87,7 @@ def adapted(
         added_ids=added.ids if added else (),
     )
     if lora.dropout > 0 and dropout and adapts_experts(model):
-        tell(
+        log(
             f"lora.dropout {lora.dropout} acts on the other layers, not on the experts, whose "
             "update is added to their weights; adapter_config.json says 0, as peft demands"
         )

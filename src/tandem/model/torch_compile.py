@@ -45,10 +45,10 @@ def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
         )
 
 
-def settle_compile_caches(tell: Callable[[str], None]) -> None:
+def settle_compile_caches(log: Callable[[str], None]) -> None:
     """Put a temporary folder in the place of a compiler's cache that cannot be written.
 
-    torch.compile and Triton would end the run there. `tell` is told of each.
+    torch.compile and Triton would end the run there. `log` is told of each.
     """
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         folder = os.environ.get(name)
@@ -59,7 +59,7 @@ def settle_compile_caches(tell: Callable[[str], None]) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            tell(f"{name} cannot be used ({error}): what is compiled is not kept for other runs")
+            log(f"{name} cannot be used ({error}): what is compiled is not kept for other runs")
             os.environ[name] = tempfile.mkdtemp(prefix="tandem-compiled-")
             atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 

@@ -28,9 +28,9 @@ from tandem.model.load_model import (
     model_folder,
 )
 from tandem.pairs.prompts import Prompt
-from tandem.recipe.pairs_settings import Pairs, Server
+from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.console import say
+from tandem.runtime.console import log
 from tandem.runtime.device import choose_device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
@@ -70,21 +70,21 @@ class Writer(Protocol):
         """The work that some prompts are; the ledger has those that cannot be asked."""
 
 
-def writer_identity(settings: Pairs, model: str) -> Any:
+def writer_identity(settings: PairsSettings, model: str) -> Any:
     """What the answers depend on: the hash of the weights, or a server's address and model."""
     if settings.server is not None:
         return {"base_url": settings.server.base_url, "model": settings.server.model}
     return hash_weights(model_folder(model))
 
 
-def open_writer(settings: Pairs, model: str, runtime: Runtime, console: Console) -> Writer:
+def open_writer(settings: PairsSettings, model: str, runtime: Runtime, console: Console) -> Writer:
     """The writer that a recipe asks for, its model loaded.
 
     Raises UserError for a model that cannot be loaded, and where vLLM is not installed.
     """
     if settings.server is not None:
         return ServerWriter(settings, settings.server, console)
-    check_made(model_folder(model), lambda text: say(console, f"pairs: {text}", style="yellow"))
+    check_made(model_folder(model), lambda text: log(console, f"pairs: {text}", style="yellow"))
     return LocalWriter(settings, model_folder(model), model, runtime, console)
 
 
@@ -92,7 +92,7 @@ class LocalWriter:
     """A model in this process, through transformers or vLLM."""
 
     def __init__(
-        self, settings: Pairs, folder: Path, name: str, runtime: Runtime, console: Console
+        self, settings: PairsSettings, folder: Path, name: str, runtime: Runtime, console: Console
     ) -> None:
         self._settings, self._console = settings, console
         device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
@@ -199,13 +199,13 @@ class LocalWriter:
                 detail = f"{len(ids)} tokens, of a context of {self._context}"
                 ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
         for reason, count in left_out.items():
-            say(
+            log(
                 self._console,
                 f"pairs: {count} of {len(prompts)} prompts are not asked: {reason} (each in "
                 f"{ledger.path})",
             )
         if long:
-            say(
+            log(
                 self._console,
                 f"pairs: {long} of {len(prompts)} prompts leave no room for "
                 f"{self._settings.max_new_tokens} tokens in the model's context of {self._context} "
@@ -227,7 +227,7 @@ class LocalWriter:
 class ServerWriter:
     """An OpenAI-compatible server. Its answers are not repeatable; those recorded are kept."""
 
-    def __init__(self, settings: Pairs, server: Server, console: Console) -> None:
+    def __init__(self, settings: PairsSettings, server: ServerSettings, console: Console) -> None:
         self._settings, self._server = settings, server
         self.client = open_server(server, console)
         self.failed: dict[int, Failure] = {}
@@ -268,7 +268,7 @@ class ServerWriter:
         }
 
 
-def check_writers(settings: Pairs) -> None:
+def check_writers(settings: PairsSettings) -> None:
     """Raise UserError for servers whose addresses or keys cannot be used, and for vLLM's absence.
 
     Nothing is sent, and no model is loaded.
@@ -280,7 +280,7 @@ def check_writers(settings: Pairs) -> None:
             open_server(server, Console(quiet=True))
 
 
-def open_server(server: Server, console: Console) -> ChatServer:
+def open_server(server: ServerSettings, console: Console) -> ChatServer:
     """The client of a recipe's server section; raises UserError when its key is not there."""
     return ChatServer(
         server.base_url,
@@ -290,5 +290,5 @@ def open_server(server: Server, console: Console) -> ChatServer:
         timeout=server.timeout,
         retries=server.retries,
         requests_per_minute=server.requests_per_minute,
-        tell=lambda text: say(console, text),
+        log=lambda text: log(console, text),
     )

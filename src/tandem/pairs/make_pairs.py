@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.resolve_sources import data_identity, source_specs
-from tandem.data.sources.rows import SourceSpec, not_read
+from tandem.data.resolve_sources import data_identity, resolve_sources
+from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
 from tandem.pairs.filters import (
     Candidate,
@@ -31,9 +31,10 @@ from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
 from tandem.pairs.prompts import Prompt
 from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
 from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.runtime.device import choose_device
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
@@ -58,7 +59,7 @@ _APART: Any = {
 def run_pairs(
     *,
     model: str,
-    settings: Pairs,
+    settings: PairsSettings,
     output_dir: Path,
     seed: int,
     runtime: Runtime,
@@ -83,7 +84,7 @@ def run_pairs(
     check_writers(settings)
     check = Check(settings.filters.check) if settings.filters.check is not None else None
     specs = {
-        name: source_specs(sources, output_dir.parent, seed)
+        name: resolve_sources(sources, output_dir.parent, seed)
         for name, sources in (
             ("prompts", settings.prompts),
             ("heldout", settings.heldout),
@@ -99,15 +100,15 @@ def run_pairs(
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
     }
-    with folder_lock(output_dir, lambda text: say(console, f"pairs: {text}")):
+    with folder_lock(output_dir, lambda text: log(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
         if opened.state == "finished":
-            say(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
+            log(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         threads = opened.schedule.get("threads", torch.get_num_threads())
         start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
         for line in not_read([spec for named in specs.values() for spec in named]):
-            say(console, f"pairs: {line}")
+            log(console, f"pairs: {line}")
         with _threads(threads):
             maker = _Maker(
                 open_writer(settings, model, runtime, console),
@@ -127,7 +128,7 @@ def run_pairs(
     return output_dir
 
 
-def _computed(settings: Pairs, runtime: Runtime) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
@@ -143,14 +144,14 @@ class _Maker:
 
     writer: Writer
     scorer: Scorer | None
-    settings: Pairs
+    settings: PairsSettings
     filters: Filters
     ledger: Ledger
     folder: Path
     console: Console
 
     def everything(
-        self, specs: dict[str, list[SourceSpec]], inputs: dict[str, Any], seed: int
+        self, specs: dict[str, list[DataSource]], inputs: dict[str, Any], seed: int
     ) -> list[str]:
         """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
         kind = self.settings.format
@@ -214,7 +215,7 @@ class _Maker:
         write_pairs(pairs_file(self.folder, name, self.settings.format), pairs)
         seconds = time.perf_counter() - began
         failed = Counter(failure.reason for failure in self.writer.failed.values())
-        say(
+        log(
             self.console,
             f"pairs: {len(pairs)} {name} from {len(work.prompts)} prompts, passed over "
             + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none")
@@ -259,7 +260,7 @@ class _Maker:
         def count(more: int) -> None:
             nonlocal told
             if not told and more:
-                say(self.console, f"pairs: going on after {more} of {total} recorded")
+                log(self.console, f"pairs: going on after {more} of {total} recorded")
             told = True
             advance(more)
 

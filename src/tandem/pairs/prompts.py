@@ -9,8 +9,9 @@ from tandem.data.ledger import Ledger
 from tandem.data.read_records import OnBadRecord, read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.sources.chunks import Row
-from tandem.data.sources.rows import SourceSpec, read_rows
+from tandem.data.sources.rows import read_rows
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Prompt:
 
 
 def read_prompts(
-    sources: Sequence[SourceSpec], keep: str, ledger: Ledger, on_bad_record: OnBadRecord = "stop"
+    sources: Sequence[DataSource], keep: str, ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[Prompt]:
     """Prompts with their answers, from questions or from conversations' first exchanges.
 

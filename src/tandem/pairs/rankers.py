@@ -22,7 +22,7 @@ from tandem.model.added_tokens import rows_of
 from tandem.model.load_model import context_length, load_tokenizer, model_folder, require_model
 from tandem.pairs.generators import open_server
 from tandem.pairs.prompts import Prompt
-from tandem.recipe.pairs_settings import Rank, Server
+from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.device import choose_device
 from tandem.storage.hashing import hash_json, hash_weights
@@ -79,7 +79,7 @@ class Scorer(Protocol):
         """The scores that could be had, unit by unit."""
 
 
-def scorer_identity(rank: Rank) -> Any:
+def scorer_identity(rank: RankSettings) -> Any:
     """What scores depend on: a hash of weights, or a server's address, model and question."""
     if rank.judge is not None:
         question = hash_json(QUESTION)
@@ -88,7 +88,7 @@ def scorer_identity(rank: Rank) -> Any:
     return hash_weights(model_folder(rank.reward_model))
 
 
-def open_scorer(rank: Rank, runtime: Runtime, console: Console) -> Scorer:
+def open_scorer(rank: RankSettings, runtime: Runtime, console: Console) -> Scorer:
     """The scorer that a recipe asks for, its model loaded; raises UserError where it cannot be."""
     if rank.judge is not None:
         return _Judge(rank.judge, console)
@@ -129,7 +129,7 @@ class _Reward:
 
 
 class _Judge:
-    def __init__(self, server: Server, console: Console) -> None:
+    def __init__(self, server: ServerSettings, console: Console) -> None:
         self._server = server
         self._client = open_server(server, console)
         self.failed: dict[int, Failure] = {}

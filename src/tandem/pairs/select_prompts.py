@@ -14,14 +14,14 @@ from typing import Literal
 from rich.console import Console
 
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.text.answers import refuses
 from tandem.data.text.contamination import Other, fill
 from tandem.data.text.language import language_of
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.recipe.pairs_settings import Pairs
-from tandem.runtime.console import say
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.pairs_settings import PairsSettings
+from tandem.runtime.console import log
 from tandem.storage.hashing import hash_bytes
 
 # Prompts that are looked for in evaluation sets together.
@@ -198,21 +198,21 @@ def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
 
 
 def selected_prompts(
-    sources: Sequence[SourceSpec],
-    evaluated: Sequence[SourceSpec],
-    settings: Pairs,
+    sources: Sequence[DataSource],
+    evaluated: Sequence[DataSource],
+    settings: PairsSettings,
     seed: int,
     ledger: Ledger,
     console: Console,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """As `asked_prompts`, and what is left out is said; raises UserError when nothing is left."""
     prompts, left_out = asked_prompts(
-        sources, evaluated, settings, seed, ledger, tell=lambda text: say(console, f"pairs: {text}")
+        sources, evaluated, settings, seed, ledger, log=lambda text: log(console, f"pairs: {text}")
     )
     _account("select", "prompts selected", prompts, ledger.entries, left_out, console)
     count = settings.select.count
     if count is not None and len(prompts) < count:
-        say(
+        log(
             console,
             f"pairs: pairs.select.count asks for {count} prompts, there are only {len(prompts)}",
         )
@@ -220,7 +220,7 @@ def selected_prompts(
 
 
 def heldout_prompts(
-    sources: Sequence[SourceSpec], settings: Pairs, ledger: Ledger, console: Console
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger, console: Console
 ) -> list[Prompt]:
     """All `usable_prompts`, and the others are said; raises UserError when there is none."""
     before = len(ledger.entries)
@@ -230,12 +230,12 @@ def heldout_prompts(
 
 
 def asked_prompts(
-    sources: Sequence[SourceSpec],
-    evaluated: Sequence[SourceSpec],
-    settings: Pairs,
+    sources: Sequence[DataSource],
+    evaluated: Sequence[DataSource],
+    settings: PairsSettings,
     seed: int,
     ledger: Ledger,
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts that `settings.select` asks for, and how many it left out, by reason.
 
@@ -245,14 +245,14 @@ def asked_prompts(
         settings: of the stage.
         seed: of the sample.
         ledger: gets the records that no selection could ask for.
-        tell: told when the evaluation sets are too large to be kept whole.
+        log: told when the evaluation sets are too large to be kept whole.
 
     Raises UserError for rows of evaluation sets that cannot be read, and as `usable_prompts`.
     """
     select = settings.select
     known = _set_of(evaluated, select.decontaminate_words) if evaluated else None
     if known is not None and known.sampled > 1:
-        tell(
+        log(
             f"of the evaluation sets' runs of {select.decontaminate_words} words, one in "
             f"{known.sampled} is looked for; shorter overlaps may stay unseen"
         )
@@ -265,7 +265,7 @@ def asked_prompts(
 
 
 def usable_prompts(
-    sources: Sequence[SourceSpec], settings: Pairs, ledger: Ledger
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger
 ) -> Iterator[Prompt]:
     """The prompts that can be asked; records that cannot go to the ledger.
 
@@ -280,7 +280,7 @@ def usable_prompts(
             yield prompt
 
 
-def _set_of(sources: Sequence[SourceSpec], run: int) -> Other:
+def _set_of(sources: Sequence[DataSource], run: int) -> Other:
     # What many questions share is no form here, but a passage that they are about.
     found = Other("evaluation sets", run=run, form=None)
     for source in sources:
@@ -306,4 +306,4 @@ def _account(
             f"pairs.{key}: no prompt is left ({reasons or 'the data has none'}); ask for less"
         )
     if reasons:
-        say(console, f"pairs: {len(prompts)} {what}; left out: {reasons}")
+        log(console, f"pairs: {len(prompts)} {what}; left out: {reasons}")

@@ -14,19 +14,19 @@ from tandem.data.encoded.worker_pool import encoded_pieces
 from tandem.data.formats.known_formats import Kind, Question
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
-from tandem.data.resolve_sources import held_out_of, source_spec
-from tandem.data.sources.rows import SourceSpec, count_sources, local_files, looks_like_path
+from tandem.data.resolve_sources import check_format, held_out_of
+from tandem.data.sources.rows import count_sources, local_files, looks_like_path
 from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import Chat
 from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
-from tandem.recipe.evaluation_settings import Evaluate
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
 
 # Of a sequence, where a model's own does not matter.
@@ -59,9 +59,9 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
         _check_pairs(recipe.pairs)
 
 
-def _data(recipe: Recipe, wanted: Set[str]) -> list[SourceSpec]:
+def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
     found: list[DataSource] = []
-    held_out: list[SourceSpec] = []
+    held_out: list[DataSource] = []
     for section in _trained(recipe, wanted):
         found += section.data
         held_out += held_out_of(section, _named(section.data), _named)
@@ -181,7 +181,7 @@ def _has_more_tokens(folder: Path) -> bool:
         return False  # said by who loads them
 
 
-def _check_tasks(settings: Evaluate) -> None:
+def _check_tasks(settings: EvaluationSettings) -> None:
     """That the harness is there, the data of its tasks, where they are local, and a judge's key."""
     if settings.tasks or settings.suite:
         from tandem.evaluate.harness_tasks import check_harness, tasks_of
@@ -193,29 +193,31 @@ def _check_tasks(settings: Evaluate) -> None:
         open_server(settings.judge, Console(quiet=True))
 
 
-def _specs(sources: Sequence[DataSource]) -> list[SourceSpec]:
+def _specs(sources: Sequence[DataSource]) -> list[DataSource]:
     return [spec for spec in _named(sources) if _is_local(spec.path)]
 
 
-def _named(sources: Sequence[DataSource]) -> list[SourceSpec]:
-    return [source_spec(source, source.path) for source in sources]
+def _named(sources: Sequence[DataSource]) -> list[DataSource]:
+    for source in sources:
+        check_format(source)
+    return list(sources)
 
 
 def _is_local(name: str) -> bool:
     return not name.startswith("demo:") and looks_like_path(name)
 
 
-def _trained(recipe: Recipe, wanted: Set[str]) -> list[Training]:
+def _trained(recipe: Recipe, wanted: Set[str]) -> list[TrainingSettings]:
     return [section for name, section in _sections(recipe).items() if name in wanted]
 
 
-def _sections(recipe: Recipe) -> dict[str, Training]:
+def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
     """The training stages of a recipe, in order."""
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
     return {name: section for name, section in sections.items() if section is not None}
 
 
-def _check_pairs(settings: Pairs) -> None:
+def _check_pairs(settings: PairsSettings) -> None:
     """Who writes and ranks, the servers' keys, and the user's check."""
     from tandem.pairs.filters import Check
     from tandem.pairs.generators import check_writers
@@ -251,7 +253,7 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
         check_base(folder, sections, weights=False)
 
 
-def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool) -> None:
+def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
     """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
 
     So it is for a base that is quantised already, and for one into whose files no adapter could be
@@ -280,7 +282,7 @@ def check_base(folder: Path, sections: Mapping[str, Training], *, weights: bool)
             _check_sums(folder, config, section)
 
 
-def _check_sums(folder: Path, config: Any, section: Training) -> None:
+def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     """Raise UserError if a stage's adapter could not be merged into the base's files."""
     from tandem.model.added_tokens import embedding_names
     from tandem.model.load_model import model_without_weights

@@ -15,16 +15,16 @@ from rich.console import Console
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_inputs
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo
+from tandem.recipe.training_settings import DpoSettings
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text, remove_left_behind
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_outputs, read_manifest, versions
 
 if TYPE_CHECKING:
-    from tandem.runtime.process_group import Processes
+    from tandem.runtime.process_group import ProcessGroup
 
 STAGES = ("sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate")
 # Those that all processes of a run take part in.
@@ -101,7 +101,7 @@ def run_pipeline(
     Raises UserError for stages that the recipe lacks, and what the stages raise.
     """
     processes = _joined(recipe)
-    if not processes.is_main:
+    if not processes.is_rank0:
         console = Console(quiet=True)
     planned = describe_pipeline(recipe)
     root = Path(recipe.output_dir)
@@ -118,30 +118,30 @@ def run_pipeline(
     with processes.shared_fate():
         asked = {"recipe": recipe.model_dump(mode="json"), "until": until, "from": start}
         processes.require_same(recipe=hash_json(asked))
-        wanted = processes.main(lambda: _select(planned, until=until, start=start))
-        processes.main(lambda: _check_root(root))
-        processes.alone(lambda: check_inputs(recipe, wanted))
+        wanted = processes.on_rank0(lambda: _select(planned, until=until, start=start))
+        processes.on_rank0(lambda: _check_root(root))
+        processes.rank0_alone(lambda: check_inputs(recipe, wanted))
         for number, stage in enumerate(planned, start=1):
             if stage.name not in wanted:
                 continue
             console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
-            finished_before = processes.main(partial(_is_finished, stage))
+            finished_before = processes.on_rank0(partial(_is_finished, stage))
             run = partial(runners[stage.name], stage.folder)
             # All train; what else there is to do, one does while the others wait.
-            result = run() if stage.name in _TRAINING else processes.alone(run)
-            processes.main(partial(_record, recipe, planned, new=not finished_before))
+            result = run() if stage.name in _TRAINING else processes.rank0_alone(run)
+            processes.on_rank0(partial(_record, recipe, planned, new=not finished_before))
     return result if isinstance(result, dict) else None
 
 
-def _joined(recipe: Recipe) -> Processes:
+def _joined(recipe: Recipe) -> ProcessGroup:
     """The processes that a launcher started, in contact with each other."""
     from tandem.runtime.device import choose_device
     from tandem.runtime.launch import launched
-    from tandem.runtime.process_group import Processes, join
+    from tandem.runtime.process_group import ProcessGroup, join
 
     launch = launched()
     if launch.count == 1:
-        return Processes(launch)
+        return ProcessGroup(launch)
     backend = choose_device(recipe.device, recipe.dtype).backend
     return join(launch, backend, timedelta(minutes=recipe.timeout_minutes))
 
@@ -334,7 +334,7 @@ class _Ride:
     def _dpo_base(self) -> str:
         return str(self.root / _FOLDERS["sft-merge"]) if self.recipe.sft else self.recipe.model
 
-    def _dpo_settings(self) -> Dpo:
+    def _dpo_settings(self) -> DpoSettings:
         settings = self.recipe.dpo
         assert settings is not None
         if settings.data:

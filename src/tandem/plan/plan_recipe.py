@@ -15,8 +15,8 @@ from rich.console import Console
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import Trees
-from tandem.data.resolve_sources import held_out_of, source_specs
-from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.resolve_sources import held_out_of, resolve_sources
+from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import UserError
@@ -42,9 +42,9 @@ from tandem.plan.stage_estimate import (
     pacing_of,
 )
 from tandem.plan.workload import Workload, count_work, guess_work
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Sft, Training
+from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device, choose_device, token_budget
 from tandem.stages.training.execution import copies_fit
@@ -67,8 +67,8 @@ class PlannedData:
         notes: what is missing, and what to do about it.
     """
 
-    sources: Sequence[SourceSpec]
-    held_out: Sequence[SourceSpec] | None = ()
+    sources: Sequence[DataSource]
+    held_out: Sequence[DataSource] | None = ()
     notes: tuple[str, ...] = ()
 
 
@@ -157,7 +157,7 @@ def plan_recipe(
 
 
 def available_data(
-    recipe: Recipe, settings: Training, download: bool, scratch: Path
+    recipe: Recipe, settings: TrainingSettings, download: bool, scratch: Path
 ) -> PlannedData:
     """The data of one training stage; that of the Hub is only read where `download` allows it.
 
@@ -165,7 +165,7 @@ def available_data(
     """
     notes: list[str] = []
 
-    def here(wanted: Sequence[DataSource]) -> list[SourceSpec]:
+    def here(wanted: Sequence[DataSource]) -> list[DataSource]:
         """Sources for the readers; none of them when one is on the Hub, which is noted."""
         away = [
             s.path for s in wanted if not (s.path.startswith("demo:") or looks_like_path(s.path))
@@ -173,7 +173,7 @@ def available_data(
         if away and not download:
             notes.append(f"{', '.join(away)}: on the Hub, and not read")
             return []
-        return source_specs(wanted, scratch, recipe.seed)
+        return resolve_sources(wanted, scratch, recipe.seed)
 
     if settings.data:
         way = "add --download to fetch and read it"
@@ -181,7 +181,7 @@ def available_data(
     else:
         way = "make the pairs with `tandem run --until pairs`"
         made = made_pairs(folder_of(recipe, "pairs"))
-        sources = [] if made is None else [SourceSpec(str(made))]
+        sources = [] if made is None else [DataSource(path=str(made))]
         notes.append("the pairs are not made yet" if made is None else f"pairs: those of {made}")
     if not sources:
         notes.append(
@@ -252,7 +252,11 @@ class _Planner:
     baseline: int
 
     def stage(
-        self, stage: PlannedStage, settings: Training, data: PlannedData, guess: Guess | None
+        self,
+        stage: PlannedStage,
+        settings: TrainingSettings,
+        data: PlannedData,
+        guess: Guess | None,
     ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
@@ -308,7 +312,7 @@ class _Planner:
         )  # fmt: skip
 
     def _described(
-        self, settings: Training, config: Any, added: AddedTokens, trains_added: bool
+        self, settings: TrainingSettings, config: Any, added: AddedTokens, trains_added: bool
     ) -> Described:
         lora = settings.lora
         return described(
@@ -324,14 +328,14 @@ class _Planner:
     def _records(
         self,
         stage: PlannedStage,
-        settings: Training,
+        settings: TrainingSettings,
         data: PlannedData,
         tokenizer: Any,
         template: ChatTemplate,
         rows: int,
     ) -> Records:
         prepare = _PREPARE[stage.name]
-        if isinstance(settings, Sft):
+        if isinstance(settings, SftSettings):
             prepare = partial(prepare, loss_on=settings.loss_on)
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
@@ -352,7 +356,7 @@ class _Planner:
     def _estimate(
         self,
         name: str,
-        settings: Training,
+        settings: TrainingSettings,
         config: Any,
         shape: ModelShape,
         work: Workload,
@@ -401,7 +405,9 @@ class _Planner:
             return engine
         return "ddp" if self.processes > 1 else "single"
 
-    def _disk(self, settings: Training, config: Any, shape: ModelShape, work: Workload) -> Disk:
+    def _disk(
+        self, settings: TrainingSettings, config: Any, shape: ModelShape, work: Workload
+    ) -> Disk:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)

@@ -13,7 +13,7 @@ from tandem.model.logprobs.output_head import block_bytes
 from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
 from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, activation_bytes, attention_weight
 from tandem.stages.training.context import Stage
 from tandem.stages.training.training_data import Records
@@ -161,7 +161,7 @@ def disk_of(
 def estimate_stage(
     shape: ModelShape,
     work: Workload,
-    settings: Training,
+    settings: TrainingSettings,
     setting: RateKey,
     *,
     host: bool,
@@ -206,7 +206,7 @@ def estimate_stage(
 
 
 def pacing_of(
-    settings: Training,
+    settings: TrainingSettings,
     *,
     seed: int,
     budget: int,
@@ -230,7 +230,7 @@ def pacing_of(
 
 
 def memory_use(
-    settings: Training,
+    settings: TrainingSettings,
     work: Workload,
     *,
     device: Device,

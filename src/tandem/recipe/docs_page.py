@@ -10,29 +10,42 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tandem.recipe.evaluation_settings import Evaluate
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.load_recipe import recipe_names
-from tandem.recipe.pairs_settings import PairFilters, Pairs, Rank, Select, Server, Vllm
-from tandem.recipe.recipe import Hpu, Recipe
-from tandem.recipe.section import DataSource
-from tandem.recipe.training_settings import Dpo, Lora, Merge, Sft, Validation
+from tandem.recipe.pairs_settings import (
+    FilterSettings,
+    PairsSettings,
+    RankSettings,
+    SelectSettings,
+    ServerSettings,
+    VllmSettings,
+)
+from tandem.recipe.recipe import HpuSettings, Recipe
+from tandem.recipe.training_settings import (
+    DpoSettings,
+    LoraSettings,
+    MergeSettings,
+    SftSettings,
+    ValidationSettings,
+)
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("recipe", Recipe),
-    ("hpu", Hpu),
+    ("hpu", HpuSettings),
     ("data", DataSource),
-    ("sft", Sft),
-    ("lora", Lora),
-    ("validation", Validation),
-    ("merge", Merge),
-    ("pairs", Pairs),
-    ("select", Select),
-    ("filters", PairFilters),
-    ("server", Server),
-    ("vllm", Vllm),
-    ("rank", Rank),
-    ("dpo", Dpo),
-    ("evaluate", Evaluate),
+    ("sft", SftSettings),
+    ("lora", LoraSettings),
+    ("validation", ValidationSettings),
+    ("merge", MergeSettings),
+    ("pairs", PairsSettings),
+    ("select", SelectSettings),
+    ("filters", FilterSettings),
+    ("server", ServerSettings),
+    ("vllm", VllmSettings),
+    ("rank", RankSettings),
+    ("dpo", DpoSettings),
+    ("evaluate", EvaluationSettings),
 )
 _PLAIN = {"string": "text", "boolean": "true, false", "null": "null"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -76,9 +89,9 @@ def _section(title: str, model: type[BaseModel]) -> Iterable[str]:
     yield f"## {title}\n"
     yield " ".join((model.__doc__ or "").split()) + "\n"
     shared: dict[str, Any] = {}
-    if model is Dpo:
+    if model is DpoSettings:
         yield "It has all keys of [sft](#sft), and these that differ:\n"
-        shared = Sft.model_json_schema()["properties"]
+        shared = SftSettings.model_json_schema()["properties"]
     yield "| key | value | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for name, entry in schema["properties"].items():

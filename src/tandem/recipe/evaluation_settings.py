@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tandem.recipe.pairs_settings import Server
-from tandem.recipe.section import PathText, Positive, Section, Unweighted
+from tandem.recipe.data_source import Unweighted
+from tandem.recipe.pairs_settings import ServerSettings
+from tandem.recipe.section import PathText, Positive, Section
 
 
-class Evaluate(Section):
+class EvaluationSettings(Section):
     """What base, SFT and final model are asked at the end, and the tasks they are measured on.
 
     Tasks need the extra `eval` (lm-evaluation-harness); evaluation.md says what they measure.
@@ -46,7 +47,7 @@ class Evaluate(Section):
         default=False,
         description="Put tasks through the chat template, few-shot examples as turns.",
     )
-    judge: Server | None = Field(
+    judge: ServerSettings | None = Field(
         default=None,
         description="A model that says whose answers to the questions are better than the first "
         "model's; see evaluation.md.",
@@ -59,7 +60,7 @@ class Evaluate(Section):
     )
 
     @model_validator(mode="after")
-    def _effective(self) -> Evaluate:
+    def _effective(self) -> EvaluationSettings:
         of_tasks = {
             "task_data": self.task_data is not None,
             "num_fewshot": self.num_fewshot is not None,

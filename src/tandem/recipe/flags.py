@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from tandem.errors import UserError
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.explain_errors import explain
-from tandem.recipe.section import DataSource, expanded
+from tandem.recipe.section import expanded
 
 Stage = Literal["sft", "dpo"]
 

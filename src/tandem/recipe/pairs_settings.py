@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tandem.recipe.section import PathText, Positive, Section, Unweighted
+from tandem.recipe.data_source import Unweighted
+from tandem.recipe.section import PathText, Positive, Section
 
 # As data/text/language.py can tell them.
 Language = Literal[
@@ -56,7 +57,7 @@ def checked_regex(pattern: str) -> str:
 Regex = Annotated[str, AfterValidator(checked_regex)]
 
 
-class Select(Section):
+class SelectSettings(Section):
     """Which prompts of `pairs.prompts` are asked: filters first, then a seeded sample.
 
     Lengths are in characters. What is left out is counted by reason. A language is guessed from
@@ -105,7 +106,7 @@ class Select(Section):
     )
 
     @model_validator(mode="after")
-    def _effective(self) -> Select:
+    def _effective(self) -> SelectSettings:
         if self.count is None and (self.stratify is not None or self.shares != "proportional"):
             raise ValueError("stratify and shares are about a sample; set count as well")
         if self.stratify is None and self.shares != "proportional":
@@ -120,7 +121,7 @@ class Select(Section):
         return self
 
 
-class PairFilters(Section):
+class FilterSettings(Section):
     """What a generated answer must not be. Each one that is passed over is counted by reason.
 
     Empty answers, and those equal to the chosen one but for white space, are always passed over.
@@ -152,7 +153,7 @@ class PairFilters(Section):
     )
 
 
-class Server(Section):
+class ServerSettings(Section):
     """A model behind an OpenAI-compatible server. The key is never in a recipe or a run's files."""
 
     base_url: Annotated[str, AfterValidator(checked_address)] = Field(
@@ -177,7 +178,7 @@ class Server(Section):
     )
 
 
-class Vllm(Section):
+class VllmSettings(Section):
     """vLLM in this process, where it is installed."""
 
     tensor_parallel: Positive = Field(default=1, description="Devices that share each layer.")
@@ -186,7 +187,7 @@ class Vllm(Section):
     )
 
 
-class Rank(Section):
+class RankSettings(Section):
     """Both answers by one model: of `samples` answers the best is chosen, the worst rejected.
 
     A reward model scores them, or a judge on a server gives each a number from 1 to 10.
@@ -195,19 +196,21 @@ class Rank(Section):
     reward_model: PathText | None = Field(
         default=None, description="A sequence classifier with one label: a folder or a Hub id."
     )
-    judge: Server | None = Field(default=None, description="A model that is asked for a number.")
+    judge: ServerSettings | None = Field(
+        default=None, description="A model that is asked for a number."
+    )
     margin: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Best and worst differ by more than this, or there is no pair."
     )
 
     @model_validator(mode="after")
-    def _one(self) -> Rank:
+    def _one(self) -> RankSettings:
         if (self.reward_model is None) == (self.judge is None):
             raise ValueError("set one of reward_model and judge")
         return self
 
 
-class Pairs(Section):
+class PairsSettings(Section):
     """Making preference pairs: the set's answer is chosen, a sampled one is rejected.
 
     `model` is the weaker model that writes the rejected answers (default: the merged SFT model), in
@@ -222,13 +225,15 @@ class Pairs(Section):
         default=(),
         description="Records for held-out pairs, which are evaluated and never trained on.",
     )
-    select: Select = Field(default=Select(), description="Which of the prompts are asked.")
+    select: SelectSettings = Field(
+        default=SelectSettings(), description="Which of the prompts are asked."
+    )
     model: PathText | None = Field(
         default=None,
         description="Writes the rejected answers, a weaker model; null: the merged SFT model.",
     )
-    vllm: Vllm | None = Field(default=None, description="Generate with vLLM; null: do not.")
-    server: Server | None = Field(
+    vllm: VllmSettings | None = Field(default=None, description="Generate with vLLM; null: do not.")
+    server: ServerSettings | None = Field(
         default=None, description="Generate on a server, in place of `model`; null: do not."
     )
     samples: Positive = Field(default=1, description="Answers drawn for each prompt.")
@@ -247,10 +252,10 @@ class Pairs(Section):
         default="different",
         description="Which answers become rejected: all unlike the chosen one, or only wrong ones.",
     )
-    filters: PairFilters = Field(
-        default=PairFilters(), description="Which answers are passed over besides."
+    filters: FilterSettings = Field(
+        default=FilterSettings(), description="Which answers are passed over besides."
     )
-    rank: Rank | None = Field(
+    rank: RankSettings | None = Field(
         default=None, description="Choose both answers by score; null: the set's answer is chosen."
     )
     on_bad_record: Literal["stop", "drop"] = Field(
@@ -262,7 +267,7 @@ class Pairs(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Pairs:
+    def _consistent(self) -> PairsSettings:
         if self.server is not None and (self.vllm is not None or self.model is not None):
             other = "vllm" if self.vllm is not None else "model"
             raise ValueError(f"server and {other} are both set; keep one, the other is null")

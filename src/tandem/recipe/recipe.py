@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tandem.recipe.evaluation_settings import Evaluate
-from tandem.recipe.pairs_settings import Pairs
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.section import PathText, Positive, Section, expanded
-from tandem.recipe.training_settings import Dpo, Dtype, Merge, Sft
+from tandem.recipe.training_settings import DpoSettings, Dtype, MergeSettings, SftSettings
 
 Device = Literal["auto", "cpu", "cuda", "hpu", "xpu", "mps"]
 Quantization = Literal["nf4"]
@@ -36,7 +36,7 @@ def checked_engine(engine: str) -> str:
     raise ValueError(f"unknown engine {engine!r}; {hint} (or a DeepSpeed file, NAME.json)")
 
 
-class Hpu(Section):
+class HpuSettings(Section):
     """What only Gaudi cards heed."""
 
     lazy_mode: bool = Field(
@@ -107,18 +107,20 @@ class Recipe(Section):
     compile: bool = Field(
         default=False, description="Compile norms and gated MLPs with torch.compile."
     )
-    hpu: Hpu = Field(default=Hpu(), description="Settings of Gaudi cards; others do without.")
-    sft: Sft | None = Field(
+    hpu: HpuSettings = Field(
+        default=HpuSettings(), description="Settings of Gaudi cards; others do without."
+    )
+    sft: SftSettings | None = Field(
         default=None, description="Supervised fine-tuning; null leaves the stage out."
     )
-    merge: Merge = Field(default=Merge(), description="How adapters are merged.")
-    pairs: Pairs | None = Field(
+    merge: MergeSettings = Field(default=MergeSettings(), description="How adapters are merged.")
+    pairs: PairsSettings | None = Field(
         default=None, description="Making preference pairs; null: `dpo.data` has them."
     )
-    dpo: Dpo | None = Field(
+    dpo: DpoSettings | None = Field(
         default=None, description="Direct Preference Optimization; null leaves the stage out."
     )
-    evaluate: Evaluate | None = Field(
+    evaluate: EvaluationSettings | None = Field(
         default=None, description="Questions at the end; null leaves the stage out."
     )
 

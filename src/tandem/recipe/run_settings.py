@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Hpu:
+class HpuSettings:
     """What only Gaudi cards heed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Runtime:
     timeout_minutes: int = 60
     quantization: str | None = None
     compile: bool = False
-    hpu: Hpu = Hpu()
+    hpu: HpuSettings = HpuSettings()
 
 
 def runtime_of(source: Any, **changes: Any) -> Runtime:
@@ -54,5 +54,5 @@ def runtime_of(source: Any, **changes: Any) -> Runtime:
         changes: fields that are not as the source says.
     """
     values = {field.name: getattr(source, field.name) for field in fields(Runtime)} | changes
-    hpu = {field.name: getattr(source.hpu, field.name) for field in fields(Hpu)}
-    return Runtime(**{**values, "hpu": Hpu(**hpu)})
+    hpu = {field.name: getattr(source.hpu, field.name) for field in fields(HpuSettings)}
+    return Runtime(**{**values, "hpu": HpuSettings(**hpu)})

@@ -1,13 +1,13 @@
-"""Paths as people write them: `~` and environment variables are resolved, or refused."""
+"""What every part of a recipe is made of: its base class, and paths as people write them."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 # Control characters, which get into a path by mistake: from \n and \t in double quotes, say.
@@ -57,17 +57,7 @@ def _value(found: re.Match[str]) -> str:
 
 Positive = Annotated[int, Field(gt=0)]
 PathText = Annotated[str, AfterValidator(expanded)]
-"""A file, a folder, or a name that is neither, such as a Hub id; see `paths.expanded`."""
-Role = Literal["system", "user", "assistant", "tool"]
-
-
-def _as_sources(value: object) -> object:
-    """A data set may be written as its path alone, and a single one without a list."""
-    items = value if isinstance(value, list | tuple) else [value]
-    if value is None or not all(isinstance(item, str | dict | BaseModel) for item in items):
-        return value
-    # A tuple, because pydantic's strict mode takes no list from a validator.
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+"""A file, a folder, or a name that is neither, such as a Hub id; see `expanded`."""
 
 
 class Section(BaseModel):
@@ -76,53 +66,3 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
-
-
-class DataSource(Section):
-    """One data set: a file, a folder, a Hub id, or `demo:NAME` for the embedded data."""
-
-    path: PathText = Field(
-        description="A file (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, a Hub id, or "
-        "`demo:NAME`."
-    )
-    split: str = Field(
-        default="train", description="Which split of a Hub data set or `datasets` folder."
-    )
-    subset: str | None = Field(default=None, description="Which configuration of a Hub data set.")
-    revision: str | None = Field(
-        default=None, description="A commit, tag or branch of a Hub data set."
-    )
-    format: str | None = Field(
-        default=None, description="A known format's name; null: told by the keys of the first rows."
-    )
-    fields: dict[str, str] = Field(
-        default={}, description="Keys of the format, each with the data's own name for it."
-    )
-    roles: dict[str, Role] = Field(
-        default={}, description="The data's own names of roles, each with the role it means."
-    )
-    completions: Literal["best_vs_worst", "best_vs_rest"] | None = Field(
-        default=None,
-        description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
-    )
-    weight: Annotated[float, Field(gt=0)] = Field(
-        default=1.0,
-        description="How often an epoch shows each record that is trained on: 2 twice, 0.5 every "
-        "second one in turn.",
-    )
-
-
-def _unweighted(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-    """Refuse weights where records are not trained on."""
-    for source in sources:
-        if source.weight != 1.0:
-            raise ValueError(
-                f"weight {source.weight:g} of {source.path} has no effect here: it says how often "
-                "training shows a record. Remove it"
-            )
-    return sources
-
-
-Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)]
-# Data that is asked or scored as it is.
-Unweighted = Annotated[Sources, AfterValidator(_unweighted)]

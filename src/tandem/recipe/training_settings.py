@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tandem.recipe.section import Positive, Section, Sources, Unweighted
+from tandem.recipe.data_source import Sources, Unweighted
+from tandem.recipe.section import Positive, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
-class Validation(Section):
+class ValidationSettings(Section):
     """Records that are held out of training and scored on the way.
 
     One of `data`, `split` and `fraction` says which. They are scored before the first step, every
@@ -33,7 +34,7 @@ class Validation(Section):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> Validation:
+    def _one_way(self) -> ValidationSettings:
         ways = {"data": bool(self.data), "split": self.split is not None}
         ways["fraction"] = self.fraction is not None
         given = [name for name, is_given in ways.items() if is_given]
@@ -46,7 +47,7 @@ class Validation(Section):
         return self
 
 
-class Lora(Section):
+class LoraSettings(Section):
     """The adapter: `target_modules` are module name endings, or `all-linear`."""
 
     rank: Positive = Field(default=16, description="Rank of the update matrices.")
@@ -62,7 +63,7 @@ class Lora(Section):
     )
 
 
-class Training(Section):
+class TrainingSettings(Section):
     """What both training stages share. `batch_size` is global: examples per optimizer step."""
 
     data: Sources = Field(
@@ -105,7 +106,7 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null leaves them alone."
     )
-    lora: Lora = Field(default=Lora(), description="The adapter that is trained.")
+    lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
         default=2048,
         description="Tokens of a whole sequence; an answer is cut there, without an end token.",
@@ -136,7 +137,7 @@ class Training(Section):
         default=0.05,
         description="Share of records that may be dropped; more stops the run before it trains.",
     )
-    validation: Validation | None = Field(
+    validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
     )
     keep: Literal["last", "best"] = Field(
@@ -154,7 +155,7 @@ class Training(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Training:
+    def _consistent(self) -> TrainingSettings:
         if self.keep == "best" and self.validation is None:
             raise ValueError("keep: best needs a validation section, which says what is scored")
         if self.keep == "last" and self.best_metric != "loss":
@@ -178,7 +179,7 @@ class Training(Section):
         return self
 
 
-class Sft(Training):
+class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
     loss_on: Literal["answers", "text"] = Field(
@@ -193,7 +194,7 @@ class Sft(Training):
     )
 
 
-class Dpo(Training):
+class DpoSettings(TrainingSettings):
     """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
 
     data: Sources = Field(
@@ -207,7 +208,7 @@ class Dpo(Training):
     )
 
 
-class Merge(Section):
+class MergeSettings(Section):
     """Merging an adapter; `dtype` auto keeps the base weights' own."""
 
     dtype: Dtype = Field(

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from tandem.errors import UserError
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import FLAGS, Stage, flags_of, named_data, said_of_data
-from tandem.recipe.recipe import Hpu, checked_engine
-from tandem.recipe.training_settings import Dpo, Sft
+from tandem.recipe.recipe import HpuSettings, checked_engine
+from tandem.recipe.training_settings import DpoSettings, SftSettings
 from tandem.recipe.yaml_lines import Location
 
 Values = Mapping[str, Any]
@@ -83,7 +83,7 @@ class StageCall:
     chat_template: str | None
     added_tokens: tuple[str, ...]
     seed: int
-    settings: Sft | Dpo
+    settings: SftSettings | DpoSettings
     device: str
     dtype: str
     bf16: bool | None
@@ -93,7 +93,7 @@ class StageCall:
     timeout_minutes: int
     quantization: str | None
     compile: bool
-    hpu: Hpu
+    hpu: HpuSettings
     notices: tuple[str, ...]
 
 
@@ -149,7 +149,7 @@ def stage_call(stage: Stage, values: Values, *, devices: int = 1, gaudi: bool = 
         timeout_minutes=_positive("timeout_minutes", values.get("timeout_minutes", 60)),
         quantization=values.get("quantization"),
         compile=values.get("compile", False),
-        hpu=_hpu(values) if on_gaudi else Hpu(),
+        hpu=_hpu(values) if on_gaudi else HpuSettings(),
         notices=(*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice),
     )
 
@@ -250,7 +250,7 @@ def _device(values: Values, gaudi: bool) -> str:
     return "hpu" if habana else "cpu"
 
 
-def _hpu(values: Values) -> Hpu:
+def _hpu(values: Values) -> HpuSettings:
     """The hpu section that the flags stand for."""
     lengths = list(values.get("hpu_buckets", ["auto"]))
     if values.get("pad_max"):
@@ -263,7 +263,7 @@ def _hpu(values: Values) -> Hpu:
         raise UserError(
             f"--hpu_buckets is {' '.join(lengths)!r}, but it must be numbers above 0, or auto"
         )
-    return Hpu(
+    return HpuSettings(
         lazy_mode=values.get("use_lazy_mode", False),
         buckets=lengths[0] if lengths[0] in ("auto", "max") else tuple(map(int, lengths)),
         fused_attention=values.get("hpu_fused_attention", False),
@@ -321,7 +321,7 @@ def _ineffective(stage: Stage, values: Values, on_gaudi: bool) -> Iterable[str]:
         )
 
 
-def _validated(stage: Stage, section: dict[str, Any], values: Values) -> Sft | Dpo:
+def _validated(stage: Stage, section: dict[str, Any], values: Values) -> SftSettings | DpoSettings:
     names = {flag.key: flag.name for flag in FLAGS if flag.key}
     names |= {"epochs": "num_train_epochs"}
 
@@ -330,7 +330,7 @@ def _validated(stage: Stage, section: dict[str, Any], values: Values) -> Sft | D
         name = names.get(parts[-1], "_".join(parts)) if parts else ""
         return f"--{name}" if name in values else f"tandem {stage}"
 
-    model: type[Sft] | type[Dpo] = Sft if stage == "sft" else Dpo
+    model: type[SftSettings] | type[DpoSettings] = SftSettings if stage == "sft" else DpoSettings
     try:
         return model.model_validate(section)
     except ValidationError as error:

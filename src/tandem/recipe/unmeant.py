@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
 # are a few hundredths large: one step of this size overwrites them.
@@ -12,7 +12,7 @@ _HUGE_RATE = 0.1
 
 
 def unmeant(
-    settings: Training, *, steps: int | None, records: int | None, processes: int = 1
+    settings: TrainingSettings, *, steps: int | None, records: int | None, processes: int = 1
 ) -> list[str]:
     """A sentence on each setting that will not do what it is there for.
 
@@ -41,7 +41,7 @@ def unmeant(
     return found if steps is None else [*found, *_beyond(settings, steps)]
 
 
-def _beyond(settings: Training, steps: int) -> list[str]:
+def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
     """What is to happen after so many steps, in a run that has fewer."""
     run = f"the run's {steps} step{'s' if steps != 1 else ''}"
     found = []

@@ -100,7 +100,7 @@ class StageProgress:
         return "  ".join(part for part in parts if part)
 
 
-def say(console: Console, text: str, *, style: str = "") -> None:
+def log(console: Console, text: str, *, style: str = "") -> None:
     """Print a line as it is: no markup in names, no break where a file has no width."""
     console.print(Text(text, style=style), soft_wrap=True)
 

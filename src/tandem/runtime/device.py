@@ -15,7 +15,7 @@ import torch
 from tandem.errors import TandemError, UserError
 from tandem.integrations.gaudi import bridge
 from tandem.integrations.gaudi.attention import fused_kernel
-from tandem.recipe.run_settings import Hpu
+from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.launch import launched
 
 _DTYPES = {
@@ -168,7 +168,7 @@ class Device:
         return getattr(torch, self.kind)
 
 
-def choose_device(device: str, dtype: str, hpu: Hpu | None = None) -> Device:
+def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> Device:
     """Resolve `auto`; an explicit choice wins and fails when it is not there.
 
     Args:
@@ -193,10 +193,10 @@ def choose_device(device: str, dtype: str, hpu: Hpu | None = None) -> Device:
     chosen = Device(torch.device(_numbered(kind)), _DTYPES[dtype])
     if chosen.weights == torch.float64 and chosen.sums != torch.float64:
         raise UserError(f"dtype: float64 does not exist on {kind}; use device: cpu")
-    return _with_kernels(chosen, hpu or Hpu()) if kind == "hpu" else chosen
+    return _with_kernels(chosen, hpu or HpuSettings()) if kind == "hpu" else chosen
 
 
-def _with_kernels(device: Device, hpu: Hpu) -> Device:
+def _with_kernels(device: Device, hpu: HpuSettings) -> Device:
     """A Gaudi card with what its section asks for; raises UserError for what is missing."""
     if hpu.fused_optimizer:
         bridge.fused_adamw()

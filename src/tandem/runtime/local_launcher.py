@@ -41,7 +41,7 @@ def check_devices(count: int, device: str) -> None:
         )
 
 
-def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], None]) -> int:
+def run_processes(count: int, command: Sequence[str], *, log: Callable[[str], None]) -> int:
     """Run a command in several processes of this machine until it is done.
 
     They meet at a free port. SIGINT and SIGTERM are passed on to them. When they end and have left
@@ -50,7 +50,7 @@ def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], No
     Args:
         count: how many processes.
         command: program and arguments.
-        say: told what the processes cannot say themselves, a line at a time.
+        log: told what the processes cannot say themselves, a line at a time.
 
     Returns:
         The exit code of the processes.
@@ -60,25 +60,25 @@ def run_processes(count: int, command: Sequence[str], *, say: Callable[[str], No
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        say(f"{_counted(count, 'process')}, each of {_counted(threads, 'thread')}")
+        log(f"{_counted(count, 'process')}, each of {_counted(threads, 'thread')}")
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         word = Path(folder) / "restart"
         os.environ[RESTART_FILE] = str(word)
         for turn in range(_RESTARTS + 1):
             end = _run(count, command, folder)
             if end.asked is not None:
-                return _stopped(end, end.asked, say)
+                return _stopped(end, end.asked, log)
             reason = word.read_text().strip() if word.exists() else ""
             # The others may have ended with another code, for want of contact.
             if end.code == 0 or not reason:
                 break
             if turn == _RESTARTS:
-                say(f"started again {_RESTARTS} times and asked once more: {reason}")
+                log(f"started again {_RESTARTS} times and asked once more: {reason}")
                 break
-            say(f"starting the processes again: {reason}")
+            log(f"starting the processes again: {reason}")
             word.unlink()
         for line in end.killed():
-            say(line)
+            log(line)
         return end.code
 
 
@@ -106,11 +106,11 @@ class _End:
                 yield f"error: process {rank} was ended by {signal.Signals(-code).name}"
 
 
-def _stopped(end: _End, asked: signal.Signals, say: Callable[[str], None]) -> int:
+def _stopped(end: _End, asked: signal.Signals, log: Callable[[str], None]) -> int:
     if not end.codes or any(code > 0 for code in end.codes.values()):
         return end.code
     # It came where a process has no way to end well but at once.
-    say(f"stopped by {asked.name}; the same command again goes on")
+    log(f"stopped by {asked.name}; the same command again goes on")
     return Stopped.exit_code
 
 

@@ -37,17 +37,17 @@ class _Failure:
     exit_code: int
 
 
-class Processes:
+class ProcessGroup:
     """The processes that train together; a single one is the trivial case.
 
-    What may fail in one process alone runs inside `exchange`, `together` or `main`. There an error
+    What may fail in one process alone runs inside `gather`, `on_all` or `on_rank0`. There an error
     in any of them ends them all at the same point: the first process that failed raises its own
     error and says it, the others raise one that is `told` already.
 
     Args:
         launch: this process's place among them.
         group: for plain values, on the CPU; None where there is one process.
-        patience: how long `alone` and `main_first` wait for a sign of life.
+        patience: how long `rank0_alone` and `rank0_first` wait for a sign of life.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Processes:
         self.rank = launch.rank
         self.count = launch.count
         self.local_count = launch.local_count
-        self.is_main = launch.rank == 0
+        self.is_rank0 = launch.rank == 0
         self._group = group
         self._patience = patience
         self._agreed = False
 
-    def exchange(self, work: Callable[[], T]) -> list[T]:
+    def gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` in every process; returns all results by rank, in every process."""
         if self.count == 1:
             return [work()]
@@ -84,26 +84,26 @@ class Processes:
             raise _told(failure.message, failure.exit_code)
         return found
 
-    def together(self, work: Callable[[], T]) -> T:
+    def on_all(self, work: Callable[[], T]) -> T:
         """Run `work` in every process; each gets its own result."""
         result: list[T] = []
-        self.exchange(lambda: result.append(work()))
+        self.gather(lambda: result.append(work()))
         return result[0]
 
-    def main(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Run `work` in rank 0 alone; its result in every process."""
         result: list[Any] = [None]
 
         def only_here() -> None:
-            if self.is_main:
+            if self.is_rank0:
                 result[0] = work()
 
-        self.exchange(only_here)
+        self.gather(only_here)
         if self.count > 1:
             dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]
 
-    def alone(self, work: Callable[[], T]) -> T | None:
+    def rank0_alone(self, work: Callable[[], T]) -> T | None:
         """Run `work` in rank 0 while the others wait, however long it takes.
 
         Returns:
@@ -112,10 +112,10 @@ class Processes:
         done = self._turn(work, range(1))
         return done[0] if done else None
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def rank0_first(self, work: Callable[[], T]) -> T:
         """Run `work` in rank 0 and then in all others, which find what it left on disk.
 
-        However long each takes, as in `alone`.
+        However long each takes, as in `rank0_alone`.
         """
         done = [*self._turn(work, range(1)), *self._turn(work, range(1, self.count))]
         return done[0]
@@ -149,7 +149,7 @@ class Processes:
             if failed:
                 raise failed[0]
 
-        self.exchange(outcome)
+        self.gather(outcome)
         return done
 
     def _await(self, other: int, store: Store, name: str) -> None:
@@ -165,14 +165,14 @@ class Processes:
             speaks = self.rank == (1 if other == 0 else 0)
             raise (TandemError(message) if speaks else _told(message, 1)) from error
 
-    def any_of(self, value: bool) -> bool:
+    def any_rank(self, value: bool) -> bool:
         """Whether it is true in any process."""
-        return any(self.exchange(lambda: value))
+        return any(self.gather(lambda: value))
 
     def require_same(self, **values: str) -> None:
         """Raise UserError, everywhere, unless all processes have the same values."""
         here = {"machine": socket.gethostname(), **values}
-        found = self.exchange(lambda: here)
+        found = self.gather(lambda: here)
         for name in values:
             for rank, other in enumerate(found):
                 if other[name] != found[0][name]:
@@ -181,12 +181,12 @@ class Processes:
                         f"process 0 (on {found[0]['machine']}). All processes of a run must see "
                         "the same files and be started with the same command."
                     )
-                    self.end_alike(UserError(message))
+                    self.raise_on_all(UserError(message))
 
-    def end_alike(self, error: TandemError) -> NoReturn:
+    def raise_on_all(self, error: TandemError) -> NoReturn:
         """Raise an error that every process raises at this point; rank 0 says it."""
         self._agreed = True
-        raise error if self.is_main else _told(str(error), error.exit_code)
+        raise error if self.is_rank0 else _told(str(error), error.exit_code)
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
@@ -218,7 +218,7 @@ class Processes:
             raise
 
 
-def join(launch: Launch, backend: str, timeout: timedelta) -> Processes:
+def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     """Get in contact with the other processes; those that are already are left as they are.
 
     Args:
@@ -231,7 +231,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> Processes:
     """
     global _control
     if launch.count == 1:
-        return Processes(launch)
+        return ProcessGroup(launch)
     if not dist.is_initialized():
         _control = None
         _meet(launch, backend, timeout)
@@ -242,11 +242,11 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> Processes:
             f"of {obtained[1]}"
         )
     if dist.get_backend() == "gloo":
-        return Processes(launch, dist.group.WORLD, timeout)
+        return ProcessGroup(launch, dist.group.WORLD, timeout)
     if _control is None:
         # Plain values travel on the CPU, whatever carries gradients.
         _control = dist.new_group(backend="gloo", timeout=timeout)
-    return Processes(launch, _control, timeout)
+    return ProcessGroup(launch, _control, timeout)
 
 
 def leave() -> None:

@@ -13,9 +13,9 @@ from rich.console import Console
 from tandem.data.build_dataset import prepare_pairs
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Dpo
+from tandem.recipe.training_settings import DpoSettings
 from tandem.report.report_warnings import chosen_collapse
-from tandem.runtime.console import phase, say
+from tandem.runtime.console import log, phase
 from tandem.stages.training.context import Made, StageKind, Start
 from tandem.stages.training.train_stage import run_training
 from tandem.storage.hashing import hash_json
@@ -32,7 +32,7 @@ def run_dpo(
     *,
     model: str,
     revision: str | None,
-    settings: Dpo,
+    settings: DpoSettings,
     output_dir: Path,
     chat_template: str | None,
     seed: int,
@@ -81,7 +81,7 @@ def _objective(start: Start, beta: float) -> Made:
         }
     )
     processes = start.engine.processes
-    store = ReferenceStore(lambda text: say(start.console, f"dpo: {text}"))
+    store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
     with (
         adapter_off(start.model),
         phase(start.console, "reference log-probs", len(start.trees)) as advance,
@@ -94,9 +94,9 @@ def _objective(start: Start, beta: float) -> Made:
             budget=start.budget,
             advance=advance,
         )
-    processes.main(store.prune)
+    processes.on_rank0(store.prune)
     seconds = time.perf_counter() - began
-    say(
+    log(
         start.console,
         f"dpo: reference log-probs of {len(start.trees)} {start.what}pairs, {computed} computed "
         f"and {len(start.trees) - computed} found in the store, {seconds:.1f} s",

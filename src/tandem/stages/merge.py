@@ -25,7 +25,7 @@ from tandem.model.model_folder import check_unquantized
 from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS
-from tandem.runtime.console import say
+from tandem.runtime.console import log
 from tandem.runtime.device import choose_device, torch_dtype
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
@@ -77,7 +77,7 @@ def run_merge(
     model = model_without_weights(config)
     updates, quantized = read_updates(adapter, model), read_record(adapter)
     for folder in (base_folder, adapter):
-        check_made(folder, lambda text: say(console, f"merge: {text}", style="yellow"))
+        check_made(folder, lambda text: log(console, f"merge: {text}", style="yellow"))
     _check_head(adapter, base_folder, updates)
     weights = hash_weights(base_folder)
     _check_base(adapter, base, weights, force=force)
@@ -88,14 +88,14 @@ def run_merge(
         "chat_template": chat_template,
         **({"quantization": hash_file(adapter / QUANTIZATION)} if quantized else {}),
     }
-    with folder_lock(output_dir, lambda text: say(console, f"merge: {text}")):
+    with folder_lock(output_dir, lambda text: log(console, f"merge: {text}")):
         opened = open_stage(output_dir, "merge", inputs)
         if opened.state == "finished":
-            say(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
+            log(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
         if quantized is not None:
-            say(
+            log(
                 console,
                 f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to",
@@ -178,17 +178,17 @@ class _Merge:
 def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
     """What was made, and what rounding took."""
     for name in whole_weights(work.adapter):
-        say(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
+        log(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
-        say(
+        log(
             console,
             f"merge: rounding to {dtype} took a part of the adapter's effect "
             f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 "
             "to keep it",
             style="yellow",
         )
-    say(
+    log(
         console,
         f"merge: {len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
         f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
@@ -202,12 +202,12 @@ def _settle_template(base: Path, folder: Path, choice: str | None, console: Cons
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
-        say(console, f"merge: {notice}")
+        log(console, f"merge: {notice}")
     if own != template.saved:
         write_templates(folder, template.saved)
     ending = find_ending(tokenizer, template)
     if ending and (said := write_ends(folder, base, tokenizer, template, ending)):
-        say(console, f"merge: {said}")
+        log(console, f"merge: {said}")
 
 
 def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Sft
+from tandem.recipe.training_settings import SftSettings
 from tandem.stages.training.context import Made, StageKind, Start
 from tandem.stages.training.train_stage import run_training
 from tandem.train.losses.objectives import SupervisedObjective
@@ -21,7 +21,7 @@ def run_sft(
     *,
     model: str,
     revision: str | None,
-    settings: Sft,
+    settings: SftSettings,
     output_dir: Path,
     chat_template: str | None,
     seed: int,

@@ -19,13 +19,13 @@ _NO_LOCKS = frozenset(
 
 
 @contextmanager
-def folder_lock(folder: Path, tell: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def folder_lock(folder: Path, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Hold `folder` for this process; it and its parents are made if need be.
 
     The kernel releases the lock when its holder dies, so a lock file left behind by a killed run
     blocks nobody. Folders made here that end up with nothing in them are removed again, and the
     lock file always is: a run that is refused leaves no trace. Where the file system has no
-    locks, `tell` is told and the work goes on without one.
+    locks, `log` is told and the work goes on without one.
 
     Raises UserError when a live process holds it.
     """
@@ -34,7 +34,7 @@ def folder_lock(folder: Path, tell: Callable[[str], None] = lambda _: None) -> I
     try:
         descriptor = _acquire(path)
         if descriptor is None:
-            tell(
+            log(
                 f"{folder} is on a file system without locks: see to it that no second run writes "
                 "to this folder"
             )

@@ -196,15 +196,15 @@ def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
         )
 
 
-def check_made(folder: Path, tell: Callable[[str], None], *, weights: bool = True) -> None:
+def check_made(folder: Path, log: Callable[[str], None], *, weights: bool = True) -> None:
     """Compare a model's or an adapter's folder with what the stage that made it left there.
 
     A folder that no stage has finished is taken as it is. Files beside the weights may have been
-    changed on purpose: `tell` is told their names.
+    changed on purpose: `log` is told their names.
 
     Args:
         folder: the model's or the adapter's.
-        tell: told what was changed.
+        log: told what was changed.
         weights: whether the weights are read to be compared, which takes time with large ones.
 
     Raises UserError for weights that are damaged or were replaced.
@@ -212,7 +212,7 @@ def check_made(folder: Path, tell: Callable[[str], None], *, weights: bool = Tru
     try:
         manifest = read_manifest(folder)
     except Damaged as error:  # perhaps of another program
-        tell(f"{error} What lies beside it is used as it is.")
+        log(f"{error} What lies beside it is used as it is.")
         return
     if manifest is None or manifest["status"] != "finished":
         return
@@ -229,7 +229,7 @@ def check_made(folder: Path, tell: Callable[[str], None], *, weights: bool = Tru
             f"{folder / NAME} to use it as it is."
         )
     if used := [name for name in changed if name not in _TOLD_ONLY]:
-        tell(
+        log(
             f"{folder} is not as the {manifest['stage']} stage left it: changed or missing are "
             f"{', '.join(used)}"
         )

@@ -23,7 +23,7 @@ _KINDS = {"progress": dict, "files": dict}
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a training run stands; everything beside the tensors that a resume needs.
 
     `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
@@ -68,7 +68,7 @@ class CheckpointStore:
         model: Any,
         trained: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        progress: Progress,
+        progress: RunState,
     ) -> Path:
         """Write one checkpoint aside, sync it, move it into place, remove the oldest.
 
@@ -95,13 +95,13 @@ class CheckpointStore:
 
     def newest(
         self,
-        tell: Callable[[str], None] = lambda _: None,
-        usable: Callable[[Progress], str] = lambda _: "",
+        log: Callable[[str], None] = lambda _: None,
+        usable: Callable[[RunState], str] = lambda _: "",
     ) -> Path | None:
         """The newest checkpoint whose files are all there and unchanged.
 
         Args:
-            tell: told of each newer one that is passed over, and why.
+            log: told of each newer one that is passed over, and why.
             usable: why a run that stood there cannot go on from it; empty where it can.
         """
         for path in reversed(self._all()):
@@ -111,10 +111,10 @@ class CheckpointStore:
                 why = str(error)
             if not why:
                 return path
-            tell(f"{path.name} is passed over: {why}")
+            log(f"{path.name} is passed over: {why}")
         return None
 
-    def load(self, path: Path, model: Any) -> tuple[Progress, dict[str, Tensor]]:
+    def load(self, path: Path, model: Any) -> tuple[RunState, dict[str, Tensor]]:
         """Put the adapter's weights back to where `save` found them, bit for bit.
 
         Returns the progress and the optimizer's tensors.
@@ -122,7 +122,7 @@ class CheckpointStore:
         load_adapter_weights(model, path)
         return read_checkpoint(path)[0], load_file(path / _OPTIMIZER)
 
-    def steps(self) -> list[Progress]:
+    def steps(self) -> list[RunState]:
         """Where the run stood at each checkpoint that is whole, the oldest first."""
         found = []
         for path in self._all():
@@ -153,7 +153,7 @@ class CheckpointStore:
         return sorted((p for p in found if _step_of(p) >= 0), key=_step_of)
 
 
-def read_checkpoint(path: Path) -> tuple[Progress, dict[str, str]]:
+def read_checkpoint(path: Path) -> tuple[RunState, dict[str, str]]:
     """Where a run stood at a checkpoint, and its files by their hashes.
 
     Raises Damaged for one that is not whole, or is another step's.
@@ -184,15 +184,15 @@ def _mark(path: Path) -> dict[str, Any]:
     return read_object(path / _MARK, _KINDS, _WAY_OUT)
 
 
-def _progress(path: Path, mark: Mapping[str, Any]) -> Progress:
-    known = {one.name for one in fields(Progress)}
+def _progress(path: Path, mark: Mapping[str, Any]) -> RunState:
+    known = {one.name for one in fields(RunState)}
     said = mark["progress"]
     figures = [value for key, value in said.items() if key != "sums"]
     fits = said.keys() <= known and isinstance(said.get("sums", {}), dict)
     fits &= all(one is None or type(one) in (int, float) for one in figures)
     if not fits or said.get("step") != _step_of(path):
         raise Damaged(f"{path / _MARK} is not of {path.name}. {_WAY_OUT}")
-    return Progress(**said)
+    return RunState(**said)
 
 
 def _step_of(path: Path) -> int:

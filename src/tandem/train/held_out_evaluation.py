@@ -17,10 +17,10 @@ from tandem.data.records import Tree
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.storage.atomic_files import append_jsonl, atomic_write_text
 from tandem.storage.hashing import Damaged
-from tandem.train.checkpoint import CheckpointStore, Progress, read_checkpoint
+from tandem.train.checkpoint import CheckpointStore, RunState, read_checkpoint
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
-from tandem.train.step import MicroBatches, StepWork, added, own_work
+from tandem.train.step import StepRunner, StepWork, added, rank_work
 from tandem.train.token_budget import TokenBudget
 
 # Records whose sums travel at once.
@@ -39,7 +39,7 @@ class Best:
         return than is None or (value > than if self.higher else value < than)
 
 
-class HeldOutScores:
+class HeldOutEvaluation:
     """Scores the held-out records before the first step, on the way and at the end.
 
     It draws nothing at random and leaves gradients and optimizer alone, so that training goes on
@@ -86,21 +86,23 @@ class HeldOutScores:
         self.checkpoints = checkpoints
         self.kept = best_adapters(folder)
         self.show = show
-        self._scorer = MicroBatches(engine, objective, budget, seed=0, dropout=False, learns=False)
+        self._scorer = StepRunner(engine, objective, budget, seed=0, dropout=False, learns=False)
 
     def due(self, step: int) -> bool:
         """Whether the records are scored after that many steps."""
         return step % self.every == 0
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: RunState) -> None:
         """Forget scores beyond the step that the run goes on from; score before the first one."""
         # Scores come before the step's checkpoint, so that none is missing up to there.
         first = progress.step == 0
-        self.engine.processes.main(lambda: forget_after(self.path, -1 if first else progress.step))
+        self.engine.processes.on_rank0(
+            lambda: forget_after(self.path, -1 if first else progress.step)
+        )
         if first:
             self.score(progress, 0.0)
 
-    def score(self, progress: Progress, epoch: float) -> None:
+    def score(self, progress: RunState, epoch: float) -> None:
         """Score all held-out records and write the line; keep the adapter if it is the best yet."""
         began = time.perf_counter()
         self.model.eval()
@@ -120,13 +122,13 @@ class HeldOutScores:
             **{f"eval_{name}": value for name, value in metrics.items()},
             "eval_seconds": seconds,
         }
-        self.engine.processes.main(lambda: append_jsonl(self.path, line))
+        self.engine.processes.on_rank0(lambda: append_jsonl(self.path, line))
         self._keep(progress, metrics)
         self.show(progress.step, line)
 
     def saved(self) -> None:
         """Forget best adapters that neither the run nor a checkpoint of it can come back to."""
-        self.engine.processes.main(self._forget_unneeded)
+        self.engine.processes.on_rank0(self._forget_unneeded)
 
     def _block(self, step: int, block: range) -> tuple[dict[str, float], int]:
         """Sums over a part of the records, and its denominator; the same in all processes."""
@@ -140,19 +142,19 @@ class HeldOutScores:
         )  # fmt: skip
         denominator = self.objective.denominator(trees)
         work = StepWork(Step(step, 0, tuple(block)), trees, tokens, denominator)
-        mine = own_work(plan, engine.processes.rank, tokens, equally_many=engine.sharded)
-        parts = engine.exchange(
+        mine = rank_work(plan, engine.processes.rank, tokens, equally_many=engine.sharded)
+        parts = engine.gather(
             lambda: self._scorer.run(work, mine), lambda found: self._scorer.sums_of(work, found)
         )
         self.budget.settle([int(part.pop("budget")) for part in parts], engine.processes)
         return added(parts), denominator
 
-    def _keep(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def _keep(self, progress: RunState, metrics: dict[str, float]) -> None:
         if self.best is None or not self.best.better(metrics[self.best.metric], progress.best):
             return
         progress.best_step, progress.best = progress.step, metrics[self.best.metric]
         trained = self.engine.strategy.trained()
-        self.engine.processes.main(lambda: self.kept.save(self.model, trained, {}, progress))
+        self.engine.processes.on_rank0(lambda: self.kept.save(self.model, trained, {}, progress))
 
     def _forget_unneeded(self) -> None:
         needed = {progress.best_step for progress in self.checkpoints.steps()}
@@ -186,7 +188,7 @@ def _step_in(line: bytes) -> float:
     return math.inf
 
 
-def why_best_is_gone(best: CheckpointStore, progress: Progress) -> str:
+def why_best_is_gone(best: CheckpointStore, progress: RunState) -> str:
     """Why the best adapter that a checkpoint remembers cannot be had; empty where it can."""
     if progress.best_step is None:
         return ""

@@ -51,14 +51,14 @@ class ReferenceStore:
     that cannot be opened, read or written.
 
     Args:
-        say: told, once, when something is damaged or the store cannot be used.
+        log: told, once, when something is damaged or the store cannot be used.
         folder: where the store lives, `cache_folder()` unless told otherwise.
     """
 
     def __init__(
-        self, say: Callable[[str], None] = lambda _: None, folder: Path | None = None
+        self, log: Callable[[str], None] = lambda _: None, folder: Path | None = None
     ) -> None:
-        self._say = say
+        self._log = log
         self._folder = folder
         self._usable = True
         self._damage_is_told = False
@@ -69,7 +69,7 @@ class ReferenceStore:
         found, damaged = self._try(partial(_get, keys), none)
         if damaged and not self._damage_is_told:
             self._damage_is_told = True
-            self._say(
+            self._log(
                 f"{damaged} of the stored reference log-probs are damaged: they are computed again"
             )
         return found
@@ -125,7 +125,7 @@ class ReferenceStore:
 
     def _begin_anew(self, error: Exception) -> None:
         path = self._path()
-        self._say(f"the store of reference log-probs {path} is damaged ({error}): it begins anew")
+        self._log(f"the store of reference log-probs {path} is damaged ({error}): it begins anew")
         try:
             for tail in ("", "-journal", "-wal", "-shm"):
                 path.with_name(path.name + tail).unlink(missing_ok=True)
@@ -134,7 +134,7 @@ class ReferenceStore:
 
     def _do_without(self, error: Exception) -> None:
         self._usable = False
-        self._say(f"reference log-probs are not kept for other runs: {error}")
+        self._log(f"reference log-probs are not kept for other runs: {error}")
 
 
 def _get(keys: Sequence[bytes], connection: sqlite3.Connection) -> tuple[dict[bytes, float], int]:
@@ -222,17 +222,17 @@ def reference_logps(
     for first in range(0, len(trees), _BLOCK):
         block = range(first, min(first + _BLOCK, len(trees)))
         keys = _keys(identity, trees, block)
-        found = processes.main(partial(store.get, [key for row in keys for key in row]))
+        found = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
         units = [range(i, min(i + _UNIT, block.stop)) for i in range(first, block.stop, _UNIT)]
         missing = [u for u in units if any(key not in found for i in u for key in keys[i - first])]
         advance(len(block) - sum(map(len, missing)))
         for start in range(0, len(missing), processes.count):
             part = missing[start : start + processes.count]
-            results = engine.exchange(partial(compute, part), lambda found: found)
-            budget.settle(processes.exchange(lambda: budget.tokens), processes)
+            results = engine.gather(partial(compute, part), lambda found: found)
+            budget.settle(processes.gather(lambda: budget.tokens), processes)
             fresh = [result for unit in results for result in unit]
             part_keys = [key for unit in part for i in unit for key in keys[i - first]]
-            found.update(processes.main(partial(keep, part_keys, fresh)))
+            found.update(processes.on_rank0(partial(keep, part_keys, fresh)))
             computed += sum(map(len, part))
             advance(sum(map(len, part)))
         logps.append(np.array([[found[key] for key in row] for row in keys], dtype=np.float64))
@@ -249,7 +249,7 @@ def _compute_unit(
     pieces = micro_batches(engine.model, trees, budget.tokens) if trees else []
     rounds = len(pieces)
     if engine.sharded:
-        rounds = max(engine.processes.exchange(lambda: len(pieces)))
+        rounds = max(engine.processes.gather(lambda: len(pieces)))
     tokens = [tokens_fed(engine.model, tree) for tree in trees]
     done = budget.run(
         pieces,

@@ -37,7 +37,7 @@ class StepWork:
 
 
 @dataclass(frozen=True)
-class OwnWork:
+class RankWork:
     """What one process computes of a step.
 
     Attributes:
@@ -51,14 +51,14 @@ class OwnWork:
 
 
 @dataclass(frozen=True)
-class Found:
+class MicroBatchResult:
     """A micro-batch that is done: its positions in the step, and sums still on the device."""
 
     members: Members
     sums: dict[str, Tensor]
 
 
-class MicroBatches:
+class StepRunner:
     """Computes micro-batches of any step; nothing waits for the device before `sums_of`.
 
     Args:
@@ -87,7 +87,7 @@ class MicroBatches:
         self.dropout = dropout
         self.learns = learns
 
-    def run(self, work: StepWork, own: OwnWork) -> list[Found]:
+    def run(self, work: StepWork, own: RankWork) -> list[MicroBatchResult]:
         """Forward, and backward, of this process's micro-batches; see `TokenBudget.run`."""
         for number in range(own.fillers):
             last = not own.pieces and number == own.fillers - 1
@@ -98,9 +98,9 @@ class MicroBatches:
             lambda members, last: self._one(work, members, 1.0, last=last),
             lambda i: no_room(work.trees[i], work.tokens[i]),
         )
-        return [Found(members, sums) for members, sums in found]
+        return [MicroBatchResult(members, sums) for members, sums in found]
 
-    def sums_of(self, work: StepWork, found: Sequence[Found]) -> dict[str, float]:
+    def sums_of(self, work: StepWork, found: Sequence[MicroBatchResult]) -> dict[str, float]:
         """The micro-batches' sums on the host, added up, and the `budget` that is left.
 
         Raises TandemError naming the records of a loss that is not finite.
@@ -148,12 +148,12 @@ class MicroBatches:
         )
 
 
-def own_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: bool) -> OwnWork:
+def rank_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many: bool) -> RankWork:
     """A rank's micro-batches; fillers where all ranks must run `equally_many`."""
     pieces = plan.ranks[rank]
     trees = [i for members in pieces for i in members] or range(len(tokens))
     smallest = min(trees, key=lambda i: (tokens[i], i))
-    return OwnWork(pieces, plan.micro_batches - len(pieces) if equally_many else 0, smallest)
+    return RankWork(pieces, plan.micro_batches - len(pieces) if equally_many else 0, smallest)
 
 
 def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from tandem.data.records import Tree
 from tandem.errors import Stopped, UserError
 from tandem.runtime.launch import ask_for_restart
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 
 T = TypeVar("T")
 
@@ -99,12 +99,12 @@ class TokenBudget:
             pending = deque(_finer([members, *pending], tokens, self.tokens))
         return done
 
-    def settle(self, budgets: Sequence[int], processes: Processes) -> None:
+    def settle(self, budgets: Sequence[int], processes: ProcessGroup) -> None:
         """Go on with the smallest budget that any process has; all processes call it."""
         self.tokens = min(budgets)
         if self.tokens < self._settled:
             self._settled = self.tokens
-            processes.main(lambda: self._remember(self.tokens))
+            processes.on_rank0(lambda: self._remember(self.tokens))
 
     def _attempt(self, compute: Callable[[], T]) -> T | None:
         """What `compute` returns, or None if it ran out of memory, whose remains are then freed."""

@@ -18,11 +18,11 @@ from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.storage.atomic_files import append_jsonl
-from tandem.train.checkpoint import CheckpointStore, Progress
+from tandem.train.checkpoint import CheckpointStore, RunState
 from tandem.train.engines.engine import Engine
-from tandem.train.held_out_evaluation import HeldOutScores, forget_after
+from tandem.train.held_out_evaluation import HeldOutEvaluation, forget_after
 from tandem.train.losses.objectives import Objective
-from tandem.train.step import MicroBatches, StepWork, added, not_finite, own_work
+from tandem.train.step import StepRunner, StepWork, added, not_finite, rank_work
 from tandem.train.token_budget import TokenBudget
 
 # Seconds within which two different signals are one request to stop.
@@ -78,9 +78,9 @@ class Training:
         dropout: bool,
         folder: Path,
         checkpoints: CheckpointStore,
-        progress: Progress,
+        progress: RunState,
         advance: Callable[[int, dict[str, float]], None],
-        held_out: HeldOutScores | None = None,
+        held_out: HeldOutEvaluation | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
@@ -89,7 +89,7 @@ class Training:
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.budget = budget
-        self.micro_batches = MicroBatches(
+        self.micro_batches = StepRunner(
             engine, objective, budget, seed=schedule.seed, dropout=dropout
         )
         self.metrics_path = folder / "metrics.jsonl"
@@ -98,7 +98,7 @@ class Training:
         self.advance = advance
         self.held_out = held_out
 
-    def run(self) -> Progress:
+    def run(self) -> RunState:
         """Take all remaining steps.
 
         Raises Stopped after a checkpoint when a process is asked to end, and TandemError before
@@ -106,7 +106,7 @@ class Training:
         """
         schedule, progress, processes = self.schedule, self.progress, self.engine.processes
         # A killed run may have logged steps beyond its last checkpoint; they are taken again.
-        processes.main(lambda: forget_after(self.metrics_path, progress.step))
+        processes.on_rank0(lambda: forget_after(self.metrics_path, progress.step))
         self.model.train()
         remaining = steps(
             len(self.trees),
@@ -124,11 +124,11 @@ class Training:
                 last = progress.step == schedule.total_steps
                 if self.held_out is not None and (self.held_out.due(progress.step) or last):
                     self.held_out.score(progress, self._epoch())
-                stopping = processes.any_of(stop.requested)
+                stopping = processes.any_rank(stop.requested)
                 if progress.step % schedule.save_steps == 0 or last or stopping:
                     self._save()
                 if stopping and not last:
-                    processes.end_alike(
+                    processes.raise_on_all(
                         Stopped(
                             f"stopped after step {progress.step} of {schedule.total_steps}; a "
                             "checkpoint is written. The same command goes on from there."
@@ -150,9 +150,9 @@ class Training:
             pack_share=lambda share: micro_batches(self.model, [trees[i] for i in share], budget),
         )  # fmt: skip
         work = StepWork(step, trees, tokens, denominator)
-        mine = own_work(plan, processes.rank, tokens, equally_many=engine.sharded)
+        mine = rank_work(plan, processes.rank, tokens, equally_many=engine.sharded)
         # Gradients are exchanged once all processes know that none has failed.
-        parts = engine.exchange(
+        parts = engine.gather(
             lambda: self.micro_batches.run(work, mine),
             lambda found: self.micro_batches.sums_of(work, found),
         )
@@ -162,7 +162,7 @@ class Training:
         norm = engine.step(rate)
         if not math.isfinite(norm):
             # The norm is of exchanged gradients, so that all ranks find the same.
-            processes.end_alike(not_finite("gradient", step.number, trees))
+            processes.raise_on_all(not_finite("gradient", step.number, trees))
         engine.device.synchronize()
         sums |= {"grad_norm": norm, "tokens": sum(tokens), "examples": len(trees)}
         sums["seconds"] = time.perf_counter() - began
@@ -174,7 +174,7 @@ class Training:
     def _save(self) -> None:
         strategy, progress = self.engine.strategy, self.progress
         trained, state = strategy.trained(), strategy.optimizer_state()
-        self.engine.processes.main(
+        self.engine.processes.on_rank0(
             lambda: self.checkpoints.save(self.model, trained, state, progress)
         )
         if self.held_out is not None:
@@ -195,9 +195,9 @@ class Training:
         logged: dict[str, float] = {}
         last = progress.step == self.schedule.total_steps
         if progress.step % self.schedule.logging_steps == 0 or last:
-            memory = max(self.engine.processes.exchange(self.engine.device.peak_memory))
+            memory = max(self.engine.processes.gather(self.engine.device.peak_memory))
             logged = {**self._metrics(rate), "memory_bytes": memory}
-            self.engine.processes.main(lambda: append_jsonl(self.metrics_path, logged))
+            self.engine.processes.on_rank0(lambda: append_jsonl(self.metrics_path, logged))
             progress.sums = {}
         self.advance(progress.step, logged)
 
@@ -225,7 +225,7 @@ def _sequence_length(tree: Tree, branch: int) -> int:
     return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
 
 
-def _account_savings(progress: Progress, trees: Sequence[Tree]) -> None:
+def _account_savings(progress: RunState, trees: Sequence[Tree]) -> None:
     lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
     progress.padded_tokens += padded_tokens(lengths)
     # What every branch after a tree's first would have fed again.

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,21 @@ from tandem.data.encoded.dataset import Bytes, Index, Trees
 from tandem.data.encoded.encode_chunk import Batch, Plan
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.sources.compression import is_compressed, kind_of
-from tandem.data.sources.rows import SourceSpec, data_files, load_hub, looks_like_path
+from tandem.data.sources.rows import data_files, load_hub, looks_like_path
 from tandem.data.tokenize.codec import CodecParts
 from tandem.storage.atomic_files import HALVES, atomic_folder, read_json
 from tandem.storage.cache_folder import cache_folder, prune_folders, remove
 from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, sealed
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 # Changes whenever the same records, tokenizer and limits would give other ids, masks or entries, or
 # more is kept of them.
 _ENCODER = 7
 
 
-def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -> str | None:
+def encoding_key(sources: Sequence[DataSource], parts: CodecParts, plan: Plan) -> str | None:
     """The key of what a plan makes of some sources, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
@@ -54,7 +57,7 @@ def encoding_key(sources: Sequence[SourceSpec], parts: CodecParts, plan: Plan) -
     )
 
 
-def _content(source: SourceSpec) -> list[Any] | None:
+def _content(source: DataSource) -> list[Any] | None:
     if looks_like_path(source.path):
         saved, files = data_files(source)
         try:
@@ -185,12 +188,12 @@ class EncodedStore:
     """The encoded data sets in the cache folder.
 
     Args:
-        say: told when an entry is damaged, or cannot be kept.
+        log: told when an entry is damaged, or cannot be kept.
         folder: where the entries are, the cache folder's `encoded` unless told otherwise.
     """
 
-    def __init__(self, say: Callable[[str], None], folder: Path | None = None) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None], folder: Path | None = None) -> None:
+        self.log = log
         self._folder = folder
 
     @property
@@ -217,7 +220,7 @@ class EncodedStore:
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
         except _DAMAGE as error:
-            self.say(f"the encoded data in {entry} is damaged ({error}): encoding it again")
+            self.log(f"the encoded data in {entry} is damaged ({error}): encoding it again")
             with suppress(OSError):
                 remove(entry)
             return None

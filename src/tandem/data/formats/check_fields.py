@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tandem.data.formats.known_formats import QUESTION_KEYS, QUESTION_OPTIONS, Format
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Unreadable
 from tandem.data.sources.chunks import Chunk, Row
 from tandem.data.sources.renaming import TURN_KEYS, led_into
-from tandem.data.sources.rows import SourceSpec, unrenamed_rows
+from tandem.data.sources.rows import renaming_of, unrenamed_rows
 from tandem.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
-def check_meaning(source: SourceSpec, known: Format) -> None:
+
+def check_meaning(source: DataSource, known: Format) -> None:
     """Raise `UserError` for a name, a role or a choice that has no effect in a source's format."""
     check_use(source)  # first, for a misspelt name may lead to another format
     keys = known.read_keys | (TURN_KEYS if known.turns else set())
@@ -29,7 +33,7 @@ def check_meaning(source: SourceSpec, known: Format) -> None:
             f"data: {source.path}: `roles` renames who speaks, but the format {known.name} has no "
             "turns. Remove it."
         )
-    for name, role in source.roles:
+    for name, role in sorted(source.roles.items()):
         if known_role(name) == role:
             raise UserError(
                 f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
@@ -37,7 +41,7 @@ def check_meaning(source: SourceSpec, known: Format) -> None:
             )
 
 
-def check_question_meaning(source: SourceSpec) -> None:
+def check_question_meaning(source: DataSource) -> None:
     """Raise `UserError` for what a source of questions is said to be and has no effect."""
     said = [name for name in ("format", "roles", "completions") if name in source.meaning]
     if said:
@@ -49,8 +53,8 @@ def check_question_meaning(source: SourceSpec) -> None:
     check_use(source)
 
 
-def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
-    for key, name in source.fields:
+def _check_keys(source: DataSource, keys: Set[str], what: str) -> None:
+    for key, name in sorted(source.fields.items()):
         if key not in keys:
             raise UserError(
                 f"data: {source.path}: `fields` says what {key!r} is called, but {what} has no "
@@ -62,9 +66,9 @@ def _check_keys(source: SourceSpec, keys: Set[str], what: str) -> None:
             )
 
 
-def check_use(source: SourceSpec) -> None:
+def check_use(source: DataSource) -> None:
     """Raise `UserError` for a name that is in no row; usually the first row has them all."""
-    renaming = source.renaming
+    renaming = renaming_of(source)
     if not renaming:
         return
     names: set[str] | None = None
@@ -94,7 +98,7 @@ _SPEAKERS = {"role", "from"}
 _OF_TURNS = read_keys("assistant") | read_keys("tool")
 
 
-def unread_keys(chunks: Iterable[Chunk], known: Format, source: SourceSpec) -> tuple[str, ...]:
+def unread_keys(chunks: Iterable[Chunk], known: Format, source: DataSource) -> tuple[str, ...]:
     """The keys that are not read of the first row of the source's format, in order.
 
     Later rows may have others: `tandem check` looks at them all. A key that the source's names lead
@@ -111,9 +115,8 @@ def unread_keys(chunks: Iterable[Chunk], known: Format, source: SourceSpec) -> t
         (row for row in rows if known.fits(row) or (stated and known.keys <= row.keys())), {}
     )
     # Here rows are as they were, also those that are to be joined.
-    return tuple(
-        sorted(map(str, replace(known, joins=False).unread(first) - led_into(source.fields)))
-    )
+    names = led_into(renaming_of(source).fields)
+    return tuple(sorted(map(str, replace(known, joins=False).unread(first) - names)))
 
 
 def unreadable(fields: Mapping[str, object], keys: Set[str]) -> str:

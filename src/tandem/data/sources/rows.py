@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.data.sources.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
 from tandem.data.sources.file_chunks import count_rows, file_chunks
@@ -20,51 +19,14 @@ from tandem.data.sources.renaming import Renaming
 from tandem.data.sources.tables import dataset_chunks
 from tandem.errors import UserError
 
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
+
 _PATH_SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow",
     ".gz", ".zst", ".zip", ".bz2", ".xz",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """A data set to read: a file, a folder or a Hub id, which part of it, and what it means.
-
-    Attributes:
-        path, split, subset, revision: where the rows are.
-        format: its format's name; None: told by the keys of the first rows.
-        fields: keys of the format, each with the data's own name for it.
-        roles: the data's own names of roles, each with the role it means.
-        completions: which pairs scored answers make, `best_vs_worst` (also None) or `best_vs_rest`.
-        weight: how often an epoch shows each of the records.
-    """
-
-    path: str
-    split: str = "train"
-    subset: str | None = None
-    revision: str | None = None
-    format: str | None = None
-    fields: tuple[tuple[str, str], ...] = ()
-    roles: tuple[tuple[str, str], ...] = ()
-    completions: str | None = None
-    weight: float = 1.0
-
-    @property
-    def renaming(self) -> Renaming:
-        """The data's own names."""
-        return Renaming(self.fields, self.roles)
-
-    @property
-    def meaning(self) -> dict[str, Any]:
-        """Whatever the recipe says about the rows' meaning, for keys that depend on it."""
-        said = {
-            "format": self.format,
-            "fields": [list(one) for one in self.fields],
-            "roles": [list(one) for one in self.roles],
-            "completions": self.completions,
-        }
-        return {name: value for name, value in said.items() if value}
 
 
 def looks_like_path(text: str) -> bool:
@@ -95,7 +57,7 @@ def local_files(path: str, split: str = "train") -> list[Path]:
     return files_of(look_into(root), split)
 
 
-def not_read(sources: Sequence[SourceSpec]) -> list[str]:
+def not_read(sources: Sequence[DataSource]) -> list[str]:
     """A line on each folder of which the sources leave something out: what, and why.
 
     Raises as `read_rows` does.
@@ -110,7 +72,12 @@ def not_read(sources: Sequence[SourceSpec]) -> list[str]:
     return [f"not read of {root}: {said}" for root, said in found.items() if said]
 
 
-def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
+def renaming_of(source: DataSource) -> Renaming:
+    """The data's own names of keys and roles."""
+    return Renaming(tuple(sorted(source.fields.items())), tuple(sorted(source.roles.items())))
+
+
+def read_rows(source: DataSource) -> Iterator[Row | BadLine]:
     """Stream the rows of a source; what cannot be parsed comes as a `BadLine`.
 
     Raises `UserError` for a source that is missing or cannot be opened.
@@ -119,14 +86,14 @@ def read_rows(source: SourceSpec) -> Iterator[Row | BadLine]:
         yield from chunk.rows()
 
 
-def read_chunks(source: SourceSpec) -> Iterator[Chunk]:
+def read_chunks(source: DataSource) -> Iterator[Chunk]:
     """The pieces of a source in reading order; see `read_rows`."""
-    renaming = source.renaming
+    renaming = renaming_of(source)
     for chunk in _chunks_as_they_are(source):
         yield RenamedChunk(chunk, renaming) if renaming else chunk
 
 
-def unrenamed_rows(source: SourceSpec) -> Iterator[Row]:
+def unrenamed_rows(source: DataSource) -> Iterator[Row]:
     """The rows of a source under the data's own names; see `read_rows`."""
     for chunk in _chunks_as_they_are(source):
         for row in chunk.rows():
@@ -134,7 +101,7 @@ def unrenamed_rows(source: SourceSpec) -> Iterator[Row]:
                 yield row
 
 
-def _chunks_as_they_are(source: SourceSpec) -> Iterator[Plain]:
+def _chunks_as_they_are(source: DataSource) -> Iterator[Plain]:
     if not looks_like_path(source.path):
         yield from dataset_chunks(load_hub(source), f"{source.path}:{source.split}")
         return
@@ -145,7 +112,7 @@ def _chunks_as_they_are(source: SourceSpec) -> Iterator[Plain]:
         yield from file_chunks(file)
 
 
-def data_files(source: SourceSpec) -> tuple[bool, list[Path]]:
+def data_files(source: DataSource) -> tuple[bool, list[Path]]:
     """A local source's files in reading order, and whether `datasets` saved them.
 
     Raises as `read_rows` does.
@@ -153,7 +120,7 @@ def data_files(source: SourceSpec) -> tuple[bool, list[Path]]:
     return _saved(source) is not None, local_files(source.path, source.split)
 
 
-def origin_names(sources: Sequence[SourceSpec]) -> list[str]:
+def origin_names(sources: Sequence[DataSource]) -> list[str]:
     """What the origins of some sources' records may be called, in reading order."""
     names: list[str] = []
     for source in sources:
@@ -167,7 +134,7 @@ def origin_names(sources: Sequence[SourceSpec]) -> list[str]:
     return names
 
 
-def count_sources(sources: Sequence[SourceSpec]) -> int | None:
+def count_sources(sources: Sequence[DataSource]) -> int | None:
     """About how many rows some sources have, or None when only reading them all can tell.
 
     Blank lines count. Raises as `read_rows` does.
@@ -176,7 +143,7 @@ def count_sources(sources: Sequence[SourceSpec]) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def _count(source: SourceSpec) -> int | None:
+def _count(source: DataSource) -> int | None:
     if not looks_like_path(source.path):
         return len(load_hub(source))
     if saved := _saved(source):
@@ -186,7 +153,7 @@ def _count(source: SourceSpec) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _saved(source: SourceSpec) -> Path | None:
+def _saved(source: DataSource) -> Path | None:
     """Where a local source was saved by `datasets`; None for files and other folders."""
     if source.subset is not None or source.revision is not None:
         raise UserError(
@@ -245,7 +212,7 @@ def _load_saved(folder: Path) -> Any:
         raise UserError(f"data: {folder} is no sound saved data set: {error}.") from error
 
 
-def load_hub(source: SourceSpec) -> Any:
+def load_hub(source: DataSource) -> Any:
     """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none.
 
     A process loads each once, for that asks the Hub, and a preparation needs the table several

@@ -16,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ from tandem.data.formats.check_fields import unreadable_text
 from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources.chunks import BadLine, Row, allow_long_cells
-from tandem.data.sources.rows import SourceSpec, looks_like_path, read_rows
+from tandem.data.sources.rows import looks_like_path, read_rows
 from tandem.data.text.word_hashes import MOST_CHARACTERS, Hashes, Words, words_of
 from tandem.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 RUN = 13
 # Words in a row in more rows of the other set than this are its form, not its content.
@@ -204,7 +207,7 @@ class Other:
         return self._runs
 
 
-def read_other(source: SourceSpec, *, runs: bool = True) -> Other:
+def read_other(source: DataSource, *, runs: bool = True) -> Other:
     """A set of one source; see `fill`."""
     other = Other(source.path, runs=runs)
     fill(other, source)
@@ -212,7 +215,7 @@ def read_other(source: SourceSpec, *, runs: bool = True) -> Other:
     return other
 
 
-def fill(other: Other, source: SourceSpec) -> None:
+def fill(other: Other, source: DataSource) -> None:
     """Add all texts of a source of any layout, or of a file of plain lines, to `other`.
 
     CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
@@ -240,7 +243,7 @@ def _pieces(text: str, run: int) -> Iterator[str]:
         yield text[start : start + MOST_CHARACTERS]
 
 
-def _rows(source: SourceSpec) -> Iterator[tuple[list[str] | BadLine, Origin]]:
+def _rows(source: DataSource) -> Iterator[tuple[list[str] | BadLine, Origin]]:
     path = Path(source.path).expanduser() if looks_like_path(source.path) else None
     if path is not None and path.is_file() and _is_plain(path):
         yield from _plain_rows(path)

@@ -17,8 +17,8 @@ from tandem.data.batching.packing import pack
 from tandem.data.batching.sampler import Part, steps, steps_per_epoch
 from tandem.data.encoded.dataset import Trees
 from tandem.errors import UserError
-from tandem.recipe.run_settings import Hpu, Runtime
-from tandem.recipe.training_settings import Training
+from tandem.recipe.run_settings import HpuSettings, Runtime
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
 # Lengths that are not asked for are multiples of this, as matrix engines like them.
@@ -195,13 +195,13 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 
 def declared_shapes(
     trees: Trees,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     device: Device,
     runtime: Runtime,
     budget: int,
     seed: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     parts: Sequence[Part] = (),
     held_out: Trees | None = None,
 ) -> tuple[Buckets | None, int]:
@@ -215,8 +215,8 @@ def declared_shapes(
     Raises UserError for a record, or a budget, that exceeds the declared lengths.
     """
     if not device.static_shapes:
-        if runtime.hpu != Hpu():
-            tell(f"the recipe's hpu section does nothing on {device.kind}")
+        if runtime.hpu != HpuSettings():
+            log(f"the recipe's hpu section does nothing on {device.kind}")
         return None, budget
     asked = runtime.hpu.buckets
     buckets = declare_buckets(
@@ -227,7 +227,7 @@ def declared_shapes(
     name = "pad_max" if asked == "max" else "buckets"
     share = padding_share(_rows(trees, settings.batch_size, seed, budget, parts), buckets)
     lengths = ", ".join(str(shape.rows) for shape in buckets.shapes)
-    tell(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
+    log(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
     return buckets, budget
 
 

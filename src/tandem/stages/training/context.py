@@ -15,8 +15,8 @@ from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training
-from tandem.runtime.console import say
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
@@ -86,7 +86,7 @@ class Stage:
     """
 
     kind: StageKind
-    settings: Training
+    settings: TrainingSettings
     folder: Path
     seed: int
     runtime: Runtime
@@ -105,9 +105,9 @@ class Stage:
         """Rows of the embeddings, those of added tokens among them."""
         return described_rows(self.config, self.added)
 
-    def tell(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Put a line on the console, the stage's name before it."""
-        say(self.console, f"{self.kind.name}: {text}")
+        log(self.console, f"{self.kind.name}: {text}")
 
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""

@@ -7,14 +7,14 @@ from tandem.integrations.deepspeed.ds_config import Settled
 from tandem.model.quantize import check_quantization
 from tandem.model.torch_compile import check_compile
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 
 
 def start_engine(
-    device: Device, processes: Processes, settings: Training, runtime: Runtime
+    device: Device, processes: ProcessGroup, settings: TrainingSettings, runtime: Runtime
 ) -> Engine:
     """The engine that a recipe asks for, which holds no model yet.
 
@@ -40,7 +40,7 @@ def in_words(engine: Engine) -> str:
     return place if engine.strategy.name == "single" else f"{place} ({engine.strategy.name})"
 
 
-def _settled(settings: Training, device: Device, processes: int) -> Settled:
+def _settled(settings: TrainingSettings, device: Device, processes: int) -> Settled:
     return Settled(
         batch_size=settings.batch_size,
         processes=processes,

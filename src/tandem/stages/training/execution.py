@@ -56,7 +56,7 @@ def resolve_schedule(
     """
     device, processes = engine.device, engine.processes
     copies = 0 if engine.sharded else bytes_to_order(model)
-    found = processes.exchange(
+    found = processes.gather(
         lambda: (
             token_budget(requested, device, config),
             torch.get_num_threads(),
@@ -108,7 +108,7 @@ def repeat_schedule(
 
 
 def token_budget_of(
-    engine: Engine, folder: Path, schedule: dict[str, Any], tell: Callable[[str], None]
+    engine: Engine, folder: Path, schedule: dict[str, Any], log: Callable[[str], None]
 ) -> TokenBudget:
     """The schedule's token budget, or less if more did not fit in memory before.
 
@@ -116,10 +116,10 @@ def token_budget_of(
         engine: knows the other processes.
         folder: the stage's, which remembers a smaller budget.
         schedule: resolved.
-        tell: told when the budget gets smaller.
+        log: told when the budget gets smaller.
     """
     path, key = folder / "memory.json", "tokens_per_microbatch"
-    fitting = engine.processes.main(lambda: _remembered(path, key, tell))
+    fitting = engine.processes.on_rank0(lambda: _remembered(path, key, log))
 
     def remember(tokens: int) -> None:
         try:
@@ -127,23 +127,23 @@ def token_budget_of(
         except OSError as error:
             if engine.sharded:  # the start that goes on would run out of memory again
                 raise
-            tell(f"what fits in memory cannot be kept for the next start ({error})")
-        tell(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
+            log(f"what fits in memory cannot be kept for the next start ({error})")
+        log(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
 
     tokens = schedule[key] if fitting is None else min(schedule[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
 
 
-def _remembered(path: Path, key: str, tell: Callable[[str], None]) -> int | None:
+def _remembered(path: Path, key: str, log: Callable[[str], None]) -> int | None:
     """The budget that a file remembers; None where there is none, or it is damaged."""
     if not path.exists():
         return None
     try:
         found: int = read_object(path, {key: int}, "What fits in memory is tried again.")[key]
     except Damaged as error:
-        tell(str(error))
+        log(str(error))
         return None
     if found > 0:
         return found
-    tell(f"{path} is damaged ({key} is {found}): what fits in memory is tried again")
+    log(f"{path} is damaged ({key} is {found}): what fits in memory is tried again")
     return None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.resolve_sources import data_identity
-from tandem.data.sources.rows import SourceSpec
 from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.model.load_model import check_context, load_config, load_tokenizer
 from tandem.model.model_folder import check_unquantized
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 
@@ -31,9 +31,9 @@ _NOT_MATHEMATICS: Any = {
 
 def resolved_inputs(
     base: Path,
-    sources: list[SourceSpec],
-    held_out: list[SourceSpec],
-    settings: Training,
+    sources: list[DataSource],
+    held_out: list[DataSource],
+    settings: TrainingSettings,
     chat_template: str | None,
     seed: int,
     runtime: Runtime,
@@ -67,7 +67,7 @@ def resolved_inputs(
 
 def model_side(
     base: Path,
-    settings: Training,
+    settings: TrainingSettings,
     chat_template: str | None,
     added_tokens: Sequence[str] = (),
     *,

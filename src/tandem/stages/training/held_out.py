@@ -12,9 +12,9 @@ import numpy as np
 from tandem.data.batching.sampler import choose_held_out, shared_prompts, tenth
 from tandem.data.encoded.dataset import Trees
 from tandem.data.ledger import Ledger
-from tandem.recipe.training_settings import Training
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_jsonl
-from tandem.train.checkpoint import Progress
+from tandem.train.checkpoint import RunState
 from tandem.train.held_out_evaluation import Best
 
 _METRICS = {
@@ -42,13 +42,13 @@ class HeldOut:
 
 
 def hold_out(
-    settings: Training,
+    settings: TrainingSettings,
     trees: Trees,
     ledger: Ledger,
     *,
     seed: int,
     prepare: Callable[[], tuple[Ledger, Trees]],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Trees, HeldOut | None]:
     """The records to train on, and those that are held out.
 
@@ -57,7 +57,7 @@ def hold_out(
         trees, ledger: of the stage's data sets.
         seed: of the choice.
         prepare: reads and encodes the held-out data sets.
-        tell: told what is held out, and the prompts that both parts have.
+        log: told what is held out, and the prompts that both parts have.
 
     Raises UserError for data that cannot be used or divided.
     """
@@ -68,7 +68,7 @@ def hold_out(
         held = choose_held_out(trees.prompts, validation.fraction, seed)
         parts = [trees.select(np.flatnonzero(which)) for which in (~held, held)]
         ledger.hold_out(len(parts[1]))
-        tell(
+        log(
             f"{len(parts[1])} of {len(trees)} records are held out, with every record of their "
             f"{len(np.unique(parts[1].prompts))} prompts; {len(parts[0])} are trained on"
         )
@@ -85,18 +85,18 @@ def hold_out(
     return trees, HeldOut(found, own, (warning,), shared)
 
 
-def best_by(settings: Training) -> Best | None:
+def best_by(settings: TrainingSettings) -> Best | None:
     """How the best adapter is told; None where the last one is kept."""
     return _METRICS[settings.best_metric] if settings.keep == "best" else None
 
 
-def scored_every(settings: Training, total: int) -> int:
+def scored_every(settings: TrainingSettings, total: int) -> int:
     """Steps from one score to the next."""
     assert settings.validation is not None
     return settings.validation.steps or tenth(total)
 
 
-def kept_in_words(settings: Training, progress: Progress) -> str:
+def kept_in_words(settings: TrainingSettings, progress: RunState) -> str:
     """Which adapter becomes the stage's, where that was to be chosen; else empty."""
     if settings.keep != "best":
         return ""
@@ -107,7 +107,7 @@ def kept_in_words(settings: Training, progress: Progress) -> str:
 
 
 def validation_summary(
-    settings: Training, held_out: HeldOut | None, progress: Progress, folder: Path
+    settings: TrainingSettings, held_out: HeldOut | None, progress: RunState, folder: Path
 ) -> dict[str, Any]:
     """What summary.json says about held-out records: their counts, first, last and best scores."""
     if held_out is None:
@@ -127,7 +127,7 @@ def validation_summary(
     }
 
 
-def kept_warnings(settings: Training, progress: Progress) -> list[str]:
+def kept_warnings(settings: TrainingSettings, progress: RunState) -> list[str]:
     """What a user should know about the adapter that was kept."""
     if settings.keep == "best" and progress.best_step == 0:
         return [

@@ -31,7 +31,7 @@ def make_policy(
     """The base with its adapter, the schedule and the budget; says how it will compute."""
     engine, processes = stage.engine, stage.engine.processes
     device = engine.device
-    base = processes.together(
+    base = processes.on_all(
         lambda: load_model(
             stage.base,
             dtype=device.weights,
@@ -40,7 +40,7 @@ def make_policy(
             quantization=stage.runtime.quantization,
         )
     )
-    backend, why = processes.together(
+    backend, why = processes.on_all(
         lambda: choose_backend(
             stage.runtime.attention, base,
             static_shapes=device.static_shapes, fused=device.fused_attention,
@@ -49,20 +49,20 @@ def make_policy(
     schedule = _schedule(stage, recorded, base, backend)
     _declare_shapes(stage, records, schedule)
     torch.set_num_threads(schedule["threads"])
-    budget = token_budget_of(engine, stage.folder, schedule, stage.tell)
-    stage.tell(
+    budget = token_budget_of(engine, stage.folder, schedule, stage.log)
+    stage.log(
         f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
         f"{budget.tokens} tokens a micro-batch"
     )
     if stage.runtime.quantization and device.is_host:
-        stage.tell(
+        stage.log(
             "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
             "memory that is short"
         )
     if device.is_host and (reason := why_not()):
-        stage.tell(f"torch's own operators, no C kernels: {reason}")
+        stage.log(f"torch's own operators, no C kernels: {reason}")
     base_name, revision = lasting_name(stage.base_name, stage.base)
-    model = processes.together(
+    model = processes.on_all(
         lambda: adapted(
             base,
             stage.settings,
@@ -71,11 +71,11 @@ def make_policy(
             compiled=schedule["compiled"],
             base_name=base_name,
             seed=stage.seed,
-            tell=stage.tell,
+            log=stage.log,
             added=stage.added,
         )
     )
-    processes.together(
+    processes.on_all(
         lambda: check_sums(stage.base, model_without_weights(stage.config), adapted_weights(model))
     )
     model.peft_config["default"].revision = revision
@@ -89,11 +89,11 @@ def compile_policy(stage: Stage, model: Any, trees: Trees, schedule: dict[str, A
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
-    settle_compile_caches(stage.tell)
-    compiling = stage.engine.processes.together(
+    settle_compile_caches(stage.log)
+    compiling = stage.engine.processes.on_all(
         lambda: warm_up(model, trees, stage.engine.device, seed=stage.seed)
     )
-    stage.tell(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
+    stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
 
 
@@ -108,7 +108,7 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
     now, changes = repeat_schedule(recorded, now, stage.runtime.tokens_per_microbatch)
     if changes:
         listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-        stage.tell(
+        stage.log(
             f"going on with another schedule ({listing}): the same steps, equal up to rounding "
             "instead of bit for bit"
         )
@@ -117,12 +117,12 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
 
 def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
     held_out = records.held_out
-    stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.together(
+    stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
         lambda: declared_shapes(
             records.trees, stage.settings,
             device=stage.engine.device, runtime=stage.runtime,
             budget=schedule["tokens_per_microbatch"], seed=stage.seed,
-            tell=stage.tell, parts=records.parts,
+            log=stage.log, parts=records.parts,
             held_out=None if held_out is None else held_out.trees,
         )
     )  # fmt: skip

@@ -16,7 +16,7 @@ from tandem.model.lora.adapter import save_adapter
 from tandem.stages.training.context import Stage
 from tandem.storage.atomic_files import atomic_folder, spelled
 from tandem.storage.hashing import hash_bytes
-from tandem.train.checkpoint import Progress, copy_adapter
+from tandem.train.checkpoint import RunState, copy_adapter
 
 
 def save_adapter_folder(
@@ -38,7 +38,7 @@ def save_adapter_folder(
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
         if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
-            stage.tell(said)
+            stage.log(said)
     return move_up(stage.folder / "saving")
 
 
@@ -59,7 +59,7 @@ def move_up(folder: Path) -> list[str]:
     return names
 
 
-def training_summary(progress: Progress, trees: Trees) -> dict[str, Any]:
+def training_summary(progress: RunState, trees: Trees) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.

@@ -14,18 +14,18 @@ from rich.console import Console
 from torch import Tensor
 
 from tandem.data.batching.sampler import total_steps
-from tandem.data.resolve_sources import held_out_sources, source_specs
-from tandem.data.sources.rows import SourceSpec
+from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.load_model import model_folder
 from tandem.model.torch_compile import Compiling
 from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import Training as TrainingSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
-from tandem.runtime.console import StageProgress, say
+from tandem.runtime.console import StageProgress, log
 from tandem.runtime.device import choose_device
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
@@ -41,7 +41,7 @@ from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
-from tandem.train.checkpoint import CheckpointStore, Progress
+from tandem.train.checkpoint import CheckpointStore, RunState
 from tandem.train.held_out_evaluation import best_adapters, forget_after, why_best_is_gone
 from tandem.train.token_budget import TokenBudget
 
@@ -72,18 +72,22 @@ def run_training(
     """
     device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
     processes = join(launched(), device.backend, timedelta(minutes=runtime.timeout_minutes))
-    if not processes.is_main:
+    if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
-        engine = processes.together(lambda: start_engine(device, processes, settings, runtime))
+        engine = processes.on_all(lambda: start_engine(device, processes, settings, runtime))
         processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
-        base = processes.main_first(lambda: model_folder(model, revision))
-        sources = processes.main_first(lambda: source_specs(settings.data, output_dir.parent, seed))
-        held_out = processes.main_first(
+        base = processes.rank0_first(lambda: model_folder(model, revision))
+        sources = processes.rank0_first(
+            lambda: resolve_sources(settings.data, output_dir.parent, seed)
+        )
+        held_out = processes.rank0_first(
             lambda: held_out_sources(settings, sources, output_dir.parent, seed)
         )
-        processes.main(lambda: check_made(base, lambda text: say(console, f"{kind.name}: {text}")))
-        config, tokenizer, template, added, inputs = processes.together(
+        processes.on_rank0(
+            lambda: check_made(base, lambda text: log(console, f"{kind.name}: {text}"))
+        )
+        config, tokenizer, template, added, inputs = processes.on_all(
             lambda: resolved_inputs(
                 base,
                 sources,
@@ -101,23 +105,23 @@ def run_training(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
         )
-        lock = folder_lock(output_dir, lambda text: say(console, f"{kind.name}: {text}"))
-        processes.main(lambda: held.enter_context(lock))
-        opened = processes.main(lambda: open_stage(output_dir, kind.name, inputs))
+        lock = folder_lock(output_dir, lambda text: log(console, f"{kind.name}: {text}"))
+        processes.on_rank0(lambda: held.enter_context(lock))
+        opened = processes.on_rank0(lambda: open_stage(output_dir, kind.name, inputs))
         if opened.state == "finished":
-            say(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
+            log(console, f"{kind.name}: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         rows = described_rows(config, added)
         for notice in (*template.notices, *row_notices(tokenizer, rows)):
-            say(console, f"{kind.name}: {notice}")
-        template, recorded = processes.main(lambda: _dated(template, opened.schedule))
+            log(console, f"{kind.name}: {notice}")
+        template, recorded = processes.on_rank0(lambda: _dated(template, opened.schedule))
         stage = Stage(
             kind, settings, output_dir, seed, runtime, engine, console, base, config, model,
             tokenizer, template, added,
-            processes.main(lambda: _row_warnings(base, config, tokenizer, template, added)),
+            processes.on_rank0(lambda: _row_warnings(base, config, tokenizer, template, added)),
         )  # fmt: skip
         for warning in stage.warnings:
-            say(console, f"{kind.name}: {warning}", style="yellow")
+            log(console, f"{kind.name}: {warning}", style="yellow")
         _run(stage, recorded, inputs, sources, held_out)
     return output_dir
 
@@ -134,13 +138,13 @@ def _run(
     stage: Stage,
     recorded: dict[str, Any],
     inputs: dict[str, Any],
-    sources: list[SourceSpec],
-    held_out: list[SourceSpec],
+    sources: list[DataSource],
+    held_out: list[DataSource],
 ) -> None:
     """Load, adapt, train and write; what can be refused is, before anything is written."""
     engine, processes, settings = stage.engine, stage.engine.processes, stage.settings
     # The others find what the first has encoded, where they share its cache.
-    records = processes.main_first(lambda: _records(stage, sources, held_out))
+    records = processes.rank0_first(lambda: _records(stage, sources, held_out))
     if processes.count > 1:
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
@@ -148,18 +152,18 @@ def _run(
     if stage.template.now is not None:
         schedule[_DATE] = stage.template.now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
-    processes.main(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
-    processes.main(records.write_ledgers)
+    processes.on_rank0(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
+    processes.on_rank0(records.write_ledgers)
     total = total_steps(
         len(records.trees), settings.batch_size,
         epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
     )  # fmt: skip
-    expected = processes.main(lambda: _estimate(stage, records, model, schedule, held))
+    expected = processes.on_rank0(lambda: _estimate(stage, records, model, schedule, held))
     compiled = compile_policy(stage, model, records.trees, schedule)
     progress, state = _begin(stage, model, total)
     doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
     for doubt in doubts:
-        say(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
+        log(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
     stage = replace(stage, warnings=(*stage.warnings, *doubts))
     prepare_engine(stage, model, state)
     made = _objectives(stage, model, records, hash_json(inputs["model"]), schedule, budget)
@@ -171,7 +175,7 @@ def _run(
             budget=budget, progress=progress, total=total, display=display,
         )  # fmt: skip
     trained = engine.strategy.trained()
-    processes.main(
+    processes.on_rank0(
         lambda: _finish(
             stage, model, trained, records, made, progress, schedule, compiled, expected
         )
@@ -185,7 +189,7 @@ def _row_warnings(
     return () if words is None else (words,)
 
 
-def _records(stage: Stage, sources: list[SourceSpec], held_out: list[SourceSpec]) -> Records:
+def _records(stage: Stage, sources: list[DataSource], held_out: list[DataSource]) -> Records:
     return stage_records(
         stage.kind.prepare,
         sources,
@@ -207,20 +211,20 @@ def _estimate(
     try:
         return estimate_run(stage, records, model, schedule, held)
     except Exception as error:  # whatever a strange model leads to, training can do without
-        stage.tell(f"nothing is estimated of this run ({type(error).__name__}: {error})")
+        stage.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
         return None
 
 
-def _begin(stage: Stage, model: Any, total: int) -> tuple[Progress, dict[str, Tensor]]:
+def _begin(stage: Stage, model: Any, total: int) -> tuple[RunState, dict[str, Tensor]]:
     """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
     checkpoints, processes = stage.checkpoints(), stage.engine.processes
     usable = partial(why_best_is_gone, best_adapters(stage.folder))
-    newest = processes.main(lambda: checkpoints.newest(stage.tell, usable))
+    newest = processes.on_rank0(lambda: checkpoints.newest(stage.log, usable))
     if newest is None:
-        return Progress(), {}
-    progress, state = processes.together(partial(checkpoints.load, newest, model))
-    processes.main(lambda: _clean_lines(stage, checkpoints, newest, progress.step))
-    stage.tell(f"going on from {newest} (step {progress.step} of {total})")
+        return RunState(), {}
+    progress, state = processes.on_all(partial(checkpoints.load, newest, model))
+    processes.on_rank0(lambda: _clean_lines(stage, checkpoints, newest, progress.step))
+    stage.log(f"going on from {newest} (step {progress.step} of {total})")
     return progress, state
 
 
@@ -229,7 +233,7 @@ def _clean_lines(stage: Stage, checkpoints: CheckpointStore, newest: Path, step:
     for path in checkpoints.lines:
         forget_after(path, step)
     for path in checkpoints.changed_lines(newest):
-        stage.tell(
+        stage.log(
             f"{path} is not as it was at step {step}: it was damaged or changed, lines that cannot "
             "be read are left out of it. What is trained does not depend on it"
         )
@@ -268,7 +272,7 @@ def _finish(
     trained: dict[str, Tensor],
     records: Records,
     made: Sequence[Made],
-    progress: Progress,
+    progress: RunState,
     schedule: dict[str, Any],
     compiled: Compiling,
     expected: StageEstimate | None,
@@ -281,7 +285,7 @@ def _finish(
         *kept_warnings(stage.settings, progress),
     ]
     for warning in warnings:
-        say(stage.console, f"{stage.kind.name}: {warning}", style="yellow")
+        log(stage.console, f"{stage.kind.name}: {warning}", style="yellow")
     summary = {
         **training_summary(progress, records.trees),
         **validation_summary(stage.settings, records.held_out, progress, stage.folder),
@@ -302,7 +306,7 @@ def _finish(
         try:
             remember_run(expected, summary["estimate"], summary)
         except OSError as error:
-            stage.tell(f"how fast this was cannot be kept for the next plan ({error})")
+            stage.log(f"how fast this was cannot be kept for the next plan ({error})")
     atomic_write_json(stage.folder / "summary.json", summary)
     outputs += ["summary.json", "metrics.jsonl"]
     if records.held_out is not None:
@@ -312,8 +316,8 @@ def _finish(
     finish_stage(stage.folder, outputs)
     best.clear()
     if words := kept_in_words(stage.settings, progress):
-        stage.tell(words)
-    stage.tell(
+        stage.log(words)
+    stage.log(
         f"{progress.step} steps, {progress.examples} examples in {progress.seconds:.1f} s, "
         f"{packing_in_words(summary)} -> {stage.folder}"
     )

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
-from tandem.recipe.training_settings import Training as TrainingSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.runtime.device import attention_weight
 from tandem.stages.training.context import Stage
 from tandem.stages.training.held_out import best_by, scored_every
 from tandem.stages.training.training_data import Records
-from tandem.train.checkpoint import Progress
-from tandem.train.held_out_evaluation import HeldOutScores
+from tandem.train.checkpoint import RunState
+from tandem.train.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
 from tandem.train.optimizers import make_optimizer, make_schedule, warmup
 from tandem.train.token_budget import TokenBudget
@@ -60,10 +60,10 @@ def take_steps(
     objectives: Sequence[Objective],
     *,
     budget: TokenBudget,
-    progress: Progress,
+    progress: RunState,
     total: int,
     display: StageProgress,
-) -> Progress:
+) -> RunState:
     """Take all steps that remain of a stage.
 
     Args:
@@ -88,7 +88,7 @@ def take_steps(
     )
     held_out = None
     if records.held_out is not None:
-        held_out = HeldOutScores(
+        held_out = HeldOutEvaluation(
             engine=stage.engine,
             model=model,
             trees=records.held_out.trees,

@@ -16,23 +16,24 @@ from tandem.data.batching.sampler import Part
 from tandem.data.encoded.dataset import Trees
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import SourceSpec, looks_like_path, not_read
+from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.recipe.training_settings import Training
-from tandem.runtime.console import phase, say
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
 
 
-def parts_of(trees: Trees, sources: Sequence[SourceSpec]) -> tuple[Part, ...]:
+def parts_of(trees: Trees, sources: Sequence[DataSource]) -> tuple[Part, ...]:
     """The records of each source with its weight, in reading order."""
     return tuple(
         Part(count, source.weight) for count, source in zip(trees.sources, sources, strict=True)
     )
 
 
-def mixture_facts(parts: Sequence[Part], sources: Sequence[SourceSpec]) -> list[dict[str, Any]]:
+def mixture_facts(parts: Sequence[Part], sources: Sequence[DataSource]) -> list[dict[str, Any]]:
     """Each source's records, weight, and what the first epoch shows of it, for summary.json."""
     shown = [part.shown(1) for part in parts]
     return [
@@ -95,9 +96,9 @@ class Records:
 
 def stage_records(
     prepare: Callable[..., Trees],
-    sources: Sequence[SourceSpec],
-    held_out: Sequence[SourceSpec],
-    settings: Training,
+    sources: Sequence[DataSource],
+    held_out: Sequence[DataSource],
+    settings: TrainingSettings,
     *,
     tokenizer: Any,
     template: ChatTemplate,
@@ -127,29 +128,29 @@ def stage_records(
         rows=rows,
     )
 
-    def tell(text: str) -> None:
-        say(console, f"{name}: {text}")
+    def note(text: str) -> None:
+        log(console, f"{name}: {text}")
 
     for line in not_read([*sources, *held_out]):
-        tell(line)
+        note(line)
     ledger, read = prepared(sources)
     trees, held = hold_out(
         settings, read, ledger,
-        seed=seed, prepare=lambda: prepared(held_out, held_out=True), tell=tell,
+        seed=seed, prepare=lambda: prepared(held_out, held_out=True), log=note,
     )  # fmt: skip
     parts = parts_of(trees, sources)
     records = Records(trees, ledger, parts, mixture_facts(parts, sources), held)
     for warning in records.warnings():
-        say(console, f"{name}: {warning}", style="yellow")
+        log(console, f"{name}: {warning}", style="yellow")
     if line := in_one_line(records.mixture):
-        tell(line)
+        note(line)
     return records
 
 
 def prepared_records(
     prepare: Callable[..., Trees],
-    sources: Sequence[SourceSpec],
-    settings: Training,
+    sources: Sequence[DataSource],
+    settings: TrainingSettings,
     *,
     tokenizer: Any,
     template: ChatTemplate,
@@ -186,14 +187,14 @@ def prepared_records(
         too_long=settings.too_long,
         on_bad_record=settings.on_bad_record,
         ledger=ledger,
-        store=EncodedStore(lambda text: say(console, f"{name}: {text}")),
+        store=EncodedStore(lambda text: log(console, f"{name}: {text}")),
         show=lambda text, total: phase(console, f"{name}: {text}", total),
         rows=rows,
     )
     for line in sources_in_words(ledger):
-        say(console, f"{name}: {'held out: ' if held_out else ''}{line}")
+        log(console, f"{name}: {'held out: ' if held_out else ''}{line}")
     counts = ledger.summary()
-    say(
+    log(
         console,
         f"{name}: {counts['trained']} of {counts['read']} records "
         f"{'to score' if held_out else 'to train on'}, "
@@ -202,7 +203,7 @@ def prepared_records(
         + f", encoded in {time.perf_counter() - began:.1f} s",
     )
     for reason, count in counts["reasons"].items():
-        say(console, f"  {count} x {reason}")
+        log(console, f"  {count} x {reason}")
     ledger.check_share(settings.max_dropped)
     return ledger, trees
 

@@ -16,7 +16,7 @@ from tandem.errors import TandemError, UserError
 from tandem.integrations.gaudi.static_shapes import Buckets, fill_up
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.runtime.device import Device
-from tandem.runtime.process_group import Processes
+from tandem.runtime.process_group import ProcessGroup
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -99,7 +99,7 @@ class Engine:
     does not take.
     """
 
-    def __init__(self, device: Device, processes: Processes, strategy: Strategy) -> None:
+    def __init__(self, device: Device, processes: ProcessGroup, strategy: Strategy) -> None:
         self.device = device
         self.processes = processes
         self.strategy = strategy
@@ -167,17 +167,17 @@ class Engine:
         self.device.step_boundary()
         return norm if norm >= 0 else float("nan")
 
-    def exchange(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
+    def gather(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
         """Run `finish(compute())` in every process; all results by rank, in every process.
 
         `compute` is where the model runs. What fails there in one process alone ends them all, see
-        `Processes.exchange`; but where weights are spread, the others wait inside the model, and
+        `ProcessGroup.gather`; but where weights are spread, the others wait inside the model, and
         find out when that process has gone.
         """
         if self.sharded:
             computed = compute()
-            return self.processes.exchange(lambda: finish(computed))
-        return self.processes.exchange(lambda: finish(compute()))
+            return self.processes.gather(lambda: finish(computed))
+        return self.processes.gather(lambda: finish(compute()))
 
 
 def _same_device(accelerator: Accelerator, device: Device) -> None:
@@ -190,7 +190,7 @@ def _same_device(accelerator: Accelerator, device: Device) -> None:
         )
 
 
-def _same_processes(accelerator: Accelerator, processes: Processes) -> None:
+def _same_processes(accelerator: Accelerator, processes: ProcessGroup) -> None:
     """accelerate takes part in what it finds, which must be what was launched."""
     obtained = (accelerator.process_index, accelerator.num_processes)
     if obtained != (processes.rank, processes.count):

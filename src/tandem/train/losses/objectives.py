@@ -29,7 +29,7 @@ def negative_log_likelihood(logps: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class LossSums:
     """A micro-batch's share of a step: the loss to differentiate, not yet divided, and sums.
 
     The sums are scalars of one dtype that stay on the device, the loss among them: reading one
@@ -47,7 +47,7 @@ class Objective(Protocol):
         """What the step's summed loss is divided by, known before its first forward."""
         ...
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
         """The loss of a micro-batch's examples from their sequences' log-probs [S]."""
         ...
 
@@ -74,11 +74,11 @@ class SupervisedObjective:
         """The step's trained tokens."""
         return sum(trained_tokens(tree) for tree in trees)
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
         """Sum of negative log-probs; see `Objective.part`."""
         del examples, first_step
         loss = negative_log_likelihood(logps)
-        return Part(loss, {"loss": loss.detach()})
+        return LossSums(loss, {"loss": loss.detach()})
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss per trained token."""
@@ -107,7 +107,7 @@ class PreferenceObjective:
         """The step's pairs."""
         return len(trees)
 
-    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> Part:
+    def part(self, logps: Tensor, examples: Sequence[int], *, first_step: bool) -> LossSums:
         """Sum of the pairs' losses; in the first step, the step-0 check as well."""
         policy = logps.view(-1, 2)  # [P, 2] chosen, rejected
         reference, real = self._rows(examples, policy)
@@ -119,7 +119,7 @@ class PreferenceObjective:
         margins = result.chosen_rewards - result.rejected_rewards
         # Pairs that only fill a declared shape up have zeros everywhere, and so a loss of ln 2.
         loss = (result.loss * real).sum()
-        return Part(
+        return LossSums(
             loss,
             {
                 "loss": loss.detach(),
