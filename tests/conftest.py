@@ -13,6 +13,7 @@ import pytest
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -23,13 +24,43 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+def real_data() -> Path:
+    """The folder of real third-party data beside the repository.
+
+    Without it a test is skipped; where `CI` is set it fails: what checks every change must not lose
+    tests in silence.
+    """
+    if SHARED.is_dir():
+        return SHARED
+    if os.environ.get("CI"):
+        pytest.fail("CI is set, and the real data of ../shared/data is not here", pytrace=False)
+    pytest.skip("the real data of ../shared/data is not here")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real third-party data beside the repository; tests skip without it."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the real data of ../shared/data is not here")
-    return folder
+    """The folder of real third-party data beside the repository."""
+    return real_data()
+
+
+@pytest.fixture(scope="session")
+def some_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real data, or a small sample that is made here, for tests that need any of its kind.
+
+    It has `models/stories260K`, `conversations/slimorca_format.jsonl`,
+    `pairs/orca_dpo_pairs.jsonl` and `pairs/mixed_pairs.jsonl`.
+    """
+    if SHARED.is_dir() or os.environ.get("CI"):
+        return real_data()
+    from .made_sample import write_sample
+
+    return write_sample(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="session")
+def some_model(some_data: Path) -> Path:
+    """A pretrained model with its tokenizer: stories260K, or else the demo's base model."""
+    return some_data / "models" / "stories260K"
 
 
 @pytest.fixture(scope="session")

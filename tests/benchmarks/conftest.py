@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import sides, work
+
+from ..warm.python import python
 
 
 class Here:
@@ -39,6 +42,12 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own are forks here: what they measure means nothing anyway."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -25,8 +24,9 @@ from tandem.runtime.launch import (
 )
 from tandem.storage.atomic_files import read_json, read_jsonl
 
-from ..invariants.orders import TORCHRUN
+from ..invariants.orders import torchrun
 from ..stages.made_inputs import make_conversations, make_model_folder
+from ..warm.python import python
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -155,15 +155,21 @@ def _launch(command: Sequence[str], home: Path) -> Iterator[subprocess.Popen[str
     try:
         yield process
     finally:
-        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+        for child in _ranks(home).values() if process.poll() is None else ():
             child.kill()
         process.kill()
         process.wait()
 
 
-def _ranks(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return {child.environ()["RANK"]: child for child in children if "tandem" in child.cmdline()}
+def _ranks(home: Path) -> dict[str, psutil.Process]:
+    """The training processes by rank, found by the cache that they were told to use."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("XDG_CACHE_HOME") == str(home / "cache") and "RANK" in environment:
+                found[environment["RANK"]] = process
+    return found
 
 
 def _await_checkpoint(folder: Path, beyond: int, process: subprocess.Popen[str]) -> int:
@@ -187,16 +193,16 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     argv += ["--max_length", "128", "--save_steps", "5", "--logging_steps", "1"]
 
     tandem = ("-m", "tandem")
-    with _launch([*TORCHRUN, *tandem, *argv], tmp_path) as process:
+    with _launch([*torchrun(2), *tandem, *argv], tmp_path) as process:
         step = _await_checkpoint(out, 0, process)
-        _ranks(process)["1"].kill()
+        _ranks(tmp_path)["1"].kill()
         _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert said.count("process 0 of 2 lost contact with another one") == 1
     assert said.count("sft: 24 of 24 records to train on") == 1
     assert not (out / ".lock").exists()
 
-    with _launch([sys.executable, *tandem, *argv, "--nproc", "2"], tmp_path) as process:
+    with _launch([python(), *tandem, *argv, "--nproc", "2"], tmp_path) as process:
         _await_checkpoint(out, step + 5, process)
         process.terminate()
         _, said = process.communicate(timeout=60)

@@ -17,6 +17,7 @@ from tandem.cli.main import main
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..train.meeting import free_port
+from ..warm.python import python
 
 BIN = Path(sys.executable).parent
 STAGE = {
@@ -43,10 +44,10 @@ def _start(command: Sequence[object], **environment: str) -> subprocess.Popen[st
     )
 
 
-def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
+def _recipe(home: Path, some_data: Path, model: Path) -> Path:
     """A whole recipe over short real questions."""
     rows = []
-    for line in (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines():
+    for line in (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
         if len(row["question"]) + len(row["chosen"]) < 600:
             answer = row["chosen"][:200]
@@ -54,7 +55,7 @@ def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
     questions = home / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
     conversations = home / "conversations.jsonl"
-    lines = (shared_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
+    lines = (some_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
     conversations.write_text("\n".join(lines[:400:25]) + "\n")
     path = home / "recipe.yaml"
     recipe = {
@@ -70,14 +71,14 @@ def _recipe(home: Path, shared_data: Path, model: Path) -> Path:
 
 def test_a_whole_recipe_on_two_nodes(
     tmp_path: Path,
-    shared_data: Path,
-    stories_path: Path,
+    some_data: Path,
+    some_model: Path,
 ) -> None:
     """Two agents of one process each, here on one machine; it ends as in one process."""
-    recipe, port = _recipe(tmp_path, shared_data, stories_path), free_port()
+    recipe, port = _recipe(tmp_path, some_data, some_model), free_port()
 
     place = ("--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, *place)
+    torchrun = (python(), "-m", "torch.distributed.run", "--nnodes", 2, *place)
     started = [_start([*torchrun, "--node-rank", n, "-m", "tandem", "run", recipe]) for n in (0, 1)]
     said = [node.communicate(timeout=200)[0] for node in started]
     assert [node.returncode for node in started] == [0, 0], said
@@ -104,7 +105,7 @@ def test_another_recipe_on_another_node_is_refused(tmp_path: Path) -> None:
     output = f"output_dir={tmp_path / 'run'}"
     started = [
         _start(
-            [sys.executable, "-m", "tandem", "run", "demo", output, f"seed={rank}"],
+            [python(), "-m", "tandem", "run", "demo", output, f"seed={rank}"],
             **{**place, "RANK": str(rank)},
         )
         for rank in (0, 1)
@@ -116,24 +117,22 @@ def test_another_recipe_on_another_node_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def _pairs(shared_data: Path, home: Path) -> Path:
-    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
+def _pairs(some_data: Path, home: Path) -> Path:
+    lines = (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
     path = home / "pairs.jsonl"
     path.write_text("\n".join(lines[:12]) + "\n")
     return path
 
 
-def test_under_deepspeed_and_accelerate(
-    tmp_path: Path, shared_data: Path, stories_path: Path
-) -> None:
+def test_under_deepspeed_and_accelerate(tmp_path: Path, some_data: Path, some_model: Path) -> None:
     """`deepspeed --include` with its --local_rank argument, and accelerate's settings."""
-    argv = ["--model_name_or_path", stories_path, "--dataset_name", _pairs(shared_data, tmp_path)]
+    argv = ["--model_name_or_path", some_model, "--dataset_name", _pairs(some_data, tmp_path)]
     argv += ["--batch_size", 4, "--max_steps", 2, "--logging_steps", 1, "--max_length", 192]
     module = ("--module", "tandem", "dpo", *argv, "--output_dir")
     places = ("--include", "localhost:0,1", "--master_port", free_port())
     # On a CPU, deepspeed counts NUMA nodes unless it is told.
     deepspeed = _start(
-        [BIN / "deepspeed", *places, *module, tmp_path / "deepspeed"],
+        [python(), BIN / "deepspeed", *places, *module, tmp_path / "deepspeed"],
         DS_ACCELERATOR="cpu",
         LOCAL_SIZE="2",
     )
@@ -144,8 +143,8 @@ def test_under_deepspeed_and_accelerate(
 
     settings = ("--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", 0)
     accelerate = _start(
-        [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-         *settings, *module, tmp_path / "accelerate"]
+        [python(), BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2,
+         "--num_machines", 1, *settings, *module, tmp_path / "accelerate"]
     )  # fmt: skip
     said, _ = accelerate.communicate(timeout=150)
     assert accelerate.returncode == 0, said

@@ -14,36 +14,28 @@ from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..invariants.orders import LIMITS, distance
 from ..stages.made_inputs import make_conversations, make_model_folder
-from .test_launchers import BIN
+from ..warm.python import python
 
-# In the second process the 6th call of the model fails, as long as nothing is remembered.
+# `tandem` where the 6th call of the model fails in the second process, as long as nothing is
+# remembered. As a Python, so that the launcher starts the other processes with it.
 _FAILS = """
-import importlib.abc, importlib.util, itertools, os, sys
+import itertools, os, sys
+from tandem.cli.main import entry_point
+from tandem.model.logprobs.sequence_logps import Scorer
 
-class Patch(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "tandem.model.logprobs.sequence_logps":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        plain = spec.loader.exec_module
+forward, count = Scorer.forward, itertools.count(1)
 
-        def run(module):
-            plain(module)
-            forward, count = module.Scorer.forward, itertools.count(1)
-
-            def failing(self, batch):
-                if next(count) == 6:
-                    raise RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB.")
-                return forward(self, batch)
-
-            module.Scorer.forward = failing
-
-        spec.loader.exec_module = run
-        return spec
+def failing(self, batch):
+    if next(count) == 6:
+        raise RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB.")
+    return forward(self, batch)
 
 if os.environ.get("RANK") == "1" and not os.path.exists(os.environ["MEMORY"]):
-    sys.meta_path.insert(0, Patch())
+    Scorer.forward = failing
+sys.executable = os.environ["FAILING"]
+module = sys.argv.index("tandem")
+sys.argv = sys.argv[module:]
+raise SystemExit(entry_point())
 """
 
 
@@ -52,8 +44,10 @@ def test_all_processes_begin_again_with_less(
 ) -> None:
     make_model_folder(tmp_path / "model")
     make_conversations(tmp_path / "data.jsonl")
-    (tmp_path / "patch").mkdir()
-    (tmp_path / "patch" / "sitecustomize.py").write_text(_FAILS)
+    (tmp_path / "fails.py").write_text(_FAILS)
+    failing = tmp_path / "python"
+    failing.write_text(f'#!/bin/sh\nexec {python()} {tmp_path}/fails.py "$@"\n')
+    failing.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     argv = ["sft", "--model_name_or_path", f"{tmp_path}/model"]
     argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "12", "--max_steps", "8"]
@@ -61,14 +55,9 @@ def test_all_processes_begin_again_with_less(
     assert main([*argv, "--output_dir", f"{tmp_path}/alone"]) == 0
 
     out = tmp_path / "out"
-    paths = [str(tmp_path / "patch"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [BIN / "tandem", *argv, "--output_dir", out, "--nproc", "2", "--engine", "fsdp2"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "MEMORY": str(out / "memory.json"),
-        },
+        [failing, "-m", "tandem", *argv, "--output_dir", out, "--nproc", "2", "--engine", "fsdp2"],
+        env={**os.environ, "MEMORY": str(out / "memory.json"), "FAILING": str(failing)},
         capture_output=True,
         text=True,
         timeout=200,

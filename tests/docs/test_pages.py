@@ -17,6 +17,7 @@ from tandem.recipe.recipe import Recipe
 
 from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
+GUIDE = ROOT / "docs" / "guide"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
@@ -45,8 +46,10 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_named_tests_exist(page: Path) -> None:
-    for file, test in _TEST.findall(page.read_text()):
+def test_named_tests_exist_and_the_guide_names_none(page: Path) -> None:
+    named = _TEST.findall(page.read_text())
+    assert not named or page.parent.name == "internals"
+    for file, test in named:
         assert (ROOT / file).is_file(), f"{page_name(page)} names {file}"
         assert not test or f"def {test}(" in (ROOT / file).read_text(), (
             f"{page_name(page)} names {test}"
@@ -54,7 +57,7 @@ def test_named_tests_exist(page: Path) -> None:
 
 
 def test_the_example_records_can_be_read() -> None:
-    page = ROOT / "docs" / "guide" / "data.md"
+    page = GUIDE / "data.md"
     found = []
     for block in blocks(page, "json"):
         fields, origin = json.loads(block.text), Origin("data.md", 1)
@@ -75,17 +78,16 @@ def test_the_example_records_can_be_read() -> None:
 
 
 def test_the_example_sources_can_be_said() -> None:
-    block = blocks(ROOT / "docs" / "guide" / "data.md", "yaml")[0]
+    (block,) = blocks(GUIDE / "data.md", "yaml")
     sources = [DataSource.model_validate(one) for one in yaml.safe_load(block.text)["data"]]
     assert [source.meaning != {} for source in sources] == [True] * 3
 
 
 def test_the_example_settings_are_those_of_recipes() -> None:
-    examples = [
-        yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "guide" / "data.md", "yaml")
-    ]
-    assert len(examples) > 2
-    for example in examples[1:]:
+    pages = [GUIDE / f"{name}.md" for name in ("templates", "training-data")]
+    examples = [yaml.safe_load(block.text) for page in pages for block in blocks(page, "yaml")]
+    assert len(examples) == 4
+    for example in examples:
         given = {"name": "x", "model": "m", "output_dir": "o", "sft": {}} | example
         given["sft"] = {"data": "d.jsonl"} | given["sft"]
         Recipe.model_validate(given)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tandem.evaluate.suites import NOT_COMPARABLE, TaskPlan, plan_tasks
 from tandem.model.load_model import load_tokenizer
 from tandem.storage.atomic_files import read_jsonl
 
+from ..warm.python import python
 from .made_adapters import make_adapter
 
 pytest.importorskip("lm_eval")
@@ -108,7 +108,7 @@ def cases(
         "    cli_evaluate()\n"
     )
     subprocess.run(
-        [sys.executable, "-c", program],
+        [python(), "-c", program],
         check=True,
         capture_output=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

@@ -46,12 +46,9 @@ from tandem.train.engines.optimizer_state import whole as in_one_piece
 from tandem.train.trainer import Training
 
 from ..stages.made_inputs import WORDS, make_model_folder
+from ..warm.python import python
 from .made import double_precision, without_sharing
 
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run"),
-    *("--standalone", "--nproc-per-node", "2"),
-)
 ENGINES = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 KINDS = ("sft", "dpo")
 DTYPES = ("float64", "float32")
@@ -156,11 +153,17 @@ def carry_out(order: Order, home: Path) -> Outcome:
     return Outcome(text.getvalue())
 
 
+def torchrun(processes: int) -> list[str]:
+    """The start of a command line that runs the rest of it in several processes."""
+    module = [python(), "-m", "torch.distributed.run"]
+    return [*module, "--standalone", "--nproc-per-node", str(processes)]
+
+
 def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[list[Outcome]]:
     """Run orders in processes of one launch; each one's outcomes by rank."""
     (home / "orders.json").write_text(json.dumps([asdict(order) for order in orders]))
     done = subprocess.run(
-        [*TORCHRUN[:-1], str(processes), "-m", __name__, str(home)],
+        [*torchrun(processes), "-m", __name__, str(home)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,7 +1,9 @@
 """The same parameters however the work is scheduled, in one process and in two.
 
-All that two processes do here happens in one launch, and most of it twice: in float64, where
-nothing but the order of sums may differ, and in float32, as people train.
+All that two processes do here happens in one launch. Every schedule is carried out in float64,
+where nothing but the order of sums may differ, in one process and in two. In float32, as people
+train, rounding is what could differ more: one process carries out every schedule, and two have one
+schedule of each kind, for what they add to a step's sums is one sum over processes in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from tandem.storage.folder_lock import folder_lock
 
 from .orders import (
     BASE,
-    DTYPES,
     FAULTS,
     KINDS,
     LIMITS,
@@ -38,8 +39,10 @@ def _variants(processes: int) -> list[Order]:
     found = []
     for base in BASE:
         stem = f"{base.kind}-{base.dtype}-{processes}"
+        found.append(replace(base, folder=f"{stem}-512", budget=512))
+        if processes == 2 and base.dtype == "float32":
+            continue
         found += [
-            replace(base, folder=f"{stem}-512", budget=512),
             replace(base, folder=f"{stem}-alone", budget=1),
             replace(base, folder=f"{stem}-checkpointing", budget=512, checkpointing=True),
         ]
@@ -52,13 +55,10 @@ def _variants(processes: int) -> list[Order]:
 
 IN_ONE = _variants(1)
 IN_TWO = _variants(2)
+# A fault that float32's wider limits notice, float64's notice as well.
 FAULTY = [
-    Order("dpo", f"dpo-{dtype}-2-{name}", dtype, budget=512, fault=name)
-    for dtype in DTYPES
-    for name in FAULTS
-] + [
-    Order("sft", f"sft-{dtype}-2-leak", dtype, budget=512, fault="leak_to_the_neighbour")
-    for dtype in DTYPES
+    *(Order("dpo", f"dpo-float32-2-{name}", budget=512, fault=name) for name in FAULTS),
+    Order("sft", "sft-float32-2-leak", budget=512, fault="leak_to_the_neighbour"),
 ]
 _SFT, _DPO = (Order(kind, "", budget=512) for kind in KINDS)
 # In this process before the launch, then in two; and the other way round.
@@ -103,7 +103,7 @@ def test_the_comparison_notices_faults(done: Done, order: Order) -> None:
     assert [outcome.error for outcome in done.outcomes[order]] == ["", ""]
     parameters = [adapter(done.home, folder) for folder in (order.folder, whole(order))]
     gradients = [first_gradients(done.home, folder) for folder in (order.folder, whole(order))]
-    # Each limit by far, and in float32 as well: none is so wide that a fault passes.
+    # Each limit by far: none is so wide that a fault passes.
     of_gradients, of_parameters, of_drift = LIMITS["float32"]
     assert distance(*gradients) > 20 * of_gradients
     assert distance(*parameters) > 20 * of_parameters

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tandem.cli.main import main
 from tandem.storage.atomic_files import read_json
 
 from ..docs.pages import ROOT, Block, commands
+from ..warm.python import python
 
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 # What a reader would put into SETTINGS; the cells are those of the file.
@@ -88,7 +88,7 @@ def outputs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """What each code cell printed or showed, by the cell's id, all cells run in a row."""
     jupyter = tmp_path_factory.mktemp("jupyter")
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "argv": [python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "Python 3",
         "language": "python",
     }

@@ -1,7 +1,7 @@
 """`tandem pairs` in processes that can be killed at any time, without importing anew.
 
-A server imports everything once and forks for each command. What a fork's model has generated, and
-what of it was asked for, is noted in a file beside, so that repetitions show.
+Each runs in a fork of the warm Python. What its model has generated, and what of it was asked for,
+is noted in a file beside, so that repetitions show.
 """
 
 from __future__ import annotations
@@ -10,43 +10,32 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SERVER = """
+from ..warm.python import python
+
+PROGRAM = """
 import json, os, sys
 from tandem.cli.main import main
-from tandem.stages import writers
-# Once here, so that what is imported on the way need not be imported by each fork.
-assert main(json.loads(sys.argv[1])) == 0
+from tandem.pairs import generators
 
-def command(order):
-    with open(order["output"], "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    real = writers.generate_batch
-    def noted(model, prompts, numbers, **options):
-        with open(order["log"], "a") as log:
-            log.write(json.dumps(list(numbers)) + "\\n")
-        return real(model, prompts, numbers, **options)
-    writers.generate_batch = noted
-    code = main(order["argv"])
-    sys.stdout.flush()
-    os._exit(code)
+order = json.loads(sys.argv[1])
+real = generators.generate_batch
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            command(json.loads(line))
-        finally:
-            os._exit(70)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
+def noted(model, prompts, numbers, **options):
+    with open(order["log"], "a") as log:
+        log.write(json.dumps(list(numbers)) + "\\n")
+    return real(model, prompts, numbers, **options)
+
+generators.generate_batch = noted
+with open(order["pid"], "w") as file:
+    file.write(str(os.getpid()))
+os.rename(order["pid"], order["pid"] + ".txt")
+raise SystemExit(main(order["argv"]))
 """
 
 
@@ -60,35 +49,15 @@ class Done:
     generated: list[int]
 
 
+@dataclass(frozen=True)
 class Forks:
-    """Runs `tandem` command lines one after the other; a context manager.
+    """Runs `tandem` command lines one after the other.
 
     Args:
         home: the current folder of the commands.
-        first: a command line that is run once, before the others.
     """
 
-    def __init__(self, home: Path, *first: str) -> None:
-        self._home = home
-        self._first = json.dumps(first)
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> Forks:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, self._first],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=self._home,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self._process.stdout is not None
-        assert "first" in self._process.stdout.readline()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process is not None
-        self._process.communicate()
+    home: Path
 
     def run(self, *argv: str, kill: Callable[[], bool] | None = None, after: float = 0.0) -> Done:
         """Run one command line.
@@ -98,33 +67,27 @@ class Forks:
             kill: it is killed `after` seconds when this is so; None lets it be.
             after: seconds.
         """
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        output, log = self._home / "output.txt", self._home / "log.txt"
-        log.unlink(missing_ok=True)
-        order = {"argv": argv, "output": str(output), "log": str(log)}
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
-        pid = int(process.stdout.readline())
-        if kill is not None:
-            while not kill() and _lives(pid):
-                time.sleep(0.001)
-            time.sleep(after)
-            with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(pid, signal.SIGKILL)
-        status = int(process.stdout.readline())
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+        output, log, pid = self.home / "output.txt", self.home / "log.txt", self.home / "pid.txt"
+        for file in (log, pid):
+            file.unlink(missing_ok=True)
+        order = {"argv": argv, "log": str(log), "pid": str(pid.with_suffix(""))}
+        with (
+            output.open("w") as said,
+            subprocess.Popen(
+                [python(), "-c", PROGRAM, json.dumps(order)],
+                cwd=self.home,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=said,
+                stderr=said,
+            ) as process,
+        ):
+            if kill is not None:
+                while not (pid.exists() and kill()) and process.poll() is None:
+                    time.sleep(0.001)
+                time.sleep(after)
+                with suppress(ProcessLookupError, FileNotFoundError):  # it has ended by itself
+                    os.kill(int(pid.read_text()), signal.SIGKILL)
+            code = process.wait()
         lines = log.read_text().splitlines() if log.exists() else []
         generated = [number for line in lines for number in json.loads(line)]
-        return Done(code, killed, output.read_text(), generated)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+        return Done(code, code == -signal.SIGKILL, output.read_text(), generated)

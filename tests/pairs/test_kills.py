@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..stages.made_inputs import WORDS, make_model_folder
 from .badly_behaved import Desk, asked, badly_behaved
 from .forks import Forks
 
-MODEL_KILLS, SERVER_KILLS = 12, 8
+MODEL_KILLS, SERVER_KILLS = 8, 5
 PROMPTS = 120
 
 
@@ -34,10 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forks(home: Path) -> Iterator[Forks]:
-    first = ("--prompts", "prompts.jsonl", "--model", "model", "--output_dir", "first")
-    with Forks(home, "pairs", *first, "select.count=2", "max_new_tokens=2") as forks:
-        yield forks
+def forks(home: Path) -> Forks:
+    return Forks(home)
 
 
 def recorded(folder: Path, name: str = "pairs") -> dict[int, Any]:

@@ -40,14 +40,14 @@ def test_loss_and_gradients_equal_transformers(
     conversations: list[plain.Labelled],
     conversations_file: Path,
     chat_tokenizer: Any,
-    stories_path: Path,
+    some_model: Path,
 ) -> None:
-    peer = plain.fresh_adapter(plain.load(stories_path), seed=1)
+    peer = plain.fresh_adapter(plain.load(some_model), seed=1)
     plain.move_adapter(peer)
     loss = plain.padded_supervised_loss(peer, conversations)
     loss.backward()
 
-    model = ours.adapted(stories_path)
+    model = ours.adapted(some_model)
     plain.move_adapter(model)
     trees = ours.trees_of(prepare_conversations, conversations_file, chat_tokenizer)
     metrics = ours.accumulate(ours.engine_of(model), trees, SupervisedObjective())
@@ -62,7 +62,7 @@ def test_a_short_run_equals_a_plain_loop(
     limit: float,
     conversations: list[plain.Labelled],
     conversations_file: Path,
-    stories_path: Path,
+    some_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_short_run_equals_a_plain_loop(
         lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_sft(
-        model=str(stories_path),
+        model=str(some_model),
         revision=None,
         settings=settings,
         output_dir=tmp_path / "sft",
@@ -88,7 +88,7 @@ def test_a_short_run_equals_a_plain_loop(
         console=Console(quiet=True),
     )
 
-    model = plain.fresh_adapter(plain.load(stories_path, getattr(torch, dtype)), seed=5)
+    model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)
     taken: list[float] = []
 
     def loss(examples: tuple[int, ...]) -> Tensor:

@@ -19,18 +19,18 @@ _TEMPLATE = (
 
 
 def test_a_run_keeps_the_template_of_a_file(
-    shared_data: Path, stories_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some_data: Path, some_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     template = tmp_path / "mine.jinja"
     template.write_text(_TEMPLATE)
-    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
+    lines = (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(lines[:16]) + "\n")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"""
 name: mine
-model: {stories_path}
+model: {some_model}
 output_dir: {tmp_path / "run"}
 chat_template: {template}
 added_tokens: ["<|over|>"]

@@ -22,9 +22,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def conversations(shared_data: Path, tmp_path: Path) -> Path:
+def conversations(some_data: Path, tmp_path: Path) -> Path:
     """Every fortieth of the real conversations."""
-    lines = (shared_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
+    lines = (some_data / "conversations" / "slimorca_format.jsonl").read_text().splitlines()
     path = tmp_path / "conversations.jsonl"
     path.write_text("\n".join(lines[::40]) + "\n")
     return path
@@ -35,8 +35,8 @@ def _losses(folder: Path) -> list[float]:
 
 
 def test_the_tutorial_in_its_own_flags(
-    shared_data: Path,
-    stories_path: Path,
+    some_data: Path,
+    some_model: Path,
     conversations: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -44,7 +44,7 @@ def test_the_tutorial_in_its_own_flags(
 ) -> None:
     sft, merged, dpo, final = (tmp_path / name for name in ("sft", "merged", "dpo", "final"))
     flags = [
-        "sft", "--model_name_or_path", stories_path, "--dataset_name", conversations,
+        "sft", "--model_name_or_path", some_model, "--dataset_name", conversations,
         "--output_dir", sft, "--per_device_train_batch_size", 1,
         "--gradient_accumulation_steps", 8, "--learning_rate", "2e-3", "--max_steps", 16,
         "--logging_steps", 4, "--lora_rank", 16, "--lora_alpha", 64, "--lora_dropout", 0.05,
@@ -64,13 +64,13 @@ def test_the_tutorial_in_its_own_flags(
         flags = ["--base-model-path", base, "--lora-model-path", adapter, "--output-path", output]
         assert main(["merge", *map(str, flags)]) == 0
 
-    merge(stories_path, sft, merged)
+    merge(some_model, sft, merged)
     flags = [
         "dpo", "--model_name_or_path", merged, "--output_dir", dpo,
         "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1,
         "--learning_rate", "5e-4", "--max_steps", 8, "--save_steps", 10, "--logging_steps", 2,
         "--lora_alpha", 16, "--lora_rank", 16, "--lora_dropout", 0.05,
-        "--dataset_name", shared_data / "pairs" / "orca_dpo_pairs.jsonl", "--bf16",
+        "--dataset_name", some_data / "pairs" / "orca_dpo_pairs.jsonl", "--bf16",
         "--max_length", 512, "--max_prompt_length", 256, "--lr_scheduler_type", "cosine",
         "--warmup_steps", 1, "--use_habana", "--use_lazy_mode", "--pad_max", "true",
         "--gradient_checkpointing", "true", "--lora_all_linear", "false",
@@ -90,13 +90,13 @@ def test_the_tutorial_in_its_own_flags(
 
 
 def test_the_tutorials_own_lengths_exceed_this_models_context(
-    stories_path: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    some_model: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model_name_or_path", stories_path, "--dataset_name", conversations]
+    flags = ["--model_name_or_path", some_model, "--dataset_name", conversations]
     for stage, length in (("sft", 2560), ("dpo", 1536)):
         assert main([stage, *map(str, flags), "--output_dir", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
-        assert f"max_length {length} exceeds the context of {stories_path}, 512 tokens" in said
+        assert f"max_length {length} exceeds the context of {some_model}, 512 tokens" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +113,7 @@ def _answers_with_its_template(folder: Path) -> None:
     assert output.shape[1] > prompt["input_ids"].shape[1]
 
 
-def _recipe(tmp_path: Path, stories_path: Path, conversations: Path) -> Path:
+def _recipe(tmp_path: Path, some_model: Path, conversations: Path) -> Path:
     """A small whole recipe over a few of the conversations, short enough to be repeated."""
     rows = []
     for line in conversations.read_text().splitlines():
@@ -129,7 +129,7 @@ def _recipe(tmp_path: Path, stories_path: Path, conversations: Path) -> Path:
     }  # fmt: skip
     recipe: dict[str, Any] = {
         "name": "small",
-        "model": str(stories_path),
+        "model": str(some_model),
         "output_dir": str(tmp_path / "run"),
         "sft": {**short, "data": str(conversations)},
         "pairs": {
@@ -145,13 +145,13 @@ def _recipe(tmp_path: Path, stories_path: Path, conversations: Path) -> Path:
 
 
 def test_a_whole_recipe_in_one_go_and_in_pieces(
-    stories_path: Path,
+    some_model: Path,
     conversations: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = _recipe(tmp_path, stories_path, conversations)
+    recipe = _recipe(tmp_path, some_model, conversations)
     assert main(["run", str(recipe)]) == 0
     run = tmp_path / "run"
     whole = load_file(run / "5-final" / "model.safetensors")

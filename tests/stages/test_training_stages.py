@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -34,6 +33,7 @@ from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
 
+from ..warm.python import python
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 
 
@@ -179,7 +179,8 @@ def _two_steps_then_crash(self: Any) -> None:
 
 
 KILLED = """
-import sys, pathlib
+import os, sys, pathlib
+print(os.getpid(), flush=True)
 sys.path.insert(0, sys.argv[1])
 from tests.stages.test_training_stages import run
 run(sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), max_steps=40, save_steps=3)
@@ -191,15 +192,20 @@ def test_a_killed_run_ends_with_the_same_bits(kind: str, tiny_model: Path, tmp_p
     whole = run(kind, tiny_model, tmp_path / "whole", max_steps=40, save_steps=3)
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(root), kind, str(tiny_model), str(tmp_path / "killed")],
+        [python(), "-c", KILLED, str(root), kind, str(tiny_model), str(tmp_path / "killed")],
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "other-cache")},
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert read_json(tmp_path / "killed" / "manifest.json")["status"] == "running"
     resumed = run(kind, tiny_model, tmp_path / "killed", max_steps=40, save_steps=3)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)

@@ -21,6 +21,8 @@ from tandem.errors import TandemError, UserError
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import ProcessGroup, join
 
+from ..warm.python import python
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=2)
 
@@ -38,7 +40,7 @@ def start(scenario: str, home: Path) -> list[subprocess.Popen[str]]:
     home.mkdir()
     return [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, scenario, str(home)],
+            [python(), "-m", __name__, scenario, str(home)],
             cwd=ROOT,
             env={
                 **os.environ,
