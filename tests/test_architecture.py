@@ -43,7 +43,6 @@ DEBTS: set[tuple[str, str]] = {
     ("check/inputs.py", "pairs"),
     ("check/inputs.py", "pipeline"),
     ("evaluate/evaluate_models.py", "report"),
-    ("evaluate/win_rates.py", "pairs"),
     ("model/attention/select.py", "integrations"),
     ("plan/plan_recipe.py", "pairs"),
     ("plan/plan_recipe.py", "pipeline"),

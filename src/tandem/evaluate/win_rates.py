@@ -18,8 +18,7 @@ from rich.console import Console
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import Score
-from tandem.integrations.chat_server import ChatRequest, Failure
-from tandem.pairs.generators import open_server
+from tandem.integrations.chat_server import ChatRequest, Failure, open_server
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json
@@ -219,7 +218,7 @@ def server_judge(server: ServerSettings, console: Console) -> Judge:
 
     Raises UserError when its key is not there; nothing is sent yet.
     """
-    client = open_server(server, console)
+    client = open_server(server, lambda text: log(console, text))
     options = {"temperature": 0, server.limit_key: _MOST}
 
     def ask(many: Sequence[Messages]) -> Iterator[tuple[int, str | None]]:

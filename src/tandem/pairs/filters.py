@@ -1,4 +1,4 @@
-"""Texts as words: how alike two are."""
+"""Which answers become rejected ones, and why the others do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from tandem.data.text.answers import contains_accepted, refuses
 from tandem.data.text.language import language_of
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt
+from tandem.recipe.pairs_settings import FilterSettings
 from tandem.storage.hashing import hash_file
 
 # Scripts that put no spaces between words are taken character by character.
@@ -58,27 +59,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Filters:
-    """What an answer must not be; None and False ask for nothing.
+    """What an answer must not be: the recipe's filters and `keep`, and the user's check at last.
 
-    Attributes:
-        keep: "different" takes any answer that differs from the chosen one, "wrong" only one that
-            lacks every accepted text or did not stop.
-        max_similarity: an answer that is more like the chosen one is left out; see
-            `words.similarity`.
-        drop_refusals: leaves out refusals.
-        language: a language, or "same": that of the chosen answer. Texts that do not say pass.
-        max_characters: of an answer.
-        drop_unfinished: leaves out answers that the length limit ended.
-        check: the user's own, asked last.
+    `keep` "different" takes any answer that differs from the chosen one, "wrong" only one that
+    lacks every accepted text or did not stop.
     """
 
+    settings: FilterSettings
     keep: str = "different"
-    max_similarity: float | None = None
-    drop_refusals: bool = False
-    language: str | None = None
-    max_characters: int | None = None
-    drop_unfinished: bool = False
-    check: Check | None = None
+    check: UserCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ def first_pair(
     """
     reasons: list[str] = []
     for candidate in candidates:
-        reason = against_answer(candidate, filters, prompt.answer)
+        reason = against_answer(candidate, filters.settings, prompt.answer)
         pair = Pair(prompt, prompt.answer, candidate.text.strip())
         reason = reason or against_pair(pair, filters)
         reason = reason or _right(pair, candidate, filters) or _checked(pair, filters)
@@ -125,7 +114,9 @@ def first_pair(
     return _together(reasons)
 
 
-def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = None) -> str | None:
+def against_answer(
+    candidate: Candidate, filters: FilterSettings, chosen: str | None = None
+) -> str | None:
     """What speaks against an answer by itself; `chosen` gives the language that is "same"."""
     text = candidate.text.strip()
     if not text:
@@ -136,7 +127,7 @@ def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = 
         return "too long"
     if filters.drop_refusals and refuses(text):
         return "refusal"
-    language = filters.language
+    language: str | None = filters.language
     if language == "same":
         language = language_of(chosen) if chosen is not None else None
     if language is not None and language_of(text) not in (None, language):
@@ -148,7 +139,7 @@ def against_pair(pair: Pair, filters: Filters) -> str | None:
     """What speaks against two answers together, the user's check aside."""
     if pair.chosen.split() == pair.rejected.split():
         return "same as chosen"
-    most = filters.max_similarity
+    most = filters.settings.max_similarity
     if most is not None and similarity(pair.chosen, pair.rejected) > most:
         return "nearly the same"
     return None
@@ -170,22 +161,17 @@ def ranked_pair(
         filters: what is asked of the pair.
         dropped: counts prompts that get no pair here, by reason.
     """
-    reason: str | None = None
     if len(scored) < 2:
-        reason = "fewer than two answers to rank"
+        result: Pair | str = "fewer than two answers to rank"
     else:
-        (best, high), (worst, low) = (
-            max(scored, key=lambda item: item[1]),
-            min(scored, key=lambda item: item[1]),
-        )
+        best, high = max(scored, key=lambda item: item[1])
+        worst, low = min(scored, key=lambda item: item[1])
         pair = Pair(prompt, best.text.strip(), worst.text.strip())
-        if high - low <= margin:
-            reason = "scores too close"
-        reason = reason or against_pair(pair, filters) or _checked(pair, filters)
-    if reason is None:
-        return pair
-    dropped[reason] += 1
-    return reason
+        close = "scores too close" if high - low <= margin else None
+        result = close or against_pair(pair, filters) or _checked(pair, filters) or pair
+    if isinstance(result, str):
+        dropped[result] += 1
+    return result
 
 
 def _right(pair: Pair, candidate: Candidate, filters: Filters) -> str | None:
@@ -211,7 +197,7 @@ _HOW = (
 )
 
 
-class Check:
+class UserCheck:
     """A user's function, called with each pair that all other filters let through.
 
     Args:
@@ -226,10 +212,9 @@ class Check:
         if not colon or not name or not function.isidentifier():
             raise UserError(f"pairs.filters.check: {place!r} is no place of a function. {_HOW}")
         module = _imported(name, place)
-        found = getattr(module, function, None)
-        if not callable(found):
+        self._function: Any = getattr(module, function, None)
+        if not callable(self._function):
             raise UserError(f"pairs.filters.check: {name} has no function {function}. {_HOW}")
-        self._function: Callable[[dict[str, str]], Any] = found
         file = getattr(module, "__file__", None)
         self.identity = hash_file(Path(file)) if file else place
 
@@ -240,22 +225,22 @@ class Check:
         something else.
         """
         try:
-            said = self._function(dict(row))
+            verdict = self._function(dict(row))
         except Exception as error:  # whatever a user's function may raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"{origin}: pairs.filters.check {self.place} raised {type(error).__name__}: "
                 f"{error} ({Path(frame.filename).name}, line {frame.lineno})"
             ) from error
-        if said is True:
+        if verdict is True:
             return None
-        if said is False:
+        if verdict is False:
             return "check"
-        if isinstance(said, str) and said.strip():
-            return f"check: {' '.join(said.split())}"
+        if isinstance(verdict, str) and verdict.strip():
+            return f"check: {' '.join(verdict.split())}"
         raise UserError(
-            f"{origin}: pairs.filters.check {self.place} returned {said!r}, which is neither True, "
-            "False nor a reason."
+            f"{origin}: pairs.filters.check {self.place} returned {verdict!r}, which is neither "
+            "True, False nor a reason."
         )
 
 

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tandem.data.encoded.encode_chunk import Plan
 from tandem.data.encoded.worker_pool import encoded_pieces
 from tandem.data.formats.known_formats import Kind, Question
@@ -24,7 +22,6 @@ from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
@@ -56,7 +53,9 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     if recipe.evaluate is not None and "evaluate" in wanted:
         _check_tasks(recipe.evaluate)
     if recipe.pairs is not None and "pairs" in wanted:
-        _check_pairs(recipe.pairs)
+        from tandem.pairs.make_pairs import check_pairs
+
+        check_pairs(recipe.pairs)
 
 
 def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
@@ -188,9 +187,9 @@ def _check_tasks(settings: EvaluationSettings) -> None:
 
         check_harness(tasks_of(settings))
     if settings.judge is not None:
-        from tandem.pairs.generators import open_server
+        from tandem.integrations.chat_server import open_server
 
-        open_server(settings.judge, Console(quiet=True))
+        open_server(settings.judge, lambda _: None)
 
 
 def _specs(sources: Sequence[DataSource]) -> list[DataSource]:
@@ -215,27 +214,6 @@ def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
     """The training stages of a recipe, in order."""
     sections = {"sft": recipe.sft, "dpo": recipe.dpo}
     return {name: section for name, section in sections.items() if section is not None}
-
-
-def _check_pairs(settings: PairsSettings) -> None:
-    """Who writes and ranks, the servers' keys, and the user's check."""
-    from tandem.pairs.filters import Check
-    from tandem.pairs.generators import check_writers
-
-    for name in (settings.model, settings.rank.reward_model if settings.rank else None):
-        if name is not None:
-            _check_model(name)
-    check_writers(settings)
-    if settings.filters.check is not None:
-        Check(settings.filters.check)
-
-
-def _check_model(name: str) -> None:
-    if not _is_local(name):
-        return
-    from tandem.model.load_model import load_config, model_folder
-
-    load_config(model_folder(name))
 
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
