@@ -24,13 +24,13 @@ def evaluate(argv: list[str]) -> int:
     from tandem.chat.session import labels_of, model_in_run
     from tandem.evaluate.evaluate_models import check_something, run_evaluation
     from tandem.recipe.run_settings import Runtime
-    from tandem.report.report_warnings import evaluation_findings
     from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
-        finding_lines,
         samples_table,
+        warning_lines,
     )
+    from tandem.result_warnings import evaluation_warnings
     from tandem.runtime.console import notice_console, result_console
 
     check_something(settings)
@@ -55,7 +55,7 @@ def evaluate(argv: list[str]) -> int:
         console.print(note, markup=False, soft_wrap=True)
     if found["samples"]:
         console.print(samples_table(found, arguments.samples))
-    for line in finding_lines(evaluation_findings(found)):
+    for line in warning_lines(evaluation_warnings(found)):
         console.print(line, soft_wrap=True)
     console.print(f"all figures: {folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0

@@ -27,7 +27,7 @@ from tandem.storage.hashing import hash_file, hash_json, hash_weights
 
 
 @dataclass(frozen=True)
-class Contestant:
+class EvalModel:
     """A model and what it is called in results.
 
     Attributes:
@@ -102,7 +102,7 @@ class Contestant:
         return base if self.adapter is None else load_adapter(base, self.adapter)
 
 
-def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> Contestant:
+def find_eval_model(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> EvalModel:
     """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
 
     Raises UserError for a folder that is neither, and for an adapter whose base is not there or
@@ -111,8 +111,8 @@ def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -
     folder = model_folder(path)
     if not is_adapter(folder):
         require_model(folder)
-        return Contestant(label, folder, None, added_tokens)
-    return Contestant(label, find_base(folder), folder)
+        return EvalModel(label, folder, None, added_tokens)
+    return EvalModel(label, find_base(folder), folder)
 
 
 def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
 from tandem.data.tokenize.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.errors import UserError
-from tandem.evaluate.eval_model import Contestant
-from tandem.evaluate.scores import Score, per_item, score_of
+from tandem.evaluate.eval_model import EvalModel
+from tandem.evaluate.scores import ModelScores, Score, per_item
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend, use_backend
 from tandem.model.companion_files import all_stop_ids
@@ -62,62 +62,43 @@ class Material:
         return bool(self.questions or self.pairs or self.heldout)
 
 
-@dataclass(frozen=True)
-class Examined:
-    """One model's scores by measure, and its answers to the questions."""
-
-    scores: Mapping[str, Score]
-    answers: Sequence[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for a file; see `examined_of`."""
-        scores = {key: score.as_json() for key, score in self.scores.items()}
-        return {"scores": scores, "answers": list(self.answers)}
-
-
-def examined_of(plain: Mapping[str, Any]) -> Examined:
-    """What `Examined.as_json` gave."""
-    scores = {key: score_of(score) for key, score in plain["scores"].items()}
-    return Examined(scores, plain["answers"])
-
-
-class Examiner:
+class OwnMeasures:
     """One model, loaded."""
 
     def __init__(
         self,
-        contestant: Contestant,
+        model: EvalModel,
         tokenizer: Any,
         template: ChatTemplate,
         device: Device,
         runtime: Runtime,
         console: Console,
     ) -> None:
-        self.label = contestant.label
-        self._folder = contestant.folder
+        self.label = model.label
+        self._folder = model.folder
         self.console = console
         self.tokenizer = tokenizer
         self.template = template
         self.device = device
-        config = contestant.config
-        self._base = contestant.load_base(device)
+        config = model.config
+        self._base = model.load_base(device)
         self.backend, why = choose_backend(
             runtime.attention, self._base, static_shapes=device.static_shapes
         )
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         check_head(self._base)
-        self.model = contestant.with_adapter(self._base)
-        if contestant.adapter is not None and not scores_head(self.model):
+        self.model = model.with_adapter(self._base)
+        if model.adapter is not None and not scores_head(self.model):
             raise UserError(
-                f"{contestant.adapter} changes the output head, which evaluation scores without an "
+                f"{model.adapter} changes the output head, which evaluation scores without an "
                 "adapter. Merge it with tandem merge, and evaluate the merged model."
             )
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
         self._rows = rows_of(self.model)
 
-    def examine(self, material: Material, *, completions: bool) -> Examined:
+    def take(self, material: Material, *, completions: bool) -> ModelScores:
         """Generation first, with transformers' own attention, then log-probs over trees.
 
         Args:
@@ -139,7 +120,7 @@ class Examiner:
             scores["heldout_loss"] = self._loss(self._heldout(material))
         if material.pairs:
             self._prefer(material, scores)
-        return Examined(scores, answers)
+        return ModelScores(scores, answers)
 
     def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[Answer]:
         with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
@@ -284,7 +265,7 @@ class Examiner:
     def _score(self, trees: Sequence[Tree]) -> torch.Tensor:
         """Log-probs of each tree's sequences [trees, sequences of a tree]."""
         wide = max(len(tree.branches) for tree in trees)
-        found = torch.zeros(len(trees), wide, dtype=torch.float64)
+        logps_of = torch.zeros(len(trees), wide, dtype=torch.float64)
         with torch.no_grad():
             for members in micro_batches(self.model, trees, self.budget):
                 chosen = [trees[i] for i in members]
@@ -293,9 +274,9 @@ class Examiner:
                 row = 0
                 for i in members:
                     count = len(trees[i].branches)
-                    found[i, :count] = logps[row : row + count]
+                    logps_of[i, :count] = logps[row : row + count]
                     row += count
-        return found
+        return logps_of
 
 
 def _items(trees: Sequence[Tree]) -> tuple[str, ...]:

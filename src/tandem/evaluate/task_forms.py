@@ -17,6 +17,8 @@ from typing import Any
 from tandem.data.sources.chunks import allow_long_cells
 
 Rows = list[dict[str, Any]]
+# Where this module was when measurements were first kept: their keys have its name.
+FIRST_PLACE = "tandem.evaluate.forms"
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
 _TRUTHFUL = """\
 Q: What is human life expectancy in the United States?
@@ -39,7 +41,7 @@ A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
 @dataclass(frozen=True)
-class Form:
+class TaskForm:
     """How a task's data lies in files.
 
     Attributes:
@@ -197,9 +199,9 @@ _CHOICES: dict[str, Any] = {
     "metadata": {"version": 1.0},
 }
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, TaskForm] = {
     **{
-        name: Form(
+        name: TaskForm(
             f"{name}_test.jsonl (query, choices, gold)",
             (f"{name}_test.jsonl",),
             (f"{name}_train.jsonl",),
@@ -208,7 +210,7 @@ FORMS: dict[str, Form] = {
         )
         for name in ("arc_challenge", "arc_easy")
     },
-    "hellaswag": Form(
+    "hellaswag": TaskForm(
         "hellaswag_val.txt, six lines an item (context, gold, four endings)",
         ("hellaswag_val.txt",),
         ("hellaswag_train.txt",),
@@ -217,7 +219,7 @@ FORMS: dict[str, Form] = {
         "a sentence that an ending goes on with keeps its small first letter, which the harness's "
         "own data has as a capital",
     ),
-    "mmlu": Form(
+    "mmlu": TaskForm(
         "mmlu/test/SUBJECT_test.csv, examples in mmlu/dev/SUBJECT_dev.csv",
         (),
         (),
@@ -233,7 +235,7 @@ FORMS: dict[str, Form] = {
             "metadata": {"version": 1.0},
         },
     ),
-    "truthfulqa_mc2": Form(
+    "truthfulqa_mc2": TaskForm(
         "truthfulqa.csv (Question, Correct Answers, Incorrect Answers)",
         ("truthfulqa.csv", "TruthfulQA.csv"),
         (),
@@ -243,13 +245,13 @@ FORMS: dict[str, Form] = {
             "doc_to_text": f"{_TRUTHFUL}\n\nQ: {{{{question}}}}\nA:",
             "doc_to_target": 0,
             "doc_to_choice": "{{mc2_targets.choices}}",
-            "process_results": "!function tandem.evaluate.task_forms.truthful_mass",
+            "process_results": f"!function {FIRST_PLACE}.truthful_mass",
             "metric_list": [{"metric": "acc", **_MEAN}],
             "metadata": {"version": 3.0},
         },
         "answers are those of the CSV, which the Hub's multiple-choice form has edited in places",
     ),
-    "winogrande": Form(
+    "winogrande": TaskForm(
         "winogrande_val.jsonl (context_options, continuation, gold)",
         ("winogrande_val.jsonl",),
         ("winogrande_train.jsonl",),
@@ -263,7 +265,7 @@ FORMS: dict[str, Form] = {
             "metadata": {"version": 1.0},
         },
     ),
-    "gsm8k": Form(
+    "gsm8k": TaskForm(
         "gsm8k_test.jsonl (question, answer)",
         ("gsm8k_test.jsonl",),
         ("gsm8k_train.jsonl",),

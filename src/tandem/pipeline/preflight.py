@@ -183,9 +183,9 @@ def _has_more_tokens(folder: Path) -> bool:
 def _check_tasks(settings: EvaluationSettings) -> None:
     """That the harness is there, the data of its tasks, where they are local, and a judge's key."""
     if settings.tasks or settings.suite:
-        from tandem.evaluate.harness_tasks import check_harness, tasks_of
+        from tandem.evaluate.harness_tasks import check_harness, selected_tasks
 
-        check_harness(tasks_of(settings))
+        check_harness(selected_tasks(settings))
     if settings.judge is not None:
         from tandem.integrations.chat_server import open_server
 

@@ -13,18 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tandem.report import training_section
-from tandem.report.report_warnings import find
-from tandem.report.result_rows import (
-    ROW_LABELS,
-    compared_rows,
-    mapping,
-    model_names,
-    result_rows,
-    sampling_error,
-    shown_measures,
-    task_notes,
+from tandem.report.result_rows import compared_rows, result_rows, shown_measures, task_notes
+from tandem.report.run_facts import (
+    STAGE_TITLES,
+    RunFacts,
+    StageFacts,
+    base_model,
+    read_run,
+    run_warnings,
 )
-from tandem.report.run_facts import STAGE_TITLES, RunFacts, StageFacts, read_run
+from tandem.result_warnings import MODEL_LABELS, mapping, model_names, sampling_error
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.wording import count, duration, is_number, percent, short_count
 
@@ -71,13 +69,13 @@ def render(facts: RunFacts) -> str:
         facts=facts,
         base_model=_base_model(facts),
         description=str(facts.recipe.get("description") or ""),
-        findings=find(facts),
+        findings=run_warnings(facts),
         steps=_steps(facts),
         measures=shown_measures(facts.evaluation),
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
         compared=compared_rows(facts.evaluation, "previous") if _has_errors(facts) else [],
-        compared_names=[ROW_LABELS.get(n, n) for n in model_names(facts.evaluation)],
+        compared_names=[MODEL_LABELS.get(n, n) for n in model_names(facts.evaluation)],
         task_notes=task_notes(facts.evaluation),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
         others=[(s.title, s.name, _flat(s.summary)) for s in facts.stages if s.kind == "merge"],
@@ -145,7 +143,7 @@ def _base_model(facts: RunFacts) -> str:
     if from_recipe:
         return str(from_recipe)
     trained = [s for s in facts.stages if s.kind in ("sft", "dpo")]
-    return training_section.base_model(trained[0]) if trained else ""
+    return base_model(trained[0]) if trained else ""
 
 
 def _result_note(evaluation: Mapping[str, Any]) -> str:
@@ -232,7 +230,7 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "prompt": str(sample.get("prompt", "")),
                 "expected": str(sample.get("expected") or ""),
-                "answers": [(n, ROW_LABELS.get(n, n), str(answers[n])) for n in names],
+                "answers": [(n, MODEL_LABELS.get(n, n), str(answers[n])) for n in names],
             }
         )
     return found

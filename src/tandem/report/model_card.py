@@ -9,19 +9,23 @@ from typing import Any
 
 import yaml
 
-from tandem.report.report_warnings import find
 from tandem.report.result_rows import (
-    ROW_LABELS,
     compared_rows,
-    mapping,
-    model_names,
     result_rows,
     shown_measures,
     task_measures,
     task_notes,
 )
-from tandem.report.run_facts import KIND_TITLES, RunFacts, StageFacts, read_run
-from tandem.report.training_section import base_model, find_key
+from tandem.report.run_facts import (
+    KIND_TITLES,
+    RunFacts,
+    StageFacts,
+    base_model,
+    find_key,
+    read_run,
+    run_warnings,
+)
+from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.wording import count, is_number
 
@@ -60,7 +64,7 @@ def card_facts(run: RunFacts) -> dict[str, Any]:
         "seed": run.recipe.get("seed"),
         "stages": [_stage(run, s) for s in trained],
         "evaluation": run.evaluation,
-        "warnings": [f"{f.name}: {f.text}" for f in find(run) if f.level == "warning"],
+        "warnings": [one.line for one in run_warnings(run) if one.level == "warning"],
         "versions": versions,
     }
 
@@ -188,7 +192,7 @@ def _tasks_text(evaluation: Mapping[str, Any]) -> str:
     rows = [r for r in compared_rows(evaluation, "previous") if r.measure.key in keys]
     if not rows:
         return ""
-    names = [ROW_LABELS.get(n, n) for n in model_names(evaluation)]
+    names = [MODEL_LABELS.get(n, n) for n in model_names(evaluation)]
     body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
     notes = "\n".join(f"- {_line(note)}." for note in task_notes(evaluation))
     said = "Tasks of lm-evaluation-harness; ± is one standard error."

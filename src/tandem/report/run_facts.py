@@ -11,7 +11,12 @@ from typing import Any
 import yaml
 
 from tandem.errors import UserError
-from tandem.report.result_rows import mapping
+from tandem.result_warnings import (
+    ReportWarning,
+    chosen_collapse,
+    evaluation_warnings,
+    mapping,
+)
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
 
@@ -139,6 +144,60 @@ def read_run(folder: Path) -> RunFacts:
         evaluation=_object(evaluations[0], problems) if evaluations else {},
         problems=tuple(problems + [p for s in stages for p in s.problems]),
     )
+
+
+def warnings_of_run(run_dir: Path) -> list[ReportWarning]:
+    """As `run_warnings`, of a folder; raises UserError if it holds nothing of tandem's."""
+    return run_warnings(read_run(run_dir))
+
+
+def run_warnings(facts: RunFacts) -> list[ReportWarning]:
+    """All warnings and notes of a run, warnings first."""
+    seen = [ReportWarning("warning", "unreadable file", text) for text in facts.problems]
+    for stage in facts.stages:
+        warnings = stage.summary.get("warnings")
+        texts = list(warnings) if isinstance(warnings, list) else []
+        if stage.kind == "dpo" and not any("collapse" in str(text).lower() for text in texts):
+            beta = find_key(stage.manifest.get("inputs"), "beta")
+            if (collapse := chosen_collapse(stage.metrics, beta)) is not None:
+                texts.append(collapse)
+        seen += [ReportWarning("warning", stage.title, str(text)) for text in texts]
+        if stage.status == "running":
+            text = (
+                "It is running, or it was interrupted; the same command goes on from its last "
+                "checkpoint. The figures below are those so far."
+            )
+            seen.append(ReportWarning("note", f"{stage.title} is not finished", text))
+    seen += evaluation_warnings(facts.evaluation)
+    if facts.missing:
+        names = ", ".join(f"{STAGE_TITLES[name]} ({name})" for name in facts.missing)
+        text = f"The recipe also asks for: {names}. Not there yet."
+        seen.append(ReportWarning("note", "partial run", text))
+    return sorted(seen, key=lambda one: one.level != "warning")
+
+
+def base_model(stage: StageFacts) -> str:
+    """The model that a training stage started from, as the manifest names it."""
+    for part in ("schedule", "inputs"):
+        for key in ("base", "model"):
+            name = mapping(stage.manifest.get(part)).get(key)
+            if isinstance(name, str):
+                return name
+    return ""
+
+
+def find_key(value: object, key: str) -> Any:
+    """The first value under `key` anywhere in nested plain data, None if there is none."""
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            inner_value = find_key(inner, key)
+            if inner_value is not None:
+                return inner_value
+    return None
 
 
 def _read_stage(folder: Path, name: str) -> StageFacts:

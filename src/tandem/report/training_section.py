@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.report.plots import Bar, Series, bar_chart, histogram, line_chart, smoothing_window
-from tandem.report.result_rows import mapping
-from tandem.report.run_facts import StageFacts
+from tandem.report.run_facts import StageFacts, find_key
+from tandem.result_warnings import mapping
 from tandem.wording import count, duration, is_number, number, percent, short_count, size
 
 
@@ -259,30 +259,6 @@ def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
     reasons = mapping(mapping(stage.summary.get("ledger")).get("reasons"))
     counted = [(str(reason), n) for reason, n in reasons.items() if is_number(n)]
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]
-
-
-def base_model(stage: StageFacts) -> str:
-    """The model that a training stage started from, as the manifest names it."""
-    for part in ("schedule", "inputs"):
-        for key in ("base", "model"):
-            name = mapping(stage.manifest.get(part)).get(key)
-            if isinstance(name, str):
-                return name
-    return ""
-
-
-def find_key(value: object, key: str) -> Any:
-    """The first value under `key` anywhere in nested plain data, None if there is none."""
-    if isinstance(value, Mapping):
-        if key in value:
-            return value[key]
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            found = find_key(inner, key)
-            if found is not None:
-                return found
-    return None
 
 
 def _series(

@@ -14,7 +14,7 @@ from tandem.data.build_dataset import prepare_pairs
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings
-from tandem.report.report_warnings import chosen_collapse
+from tandem.result_warnings import chosen_collapse
 from tandem.runtime.console import log, phase
 from tandem.stages.training.context import Made, StageKind, Start
 from tandem.stages.training.train_stage import run_training
