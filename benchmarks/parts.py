@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, collate
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.attention import segments
 from tandem.model.attention.select import use_backend
 from tandem.model.cpu import elementwise, onednn_linear
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 def _cases(
-    options: argparse.Namespace, model: Any, trees: Sequence[Tree]
+    options: argparse.Namespace, model: Any, trees: Sequence[Example]
 ) -> dict[str, tuple[Patches, list[MicroBatch]]]:
     """What each turn measures: the engine's names to replace, and the micro-batches."""
 
@@ -136,7 +136,7 @@ def _logp(model: Any, batches: Sequence[MicroBatch]) -> float:
         return sum(float(sequence_logps(model, batch).sum()) for batch in batches)
 
 
-def _inputs(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[Tree]]:
+def _inputs(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[Example]]:
     write_model(options.size, options.tokenizer, scratch / "model")
     write_first_lines(options.pairs_file, options.pairs, scratch / "pairs.jsonl")
     trees = read_trees("dpo", scratch / "model", scratch / "pairs.jsonl")

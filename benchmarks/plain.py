@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tandem.data.records import Branch, Tree
+from tandem.data.records import Branch, Example
 
 from .work import (
     ADAPTERS,
@@ -48,7 +48,7 @@ def lora_config(stage: Stage) -> LoraConfig:
     )
 
 
-def run_plain(work: Work, trees: Sequence[Tree]) -> Ran:
+def run_plain(work: Work, trees: Sequence[Example]) -> Ran:
     """One epoch in micro-batches of `work.size` records.
 
     Records that are alone are not padded: a pair's answers go through the model one after the
@@ -103,7 +103,7 @@ def run_plain(work: Work, trees: Sequence[Tree]) -> Ran:
     )
 
 
-def _reference(model: Any, trees: Sequence[Tree], work: Work) -> list[Tensor]:
+def _reference(model: Any, trees: Sequence[Example], work: Work) -> list[Tensor]:
     with torch.no_grad(), model.disable_adapter():
         batches = (trees[i : i + work.size] for i in range(0, len(trees), work.size))
         return [row for batch in batches for row in _logps(model, batch, work)]
@@ -114,7 +114,7 @@ def _pair_losses(policy: Tensor, reference: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected))
 
 
-def _logps(model: Any, trees: Sequence[Tree], work: Work) -> Tensor:
+def _logps(model: Any, trees: Sequence[Example], work: Work) -> Tensor:
     """Log-probabilities of the sequences' trained tokens [records, branches]."""
     branches = len(trees[0].branches)
     sequences = [tree.sequence(branch) for tree in trees for branch in range(branches)]

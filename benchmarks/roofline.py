@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import collate, fed_tokens
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.cpu.onednn_linear import product
 
 from .work import ADAPTERS, Stage
@@ -47,7 +47,7 @@ class Needed:
     avoidable: float
 
 
-def needed_operations(trees: Sequence[Tree], config: Any, stage: Stage) -> Needed:
+def needed_operations(trees: Sequence[Example], config: Any, stage: Stage) -> Needed:
     """What the formula gives for these records."""
     tokens = sum(fed_tokens(tree) for tree in trees)
     outputs = _outputs(config)
@@ -144,7 +144,7 @@ def _width(config: Any) -> int:
     return int(size * config.num_attention_heads)
 
 
-def _visible(trees: Sequence[Tree]) -> int:
+def _visible(trees: Sequence[Example]) -> int:
     pairs = 0
     for tree in trees:
         for segment in collate([tree]).segments:
@@ -154,9 +154,9 @@ def _visible(trees: Sequence[Tree]) -> int:
     return pairs
 
 
-def _idle_rows(tree: Tree) -> int:
+def _idle_rows(tree: Example) -> int:
     return fed_tokens(tree) - len(collate([tree]).read_rows)
 
 
-def _targets(trees: Sequence[Tree]) -> int:
+def _targets(trees: Sequence[Example]) -> int:
     return sum(int(part.trained.sum()) for tree in trees for part in (tree.prefix, *tree.branches))

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
@@ -67,7 +67,7 @@ def measure(work: Work) -> Measured:
     )
 
 
-def _run_tandem(work: Work, trees: list[Tree]) -> Ran:
+def _run_tandem(work: Work, trees: list[Example]) -> Ran:
     """The stage as `tandem sft` and `tandem dpo` run it; the seconds are those of its summary."""
     assert not work.records, "tandem's stages take the whole file"
     computed = len(trees)

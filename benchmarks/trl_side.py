@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 
 from .plain import load_model, lora_config
 from .work import (
@@ -35,7 +35,7 @@ class _Seen:
     logps: float = 0.0  # of all answers
 
 
-def run_trl(work: Work, trees: Sequence[Tree], tokenizer: Any) -> Ran:
+def run_trl(work: Work, trees: Sequence[Example], tokenizer: Any) -> Ran:
     """One epoch over the records."""
     import datasets
 
@@ -90,7 +90,7 @@ def _watched(trainer: Any, seen: _Seen) -> Any:
     return Watched
 
 
-def _dpo(work: Work, trees: Sequence[Tree], tokenizer: Any, seen: _Seen) -> Any:
+def _dpo(work: Work, trees: Sequence[Example], tokenizer: Any, seen: _Seen) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -113,7 +113,7 @@ def _dpo(work: Work, trees: Sequence[Tree], tokenizer: Any, seen: _Seen) -> Any:
     )
 
 
-def _sft(work: Work, trees: Sequence[Tree], tokenizer: Any, seen: _Seen) -> Any:
+def _sft(work: Work, trees: Sequence[Example], tokenizer: Any, seen: _Seen) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -200,7 +200,7 @@ def _check(trainer: Any) -> None:
         raise SystemExit("TRL is not in the configuration that the table names")
 
 
-def _pair_row(tree: Tree) -> dict[str, list[int]]:
+def _pair_row(tree: Example) -> dict[str, list[int]]:
     chosen, rejected = tree.sequence(0), tree.sequence(1)
     # Answers start at the same place, be it inside the shared prefix or at its end.
     start = int(chosen.trained.argmax())
@@ -211,7 +211,7 @@ def _pair_row(tree: Tree) -> dict[str, list[int]]:
     }
 
 
-def _labelled_row(tree: Tree) -> dict[str, list[int]]:
+def _labelled_row(tree: Example) -> dict[str, list[int]]:
     sequence = tree.sequence(0)
     labels = [
         int(token) if trained else -100

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from tandem.data.batching.sampler import steps, steps_per_epoch
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
 
@@ -209,7 +209,7 @@ def write_first_lines(source: Path, count: int, target: Path) -> None:
     target.write_text("".join(chosen), encoding="utf-8")
 
 
-def read_trees(stage: Stage, model: Path, data: Path) -> list[Tree]:
+def read_trees(stage: Stage, model: Path, data: Path) -> list[Example]:
     """The records as tandem encodes them; the peers are fed the same token ids."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     prepare = prepare_pairs if stage == "dpo" else prepare_conversations
@@ -227,19 +227,19 @@ def read_trees(stage: Stage, model: Path, data: Path) -> list[Tree]:
     return list(trees)
 
 
-def sequence_tokens(trees: Sequence[Tree]) -> int:
+def sequence_tokens(trees: Sequence[Example]) -> int:
     """Tokens of all sequences, nothing shared."""
     return sum(len(t.sequence(b).input_ids) for t in trees for b in range(len(t.branches)))
 
 
-def in_training_order(trees: Sequence[Tree], work: Work) -> list[Tree]:
+def in_training_order(trees: Sequence[Example], work: Work) -> list[Example]:
     """The records as tandem's steps take them, which is how the peers are given them."""
-    count = steps_per_epoch(len(trees), work.batch_size)
-    epoch = steps(len(trees), work.batch_size, seed=SEED, count=count)
+    sampler = StepSampler(len(trees), work.batch_size, SEED)
+    epoch = sampler.steps(0, sampler.steps_per_epoch())
     order = [i for step in epoch for i in step.examples]
     return [trees[i] for i in order[: work.records or len(order)]]
 
 
-def trained_tokens(trees: Sequence[Tree]) -> int:
+def trained_tokens(trees: Sequence[Example]) -> int:
     """Trained tokens of all sequences."""
     return sum(int(t.sequence(b).trained.sum()) for t in trees for b in range(len(t.branches)))

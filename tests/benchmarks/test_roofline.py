@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from benchmarks import plain, roofline, work
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 
 
 def _config(**other: Any) -> MistralConfig:
@@ -27,7 +27,7 @@ def test_needed_operations_by_hand() -> None:
         Branch(np.arange(length, dtype=np.int32), np.ones(length, dtype=bool)) for length in (2, 3)
     ]
     prefix = Branch(np.arange(4, dtype=np.int32), np.zeros(4, dtype=bool))
-    tree = Tree(prefix, tuple(branch), Origin("x", 1))
+    tree = Example(prefix, tuple(branch), Origin("x", 1))
     # Fed: 4 prompt tokens, 1 and 2 answer tokens. The first branch's row runs on from the prompt.
     tokens = 4 + 1 + 2
     visible = (1 + 2 + 3 + 4 + 5) + (4 + 1) + (4 + 2)
@@ -59,7 +59,7 @@ def test_needed_operations_are_those_that_torch_counts(stage: Literal["sft", "dp
     model = get_peft_model(AutoModelForCausalLM.from_config(config), plain.lora_config(stage))
     trained = np.arange(length) > 0
     whole = Branch(np.arange(length, dtype=np.int32), trained)
-    tree = Tree(Branch(whole.input_ids[:0], trained[:0]), (whole,), Origin("x", 1))
+    tree = Example(Branch(whole.input_ids[:0], trained[:0]), (whole,), Origin("x", 1))
     task = work.Work("plain", stage, "", "", "", 1, 1, size=1)
 
     with FlopCounterMode(display=False) as counter:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from tandem.check.duplicates import NEAR, exact_twins, near_twins, signatures
-from tandem.data.text.word_hashes import words_of
+from tandem.data.text.word_hashes import hash_words
 
 from ..data.plain_words import plain_words
 from .made_data import sentences
@@ -35,7 +35,7 @@ def test_near_duplicates_are_those_of_a_plain_comparison() -> None:
             for at in rng.sample(range(len(words)), changes):
                 words[at] = f"changed{rng.randrange(10**6)}"
             texts.append(" ".join(words))
-    twins = near_twins(signatures(words_of(texts)), _NONE)
+    twins = near_twins(signatures(hash_words(texts)), _NONE)
     found = dict(zip(twins.later.tolist(), twins.earlier.tolist(), strict=True))
     for later in range(len(texts)):
         closest = max((_jaccard(texts[later], texts[e]) for e in range(later)), default=0.0)
@@ -49,13 +49,13 @@ def test_near_duplicates_are_those_of_a_plain_comparison() -> None:
 
 def test_short_texts_are_compared_as_a_whole() -> None:
     texts = ["yes", "no", "yes", "yes please", "", "", "yes, please!"]
-    twins = near_twins(signatures(words_of(texts)), _NONE)
+    twins = near_twins(signatures(hash_words(texts)), _NONE)
     assert (twins.later.tolist(), twins.earlier.tolist()) == ([2, 6], [0, 3])
-    assert near_twins(signatures(words_of(["", "?"])), _NONE).later.tolist() == []
+    assert near_twins(signatures(hash_words(["", "?"])), _NONE).later.tolist() == []
 
 
 def test_skipped_records_are_nobodys_twins() -> None:
-    found = signatures(words_of(["one two three four"] * 3))
+    found = signatures(hash_words(["one two three four"] * 3))
     twins = near_twins(found, np.array([0]))
     assert (twins.later.tolist(), twins.earlier.tolist()) == ([2], [1])
 

@@ -9,7 +9,7 @@ import pytest
 
 from tandem.check.preference_columns import column_signs, scores_in, side_columns, sides_of
 from tandem.check.survey import Subject, survey
-from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.records import Origin, PreferencePair, Turn
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
@@ -154,11 +154,11 @@ def test_reversed_rows_are_found_where_a_recipe_names_the_answers(
         rows.append({"prompt": made["prompt"], **answers, "better_response_id": int(seed == 5)})
     spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=NUMBERED)
     other = DataSource(path=str(write(tmp_path / "b.jsonl", map(pair, range(20, 30)))))
-    plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")
+    plan = EncodingOptions("preference pairs", Limits(2**31 - 1, None), "stop")
     found = survey(Subject(None, (spec, other), plan, 0.05), limit=limit)
     (finding,) = found.findings
     assert finding.sign.name == "label_prefers_rejected"
-    assert [(e.row, e.excerpt) for e in finding.examples] == [(6, "better_response_id: 1")]
+    assert [(e.row, e.excerpt) for e in finding.rows] == [(6, "better_response_id: 1")]
 
 
 def test_numbers_beyond_floats_are_compared_and_shown() -> None:

@@ -17,13 +17,13 @@ from tandem.check.findings import Finding, masked
 from tandem.check.lengths import Histogram
 from tandem.check.survey import Subject, Survey, survey
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.encode_chunk import Batch, Plan, encode_batch
-from tandem.data.formats.known_formats import Kind
+from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Chunk
 from tandem.data.text.contamination import read_other
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -35,7 +35,7 @@ CLEAN = 40
 
 
 def _survey(*files: Path, kind: Kind = "conversations", **options: Any) -> Survey:
-    plan = Plan(kind, Limits(_MANY, None), "stop")
+    plan = EncodingOptions(kind, Limits(_MANY, None), "stop")
     subject = Subject(None, tuple(DataSource(path=str(file)) for file in files), plan, 0.05)
     return survey(subject, **options)
 
@@ -86,7 +86,7 @@ def test_a_planted_record_is_found_and_it_alone(name: str, tmp_path: Path) -> No
     assert set(_by_name(found)) == {name}
     finding = _by_name(found)[name]
     assert finding.count == 1
-    assert [example.row for example in finding.examples] == [21]
+    assert [row.row for row in finding.rows] == [21]
     assert found.problem is None
 
 
@@ -114,7 +114,7 @@ def test_a_planted_pair_is_found_and_it_alone(name: str, tmp_path: Path) -> None
     by_name = _by_name(found)
     # A chosen answer that refuses is a refusal as well.
     assert set(by_name) - {"refusals"} == {name}
-    assert [example.row for example in by_name[name].examples] == [21]
+    assert [row.row for row in by_name[name].rows] == [21]
 
 
 def test_columns_that_say_nothing_in_the_first_rows_are_read_all_the_same(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_columns_that_say_nothing_in_the_first_rows_are_read_all_the_same(tmp_pa
         {**pair(402), "score_chosen": 4, "score_rejected": 1.5, "preferred": "chosen"},
     ]
     found = _by_name(_survey(write(tmp_path / "a.jsonl", rows), kind="preference pairs"))
-    assert {name: [e.row for e in finding.examples] for name, finding in found.items()} == {
+    assert {name: [e.row for e in finding.rows] for name, finding in found.items()} == {
         "chosen_scored_lower": [301],
         "label_prefers_rejected": [302],
     }
@@ -151,8 +151,8 @@ def test_near_duplicates_name_the_record_they_are_like(tmp_path: Path) -> None:
     found = _survey(write(tmp_path / "a.jsonl", [*rows, near]))
     (finding,) = found.findings
     assert (finding.sign.name, finding.count) == ("near_duplicates", 1)
-    assert finding.examples[0].row == CLEAN + 1
-    assert finding.examples[0].excerpt.startswith("as row 8: What is it that")
+    assert finding.rows[0].row == CLEAN + 1
+    assert finding.rows[0].excerpt.startswith("as row 8: What is it that")
 
 
 def test_duplicates_are_found_across_files(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_duplicates_are_found_across_files(tmp_path: Path) -> None:
     second = write(tmp_path / "b.jsonl", map(conversation, range(9, 15)))
     (finding,) = _survey(first, second).findings
     assert finding.sign.name == "exact_duplicates"
-    assert (Path(finding.examples[0].file).name, finding.examples[0].row) == ("b.jsonl", 1)
-    assert f"as {first}, row 10: " in finding.examples[0].excerpt
+    assert (Path(finding.rows[0].file).name, finding.rows[0].row) == ("b.jsonl", 1)
+    assert f"as {first}, row 10: " in finding.rows[0].excerpt
 
 
 def _scored(question: str, *answers: str) -> dict[str, Any]:
@@ -173,10 +173,10 @@ def _scored(question: str, *answers: str) -> dict[str, Any]:
 
 def _best_vs_rest(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
     spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
-    plan = Plan("preference pairs", Limits(_MANY, None), "stop")
+    plan = EncodingOptions("preference pairs", Limits(_MANY, None), "stop")
     found = survey(Subject(None, (spec,), plan, 0.05))
     return {
-        name: [(e.row, e.excerpt.partition(":")[0]) for e in finding.examples]
+        name: [(e.row, e.excerpt.partition(":")[0]) for e in finding.rows]
         for name, finding in _by_name(found).items()
     }
 
@@ -213,7 +213,7 @@ def test_an_answer_may_repeat_what_a_tool_says(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": said}, answered]},
     ]
     finding = _by_name(_survey(write(tmp_path / "a.jsonl", rows)))["answer_repeats_the_prompt"]
-    assert [example.row for example in finding.examples] == [2]
+    assert [row.row for row in finding.rows] == [2]
 
 
 def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_rows_of_a_folder_to_compare_with_have_their_file(tmp_path: Path) -> Non
     write(folder / "b.jsonl", [{"query": row["messages"][0]["content"]}])
     file = write(tmp_path / "a.jsonl", [row])
     found = _by_name(_survey(file, others=[read_other(DataSource(path=str(folder)))]))
-    excerpt = found["shared_prompts"].examples[0].excerpt
+    excerpt = found["shared_prompts"].rows[0].excerpt
     assert excerpt.startswith(f"as {folder / 'b.jsonl'}, row 1: What is it")
 
 
@@ -261,7 +261,7 @@ def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
     shown = json.dumps(as_json(found))
     assert key not in shown
     assert other not in shown
-    assert "AKIA****************" in finding.examples[0].excerpt
+    assert "AKIA****************" in finding.rows[0].excerpt
 
 
 def test_the_special_tokens_of_the_tokenizer_are_found(
@@ -272,9 +272,9 @@ def test_the_special_tokens_of_the_tokenizer_are_found(
     subject = Subject(
         "sft",
         (DataSource(path=str(write(tmp_path / "a.jsonl", rows))),),
-        Plan("conversations", Limits(_MANY, None), "stop"),
+        EncodingOptions("conversations", Limits(_MANY, None), "stop"),
         0.05,
-        chat=Chat.of(mistral_tokenizer, template),
+        chat=ChatTokenizer.of(mistral_tokenizer, template),
         special=("<s>", "</s>", "<unk>"),
     )
     assert set(_by_name(survey(subject))) == {"special_tokens"}
@@ -305,9 +305,9 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     subject = Subject(
         None,
         (DataSource(path=str(file)),),
-        Plan(kind, Limits(400, 150), "stop"),
+        EncodingOptions(kind, Limits(400, 150), "stop"),
         0.05,
-        chat=Chat.of(mistral_tokenizer, template),
+        chat=ChatTokenizer.of(mistral_tokenizer, template),
         limited=True,
     )
     found = survey(subject, shown=1000)
@@ -316,7 +316,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert found.counts == ledger.counts
     assert found.reasons == ledger.summary()["reasons"]
     rows = {
-        (finding.sign.name, finding.sign.about): [example.row for example in finding.examples]
+        (finding.sign.name, finding.sign.about): [row.row for row in finding.rows]
         for finding in found.findings
         if finding.sign.name in ("truncated", "dropped")
     }
@@ -379,12 +379,14 @@ def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
     file = write(tmp_path / "a.jsonl", rows)
     encoded: list[list[int]] = []
 
-    def counting(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
+    def counting(
+        chat: ChatTokenizer, plan: EncodingOptions, chunk: Chunk, known: str
+    ) -> EncodedChunk:
         encoded.append([row.origin.row for row in chunk.rows()])
-        return encode_batch(chat, plan, chunk, known)
+        return encode_chunk(chat, plan, chunk, known)
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", counting)
-    monkeypatch.setattr("tandem.check.survey.encode_batch", counting)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", counting)
+    monkeypatch.setattr("tandem.check.survey.encode_chunk", counting)
     found = _with_chat(mistral_tokenizer, True, file)
     assert encoded == [[*range(1, 257)], [5, 8], [*range(257, 301)], [281]]
     assert found.counts == {"read": 300, "trained": 299, "truncated": 2, "dropped": 1}
@@ -402,10 +404,10 @@ def test_a_row_of_several_pairs_is_measured_once(mistral_tokenizer: Any, tmp_pat
     ]
     row = {"instruction": "Why is it that the river is wide?", "completions": completions}
     spec = DataSource(path=str(write(tmp_path / "a.jsonl", [row])), completions="best_vs_rest")
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
 
     def look(limited: bool) -> Survey:
-        plan = Plan("preference pairs", Limits(400 if limited else _MANY, None), "stop")
+        plan = EncodingOptions("preference pairs", Limits(400 if limited else _MANY, None), "stop")
         return survey(Subject(None, (spec,), plan, 0.05, chat=chat, limited=limited))
 
     found, whole = look(limited=True), look(limited=False)
@@ -428,9 +430,9 @@ def test_a_conversation_of_two_branches_is_no_pair(byte_tokenizer: Any, tmp_path
     subject = Subject(
         None,
         (DataSource(path=str(file)),),
-        Plan("conversations", Limits(_MANY, None), "stop"),
+        EncodingOptions("conversations", Limits(_MANY, None), "stop"),
         0.05,
-        chat=Chat.of(byte_tokenizer, resolved),
+        chat=ChatTokenizer.of(byte_tokenizer, resolved),
     )
     found = survey(subject)
     trees = prepare_conversations(
@@ -454,9 +456,9 @@ def test_processes_find_what_one_process_finds(
     subject = Subject(
         None,
         (DataSource(path=str(file)),),
-        Plan("conversations", Limits(250, None), "stop"),
+        EncodingOptions("conversations", Limits(250, None), "stop"),
         0.05,
-        chat=Chat.of(byte_tokenizer, template),
+        chat=ChatTokenizer.of(byte_tokenizer, template),
         limited=True,
     )
     seen: list[int] = []
@@ -529,9 +531,9 @@ def test_what_was_read_before_a_source_of_no_format_is_reported(tmp_path: Path) 
     found = _survey(large, unknown)
     assert found.counts["read"] == len(rows)
     assert "record of no known format; its keys are: foo" in str(found.problem)
-    (example,) = _by_name(found)["exact_duplicates"].examples
-    assert example.row == len(rows)
-    assert example.excerpt.startswith("as row 4: What is it that")
+    (row,) = _by_name(found)["exact_duplicates"].rows
+    assert row.row == len(rows)
+    assert row.excerpt.startswith("as row 4: What is it that")
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
@@ -547,12 +549,12 @@ def test_few_rows_before_a_source_of_no_format_are_reported_as_well(
     )
     assert found.counts["read"] == 6
     assert "record of no known format; its keys are: foo" in str(found.problem)
-    assert [e.row for e in _by_name(found)["exact_duplicates"].examples] == [6]
+    assert [e.row for e in _by_name(found)["exact_duplicates"].rows] == [6]
 
 
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
-    plan = Plan("conversations", Limits(_MANY, None), "drop")
+    plan = EncodingOptions("conversations", Limits(_MANY, None), "drop")
     found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05))
     assert found.problem is None
     assert _by_name(found)["dropped"].sign.about == "unparsable"
@@ -577,7 +579,7 @@ def test_a_limit_counts_the_rows_of_labelled_answers_before_they_are_joined(
     both = write(tmp_path / "a.jsonl", answers)
     found = _survey(both, kind="preference pairs", limit=301)
     assert found.counts == {"read": 151, "trained": 150, "truncated": 0, "dropped": 1}
-    assert [e.row for e in _by_name(found)["dropped"].examples] == [301]
+    assert [e.row for e in _by_name(found)["dropped"].rows] == [301]
     # All good ones come first: none of the rows is left unsaid.
     apart = write(tmp_path / "b.jsonl", sorted(answers, key=lambda row: not row["label"]))
     found = _survey(apart, kind="preference pairs", limit=280)
@@ -619,8 +621,8 @@ def test_prompts_and_words_in_a_row_of_other_sets_are_found(tmp_path: Path) -> N
     file = write(tmp_path / "a.jsonl", rows)
     others = [read_other(DataSource(path=str(path))) for path in (asked, lines)]
     found = _survey(file, others=others)
-    said = {(f.sign.name, f.sign.about): f.examples for f in found.findings}
-    assert {key: [e.row for e in examples] for key, examples in said.items()} == {
+    said = {(f.sign.name, f.sign.about): f.rows for f in found.findings}
+    assert {key: [e.row for e in rows] for key, rows in said.items()} == {
         ("shared_prompts", str(asked)): [5],
         ("shared_words", str(lines)): [10],
     }
@@ -646,7 +648,7 @@ def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
     # What a recipe's names lead into is read.
     nested = write(tmp_path / "n.jsonl", [{"log": conversation(1), "id": 1}])
     named = DataSource(path=str(nested), fields={"messages": "log.messages"})
-    plan = Plan("conversations", Limits(_MANY, None), "stop")
+    plan = EncodingOptions("conversations", Limits(_MANY, None), "stop")
     assert survey(Subject(None, (named,), plan, 0.05)).unread == ("id",)
     # Of labelled answers those are left out that are put together first.
     answers = [{"prompt": "Q", "completion": c, "label": c == "A"} for c in "AB"]
@@ -664,7 +666,7 @@ def test_calls_and_reasoning_are_part_of_a_record(tmp_path: Path) -> None:
     rows = [record("", "f"), record("", "g"), record("It is f.", "f"), record(f"{key}.", "h")]
     found = _survey(write(tmp_path / "a.jsonl", rows))
     assert "exact_duplicates" not in _by_name(found)
-    assert _by_name(found)["secrets"].examples[0].row == 4
+    assert _by_name(found)["secrets"].rows[0].row == 4
     assert found.roles.languages["reasoning"].total() == 2
     assert found.roles.turns == {2: 4}
     call = '{"name": "h", "arguments": {}}'
@@ -691,8 +693,8 @@ def test_calls_are_compared_and_looked_at_as_texts_are(tmp_path: Path) -> None:
     found = _survey(write(tmp_path / "a.jsonl", rows))
     by_name = _by_name(found)
     assert set(by_name) == {"duplicate_prompts", "secrets", "template_tokens"}
-    assert [e.row for e in by_name["secrets"].examples] == [3]
-    assert [e.row for e in by_name["template_tokens"].examples] == [3]
+    assert [e.row for e in by_name["secrets"].rows] == [3]
+    assert [e.row for e in by_name["template_tokens"].rows] == [3]
     assert found.roles.languages["call"].total() == 3
     same = _survey(write(tmp_path / "b.jsonl", [*rows, rows[1]]))
     assert _by_name(same)["exact_duplicates"].count == 1
@@ -741,7 +743,7 @@ def test_secrets_are_looked_for_in_what_is_shown_alone(
     found = _survey(file, others=others)
     counts = {finding.sign.name: finding.count for finding in found.findings}
     assert counts == {"dropped": 30, "shared_prompts": 30, "shared_words": 30}
-    assert all(len(finding.examples) == 3 for finding in found.findings)
+    assert all(len(finding.rows) == 3 for finding in found.findings)
     assert len(seen) == 9
 
 
@@ -753,8 +755,10 @@ def test_without_a_tokenizer_lengths_are_characters(tmp_path: Path) -> None:
 
 
 def _with_chat(tokenizer: Any, limited: bool, *files: Path) -> Survey:
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
-    plan = Plan("conversations", Limits(400, None) if limited else Limits(_MANY, None), "stop")
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
+    plan = EncodingOptions(
+        "conversations", Limits(400, None) if limited else Limits(_MANY, None), "stop"
+    )
     sources = tuple(DataSource(path=str(file)) for file in files)
     return survey(Subject(None, sources, plan, 0.05, chat=chat, limited=limited))
 
@@ -778,7 +782,7 @@ def test_what_is_too_long_to_be_counted_is_said(
     found = _with_chat(mistral_tokenizer, False, write(tmp_path / "a.jsonl", rows))
     assert found.counts == {"read": 4, "trained": 4, "truncated": 0, "dropped": 0}
     assert found.measures["whole"].most == 400
-    assert [e.row for e in _by_name(found)["very_long"].examples] == [4]
+    assert [e.row for e in _by_name(found)["very_long"].rows] == [4]
     # With limits, lengths are those before anything is cut.
     limited = _with_chat(mistral_tokenizer, True, tmp_path / "a.jsonl")
     assert limited.counts["truncated"] == 1

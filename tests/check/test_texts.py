@@ -12,7 +12,7 @@ from tandem.check.record_signs import breaks_off, leaves_code_open
 from tandem.check.text_signs import TextSigns
 from tandem.data.text.answers import refuses
 from tandem.data.text.language import LANGUAGES, language_of
-from tandem.data.text.word_hashes import words_of
+from tandem.data.text.word_hashes import hash_words
 
 _PROSE = "The bridge was closed for repairs. Everybody had to take the ferry instead of it. " * 2
 
@@ -140,7 +140,7 @@ def test_an_endless_text_is_searched_in_one_go() -> None:
 def test_any_text_can_be_looked_at(texts: list[str]) -> None:
     for number, _, at, _ in TextSigns(("<unk>",)).find(texts):
         assert 0 <= at <= len(texts[number])
-    words = words_of(texts)
+    words = hash_words(texts)
     assert len(words.starts) == len(texts) + 1
     assert words.starts[-1] == len(words.hashes)
     assert signatures(words).shape == (len(texts), 60)

@@ -12,12 +12,12 @@ from rich.text import Text
 from tandem.check.show_page import _STYLES, print_encodings, print_turns, visible
 from tandem.check.show_record import encode_row, find_row, records_in, token_texts
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.encode_chunk import Plan
-from tandem.data.formats.known_formats import Kind
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -27,8 +27,8 @@ from .made_data import FORGETFUL, conversation, pair, write
 _MANY = 2**31 - 1
 
 
-def _plan(kind: Kind, length: int = _MANY) -> Plan:
-    return Plan(kind, Limits(length, None), "stop")
+def _plan(kind: Kind, length: int = _MANY) -> EncodingOptions:
+    return EncodingOptions(kind, Limits(length, None), "stop")
 
 
 @pytest.mark.parametrize("kind", ["conversations", "preference pairs"])
@@ -50,19 +50,19 @@ def test_ids_and_targets_are_those_of_a_run(
         max_length=length,
         ledger=ledger,
     )
-    chat = Chat.of(mistral_tokenizer, template)
-    for tree in trees:
-        place = find_row([DataSource(path=str(file))], kind, None, tree.origin.row)
+    chat = ChatTokenizer.of(mistral_tokenizer, template)
+    for example in trees:
+        place = find_row([DataSource(path=str(file))], kind, None, example.origin.row)
         found = encode_row(chat, _plan(kind, length), place)
-        (sections,) = found.trees
+        (sections,) = found.examples
         assert [s.name for s in sections] == (
             ["shared", "chosen", "rejected"] if pairs else ["record"]
         )
-        parts = [tree.prefix, *tree.branches][0 if pairs else 1 :]
+        parts = [example.prefix, *example.branches][0 if pairs else 1 :]
         for section, part in zip(sections, parts, strict=True):
             assert [token.id for token in section.tokens] == part.input_ids.tolist()
             assert ["trained" in token.part for token in section.tokens] == part.trained.tolist()
-        assert list(found.entries) == [e for e in ledger.entries if e.row == tree.origin.row]
+        assert list(found.entries) == [e for e in ledger.entries if e.row == example.origin.row]
 
 
 def test_token_texts_put_together_are_the_text(
@@ -79,7 +79,7 @@ def test_token_texts_put_together_are_the_text(
         template = resolve_template(
             tokenizer, "chatml" if tokenizer is byte_tokenizer else "neural-chat"
         )
-        decode = Chat.of(tokenizer, template).codec.decode
+        decode = ChatTokenizer.of(tokenizer, template).codec.decode
         for text in texts:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             found = token_texts(ids, decode)
@@ -93,9 +93,9 @@ def test_a_dropped_row_says_why(tmp_path: Path, stories_tokenizer: Any) -> None:
     place = find_row([DataSource(path=str(file))], "conversations", None, 2)
     with pytest.raises(UserError, match="row 2: a run would drop this record: no assistant turn"):
         records_in(place)
-    chat = Chat.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
     found = encode_row(chat, _plan("conversations"), place)
-    assert found.trees == ()
+    assert found.examples == ()
     assert [entry.reason for entry in found.entries] == ["no assistant turn"]
 
 
@@ -167,7 +167,7 @@ def _printed(rows: list[Any], tokenizer: Any, tmp_path: Path, **how: Any) -> str
     kind: Kind = "preference pairs" if "chosen" in rows[0] else "conversations"
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(tokenizer, how.pop("template", "chatml"))
-    chat = Chat.of(tokenizer, template)
+    chat = ChatTokenizer.of(tokenizer, template)
     found = encode_row(chat, _plan(kind), find_row([DataSource(path=str(file))], kind, None, 1))
     ids = how.pop("ids", False)
     console = Console(width=300, record=True, highlight=False, **how)

@@ -13,8 +13,9 @@ from rich.console import Console
 from tandem.check.check_page import as_json, print_survey
 from tandem.check.survey import Subject, Survey, survey
 from tandem.check.unread_columns import verdict_sign
-from tandem.data.encoded.encode_chunk import Plan
-from tandem.data.formats.known_formats import Kind, format_called
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.formats.format import Kind
+from tandem.data.formats.known_formats import format_called
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 
@@ -26,13 +27,13 @@ ASKED, ANSWERED = "Why is the river wide?", "It has come a long way from the hil
 def _survey(
     file: Path, kind: Kind = "conversations", fields: dict[str, str] | None = None
 ) -> Survey:
-    plan = Plan(kind, Limits(2**31 - 1, None), "stop")
+    plan = EncodingOptions(kind, Limits(2**31 - 1, None), "stop")
     return survey(Subject(None, (DataSource(path=str(file), fields=fields or {}),), plan, 0.05))
 
 
 def _said(found: Survey, name: str) -> dict[str, list[tuple[int, str]]]:
     return {
-        finding.sign.about: [(e.row, e.excerpt) for e in finding.examples]
+        finding.sign.about: [(e.row, e.excerpt) for e in finding.rows]
         for finding in found.findings
         if finding.sign.name == name
     }
@@ -63,10 +64,10 @@ def test_a_verdict_that_is_not_read(column: str, good: Any, bad: Any, tmp_path: 
     (finding,) = found.findings
     assert (finding.sign.name, finding.sign.about) == ("verdict_not_read", column)
     assert (finding.sign.severity, finding.count, finding.of) == ("warning", 1, 4)
-    (example,) = finding.examples
-    assert example.row == 2
+    (row,) = finding.rows
+    assert row.row == 2
     answer = conversation(1)["messages"][1]["content"]
-    assert example.excerpt.startswith(f"{column}: {str(bad).lower()} | {answer[:40]}")
+    assert row.excerpt.startswith(f"{column}: {str(bad).lower()} | {answer[:40]}")
     assert f"--fields label={column}" in finding.sign.hint
 
 
@@ -151,7 +152,7 @@ def test_what_belongs_to_the_texts_and_is_not_read(
     (finding,) = found.findings
     assert (finding.sign.name, finding.sign.about) == ("meaning_not_read", column)
     assert (finding.sign.severity, finding.count) == ("warning", 1)
-    assert [(e.row, e.excerpt) for e in finding.examples] == [(3, f"{column}: {shown}")]
+    assert [(e.row, e.excerpt) for e in finding.rows] == [(3, f"{column}: {shown}")]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_what_a_sources_names_lead_into_is_read_of_that_source_alone(tmp_path: P
     led = write(tmp_path / "a.jsonl", [{"q": {"text": ASKED}, "completion": ANSWERED}])
     plain = write(tmp_path / "b.jsonl", [{"prompt": ASKED, "completion": ANSWERED, "q": 1}])
     sources = (DataSource(path=str(led), fields={"prompt": "q.text"}), DataSource(path=str(plain)))
-    plan = Plan("conversations", Limits(2**31 - 1, None), "stop")
+    plan = EncodingOptions("conversations", Limits(2**31 - 1, None), "stop")
     assert survey(Subject(None, sources[:1], plan, 0.05)).unread == ()
     assert survey(Subject(None, sources, plan, 0.05)).unread == ("q",)
 
@@ -300,7 +301,7 @@ def test_keys_beside_labelled_answers_are_listed(tmp_path: Path) -> None:
     fields = {"label": "rater.of"}
     assert _survey(named, "preference pairs", fields).unread == ("note", "prompt[].mood")
     # With a limit, those of the rows that were looked at.
-    plan = Plan("preference pairs", Limits(2**31 - 1, None), "stop")
+    plan = EncodingOptions("preference pairs", Limits(2**31 - 1, None), "stop")
     found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05), limit=1)
     assert found.unread == ("note", "prompt[].mood")
 

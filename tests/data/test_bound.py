@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat, Encoded, encode_conversation
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_conversation
 from tandem.data.tokenize.token_bounds import longest_token
 from tandem.data.truncation.limits import Limits, TooLong
 from tests.data.test_truncate import POLICIES, fit, fit_two
@@ -132,7 +132,7 @@ def test_long_records_come_out_as_if_tokenised_whole(
 ) -> None:
     tokenizer = request.getfixturevalue(f"{family}_tokenizer")
     name = "chatml" if family == "byte" else "zephyr"
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, name))
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
     limits = Limits(length, prompt, policy)
     before = (Turn("system", system),) if system else ()
     roles = ("user", "assistant")
@@ -155,7 +155,7 @@ def test_only_a_part_is_tokenised(
         (stories_tokenizer, "zephyr"),
         (byte_tokenizer, "chatml"),
     ):
-        chat = Chat.of(tokenizer, resolve_template(tokenizer, name))
+        chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
         long = "It was a day. " * 4000
         for texts in ((long, "Yes"), ("Yes", long)):
             turns = (Turn("user", texts[0]), Turn("assistant", texts[1]))

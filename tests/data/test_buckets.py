@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tandem.data.batching.collate import Segment, collate, record_key, row_spans
-from tandem.data.encoded.dataset import Bytes, Index, Trees, to_columns
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index, to_arrays
+from tandem.data.records import Branch, Example, Origin
 from tandem.integrations.gaudi.static_shapes import (
     Bucket,
     Buckets,
@@ -18,7 +18,7 @@ from tandem.integrations.gaudi.static_shapes import (
 )
 
 
-def make_pair(row: int, prefix: int, chosen: int, rejected: int, shared: int = 0) -> Tree:
+def make_pair(row: int, prefix: int, chosen: int, rejected: int, shared: int = 0) -> Example:
     """A pair whose prefix ends in `shared` targets."""
 
     def branch(length: int, trained: int) -> Branch:
@@ -26,19 +26,21 @@ def make_pair(row: int, prefix: int, chosen: int, rejected: int, shared: int = 0
         return Branch(ids, np.arange(length) >= length - trained)
 
     answers = (branch(chosen, chosen), branch(rejected, rejected))
-    return Tree(branch(prefix, shared), answers, Origin("pairs.jsonl", row))
+    return Example(branch(prefix, shared), answers, Origin("pairs.jsonl", row))
 
 
-def as_trees(trees: list[Tree]) -> Trees:
+def as_trees(trees: list[Example]) -> EncodedDataset:
     """The same records as a training run holds them."""
-    c = to_columns(trees)
+    c = to_arrays(trees)
     files = np.zeros(len(trees), dtype=np.int32)
     names = (trees[0].origin.file,)
     index = Index(
         c.parts, c.lengths, c.targets, c.fed, c.rows, files, c.prompts, names, (len(trees),)
     )
     packed = np.packbits(c.trained)
-    return Trees(index, Bytes(c.ids.tobytes()), Bytes(packed.tobytes()), Bytes(c.digests.tobytes()))
+    return EncodedDataset(
+        index, Bytes(c.ids.tobytes()), Bytes(packed.tobytes()), Bytes(c.digests.tobytes())
+    )
 
 
 def test_a_filled_micro_batch_tensor_by_tensor() -> None:

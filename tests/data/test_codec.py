@@ -17,7 +17,7 @@ from tandem.data.tokenize.chat_template import (
     template_names,
 )
 from tandem.data.tokenize.codec import FastCodec, TransformersCodec, make_codec
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 
 # Pieces that tokenizers treat specially: blanks, line breaks, end tokens, halves of end tokens.
@@ -41,7 +41,7 @@ def test_ids_texts_and_spans_are_transformers_own(
 ) -> None:
     tokenizer = request.getfixturevalue(name)
     try:
-        chat = Chat.of(tokenizer, resolve_template(tokenizer, template))
+        chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, template))
     except UserError:  # no such end token
         return
     ours, theirs = chat.codec, TransformersCodec(tokenizer, chat.template)
@@ -61,7 +61,7 @@ def test_ids_texts_and_spans_are_transformers_own(
 
 def test_refusals_are_told_alike(mistral_tokenizer: Any) -> None:
     template = resolve_template(mistral_tokenizer, "neural-chat")
-    chat = Chat.of(mistral_tokenizer, template)
+    chat = ChatTokenizer.of(mistral_tokenizer, template)
     turns = [Turn("user", "Q"), Turn("system", "S")]
     messages = []
     for codec in (chat.codec, TransformersCodec(mistral_tokenizer, template)):
@@ -88,7 +88,7 @@ def test_texts_are_not_cut_at_a_token_that_may_be_part_of_another(
     tokenizer = copy.deepcopy(mistral_tokenizer)
     tokenizer.add_tokens([AddedToken(beside.pop("content"), **beside)])
     template = resolve_template(tokenizer, "neural-chat")
-    codec = Chat.of(tokenizer, template).codec
+    codec = ChatTokenizer.of(tokenizer, template).codec
     assert isinstance(codec, FastCodec)
     assert codec._cut is None
     given = [*texts(300), "a</s>x b", "aZ</s>b"]
@@ -129,7 +129,7 @@ def test_what_templates_of_the_hub_use_is_rendered_as_by_transformers(
     source: str, mistral_tokenizer: Any
 ) -> None:
     template = ChatTemplate("t", "{% for m in messages %}" + source + "{% endfor %}")
-    chat = Chat.of(mistral_tokenizer, template)
+    chat = ChatTokenizer.of(mistral_tokenizer, template)
     assert isinstance(chat.codec, FastCodec)
     theirs = TransformersCodec(mistral_tokenizer, template)
     turns = [Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"), Turn("user", "Q2")]
@@ -143,13 +143,13 @@ def test_all_renderings_of_a_run_have_the_same_time(mistral_tokenizer: Any) -> N
     dated = ChatTemplate(
         "dated", "{{ strftime_now('%d %b %Y, %H:%M') }}" + zephyr, now=datetime(2024, 2, 29, 23, 59)
     )
-    chat = Chat.of(mistral_tokenizer, dated)
+    chat = ChatTokenizer.of(mistral_tokenizer, dated)
     assert chat.parts
-    for one in (chat, Chat.from_parts(chat.parts)):
+    for one in (chat, ChatTokenizer.from_parts(chat.parts)):
         assert isinstance(one.codec, FastCodec)
         text = one.codec.render([Turn("user", "Q")], prompt=True)
         assert text.startswith("29 Feb 2024, 23:59<s><|user|>")
-    later = Chat.of(mistral_tokenizer, replace(dated, now=datetime(2024, 3, 1)))
+    later = ChatTokenizer.of(mistral_tokenizer, replace(dated, now=datetime(2024, 3, 1)))
     assert later.parts
     assert later.parts.identity != chat.parts.identity
 
@@ -159,7 +159,7 @@ def test_a_template_that_writes_the_date_has_another_identity_every_day(
 ) -> None:
     plain = resolve_template(mistral_tokenizer, "zephyr").source
     dated = ChatTemplate("dated", "{{ strftime_now('%d') }}" + plain)
-    first = Chat.of(mistral_tokenizer, dated).parts
+    first = ChatTokenizer.of(mistral_tokenizer, dated).parts
     import transformers.utils.chat_template_utils as theirs
 
     class Tomorrow:
@@ -171,10 +171,10 @@ def test_a_template_that_writes_the_date_has_another_identity_every_day(
 
     assert first is not None
     before = first.identity
-    again = Chat.of(mistral_tokenizer, dated).parts
+    again = ChatTokenizer.of(mistral_tokenizer, dated).parts
     assert again is not None
     assert again.identity == before
     monkeypatch.setattr(theirs, "datetime", Tomorrow)
-    other = Chat.of(mistral_tokenizer, dated).parts
+    other = ChatTokenizer.of(mistral_tokenizer, dated).parts
     assert other is not None
     assert other.identity != before

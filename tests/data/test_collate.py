@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tandem.data.batching.collate import Segment, collate, fed_tokens, record_key
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 
 from ..invariants.made import without_sharing
 
@@ -18,13 +18,13 @@ def branch(ids: list[int], trained: list[int]) -> Branch:
 
 
 # prompt 1 2 3, shared answer token 4; chosen 5 6, rejected 7
-PAIR = Tree(
+PAIR = Example(
     branch([1, 2, 3, 4], [0, 0, 0, 1]),
     (branch([5, 6], [1, 1]), branch([7], [1])),
     ORIGIN,
 )
 # 11 12 | 13 14 trained | 15 not | 16 trained | 17 18 not
-TALK = Tree(
+TALK = Example(
     branch([], []), (branch([11, 12, 13, 14, 15, 16, 17, 18], [0, 0, 1, 1, 0, 1, 0, 0]),), ORIGIN
 )
 
@@ -44,7 +44,7 @@ def test_a_pair() -> None:
 
 
 def test_a_second_branch_starts_after_its_prefix() -> None:
-    tree = Tree(PAIR.prefix, (PAIR.branches[1], PAIR.branches[0]), ORIGIN)
+    tree = Example(PAIR.prefix, (PAIR.branches[1], PAIR.branches[0]), ORIGIN)
     batch = collate([TALK, tree])
     assert batch.input_ids.tolist() == [11, 12, 13, 14, 15, 1, 2, 3, 4, 5]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]

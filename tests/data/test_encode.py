@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.records import Branch, Conversation, Origin, Tree, Turn
+from tandem.data.records import Branch, Conversation, Example, Origin, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
-    Chat,
+    ChatTokenizer,
     Encoded,
     Exchange,
-    conversation_tree,
+    conversation_example,
     encode_exchanges,
-    pair_tree,
+    pair_example,
     trained_exchanges,
 )
 
 ORIGIN = Origin("made.jsonl", 1)
 
 
-def chat_of(tokenizer: Any, template: str | None = None) -> Chat:
-    return Chat.of(tokenizer, resolve_template(tokenizer, template))
+def chat_of(tokenizer: Any, template: str | None = None) -> ChatTokenizer:
+    return ChatTokenizer.of(tokenizer, resolve_template(tokenizer, template))
 
 
 def turns(*texts: str) -> tuple[Turn, ...]:
@@ -37,9 +37,9 @@ def turns(*texts: str) -> tuple[Turn, ...]:
     )
 
 
-def encode(chat: Chat, conversation: tuple[Turn, ...]) -> Tree:
+def encode(chat: ChatTokenizer, conversation: tuple[Turn, ...]) -> Example:
     exchanges = trained_exchanges(Conversation(conversation, ORIGIN))
-    return conversation_tree([sound(one) for one in encode_exchanges(chat, exchanges)], ORIGIN)
+    return conversation_example([sound(one) for one in encode_exchanges(chat, exchanges)], ORIGIN)
 
 
 def sound(encoded: Encoded | Refused) -> Encoded:
@@ -47,7 +47,7 @@ def sound(encoded: Encoded | Refused) -> Encoded:
     return encoded
 
 
-def one_answer(chat: Chat, question: str, answer: str) -> Encoded:
+def one_answer(chat: ChatTokenizer, question: str, answer: str) -> Encoded:
     return sound(encode_exchanges(chat, [Exchange(turns(question), answer, ORIGIN)])[0])
 
 
@@ -135,7 +135,7 @@ def test_a_path_that_breaks_late_trains_each_answer_once() -> None:
         Encoded([1, 2, 7, 3, 8], 4),
         Encoded([1, 2, 7, 3, 9, 4, 5], 6),
     ]
-    tree = conversation_tree(encoded, ORIGIN)
+    tree = conversation_example(encoded, ORIGIN)
     assert tree.prefix.input_ids.tolist() == [1, 2]
     assert not tree.prefix.trained.any()
     assert [branch.trained.tolist() for branch in tree.branches] == [
@@ -209,7 +209,7 @@ def test_a_second_bos_from_the_data_is_refused(mistral_tokenizer: Any) -> None:
 
 
 def test_a_pair_shares_its_longest_common_token_prefix() -> None:
-    tree = pair_tree(Encoded([1, 5, 6, 7, 8, 2], 3), Encoded([1, 5, 6, 7, 9, 9, 2], 3), ORIGIN)
+    tree = pair_example(Encoded([1, 5, 6, 7, 8, 2], 3), Encoded([1, 5, 6, 7, 9, 9, 2], 3), ORIGIN)
     assert tree.prefix.input_ids.tolist() == [1, 5, 6, 7]
     assert tree.prefix.trained.tolist() == [False, False, False, True]
     assert [branch.input_ids.tolist() for branch in tree.branches] == [[8, 2], [9, 9, 2]]
@@ -218,16 +218,16 @@ def test_a_pair_shares_its_longest_common_token_prefix() -> None:
 
 
 def test_each_branch_keeps_a_token_when_one_answer_begins_the_other() -> None:
-    tree = pair_tree(Encoded([1, 5, 6, 7], 2), Encoded([1, 5, 6, 7, 8], 2), ORIGIN)
+    tree = pair_example(Encoded([1, 5, 6, 7], 2), Encoded([1, 5, 6, 7, 8], 2), ORIGIN)
     assert tree.prefix.input_ids.tolist() == [1, 5, 6]
     assert [branch.input_ids.tolist() for branch in tree.branches] == [[7], [7, 8]]
 
 
 def test_the_first_token_of_a_sequence_is_never_trained() -> None:
-    tree = pair_tree(Encoded([3, 4], 0), Encoded([5, 4], 0), ORIGIN)
+    tree = pair_example(Encoded([3, 4], 0), Encoded([5, 4], 0), ORIGIN)
     assert tree.prefix.input_ids.size == 0
     assert [branch.trained.tolist() for branch in tree.branches] == [[False, True]] * 2
-    shared = pair_tree(Encoded([3, 4], 0), Encoded([3, 5], 0), ORIGIN)
+    shared = pair_example(Encoded([3, 4], 0), Encoded([3, 5], 0), ORIGIN)
     assert shared.prefix.trained.tolist() == [False]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tandem.data.records import Origin, Turn
 from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
-from tandem.data.tokenize.encode import Chat, Encoded, Exchange, encode_exchanges
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.errors import UserError
 
 CORPUS = ["Hello there, what is two and two? It is four.\n\n### User: yes or no"] * 20
@@ -118,9 +118,9 @@ def test_what_is_trained_follows_what_is_fed(
     template = resolve_template(tokenizer, choice)
     if name in ("chatml", "llama-3"):
         with pytest.raises(UserError, match="added_tokens"):
-            Chat.of(tokenizer, template)
+            ChatTokenizer.of(tokenizer, template)
         assert add_tokens(tokenizer, missing_tokens(tokenizer, template))
-    chat = Chat.of(tokenizer, template)
+    chat = ChatTokenizer.of(tokenizer, template)
     for before in (QUESTION, DIALOGUE):
         messages = [{"role": turn.role, "content": turn.content} for turn in before]
         fed = tokenizer.apply_chat_template(

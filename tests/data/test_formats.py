@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from tandem.data.formats.conversations import read_question
+from tandem.data.formats.format import InvalidRecord
 from tandem.data.formats.known_formats import (
     FORMATS,
-    Unusable,
     describe_formats,
     detect,
     format_called,
     format_with,
-    read_question,
     variant,
 )
 from tandem.data.formats.turns import UNKNOWN_ROLE
@@ -28,7 +28,7 @@ def read(fields: dict[str, Any]) -> Conversation | PreferencePair:
     known = detect(fields)
     assert known is not None
     (record,) = known.read(fields, ORIGIN)
-    assert not isinstance(record, Unusable)
+    assert not isinstance(record, InvalidRecord)
     return record
 
 
@@ -288,7 +288,7 @@ def test_scored_answers(row: dict[str, Any], choice: str | None, pairs: list[str
     found = variant(known, "preference pairs", choice).read(row, ORIGIN)
     described = []
     for one in found:
-        if isinstance(one, Unusable):
+        if isinstance(one, InvalidRecord):
             described.append(f"{one.reason}: {one.detail}")
         else:
             assert isinstance(one, PreferencePair)
@@ -460,7 +460,7 @@ def test_formats_have_names_for_recipes() -> None:
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(InvalidRecord) as caught:
         read(row)
     assert caught.value.reason == reason
 
@@ -480,7 +480,7 @@ def test_questions() -> None:
     full = {"system": "S", "question": "Q", "answer": "A", "accepted": ["a", "A"]}
     assert read_question(full, ORIGIN).turns == SYSTEM_AND_USER
     assert read_question(full, ORIGIN).accepted == ("a", "A")
-    with pytest.raises(Unusable, match="`answer` is null"):
+    with pytest.raises(InvalidRecord, match="`answer` is null"):
         read_question({"question": "Q"}, ORIGIN)
-    with pytest.raises(Unusable, match="`accepted` is not a list"):
+    with pytest.raises(InvalidRecord, match="`accepted` is not a list"):
         read_question({**full, "accepted": "a"}, ORIGIN)

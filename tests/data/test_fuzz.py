@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data.formats.known_formats import FORMATS, Unusable, detect
+from tandem.data.formats.format import InvalidRecord
+from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Conversation, Origin, PreferencePair
@@ -77,7 +78,7 @@ def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
             continue
         try:
             found = one.read(row, ORIGIN)
-        except Unusable as reason:
+        except InvalidRecord as reason:
             found = [reason]
         assert found
         for record in found:

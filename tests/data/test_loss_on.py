@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tandem.data.batching.collate import collate
 from tandem.data.build_dataset import prepare_conversations
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch
 from tandem.data.tokenize.chat_template import resolve_template
@@ -33,7 +33,7 @@ TALK = [
 
 def prepared(
     tokenizer: Any, folder: Path, rows: list[Any], template: str, **options: Any
-) -> tuple[Trees, Ledger]:
+) -> tuple[EncodedDataset, Ledger]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = Ledger(None)
@@ -48,7 +48,7 @@ def prepared(
     return trees, ledger
 
 
-def path_of(trees: Trees, number: int = 0) -> Branch:
+def path_of(trees: EncodedDataset, number: int = 0) -> Branch:
     assert trees[number].prefix.input_ids.size == 0
     (branch,) = trees[number].branches
     return branch

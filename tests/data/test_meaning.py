@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tandem.data.encoded.dataset_store import encoding_key
-from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
 from tandem.data.records import Turn
@@ -203,7 +203,7 @@ def test_a_name_that_only_a_late_row_has_is_found(tmp_path: Path) -> None:
 
 def test_what_is_said_is_part_of_what_the_data_is(tmp_path: Path) -> None:
     parts: Any = SimpleNamespace(identity="a tokenizer")
-    plan = Plan("preference pairs", Limits(64, None), "stop")
+    plan = EncodingOptions("preference pairs", Limits(64, None), "stop")
     said: list[dict[str, Any]] = [
         {},
         {"fields": NAMES},

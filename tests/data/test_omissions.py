@@ -12,13 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks
 from tandem.data.records import Turn
 from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -32,7 +32,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "name": "add", "content": "4"}
 
-CONVERSATIONS = Plan("conversations", Limits(512, None), "stop")
+CONVERSATIONS = EncodingOptions("conversations", Limits(512, None), "stop")
 
 END = "{% if add_generation_prompt %}A: {% endif %}"
 TURN = "{{ {'user': 'Q', 'assistant': 'A'}.get(m.role, m.role) }}: {{ m.content or '' }}"
@@ -78,7 +78,7 @@ def reasons(
     folder: Path,
     source: str | None,
     rows: Sequence[Any],
-    plan: Plan = CONVERSATIONS,
+    plan: EncodingOptions = CONVERSATIONS,
 ) -> tuple[list[int], dict[int, str]]:
     """The rows that are trained, and why others are not."""
     choice = None
@@ -86,13 +86,13 @@ def reasons(
         (folder / "template.jinja").write_text(source)
         choice = str(folder / "template.jinja")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, choice))
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, choice))
     source_rows = [DataSource(path=str(folder / "rows.jsonl"))]
     trained: list[int] = []
     dropped: dict[int, str] = {}
     for chunk, known in formatted_chunks(source_rows, plan.kind, Ledger(None), "stop"):
-        batch = encode_batch(chat, plan, chunk, known)
-        trained += batch.columns.rows.tolist()
+        batch = encode_chunk(chat, plan, chunk, known)
+        trained += batch.arrays.rows.tolist()
         dropped |= {one.row: one.reason for one in batch.entries}
     return trained, dropped
 
@@ -149,10 +149,10 @@ def test_pairs_and_texts_are_looked_at_as_well(mistral_tokenizer: Any, tmp_path:
     answers = {"chosen": "Quatre.", "rejected": "Four."}
     pairs = [{"system": "S", "prompt": "Q", **answers}, {"prompt": "Q", **answers}]
     omitted = {1: "the chat template does not render the system turn"}
-    plan = Plan("preference pairs", Limits(512, None), "stop")
+    plan = EncodingOptions("preference pairs", Limits(512, None), "stop")
     assert reasons(mistral_tokenizer, tmp_path, DEAF, pairs, plan) == ([2], omitted)
     texts = [{"messages": [SYSTEM, ASKED, SAID]}, {"messages": [ASKED, SAID]}]
-    plan = Plan("conversations", Limits(512, None), "stop", loss_on="text")
+    plan = EncodingOptions("conversations", Limits(512, None), "stop", loss_on="text")
     assert reasons(mistral_tokenizer, tmp_path, DEAF, texts, plan) == ([2], omitted)
 
 

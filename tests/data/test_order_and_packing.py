@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,25 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.collate import fed_tokens, record_key
-from tandem.data.batching.packing import deal, pack, plan_step, tree_cost
-from tandem.data.batching.sampler import Part, epoch_size, epochs_after, steps, total_steps
+from tandem.data.batching.packing import assign_to_ranks, example_cost, pack, plan_step
+from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
 
 
+@dataclass
+class Lasting:
+    """How long to train."""
+
+    epochs: float | None = None
+    max_steps: int | None = None
+
+
 def test_an_epoch_shows_every_example_once_in_a_new_order() -> None:
-    taken = list(steps(10, 4, seed=3, count=6))
+    taken = list(StepSampler(10, 4, seed=3).steps(0, 6))
     assert [len(step.examples) for step in taken] == [4, 4, 2, 4, 4, 2]
     first = [i for step in taken[:3] for i in step.examples]
     second = [i for step in taken[3:] for i in step.examples]
@@ -34,17 +43,17 @@ def test_an_epoch_shows_every_example_once_in_a_new_order() -> None:
 
 
 def test_starting_late_gives_the_same_steps() -> None:
-    whole = list(steps(10, 3, seed=1, count=9))
-    assert list(steps(10, 3, seed=1, count=9, start=5)) == whole[5:]
-    assert list(steps(10, 3, seed=2, count=9)) != whole
+    whole = list(StepSampler(10, 3, seed=1).steps(0, 9))
+    assert list(StepSampler(10, 3, seed=1).steps(5, 9)) == whole[5:]
+    assert list(StepSampler(10, 3, seed=2).steps(0, 9)) != whole
 
 
 def test_total_steps() -> None:
-    assert total_steps(10, 4) == 3
-    assert total_steps(10, 4, epochs=2.5) == 8
-    assert total_steps(10, 4, max_steps=7) == 7
+    assert StepSampler(10, 4).total_steps(Lasting()) == 3
+    assert StepSampler(10, 4).total_steps(Lasting(epochs=2.5)) == 8
+    assert StepSampler(10, 4).total_steps(Lasting(max_steps=7)) == 7
     with pytest.raises(ValueError, match="positive"):
-        total_steps(0, 4)
+        StepSampler(0, 4)
 
 
 def test_packing_keeps_every_tree_once_and_within_the_budget() -> None:
@@ -105,7 +114,7 @@ def test_every_tree_is_planned_once_within_the_budget_in_any_number_of_processes
 
 def test_dealing_beats_the_costliest_first_alone() -> None:
     # Costliest first, each to the rank with the least, ends at 14 to 10.
-    shares = deal([6, 6, 4, 4, 4], 2)
+    shares = assign_to_ranks([6, 6, 4, 4, 4], 2)
     assert sorted(sum([6, 6, 4, 4, 4][i] for i in share) for share in shares) == [12, 12]
 
 
@@ -113,14 +122,14 @@ def test_a_trees_cost_counts_what_is_seen() -> None:
     def branch(length: int) -> Branch:
         return Branch(np.zeros(length, np.int32), np.zeros(length, bool))
 
-    pair = Tree(branch(10), (branch(4), branch(2)), Origin("made", 1))
+    pair = Example(branch(10), (branch(4), branch(2)), Origin("made", 1))
     # Causal 10 x 10 / 2, then each branch on the prefix and itself.
-    assert tree_cost(pair, 0.0) == 16
-    assert tree_cost(pair, 1.0) == 16 + 50 + (40 + 8) + (20 + 2)
+    assert example_cost(pair, 0.0) == 16
+    assert example_cost(pair, 1.0) == 16 + 50 + (40 + 8) + (20 + 2)
 
 
 @pytest.fixture(scope="module")
-def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
+def real(shared_data: Path, _mistral: Any) -> dict[str, list[Example]]:
     """Real pairs and conversations as trees."""
     found = {}
     for name, prepare, path in (
@@ -140,12 +149,12 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Tree]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["pairs", "conversations"])
 def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
-    real: dict[str, list[Tree]], name: str, ranks: int
+    real: dict[str, list[Example]], name: str, ranks: int
 ) -> None:
     trees, budget = real[name], 2048
-    for step in steps(len(trees), 64, seed=1, count=len(trees) // 64):
+    for step in StepSampler(len(trees), 64, seed=1).steps(0, len(trees) // 64):
         tokens = [fed_tokens(trees[i]) for i in step.examples]
-        costs = [tree_cost(trees[i], 4e-5) for i in step.examples]
+        costs = [example_cost(trees[i], 4e-5) for i in step.examples]
         plan = plan_step(tokens, costs, budget, ranks)
         loads = [sum(costs[i] for members in own for i in members) for own in plan.ranks]
         assert max(loads) <= max(1.05 * sum(costs) / ranks, max(costs))
@@ -156,25 +165,31 @@ def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
         assert plan.fill > 0.97 * sum(tokens) / budget / ranks / (bound + 1)
 
 
-PARTS = (Part(7, 0.5), Part(4), Part(5, 2.25), Part(0, 3.0), Part(3, 0.1))
+PARTS = (
+    WeightedSource(7, 0.5),
+    WeightedSource(4),
+    WeightedSource(5, 2.25),
+    WeightedSource(0, 3.0),
+    WeightedSource(3, 0.1),
+)
 
 
 def test_weights_of_one_change_nothing() -> None:
-    plain = list(steps(12, 5, seed=4, count=20))
-    assert list(steps(12, 5, seed=4, count=20, parts=(Part(5), Part(7)))) == plain
-    assert total_steps(12, 5, epochs=2.5, parts=(Part(5), Part(7))) == 8
+    plain = list(StepSampler(12, 5, seed=4).steps(0, 20))
+    weighted = StepSampler(12, 5, seed=4, sources=(WeightedSource(5), WeightedSource(7)))
+    assert list(weighted.steps(0, 20)) == plain
+    assert weighted.total_steps(Lasting(epochs=2.5)) == 8
 
 
 def test_after_any_epochs_every_record_came_as_often_as_its_weight_says() -> None:
-    count = total_steps(19, 4, epochs=41, parts=PARTS)
+    sampler = StepSampler(19, 4, seed=2, sources=PARTS)
+    count = sampler.total_steps(Lasting(epochs=41))
     seen = Counter[int]()
     weights = [part.weight for part in PARTS for _ in range(part.examples)]
-    epochs = itertools.groupby(
-        steps(19, 4, seed=2, count=count, parts=PARTS), key=lambda step: step.epoch
-    )
+    epochs = itertools.groupby(sampler.steps(0, count), key=lambda step: step.epoch)
     for epoch, taken in epochs:
         shown = [i for step in taken for i in step.examples]
-        assert len(shown) == epoch_size(19, PARTS, epoch)
+        assert len(shown) == sampler.epoch_size(epoch)
         seen.update(shown)
         for index, weight in enumerate(weights):
             exact = (epoch + 1) * Fraction(str(weight))
@@ -184,40 +199,43 @@ def test_after_any_epochs_every_record_came_as_often_as_its_weight_says() -> Non
 
 
 def test_half_a_source_is_another_half_every_epoch() -> None:
-    parts = (Part(10, 0.5),)
+    parts = (WeightedSource(10, 0.5),)
     first, second, third = (
-        [i for step in steps(10, 5, seed=1, count=3, parts=parts) if step.epoch == epoch
+        [i for step in StepSampler(10, 5, seed=1, sources=parts).steps(0, 3) if step.epoch == epoch
          for i in step.examples]
         for epoch in range(3)
     )  # fmt: skip
     assert sorted(first + second) == list(range(10))
     assert sorted(third) == sorted(first)
     assert third != first
-    other = [i for step in steps(10, 5, seed=2, count=1, parts=parts) for i in step.examples]
+    turned = StepSampler(10, 5, seed=2, sources=parts).steps(0, 1)
+    other = [i for step in turned for i in step.examples]
     assert sorted(other) != sorted(first)
 
 
 def test_weighted_steps_may_start_late_and_are_counted() -> None:
-    count = total_steps(19, 4, epochs=7.5, parts=PARTS)
-    whole = list(steps(19, 4, seed=1, count=count, parts=PARTS))
+    sampler = StepSampler(19, 4, seed=1, sources=PARTS)
+    count = sampler.total_steps(Lasting(epochs=7.5))
+    whole = list(sampler.steps(0, count))
     for start in range(count + 1):
-        assert list(steps(19, 4, seed=1, count=count, start=start, parts=PARTS)) == whole[start:]
+        assert list(sampler.steps(start, count)) == whole[start:]
     assert whole[-1].epoch == 7
-    assert epochs_after(count, 19, 4, PARTS) >= 7.5
-    assert epochs_after(whole.index(next(s for s in whole if s.epoch == 3)), 19, 4, PARTS) == 3
+    assert sampler.epochs_after(count) >= 7.5
+    assert sampler.epochs_after(whole.index(next(s for s in whole if s.epoch == 3))) == 3
 
 
 def test_an_epoch_that_shows_nothing_is_passed() -> None:
-    rare = (Part(2, 0.1),)
-    taken = list(steps(2, 4, seed=1, count=4, parts=rare))
+    rare = (WeightedSource(2, 0.1),)
+    sampler = StepSampler(2, 4, seed=1, sources=rare)
+    taken = list(sampler.steps(0, 4))
     assert [step.epoch for step in taken] == [0, 5, 10, 15]
     assert Counter(i for step in taken for i in step.examples) == {0: 2, 1: 2}
     assert [step.number for step in taken] == [0, 1, 2, 3]
-    assert total_steps(2, 4, epochs=1, parts=rare) == 1
+    assert sampler.total_steps(Lasting(epochs=1)) == 1
 
 
 def test_copies_in_one_step_are_told_apart() -> None:
-    (step,) = steps(2, 9, seed=1, count=1, parts=(Part(2, 3.0),))
+    (step,) = StepSampler(2, 9, seed=1, sources=(WeightedSource(2, 3.0),)).steps(0, 1)
     assert sorted(zip(step.examples, step.copies, strict=True)) == [
         (i, copy) for i in (0, 1) for copy in (0, 1, 2)
     ]
@@ -228,4 +246,4 @@ def test_copies_in_one_step_are_told_apart() -> None:
 
 def test_parts_must_cover_the_examples() -> None:
     with pytest.raises(ValueError, match="cover"):
-        next(steps(5, 2, seed=1, count=1, parts=(Part(4, 2.0),)))
+        StepSampler(5, 2, seed=1, sources=(WeightedSource(4, 2.0),))

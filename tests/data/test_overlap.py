@@ -16,7 +16,7 @@ from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
 from tandem.data.text import contamination
 from tandem.data.text.contamination import Other, read_other
-from tandem.data.text.word_hashes import MOST_CHARACTERS, words_of
+from tandem.data.text.word_hashes import MOST_CHARACTERS, hash_words
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
@@ -59,7 +59,7 @@ def holds(other: Other, text: str) -> bool:
 
 
 def test_words_are_those_of_a_plain_reading() -> None:
-    words = words_of(TEXTS)
+    words = hash_words(TEXTS)
     seen: dict[int, str] = {}
     for number, text in enumerate(TEXTS):
         own = words.hashes[words.starts[number] : words.starts[number + 1]].tolist()
@@ -72,8 +72,8 @@ def test_words_are_those_of_a_plain_reading() -> None:
 
 
 def test_where_a_text_stands_changes_nothing() -> None:
-    alone = [words_of([text]).hashes.tolist() for text in TEXTS]
-    together = words_of(TEXTS)
+    alone = [hash_words([text]).hashes.tolist() for text in TEXTS]
+    together = hash_words(TEXTS)
     for number, own in enumerate(alone):
         assert (
             together.hashes[together.starts[number] : together.starts[number + 1]].tolist() == own
@@ -81,25 +81,28 @@ def test_where_a_text_stands_changes_nothing() -> None:
 
 
 def test_runs_stay_within_a_text() -> None:
-    words = words_of(["a b c d", "e f", "", "g h i"])
+    words = hash_words(["a b c d", "e f", "", "g h i"])
     runs, text_of = words.runs(3)
     assert text_of.tolist() == [0, 0, 3]
-    assert runs[2] == words_of(["g h i"]).runs(3)[0][0]
+    assert runs[2] == hash_words(["g h i"]).runs(3)[0][0]
     assert len(set(runs.tolist())) == 3
     assert len(words.runs(20)[0]) == 0
 
 
 def test_only_the_beginning_of_an_endless_text_is_read() -> None:
-    words = words_of(["ab " * MOST_CHARACTERS, "x"])
+    words = hash_words(["ab " * MOST_CHARACTERS, "x"])
     assert words.starts.tolist()[1] == -(-MOST_CHARACTERS // 3)
     assert words.starts[2] - words.starts[1] == 1
 
 
 def test_whole_texts_have_the_hash_of_their_run() -> None:
-    words = words_of(["a b c d", "e f", "", "g h i", "a b c d e"])
+    words = hash_words(["a b c d", "e f", "", "g h i", "a b c d e"])
     wholes, texts = words.wholes(3, 5)
     assert texts.tolist() == [0, 3]
-    assert wholes.tolist() == [*words_of(["a b c d"]).runs(4)[0], *words_of(["g h i"]).runs(3)[0]]
+    assert wholes.tolist() == [
+        *hash_words(["a b c d"]).runs(4)[0],
+        *hash_words(["g h i"]).runs(3)[0],
+    ]
     assert words.wholes(5, 5)[1].tolist() == []
 
 
@@ -118,7 +121,7 @@ def test_shared_words_are_those_of_a_plain_search(
     assert (other.sampled > 1) == (most == 40)
     ours = [f"{form} mine{n} {sentences(rng, 3)}" for n in range(10)]
     ours += [f"{sentences(rng, 1)} {theirs[i]} {sentences(rng, 1)}" for i in (3, 11)]
-    found = other.shared(words_of(ours))
+    found = other.shared(hash_words(ours))
     assert [(number, origin.row) for number, origin in found] == [(10, 4), (11, 12)]
 
 
@@ -141,7 +144,7 @@ def test_files_of_any_layout_can_be_compared_with(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         other = read_other(DataSource(path=str(path)))
-        ((_, origin),) = other.shared(words_of([f"Well, {text.upper()}!"]))
+        ((_, origin),) = other.shared(hash_words([f"Well, {text.upper()}!"]))
         assert (origin.file, origin.row) == (str(path), 2), name
         assert other.rows == 2, name
 
@@ -153,7 +156,7 @@ def test_rows_of_a_table_are_those_under_its_header(tmp_path: Path) -> None:
     path.write_text("".join(f"{text},A\n" for text in texts))
     other = read_other(DataSource(path=str(path)))
     assert other.rows == 2
-    assert [(n, origin.row) for n, origin in other.shared(words_of(texts))] == [
+    assert [(n, origin.row) for n, origin in other.shared(hash_words(texts))] == [
         (0, 1), (1, 1), (2, 2),
     ]  # fmt: skip
 
@@ -204,7 +207,7 @@ def test_writing_without_spaces_is_held() -> None:
         known = holding(text, "\u4f60\u597d\u4e16\u754c")
         assert holds(known, f"so: {text[:6]}\u3002 {text[6:]}")
         assert not holds(known, text[:12])
-        ((number, origin),) = known.shared(words_of(["other", f"so {text}"]))
+        ((number, origin),) = known.shared(hash_words(["other", f"so {text}"]))
         assert (number, origin.row) == (1, 1)
         assert holds(known, "\u4f60\u597d\u3001\u4e16\u754c!")
 

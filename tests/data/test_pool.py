@@ -27,7 +27,7 @@ from tandem.data.sources import file_chunks as files
 from tandem.data.sources.chunks import LineChunk
 from tandem.data.sources.file_chunks import file_chunks
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import TandemError, UserError
 from tandem.recipe.data_source import DataSource
@@ -188,9 +188,11 @@ def test_progress_is_shown_for_large_data_alone(mistral_tokenizer: Any, tmp_path
 
 
 def setup_of(tokenizer: Any) -> Setup:
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
     assert chat.parts is not None
-    return Setup(chat.parts, encode_chunk.Plan("preference pairs", Limits(512, None), "stop"))
+    return Setup(
+        chat.parts, encode_chunk.EncodingOptions("preference pairs", Limits(512, None), "stop")
+    )
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait(mistral_tokenizer: Any, tmp_path: Path) -> None:
@@ -240,18 +242,20 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from transformers import AutoTokenizer
-from tandem.data import chunks, pieces, prepare
+from tandem.data.build_dataset import prepare_pairs
+from tandem.data.encoded import worker_pool
 from tandem.data.ledger import Ledger
 from tandem.recipe.data_source import DataSource
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.tokenize.chat_template import resolve_template
-chunks._ROWS, pieces._FEW = 16, 2
+from tandem.data.sources import file_chunks
+file_chunks._ROWS, worker_pool._FEW = 16, 2
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 def show(text, total):
     print("started", flush=True)
     from contextlib import nullcontext
     return nullcontext(lambda n: print("done", flush=True))
-prepare.prepare_pairs(
+prepare_pairs(
     [DataSource(path=sys.argv[2])], tokenizer=tokenizer, max_length=512, ledger=Ledger(None),
     template=resolve_template(tokenizer, "neural-chat"), workers=2, show=show,
     store=EncodedStore(print, Path(sys.argv[3])),

@@ -13,7 +13,7 @@ from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded import worker_pool
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -37,7 +37,7 @@ def talk(*texts: str, system: str | None = None) -> dict[str, Any]:
 
 def prepare(
     kind: Any, source: DataSource, tokenizer: Any, **options: Any
-) -> tuple[list[Tree], Ledger]:
+) -> tuple[list[Example], Ledger]:
     template = resolve_template(tokenizer, options.pop("template", "neural-chat"))
     ledger = Ledger(None)
     options.setdefault("max_length", 512)
@@ -48,7 +48,7 @@ def prepare(
     return trees, ledger
 
 
-def text_of(tokenizer: Any, tree: Tree, branch: int, *, trained: bool) -> str:
+def text_of(tokenizer: Any, tree: Example, branch: int, *, trained: bool) -> str:
     sequence = tree.sequence(branch)
     return str(tokenizer.decode(sequence.input_ids[sequence.trained == trained]))
 

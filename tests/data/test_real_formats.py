@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
@@ -51,14 +51,16 @@ def write(path: Path, rows: Rows) -> Path:
     return path
 
 
-def trees(prepare: Any, tokenizer: Any, *specs: DataSource) -> tuple[Trees, dict[str, int]]:
+def trees(
+    prepare: Any, tokenizer: Any, *specs: DataSource
+) -> tuple[EncodedDataset, dict[str, int]]:
     ledger = Ledger()
     template = resolve_template(tokenizer, "neural-chat")
     found = prepare(specs, tokenizer=tokenizer, template=template, max_length=2048, ledger=ledger)
     return found, ledger.counts
 
 
-def ids(found: Trees) -> list[tuple[Any, ...]]:
+def ids(found: EncodedDataset) -> list[tuple[Any, ...]]:
     """What is fed and what is trained of every tree."""
     return [
         tuple(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.formats.known_formats import Unusable, detect
+from tandem.data.formats.format import InvalidRecord
+from tandem.data.formats.known_formats import detect
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin
 from tandem.data.tokenize.chat_template import resolve_template
@@ -147,7 +148,7 @@ def test_what_is_no_reasoning_has_a_reason(more: dict[str, Any], reason: str) ->
     row = {"messages": [ONE[0], {"role": "assistant", "content": "Two.", **more}]}
     known = detect(row)
     assert known
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(InvalidRecord, match=reason):
         known.read(row, Origin("made.jsonl", 1))
 
 

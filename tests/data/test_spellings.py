@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats.format import Fields
-from tandem.data.formats.known_formats import Format, Unusable, detect
+from tandem.data.formats.format import Fields, Format, InvalidRecord
+from tandem.data.formats.known_formats import detect
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
@@ -127,7 +127,7 @@ def test_other_keys_make_the_same_record(
     ],
 )
 def test_reasons_speak_of_the_keys_that_the_row_has(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(InvalidRecord, match=reason):
         known(row).read(row, ORIGIN)
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import Trees, sequence_digest
-from tandem.data.encoded.dataset_store import EncodedStore, TreeWriter
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
+from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.sources.chunks import RowChunk
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -39,13 +39,13 @@ class Desk:
 
     def prepare(
         self, sources: list[DataSource], tokenizer: Any, kind: Any = prepare_pairs, **options: Any
-    ) -> Trees:
+    ) -> EncodedDataset:
         template = options.pop("template", None) or resolve_template(tokenizer, "neural-chat")
         options = {"max_length": 512, **options}
         self.said.clear()
         self.ledger = Ledger(None)
         store = EncodedStore(self.said.append, self.folder)
-        trees: Trees = kind(
+        trees: EncodedDataset = kind(
             sources,
             tokenizer=tokenizer,
             template=template,
@@ -72,7 +72,7 @@ def source(tmp_path: Path) -> DataSource:
     return write(tmp_path / "p.jsonl", rows)
 
 
-def same(a: Tree, b: Tree) -> bool:
+def same(a: Example, b: Example) -> bool:
     parts = zip((a.prefix, *a.branches), (b.prefix, *b.branches), strict=True)
     return a.origin == b.origin and all(
         np.array_equal(x.input_ids, y.input_ids) and np.array_equal(x.trained, y.trained)
@@ -88,21 +88,25 @@ def same(a: Tree, b: Tree) -> bool:
     ],
 )
 def test_every_tree_and_count_is_that_of_the_record(
-    shared_data: Path, mistral_tokenizer: Any, desk: Desk, name: str, kind: Callable[..., Trees]
+    shared_data: Path,
+    mistral_tokenizer: Any,
+    desk: Desk,
+    name: str,
+    kind: Callable[..., EncodedDataset],
 ) -> None:
     from tandem.data.encoded import encode_chunk
 
-    direct: list[Tree] = []
-    original = encode_chunk.to_columns
+    direct: list[Example] = []
+    original = encode_chunk.to_arrays
 
-    def watched(trees: list[Tree], prompts: list[int]) -> Any:
+    def watched(trees: list[Example], prompts: list[int]) -> Any:
         direct.extend(trees)
         return original(trees, prompts)
 
     sources = [DataSource(path=str(shared_data / name))]
     limits = {"max_length": 1536, "max_prompt_length": 1024}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_chunk, "to_columns", watched)
+        patch.setattr(encode_chunk, "to_arrays", watched)
         desk.prepare(sources, mistral_tokenizer, kind, workers=1, **limits)
     assert len(direct) > 1000
     trees = desk.prepare(sources, mistral_tokenizer, kind, **limits)
@@ -144,7 +148,7 @@ def test_a_second_start_tells_the_same_without_encoding(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     again = desk.prepare([source], mistral_tokenizer)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary()) == told
@@ -269,9 +273,9 @@ def test_a_file_that_changes_meanwhile_is_refused(
     def encode(*arguments: Any) -> Any:
         with Path(source.path).open("a") as file:
             file.write(json.dumps(pair("More?", "A", "B")) + "\n")
-        return encode_batch(*arguments)
+        return encode_chunk(*arguments)
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     with pytest.raises(UserError, match="changed while it was being read"):
         desk.prepare([source], mistral_tokenizer)
     assert desk.entries() == set()
@@ -294,9 +298,9 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
 ) -> None:
     import os
 
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
     store = EncodedStore(desk.said.append, desk.folder)
-    plan = Plan("conversations", Limits(512, None), "stop")
+    plan = EncodingOptions("conversations", Limits(512, None), "stop")
     (tmp_path / "c.jsonl").write_text(json.dumps(talk("Hi", "Hello")) + "\n")
     from tandem.data.sources.rows import read_rows
 
@@ -304,11 +308,11 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
     names = [str(tmp_path / "c.jsonl")]
     for number, key in enumerate("abcd"):
         with store.writing(key, names) as writer:
-            writer.add(encode_batch(chat, plan, RowChunk(names[0], 1, rows), "messages"))
+            writer.add(encode_chunk(chat, plan, RowChunk(names[0], 1, rows), "messages"))
             writer.finish({0: "messages"}, [1])
         os.utime(desk.folder / key, (number, number))
     found = store.find("b", names)
-    oldest = store.trees("a", names)
+    oldest = store.dataset("a", names)
     size = sum(file.stat().st_size for file in (desk.folder / "a").iterdir())
     assert found is not None
     assert store.prune("c", limit_bytes=2 * size) == 2
@@ -340,8 +344,8 @@ def test_the_cache_command_sees_and_empties_it(
 
 
 def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> None:
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
-    plan = Plan("preference pairs", Limits(512, None), "stop")
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    plan = EncodingOptions("preference pairs", Limits(512, None), "stop")
     from tandem.data.records import Origin
     from tandem.data.sources.chunks import Row
 
@@ -351,12 +355,12 @@ def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> 
     rows = [Row(one, Origin("f", n)) for n, one in enumerate(fields, 1)]
     results = []
     for size in (1, 3, 39):
-        writer = TreeWriter(None, ["f"])
+        writer = DatasetWriter(None, ["f"])
         for at in range(0, 39, size):
             chunk = RowChunk("f", size, tuple(rows[at : at + size]))
-            writer.add(encode_batch(chat, plan, chunk, "orca_dpo_pairs"))
+            writer.add(encode_chunk(chat, plan, chunk, "orca_dpo_pairs"))
         writer.finish({0: "orca_dpo_pairs"}, [39])
-        results.append(list(writer.trees()))
+        results.append(list(writer.dataset()))
     assert len(results[0]) == 39
     for other in results[1:]:
         assert all(same(a, b) for a, b in zip(results[0], other, strict=True))

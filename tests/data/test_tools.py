@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
-from tandem.data.formats.known_formats import FORMATS, Format, detect
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
+from tandem.data.formats.format import Format
+from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.formats.tool_calls import Malformed, read_calls, read_tools
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import read_conversations, read_pairs, records_of
 from tandem.data.records import Conversation, Origin
 from tandem.data.sources.chunks import Row, RowChunk
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
-from tandem.data.tokenize.encode import Chat
-from tandem.data.tokenize.template_capabilities import Form
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.template_capabilities import ToolCallForm
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 
@@ -301,19 +302,19 @@ def test_records_with_tools_take_the_models_template_for_them(
     headed = HEADED.replace("m.content | trim + eos_token", "m.content | trim + ' ' + eos_token")
     mistral_tokenizer.chat_template = {"default": PLAIN, "tool_use": headed}
     template = resolve_template(mistral_tokenizer, None)
-    chat = Chat.of(mistral_tokenizer, template)
+    chat = ChatTokenizer.of(mistral_tokenizer, template)
     if rebuilt:  # as another process has it
         assert chat.parts
-        chat = Chat.from_parts(chat.parts)
+        chat = ChatTokenizer.from_parts(chat.parts)
     rows: list[dict[str, Any]] = [
         {"messages": SAID, "tools": TOOLS}, {"messages": SAID[4:]}, {"messages": SAID}
     ]  # fmt: skip
     chunk = RowChunk("f", 3, tuple(Row(row, Origin("f", n)) for n, row in enumerate(rows, 1)))
     known = detect(rows[0])
     assert known
-    plan = Plan("conversations", Limits(1024, None), "stop")
-    batch = encode_batch(chat, plan, chunk, known.id)
-    assert batch.columns.rows.tolist() == [1, 2]
+    plan = EncodingOptions("conversations", Limits(1024, None), "stop")
+    batch = encode_chunk(chat, plan, chunk, known.id)
+    assert batch.arrays.rows.tolist() == [1, 2]
     # Calls without a list of tools take the other template, as in transformers.
     (dropped,) = batch.entries
     assert (dropped.row, dropped.reason) == (3, "the chat template does not render tool calls")
@@ -354,8 +355,8 @@ def test_a_template_gets_calls_in_the_form_that_it_takes(
     mistral_tokenizer: Any, tmp_path: Path
 ) -> None:
     template = written(tmp_path, PICKY)
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, template))
-    assert chat.tools.calls == Form(text=True, null=True)
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, template))
+    assert chat.tools.calls == ToolCallForm(text=True, null=True)
     assert not chat.tools.tools
     trees, _ = prepared(mistral_tokenizer, template, tmp_path, [{"messages": SAID[:4]}])
     sequence = trees[0].sequence(0)

@@ -13,14 +13,14 @@ from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
-    Chat,
+    ChatTokenizer,
     Encoded,
     encode_conversation,
     encode_exchanges,
     pair_exchanges,
 )
 from tandem.data.truncation import conversation
-from tandem.data.truncation.conversation import Fitted, fit_conversation, fit_pair, lighten
+from tandem.data.truncation.conversation import Fitted, fit_conversation, fit_pair, skip_old_turns
 from tandem.data.truncation.limits import Limits, TooLong
 
 ORIGIN = Origin("made.jsonl", 1)
@@ -29,12 +29,12 @@ FAMILIES = ("mistral", "stories", "bytes")
 
 
 @pytest.fixture(params=FAMILIES)
-def chat(request: pytest.FixtureRequest) -> tuple[Chat, Any]:
+def chat(request: pytest.FixtureRequest) -> tuple[ChatTokenizer, Any]:
     """A chat of each tokenizer family, and its tokenizer."""
     name = {"mistral": "mistral_tokenizer", "stories": "stories_tokenizer"}
     tokenizer = request.getfixturevalue(name.get(request.param, "byte_tokenizer"))
     template = "chatml" if request.param == "bytes" else "neural-chat"
-    return Chat.of(tokenizer, resolve_template(tokenizer, template)), tokenizer
+    return ChatTokenizer.of(tokenizer, resolve_template(tokenizer, template)), tokenizer
 
 
 def talk(*texts: str, system: str = "") -> Conversation:
@@ -46,15 +46,15 @@ def talk(*texts: str, system: str = "") -> Conversation:
     return Conversation((*([Turn("system", system)] if system else []), *turns), ORIGIN)
 
 
-def fit(chat: Chat, record: Conversation, limits: Limits, loss_on: Any = "answers") -> Any:
-    light = lighten(chat, record, limits, loss_on)
+def fit(chat: ChatTokenizer, record: Conversation, limits: Limits, loss_on: Any = "answers") -> Any:
+    light = skip_old_turns(chat, record, limits, loss_on)
     if isinstance(light, Refused):
         return light
     encoded = encode_conversation(chat, light.conversation, limits, loss_on)
     return fit_conversation(chat, light.conversation, encoded, limits, loss_on, light.dropped)
 
 
-def fit_two(chat: Chat, pair: PreferencePair, limits: Limits) -> Any:
+def fit_two(chat: ChatTokenizer, pair: PreferencePair, limits: Limits) -> Any:
     encoded = encode_exchanges(chat, pair_exchanges(pair), limits.sequence)
     return fit_pair(chat, pair, encoded, limits)
 
@@ -67,7 +67,7 @@ def last(fitted: Fitted, tokenizer: Any) -> str:
     return str(tokenizer.decode(fitted.encoded[-1].ids))
 
 
-def whole(chat: Chat, record: Conversation) -> int:
+def whole(chat: ChatTokenizer, record: Conversation) -> int:
     return max(
         len(one.ids)
         for one in encode_conversation(chat, record, Limits(10**6, None))
@@ -76,7 +76,7 @@ def whole(chat: Chat, record: Conversation) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_fits_is_never_touched(chat: tuple[Chat, Any], policy: TooLong) -> None:
+def test_what_fits_is_never_touched(chat: tuple[ChatTokenizer, Any], policy: TooLong) -> None:
     record = talk("one", "two", "three", "four", system="Be.")
     limits = Limits(whole(chat[0], record), 5, policy)
     fitted = fit(chat[0], record, limits)
@@ -85,7 +85,7 @@ def test_what_fits_is_never_touched(chat: tuple[Chat, Any], policy: TooLong) -> 
     assert len(fitted.encoded) == 2
 
 
-def test_drop_leaves_the_record_out_with_its_length(chat: tuple[Chat, Any]) -> None:
+def test_drop_leaves_the_record_out_with_its_length(chat: tuple[ChatTokenizer, Any]) -> None:
     record = talk("one", "two", "three", words("w", 30))
     size = whole(chat[0], record)
     assert fit(chat[0], record, Limits(size - 1, None, "drop")) == Refused(
@@ -93,7 +93,7 @@ def test_drop_leaves_the_record_out_with_its_length(chat: tuple[Chat, Any]) -> N
     )
 
 
-def test_keep_start_cuts_the_end_and_its_end_token(chat: tuple[Chat, Any]) -> None:
+def test_keep_start_cuts_the_end_and_its_end_token(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk("first", words("a", 40), "second", "gone", system="Stay.")
     everything = encode_conversation(codec, record, Limits(10**6, None))
@@ -115,7 +115,7 @@ def test_keep_start_cuts_the_end_and_its_end_token(chat: tuple[Chat, Any]) -> No
     assert "Stay." in last(Fitted((first,)), tokenizer)
 
 
-def test_keep_start_keeps_a_prompt_within_its_own_limit(chat: tuple[Chat, Any]) -> None:
+def test_keep_start_keeps_a_prompt_within_its_own_limit(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk(words("q", 60), words("a", 60), "more", "gone", system="Stay.")
     fitted = fit(codec, record, Limits(160, 80, "keep_start"))
@@ -128,7 +128,7 @@ def test_keep_start_keeps_a_prompt_within_its_own_limit(chat: tuple[Chat, Any]) 
 
 
 def test_keep_start_counts_no_prompt_without_a_limit_of_its_own(
-    chat: tuple[Chat, Any], monkeypatch: pytest.MonkeyPatch
+    chat: tuple[ChatTokenizer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = talk("question " * 10, "answer " * 50)
     length = whole(chat[0], record) - 10
@@ -145,7 +145,7 @@ def test_keep_start_counts_no_prompt_without_a_limit_of_its_own(
     assert len(counted) == 1
 
 
-def test_keep_end_takes_only_as_much_old_text_as_must_go(chat: tuple[Chat, Any]) -> None:
+def test_keep_end_takes_only_as_much_old_text_as_must_go(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk(words("q", 30), "first answer", "second", "last answer", system="Stay.")
     size = whole(codec, record)
@@ -166,7 +166,7 @@ def test_keep_end_takes_only_as_much_old_text_as_must_go(chat: tuple[Chat, Any])
     assert len(fitted.encoded[-1].ids) == alone
 
 
-def test_keep_end_never_cuts_an_answer(chat: tuple[Chat, Any]) -> None:
+def test_keep_end_never_cuts_an_answer(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk(words("q", 60), words("a", 20), system="Stay.")
     (answer,) = encode_conversation(codec, record, Limits(10**6, None))
@@ -186,7 +186,7 @@ def test_keep_end_never_cuts_an_answer(chat: tuple[Chat, Any]) -> None:
     )
 
 
-def test_pairs_by_policy(chat: tuple[Chat, Any]) -> None:
+def test_pairs_by_policy(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     pair = PreferencePair(
         (Turn("system", "Stay."), Turn("user", words("q", 40))),
@@ -223,7 +223,7 @@ def test_pairs_by_policy(chat: tuple[Chat, Any]) -> None:
 
 
 def test_keep_end_of_a_pair_cuts_old_questions_by_text(mistral_tokenizer: Any) -> None:
-    chat = Chat.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
     turns = talk(words("q", 30), "old answer", "new question").turns
     pair = PreferencePair(turns, "Yes", "No", ORIGIN)
     start = len(prompt_ids(mistral_tokenizer, chat.template, turns))
@@ -252,7 +252,7 @@ SAID = TEXTS.map("".join).filter(lambda text: bool(text.strip("~ \n")))
     prompt=st.none() | st.integers(10, 60),
 )
 def test_any_conversation_is_within_the_limit_after_its_own_prompt(
-    chat: tuple[Chat, Any],
+    chat: tuple[ChatTokenizer, Any],
     policy: TooLong,
     said: Sequence[str],
     system: str,
@@ -285,7 +285,9 @@ def test_any_conversation_is_within_the_limit_after_its_own_prompt(
     assert fitted.encoded[0].ids[: fitted.encoded[0].start] == fed
 
 
-def _turns_of(fitted: Fitted, chat: Chat, record: Conversation, tokenizer: Any) -> list[Turn]:
+def _turns_of(
+    fitted: Fitted, chat: ChatTokenizer, record: Conversation, tokenizer: Any
+) -> list[Turn]:
     """The kept turns before the first answer, found by trying: the oracle knows only suffixes."""
     first = fitted.encoded[0]
     prompt = first.ids[: first.start]

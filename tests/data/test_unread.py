@@ -101,7 +101,7 @@ def test_a_second_start_tells_them_again(
     def encode(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_batch", encode)
+    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     desk.prepare(sources, mistral_tokenizer)
     assert (desk.said, desk.ledger.summary()) == ([], summary)
 

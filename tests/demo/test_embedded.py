@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tandem.data.formats.known_formats import read_question
+from tandem.data.formats.conversations import read_question
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin

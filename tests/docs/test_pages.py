@@ -10,7 +10,8 @@ import pytest
 import yaml
 from benchmarks.report import MARKS, readme_table
 
-from tandem.data.formats.known_formats import FORMATS, detect, read_question
+from tandem.data.formats.conversations import read_question
+from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.records import Origin
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
@@ -19,13 +20,18 @@ from .pages import PAGES, ROOT, blocks, page_name, without_blocks
 
 GUIDE = ROOT / "docs" / "guide"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`([\w/]+/[\w/]*(?:\.py|\.c|/))`")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 def test_the_index_links_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / target).resolve() for target in _LINK.findall(index.read_text())}
-    assert {page_name(page) for page in PAGES[1:] if page != index and page not in linked} == set()
+    assert {page_name(page) for page in PAGES[2:] if page != index and page not in linked} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -54,6 +60,15 @@ def test_named_tests_exist_and_the_guide_names_none(page: Path) -> None:
         assert not test or f"def {test}(" in (ROOT / file).read_text(), (
             f"{page_name(page)} names {test}"
         )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_code_exists_and_the_guide_names_none(page: Path) -> None:
+    """A path of code is written from the repository or from src/tandem."""
+    named = set(_CODE.findall(without_blocks(page)))
+    assert not named or page.parent.name != "guide"
+    roots = (ROOT, ROOT / "src" / "tandem")
+    assert {path for path in named if not any((root / path).exists() for root in roots)} == set()
 
 
 def test_the_example_records_can_be_read() -> None:

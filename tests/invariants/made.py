@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.model.lora.adapter import add_adapter
 
 VOCABULARY = 97
 
 
-def make_tree(rng: np.random.Generator, prefix: int, branches: Sequence[int], shared: int) -> Tree:
+def make_tree(
+    rng: np.random.Generator, prefix: int, branches: Sequence[int], shared: int
+) -> Example:
     """A tree of random tokens; the last `shared` tokens of the prefix are targets."""
 
     def ids(count: int) -> np.ndarray:
@@ -24,25 +26,26 @@ def make_tree(rng: np.random.Generator, prefix: int, branches: Sequence[int], sh
 
     trained = np.zeros(prefix, dtype=bool)
     trained[prefix - shared :] = shared > 0
-    return Tree(
+    return Example(
         Branch(ids(prefix), trained),
         tuple(Branch(ids(n), np.ones(n, dtype=bool)) for n in branches),
         Origin("made", 1),
     )
 
 
-def make_trees(seed: int = 0) -> list[Tree]:
+def make_trees(seed: int = 0) -> list[Example]:
     """Pairs of many shapes: one-token answers, shared answer tokens, long and short prompts."""
     rng = np.random.default_rng(seed)
     shapes = [(20, (5, 9), 3), (7, (1, 12), 0), (30, (15, 3), 2), (4, (1, 1), 0), (12, (8, 8), 1)]
     return [make_tree(rng, *shape) for shape in shapes]
 
 
-def without_sharing(tree: Tree) -> list[Tree]:
+def without_sharing(tree: Example) -> list[Example]:
     """One tree a branch, its prefix repeated: the same sequences with nothing shared."""
     empty = Branch(tree.prefix.input_ids[:0], tree.prefix.trained[:0])
     return [
-        Tree(empty, (tree.sequence(branch),), tree.origin) for branch in range(len(tree.branches))
+        Example(empty, (tree.sequence(branch),), tree.origin)
+        for branch in range(len(tree.branches))
     ]
 
 
@@ -98,7 +101,7 @@ def adapt(model: Any, *, dropout: float = 0.0, out_of_reach: Sequence[str] = ())
     return wrapped
 
 
-def oracle_logps(model: Any, trees: Sequence[Tree]) -> Tensor:
+def oracle_logps(model: Any, trees: Sequence[Example]) -> Tensor:
     """Sequence log-probs one sequence at a time through full logits [S]."""
     found = []
     for tree in trees:

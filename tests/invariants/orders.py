@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.recipe.data_source import DataSource
@@ -262,7 +262,7 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
 def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:
     """Lay out micro-batches without sharing, or with a seeded fault, in training and reference."""
 
-    def laid_out(trees: Sequence[Tree], keys: Sequence[int] | None = None) -> MicroBatch:
+    def laid_out(trees: Sequence[Example], keys: Sequence[int] | None = None) -> MicroBatch:
         fed = trees if order.sharing else [part for tree in trees for part in without_sharing(tree)]
         batch = collate(fed, keys)
         return FAULTS[order.fault](batch) if order.fault else batch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
-from tandem.data.records import Branch, Tree
+from tandem.data.records import Branch, Example
 from tandem.model.attention.select import use_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps, token_logps
 from tandem.model.lora.adapter import checkpoint_activations
@@ -72,7 +72,7 @@ def test_other_records_do_not_move_by_a_bit(backend: str) -> None:
         old = tree.prefix
         ids = (old.input_ids - 3 + 1) % (VOCABULARY - 3) + 3
         prefix = Branch(ids.astype(np.int32), old.trained)
-        changed[2] = Tree(prefix, tree.branches, tree.origin)
+        changed[2] = Example(prefix, tree.branches, tree.origin)
         batch = collate(changed)
         after = token_logps(model, batch)
     theirs = torch.isin(batch.target_sequence, torch.tensor([4, 5]))

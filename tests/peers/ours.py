@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem.data.batching.collate import collate, fed_tokens
 from tandem.data.batching.packing import pack
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.integrations.choose_engine import choose_strategy
 from tandem.model.attention.select import use_backend
@@ -31,10 +31,10 @@ from .plain import ALPHA, RANK
 BUDGET = 700
 
 
-def trees_of(prepare: Any, path: Path, tokenizer: Any) -> list[Tree]:
+def trees_of(prepare: Any, path: Path, tokenizer: Any) -> list[Example]:
     """Records through the public path of data; every row must come out whole."""
     ledger = Ledger(None)
-    trees: list[Tree] = prepare(
+    trees: list[Example] = prepare(
         [DataSource(path=str(path))],
         tokenizer=tokenizer,
         template=resolve_template(tokenizer, "neural-chat"),
@@ -69,7 +69,7 @@ def engine_of(model: Any) -> Engine:
     return engine
 
 
-def micro_batches(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
+def micro_batches(trees: Sequence[Example]) -> list[tuple[int, ...]]:
     """The step's plan; more than one micro-batch, or a test of accumulation tests nothing."""
     plan = pack([fed_tokens(tree) for tree in trees], BUDGET)
     assert len(plan) > 1
@@ -77,7 +77,7 @@ def micro_batches(trees: Sequence[Tree]) -> list[tuple[int, ...]]:
     return plan
 
 
-def scores(engine: Engine, trees: Sequence[Tree]) -> Tensor:
+def scores(engine: Engine, trees: Sequence[Example]) -> Tensor:
     """Log-probs [n, B] of every tree's branches, without gradients."""
     rows: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -87,7 +87,7 @@ def scores(engine: Engine, trees: Sequence[Tree]) -> Tensor:
     return torch.stack([rows[i] for i in range(len(trees))])
 
 
-def accumulate(engine: Engine, trees: Sequence[Tree], objective: Objective) -> dict[str, float]:
+def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -> dict[str, float]:
     """Forward and backward of one step over all trees; returns the objective's metrics."""
     denominator = objective.denominator(trees)
     sums: dict[str, float] = {"count": denominator}

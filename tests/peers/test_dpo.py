@@ -13,9 +13,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data.batching import sampler
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_pairs
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.lora.adapter import adapter_off
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
@@ -89,12 +89,12 @@ def oracle(some_model: Path, pairs: list[plain.Pair]) -> Expected:
 
 
 @pytest.fixture(scope="module")
-def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Tree]:
+def trees(pairs_file: Path, chat_tokenizer: Any) -> list[Example]:
     """The same pairs through tandem's data path."""
     return ours.trees_of(prepare_pairs, pairs_file, chat_tokenizer)
 
 
-def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tree]) -> None:
+def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Example]) -> None:
     assert any(tree.prefix.trained.any() for tree in trees), "no pair shares an answer's start"
     for row, pair, tree in zip(trl.train_dataset, pairs, trees, strict=True):
         assert row["prompt_ids"] == pair.prompt_ids
@@ -106,7 +106,7 @@ def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Tre
 
 
 def test_loss_logps_and_gradients_equal_trls(
-    trl: Any, trees: list[Tree], oracle: Expected, some_model: Path
+    trl: Any, trees: list[Example], oracle: Expected, some_model: Path
 ) -> None:
     found = _ours(some_model, trees, torch.float32, "segments")
     expected = _trls(trl)
@@ -128,7 +128,7 @@ def test_loss_logps_and_gradients_equal_trls(
 def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     backend: str,
     oracle: Expected,
-    trees: list[Tree],
+    trees: list[Example],
     some_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +141,7 @@ def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     plain.assert_close_tensors(found.gradients, oracle.gradients, 1e-9)
 
 
-def _ours(folder: Path, trees: list[Tree], dtype: torch.dtype, backend: str) -> Expected:
+def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) -> Expected:
     model = ours.adapted(folder, dtype, backend)
     plain.move_adapter(model)
     engine = ours.engine_of(model)
@@ -217,7 +217,7 @@ def test_a_short_run_equals_a_plain_loop(
         policy = plain.pair_logps(model, [pairs[i] for i in examples])
         return plain.dpo_loss(policy, reference[list(examples)], BETA)
 
-    steps = sampler.steps(len(pairs), 3, seed=5, count=4)
+    steps = StepSampler(len(pairs), 3, seed=5).steps(0, 4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     trained = load_file(folder / "adapter_model.safetensors")
     plain.assert_close_tensors(trained, plain.trained_parameters(model), limit)

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.data.batching import sampler
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
@@ -98,7 +98,7 @@ def test_a_short_run_equals_a_plain_loop(
         taken.append(value.item())
         return value
 
-    steps = sampler.steps(len(conversations), 3, seed=5, count=4)
+    steps = StepSampler(len(conversations), 3, seed=5).steps(0, 4)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     logged = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert logged == pytest.approx(taken, rel=max(1e-9, limit / 10))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.packing import padded_tokens
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.plan.stage_estimate import pacing_of
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
@@ -83,7 +83,7 @@ def _counted(
         settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
         parts=records.parts,
     )  # fmt: skip
-    return count_work(records.trees, pacing)
+    return count_work(records.dataset, pacing)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_a_plan_for_processes_deals_as_they_do(
     some_model: Path, some_data: Path, tmp_path: Path
 ) -> None:
     """Against dealing every step's trees, one by one."""
-    from tandem.data.batching.packing import plan_step, tree_cost
-    from tandem.data.batching.sampler import steps
+    from tandem.data.batching.packing import example_cost, plan_step
+    from tandem.data.batching.sampler import StepSampler
     from tandem.data.build_dataset import prepare_pairs
     from tandem.runtime.device import attention_weight
 
@@ -155,9 +155,9 @@ def test_a_plan_for_processes_deals_as_they_do(
     work = count_work(trees, pacing)
     weight = attention_weight(config)
     plans = []
-    for step in steps(len(trees), BATCH_SIZE, seed=3, count=work.steps):
+    for step in StepSampler(len(trees), BATCH_SIZE, seed=3).steps(0, work.steps):
         own = [trees[i] for i in step.examples]
-        costs = [tree_cost(tree, weight) for tree in own]
+        costs = [example_cost(tree, weight) for tree in own]
         plans.append(plan_step([tree.fed for tree in own], costs, 900, 3))
     assert work.micro_batches == sum(len(rank) for plan in plans for rank in plan.ranks)
     assert work.imbalance == pytest.approx(np.mean([plan.imbalance for plan in plans]), rel=1e-12)
@@ -167,7 +167,7 @@ def test_a_plan_for_processes_deals_as_they_do(
     assert work.longest == max(tree.fed for tree in trees)
 
 
-def _visible(tree: Tree) -> int:
+def _visible(tree: Example) -> int:
     """Pairs that see each other, row by row."""
     prefix = len(tree.prefix.input_ids)
     return sum(range(1, prefix + 1)) + sum(
@@ -197,20 +197,20 @@ def test_padded_batches_of_eight(count: int) -> None:
 
 def test_guessed_records_count_as_equal_ones_would() -> None:
     """Against records of that many tokens, six of ten trained."""
-    from tandem.data.encoded.dataset import to_columns
-    from tandem.data.encoded.dataset_store import TreeWriter
-    from tandem.data.encoded.encode_chunk import Batch
+    from tandem.data.encoded.dataset import to_arrays
+    from tandem.data.encoded.dataset_store import DatasetWriter
+    from tandem.data.encoded.encode_chunk import EncodedChunk
 
     length, count = 11, 10
     ids = np.arange(length, dtype=np.int32)
     trained = np.arange(length) > 4
     nothing = Branch(ids[:0], trained[:0])
-    trees = [Tree(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
-    writer = TreeWriter(None, ["x"])
-    writer.add(Batch("x", to_columns(trees), ()))
+    trees = [Example(nothing, (Branch(ids, trained),), Origin("x", i + 1)) for i in range(count)]
+    writer = DatasetWriter(None, ["x"])
+    writer.add(EncodedChunk("x", to_arrays(trees), ()))
     writer.finish({}, [count])
     pacing = Pacing(4, 1.5, None, 0, 20, 1, 0.0)
-    real, guessed = count_work(writer.trees(), pacing), guess_work(10, 10, pacing, answers=0.6)
+    real, guessed = count_work(writer.dataset(), pacing), guess_work(10, 10, pacing, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.
     names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
     for name in (*names.split(), "reference_tokens", "reference_visible"):

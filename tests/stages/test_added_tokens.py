@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tandem.data.batching.collate import collate
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.added_tokens import grow_vocabulary
@@ -120,7 +120,7 @@ def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path
             loss = logps[4:].sum()
         else:
             flags = [position >= 5 for position in range(len(ids))]
-            tree = Tree(branch([], []), (branch(ids, flags),), Origin("f", 1))
+            tree = Example(branch([], []), (branch(ids, flags),), Origin("f", 1))
             loss = sequence_logps(model, collate([tree])).sum()
         loss.backward()
         losses.append(float(loss.detach()))

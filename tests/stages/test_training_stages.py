@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.cli.main import main
-from tandem.data.batching.sampler import steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
 from tandem.recipe.data_source import DataSource
@@ -170,7 +170,7 @@ def test_kernels_and_order_are_recorded_and_kept(
 
 def _two_steps_then_crash(self: Any) -> None:
     for step in itertools.islice(
-        steps(len(self.trees), self.schedule.batch_size, seed=self.schedule.seed, count=8), 2
+        StepSampler(len(self.trees), self.schedule.batch_size, self.schedule.seed).steps(0, 8), 2
     ):
         self._take(step)
     self._save()

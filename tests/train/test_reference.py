@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.data.encoded.dataset import sequence_digest, to_columns
-from tandem.data.encoded.dataset_store import TreeWriter
-from tandem.data.encoded.encode_chunk import Batch
-from tandem.data.records import Branch, Origin, TokenIds, TrainedMask, Tree
+from tandem.data.encoded.dataset import sequence_digest, to_arrays
+from tandem.data.encoded.dataset_store import DatasetWriter
+from tandem.data.encoded.encode_chunk import EncodedChunk
+from tandem.data.records import Branch, Example, Origin, TokenIds, TrainedMask
 from tandem.storage.cache_folder import cache_report, clear_cache
 from tandem.train.reference_logps import ReferenceStore, _key, _keys
 
@@ -75,14 +75,14 @@ def test_keys_of_trees_on_disk_are_those_of_their_sequences() -> None:
         return Branch(ids_of(list(ids)), mask_of([token % 2 for token in ids]))
 
     made = [
-        Tree(branch(), (branch(1, 2, 3),), Origin("f", 1)),
-        Tree(branch(4, 5), (branch(6), branch(7, 8)), Origin("f", 2)),
-        Tree(branch(9), (branch(3), branch(2, 1)), Origin("f", 3)),
+        Example(branch(), (branch(1, 2, 3),), Origin("f", 1)),
+        Example(branch(4, 5), (branch(6), branch(7, 8)), Origin("f", 2)),
+        Example(branch(9), (branch(3), branch(2, 1)), Origin("f", 3)),
     ]
-    writer = TreeWriter(None, ["f"])
-    writer.add(Batch("f", to_columns(made), ()))
+    writer = DatasetWriter(None, ["f"])
+    writer.add(EncodedChunk("f", to_arrays(made), ()))
     writer.finish({}, [3])
     for block in (range(0, 3), range(1, 3), range(1, 2)):
-        assert _keys("x", writer.trees(), block) == _keys("x", made, block)
+        assert _keys("x", writer.dataset(), block) == _keys("x", made, block)
     whole = [[_key("x", sequence_digest(t.prefix, b)) for b in t.branches] for t in made]
     assert _keys("x", made, range(0, 3)) == whole

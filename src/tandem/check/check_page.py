@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.check.findings import Finding, visible
-from tandem.check.lengths import Histogram, Measure
+from tandem.check.lengths import Histogram, LengthQuantiles
 from tandem.check.survey import Survey
 from tandem.data.sources.rows import origin_names
 from tandem.errors import UserError
@@ -182,7 +182,7 @@ def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator
     yield Text()
 
 
-def _cells(measure: Measure, names: Sequence[str]) -> list[str]:
+def _cells(measure: LengthQuantiles, names: Sequence[str]) -> list[str]:
     values = asdict(measure)
     return [f"{values[name]:,.0f}" for name in names]
 
@@ -223,17 +223,17 @@ def _findings(found: Survey) -> Iterator[Text]:
     files = _files(found)
     for finding in found.findings:
         yield _head(finding)
-        for example in finding.examples:
-            alone = f"row {example.row}"
-            where = alone if len(files) == 1 else f"{_short(example.file, files)}, {alone}"
-            shown = f"  {example.excerpt}" if example.excerpt else ""
+        for row in finding.rows:
+            alone = f"row {row.row}"
+            where = alone if len(files) == 1 else f"{_short(row.file, files)}, {alone}"
+            shown = f"  {row.excerpt}" if row.excerpt else ""
             yield Text.assemble("      ", (where, "dim"), shown)
         yield Text(f"      {finding.sign.hint}", "dim italic")
 
 
 def _files(found: Survey) -> set[str]:
     """The files of all sources, those that cannot be read left out."""
-    files = {example.file for finding in found.findings for example in finding.examples}
+    files = {row.file for finding in found.findings for row in finding.rows}
     for source in found.subject.sources:
         with suppress(UserError):
             files.update(origin_names([source]))

@@ -45,7 +45,7 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class FoundRow:
     """A row to look at."""
 
     file: str
@@ -60,7 +60,7 @@ class Finding:
     sign: Sign
     count: int
     of: int
-    examples: tuple[Example, ...]
+    rows: tuple[FoundRow, ...]
     kinds: dict[str, int]
 
     @property
@@ -80,7 +80,7 @@ class Finding:
             "unit": self.sign.of,
             "share": round(self.share, 6),
             "kinds": self.kinds,
-            "rows": [asdict(example) for example in self.examples],
+            "rows": [asdict(row) for row in self.rows],
             "hint": self.sign.hint,
         }
 
@@ -89,7 +89,7 @@ class Finding:
 class _Counted:
     sign: Sign
     count: int = 0
-    examples: list[Example] = field(default_factory=list)
+    rows: list[FoundRow] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
 
@@ -111,14 +111,14 @@ class Tally:
         counted.count += 1
         if kind:
             counted.kinds[kind] += 1
-        if len(counted.examples) < self._shown:
+        if len(counted.rows) < self._shown:
             shown = f"{kind}: {shown}" if kind else shown
-            counted.examples.append(Example(origin.file, origin.row, shown))
+            counted.rows.append(FoundRow(origin.file, origin.row, shown))
 
     def wants(self, sign: Sign) -> bool:
         """Whether a sign has fewer rows than are shown."""
         counted = self._counted.get(sign.key)
-        return counted is None or len(counted.examples) < self._shown
+        return counted is None or len(counted.rows) < self._shown
 
     def count_only(self, sign: Sign, count: int) -> None:
         """Count a sign some more times, without rows."""
@@ -136,7 +136,7 @@ class Tally:
                 one.sign,
                 one.count,
                 max(of[one.sign.of], one.count),
-                tuple(one.examples),
+                tuple(one.rows),
                 dict(one.kinds.most_common()),
             )
             for one in self._counted.values()

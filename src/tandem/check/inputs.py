@@ -9,16 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.data.batching.sampler import total_steps
-from tandem.data.encoded.encode_chunk import Plan
-from tandem.data.formats.known_formats import Kind, detect, format_called
+from tandem.data.batching.sampler import StepSampler
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.formats.format import Kind
+from tandem.data.formats.known_formats import detect, format_called
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.added_tokens import add_tokens, row_notices
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.pairs.pairs_file import made_pairs
@@ -91,7 +92,7 @@ class StageData:
 
     stage: StageName
     sources: tuple[DataSource, ...]
-    plan: Plan
+    plan: EncodingOptions
     max_dropped: float
     validation: tuple[DataSource, ...] = ()
     limited: bool = False
@@ -114,7 +115,7 @@ class StageChat:
     model: str
     folder: Path
     template: str
-    chat: Chat
+    chat: ChatTokenizer
     special: tuple[str, ...]
     notices: tuple[str, ...]
 
@@ -124,9 +125,7 @@ def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
     settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
     if settings is None or not records:
         return []
-    steps = total_steps(
-        records, settings.batch_size, epochs=settings.epochs, max_steps=settings.max_steps
-    )
+    steps = StepSampler(records, settings.batch_size).total_steps(settings)
     return [f"{stage}: {doubt}" for doubt in unmeant(settings, steps=steps, records=records)]
 
 
@@ -231,13 +230,15 @@ def left_out(found: Sequence[StageData]) -> list[str]:
     return []
 
 
-def plan_of(kind: Kind, settings: TrainingSettings | None) -> Plan:
+def plan_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions:
     """What a stage's settings make of every record; without settings nothing is cut."""
     if settings is None:
-        return Plan(kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record"))
+        return EncodingOptions(
+            kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record")
+        )
     limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
     loss_on = settings.loss_on if isinstance(settings, SftSettings) else "answers"
-    return Plan(kind, limits, settings.on_bad_record, loss_on)
+    return EncodingOptions(kind, limits, settings.on_bad_record, loss_on)
 
 
 def stage_chat(
@@ -272,7 +273,7 @@ def stage_chat(
         untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
         notices += tuple(words for words in (in_words(untrained),) if words)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
-    chat = Chat.of(tokenizer, template, rows)
+    chat = ChatTokenizer.of(tokenizer, template, rows)
     return StageChat(model, folder, template.name, chat, special, notices)
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.data.encoded.dataset import Columns
-from tandem.data.formats.known_formats import Kind
+from tandem.data.encoded.dataset import FlatArrays
+from tandem.data.formats.format import Kind
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
@@ -18,7 +18,7 @@ _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class LengthQuantiles:
     """The lengths of one part of all records, [n], in short."""
 
     mean: float
@@ -50,7 +50,7 @@ class Lengths:
         for name, values in measures.items():
             self._found.setdefault(name, []).append(values)
 
-    def measures(self) -> dict[str, Measure]:
+    def measures(self) -> dict[str, LengthQuantiles]:
         """All parts, summed up."""
         return {
             name: _measure(np.concatenate(parts).astype(np.int64))
@@ -64,20 +64,20 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
+def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
     """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.
     """
-    if not len(columns.parts):
+    if not len(arrays.parts):
         return {}
-    first = np.concatenate([[0], np.cumsum(columns.parts)[:-1]]).astype(np.int64)
-    prefix_of = np.repeat(first, columns.parts)
-    is_prefix = np.zeros(len(columns.lengths), dtype=np.bool_)
+    first = np.concatenate([[0], np.cumsum(arrays.parts)[:-1]]).astype(np.int64)
+    prefix_of = np.repeat(first, arrays.parts)
+    is_prefix = np.zeros(len(arrays.lengths), dtype=np.bool_)
     is_prefix[first] = True
     # A part's whole path, and what is trained of it; the prefix's own entries are not used.
-    path = np.where(is_prefix, 0, columns.lengths + columns.lengths[prefix_of])
-    trained = np.where(is_prefix, 0, columns.targets + columns.targets[prefix_of])
+    path = np.where(is_prefix, 0, arrays.lengths + arrays.lengths[prefix_of])
+    trained = np.where(is_prefix, 0, arrays.targets + arrays.targets[prefix_of])
     found = {
         "whole": np.maximum.reduceat(path, first),
         "prompt": path[first + 1] - trained[first + 1],
@@ -89,11 +89,11 @@ def token_lengths(columns: Columns, kind: Kind) -> dict[str, NDArray[np.int32]]:
     return {name: values.astype(np.int32) for name, values in found.items()}
 
 
-def _measure(values: Counts) -> Measure:
+def _measure(values: Counts) -> LengthQuantiles:
     quantiles: dict[str, Any] = {
         name: int(np.quantile(values, share, method="lower")) for name, share in _QUANTILES.items()
     }
-    return Measure(
+    return LengthQuantiles(
         mean=round(float(values.mean()), 1),
         least=int(values.min()),
         most=int(values.max()),

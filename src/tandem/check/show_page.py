@@ -9,24 +9,24 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from tandem.check.show_record import Encodings, Part, Section, Token
+from tandem.check.show_record import Encodings, Token, TokenSection, TokenUse
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 
 # Two shades each, in turn, so that tokens can be told apart. Of the 16 colours of every terminal:
 # others become one another where there are no more.
-_STYLES: dict[Part, tuple[str, str]] = {
+_STYLES: dict[TokenUse, tuple[str, str]] = {
     "prompt": ("black on white", "black on bright_white"),
     "trained": ("black on green", "black on bright_green"),
     "shared": ("black on cyan", "black on bright_cyan"),
     "shared and trained": ("black on yellow", "black on bright_yellow"),
 }
-_MEANS: dict[Part, str] = {
+_MEANS: dict[TokenUse, str] = {
     "prompt": "fed, not trained",
     "trained": "a target of the loss",
     "shared": "fed once for {all} answers, not trained",
     "shared and trained": "fed once, a target for {all} answers",
 }
-_LABELS: dict[Part, str] = {
+_LABELS: dict[TokenUse, str] = {
     "prompt": "prompt",
     "trained": "trained",
     "shared": "shared",
@@ -87,13 +87,15 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
         found: what a run makes of the row.
         ids: one token a line, with its id.
     """
-    parts = {token.part for tree in found.trees for section in tree for token in section.tokens}
+    parts = {
+        token.part for example in found.examples for section in example for token in section.tokens
+    }
     every = "both" if found.kind == "preference pairs" else "all"
     coloured = _has_colours(console)
     for line in _legend([part for part in _STYLES if part in parts], every, coloured):
         console.print(line, soft_wrap=True)
-    for tree in found.trees:
-        for section in tree:
+    for example in found.examples:
+        for section in example:
             console.print()
             console.print(_head(section, every), soft_wrap=True)
             if ids:
@@ -111,13 +113,13 @@ def _has_colours(console: Console) -> bool:
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
-def _legend(parts: Sequence[Part], every: str, coloured: bool) -> Iterator[Text]:
+def _legend(parts: Sequence[TokenUse], every: str, coloured: bool) -> Iterator[Text]:
     for part in parts:
         style = _STYLES[part][0] if coloured else ""
         yield Text.assemble((f" {_LABELS[part]} ", style), f" {_MEANS[part].format(all=every)}")
 
 
-def _head(section: Section, every: str) -> Text:
+def _head(section: TokenSection, every: str) -> Text:
     what = {
         "record": "the record",
         "shared": f"what {every} answers share",
@@ -127,14 +129,14 @@ def _head(section: Section, every: str) -> Text:
     return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
 
 
-def _coloured(section: Section) -> Text:
+def _coloured(section: TokenSection) -> Text:
     text = Text()
     for number, token in enumerate(section.tokens):
         text.append(visible(token.text), _STYLES[token.part][number % 2])
     return text
 
 
-def _labelled(section: Section) -> Iterator[Text]:
+def _labelled(section: TokenSection) -> Iterator[Text]:
     """Lines of text, each with what its tokens are; a change of that begins a new line."""
     wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
     for part, tokens in groupby(section.tokens, key=_part):
@@ -143,11 +145,11 @@ def _labelled(section: Section) -> Iterator[Text]:
             yield Text(f"{_LABELS[part]:<{wide}} | {line}")
 
 
-def _part(token: Token) -> Part:
+def _part(token: Token) -> TokenUse:
     return token.part
 
 
-def _listed(section: Section, coloured: bool) -> Iterator[Text]:
+def _listed(section: TokenSection, coloured: bool) -> Iterator[Text]:
     """One token a line: its position, id, what it is, and its text between bars."""
     wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
     for number, token in enumerate(section.tokens):

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tandem.data.encoded.dataset_store import TreeWriter
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
-from tandem.data.formats.known_formats import Kind, Record, format_with
+from tandem.data.encoded.dataset_store import DatasetWriter
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
+from tandem.data.formats.format import Kind, Record
+from tandem.data.formats.known_formats import format_with
 from tandem.data.formats.unpaired import BEFORE, label_of
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 from tandem.data.sources.chunks import BadLine, Row, RowChunk
 from tandem.data.sources.rows import origin_names, read_rows
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
-Part = Literal["prompt", "trained", "shared", "shared and trained"]
+TokenUse = Literal["prompt", "trained", "shared", "shared and trained"]
 # Tokens in a row that decode to no whole character, after which that is taken as it is.
 _MOST_BROKEN = 256
 
@@ -49,11 +50,11 @@ class Token:
 
     id: int
     text: str
-    part: Part
+    part: TokenUse
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class TokenSection:
     """A path of a tree: a whole conversation, or the shared prefix or one of several answers."""
 
     name: str
@@ -70,7 +71,7 @@ class Encodings:
     """What a run makes of a row: sections of each tree, and what the ledger would say."""
 
     kind: Kind
-    trees: tuple[tuple[Section, ...], ...]
+    examples: tuple[tuple[TokenSection, ...], ...]
     entries: tuple[Entry, ...]
 
 
@@ -173,41 +174,45 @@ def _why(entry: Entry) -> str:
     return f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
 
 
-def encode_row(chat: Chat, plan: Plan, place: Place) -> Encodings:
+def encode_row(chat: ChatTokenizer, plan: EncodingOptions, place: Place) -> Encodings:
     """What a run makes of a row.
 
     Raises UserError for rows or turns that stop a run.
     """
-    batch = encode_batch(chat, plan, place.chunk, place.format)
-    writer = TreeWriter(None, [batch.file])
+    batch = encode_chunk(chat, plan, place.chunk, place.format)
+    writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
-    writer.finish({}, [len(batch.columns.parts)])
-    trees = tuple(_sections(tree, plan.kind, chat.codec.decode) for tree in writer.trees())
-    return Encodings(plan.kind, trees, batch.entries)
+    writer.finish({}, [len(batch.arrays.parts)])
+    examples = tuple(_sections(one, plan.kind, chat.codec.decode) for one in writer.dataset())
+    return Encodings(plan.kind, examples, batch.entries)
 
 
-def _sections(tree: Tree, kind: Kind, decode: Callable[[list[int]], str]) -> tuple[Section, ...]:
+def _sections(
+    example: Example, kind: Kind, decode: Callable[[list[int]], str]
+) -> tuple[TokenSection, ...]:
     if kind == "preference pairs":
         names = ["chosen", "rejected"]
-    elif len(tree.branches) == 1:
+    elif len(example.branches) == 1:
         names = ["record"]
     else:
-        names = [f"answer {number}" for number in range(1, len(tree.branches) + 1)]
+        names = [f"answer {number}" for number in range(1, len(example.branches) + 1)]
     sections = []
-    before: list[int] = tree.prefix.input_ids.tolist()
+    before: list[int] = example.prefix.input_ids.tolist()
     if before:
         texts = token_texts(before, decode)
-        sections.append(_section("shared", tree.prefix, texts, shared=True))
-    for name, branch in zip(names, tree.branches, strict=True):
+        sections.append(_section("shared", example.prefix, texts, shared=True))
+    for name, branch in zip(names, example.branches, strict=True):
         # Decoded behind the prefix, for a token's text can depend on what is before it.
         texts = token_texts(before + branch.input_ids.tolist(), decode)[len(before) :]
         sections.append(_section(name, branch, texts, shared=False))
     return tuple(sections)
 
 
-def _section(name: str, branch: Branch, texts: Sequence[str], *, shared: bool) -> Section:
-    parts: tuple[Part, Part] = ("shared", "shared and trained") if shared else ("prompt", "trained")
-    return Section(
+def _section(name: str, branch: Branch, texts: Sequence[str], *, shared: bool) -> TokenSection:
+    parts: tuple[TokenUse, TokenUse] = (
+        ("shared", "shared and trained") if shared else ("prompt", "trained")
+    )
+    return TokenSection(
         name,
         tuple(
             Token(token, text, parts[trained])

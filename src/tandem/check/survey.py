@@ -12,7 +12,7 @@ import numpy as np
 
 from tandem.check.duplicates import Repeated, signatures
 from tandem.check.findings import Finding, Sign, Tally
-from tandem.check.lengths import Histogram, Lengths, Measure, token_lengths
+from tandem.check.lengths import Histogram, LengthQuantiles, Lengths, token_lengths
 from tandem.check.record_signs import (
     Record,
     Roles,
@@ -27,7 +27,7 @@ from tandem.check.shared_texts import look_for_shared
 from tandem.check.text_signs import TextSigns
 from tandem.check.unread_columns import Columns
 from tandem.data.build_dataset import nothing_left
-from tandem.data.encoded.encode_chunk import Batch, Plan, encode_batch
+from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
 from tandem.data.encoded.worker_pool import Show, encoded_pieces
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
@@ -36,8 +36,8 @@ from tandem.data.records import Origin, PreferencePair
 from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
-from tandem.data.text.word_hashes import words_of
-from tandem.data.tokenize.encode import Chat
+from tandem.data.text.word_hashes import hash_words
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import way_out
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -71,9 +71,9 @@ class Subject:
 
     stage: str | None
     sources: tuple[DataSource, ...]
-    plan: Plan
+    plan: EncodingOptions
     max_dropped: float
-    chat: Chat | None = None
+    chat: ChatTokenizer | None = None
     special: tuple[str, ...] = ()
     limited: bool = False
     held_out: bool = False
@@ -98,7 +98,7 @@ class Survey:
     reasons: dict[str, int]
     roles: Roles
     unit: str
-    measures: dict[str, Measure]
+    measures: dict[str, LengthQuantiles]
     histogram: Histogram | None
     findings: tuple[Finding, ...]
     others: tuple[Other, ...]
@@ -192,7 +192,7 @@ class _Survey:
         except UserError as error:
             self.ended = str(error)
 
-    def take(self, chunk: Chunk, known: str, batch: Batch | None) -> None:
+    def take(self, chunk: Chunk, known: str, batch: EncodedChunk | None) -> None:
         """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
         rows = tuple(chunk.rows())
         names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
@@ -205,7 +205,7 @@ class _Survey:
             self.ledger.add(entries, len(records))
             self._lengths.add(character_lengths(records))
         else:
-            self.ledger.add(self._told(batch), len(batch.columns.parts))
+            self.ledger.add(self._told(batch), len(batch.arrays.parts))
             self._measure(chunk, known, batch)
         self._records += len(records)
         self._answers += sum(map(answers_of, records))
@@ -276,7 +276,7 @@ class _Survey:
             except UserError as error:
                 self._stop = str(error)
 
-    def _told(self, batch: Batch) -> list[Entry]:
+    def _told(self, batch: EncodedChunk) -> list[Entry]:
         """What the ledger would say; without limits nothing is cut but what goes uncounted."""
         if self._subject.limited:
             return list(batch.entries)
@@ -285,25 +285,25 @@ class _Survey:
                 self._tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
         return [entry for entry in batch.entries if entry.outcome != "truncated"]
 
-    def _measure(self, chunk: Chunk, known: str, batch: Batch) -> None:
+    def _measure(self, chunk: Chunk, known: str, batch: EncodedChunk) -> None:
         """Note lengths in tokens, of records that were cut or dropped those they had before."""
         plan = self._subject.plan
-        found = token_lengths(batch.columns, plan.kind)
+        found = token_lengths(batch.arrays, plan.kind)
         if batch.entries and self._subject.limited:
             assert self._subject.chat is not None
             numbers = {entry.row for entry in batch.entries}
             # A row may hold several records, of which one alone was cut.
-            kept = ~np.isin(batch.columns.rows, list(numbers))
+            kept = ~np.isin(batch.arrays.rows, list(numbers))
             self._lengths.add({name: values[kept] for name, values in found.items()})
             rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
             whole = replace(plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
             again = RowChunk(chunk.file, len(rows), rows)
-            batch = encode_batch(self._subject.chat, whole, again, known)
-            found = token_lengths(batch.columns, plan.kind)
+            batch = encode_chunk(self._subject.chat, whole, again, known)
+            found = token_lengths(batch.arrays, plan.kind)
         self._lengths.add(found)
 
     def _compare(self, records: list[Record]) -> None:
-        words = words_of([body_of(record) for record in records])
+        words = hash_words([body_of(record) for record in records])
         self._repeated.add(
             [record.origin for record in records],
             np.array([digests_of(record) for record in records], dtype=np.uint64),
@@ -339,7 +339,7 @@ class _Survey:
         return found
 
 
-def _plan(subject: Subject) -> Plan:
+def _plan(subject: Subject) -> EncodingOptions:
     """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
     plan = replace(subject.plan, on_bad_record="drop")
     return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))

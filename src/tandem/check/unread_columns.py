@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from tandem.check.findings import Sign
 from tandem.check.preference_columns import Sides, column_signs, sides_of, words_in
 from tandem.check.record_signs import answer_of, texts_of
-from tandem.data.formats.format import texts_in
-from tandem.data.formats.known_formats import FORMATS, Format, Kind, format_with
+from tandem.data.formats.format import Format, Kind, texts_in
+from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Row

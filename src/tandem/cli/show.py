@@ -110,7 +110,7 @@ def _show_tokens(
         lines.append("trained whole")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-    if not found.trees:
+    if not found.examples:
         raise would_be_dropped(found.entries)
     print_encodings(console, found, ids=ids)
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tandem.data.encoded.dataset import Trees
-from tandem.data.encoded.dataset_store import EncodedStore, TreeWriter, encoding_key, replay
-from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore, encoding_key, replay
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import Show, encoded_pieces
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import OnBadRecord, formatted_chunks, names_of
 from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, origin_names
 from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.encode import Chat, LossOn
+from tandem.data.tokenize.encode import ChatTokenizer, LossOn
 from tandem.data.tokenize.template_omissions import way_out
 from tandem.data.truncation.limits import Limits, TooLong
 from tandem.errors import UserError
@@ -45,7 +45,7 @@ def prepare_conversations(
     loss_on: LossOn = "answers",
     limit: int | None = None,
     rows: int | None = None,
-) -> Trees:
+) -> EncodedDataset:
     """Read, encode and fit conversations: one tree a record, in reading order.
 
     `max_length` and `max_prompt_length` are tokens; a conversation within `max_length` is never
@@ -59,8 +59,10 @@ def prepare_conversations(
     cannot be used, for a record with a token beyond the rows, and when no record is left.
     """
     limits = Limits(max_length, max_prompt_length, too_long)
-    plan = Plan("conversations", limits, on_bad_record, loss_on)
-    way = _Way(sources, Chat.of(tokenizer, template, rows), plan, ledger, show, workers, limit)
+    plan = EncodingOptions("conversations", limits, on_bad_record, loss_on)
+    way = _Way(
+        sources, ChatTokenizer.of(tokenizer, template, rows), plan, ledger, show, workers, limit
+    )
     return _prepare(way, store)
 
 
@@ -79,15 +81,17 @@ def prepare_pairs(
     workers: int | None = None,
     limit: int | None = None,
     rows: int | None = None,
-) -> Trees:
+) -> EncodedDataset:
     """Read, encode and fit preference pairs: one tree a record, in reading order.
 
     `max_length` (prompt and one answer) and `max_prompt_length` are tokens. The rest is as in
     `prepare_conversations`.
     """
     limits = Limits(max_length, max_prompt_length, too_long)
-    plan = Plan("preference pairs", limits, on_bad_record)
-    way = _Way(sources, Chat.of(tokenizer, template, rows), plan, ledger, show, workers, limit)
+    plan = EncodingOptions("preference pairs", limits, on_bad_record)
+    way = _Way(
+        sources, ChatTokenizer.of(tokenizer, template, rows), plan, ledger, show, workers, limit
+    )
     return _prepare(way, store)
 
 
@@ -96,15 +100,15 @@ class _Way:
     """What one preparation was asked for."""
 
     sources: Sequence[DataSource]
-    chat: Chat
-    plan: Plan
+    chat: ChatTokenizer
+    plan: EncodingOptions
     ledger: Ledger
     show: Show | None
     workers: int | None
     limit: int | None
 
 
-def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
+def _prepare(way: _Way, store: EncodedStore | None) -> EncodedDataset:
     if store is None or way.limit is not None:
         return _in_memory(way)
     parts = way.chat.parts
@@ -116,7 +120,7 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
     found = store.find(key, names)
     if found is not None:
         replay(found, way.ledger, [source.path for source in way.sources])
-        return found.trees
+        return found.dataset
     try:
         with store.writing(key, names) as writer:
             ledger = _fill(way, writer)
@@ -125,23 +129,23 @@ def _prepare(way: _Way, store: EncodedStore | None) -> Trees:
                     f"data: {names_of(way.sources)} changed while it was being read. Start again "
                     "when nothing writes to it."
                 )
-        trees = store.trees(key, names)
+        dataset = store.dataset(key, names)
         store.prune(key)
     except OSError as error:
         store.log(f"the encoded data cannot be kept ({error}): it is encoded at every start")
         return _in_memory(way)
     _tell(way.ledger, ledger)
-    return trees
+    return dataset
 
 
-def _in_memory(way: _Way) -> Trees:
-    writer = TreeWriter(None, origin_names(way.sources))
+def _in_memory(way: _Way) -> EncodedDataset:
+    writer = DatasetWriter(None, origin_names(way.sources))
     _tell(way.ledger, _fill(way, writer))
-    trees = writer.trees()
-    return trees if way.limit is None else trees.select(np.arange(min(way.limit, len(trees))))
+    dataset = writer.dataset()
+    return dataset if way.limit is None else dataset.select(np.arange(min(way.limit, len(dataset))))
 
 
-def _fill(way: _Way, writer: TreeWriter) -> Ledger:
+def _fill(way: _Way, writer: DatasetWriter) -> Ledger:
     """Encode everything into `writer`; the ledger returned has what became of each record."""
     ledger = Ledger(None)
     owners: deque[int] = deque()  # the source of each piece that has no batch yet
@@ -169,10 +173,10 @@ def _fill(way: _Way, writer: TreeWriter) -> Ledger:
             assert batch is not None
             room = None if way.limit is None else way.limit - writer.records
             writer.add(batch)
-            count = len(batch.columns.parts)
+            count = len(batch.arrays.parts)
             records[owners.popleft()] += count
             if room is not None and room <= count:
-                last = int(batch.columns.rows[room - 1])
+                last = int(batch.arrays.rows[room - 1])
                 ledger.add([entry for entry in batch.entries if entry.row <= last], room)
                 break
             ledger.add(batch.entries, count)

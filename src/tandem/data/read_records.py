@@ -15,21 +15,19 @@ from tandem.data.formats.check_fields import (
     unread_keys,
     unreadable,
 )
-from tandem.data.formats.known_formats import (
+from tandem.data.formats.conversations import (
     QUESTION_KEYS,
     QUESTION_OPTIONS,
-    Fields,
-    Format,
-    Kind,
     Question,
-    Record,
-    Unusable,
+    read_question,
+)
+from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind, Record
+from tandem.data.formats.known_formats import (
     describe_formats,
     detect,
     format_called,
     format_with,
     overlooked,
-    read_question,
     variant,
 )
 from tandem.data.formats.turns import check_text_alone, tools_in
@@ -87,7 +85,7 @@ def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> l
                 raise _bad_line(BadLine(row.origin, said))
             try:
                 questions.append(read_question(row.fields, row.origin))
-            except Unusable as reason:
+            except InvalidRecord as reason:
                 raise UserError(
                     f"{row.origin}: no usable question: {reason}. A question is an object with "
                     "`question` and `answer` (and `system`, `accepted`, `completion` if wanted)."
@@ -183,26 +181,26 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             check_text_alone(row.fields)
             tools = tools_in(row.fields)
             found = layout.read(row.fields, row.origin)
-        except Unusable as verdict:
+        except InvalidRecord as verdict:
             tools, found = "", [_another_format(row.fields, layout) or verdict]
         for one in found:
-            if isinstance(one, Unusable):
+            if isinstance(one, InvalidRecord):
                 yield Entry.dropped(row.origin, one.reason, one.detail)
             else:
                 yield replace(one, tools=tools) if tools else one
 
 
 def _check_format(fields: Fields, others: Sequence[Format], known: Format) -> None:
-    """Raise `Unusable` for a row that is of one of these other formats by what it holds."""
+    """Raise `InvalidRecord` for a row that is of one of these other formats by what it holds."""
     for other in others:
         if other.fits(fields) and all(fields[key] is not None for key in other.keys):
-            raise Unusable(
+            raise InvalidRecord(
                 f"a row of another format than its source's first ({other.name}, not {known.name})",
                 f"its keys are {', '.join(map(str, fields))}",
             )
 
 
-def _another_format(fields: Fields, known: Format) -> Unusable | None:
+def _another_format(fields: Fields, known: Format) -> InvalidRecord | None:
     """The reason of a row that lacks its source's keys, but has those of another format."""
     given = {key: value for key, value in fields.items() if value is not None}
     # Joined rows are not as they were.
@@ -211,7 +209,7 @@ def _another_format(fields: Fields, known: Format) -> Unusable | None:
     other = detect(given)
     if other is None or other.keys == known.keys:
         return None
-    return Unusable(
+    return InvalidRecord(
         f"a row of another format than its source's first ({other.name}, not {known.name})",
         f"without {', '.join(sorted(known.keys - given.keys()))}",
     )

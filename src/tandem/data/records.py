@@ -133,7 +133,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class Example:
     """One encoded record: a shared prefix and the branches that continue it.
 
     A conversation has an empty prefix and one branch; a preference pair has the longest common

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.formats.known_formats import Question
+from tandem.data.formats.conversations import Question
 from tandem.data.read_records import read_questions
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read

@@ -12,13 +12,19 @@ from rich.console import Console
 
 from tandem.data.batching.collate import collate
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.formats.known_formats import Question
+from tandem.data.formats.conversations import Question
 from tandem.data.ledger import Ledger
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.text.answers import contains_accepted, first_sentence
 from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import Chat, Encoded, Exchange, conversation_tree, encode_exchanges
+from tandem.data.tokenize.encode import (
+    ChatTokenizer,
+    Encoded,
+    Exchange,
+    conversation_example,
+    encode_exchanges,
+)
 from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import EvalModel
@@ -179,10 +185,12 @@ class OwnMeasures:
             ]
         )
 
-    def _conversations(self, questions: Sequence[Question]) -> list[Tree]:
+    def _conversations(self, questions: Sequence[Question]) -> list[Example]:
         exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
         trees = []
-        encoded = encode_exchanges(Chat.of(self.tokenizer, self.template, self._rows), exchanges)
+        encoded = encode_exchanges(
+            ChatTokenizer.of(self.tokenizer, self.template, self._rows), exchanges
+        )
         for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
                 why = f"{one.reason} ({one.detail})" if one.detail else one.reason
@@ -191,7 +199,7 @@ class OwnMeasures:
                     f"{way_out(one.reason)}"
                 )
             self._check_room(question, len(one.ids), 0)
-            trees.append(conversation_tree([one], question.origin))
+            trees.append(conversation_example([one], question.origin))
         return trees
 
     def _check_rows(self, question: Question, ids: Sequence[int]) -> None:
@@ -209,7 +217,7 @@ class OwnMeasures:
                 + (", or lower evaluate.max_new_tokens." if answer else ".")
             )
 
-    def _heldout(self, material: Material) -> Sequence[Tree]:
+    def _heldout(self, material: Material) -> Sequence[Example]:
         ledger = Ledger(None)
         trees = prepare_conversations(
             material.heldout,
@@ -223,7 +231,7 @@ class OwnMeasures:
         self._log(ledger, "conversations", "scored")
         return trees
 
-    def _loss(self, trees: Sequence[Tree]) -> Score:
+    def _loss(self, trees: Sequence[Example]) -> Score:
         logps = self._score(trees)
         return Score(
             _items(trees),
@@ -262,7 +270,7 @@ class OwnMeasures:
                 + (f" ({why})" if why else ""),
             )
 
-    def _score(self, trees: Sequence[Tree]) -> torch.Tensor:
+    def _score(self, trees: Sequence[Example]) -> torch.Tensor:
         """Log-probs of each tree's sequences [trees, sequences of a tree]."""
         wide = max(len(tree.branches) for tree in trees)
         logps_of = torch.zeros(len(trees), wide, dtype=torch.float64)
@@ -279,5 +287,5 @@ class OwnMeasures:
         return logps_of
 
 
-def _items(trees: Sequence[Tree]) -> tuple[str, ...]:
+def _items(trees: Sequence[Example]) -> tuple[str, ...]:
     return tuple(f"{tree.origin.file}:{tree.origin.row}" for tree in trees)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.select import use_backend
@@ -96,7 +96,7 @@ def adapted(
     return model
 
 
-def warm_up(model: Any, trees: Sequence[Tree], device: Device, *, seed: int) -> Compiling:
+def warm_up(model: Any, trees: Sequence[Example], device: Device, *, seed: int) -> Compiling:
     """Compile what the run will need, on two records, before a clock runs.
 
     The model is not yet the engine's, which may watch every backward.

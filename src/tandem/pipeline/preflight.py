@@ -7,16 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tandem.data.encoded.encode_chunk import Plan
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import encoded_pieces
-from tandem.data.formats.known_formats import Kind, Question
+from tandem.data.formats.conversations import Question
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, local_files, looks_like_path
 from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
@@ -138,14 +139,14 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
-    chat = Chat.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
     for kind, named in _encoded(recipe, wanted):
         specs = _specs(named)
         # Piece by piece, and none is kept: data may be larger than memory.
         for _ in encoded_pieces(
             formatted_chunks(specs, kind, Ledger(None), "drop"),
             chat,
-            Plan(kind, Limits(_NO_LIMIT, None), "drop"),
+            EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop"),
             doing="looking for tokens that the model has no row for",
             total=partial(count_sources, specs),
             show=None,

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.added_tokens import AddedTokens
@@ -54,7 +54,10 @@ from tandem.stages.training.training_data import Records, stage_records
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-_PREPARE: dict[str, Callable[..., Trees]] = {"sft": prepare_conversations, "dpo": prepare_pairs}
+_PREPARE: dict[str, Callable[..., EncodedDataset]] = {
+    "sft": prepare_conversations,
+    "dpo": prepare_pairs,
+}
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,7 @@ class _Planner:
             rows = described_rows(config, added)
             records = self._records(stage, settings, data, tokenizer, template, rows)
             ledger = records.ledger.summary()
-            work = count_work(records.trees, replace(pacing, parts=records.parts))
+            work = count_work(records.dataset, replace(pacing, parts=records.parts))
         elif guess is not None:
             work = guess_work(guess.records, guess.tokens, pacing, answers=_ANSWERS)
             notes[-1] = (  # in place of what to do about it

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.batching.sampler import Part
+from tandem.data.batching.sampler import WeightedSource
 from tandem.model.attention.select import is_padded
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
@@ -213,7 +213,7 @@ def pacing_of(
     processes: int,
     config: Any,
     padded: bool,
-    parts: tuple[Part, ...] = (),
+    parts: tuple[WeightedSource, ...] = (),
 ) -> Pacing:
     """How a stage goes through its records."""
     return Pacing(
@@ -284,7 +284,7 @@ def estimate_run(
         padded=is_padded(model),
         parts=records.parts,
     )
-    work = count_work(records.trees, pacing)
+    work = count_work(records.dataset, pacing)
     setting = RateKey(
         stage.kind.name, device.kind, device.dtype_name, shape.parameters, processes,
         schedule["engine"],

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.data.batching.packing import pack_padded, padded_tokens, plan_step
-from tandem.data.batching.sampler import Part, steps, total_steps
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import StepSampler, WeightedSource
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.plan.model_shape import ModelShape
 
 
@@ -130,9 +130,9 @@ class Pacing:
         batch_size, epochs, max_steps, seed: of the recipe.
         budget: tokens of a micro-batch.
         processes: how many share a step.
-        attention_weight: for balance, see `data.packing.tree_cost`.
+        attention_weight: for balance, see `data.packing.example_cost`.
         padded: whether the model reads one row a sequence, with nothing shared.
-        parts: the weights of the records, see `data.order.steps`.
+        parts: the weights of the records, see `StepSampler`.
     """
 
     batch_size: int
@@ -143,23 +143,19 @@ class Pacing:
     processes: int
     attention_weight: float
     padded: bool = False
-    parts: tuple[Part, ...] = ()
+    parts: tuple[WeightedSource, ...] = ()
 
 
-def count_work(trees: Trees, pacing: Pacing) -> Workload:
+def count_work(dataset: EncodedDataset, pacing: Pacing) -> Workload:
     """The work of a stage over its encoded records; no tree is made for it."""
-    records = _Records.of(trees, pacing)
-    count = total_steps(
-        len(trees), pacing.batch_size,
-        epochs=pacing.epochs, max_steps=pacing.max_steps, parts=pacing.parts,
-    )  # fmt: skip
+    records = _Records.of(dataset, pacing)
+    sampler = StepSampler(len(dataset), pacing.batch_size, pacing.seed, pacing.parts)
+    count = sampler.total_steps(pacing)
     every = max(1, math.ceil(count / _PACKED))
-    times = np.zeros(len(trees), dtype=np.int64)
+    times = np.zeros(len(dataset), dtype=np.int64)
     padded = 0
     packing = _Packing()
-    for step in steps(
-        len(trees), pacing.batch_size, seed=pacing.seed, count=count, parts=pacing.parts
-    ):
+    for step in sampler.steps(0, count):
         examples = np.asarray(step.examples)
         np.add.at(times, examples, 1)  # a step may show a record twice
         if not pacing.padded:
@@ -167,7 +163,7 @@ def count_work(trees: Trees, pacing: Pacing) -> Workload:
         if step.number % every == 0:
             packing.add(records, examples, pacing)
     return Workload(
-        records=len(trees),
+        records=len(dataset),
         steps=count,
         examples=int(times.sum()),
         tokens=int(times @ records.fed),
@@ -188,7 +184,7 @@ def count_work(trees: Trees, pacing: Pacing) -> Workload:
     )
 
 
-def _an_epoch(fed: NDArray[np.int64], parts: Sequence[Part]) -> int:
+def _an_epoch(fed: NDArray[np.int64], parts: Sequence[WeightedSource]) -> int:
     """Tokens that an epoch feeds; by weights that are fractions, epochs differ a little."""
     if not parts:
         return int(fed.sum())
@@ -204,10 +200,8 @@ def guess_work(records: int, tokens: int, pacing: Pacing, *, answers: float) -> 
         pacing: how the stage goes through them.
         answers: share of the tokens that is trained.
     """
-    count = total_steps(
-        records, pacing.batch_size, epochs=pacing.epochs, max_steps=pacing.max_steps
-    )
-    per_epoch = total_steps(records, pacing.batch_size)
+    sampler = StepSampler(records, pacing.batch_size)
+    count, per_epoch = sampler.total_steps(pacing), sampler.steps_per_epoch()
     whole, rest = divmod(count, per_epoch)
     examples = whole * records + min(records, rest * pacing.batch_size)
     targets, visible = round(tokens * answers), tokens * (tokens + 1) / 2
@@ -250,11 +244,11 @@ class _Records:
     first: NDArray[np.int64]
 
     @classmethod
-    def of(cls, trees: Trees, pacing: Pacing) -> _Records:
+    def of(cls, dataset: EncodedDataset, pacing: Pacing) -> _Records:
         """From the lengths that the encoded records keep; no tree is made for it."""
-        branches = trees.branches.astype(np.int64)
-        prefix = trees.prefix_lengths.astype(np.int64)
-        lengths = trees.sequence_lengths.astype(np.int64)
+        branches = dataset.branches.astype(np.int64)
+        prefix = dataset.prefix_lengths.astype(np.int64)
+        lengths = dataset.sequence_lengths.astype(np.int64)
         first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(branches)])
 
         def added(values: NDArray[Any]) -> NDArray[Any]:
@@ -264,7 +258,7 @@ class _Records:
         own = lengths - np.repeat(prefix, branches)
         tokens = prefix + added(own)
         # What follows a branch's last target is not fed; taken as equally long in all branches.
-        fed = trees.fed.astype(np.int64)
+        fed = dataset.fed.astype(np.int64)
         idle = np.repeat((tokens - fed) / branches, branches)
         rows = own - idle
         before = np.repeat(prefix, branches)
@@ -276,7 +270,7 @@ class _Records:
         return cls(
             fed=fed + shared if pacing.padded else fed,
             shared=np.zeros_like(shared) if pacing.padded else shared,
-            targets=added(trees.sequence_targets.astype(np.int64)),
+            targets=added(dataset.sequence_targets.astype(np.int64)),
             visible=seen + (whole * branches if pacing.padded else whole),
             costs=cost,
             branches=branches,

@@ -84,11 +84,11 @@ def _objective(start: Start, beta: float) -> Made:
     store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
     with (
         adapter_off(start.model),
-        phase(start.console, "reference log-probs", len(start.trees)) as advance,
+        phase(start.console, "reference log-probs", len(start.dataset)) as advance,
     ):
         reference, computed = reference_logps(
             start.engine,
-            start.trees,
+            start.dataset,
             store=store,
             identity=identity,
             budget=start.budget,
@@ -98,8 +98,8 @@ def _objective(start: Start, beta: float) -> Made:
     seconds = time.perf_counter() - began
     log(
         start.console,
-        f"dpo: reference log-probs of {len(start.trees)} {start.what}pairs, {computed} computed "
-        f"and {len(start.trees) - computed} found in the store, {seconds:.1f} s",
+        f"dpo: reference log-probs of {len(start.dataset)} {start.what}pairs, {computed} computed "
+        f"and {len(start.dataset) - computed} found in the store, {seconds:.1f} s",
     )
     objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
     return Made(objective, seconds, computed)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.batching.packing import plan_step, tree_cost
+from tandem.data.batching.packing import example_cost, plan_step
 from tandem.data.batching.sampler import Step
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.storage.atomic_files import append_jsonl, atomic_write_text
 from tandem.storage.hashing import Damaged
@@ -51,7 +51,7 @@ class HeldOutEvaluation:
         trees: the held-out records.
         objective: what their loss is; examples are positions in `trees`.
         budget: tokens of a micro-batch.
-        attention_weight: see `data.packing.tree_cost`.
+        attention_weight: see `data.packing.example_cost`.
         every: steps from one score to the next.
         folder: the stage's.
         best: how the best adapter is told, when it is to be kept.
@@ -64,7 +64,7 @@ class HeldOutEvaluation:
         *,
         engine: Engine,
         model: Any,
-        trees: Sequence[Tree],
+        trees: Sequence[Example],
         objective: Objective,
         budget: TokenBudget,
         attention_weight: float,
@@ -135,7 +135,7 @@ class HeldOutEvaluation:
         engine, budget = self.engine, self.budget.tokens
         trees = [self.trees[i] for i in block]
         tokens = [tokens_fed(self.model, tree) for tree in trees]
-        costs = [tree_cost(tree, self.attention_weight) for tree in trees]
+        costs = [example_cost(tree, self.attention_weight) for tree in trees]
         plan = plan_step(
             tokens, costs, budget, engine.processes.count,
             pack_share=lambda share: micro_batches(self.model, [trees[i] for i in share], budget),

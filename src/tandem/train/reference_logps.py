@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from tandem.data.batching.collate import collate
-from tandem.data.encoded.dataset import Trees, sequence_digest
-from tandem.data.records import Tree
+from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
+from tandem.data.records import Example
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.storage.cache_folder import cache_folder
 from tandem.train.engines.engine import Engine
@@ -180,7 +180,7 @@ def _sound(key: Any, logp: Any, tokens: Any, checksum: Any) -> bool:
 
 def reference_logps(
     engine: Engine,
-    trees: Sequence[Tree],
+    trees: Sequence[Example],
     *,
     store: ReferenceStore,
     identity: str,
@@ -240,7 +240,7 @@ def reference_logps(
 
 
 def _compute_unit(
-    engine: Engine, trees: list[Tree], filler: Tree, budget: TokenBudget
+    engine: Engine, trees: list[Example], filler: Example, budget: TokenBudget
 ) -> list[tuple[float, int]]:
     """Log-probs and trained tokens of a unit's sequences, in order.
 
@@ -267,7 +267,7 @@ def _compute_unit(
     return [pair for row in results for pair in row]
 
 
-def _scored(engine: Engine, trees: list[Tree]) -> list[tuple[float, int]]:
+def _scored(engine: Engine, trees: list[Example]) -> list[tuple[float, int]]:
     batch = collate(trees)
     with torch.no_grad():
         # Zeros follow where the micro-batch was filled up to a declared shape.
@@ -275,9 +275,9 @@ def _scored(engine: Engine, trees: list[Tree]) -> list[tuple[float, int]]:
     return list(zip(values, batch.sequence_tokens, strict=True))
 
 
-def _keys(identity: str, trees: Sequence[Tree], block: range) -> list[list[bytes]]:
+def _keys(identity: str, trees: Sequence[Example], block: range) -> list[list[bytes]]:
     """The keys of each tree's sequences in a block of `trees`."""
-    if isinstance(trees, Trees):
+    if isinstance(trees, EncodedDataset):
         digests = iter(trees.digests(block.start, block.stop))
         counts = trees.branches[block.start : block.stop].tolist()
         return [[_key(identity, next(digests).tobytes()) for _ in range(n)] for n in counts]

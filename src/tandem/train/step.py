@@ -13,7 +13,7 @@ from torch import Tensor
 from tandem.data.batching.collate import collate, record_key
 from tandem.data.batching.packing import StepPlan
 from tandem.data.batching.sampler import Step
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import TandemError
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
@@ -31,7 +31,7 @@ class StepWork:
     """
 
     step: Step
-    trees: Sequence[Tree]
+    trees: Sequence[Example]
     tokens: Sequence[int]
     denominator: int
 
@@ -139,7 +139,7 @@ class StepRunner:
         copies = step.copies
         return [record_key(self.seed, step.number, step.examples[i], copies[i]) for i in members]
 
-    def _not_finite(self, step: int, trees: Sequence[Tree]) -> TandemError:
+    def _not_finite(self, step: int, trees: Sequence[Example]) -> TandemError:
         if self.learns:
             return not_finite("loss", step, trees)
         return TandemError(
@@ -165,7 +165,7 @@ def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return sums
 
 
-def not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
+def not_finite(what: str, step: int, trees: Sequence[Example]) -> TandemError:
     """The error of a step whose loss or gradient is no number, or beyond all bounds."""
     return TandemError(
         f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
@@ -173,6 +173,6 @@ def not_finite(what: str, step: int, trees: Sequence[Tree]) -> TandemError:
     )
 
 
-def _origins(trees: Sequence[Tree]) -> str:
+def _origins(trees: Sequence[Example]) -> str:
     more = f" and {len(trees) - 8} more" if len(trees) > 8 else ""
     return "; ".join(str(tree.origin) for tree in trees[:8]) + more

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import Stopped, UserError
 from tandem.runtime.launch import ask_for_restart
 from tandem.runtime.process_group import ProcessGroup
@@ -163,7 +163,7 @@ def _halves(members: Members, tokens: Sequence[int]) -> list[Members]:
     return [members[:cut], members[cut:]]
 
 
-def no_room(tree: Tree, tokens: int) -> UserError:
+def no_room(tree: Example, tokens: int) -> UserError:
     """The error of a record that does not fit in memory even alone."""
     return UserError(
         f"out of memory: {tree.origin}, {tokens} tokens, does not fit even alone. Lower "

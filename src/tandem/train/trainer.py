@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.batching.packing import padded_tokens, plan_step, tree_cost
-from tandem.data.batching.sampler import Part, Step, epochs_after, steps
-from tandem.data.records import Tree
+from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
+from tandem.data.batching.sampler import Step, StepSampler, WeightedSource
+from tandem.data.records import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
@@ -33,7 +33,7 @@ _SAME_REQUEST = 5.0
 class Schedule:
     """When things happen, by step number, and how a step is packed.
 
-    `attention_weight` is for balance between processes, see `data.packing.tree_cost`; `parts` are
+    `attention_weight` is for balance between processes, see `packing.example_cost`; `parts` are
     the weights of the records, see `data.order.steps`.
     """
 
@@ -43,7 +43,7 @@ class Schedule:
     attention_weight: float
     logging_steps: int
     save_steps: int
-    parts: tuple[Part, ...] = ()
+    parts: tuple[WeightedSource, ...] = ()
 
 
 class Training:
@@ -70,7 +70,7 @@ class Training:
         *,
         engine: Engine,
         model: Any,
-        trees: Sequence[Tree],
+        trees: Sequence[Example],
         objective: Objective,
         learning_rate: Callable[[int], float],
         schedule: Schedule,
@@ -108,14 +108,7 @@ class Training:
         # A killed run may have logged steps beyond its last checkpoint; they are taken again.
         processes.on_rank0(lambda: forget_after(self.metrics_path, progress.step))
         self.model.train()
-        remaining = steps(
-            len(self.trees),
-            schedule.batch_size,
-            seed=schedule.seed,
-            count=schedule.total_steps,
-            start=progress.step,
-            parts=schedule.parts,
-        )
+        remaining = self._sampler.steps(progress.step, schedule.total_steps)
         with _stop_requests() as stop:
             if self.held_out is not None:
                 self.held_out.begin(progress)
@@ -142,7 +135,7 @@ class Training:
         trees = [self.trees[i] for i in step.examples]
         denominator = self.objective.denominator(trees)
         tokens = [tokens_fed(self.model, tree) for tree in trees]
-        costs = [tree_cost(tree, self.schedule.attention_weight) for tree in trees]
+        costs = [example_cost(tree, self.schedule.attention_weight) for tree in trees]
         engine, processes = self.engine, self.engine.processes
         budget = self.budget.tokens
         plan = plan_step(
@@ -181,7 +174,7 @@ class Training:
             self.held_out.saved()
 
     def _account(
-        self, step: Step, trees: Sequence[Tree], sums: dict[str, float], rate: float
+        self, step: Step, trees: Sequence[Example], sums: dict[str, float], rate: float
     ) -> None:
         progress = self.progress
         progress.step = step.number + 1
@@ -216,16 +209,19 @@ class Training:
         }
 
     def _epoch(self) -> float:
-        schedule, step = self.schedule, self.progress.step
-        found = epochs_after(step, len(self.trees), schedule.batch_size, schedule.parts)
-        return round(found, 4)
+        return round(self._sampler.epochs_after(self.progress.step), 4)
+
+    @property
+    def _sampler(self) -> StepSampler:
+        schedule = self.schedule
+        return StepSampler(len(self.trees), schedule.batch_size, schedule.seed, schedule.parts)
 
 
-def _sequence_length(tree: Tree, branch: int) -> int:
+def _sequence_length(tree: Example, branch: int) -> int:
     return len(tree.prefix.input_ids) + len(tree.branches[branch].input_ids)
 
 
-def _account_savings(progress: RunState, trees: Sequence[Tree]) -> None:
+def _account_savings(progress: RunState, trees: Sequence[Example]) -> None:
     lengths = [_sequence_length(tree, b) for tree in trees for b in range(len(tree.branches))]
     progress.padded_tokens += padded_tokens(lengths)
     # What every branch after a tree's first would have fed again.

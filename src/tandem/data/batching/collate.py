@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data.records import Branch, TokenIds, Tree
+from tandem.data.records import Branch, Example, TokenIds
 
 # Knuth's and splitmix64's odd constants; any good 64-bit mixer would do.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -82,18 +82,18 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def fed_tokens(tree: Tree) -> int:
+def fed_tokens(example: Example) -> int:
     """Rows that a tree takes in a micro-batch: all tokens up to each branch's last target."""
-    return tree.fed
+    return example.fed
 
 
-def padded_shape(tree: Tree) -> tuple[int, int]:
+def padded_shape(example: Example) -> tuple[int, int]:
     """Sequences of a tree and the tokens of its longest, up to the last target."""
-    prefix = len(tree.prefix.input_ids)
-    return len(tree.branches), prefix + max(branch.fed for branch in tree.branches)
+    prefix = len(example.prefix.input_ids)
+    return len(example.branches), prefix + max(branch.fed for branch in example.branches)
 
 
-def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
+def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
     """Lay out trees one after the other; see `MicroBatch`.
 
     Args:
@@ -101,8 +101,8 @@ def collate(trees: Sequence[Tree], dropout_keys: Sequence[int] | None = None) ->
         dropout_keys: one 64-bit number for each record (see `record_key`), if masks are drawn.
     """
     parts = _Parts([], [], [], [], [], [], [], [])
-    for index, tree in enumerate(trees):
-        parts.add(tree, None if dropout_keys is None else dropout_keys[index])
+    for index, example in enumerate(examples):
+        parts.add(example, None if dropout_keys is None else dropout_keys[index])
     return MicroBatch(
         input_ids=_tensor(parts.ids),
         position_ids=_tensor(parts.positions),
@@ -152,14 +152,14 @@ class _Parts:
     sequence_tokens: list[int]
     rows: list[int]  # of each tree
 
-    def add(self, tree: Tree, key: int | None) -> None:
+    def add(self, example: Example, key: int | None) -> None:
         start = sum(self.rows)
         row = start
-        prefix = len(tree.prefix.input_ids)
-        self.ids.append(tree.prefix.input_ids)
+        prefix = len(example.prefix.input_ids)
+        self.ids.append(example.prefix.input_ids)
         self.positions.append(np.arange(prefix))
         row += prefix
-        for number, branch in enumerate(tree.branches):
+        for number, branch in enumerate(example.branches):
             fed = branch.fed
             self.ids.append(branch.input_ids[:fed])
             self.positions.append(np.arange(prefix, prefix + fed))
@@ -168,24 +168,24 @@ class _Parts:
                 self.segments.append(Segment(start, row + fed))
             elif fed:
                 self.segments.append(Segment(row, row + fed, start, start + prefix))
-            self._add_targets(tree, branch, start, row)
+            self._add_targets(example, branch, start, row)
             row += fed
         if key is not None:
-            self._add_keys(tree, key)
+            self._add_keys(example, key)
         self.rows.append(row - start)
 
-    def _add_targets(self, tree: Tree, branch: Branch, start: int, branch_row: int) -> None:
-        prefix = len(tree.prefix.input_ids)
-        in_prefix = np.flatnonzero(tree.prefix.trained)
+    def _add_targets(self, example: Example, branch: Branch, start: int, branch_row: int) -> None:
+        prefix = len(example.prefix.input_ids)
+        in_prefix = np.flatnonzero(example.prefix.trained)
         in_branch = np.flatnonzero(branch.trained)
         predicting = branch_row + in_branch - 1
         predicting[in_branch == 0] = start + prefix - 1
         self.target_rows.extend([start + in_prefix - 1, predicting])
-        self.target_ids.extend([tree.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
+        self.target_ids.extend([example.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
         self.sequence_tokens.append(len(in_prefix) + len(in_branch))
 
-    def _add_keys(self, tree: Tree, key: int) -> None:
-        rows = fed_tokens(tree)
+    def _add_keys(self, example: Example, key: int) -> None:
+        rows = fed_tokens(example)
         counters = np.arange(1, rows + 1, dtype=np.uint64) * _GOLDEN
         self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
 

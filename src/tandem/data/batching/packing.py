@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 
 # Sequences of a padded batch in the comparison that summaries and plans report.
 _PADDED_BATCH = 8
@@ -50,7 +50,7 @@ def plan_step(
 
     Args:
         tokens: the number of tokens that each tree of the step feeds.
-        costs: the time each takes, in any unit; see `tree_cost`.
+        costs: the time each takes, in any unit; see `example_cost`.
         budget: tokens that a micro-batch should not exceed.
         ranks: how many processes share the step.
         pack_share: makes micro-batches of some of the step's trees, as positions among these;
@@ -58,7 +58,7 @@ def plan_step(
     """
     if len(tokens) != len(costs):
         raise ValueError("tokens and costs must be of the same trees")
-    shares = [tuple(range(len(tokens)))] if ranks == 1 else deal(costs, ranks)
+    shares = [tuple(range(len(tokens)))] if ranks == 1 else assign_to_ranks(costs, ranks)
     plans = []
     for share in shares:
         packed = (
@@ -154,7 +154,7 @@ def padded_tokens(lengths: ArrayLike) -> int:
     return int((batches.max(axis=1) * sizes).sum()) if len(given) else 0
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
+def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
     """Positions of the trees that each rank computes, with costs as even as they get.
 
     The costliest first, each to the rank with the least so far; then trees move from the costliest
@@ -172,19 +172,19 @@ def deal(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
     return [tuple(sorted(share)) for share in shares]
 
 
-def tree_cost(tree: Tree, attention_weight: float) -> float:
+def example_cost(example: Example, attention_weight: float) -> float:
     """What a tree costs: its tokens, and how many pairs of them see each other, weighted.
 
     Args:
         tree: a record.
         attention_weight: attention over one visible pair, by all that a token costs elsewhere.
     """
-    prefix = len(tree.prefix.input_ids)
+    prefix = len(example.prefix.input_ids)
     visible = prefix * prefix / 2
-    for branch in tree.branches:
+    for branch in example.branches:
         length = len(branch.input_ids)
         visible += length * prefix + length * length / 2
-    return tree.tokens + attention_weight * visible
+    return example.tokens + attention_weight * visible
 
 
 def _exchange(costs: Sequence[float], shares: list[list[int]], loads: list[float]) -> bool:
@@ -224,7 +224,7 @@ def _split(plan: list[tuple[int, ...]], tokens: Sequence[int], count: int) -> li
         if not divisible:
             break
         fullest = max(divisible, key=lambda members: (sum(tokens[i] for i in members), members))
-        halves = deal([tokens[i] for i in fullest], 2)
+        halves = assign_to_ranks([tokens[i] for i in fullest], 2)
         plan = [members for members in plan if members != fullest]
         plan += [tuple(fullest[i] for i in half) for half in halves]
     return sorted(plan)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedSource:
     """Consecutive examples that an epoch shows `weight` times each."""
 
     examples: int
@@ -58,117 +59,109 @@ def tenth(steps: int) -> int:
     return max(1, -(-steps // 10))
 
 
-def total_steps(
-    examples: int,
-    batch_size: int,
-    *,
-    epochs: float | None = None,
-    max_steps: int | None = None,
-    parts: Sequence[Part] = (),
-) -> int:
-    """Number of optimizer steps; the last step of an epoch may be smaller than the others.
+class Duration(Protocol):
+    """How long a stage trains: `max_steps` optimizer steps, or else `epochs`, or else one epoch."""
 
-    `max_steps` wins over `epochs`; a fraction of an epoch rounds up to whole steps.
-    """
-    if examples < 1 or batch_size < 1:
-        raise ValueError("examples and batch_size must be positive")
-    if max_steps is not None:
-        return max_steps
-    wanted = 1.0 if epochs is None else epochs
-    if not _weighted(parts):
-        return math.ceil(wanted * steps_per_epoch(examples, batch_size))
-    whole = math.floor(wanted)
-    sizes = [steps_per_epoch(examples, batch_size, parts, epoch) for epoch in range(whole + 1)]
-    return sum(sizes[:whole]) + math.ceil((wanted - whole) * sizes[whole])
+    @property
+    def epochs(self) -> float | None: ...
+    @property
+    def max_steps(self) -> int | None: ...
 
 
-def epoch_size(examples: int, parts: Sequence[Part] = (), epoch: int = 0) -> int:
-    """How many examples an epoch shows, repeated ones each time."""
-    if not _weighted(parts):
-        return examples
-    return sum(part.shown(epoch + 1) - part.shown(epoch) for part in parts)
+@dataclass(frozen=True)
+class StepSampler:
+    """Chooses the examples of each step. Every epoch is a new permutation of what it shows.
 
+    An epoch shows every example once, or as often as the weight of its source says. It goes through
+    each source in an order of the source's own, and the next epoch continues where it stopped. So
+    after any number of epochs E an example has been shown E times its weight, rounded up or down.
 
-def steps_per_epoch(
-    examples: int, batch_size: int, parts: Sequence[Part] = (), epoch: int = 0
-) -> int:
-    """Optimizer steps of an epoch; by weights that are fractions, epochs may differ by a few."""
-    return math.ceil(epoch_size(examples, parts, epoch) / batch_size)
-
-
-def epochs_after(step: int, examples: int, batch_size: int, parts: Sequence[Part] = ()) -> float:
-    """How many epochs, the last one in part, lie before a step."""
-    if not _weighted(parts):
-        return step / steps_per_epoch(examples, batch_size)
-    epoch, left = _locate(step, examples, batch_size, parts)
-    return epoch + left / max(1, steps_per_epoch(examples, batch_size, parts, epoch))
-
-
-def steps(
-    examples: int,
-    batch_size: int,
-    *,
-    seed: int,
-    count: int,
-    start: int = 0,
-    parts: Sequence[Part] = (),
-) -> Iterator[Step]:
-    """Steps `start` to `count` - 1; every epoch is a new permutation of what it shows.
-
-    An epoch shows every example once, or as often as the weight of its part says: each part is
-    gone through round and round in an order of its own, and every epoch goes on where the one
-    before stopped. So after any number of epochs E, an example has been shown E times its weight,
-    rounded up or down.
-
-    Args:
+    Attributes:
         examples: how many there are.
-        batch_size: examples of a step.
+        batch_size: examples of a step; the last step of an epoch may have fewer.
         seed: of all orders.
-        count, start: which steps.
-        parts: cover the examples in order; none: every weight is 1.
+        sources: cover the examples in order; without any, every weight is 1.
     """
-    if parts and sum(part.examples for part in parts) != examples:
-        raise ValueError("parts must cover all examples")
-    epoch, position = _locate(start, examples, batch_size, parts)
-    order: NDArray[np.int64] | None = None
-    for number in range(start, count):
-        while position >= steps_per_epoch(examples, batch_size, parts, epoch):
-            epoch, position, order = epoch + 1, 0, None
-        if order is None:
-            shown = _shown(examples, parts, seed, epoch)
-            order = shown[np.random.default_rng([seed, epoch]).permutation(len(shown))]
-        chosen = order[position * batch_size : (position + 1) * batch_size]
-        yield Step(number, epoch, tuple(int(index) for index in chosen))
-        position += 1
 
+    examples: int
+    batch_size: int
+    seed: int = 0
+    sources: tuple[WeightedSource, ...] = ()
 
-def _locate(step: int, examples: int, batch_size: int, parts: Sequence[Part]) -> tuple[int, int]:
-    """The epoch that a step lies in, and how many of its steps come before."""
-    if not _weighted(parts):
-        return divmod(step, steps_per_epoch(examples, batch_size))
-    epoch = 0
-    while step >= (size := steps_per_epoch(examples, batch_size, parts, epoch)):
-        epoch, step = epoch + 1, step - size
-    return epoch, step
+    def __post_init__(self) -> None:
+        if self.examples < 1 or self.batch_size < 1:
+            raise ValueError("examples and batch_size must be positive")
+        if self.sources and sum(source.examples for source in self.sources) != self.examples:
+            raise ValueError("sources must cover all examples")
 
+    def epoch_size(self, epoch: int = 0) -> int:
+        """How many examples an epoch shows, repeated ones each time."""
+        if not self._weighted:
+            return self.examples
+        return sum(source.shown(epoch + 1) - source.shown(epoch) for source in self.sources)
 
-def _shown(examples: int, parts: Sequence[Part], seed: int, epoch: int) -> NDArray[np.int64]:
-    """The indices that an epoch shows, ascending."""
-    if not _weighted(parts):
-        return np.arange(examples)
-    found, first = [], 0
-    for number, part in enumerate(parts):
-        if part.examples:
-            # Three numbers, the last not 0: no epoch's permutation has this seed.
-            rounds = np.random.default_rng([seed, number, 1]).permutation(part.examples)
-            taken = np.arange(part.shown(epoch), part.shown(epoch + 1)) % part.examples
-            found.append(first + rounds[taken])
-        first += part.examples
-    return np.sort(np.concatenate(found))
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Optimizer steps of an epoch; with fractional weights, epochs may differ by a few."""
+        return math.ceil(self.epoch_size(epoch) / self.batch_size)
 
+    def total_steps(self, duration: Duration) -> int:
+        """Number of optimizer steps; a fraction of an epoch rounds up to whole steps."""
+        if duration.max_steps is not None:
+            return duration.max_steps
+        epochs = 1.0 if duration.epochs is None else duration.epochs
+        if not self._weighted:
+            return math.ceil(epochs * self.steps_per_epoch())
+        whole = math.floor(epochs)
+        sizes = [self.steps_per_epoch(epoch) for epoch in range(whole + 1)]
+        return sum(sizes[:whole]) + math.ceil((epochs - whole) * sizes[whole])
 
-def _weighted(parts: Sequence[Part]) -> bool:
-    return any(part.weight != 1.0 for part in parts)
+    def epochs_after(self, step: int) -> float:
+        """How many epochs, the last one in part, lie before a step."""
+        if not self._weighted:
+            return step / self.steps_per_epoch()
+        epoch, position = self._locate(step)
+        return epoch + position / max(1, self.steps_per_epoch(epoch))
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Steps `start` to `stop` - 1."""
+        epoch, position = self._locate(start)
+        order: NDArray[np.int64] | None = None
+        for number in range(start, stop):
+            while position >= self.steps_per_epoch(epoch):
+                epoch, position, order = epoch + 1, 0, None
+            if order is None:
+                shown = self._shown(epoch)
+                order = shown[np.random.default_rng([self.seed, epoch]).permutation(len(shown))]
+            chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield Step(number, epoch, tuple(int(index) for index in chosen))
+            position += 1
+
+    @property
+    def _weighted(self) -> bool:
+        return any(source.weight != 1.0 for source in self.sources)
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """The epoch that a step lies in, and how many of its steps come before."""
+        if not self._weighted:
+            return divmod(step, self.steps_per_epoch())
+        epoch = 0
+        while step >= (size := self.steps_per_epoch(epoch)):
+            epoch, step = epoch + 1, step - size
+        return epoch, step
+
+    def _shown(self, epoch: int) -> NDArray[np.int64]:
+        """The indices that an epoch shows, ascending."""
+        if not self._weighted:
+            return np.arange(self.examples)
+        indices, first = [], 0
+        for number, source in enumerate(self.sources):
+            if source.examples:
+                # Three numbers, the last not 0: no epoch's permutation has this seed.
+                rounds = np.random.default_rng([self.seed, number, 1]).permutation(source.examples)
+                taken = np.arange(source.shown(epoch), source.shown(epoch + 1)) % source.examples
+                indices.append(first + rounds[taken])
+            first += source.examples
+        return np.sort(np.concatenate(indices))
 
 
 def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -13,13 +13,13 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.data.records import Branch, Origin, Tree
+from tandem.data.records import Branch, Example, Origin
 
 DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class FlatArrays:
     """n trees as arrays; a tree's parts are its prefix and then its branches.
 
     Attributes:
@@ -45,31 +45,33 @@ class Columns:
     prompts: NDArray[np.uint64]
 
 
-def to_columns(trees: Sequence[Tree], prompts: Sequence[int] | None = None) -> Columns:
+def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
     """The arrays of some trees.
 
     Args:
         trees: encoded records.
         prompts: `records.prompt_key` of each; by default no two have the same.
     """
-    parts = [part for tree in trees for part in (tree.prefix, *tree.branches)]
+    parts = [part for example in examples for part in (example.prefix, *example.branches)]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
     trained = _joined([part.trained for part in parts], np.bool_)
     ends = np.cumsum(lengths, dtype=np.int64)
     counted = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(trained, dtype=np.int64)])
     digests = b"".join(
-        sequence_digest(tree.prefix, branch) for tree in trees for branch in tree.branches
+        sequence_digest(example.prefix, branch)
+        for example in examples
+        for branch in example.branches
     )
-    return Columns(
+    return FlatArrays(
         ids=_joined([part.input_ids for part in parts], np.int32),
         trained=trained,
-        parts=np.array([1 + len(tree.branches) for tree in trees], dtype=np.int32),
+        parts=np.array([1 + len(example.branches) for example in examples], dtype=np.int32),
         lengths=lengths,
         targets=(counted[ends] - counted[ends - lengths]).astype(np.int32),
-        fed=np.array([tree.fed for tree in trees], dtype=np.int32),
-        rows=np.array([tree.origin.row for tree in trees], dtype=np.int64),
+        fed=np.array([example.fed for example in examples], dtype=np.int32),
+        rows=np.array([example.origin.row for example in examples], dtype=np.int64),
         digests=np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        prompts=np.array(range(len(trees)) if prompts is None else prompts, dtype=np.uint64),
+        prompts=np.array(range(len(examples)) if prompts is None else prompts, dtype=np.uint64),
     )
 
 
@@ -121,7 +123,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What is held in memory of n encoded trees with P parts and S sequences; see `Columns`.
+    """What is held in memory of n encoded trees with P parts and S sequences; see `FlatArrays`.
 
     Attributes:
         files: [n] int32, the number of each record's file in `names`.
@@ -140,8 +142,8 @@ class Index:
     sources: tuple[int, ...]
 
 
-class Trees(Sequence[Tree]):
-    """n encoded records; their counts are arrays, and a `Tree` is made on each access.
+class EncodedDataset(Sequence[Example]):
+    """n encoded records; their counts are arrays, and a `Example` is made on each access.
 
     Args:
         index: lengths and origins.
@@ -165,19 +167,19 @@ class Trees(Sequence[Tree]):
         self._first_token = _starts(index.lengths)
         self._chosen = np.arange(len(index.parts)) if chosen is None else chosen
 
-    def select(self, positions: NDArray[np.int64]) -> Trees:
+    def select(self, positions: NDArray[np.int64]) -> EncodedDataset:
         """Some of these records, by ascending positions; they share the bytes."""
         chosen = self._chosen[positions]
-        return Trees(self._index, self._ids, self._trained, self._digests, chosen)
+        return EncodedDataset(self._index, self._ids, self._trained, self._digests, chosen)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     @overload
-    def __getitem__(self, index: int) -> Tree: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Tree]: ...
-    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self._tree(number) for number in range(*index.indices(len(self)))]
         number = int(index)
@@ -236,7 +238,7 @@ class Trees(Sequence[Tree]):
             return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
         first, last = int(chosen[0]), int(chosen[-1]) + 1
         # Each tree has one part that is no sequence.
-        bounds = [int(self._first_part[tree]) - tree for tree in (first, last)]
+        bounds = [int(self._first_part[example]) - example for example in (first, last)]
         found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
         rows = np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
         if last - first == len(chosen):
@@ -263,7 +265,7 @@ class Trees(Sequence[Tree]):
         member[chosen - first] = True
         return np.repeat(member, self._index.parts[first:last] - 1)
 
-    def _tree(self, position: int) -> Tree:
+    def _tree(self, position: int) -> Example:
         number = int(self._chosen[position])
         first, last = int(self._first_part[number]), int(self._first_part[number + 1])
         bounds = self._first_token[first : last + 1]
@@ -278,7 +280,7 @@ class Trees(Sequence[Tree]):
         ]
         index = self._index
         origin = Origin(index.names[index.files[number]], int(index.rows[number]))
-        return Tree(parts[0], tuple(parts[1:]), origin)
+        return Example(parts[0], tuple(parts[1:]), origin)
 
 
 def _starts(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.data.encoded.dataset import Bytes, Index, Trees
-from tandem.data.encoded.encode_chunk import Batch, Plan
+from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index
+from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.sources.compression import is_compressed, kind_of
 from tandem.data.sources.rows import data_files, load_hub, looks_like_path
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 _ENCODER = 7
 
 
-def encoding_key(sources: Sequence[DataSource], parts: CodecParts, plan: Plan) -> str | None:
+def encoding_key(
+    sources: Sequence[DataSource], parts: CodecParts, plan: EncodingOptions
+) -> str | None:
     """The key of what a plan makes of some sources, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
@@ -95,13 +97,13 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Damaged)
 class Found:
     """An entry that is there: its trees, and what the ledger is to be told."""
 
-    trees: Trees
+    dataset: EncodedDataset
     entries: list[Entry]
     formats: dict[int, str]
     unread: dict[int, tuple[str, ...]]
 
 
-class TreeWriter:
+class DatasetWriter:
     """Takes batches in reading order, and gives their trees back.
 
     Args:
@@ -120,19 +122,19 @@ class TreeWriter:
         self.records = 0
         self._sources: tuple[int, ...] = ()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedChunk) -> None:
         """Append a batch's trees and ledger lines."""
-        columns = batch.columns
-        count = len(columns.parts)
-        bits = np.concatenate([self._bits, columns.trained])
+        arrays = batch.arrays
+        count = len(arrays.parts)
+        bits = np.concatenate([self._bits, arrays.trained])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
         self._put("trained", np.packbits(bits[:whole]))
         self._put("files", np.full(count, self._numbers[batch.file]))
-        self._put("ids", columns.ids.astype("<i4", copy=False))
-        self._put("digests", columns.digests)
+        self._put("ids", arrays.ids.astype("<i4", copy=False))
+        self._put("digests", arrays.digests)
         for name in ("parts", "lengths", "targets", "fed", "rows", "prompts"):
-            self._put(name, getattr(columns, name))
+            self._put(name, getattr(arrays, name))
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
             self._sinks[_LEDGER].write(
@@ -171,13 +173,13 @@ class TreeWriter:
         for sink in self._sinks.values():
             sink.close()
 
-    def trees(self) -> Trees:
+    def dataset(self) -> EncodedDataset:
         """What was added, of a writer to memory."""
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
         index: Any = Index(**arrays, names=self._names, sources=self._sources)
         ids, trained, digests = (Bytes(memory[name]) for name in ("ids", "trained", "digests"))
-        return Trees(index, ids, trained, digests)
+        return EncodedDataset(index, ids, trained, digests)
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         dtype = _DTYPES.get(name)
@@ -215,8 +217,8 @@ class EncodedStore:
                 _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
-            trees = _open(entry, names, about["sources"])
-            found = Found(trees, _ledger_lines(entry, names), formats, unread)
+            dataset = _open(entry, names, about["sources"])
+            found = Found(dataset, _ledger_lines(entry, names), formats, unread)
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
         except _DAMAGE as error:
@@ -227,16 +229,16 @@ class EncodedStore:
         return found
 
     @contextmanager
-    def writing(self, key: str, names: Sequence[str]) -> Iterator[TreeWriter]:
+    def writing(self, key: str, names: Sequence[str]) -> Iterator[DatasetWriter]:
         """A writer whose trees become the entry when the block ends without an error."""
         with atomic_folder(self.folder / key) as aside:
-            writer = TreeWriter(aside, names)
+            writer = DatasetWriter(aside, names)
             try:
                 yield writer
             finally:
                 writer.close()
 
-    def trees(self, key: str, names: Sequence[str]) -> Trees:
+    def dataset(self, key: str, names: Sequence[str]) -> EncodedDataset:
         """The trees of an entry that was just written."""
         about = read_json(self.folder / key / "entry.json")
         return _open(self.folder / key, names, about["sources"])
@@ -246,11 +248,11 @@ class EncodedStore:
         return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
 
 
-def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> Trees:
+def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> EncodedDataset:
     arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
     index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources))
     ids, trained, digests = (Bytes(entry / name) for name in ("ids", "trained", "digests"))
-    return Trees(index, ids, trained, digests)
+    return EncodedDataset(index, ids, trained, digests)
 
 
 def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
@@ -295,4 +297,4 @@ def replay(found: Found, ledger: Ledger, sources: Sequence[str]) -> None:
     """Tell the ledger what it was told when the entry was made."""
     for number, name in found.formats.items():
         ledger.detected(sources[number], name, found.unread.get(number, ()))
-    ledger.add(found.entries, len(found.trees))
+    ledger.add(found.entries, len(found.dataset))

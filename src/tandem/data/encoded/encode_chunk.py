@@ -6,33 +6,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from tandem.data.encoded.dataset import Columns, to_columns
-from tandem.data.formats.known_formats import Kind
+from tandem.data.encoded.dataset import FlatArrays, to_arrays
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
 from tandem.data.read_records import OnBadRecord, records_of
-from tandem.data.records import Conversation, PreferencePair, Tree, prompt_key
+from tandem.data.records import Conversation, Example, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import (
-    Chat,
+    ChatTokenizer,
     Encoded,
     Exchange,
     LossOn,
-    conversation_tree,
+    conversation_example,
     encode_exchanges,
     encode_text,
     is_answer,
+    pair_example,
     pair_exchanges,
-    pair_tree,
     trained_exchanges,
 )
-from tandem.data.tokenize.template_capabilities import NO_REASONING, in_form, suited
-from tandem.data.truncation.conversation import Fitted, Light, fit_conversation, fit_pair, lighten
+from tandem.data.tokenize.template_capabilities import NO_REASONING, in_form, reason_unsupported
+from tandem.data.truncation.conversation import (
+    Fitted,
+    Light,
+    fit_conversation,
+    fit_pair,
+    skip_old_turns,
+)
 from tandem.data.truncation.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EncodingOptions:
     """What is made of every record, apart from tokenizer and template."""
 
     kind: Kind
@@ -42,15 +48,17 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class EncodedChunk:
     """A piece's trees, and an entry for each record that was cut or dropped, by row."""
 
     file: str
-    columns: Columns
+    arrays: FlatArrays
     entries: tuple[Entry, ...]
 
 
-def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
+def encode_chunk(
+    chat: ChatTokenizer, plan: EncodingOptions, chunk: Chunk, known: str
+) -> EncodedChunk:
     """Read, encode and fit the records of a piece, in the format with the id `known`.
 
     Raises `UserError` for rows or turns that stop a run.
@@ -63,7 +71,7 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
     exchanges = [_exchanges(plan, light) for light in lights]
     wanted = [one for some in exchanges for one in some]
     encoded = iter(encode_exchanges(chat, wanted, plan.limits.sequence))
-    trees, prompts = [], []
+    examples, prompts = [], []
     for record, light, own in zip(records, lights, exchanges, strict=True):
         fitted = _fit(chat, plan, light, list(islice(encoded, len(own))))
         if isinstance(fitted, Refused):
@@ -71,13 +79,15 @@ def encode_batch(chat: Chat, plan: Plan, chunk: Chunk, known: str) -> Batch:
             continue
         if fitted.reason:
             entries.append(Entry.truncated(record.origin, fitted.reason, fitted.detail))
-        trees.append(_tree(record, fitted.encoded))
+        examples.append(_tree(record, fitted.encoded))
         prompts.append(prompt_key(record))
     entries.sort(key=lambda entry: entry.row)
-    return Batch(chunk.file, to_columns(trees, prompts), tuple(entries))
+    return EncodedChunk(chunk.file, to_arrays(examples, prompts), tuple(entries))
 
 
-def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation | PreferencePair:
+def _in_form(
+    chat: ChatTokenizer, record: Conversation | PreferencePair
+) -> Conversation | PreferencePair:
     """The record with its tool calls as the template takes them."""
     taken = chat.taken(record.tools)
     if isinstance(record, Conversation):
@@ -86,11 +96,11 @@ def _in_form(chat: Chat, record: Conversation | PreferencePair) -> Conversation 
 
 
 def _lighten(
-    chat: Chat, plan: Plan, record: Conversation | PreferencePair
+    chat: ChatTokenizer, plan: EncodingOptions, record: Conversation | PreferencePair
 ) -> Light | PreferencePair | Refused:
     """What can be encoded of a record together with others, or why it cannot be trained."""
     taken = chat.taken(record.tools)
-    reason = suited(taken, record)
+    reason = reason_unsupported(taken, record)
     if reason == NO_REASONING and chat.thought is not None and plan.loss_on == "answers":
         reason = ""  # it is written behind the prompt, which opens it
     if isinstance(record, PreferencePair):
@@ -98,7 +108,7 @@ def _lighten(
         return Refused(reason, _named(chat)) if reason else record
     if reason:
         return Refused(reason, _named(chat))
-    light = lighten(chat, record, plan.limits, plan.loss_on)
+    light = skip_old_turns(chat, record, plan.limits, plan.loss_on)
     if isinstance(light, Refused):
         return light
     turns = light.conversation.turns
@@ -111,12 +121,12 @@ def _lighten(
     return Refused(reason, _named(chat)) if reason else light
 
 
-def _named(chat: Chat) -> str:
+def _named(chat: ChatTokenizer) -> str:
     """Which template does not render something."""
     return f"chat_template: {chat.template.name}"
 
 
-def _exchanges(plan: Plan, light: Light | PreferencePair | Refused) -> list[Exchange]:
+def _exchanges(plan: EncodingOptions, light: Light | PreferencePair | Refused) -> list[Exchange]:
     """What to encode of a record together with others; nothing of one that goes another way."""
     if isinstance(light, PreferencePair):
         return pair_exchanges(light)
@@ -126,8 +136,8 @@ def _exchanges(plan: Plan, light: Light | PreferencePair | Refused) -> list[Exch
 
 
 def _fit(
-    chat: Chat,
-    plan: Plan,
+    chat: ChatTokenizer,
+    plan: EncodingOptions,
     light: Light | PreferencePair | Refused,
     encoded: Sequence[Encoded | Refused],
 ) -> Fitted | Refused:
@@ -141,7 +151,7 @@ def _fit(
     return fit_conversation(chat, conversation, encoded, plan.limits, plan.loss_on, light.dropped)
 
 
-def _tree(record: Conversation | PreferencePair, encoded: Sequence[Encoded]) -> Tree:
+def _tree(record: Conversation | PreferencePair, encoded: Sequence[Encoded]) -> Example:
     if isinstance(record, Conversation):
-        return conversation_tree(encoded, record.origin)
-    return pair_tree(encoded[0], encoded[1], record.origin)
+        return conversation_example(encoded, record.origin)
+    return pair_example(encoded[0], encoded[1], record.origin)

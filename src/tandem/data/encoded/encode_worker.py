@@ -15,9 +15,9 @@ import traceback
 from dataclasses import dataclass
 from typing import IO, Any
 
-from tandem.data.encoded.encode_chunk import Plan, encode_batch
+from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.tokenize.codec import CodecParts
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 
 # Batches between two looks for cyclic garbage: jinja's and the JSON parser's objects are many and
@@ -30,7 +30,7 @@ class Setup:
     """The first message: what all tasks have in common."""
 
     parts: CodecParts
-    plan: Plan
+    plan: EncodingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ def main() -> None:
     gc.disable()
     try:
         setup: Setup = receive(tasks)
-        chat = Chat.from_parts(setup.parts)
+        chat = ChatTokenizer.from_parts(setup.parts)
         for number in range(sys.maxsize):
             chunk, known = receive(tasks)
             try:
-                answer: Any = encode_batch(chat, setup.plan, chunk, known)
+                answer: Any = encode_chunk(chat, setup.plan, chunk, known)
             except UserError as error:
                 answer = error
             except Exception:

@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Self
 
 import tandem
-from tandem.data.encoded.encode_chunk import Batch, Plan, encode_batch
+from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
 from tandem.data.encoded.encode_worker import Bug, Setup, receive, send
 from tandem.data.sources.chunks import Chunk
-from tandem.data.tokenize.encode import Chat
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError, UserError
 
 # Pieces on their way for each worker: one in work, one waiting, one done.
@@ -71,13 +71,13 @@ class Pool:
     ) -> None:
         self._end()
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Batch]]:
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, EncodedChunk]]:
         """Each task with its batch, in order; no more than a few are on their way at once.
 
         Raises what a worker raised for the first task that fails, also when reading the next
         tasks failed before that.
         """
-        waiting: deque[tuple[Task, Future[Batch]]] = deque()
+        waiting: deque[tuple[Task, Future[EncodedChunk]]] = deque()
         source = iter(tasks)
         failed: UserError | None = None
         more = True
@@ -97,7 +97,7 @@ class Pool:
         if failed is not None:
             raise failed
 
-    def _encode(self, task: Task) -> Batch:
+    def _encode(self, task: Task) -> EncodedChunk:
         worker = self._idle.get()
         assert worker.stdin is not None
         assert worker.stdout is not None
@@ -115,7 +115,7 @@ class Pool:
             raise answer
         if isinstance(answer, Bug):
             raise RuntimeError(f"in a process that encodes records:\n{answer.trace}")
-        assert isinstance(answer, Batch)
+        assert isinstance(answer, EncodedChunk)
         return answer
 
     def _end(self) -> None:
@@ -163,15 +163,15 @@ _MOST_WORKERS = 12
 
 def encoded_pieces(
     chunks: Iterator[tuple[Chunk, str]],
-    chat: Chat | None,
-    plan: Plan,
+    chat: ChatTokenizer | None,
+    plan: EncodingOptions,
     *,
     doing: str,
     total: Callable[[], int | None],
     show: Show | None,
     workers: int | None,
     limit: int | None = None,
-) -> Generator[tuple[Chunk, str, Batch | None]]:
+) -> Generator[tuple[Chunk, str, EncodedChunk | None]]:
     """Pieces and their formats, each with its batch: None without a tokenizer.
 
     Args:
@@ -193,13 +193,13 @@ def encoded_pieces(
     pieces = chain(first, chunks)
     if len(first) <= _FEW:
         for chunk, known in pieces:
-            yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
+            yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
         return
     count = workers or min(available_cores(), _MOST_WORKERS)
     with show(doing, total()) if show else nullcontext(_unseen) as advance:
         if chat is None or chat.parts is None or count == 1:
             for chunk, known in pieces:
-                yield chunk, known, encode_batch(chat, plan, chunk, known) if chat else None
+                yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
                 advance(chunk.count)
             return
         with Pool(Setup(chat.parts, plan), count) as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tandem.data.formats.conversations import conversation_of, read_alpaca, read_completion
-from tandem.data.formats.format import Fields, Reader, Record, Unusable, named
+from tandem.data.formats.format import Fields, InvalidRecord, Reader, Record, named
 from tandem.data.formats.preferences import read_alpaca_pair, read_orca_pair
 from tandem.data.formats.turns import known_role, turns_in
 from tandem.data.records import Conversation, Origin
@@ -17,14 +17,14 @@ def spelt(read: Reader, **names: str) -> Reader:
     Reasons speak of the data's names.
     """
 
-    def reader(fields: Fields, origin: Origin) -> list[Record | Unusable]:
+    def reader(fields: Fields, origin: Origin) -> list[Record | InvalidRecord]:
         try:
             return list(read(named(fields, names), origin))
-        except Unusable as verdict:
+        except InvalidRecord as verdict:
             reason = verdict.reason
             for key, name in names.items():
                 reason = reason.replace(f"`{key}`", f"`{name}`")
-            raise Unusable(reason, verdict.detail) from verdict
+            raise InvalidRecord(reason, verdict.detail) from verdict
 
     return reader
 

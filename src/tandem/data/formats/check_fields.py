@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tandem.data.formats.known_formats import QUESTION_KEYS, QUESTION_OPTIONS, Format
+from tandem.data.formats.conversations import QUESTION_KEYS, QUESTION_OPTIONS
+from tandem.data.formats.format import Format
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Unreadable
 from tandem.data.sources.chunks import Chunk, Row

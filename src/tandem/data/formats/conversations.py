@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.data.formats.format import Fields, Unusable, text
+from tandem.data.formats.format import Fields, InvalidRecord, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
@@ -56,7 +56,7 @@ def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> 
     # Nothing after the last answer can influence training.
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
-        raise Unusable("no assistant turn")
+        raise InvalidRecord("no assistant turn")
     turns = turns[: answers[-1] + 1]
     check_order(turns)
     return Conversation(turns, origin)
@@ -84,14 +84,14 @@ class Question:
 def read_question(fields: Fields, origin: Origin) -> Question:
     """Read `{"question", "answer", "system"?, "accepted"?, "completion"?}`.
 
-    Raises `Unusable` for missing or empty texts.
+    Raises `InvalidRecord` for missing or empty texts.
     """
     answer = text(fields, "answer")
     accepted = fields.get("accepted")
     if accepted is None:
         accepted = [answer]
     if not isinstance(accepted, list) or not all(isinstance(a, str) and a for a in accepted):
-        raise Unusable("`accepted` is not a list of texts")
+        raise InvalidRecord("`accepted` is not a list of texts")
     completion = None if fields.get("completion") is None else text(fields, "completion")
     turns = prompt_of(fields.get("system"), text(fields, "question"))
     return Question(turns, answer, tuple(accepted) or (answer,), completion, origin)

@@ -11,7 +11,7 @@ from tandem.data.records import Conversation, Origin, PreferencePair
 Kind = Literal["conversations", "preference pairs"]
 Fields = Mapping[str, object]
 # A row with one answer, in the keys `prompt`, `completion` and `label`.
-Apart = Callable[[Fields], Fields]
+ToUnpaired = Callable[[Fields], Fields]
 
 # What a row of any format may offer to call.
 TOOL_KEYS = frozenset({"tools", "functions"})
@@ -19,7 +19,7 @@ TOOL_KEYS = frozenset({"tools", "functions"})
 _ANSWERS = ("chosen", "rejected", "output", "completion", "response")
 
 
-class Unusable(ValueError):  # noqa: N818  (not an error of the program: a verdict on a record)
+class InvalidRecord(ValueError):  # noqa: N818  (not an error of the program: a verdict on a record)
     """A parsable record that cannot be trained on; the message is the reason."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -29,8 +29,8 @@ class Unusable(ValueError):  # noqa: N818  (not an error of the program: a verdi
 
 
 Record = Conversation | PreferencePair
-# Most rows hold one record and raise `Unusable`; where a row holds several, each has its verdict.
-Reader = Callable[[Fields, Origin], Sequence[Record | Unusable]]
+# Most rows hold one record and raise `InvalidRecord`; of a row with several, each has its verdict.
+Reader = Callable[[Fields, Origin], Sequence[Record | InvalidRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Format:
         name: for the recipe and for messages.
         kind: what its rows become.
         keys: all of them, and no others, tell the format.
-        read: the records of a row; raises `Unusable` for a row that holds none.
+        read: the records of a row; raises `InvalidRecord` for a row that holds none.
         optional: more keys that are read when they are there; so are `TOOL_KEYS`, in all formats.
         turns: whether turns, with roles and contents, are somewhere in it.
         suits: whether a row that has the keys can be of this format; None: any can.
@@ -59,7 +59,7 @@ class Format:
     turns: bool = False
     suits: Callable[[Fields], bool] | None = None
     completions: str | None = None
-    labelled: Apart | None = None
+    labelled: ToUnpaired | None = None
     joins: bool = False
     stated: bool = False
 
@@ -85,14 +85,14 @@ class Format:
 
 
 def text(fields: Fields, key: str) -> str:
-    """The text in `key`; raises `Unusable` when there is none, or an empty one."""
+    """The text in `key`; raises `InvalidRecord` when there is none, or an empty one."""
     value = fields.get(key)
     if value is None:
-        raise Unusable(f"`{key}` is null or missing")
+        raise InvalidRecord(f"`{key}` is null or missing")
     if not isinstance(value, str):
-        raise Unusable(f"`{key}` is not a text")
+        raise InvalidRecord(f"`{key}` is not a text")
     if not value.strip():
-        raise Unusable("empty answer" if key in _ANSWERS else f"empty `{key}`", key)
+        raise InvalidRecord("empty answer" if key in _ANSWERS else f"empty `{key}`", key)
     return sound(value)
 
 
@@ -107,7 +107,7 @@ def sound(value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Unusable("a text holds half of a surrogate pair") from error
+        raise InvalidRecord("a text holds half of a surrogate pair") from error
     return value
 
 

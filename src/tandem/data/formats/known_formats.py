@@ -1,7 +1,8 @@
 """From a row to a conversation, preference pairs or a question.
 
 Formats are told apart by their keys; extra keys are fine. A row that cannot be used raises
-`Unusable` with a short reason, the same for all rows with the same fault, so that reasons count.
+`InvalidRecord` with a short reason, the same for all rows with the same fault, so that
+reasons count.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from tandem.data.formats.aliases import (
     read_response_pair,
 )
 from tandem.data.formats.conversations import (
-    QUESTION_KEYS,
-    QUESTION_OPTIONS,
-    Question,
     read_alpaca,
     read_completion,
     read_messages,
-    read_question,
     read_sharegpt,
 )
-from tandem.data.formats.format import Apart, Fields, Format, Kind, Reader, Record, Unusable
+from tandem.data.formats.format import (
+    Fields,
+    Format,
+    Kind,
+    Reader,
+    ToUnpaired,
+)
 from tandem.data.formats.preferences import (
     read_alpaca_pair,
     read_best_vs_rest,
@@ -45,33 +48,13 @@ from tandem.data.formats.preferences import (
 )
 from tandem.data.formats.unpaired import (
     good_answers,
-    instruction_apart,
+    instruction_to_unpaired,
     is_labelled,
     joined_pairs,
-    last_turn_apart,
-    prompt_apart,
+    last_turn_to_unpaired,
+    prompt_to_unpaired,
 )
 from tandem.errors import UserError, nearest
-
-__all__ = [
-    "FORMATS",
-    "QUESTION_KEYS",
-    "QUESTION_OPTIONS",
-    "Fields",
-    "Format",
-    "Kind",
-    "Question",
-    "Reader",
-    "Record",
-    "Unusable",
-    "describe_formats",
-    "detect",
-    "format_called",
-    "format_with",
-    "overlooked",
-    "read_question",
-    "variant",
-]
 
 
 def _known(
@@ -93,7 +76,7 @@ def _labelled(
     name: str,
     keys: str,
     optional: str,
-    apart: Apart,
+    apart: ToUnpaired,
     suits: Callable[[Fields], bool] | None = is_labelled,
 ) -> tuple[Format, Format]:
     """Answers with a label: good ones as conversations, or a good and a bad one as a pair."""
@@ -148,19 +131,19 @@ FORMATS: tuple[Format, ...] = (
         "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_rest,
         "system", completions="best_vs_rest",
     ),
-    *_labelled("labelled ShareGPT", "conversations", "", last_turn_apart("conversations")),
-    *_labelled("labelled messages", "messages", "", last_turn_apart("messages")),
+    *_labelled("labelled ShareGPT", "conversations", "", last_turn_to_unpaired("conversations")),
+    *_labelled("labelled messages", "messages", "", last_turn_to_unpaired("messages")),
     _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
     _known("messages", "conversations", "messages", read_messages, "system", turns=True),
     *_labelled(
-        "unpaired preference", "prompt completion label", "", prompt_apart("completion"), None
+        "unpaired preference", "prompt completion label", "", prompt_to_unpaired("completion"), None
     ),
     _known(
         "prompt and completion", "conversations", "prompt completion", read_completion, "system",
         turns=True,
     ),
     *_labelled(
-        "labelled Alpaca", "instruction output", "input history", instruction_apart("output")
+        "labelled Alpaca", "instruction output", "input history", instruction_to_unpaired("output")
     ),
     _known(
         "Alpaca", "conversations", "instruction output", read_alpaca, "input system history"
@@ -168,20 +151,22 @@ FORMATS: tuple[Format, ...] = (
     _known("conversation", "conversations", "conversation", read_exchanges, "system", turns=True),
     *_labelled(
         "labelled instruction and response", "instruction response", "context history",
-        instruction_apart("response", **INSTRUCTION),
+        instruction_to_unpaired("response", **INSTRUCTION),
     ),
     _known(
         "instruction and response", "conversations", "instruction response",
         read_instruction_and_response, "context system history",
     ),
-    *_labelled("labelled prompt and response", "prompt response", "", prompt_apart("response")),
+    *_labelled(
+        "labelled prompt and response", "prompt response", "", prompt_to_unpaired("response")
+    ),
     _known(
         "prompt and response", "conversations", "prompt response", read_prompt_and_response,
         "system", turns=True,
     ),
     *_labelled(
         "labelled query and response", "query response", "history",
-        instruction_apart("response", **QUERY),
+        instruction_to_unpaired("response", **QUERY),
     ),
     _known(
         "query and response", "conversations", "query response", read_query_and_response,
@@ -193,7 +178,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     *_labelled(
         "labelled question and answer", "question answer", "context history",
-        instruction_apart("answer", **QUESTION),
+        instruction_to_unpaired("answer", **QUESTION),
     ),
     _known(
         "question and answer", "conversations", "question answer", read_question_and_answer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tandem.data.formats.format import Fields, Unusable, text
+from tandem.data.formats.format import Fields, InvalidRecord, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
@@ -46,17 +46,17 @@ def read_implicit_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     """Two dialogues in `chosen` and `rejected` that differ in the last answer."""
     chosen, rejected = (dialogue_in(fields, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise Unusable("chosen and rejected follow different prompts")
+        raise InvalidRecord("chosen and rejected follow different prompts")
     return [pair(chosen[:-1], said(chosen[-1]), said(rejected[-1]), origin)]
 
 
 def pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
-    """A preference pair; raises `Unusable` for turns or answers that make none."""
+    """A preference pair; raises `InvalidRecord` for turns or answers that make none."""
     check_order((*prompt, Turn("assistant", chosen)))
     if not rejected.strip():
-        raise Unusable("empty answer", "rejected")
+        raise InvalidRecord("empty answer", "rejected")
     if chosen.strip() == rejected.strip():
-        raise Unusable("identical answers")
+        raise InvalidRecord("identical answers")
     return PreferencePair(prompt, chosen, rejected, origin)
 
 
@@ -64,34 +64,34 @@ def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> Pref
     chosen_prompt, chosen = answer_in(fields, "chosen", turns)
     rejected_prompt, rejected = answer_in(fields, "rejected", turns)
     if chosen_prompt != rejected_prompt:
-        raise Unusable("chosen and rejected follow different prompts")
+        raise InvalidRecord("chosen and rejected follow different prompts")
     return pair(chosen_prompt, chosen, rejected, origin)
 
 
 Scored = tuple[int, float, Fields]
 
 
-def read_best_vs_worst(fields: Fields, origin: Origin) -> list[PreferencePair | Unusable]:
+def read_best_vs_worst(fields: Fields, origin: Origin) -> list[PreferencePair | InvalidRecord]:
     """The best answer against the worst, one pair a row."""
     prompt, ranked, verdicts = _ranked(fields)
     return [*verdicts, _against(prompt, ranked[0], ranked[-1], origin)]
 
 
-def read_best_vs_rest(fields: Fields, origin: Origin) -> list[PreferencePair | Unusable]:
+def read_best_vs_rest(fields: Fields, origin: Origin) -> list[PreferencePair | InvalidRecord]:
     """The best answer against each of the others, in their order, a pair each."""
     prompt, ranked, verdicts = _ranked(fields)
     best, *rest = ranked
     return [*verdicts, *(_against(prompt, best, one, origin) for one in sorted(rest, key=_place))]
 
 
-def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Unusable]]:
+def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[InvalidRecord]]:
     """Prompt, answers by falling score (the earlier first), a verdict for each without one."""
     prompt = prompt_of(fields.get("system"), text(fields, "instruction"))
     completions = fields.get("completions")
     if not isinstance(completions, list) or not completions:
-        raise Unusable("`completions` is not a list of answers")
+        raise InvalidRecord("`completions` is not a list of answers")
     if not all(isinstance(one, Mapping) for one in completions):
-        raise Unusable("`completions` holds an answer that is not an object")
+        raise InvalidRecord("`completions` holds an answer that is not an object")
     # One measure for all of a row: scores of different scales cannot be compared.
     measured = [
         [measure(one) for one in completions] for measure in (_overall, _fine_grained, _rated)
@@ -103,17 +103,23 @@ def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Unusab
         if score is not None
     ]
     if len(ranked) < 2:
-        raise Unusable("fewer than two answers have a score", f"{len(ranked)} of {len(scores)}")
+        raise InvalidRecord(
+            "fewer than two answers have a score", f"{len(ranked)} of {len(scores)}"
+        )
     missing = [place for place, score in enumerate(scores, start=1) if score is None]
     ranked.sort(key=lambda one: (-one[1], one[0]))
     _check_agreement(ranked[0], ranked[-1], measured)
-    return prompt, ranked, [Unusable("an answer without a score", f"answer {at}") for at in missing]
+    return (
+        prompt,
+        ranked,
+        [InvalidRecord("an answer without a score", f"answer {at}") for at in missing],
+    )
 
 
 def _check_agreement(
     best: Scored, worst: Scored, measured: Sequence[Sequence[float | None]]
 ) -> None:
-    """Raise `Unusable` where another measure has the best answer as the worst of all.
+    """Raise `InvalidRecord` where another measure has the best answer as the worst of all.
 
     UltraFeedback has rows in which an `overall_score` of 1 was written down as 10.
     """
@@ -123,7 +129,7 @@ def _check_agreement(
         if first is None or last is None or len(known) < len(scores):
             continue
         if first == min(known) and first < last:
-            raise Unusable(
+            raise InvalidRecord(
                 "its scores contradict each other",
                 f"answer {best[0]}: {best[1]:g} by one measure, {first:g}, the least, by another",
             )
@@ -131,14 +137,14 @@ def _check_agreement(
 
 def _against(
     prompt: tuple[Turn, ...], best: Scored, other: Scored, origin: Origin
-) -> PreferencePair | Unusable:
+) -> PreferencePair | InvalidRecord:
     where = f"answers {best[0]} and {other[0]}"
     if best[1] == other[1]:
-        return Unusable("both answers have the same score", f"{where}: {best[1]:g}")
+        return InvalidRecord("both answers have the same score", f"{where}: {best[1]:g}")
     try:
         return pair(prompt, text(best[2], "response"), text(other[2], "response"), origin)
-    except Unusable as verdict:
-        return Unusable(verdict.reason, where)
+    except InvalidRecord as verdict:
+        return InvalidRecord(verdict.reason, where)
 
 
 def _place(scored: Scored) -> int:

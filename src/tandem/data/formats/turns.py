@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tandem.data.formats.format import Fields, Unusable, sound, text, texts_in
+from tandem.data.formats.format import Fields, InvalidRecord, sound, text, texts_in
 from tandem.data.formats.tool_calls import (
     REASONING_KEYS,
     Malformed,
@@ -61,14 +61,14 @@ def known_role(name: str) -> Role | None:
 def turns_in(value: object, key: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
     """The turns of a list of objects; an empty system turn is none."""
     if isinstance(value, str):
-        raise Unusable(f"`{key}` is a text, not a list of turns")
+        raise InvalidRecord(f"`{key}` is a text, not a list of turns")
     if not isinstance(value, list) or not value:
-        raise Unusable(f"`{key}` is not a list of turns")
+        raise InvalidRecord(f"`{key}` is not a list of turns")
     turns = [_turn(item, key, role_key, text_key) for item in value]
     if turns[0].role == "system" and not turns[0].content.strip():
         del turns[0]
     if not turns:
-        raise Unusable("no assistant turn")
+        raise InvalidRecord("no assistant turn")
     return tuple(turns)
 
 
@@ -95,7 +95,7 @@ def system_turn(system: object) -> tuple[Turn, ...]:
     if system is None or system == "":
         return ()
     if not isinstance(system, str):
-        raise Unusable("`system` is not a text")
+        raise InvalidRecord("`system` is not a text")
     return (Turn("system", sound(system)),)
 
 
@@ -121,7 +121,7 @@ def instruction_in(fields: Fields) -> tuple[Turn, ...]:
     """The turns of Alpaca's keys: `instruction` and `input`, after `system` and `history`."""
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
-        raise Unusable("`input` is not a text")
+        raise InvalidRecord("`input` is not a text")
     if given and given.strip():
         # Some rows have all of the question there.
         asked = "" if fields.get("instruction") == "" else text(fields, "instruction") + "\n\n"
@@ -130,7 +130,7 @@ def instruction_in(fields: Fields) -> tuple[Turn, ...]:
         question = text(fields, "instruction")
     history = fields.get("history") or []
     if not isinstance(history, list):
-        raise Unusable("`history` is not a list of question and answer")
+        raise InvalidRecord("`history` is not a list of question and answer")
     before = [turn for pair in history for turn in _exchange(pair)]
     return (*system_turn(fields.get("system")), *before, Turn("user", question))
 
@@ -140,7 +140,7 @@ def _exchange(pair: object) -> tuple[Turn, Turn]:
         asked, answered = pair
         if isinstance(asked, str) and isinstance(answered, str):
             return Turn("user", sound(asked)), Turn("assistant", sound(answered))
-    raise Unusable("`history` is not a list of question and answer")
+    raise InvalidRecord("`history` is not a list of question and answer")
 
 
 def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
@@ -156,13 +156,13 @@ def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple
         return prompt, answer.strip() if _awaits_answer(fields.get("prompt")) else answer
     turns = turns_in(value, key, "role", "content")
     if turns[-1].role != "assistant":
-        raise Unusable(f"`{key}` does not end with an assistant turn")
+        raise InvalidRecord(f"`{key}` does not end with an assistant turn")
     before = turns[:-1]
     # A repeated prompt may add a system turn or history that a prompt given as text cannot hold:
     # the text is then the last question, or the first.
     shorter, longer = sorted((before, prompt), key=len)
     if shorter and longer[-len(shorter) :] != shorter and not _begins(before, prompt):
-        raise Unusable(f"`{key}` repeats another prompt than `prompt`")
+        raise InvalidRecord(f"`{key}` repeats another prompt than `prompt`")
     return longer, said(turns[-1])
 
 
@@ -176,9 +176,9 @@ def _begins(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
 def said(answer: Turn) -> str:
     """The text of an answer that stands beside a prompt; only conversations hold more of it."""
     if answer.calls:
-        raise Unusable("an answer that calls tools, outside of a conversation")
+        raise InvalidRecord("an answer that calls tools, outside of a conversation")
     if answer.reasoned:
-        raise Unusable("an answer with reasoning beside it, outside of a conversation")
+        raise InvalidRecord("an answer with reasoning beside it, outside of a conversation")
     return answer.content
 
 
@@ -187,7 +187,7 @@ def tools_in(fields: Fields) -> str:
     try:
         return read_tools(fields.get("tools")) or read_functions(fields.get("functions"))
     except Malformed as reason:
-        raise Unusable(str(reason)) from reason
+        raise InvalidRecord(str(reason)) from reason
 
 
 def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
@@ -198,14 +198,14 @@ def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
     else:
         turns = _transcript(text(fields, key), key)
     if turns[-1].role != "assistant":
-        raise Unusable(f"`{key}` does not end with an assistant turn")
+        raise InvalidRecord(f"`{key}` does not end with an assistant turn")
     if len(turns) == 1:
-        raise Unusable(f"`{key}` holds an answer without a question")
+        raise InvalidRecord(f"`{key}` holds an answer without a question")
     return after_system(fields, turns)
 
 
 def check_order(turns: tuple[Turn, ...]) -> None:
-    """Raise `Unusable` unless it is [system], user, assistant, user, ... with texts.
+    """Raise `InvalidRecord` unless it is [system], user, assistant, user, ... with texts.
 
     An assistant that calls tools is followed by their results, and those by an assistant.
     """
@@ -215,18 +215,18 @@ def check_order(turns: tuple[Turn, ...]) -> None:
         if turn.role not in _NEXT[before]:
             order = " ".join(t.role for t in turns)
             if turn.role == "system" and len(spoken) < len(turns):
-                raise Unusable("more than one system turn", order)
-            raise Unusable("roles out of order", order)
+                raise InvalidRecord("more than one system turn", order)
+            raise InvalidRecord("roles out of order", order)
         before = "call" if turn.calls else turn.role
         if not turn.content.strip() and turn.role != "tool" and not turn.calls:
-            raise Unusable("empty answer" if turn.role == "assistant" else "empty user turn")
+            raise InvalidRecord("empty answer" if turn.role == "assistant" else "empty user turn")
 
 
 def check_text_alone(fields: Fields) -> None:
-    """Raise `Unusable` where a text has places for the images, films or sounds of its row."""
+    """Raise `InvalidRecord` where a text has places for the images, films or sounds of its row."""
     media = next((key for key in _MEDIA if fields.get(key)), None)
     if media is not None and any(map(_PLACES.search, texts_in(fields))):
-        raise Unusable(f"the text has places for `{media}`, and only text is read")
+        raise InvalidRecord(f"the text has places for `{media}`, and only text is read")
 
 
 def _awaits_answer(prompt: object) -> bool:
@@ -241,7 +241,9 @@ def _awaits_answer(prompt: object) -> bool:
 def _transcript(whole: str, key: str) -> tuple[Turn, ...]:
     before, *parts = _SPEAKER.split(whole)
     if before.strip() or not parts:
-        raise Unusable(f"`{key}` is neither messages nor a transcript (Human: ... Assistant: ...)")
+        raise InvalidRecord(
+            f"`{key}` is neither messages nor a transcript (Human: ... Assistant: ...)"
+        )
     return tuple(
         Turn(_SPEAKERS[speaker], words.strip())
         for speaker, words in zip(parts[::2], parts[1::2], strict=True)
@@ -250,9 +252,9 @@ def _transcript(whole: str, key: str) -> tuple[Turn, ...]:
 
 def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     if isinstance(item, str):
-        raise Unusable(f"`{key}` holds texts that do not say who speaks")
+        raise InvalidRecord(f"`{key}` holds texts that do not say who speaks")
     if not isinstance(item, Mapping):
-        raise Unusable(f"`{key}` holds a turn that is not an object")
+        raise InvalidRecord(f"`{key}` holds a turn that is not an object")
     # Some sets use role/content where others have from/value, and the other way round.
     if role_key not in item:
         other = ("role", "content") if role_key == "from" else ("from", "value")
@@ -260,7 +262,7 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     name = str(item.get(role_key))
     role = known_role(name)
     if role is None:
-        raise Unusable(UNKNOWN_ROLE, repr(item.get(role_key)))
+        raise InvalidRecord(UNKNOWN_ROLE, repr(item.get(role_key)))
     content, extra = item.get(text_key), ""
     try:
         if name.lower() == "function_call":
@@ -271,7 +273,7 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
         elif role == "tool":
             extra = read_result(item)
     except Malformed as reason:
-        raise Unusable(str(reason)) from reason
+        raise InvalidRecord(str(reason)) from reason
     trained = role != "assistant" or _trained(item)
     if content is None and (role == "system" or Turn(role, "", trained, extra).calls):
         content = ""
@@ -283,11 +285,11 @@ def _trained(item: Mapping[str, object]) -> bool:
     said = {key: item[key] for key in _WEIGHTS if item.get(key) is not None}
     for key, weight in said.items():
         if weight not in (0, 1):
-            raise Unusable(f"an answer's {key} is neither 0 nor 1", repr(weight))
+            raise InvalidRecord(f"an answer's {key} is neither 0 nor 1", repr(weight))
     if item.get("train_detail"):
-        raise Unusable("an answer's `train_detail` is about parts of it; it is trained or not")
+        raise InvalidRecord("an answer's `train_detail` is about parts of it; it is trained or not")
     if len(set(said.values())) > 1:
-        raise Unusable(f"an answer's {' and '.join(f'`{key}`' for key in said)} differ")
+        raise InvalidRecord(f"an answer's {' and '.join(f'`{key}`' for key in said)} differ")
     return all(said.values())
 
 
@@ -299,12 +301,12 @@ def _content(content: object, key: str) -> str:
             for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise Unusable(f"a turn's `{key}` has a part that is no text", _kinds(content))
+            raise InvalidRecord(f"a turn's `{key}` has a part that is no text", _kinds(content))
         content = "".join(str(part) for part in parts)
     if content is None:
-        raise Unusable(f"a turn's `{key}` is null or missing")
+        raise InvalidRecord(f"a turn's `{key}` is null or missing")
     if not isinstance(content, str):
-        raise Unusable(f"a turn's `{key}` is not a text")
+        raise InvalidRecord(f"a turn's `{key}` is not a text")
     return sound(content)
 
 

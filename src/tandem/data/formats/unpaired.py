@@ -17,11 +17,11 @@ from tempfile import SpooledTemporaryFile
 from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.format import (
     TOOL_KEYS,
-    Apart,
     Fields,
     Format,
+    InvalidRecord,
     Reader,
-    Unusable,
+    ToUnpaired,
     named,
     text,
 )
@@ -41,7 +41,7 @@ def label_of(fields: Fields) -> bool:
     key = _label_key(fields)
     label = _LABELS.get(str(fields.get(key)).strip().lower())
     if label is None:
-        raise Unusable(f"`{key}` is neither true nor false", repr(fields.get(key))[:80])
+        raise InvalidRecord(f"`{key}` is neither true nor false", repr(fields.get(key))[:80])
     return label
 
 
@@ -54,19 +54,19 @@ def is_labelled(fields: Fields) -> bool:
     return fields.get("kto_tag") is not None or said in ("true", "false")
 
 
-def last_turn_apart(key: str) -> Apart:
+def last_turn_to_unpaired(key: str) -> ToUnpaired:
     """The last of the turns in `key` as the answer."""
 
     def apart(fields: Fields) -> Fields:
         turns = fields.get(key)
         if not isinstance(turns, list) or len(turns) < 2:
-            raise Unusable(f"`{key}` is not a list of a question and its answer")
+            raise InvalidRecord(f"`{key}` is not a list of a question and its answer")
         return _answered(fields, turns[:-1], turns[-1:])
 
     return apart
 
 
-def prompt_apart(answer: str) -> Apart:
+def prompt_to_unpaired(answer: str) -> ToUnpaired:
     """The answer in a key of its own beside `prompt`."""
 
     def apart(fields: Fields) -> Fields:
@@ -78,7 +78,7 @@ def prompt_apart(answer: str) -> Apart:
     return apart
 
 
-def instruction_apart(answer: str, **names: str) -> Apart:
+def instruction_to_unpaired(answer: str, **names: str) -> ToUnpaired:
     """The answer behind Alpaca's keys, some of which may have other names."""
 
     def apart(fields: Fields) -> Fields:
@@ -89,18 +89,18 @@ def instruction_apart(answer: str, **names: str) -> Apart:
     return apart
 
 
-def good_answers(apart: Apart) -> Reader:
-    """A reader of the conversations of good answers; it raises `Unusable` for bad ones."""
+def good_answers(apart: ToUnpaired) -> Reader:
+    """A reader of the conversations of good answers; it raises `InvalidRecord` for bad ones."""
 
     def read(fields: Fields, origin: Origin) -> list[Conversation]:
         if not label_of(fields):
-            raise Unusable("the answer is labelled false")
+            raise InvalidRecord("the answer is labelled false")
         return read_completion(apart(fields), origin)
 
     return read
 
 
-def joined_pairs(apart: Apart) -> Reader:
+def joined_pairs(apart: ToUnpaired) -> Reader:
     """A reader of pairs of two rows that `joining` has put together, or of why one is alone."""
 
     def read(fields: Fields, origin: Origin) -> list[PreferencePair]:
@@ -108,7 +108,7 @@ def joined_pairs(apart: Apart) -> Reader:
             return read_explicit_pair(fields, origin)
         label = label_of(fields)
         read_completion(apart(fields), origin)
-        raise Unusable(f"no answer to the same prompt is labelled {str(not label).lower()}")
+        raise InvalidRecord(f"no answer to the same prompt is labelled {str(not label).lower()}")
 
     return read
 
@@ -177,7 +177,7 @@ class _Waiting:
             if others is None:
                 self._places[prompt, label].append(self._keep(row))
                 return None
-        except (Unusable, RecursionError):
+        except (InvalidRecord, RecursionError):
             return row
         other = self._apart(self._read(others.pop(0)).fields)
         if not others:

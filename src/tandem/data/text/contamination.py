@@ -26,7 +26,7 @@ from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources.chunks import BadLine, Row, allow_long_cells
 from tandem.data.sources.rows import looks_like_path, read_rows
-from tandem.data.text.word_hashes import MOST_CHARACTERS, Hashes, Words, words_of
+from tandem.data.text.word_hashes import MOST_CHARACTERS, Hashes, Words, hash_words
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Other:
         known, _ = self.finish()
         pieces = [(n, piece) for n, text in enumerate(texts) for piece in _pieces(text, self._run)]
         text_of = np.array([n for n, _ in pieces], dtype=np.int64)
-        words = words_of([piece for _, piece in pieces])
+        words = hash_words([piece for _, piece in pieces])
         found = np.zeros(len(texts), dtype=np.bool_)
         runs, piece_of = words.runs(self._run)
         if len(known):
@@ -165,12 +165,12 @@ class Other:
         words = _WORD.findall(text[:MOST_CHARACTERS])
         count = len(words) - self._run + 1
         windows = [" ".join(words[i : i + self._run]) for i in range(count)]
-        runs, window_of = words_of(windows).runs(self._run)
+        runs, window_of = hash_words(windows).runs(self._run)
         hits = window_of[np.isin(runs, known)]
         return windows[int(hits[0])] if len(hits) else ""
 
     def _take(self) -> None:
-        words = words_of([text for _, text in self._waiting])
+        words = hash_words([text for _, text in self._waiting])
         self._short.update(words.wholes(_LEAST_WORDS, self._run)[0].tolist())
         runs, text_of = words.runs(self._run)
         numbers = np.array([number for number, _ in self._waiting], dtype=np.int32)
@@ -234,7 +234,7 @@ def fill(other: Other, source: DataSource) -> None:
 
 
 def _pieces(text: str, run: int) -> Iterator[str]:
-    """The parts of a text that `words_of` reads whole; each begins with the last one's end.
+    """The parts of a text that `hash_words` reads whole; each begins with the last one's end.
 
     So words in a row that lie across are in one of them.
     """

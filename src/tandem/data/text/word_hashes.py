@@ -61,7 +61,7 @@ class Words:
         return wholes, texts
 
 
-def words_of(texts: Sequence[str]) -> Words:
+def hash_words(texts: Sequence[str]) -> Words:
     """The words of some texts, each of at most `MOST_CHARACTERS`."""
     # A lone half of a surrogate pair is refused by the readers; other files may have one.
     parts = [text[:MOST_CHARACTERS].lower().encode("utf-8", "replace") for text in texts]

@@ -11,12 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tandem.data.records import Branch, Conversation, Origin, PreferencePair, Tree, Turn
+from tandem.data.records import Branch, Conversation, Example, Origin, PreferencePair, Turn
 from tandem.data.tokenize.added_tokens import NoRow
 from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
-from tandem.data.tokenize.template_capabilities import PROBE_TOOLS, Taken, look
+from tandem.data.tokenize.template_capabilities import (
+    PROBE_TOOLS,
+    TemplateCapabilities,
+    probe_template,
+)
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -60,7 +64,7 @@ def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
 
 
 def encode_conversation(
-    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
+    chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
 ) -> list[Encoded | Refused]:
     """A conversation's trained answers, each after its prompt; or its whole text as one."""
     if loss_on == "text":
@@ -76,7 +80,7 @@ _MARGIN = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatTokenizer:
     """A tokenizer with its template, and how that template ends an answer.
 
     `tools` is what the template renders of tools and their calls, `plain` what it renders of calls
@@ -89,15 +93,15 @@ class Chat:
     codec: Codec
     template: ChatTemplate
     ending: Ending
-    tools: Taken
-    plain: Taken
+    tools: TemplateCapabilities
+    plain: TemplateCapabilities
     omissions: Omissions
     thought: Thought | None = None
     tool_ending: Ending | None = None
     parts: CodecParts | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> Chat:
+    def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> ChatTokenizer:
         """A chat with a model of so many `rows` in its embedding; None: enough for every token.
 
         Raises `UserError` when the template ends answers with no token, or writes one without row.
@@ -111,7 +115,7 @@ class Chat:
         return cls._looked_at(codec, template, ending, tool_ending, parts)
 
     @classmethod
-    def from_parts(cls, parts: CodecParts) -> Chat:
+    def from_parts(cls, parts: CodecParts) -> ChatTokenizer:
         """The chat that `parts` came from."""
         return cls._looked_at(
             FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts
@@ -125,17 +129,17 @@ class Chat:
         ending: Ending,
         tool_ending: Ending | None,
         parts: CodecParts | None,
-    ) -> Chat:
+    ) -> ChatTokenizer:
         def render(turns: Sequence[Turn], tools: str) -> str:
             return codec.render(turns, prompt=False, tools=tools)
 
-        taken = look(render)
-        plain = taken if template.for_tools is None else look(render, given="")
+        taken = probe_template(render)
+        plain = taken if template.for_tools is None else probe_template(render, given="")
         omissions = Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools))
         thought = open_thought(codec.render([Turn("user", "Which?")], prompt=True))
         return cls(codec, template, ending, taken, plain, omissions, thought, tool_ending, parts)
 
-    def taken(self, tools: str) -> Taken:
+    def taken(self, tools: str) -> TemplateCapabilities:
         """What the template of turns with these tools renders of them and of calls."""
         return self.tools if tools else self.plain
 
@@ -177,7 +181,7 @@ class Encoded:
 
 
 def encode_exchanges(
-    chat: Chat, exchanges: Sequence[Exchange], limit: int | None = None
+    chat: ChatTokenizer, exchanges: Sequence[Exchange], limit: int | None = None
 ) -> list[Encoded | Refused]:
     """Encode answers after their prompts, in one tokenizer call.
 
@@ -214,7 +218,10 @@ def encode_exchanges(
 
 
 def _of_record(
-    chat: Chat, exchanges: Sequence[Exchange], texts: Sequence[_Texts | Refused], error: NoRow
+    chat: ChatTokenizer,
+    exchanges: Sequence[Exchange],
+    texts: Sequence[_Texts | Refused],
+    error: NoRow,
 ) -> NoRow:
     """The same error of the first record that has it, with its file and row."""
     for exchange, text in zip(exchanges, texts, strict=True):
@@ -227,7 +234,7 @@ def _of_record(
 
 
 def encode_text(
-    chat: Chat, conversation: Conversation, limit: int | None = None
+    chat: ChatTokenizer, conversation: Conversation, limit: int | None = None
 ) -> Encoded | Refused:
     """Token ids of a whole conversation as the template renders it, all of them to be trained.
 
@@ -249,7 +256,9 @@ def encode_text(
     return Encoded(ids, 0, whole=room is None)
 
 
-def render(chat: Chat, turns: tuple[Turn, ...], origin: Origin, tools: str, *, prompt: bool) -> str:
+def render(
+    chat: ChatTokenizer, turns: tuple[Turn, ...], origin: Origin, tools: str, *, prompt: bool
+) -> str:
     """The text of some turns of a record; a `UserError` names it when the template refuses them."""
     try:
         return chat.codec.render(turns, prompt=prompt, tools=tools)
@@ -257,7 +266,7 @@ def render(chat: Chat, turns: tuple[Turn, ...], origin: Origin, tools: str, *, p
         raise UserError(f"{origin}: {error}") from error
 
 
-def room_for(chat: Chat, text: str, limit: int | None) -> int | None:
+def room_for(chat: ChatTokenizer, text: str, limit: int | None) -> int | None:
     """How many characters of a text are enough to see that it has more than `limit` tokens.
 
     None: all of them. A token may hang on what stands near it, so there are some more than needed.
@@ -268,7 +277,7 @@ def room_for(chat: Chat, text: str, limit: int | None) -> int | None:
     return None if room is None or len(text) <= room else room
 
 
-def conversation_tree(encoded: Sequence[Encoded], origin: Origin) -> Tree:
+def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
     """The tree of a conversation's trained answers, oldest first.
 
     When each answer's sequence continues the one before (the usual case) it is a single path;
@@ -281,12 +290,12 @@ def conversation_tree(encoded: Sequence[Encoded], origin: Origin) -> Tree:
         for answer in encoded:
             trained[answer.start : len(answer.ids)] = True
         branches = (_branch(last.ids, trained),)
-        return Tree(_branch([], np.zeros(0, dtype=np.bool_)), branches, origin)
+        return Example(_branch([], np.zeros(0, dtype=np.bool_)), branches, origin)
     shared = min(_common(encoded[0].ids, other.ids) for other in encoded[1:])
     return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
 
 
-def pair_tree(chosen: Encoded, rejected: Encoded, origin: Origin) -> Tree:
+def pair_example(chosen: Encoded, rejected: Encoded, origin: Origin) -> Example:
     """The tree of a preference pair: longest common token prefix, then chosen and rejected.
 
     The prefix may reach into the answers; it is shortened so that each branch keeps a token.
@@ -296,13 +305,13 @@ def pair_tree(chosen: Encoded, rejected: Encoded, origin: Origin) -> Tree:
     return _split((chosen, rejected), shared, origin)
 
 
-def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Tree:
+def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
     masks = []
     for answer in encoded:
         mask = np.zeros(len(answer.ids), dtype=np.bool_)
         mask[answer.start :] = True
         masks.append(mask)
-    return Tree(
+    return Example(
         _branch(encoded[0].ids[:shared], masks[0][:shared]),
         tuple(
             _branch(answer.ids[shared:], mask[shared:], first=shared == 0)
@@ -330,7 +339,9 @@ class _Texts:
     clipped: bool  # the answer's end, and its end token with it, are left out
 
 
-def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> _Texts | Refused:
+def _delimit(
+    chat: ChatTokenizer, exchange: Exchange, prompt: str, limit: int | None
+) -> _Texts | Refused:
     """The prompt, and what the template writes after it for this answer, up to the end token."""
     answered = Turn("assistant", exchange.answer, extra=exchange.extra)
     turns = (*exchange.before, answered)
@@ -355,7 +366,9 @@ def _delimit(chat: Chat, exchange: Exchange, prompt: str, limit: int | None) -> 
     )
 
 
-def _join(chat: Chat, prompt: list[int], whole: list[int], texts: _Texts) -> Encoded | Refused:
+def _join(
+    chat: ChatTokenizer, prompt: list[int], whole: list[int], texts: _Texts
+) -> Encoded | Refused:
     bos = chat.codec.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
         return Refused(DOUBLED_BOS)
@@ -369,7 +382,9 @@ def _join(chat: Chat, prompt: list[int], whole: list[int], texts: _Texts) -> Enc
     return Encoded(whole, len(prompt), texts.whole)
 
 
-def _continuation(chat: Chat, prompt: list[int], whole: list[int], answer: str) -> list[int] | None:
+def _continuation(
+    chat: ChatTokenizer, prompt: list[int], whole: list[int], answer: str
+) -> list[int] | None:
     """Token ids for `answer` behind `prompt` that decode to what the whole decodes to.
 
     Tried: the text by itself (byte-level BPE), and behind a line break that is taken off again

@@ -38,7 +38,7 @@ NO_REASONING = "the chat template does not render reasoning"
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ToolCallForm:
     """How a template takes a tool call.
 
     `text`: its arguments as JSON text instead of an object. `null`: no content beside a call is
@@ -50,19 +50,21 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TemplateCapabilities:
     """What a template renders: a list of tools, calls (in a form, if at all), tool turns.
 
     `reasoning` is the key under which it takes an answer's reasoning, or empty.
     """
 
     tools: bool
-    calls: Form | None
+    calls: ToolCallForm | None
     results: bool
     reasoning: str = ""
 
 
-def look(render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS) -> Taken:
+def probe_template(
+    render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS
+) -> TemplateCapabilities:
     """What of tools a template renders; `render` gives the text of turns with some tools.
 
     Without tools `given`, it is what the template for turns without tools renders, where a model
@@ -81,11 +83,11 @@ def look(render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS)
         (
             form
             for text, null in product((False, True), (True, False))
-            if shown((asked, _call(form := Form(text, null))), _CALLED, _KEY, _VALUE)
+            if shown((asked, _call(form := ToolCallForm(text, null))), _CALLED, _KEY, _VALUE)
         ),
         None,
     )
-    called = _call(calls or Form(text=False, null=False))
+    called = _call(calls or ToolCallForm(text=False, null=False))
     extra = json.dumps({"name": _CALLED, "tool_call_id": "probe0000"})
     result = Turn("tool", _RESULT, extra=extra)
     answered = (asked, called, result, Turn("assistant", "That."))
@@ -94,10 +96,10 @@ def look(render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS)
         for key in REASONING_KEYS
     )
     reasoning = next((k for k, turn in thought if shown((asked, turn), _THOUGHT, tools="")), "")
-    return Taken(shown((asked,), _TOOL), calls, shown(answered, _RESULT), reasoning)
+    return TemplateCapabilities(shown((asked,), _TOOL), calls, shown(answered, _RESULT), reasoning)
 
 
-def suited(taken: Taken, record: Conversation | PreferencePair) -> str:
+def reason_unsupported(taken: TemplateCapabilities, record: Conversation | PreferencePair) -> str:
     """Why a template does not suit what a record holds beside its texts; empty when it does."""
     turns = record.turns if isinstance(record, Conversation) else record.prompt
     if record.tools and not taken.tools:
@@ -111,7 +113,7 @@ def suited(taken: Taken, record: Conversation | PreferencePair) -> str:
     return ""
 
 
-def in_form(taken: Taken, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+def in_form(taken: TemplateCapabilities, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """The turns with their tool calls and reasoning in the form that the template takes."""
     if taken.reasoning not in ("", REASONING):
         turns = tuple(_under(turn, taken.reasoning) if turn.reasoned else turn for turn in turns)
@@ -127,7 +129,7 @@ def _under(turn: Turn, key: str) -> Turn:
     return replace(turn, extra=json.dumps(more, ensure_ascii=False))
 
 
-def _formed(turn: Turn, form: Form) -> Turn:
+def _formed(turn: Turn, form: ToolCallForm) -> Turn:
     """The turn; its arguments arrive as objects where they are JSON objects."""
     extra = turn.more()
     calls = extra["tool_calls"]
@@ -141,7 +143,7 @@ def _formed(turn: Turn, form: Form) -> Turn:
     return replace(turn, extra=json.dumps(extra, ensure_ascii=False))
 
 
-def _call(form: Form) -> Turn:
+def _call(form: ToolCallForm) -> Turn:
     function = {"name": _CALLED, "arguments": {_KEY: _VALUE}}
     # Mistral's templates refuse ids of another length.
     call = {"type": "function", "id": "probe0000", "function": function}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from tandem.data.formats.known_formats import Question
+from tandem.data.formats.conversations import Question
 from tandem.data.records import Role, Turn
 from tandem.data.tokenize.chat_template import ChatTemplate, render
 from tandem.data.tokenize.template_capabilities import NO_CALLS, NO_REASONING, NO_RESULTS, NO_TOOLS

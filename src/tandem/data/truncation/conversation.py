@@ -11,7 +11,7 @@ from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import (
     END_INSIDE,
     UNTRAINED,
-    Chat,
+    ChatTokenizer,
     Encoded,
     Exchange,
     LossOn,
@@ -27,9 +27,9 @@ from tandem.data.tokenize.encode import (
 from tandem.data.truncation.limits import Limits
 from tandem.data.truncation.prompt import (
     Turns,
+    cut_prompt,
     cut_turn,
     first_user,
-    fit_prompt,
     prompt_tokens,
     skip_hopeless,
     users,
@@ -45,8 +45,8 @@ class Light:
     dropped: int = 0
 
 
-def lighten(
-    chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
+def skip_old_turns(
+    chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
 ) -> Light | Refused:
     """Leave out the turns of a very long conversation that surely cannot stay.
 
@@ -77,7 +77,9 @@ def lighten(
     return Light(replace(conversation, turns=turns), dropped)
 
 
-def _until_beyond(chat: Chat, conversation: Conversation, limits: Limits, loss_on: LossOn) -> Turns:
+def _until_beyond(
+    chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn
+) -> Turns:
     """The turns up to the first answer whose prompt alone is too long, for it ends there."""
     turns = conversation.turns
     most = chat.codec.most_characters(2 * limits.sequence)
@@ -115,7 +117,7 @@ class Fitted:
 
 
 def fit_conversation(
-    chat: Chat,
+    chat: ChatTokenizer,
     conversation: Conversation,
     encoded: Sequence[Encoded | Refused],
     limits: Limits,
@@ -124,7 +126,7 @@ def fit_conversation(
 ) -> Fitted | Refused:
     """Shorten a conversation beyond the sequence limit by policy; shorter ones are never cut.
 
-    It may have lost some exchanges already, see `lighten.lighten`.
+    It may have lost some exchanges already, see `lighten.skip_old_turns`.
     """
     answers = _all_encoded(encoded)
     if isinstance(answers, Refused):
@@ -150,7 +152,7 @@ def fit_conversation(
 
 
 def fit_pair(
-    chat: Chat, pair: PreferencePair, encoded: Sequence[Encoded | Refused], limits: Limits
+    chat: ChatTokenizer, pair: PreferencePair, encoded: Sequence[Encoded | Refused], limits: Limits
 ) -> Fitted | Refused:
     """Shorten the prompt (the same for both answers) and the answers by policy.
 
@@ -178,7 +180,7 @@ def fit_pair(
 class _Work:
     """A conversation that is too long, and what to make of it."""
 
-    chat: Chat
+    chat: ChatTokenizer
     conversation: Conversation
     limits: Limits
     loss_on: LossOn
@@ -197,10 +199,10 @@ class _Work:
         record = self.conversation
         return prompt_tokens(self.chat, turns, record.origin, record.tools, self.limits.sequence)
 
-    def fit_prompt(self, turns: Turns, limit: int, *, by_text: bool) -> tuple[Turns, str] | None:
-        """See `shorten.fit_prompt`."""
+    def cut_prompt(self, turns: Turns, limit: int, *, by_text: bool) -> tuple[Turns, str] | None:
+        """See `shorten.cut_prompt`."""
         record = self.conversation
-        return fit_prompt(
+        return cut_prompt(
             self.chat, turns, limit, origin=record.origin, tools=record.tools, by_text=by_text
         )
 
@@ -212,7 +214,7 @@ def _keep_start(work: _Work, answers: tuple[Encoded, ...]) -> Fitted | Refused:
     details: list[str] = []
     first = next(i for i, turn in enumerate(turns) if is_answer(turn, work.loss_on))
     if limits.prompt is not None and work.prompt(turns[:first]) > limits.prompt:
-        cut = work.fit_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
+        cut = work.cut_prompt(turns[:first], limits.prompt, by_text=_by_text(limits))
         if cut is None:
             return Refused(NOTHING_LEFT, f"the template alone exceeds {limits.prompt} tokens")
         again = work.encoded(cut[0] + turns[first:])
@@ -303,7 +305,7 @@ def _last_exchange(work: _Work, turns: Turns) -> Fitted | Refused:
             break
         if reasons:  # one more token at the seam of prompt and answer
             room -= over
-        cut = work.fit_prompt(turns[:last], room, by_text=keep_end)
+        cut = work.cut_prompt(turns[:last], room, by_text=keep_end)
         if cut is None:
             return Refused(NOTHING_LEFT, f"the template alone exceeds {room} tokens")
         answers = work.encoded(cut[0] + turns[last:])
@@ -320,7 +322,7 @@ def _last_exchange(work: _Work, turns: Turns) -> Fitted | Refused:
 
 
 def _fit_pair_prompt(
-    chat: Chat, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
+    chat: ChatTokenizer, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
 ) -> Fitted | Refused:
     """Cut the one prompt of both answers, then (unless they stay whole) the answers' ends."""
     before = answers
@@ -338,7 +340,7 @@ def _fit_pair_prompt(
             room -= max(1, _longest(answers) - limits.sequence)
         if limits.too_long == "keep_start" and limits.prompt is None:
             return Refused(NOTHING_LEFT, f"the prompt alone fills {limits.sequence} tokens")
-        cut = fit_prompt(
+        cut = cut_prompt(
             chat,
             pair.prompt,
             room,

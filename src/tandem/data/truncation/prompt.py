@@ -11,20 +11,20 @@ from dataclasses import replace
 from functools import partial
 
 from tandem.data.records import Origin, Turn
-from tandem.data.tokenize.encode import Chat, render, room_for
+from tandem.data.tokenize.encode import ChatTokenizer, render, room_for
 
 Turns = tuple[Turn, ...]
 
 
-def prompt_tokens(chat: Chat, turns: Turns, origin: Origin, tools: str, limit: int) -> int:
+def prompt_tokens(chat: ChatTokenizer, turns: Turns, origin: Origin, tools: str, limit: int) -> int:
     """Tokens of a rendered prompt; some number above `limit` for one that is very long."""
     text = render(chat, turns, origin, tools, prompt=True)
     room = room_for(chat, text, limit)
     return len(chat.codec.tokenize([text if room is None else text[-room:]])[0])
 
 
-def fit_prompt(
-    chat: Chat, turns: Turns, limit: int, *, origin: Origin, tools: str, by_text: bool
+def cut_prompt(
+    chat: ChatTokenizer, turns: Turns, limit: int, *, origin: Origin, tools: str, by_text: bool
 ) -> tuple[Turns, str] | None:
     """The turns of a prompt within `limit` tokens and what was cut, or None if impossible.
 
@@ -64,7 +64,7 @@ def fit_prompt(
 
 
 def cut_turn(
-    chat: Chat,
+    chat: ChatTokenizer,
     turns: Turns,
     index: int,
     limit: int,
@@ -91,7 +91,7 @@ def cut_turn(
     return None
 
 
-def _spans(chat: Chat, text: str, limit: int, *, end: bool) -> list[tuple[int, int]]:
+def _spans(chat: ChatTokenizer, text: str, limit: int, *, end: bool) -> list[tuple[int, int]]:
     """The tokens' places in a text, or only those in the part of it that `limit` could keep."""
     room = room_for(chat, text, limit)
     if room is None:
@@ -103,7 +103,7 @@ def _spans(chat: Chat, text: str, limit: int, *, end: bool) -> list[tuple[int, i
 
 
 def skip_hopeless(
-    chat: Chat, turns: Turns, limit: int, render: Callable[[Turns], str], *, by_text: bool
+    chat: ChatTokenizer, turns: Turns, limit: int, render: Callable[[Turns], str], *, by_text: bool
 ) -> tuple[Turns, int]:
     """The turns without the oldest exchanges that surely cannot stay, and how many those are.
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, row_spans
 from tandem.data.batching.packing import pack
-from tandem.data.batching.sampler import Part, steps, steps_per_epoch
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import StepSampler, WeightedSource
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
 from tandem.recipe.run_settings import HpuSettings, Runtime
 from tandem.recipe.training_settings import TrainingSettings
@@ -63,11 +63,11 @@ class Buckets:
 
 def declare_buckets(
     asked: Sequence[int] | Literal["auto", "max"],
-    trees: Trees,
+    dataset: EncodedDataset,
     *,
     budget: int,
     max_length: int,
-    held_out: Trees | None = None,
+    held_out: EncodedDataset | None = None,
 ) -> Buckets:
     """The shapes of a run over these records.
 
@@ -83,7 +83,7 @@ def declare_buckets(
     Raises UserError naming the record and the lengths when a record exceeds the largest that was
     asked for.
     """
-    everything = [trees] if held_out is None else [trees, held_out]
+    everything = [dataset] if held_out is None else [dataset, held_out]
     longest = max((some[int(some.fed.argmax())] for some in everything), key=lambda tree: tree.fed)
     most = longest.fed
     if asked == "auto":
@@ -194,7 +194,7 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 
 
 def declared_shapes(
-    trees: Trees,
+    dataset: EncodedDataset,
     settings: TrainingSettings,
     *,
     device: Device,
@@ -202,8 +202,8 @@ def declared_shapes(
     budget: int,
     seed: int,
     log: Callable[[str], None],
-    parts: Sequence[Part] = (),
-    held_out: Trees | None = None,
+    parts: Sequence[WeightedSource] = (),
+    held_out: EncodedDataset | None = None,
 ) -> tuple[Buckets | None, int]:
     """What micro-batches are filled up to, None where shapes are free, and the token budget.
 
@@ -220,12 +220,12 @@ def declared_shapes(
         return None, budget
     asked = runtime.hpu.buckets
     buckets = declare_buckets(
-        asked, trees, budget=budget, max_length=settings.max_length, held_out=held_out
+        asked, dataset, budget=budget, max_length=settings.max_length, held_out=held_out
     )
     if asked != "auto":
         budget = _within(buckets.longest, runtime.tokens_per_microbatch)
     name = "pad_max" if asked == "max" else "buckets"
-    share = padding_share(_rows(trees, settings.batch_size, seed, budget, parts), buckets)
+    share = padding_share(_rows(dataset, settings.batch_size, seed, budget, parts), buckets)
     lengths = ", ".join(str(shape.rows) for shape in buckets.shapes)
     log(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
     return buckets, budget
@@ -243,13 +243,17 @@ def _within(longest: int, requested: int | Literal["auto"]) -> int:
 
 
 def _rows(
-    trees: Trees, batch_size: int, seed: int, budget: int, parts: Sequence[Part]
+    dataset: EncodedDataset,
+    batch_size: int,
+    seed: int,
+    budget: int,
+    parts: Sequence[WeightedSource],
 ) -> list[int]:
     """Rows of each micro-batch of the first epoch."""
-    fed = trees.fed.tolist()
-    count = steps_per_epoch(len(trees), batch_size, parts)
+    fed = dataset.fed.tolist()
+    sampler = StepSampler(len(dataset), batch_size, seed, tuple(parts))
     found: list[int] = []
-    for step in steps(len(trees), batch_size, seed=seed, count=count, parts=parts):
+    for step in sampler.steps(0, sampler.steps_per_epoch()):
         tokens = [fed[i] for i in step.examples]
         found += [sum(tokens[i] for i in members) for members in pack(tokens, budget)]
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch, Segment, fed_tokens, padded_shape
 from tandem.data.batching.packing import pack, pack_padded
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import UserError
 from tandem.model.attention.select import LAYOUT_KEYWORD, TreeLayout, decoder_of, is_padded
 from tandem.model.logprobs.output_head import head_of, linear_logprob
@@ -123,7 +123,7 @@ class Scorer(nn.Module):
             return sequence_logps(self.model, batch, self.sums)
 
 
-def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[int, ...]]:
+def micro_batches(model: Any, trees: Sequence[Example], budget: int) -> list[tuple[int, ...]]:
     """Which trees share a forward of this model under a token budget, as positions in `trees`.
 
     A packed tree costs the rows it feeds. On the padded path a micro-batch costs its sequences
@@ -134,7 +134,7 @@ def micro_batches(model: Any, trees: Sequence[Tree], budget: int) -> list[tuple[
     return pack([fed_tokens(tree) for tree in trees], budget)
 
 
-def tokens_fed(model: Any, tree: Tree) -> int:
+def tokens_fed(model: Any, tree: Example) -> int:
     """Tokens of a tree that go through the model: shared ones once, padding not counted."""
     if not is_padded(model):
         return fed_tokens(tree)

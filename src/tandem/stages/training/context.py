@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.encoded.dataset import Trees
-from tandem.data.records import Tree
+from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
@@ -32,7 +32,7 @@ class Start:
 
     engine: Engine
     model: Any
-    trees: Sequence[Tree]
+    dataset: Sequence[Example]
     model_hash: str
     backend: str
     numerics: str
@@ -59,7 +59,7 @@ class StageKind:
     """
 
     name: str
-    prepare: Callable[..., Trees]
+    prepare: Callable[..., EncodedDataset]
     make_objective: Callable[[Start], Made]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]

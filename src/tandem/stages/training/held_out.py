@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tandem.data.batching.sampler import choose_held_out, shared_prompts, tenth
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_jsonl
@@ -35,7 +35,7 @@ class HeldOut:
         shared: how many of them have a prompt that is trained on.
     """
 
-    trees: Trees
+    dataset: EncodedDataset
     ledger: Ledger | None
     warnings: tuple[str, ...] = ()
     shared: int = 0
@@ -43,13 +43,13 @@ class HeldOut:
 
 def hold_out(
     settings: TrainingSettings,
-    trees: Trees,
+    dataset: EncodedDataset,
     ledger: Ledger,
     *,
     seed: int,
-    prepare: Callable[[], tuple[Ledger, Trees]],
+    prepare: Callable[[], tuple[Ledger, EncodedDataset]],
     log: Callable[[str], None],
-) -> tuple[Trees, HeldOut | None]:
+) -> tuple[EncodedDataset, HeldOut | None]:
     """The records to train on, and those that are held out.
 
     Args:
@@ -63,26 +63,26 @@ def hold_out(
     """
     validation = settings.validation
     if validation is None:
-        return trees, None
+        return dataset, None
     if validation.fraction is not None:
-        held = choose_held_out(trees.prompts, validation.fraction, seed)
-        parts = [trees.select(np.flatnonzero(which)) for which in (~held, held)]
+        held = choose_held_out(dataset.prompts, validation.fraction, seed)
+        parts = [dataset.select(np.flatnonzero(which)) for which in (~held, held)]
         ledger.hold_out(len(parts[1]))
         log(
-            f"{len(parts[1])} of {len(trees)} records are held out, with every record of their "
+            f"{len(parts[1])} of {len(dataset)} records are held out, with every record of their "
             f"{len(np.unique(parts[1].prompts))} prompts; {len(parts[0])} are trained on"
         )
         return parts[0], HeldOut(parts[1], None)
     own, found = prepare()
-    trained, shared = shared_prompts(trees.prompts, found.prompts)
+    trained, shared = shared_prompts(dataset.prompts, found.prompts)
     if not shared:
-        return trees, HeldOut(found, own)
+        return dataset, HeldOut(found, own)
     warning = (
         f"{shared} of {len(found)} held-out records have a prompt that {trained} training records "
         "have too, so that their scores say less about new prompts; take them out of one of the "
         "two, or hold out with validation.fraction, which divides by prompt"
     )
-    return trees, HeldOut(found, own, (warning,), shared)
+    return dataset, HeldOut(found, own, (warning,), shared)
 
 
 def best_by(settings: TrainingSettings) -> Best | None:
@@ -115,7 +115,7 @@ def validation_summary(
     lines = read_jsonl(folder / "validation.jsonl")
     return {
         "validation": {
-            "records": len(held_out.trees),
+            "records": len(held_out.dataset),
             "shared_prompts": held_out.shared,
             "seconds": progress.validation_seconds,
             "first": lines[0],

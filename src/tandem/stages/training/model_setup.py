@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import why_not
@@ -85,13 +85,15 @@ def make_policy(
     return model, schedule, budget
 
 
-def compile_policy(stage: Stage, model: Any, trees: Trees, schedule: dict[str, Any]) -> Compiling:
+def compile_policy(
+    stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
     settle_compile_caches(stage.log)
     compiling = stage.engine.processes.on_all(
-        lambda: warm_up(model, trees, stage.engine.device, seed=stage.seed)
+        lambda: warm_up(model, dataset, stage.engine.device, seed=stage.seed)
     )
     stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
@@ -119,10 +121,10 @@ def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) ->
     held_out = records.held_out
     stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
         lambda: declared_shapes(
-            records.trees, stage.settings,
+            records.dataset, stage.settings,
             device=stage.engine.device, runtime=stage.runtime,
             budget=schedule["tokens_per_microbatch"], seed=stage.seed,
             log=stage.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.trees,
+            held_out=None if held_out is None else held_out.dataset,
         )
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tandem.data.encoded.dataset import Trees
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import find_ending
 from tandem.model.companion_files import write_ends
 from tandem.model.lora.adapter import save_adapter
@@ -59,7 +59,7 @@ def move_up(folder: Path) -> list[str]:
     return names
 
 
-def training_summary(progress: RunState, trees: Trees) -> dict[str, Any]:
+def training_summary(progress: RunState, dataset: EncodedDataset) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
     `train_seconds` runs from the first collate to the last optimizer step, packing included.
@@ -77,16 +77,16 @@ def training_summary(progress: RunState, trees: Trees) -> dict[str, Any]:
         "fill": progress.fill / max(1, progress.step),
         "imbalance": progress.imbalance / max(1, progress.step),
         "lengths": {
-            "sequence": trees.sequence_lengths.tolist(),
-            "prompt": trees.prompt_lengths.tolist(),
+            "sequence": dataset.sequence_lengths.tolist(),
+            "prompt": dataset.prompt_lengths.tolist(),
         },
-        "examples_hash": examples_hash(trees),
+        "examples_hash": examples_hash(dataset),
     }
 
 
-def examples_hash(trees: Trees) -> str:
+def examples_hash(dataset: EncodedDataset) -> str:
     """One hash of everything that is trained on: token ids and targets."""
-    return hash_bytes(trees.branches.tobytes(), *trees.all_digests())
+    return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests())
 
 
 def packing_in_words(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from tandem.data.batching.sampler import total_steps
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
@@ -154,14 +154,12 @@ def _run(
     # From here on the folder is this stage's.
     processes.on_rank0(lambda: start_stage(stage.folder, stage.kind.name, inputs, schedule))
     processes.on_rank0(records.write_ledgers)
-    total = total_steps(
-        len(records.trees), settings.batch_size,
-        epochs=settings.epochs, max_steps=settings.max_steps, parts=records.parts,
-    )  # fmt: skip
+    sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
+    total = sampler.total_steps(settings)
     expected = processes.on_rank0(lambda: _estimate(stage, records, model, schedule, held))
-    compiled = compile_policy(stage, model, records.trees, schedule)
+    compiled = compile_policy(stage, model, records.dataset, schedule)
     progress, state = _begin(stage, model, total)
-    doubts = unmeant(settings, steps=total, records=len(records.trees), processes=processes.count)
+    doubts = unmeant(settings, steps=total, records=len(records.dataset), processes=processes.count)
     for doubt in doubts:
         log(stage.console, f"{stage.kind.name}: {doubt}", style="yellow")
     stage = replace(stage, warnings=(*stage.warnings, *doubts))
@@ -251,7 +249,7 @@ def _objectives(
     start = Start(
         stage.engine,
         model,
-        records.trees,
+        records.dataset,
         model_hash,
         schedule["attention"],
         f"{schedule['kernels']}, ordered weights: {schedule['ordered_weights']}"
@@ -261,7 +259,7 @@ def _objectives(
     )
     made = [stage.kind.make_objective(start)]
     if records.held_out is not None:
-        held_out = replace(start, trees=records.held_out.trees, what="held-out ")
+        held_out = replace(start, dataset=records.held_out.dataset, what="held-out ")
         made.append(stage.kind.make_objective(held_out))
     return made
 
@@ -287,7 +285,7 @@ def _finish(
     for warning in warnings:
         log(stage.console, f"{stage.kind.name}: {warning}", style="yellow")
     summary = {
-        **training_summary(progress, records.trees),
+        **training_summary(progress, records.dataset),
         **validation_summary(stage.settings, records.held_out, progress, stage.folder),
         "mixture": records.mixture,
         "compile_seconds": compiled.seconds,

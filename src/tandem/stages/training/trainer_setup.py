@@ -91,7 +91,7 @@ def take_steps(
         held_out = HeldOutEvaluation(
             engine=stage.engine,
             model=model,
-            trees=records.held_out.trees,
+            trees=records.held_out.dataset,
             objective=objectives[1],
             budget=budget,
             attention_weight=schedule.attention_weight,
@@ -104,7 +104,7 @@ def take_steps(
     return Training(
         engine=stage.engine,
         model=model,
-        trees=records.trees,
+        trees=records.dataset,
         objective=objectives[0],
         learning_rate=make_schedule(
             settings.lr_scheduler,

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.batching.sampler import Part
-from tandem.data.encoded.dataset import Trees
+from tandem.data.batching.sampler import WeightedSource
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
 from tandem.data.sources.rows import looks_like_path, not_read
@@ -26,14 +26,17 @@ from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
 
 
-def parts_of(trees: Trees, sources: Sequence[DataSource]) -> tuple[Part, ...]:
+def parts_of(dataset: EncodedDataset, sources: Sequence[DataSource]) -> tuple[WeightedSource, ...]:
     """The records of each source with its weight, in reading order."""
     return tuple(
-        Part(count, source.weight) for count, source in zip(trees.sources, sources, strict=True)
+        WeightedSource(count, source.weight)
+        for count, source in zip(dataset.sources, sources, strict=True)
     )
 
 
-def mixture_facts(parts: Sequence[Part], sources: Sequence[DataSource]) -> list[dict[str, Any]]:
+def mixture_facts(
+    parts: Sequence[WeightedSource], sources: Sequence[DataSource]
+) -> list[dict[str, Any]]:
     """Each source's records, weight, and what the first epoch shows of it, for summary.json."""
     shown = [part.shown(1) for part in parts]
     return [
@@ -72,9 +75,9 @@ class Records:
         held_out: those that are scored on the way.
     """
 
-    trees: Trees
+    dataset: EncodedDataset
     ledger: Ledger
-    parts: tuple[Part, ...]
+    parts: tuple[WeightedSource, ...]
     mixture: list[dict[str, Any]]
     held_out: HeldOut | None
 
@@ -90,12 +93,12 @@ class Records:
 
     def identity(self) -> str:
         """One hash of all records, trained on or held out."""
-        held_out = "" if self.held_out is None else examples_hash(self.held_out.trees)
-        return hash_json([examples_hash(self.trees), held_out])
+        held_out = "" if self.held_out is None else examples_hash(self.held_out.dataset)
+        return hash_json([examples_hash(self.dataset), held_out])
 
 
 def stage_records(
-    prepare: Callable[..., Trees],
+    prepare: Callable[..., EncodedDataset],
     sources: Sequence[DataSource],
     held_out: Sequence[DataSource],
     settings: TrainingSettings,
@@ -134,12 +137,12 @@ def stage_records(
     for line in not_read([*sources, *held_out]):
         note(line)
     ledger, read = prepared(sources)
-    trees, held = hold_out(
+    dataset, held = hold_out(
         settings, read, ledger,
         seed=seed, prepare=lambda: prepared(held_out, held_out=True), log=note,
     )  # fmt: skip
-    parts = parts_of(trees, sources)
-    records = Records(trees, ledger, parts, mixture_facts(parts, sources), held)
+    parts = parts_of(dataset, sources)
+    records = Records(dataset, ledger, parts, mixture_facts(parts, sources), held)
     for warning in records.warnings():
         log(console, f"{name}: {warning}", style="yellow")
     if line := in_one_line(records.mixture):
@@ -148,7 +151,7 @@ def stage_records(
 
 
 def prepared_records(
-    prepare: Callable[..., Trees],
+    prepare: Callable[..., EncodedDataset],
     sources: Sequence[DataSource],
     settings: TrainingSettings,
     *,
@@ -159,7 +162,7 @@ def prepared_records(
     console: Console,
     held_out: bool = False,
     rows: int | None = None,
-) -> tuple[Ledger, Trees]:
+) -> tuple[Ledger, EncodedDataset]:
     """A stage's records, and what became of each; the ledger is not written yet.
 
     Args:
@@ -178,7 +181,7 @@ def prepared_records(
     began = time.perf_counter()
     named = f"{'validation' if held_out else 'data'}-ledger.jsonl"
     ledger = Ledger(None if folder is None else folder / named)
-    trees = prepare(
+    dataset = prepare(
         sources,
         tokenizer=tokenizer,
         template=template,
@@ -205,7 +208,7 @@ def prepared_records(
     for reason, count in counts["reasons"].items():
         log(console, f"  {count} x {reason}")
     ledger.check_share(settings.max_dropped)
-    return ledger, trees
+    return ledger, dataset
 
 
 def sources_in_words(ledger: Ledger) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.data.records import Tree
+from tandem.data.records import Example
 from tandem.errors import UserError
 from tandem.train.losses.paired import sigmoid_loss
 
@@ -43,7 +43,7 @@ class LossSums:
 class Objective(Protocol):
     """Turns sequence log-probs into losses; the loop knows nothing else about a stage."""
 
-    def denominator(self, trees: Sequence[Tree]) -> int:
+    def denominator(self, trees: Sequence[Example]) -> int:
         """What the step's summed loss is divided by, known before its first forward."""
         ...
 
@@ -56,13 +56,13 @@ class Objective(Protocol):
         ...
 
 
-def sequence_tokens(tree: Tree) -> list[int]:
+def sequence_tokens(tree: Example) -> list[int]:
     """Targets of each of a tree's sequences, those of the prefix counted for each."""
     shared = int(tree.prefix.trained.sum())
     return [shared + int(branch.trained.sum()) for branch in tree.branches]
 
 
-def trained_tokens(tree: Tree) -> int:
+def trained_tokens(tree: Example) -> int:
     """Targets of a tree over all its sequences."""
     return sum(sequence_tokens(tree))
 
@@ -70,7 +70,7 @@ def trained_tokens(tree: Tree) -> int:
 class SupervisedObjective:
     """Negative log-likelihood per trained token of the step."""
 
-    def denominator(self, trees: Sequence[Tree]) -> int:
+    def denominator(self, trees: Sequence[Example]) -> int:
         """The step's trained tokens."""
         return sum(trained_tokens(tree) for tree in trees)
 
@@ -103,7 +103,7 @@ class PreferenceObjective:
         self.beta = beta
         self.relative_tolerance = relative_tolerance
 
-    def denominator(self, trees: Sequence[Tree]) -> int:
+    def denominator(self, trees: Sequence[Example]) -> int:
         """The step's pairs."""
         return len(trees)
 
