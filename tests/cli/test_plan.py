@@ -393,7 +393,8 @@ def test_memory_is_within_a_factor_of_two_of_what_a_run_held(
     model = tmp_path / "model"
     shutil.copytree(some_model, model)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=8,
+        vocab_size=read_json(model / "config.json")["vocab_size"], hidden_size=256,
+        intermediate_size=768, num_hidden_layers=8,
         num_attention_heads=4, max_position_embeddings=2048,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
