@@ -36,7 +36,7 @@ from tandem.model.lora import adapter
 from tandem.model.lora.adapter import adapter_off, add_adapter
 
 from .record import Environment, log
-from .report import RESULTS
+from .tables import RESULTS
 from .training import SHARED
 from .work import ADAPTERS, SEED, read_trees, write_first_lines, write_model
 
