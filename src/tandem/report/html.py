@@ -37,10 +37,10 @@ class _Step:
     name: str
     title: str
     status: str
-    time: str
-    inputs_hash: str
-    outputs: tuple[tuple[str, str], ...]
-    inputs: str
+    time: str = ""
+    inputs_hash: str = ""
+    outputs: tuple[tuple[str, str], ...] = ()
+    inputs: str = ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -85,14 +85,10 @@ def render(facts: RunFacts) -> str:
 
 
 def _section(stage: StageFacts) -> dict[str, Any]:
-    return _pairs(stage) if stage.kind == "pairs" else _training(stage)
-
-
-def _training(stage: StageFacts) -> dict[str, Any]:
-    return {
-        "kind": stage.kind,
-        "name": stage.name,
-        "title": stage.title,
+    head = {"kind": stage.kind, "name": stage.name, "title": stage.title}
+    if stage.kind == "pairs":
+        return head | _pairs(stage)
+    return head | {
         "tiles": training_section.tiles(stage),
         "curves": training_section.curves(stage),
         "smoothing": training_section.smoothing_note(stage),
@@ -105,28 +101,19 @@ def _training(stage: StageFacts) -> dict[str, Any]:
 
 
 def _steps(facts: RunFacts) -> list[_Step]:
-    there = {s.name: s for s in facts.stages}
-    names = sorted({*there, *facts.missing})
-    return [_step(there[n]) if n in there else _absent(n) for n in names]
-
-
-def _absent(name: str) -> _Step:
-    return _Step(name, STAGE_TITLES[name], "missing", "", "", (), "")
-
-
-def _step(stage: StageFacts) -> _Step:
-    m = stage.manifest
-    outputs = tuple((str(k), str(v)) for k, v in mapping(m.get("outputs")).items())
-    inputs = json.dumps(m.get("inputs", {}), indent=2, ensure_ascii=False)
-    return _Step(
-        stage.name,
-        stage.title,
-        stage.status,
-        _took(m.get("started_at"), m.get("finished_at")),
-        str(m.get("inputs_hash") or ""),
-        outputs,
-        inputs,
-    )
+    steps = {name: _Step(name, STAGE_TITLES[name], "missing") for name in facts.missing}
+    for stage in facts.stages:
+        manifest = stage.manifest
+        steps[stage.name] = _Step(
+            stage.name,
+            stage.title,
+            stage.status,
+            _took(manifest.get("started_at"), manifest.get("finished_at")),
+            str(manifest.get("inputs_hash") or ""),
+            tuple((str(k), str(v)) for k, v in mapping(manifest.get("outputs")).items()),
+            json.dumps(manifest.get("inputs", {}), indent=2, ensure_ascii=False),
+        )
+    return [steps[name] for name in sorted(steps)]
 
 
 def _took(start: object, end: object) -> str:
@@ -139,11 +126,8 @@ def _took(start: object, end: object) -> str:
 
 
 def _base_model(facts: RunFacts) -> str:
-    from_recipe = facts.recipe.get("model")
-    if from_recipe:
-        return str(from_recipe)
-    trained = [s for s in facts.stages if s.kind in ("sft", "dpo")]
-    return base_model(trained[0]) if trained else ""
+    trained = [base_model(s) for s in facts.stages if s.kind in ("sft", "dpo")]
+    return str(facts.recipe.get("model") or next(iter(trained), ""))
 
 
 def _result_note(evaluation: Mapping[str, Any]) -> str:
@@ -186,9 +170,6 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
     ]
     left_out = [(str(k), count(n)) for k, n in mapping(s.get("left_out")).items() if is_number(n)]
     return {
-        "kind": stage.kind,
-        "name": stage.name,
-        "title": stage.title,
         "tiles": figures,
         "dropped": dropped,
         "left_out": left_out,
@@ -221,30 +202,28 @@ def _first_pairs(folder: Path) -> list[Mapping[str, Any]]:
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     raw = evaluation.get("samples")
-    found = []
+    samples = []
     for sample in raw if isinstance(raw, list) else []:
         answers = mapping(mapping(sample).get("answers"))
         names = [n for n in model_names(evaluation) if n in answers]
         names += [n for n in answers if n not in names]
-        found.append(
+        samples.append(
             {
                 "prompt": str(sample.get("prompt", "")),
                 "expected": str(sample.get("expected") or ""),
                 "answers": [(n, MODEL_LABELS.get(n, n), str(answers[n])) for n in names],
             }
         )
-    return found
+    return samples
 
 
 def _versions(facts: RunFacts) -> list[tuple[str, str]]:
     """Each package once, with all versions that the stages were run with."""
-    found: dict[str, list[str]] = {}
+    versions: dict[str, dict[str, None]] = {}
     for manifest in [facts.manifest, *(s.manifest for s in facts.stages)]:
         for package, version in mapping(manifest.get("versions")).items():
-            known = found.setdefault(str(package), [])
-            if str(version) not in known:
-                known.append(str(version))
-    return [(package, ", ".join(versions)) for package, versions in found.items()]
+            versions.setdefault(str(package), {})[str(version)] = None
+    return [(package, ", ".join(each)) for package, each in versions.items()]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
