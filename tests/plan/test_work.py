@@ -10,7 +10,7 @@ import pytest
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Example, Origin
-from tandem.plan.stage_estimate import pacing_of
+from tandem.plan.stage_estimate import StageSetup
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
@@ -20,6 +20,7 @@ from tandem.recipe.training_settings import (
     SftSettings,
     ValidationSettings,
 )
+from tandem.runtime.device import attention_weight, choose_device
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
@@ -79,11 +80,17 @@ def _counted(
         seed=3,
         console=QUIET,
     )
-    pacing = pacing_of(
-        settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
-        parts=records.parts,
+    setup = _setup(kind, settings, config, processes=1, budget=1024, padded=padded)
+    return count_work(records.dataset, setup.pacing(records.parts))
+
+
+def _setup(
+    kind: str, settings: SftSettings | DpoSettings, config: Any, **others: Any
+) -> StageSetup:
+    return StageSetup(
+        name=kind, settings=settings, device=choose_device("cpu", "float32"), engine="ddp",
+        config=config, seed=3, quantized=False, baseline=0, **others,
     )  # fmt: skip
-    return count_work(records.dataset, pacing)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,6 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
     from tandem.data.build_dataset import prepare_pairs
-    from tandem.runtime.device import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
     config, tokenizer, template, _ = model_side(some_model, settings, None)
@@ -151,8 +157,8 @@ def test_a_plan_for_processes_deals_as_they_do(
         name="dpo",
         console=QUIET,
     )
-    pacing = pacing_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
-    work = count_work(trees, pacing)
+    setup = _setup("dpo", settings, config, processes=3, budget=900, padded=False)
+    work = count_work(trees, setup.pacing())
     weight = attention_weight(config)
     plans = []
     for step in StepSampler(len(trees), BATCH_SIZE, seed=3).steps(0, work.steps):

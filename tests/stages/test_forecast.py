@@ -15,13 +15,12 @@ from tandem.model.load_model import load_model
 from tandem.model.logprobs.output_head import order_head
 from tandem.model.lora.adapter import add_adapter
 from tandem.plan.model_shape import described
-from tandem.plan.rate import Rate, RateKey, recorded_rate
+from tandem.plan.rate import recorded_rate
 from tandem.plan.stage_estimate import (
-    MemoryUse,
     StageEstimate,
+    StageSetup,
     compare,
     copied_bytes,
-    estimate_stage,
     remember_run,
 )
 from tandem.plan.workload import Workload
@@ -52,20 +51,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def _forecast(device: str, rate: Rate | None = None) -> StageEstimate:
-    shape = described(
-        LlamaConfig(**_SMALL), rank=4, alpha=8, target_modules="all-linear", attention="auto"
-    ).shape
-    setting = RateKey("dpo", device, "float32", shape.parameters, 3, "ddp")
-    use = MemoryUse(
-        weight_bytes=4, quantized=False, copies=0, checkpointing=False, tokens=60,
-        activation_bytes=10.0, head_bytes=1000, baseline=50,
-    )  # fmt: skip
-    settings = DpoSettings(data=(DataSource(path="x"),), lora=LoraSettings(rank=4, alpha=8))
+def _forecast(device: str) -> StageEstimate:
+    config = LlamaConfig(**_SMALL)
+    shape = described(config, rank=4, alpha=8, target_modules="all-linear", attention="auto").shape
     # Of another device than the one that is here only its kind is asked.
     here: Any = replace(choose_device("cpu", "float32"), torch_device=torch.device(device))
-    rate = rate or recorded_rate(setting)
-    return estimate_stage(shape, _WORK, settings, setting, host=here.is_host, use=use, rate=rate)
+    setup = StageSetup(
+        name="dpo", device=here, processes=3, engine="ddp", config=config, seed=0, budget=60,
+        settings=DpoSettings(data=(DataSource(path="x"),), lora=LoraSettings(rank=4, alpha=8)),
+        padded=False, quantized=False, baseline=50,
+    )  # fmt: skip
+    return setup.estimate(shape, _WORK, 0, recorded_rate(setup.rate_key(shape)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

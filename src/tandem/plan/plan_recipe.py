@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,17 @@ from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_base
 from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline, folder_of
 from tandem.plan.model_shape import Described, ModelShape, described
-from tandem.plan.rate import RateKey, product_rate, recorded_rate
+from tandem.plan.rate import product_rate, recorded_rate
 from tandem.plan.stage_estimate import (
     ENGINES,
     SHARDED,
     Disk,
     Memory,
-    MemoryUse,
     StageEstimate,
+    StageSetup,
     copied_bytes,
     disk_of,
-    estimate_stage,
     memory_of,
-    memory_use,
-    pacing_of,
 )
 from tandem.plan.workload import Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
@@ -268,9 +265,8 @@ class _Planner:
         config, tokenizer, template, added = model_side(
             self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
         )
-        notes = list(data.notes)
+        notes, engine = list(data.notes), self._engine()
         if trains_added:
-            engine = self._engine()
             check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
             untrained = untrained_tokens(self.base, config, tokenizer, template, added.ids)
             if words := in_words(untrained):
@@ -279,14 +275,18 @@ class _Planner:
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
-        budget = token_budget(recipe.tokens_per_microbatch, device, config, free)
-        pacing = pacing_of(
-            settings,
-            seed=recipe.seed,
-            budget=budget,
+        setup = StageSetup(
+            name=stage.name,
+            settings=settings,
+            device=device,
             processes=self.processes,
+            engine=engine,
             config=config,
+            seed=recipe.seed,
+            budget=token_budget(recipe.tokens_per_microbatch, device, config, free),
             padded=model.padded,
+            quantized=recipe.quantization is not None,
+            baseline=self.baseline,
         )
         work = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
@@ -294,23 +294,23 @@ class _Planner:
             rows = described_rows(config, added)
             records = self._records(stage, settings, data, tokenizer, template, rows)
             ledger = records.ledger.summary()
-            work = count_work(records.dataset, replace(pacing, parts=records.parts))
+            work = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:
-            work = guess_work(guess.records, guess.tokens, pacing, answers=_ANSWERS)
+            work = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
             notes[-1] = (  # in place of what to do about it
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
             )
         notes += _model_notes(model)
         if work is not None:
-            estimate, use = self._estimate(stage.name, settings, config, model.shape, work, free)
-            memory = self._by_engine(model.shape, use, spread=not (trains_added and added))
+            spread = not (trains_added and added)
+            estimate, memory = _estimate(setup, model.shape, work, free, spread=spread)
             notes += unmeant(
                 settings, steps=work.steps, records=work.records, processes=self.processes
             )
             disk = self._disk(settings, config, model.shape, work)
         return TrainingPlan(
-            stage.name, stage.folder, ledger, budget, model.shape, estimate, memory, disk,
+            stage.name, stage.folder, ledger, setup.budget, model.shape, estimate, memory, disk,
             tuple(notes),
         )  # fmt: skip
 
@@ -356,49 +356,6 @@ class _Planner:
             rows=rows,
         )
 
-    def _estimate(
-        self,
-        name: str,
-        settings: TrainingSettings,
-        config: Any,
-        shape: ModelShape,
-        work: Workload,
-        free: int,
-    ) -> tuple[StageEstimate, MemoryUse]:
-        device = self.device
-        quantized = self.recipe.quantization is not None
-        # What a run here would take for copies of the weights in a faster order.
-        copies = copied_bytes(shape, quantized=quantized)
-        if device.weights != torch.float32 or not copies_fit(copies, device, free):
-            copies = 0
-        use = memory_use(
-            settings,
-            work,
-            device=device,
-            config=config,
-            quantized=quantized,
-            copies=copies,
-            baseline=self.baseline,
-        )
-        setting = RateKey(
-            name, device.kind, device.dtype_name, shape.parameters, self.processes, self._engine()
-        )
-        rate = recorded_rate(setting) or product_rate(device)
-        return (
-            estimate_stage(shape, work, settings, setting, host=device.is_host, use=use, rate=rate),
-            use,
-        )
-
-    def _by_engine(self, shape: ModelShape, use: MemoryUse, *, spread: bool) -> dict[str, Memory]:
-        """Memory by engine, the chosen one first; `spread`: whether weights may be spread."""
-        # A single process has but one way.
-        others = ENGINES[1:] if self.processes > 1 else ENGINES[:1]
-        engines = (self._engine(), *(one for one in others if spread or one not in SHARDED))
-        return {
-            engine: memory_of(shape, use, engine, self.processes)
-            for engine in dict.fromkeys(engines)
-        }
-
     def _engine(self) -> str:
         engine = self.recipe.engine
         if engine.endswith(".json"):
@@ -421,6 +378,25 @@ class _Planner:
             keep=settings.save_total_limit,
             merged_bytes=merged.itemsize,
         )
+
+
+def _estimate(
+    setup: StageSetup, shape: ModelShape, work: Workload, free: int, *, spread: bool
+) -> tuple[StageEstimate, dict[str, Memory]]:
+    """Estimates, and memory by engine, the chosen one first; `spread`: whether weights may be."""
+    device, processes = setup.device, setup.processes
+    # What a run here would take for copies of the weights in a faster order.
+    copies = copied_bytes(shape, quantized=setup.quantized)
+    if device.weights != torch.float32 or not copies_fit(copies, device, free):
+        copies = 0
+    rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
+    # A single process has but one way.
+    others = ENGINES[1:] if processes > 1 else ENGINES[:1]
+    engines = (setup.engine, *(one for one in others if spread or one not in SHARDED))
+    use = setup.memory_use(work, copies)
+    return setup.estimate(shape, work, copies, rate), {
+        engine: memory_of(shape, use, engine, processes) for engine in dict.fromkeys(engines)
+    }
 
 
 def _model_notes(model: Described) -> list[str]:

@@ -158,110 +158,95 @@ def disk_of(
     return Disk(adapter, kept * 3 * adapter, kept, shape.parameters * merged_bytes)
 
 
-def estimate_stage(
-    shape: ModelShape,
-    work: Workload,
-    settings: TrainingSettings,
-    setting: RateKey,
-    *,
-    host: bool,
-    use: MemoryUse,
-    rate: Rate | None,
-) -> StageEstimate:
-    """The estimates that follow from a model's shape and the work.
+@dataclass(frozen=True)
+class StageSetup:
+    """How a stage is run, as far as its estimates depend on it.
 
-    Args:
-        shape: of the model with its adapter.
-        work: what is fed.
-        settings: of the stage.
-        setting: where it runs.
-        host: whether processes share the machine's processor.
-        use: how memory is used.
-        rate: of one process, if it is known.
-    """
-    operations = count_operations(
-        shape,
-        work,
-        reference=setting.stage == "dpo",
-        checkpointing=settings.gradient_checkpointing,
-    )
-    memory = memory_of(shape, use, setting.engine, setting.processes)
-    if rate is None:
-        return StageEstimate(setting, work, operations, memory, None, None, None)
-    last = rate.last_run
-    # Processes on a CPU share the machine that was timed.
-    together = rate.operations * (1 if host and last is None else setting.processes)
-    reference = together
-    if last is not None and last.reference_seconds > 0:
-        reference = last.reference_operations / last.reference_seconds
-    return StageEstimate(
-        setting,
-        work,
-        operations,
-        memory,
-        rate,
-        operations.training * work.imbalance / together,
-        operations.reference / reference,
-    )
-
-
-def pacing_of(
-    settings: TrainingSettings,
-    *,
-    seed: int,
-    budget: int,
-    processes: int,
-    config: Any,
-    padded: bool,
-    parts: tuple[WeightedSource, ...] = (),
-) -> Pacing:
-    """How a stage goes through its records."""
-    return Pacing(
-        settings.batch_size,
-        settings.epochs,
-        settings.max_steps,
-        seed,
-        budget,
-        processes,
-        attention_weight(config),
-        padded,
-        parts,
-    )
-
-
-def memory_use(
-    settings: TrainingSettings,
-    work: Workload,
-    *,
-    device: Device,
-    config: Any,
-    quantized: bool,
-    copies: int,
-    baseline: int,
-) -> MemoryUse:
-    """How a process of a stage on this kind of device uses memory.
-
-    Args:
-        settings: of the stage.
-        work: what it feeds.
-        device: where.
-        config: the model's configuration.
+    Attributes:
+        name: sft or dpo.
+        settings: its section of the recipe.
+        device, processes, engine: where, in how many processes, and how they share the work.
+        config: of the model.
+        seed: of the order of records.
+        budget: tokens of a micro-batch.
+        padded: whether the model reads padded rows.
         quantized: whether the base is in 4 bits.
-        copies: bytes of copies of the weights in a faster order.
         baseline: bytes that the process holds without a model.
     """
-    width = device.weights.itemsize
-    vocabulary = int(config.get_text_config().vocab_size)
-    return MemoryUse(
-        weight_bytes=width,
-        quantized=quantized,
-        copies=copies,
-        checkpointing=settings.gradient_checkpointing,
-        tokens=work.largest,
-        activation_bytes=activation_bytes(config) * width / 4,
-        head_bytes=min(block_bytes(device.kind), work.largest * vocabulary * 4),
-        baseline=baseline,
-    )
+
+    name: str
+    settings: TrainingSettings
+    device: Device
+    processes: int
+    engine: str
+    config: Any
+    seed: int
+    budget: int
+    padded: bool
+    quantized: bool
+    baseline: int
+
+    def pacing(self, parts: tuple[WeightedSource, ...] = ()) -> Pacing:
+        """How it goes through its records, whose weights are `parts`."""
+        settings = self.settings
+        return Pacing(
+            settings.batch_size,
+            settings.epochs,
+            settings.max_steps,
+            self.seed,
+            self.budget,
+            self.processes,
+            attention_weight(self.config),
+            self.padded,
+            parts,
+        )
+
+    def memory_use(self, work: Workload, copies: int) -> MemoryUse:
+        """How a process uses memory; `copies`: bytes of weights in a faster order."""
+        width = self.device.weights.itemsize
+        vocabulary = int(self.config.get_text_config().vocab_size)
+        return MemoryUse(
+            weight_bytes=width,
+            quantized=self.quantized,
+            copies=copies,
+            checkpointing=self.settings.gradient_checkpointing,
+            tokens=work.largest,
+            activation_bytes=activation_bytes(self.config) * width / 4,
+            head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
+            baseline=self.baseline,
+        )
+
+    def rate_key(self, shape: ModelShape) -> RateKey:
+        """What its rate depends on."""
+        device = self.device
+        return RateKey(
+            self.name, device.kind, device.dtype_name, shape.parameters, self.processes, self.engine
+        )
+
+    def estimate(
+        self, shape: ModelShape, work: Workload, copies: int, rate: Rate | None
+    ) -> StageEstimate:
+        """The estimates that follow from the model's shape and the work."""
+        operations = count_operations(
+            shape,
+            work,
+            reference=self.name == "dpo",
+            checkpointing=self.settings.gradient_checkpointing,
+        )
+        memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
+        seconds = reference_seconds = None
+        if rate is not None:
+            last = rate.last_run
+            # Processes on a CPU share the machine that was timed.
+            alone = self.device.is_host and last is None
+            together = rate.operations * (1 if alone else self.processes)
+            seconds = operations.training * work.imbalance / together
+            if last is not None and last.reference_seconds > 0:
+                together = last.reference_operations / last.reference_seconds
+            reference_seconds = operations.reference / together
+        return StageEstimate(
+            self.rate_key(shape), work, operations, memory, rate, seconds, reference_seconds
+        )
 
 
 def estimate_run(
@@ -273,36 +258,24 @@ def estimate_run(
         stage, records, model, schedule: the run's.
         baseline: bytes that the process held before the model was loaded.
     """
-    device, processes = stage.engine.device, stage.engine.processes.count
-    shape = shape_of(model)
-    pacing = pacing_of(
-        stage.settings,
+    setup = StageSetup(
+        name=stage.kind.name,
+        settings=stage.settings,
+        device=stage.engine.device,
+        processes=stage.engine.processes.count,
+        engine=schedule["engine"],
+        config=stage.config,
         seed=stage.seed,
         budget=schedule["tokens_per_microbatch"],
-        processes=processes,
-        config=stage.config,
         padded=is_padded(model),
-        parts=records.parts,
-    )
-    work = count_work(records.dataset, pacing)
-    setting = RateKey(
-        stage.kind.name, device.kind, device.dtype_name, shape.parameters, processes,
-        schedule["engine"],
-    )  # fmt: skip
-    use = memory_use(
-        stage.settings,
-        work,
-        device=device,
-        config=stage.config,
         quantized=stage.runtime.quantization is not None,
-        copies=ordered_bytes(model),
         baseline=baseline,
     )
+    shape = shape_of(model)
+    work = count_work(records.dataset, setup.pacing(records.parts))
     # Nothing is timed here, where other processes wait.
-    rate = recorded_rate(setting)
-    return estimate_stage(
-        shape, work, stage.settings, setting, host=device.is_host, use=use, rate=rate
-    )
+    rate = recorded_rate(setup.rate_key(shape))
+    return setup.estimate(shape, work, ordered_bytes(model), rate)
 
 
 def copied_bytes(shape: ModelShape, *, quantized: bool) -> int:
