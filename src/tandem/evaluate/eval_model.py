@@ -28,19 +28,13 @@ from tandem.storage.hashing import hash_file, hash_json, hash_weights
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model and what it is called in results.
+    """A model and what it is called in results."""
 
-    Attributes:
-        label: in tables.
-        folder: the model, or the adapter's base.
-        adapter: the adapter's folder, None for a whole model.
-        added_tokens: special tokens of the template for models that have none of their own. A base
-            is asked as training asked it first: their embeddings are the mean of all others.
-    """
-
-    label: str
-    folder: Path
-    adapter: Path | None
+    label: str  # in tables
+    folder: Path  # the model, or the adapter's base
+    adapter: Path | None  # the adapter's folder, None for a whole model
+    # special tokens of the template for models that have none of their own. A base is asked as
+    # training asked it first: their embeddings are the mean of all others.
     added_tokens: tuple[str, ...] = ()
 
     @property

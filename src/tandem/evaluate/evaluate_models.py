@@ -161,22 +161,14 @@ def _holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures models one after the other.
+    """Measures models one after the other."""
 
-    Attributes:
-        folder: the stage's.
-        settings: of the stage.
-        material: what models are asked and scored on.
-        data: hashes of the user's own data.
-        chat_template: for models without one of their own.
-        device, runtime, console: where models go, and where progress is shown.
-    """
-
-    folder: Path
-    settings: EvaluationSettings
-    material: Material
-    data: Mapping[str, Any]
-    chat_template: str | None
+    folder: Path  # the stage's
+    settings: EvaluationSettings  # of the stage
+    material: Material  # what models are asked and scored on
+    data: Mapping[str, Any]  # hashes of the user's own data
+    chat_template: str | None  # for models without one of their own
+    # where models go, and where progress is shown
     device: Device
     runtime: Runtime
     console: Console

@@ -30,47 +30,30 @@ _PREFERRED = ("acc_norm,none", "acc,none")
 
 @dataclass(frozen=True)
 class HarnessModel:
-    """The model to measure, as the harness is to load it.
+    """The model to measure, as the harness is to load it."""
 
-    Attributes:
-        pretrained: a model folder, or a loaded model where the harness cannot load it as it was
-            trained (an adapter on a quantised base).
-        adapter: an adapter's folder on top of the model folder, or None.
-        tokenizer: loaded, with its chat template.
-        dtype: of the weights, by name.
-        device: by torch's name.
-        batch_size: as the harness takes it: a number, or `auto`.
-        look: shown the token ids of each text; it raises UserError for those that cannot be fed.
-    """
-
+    # a model folder, or a loaded model where the harness cannot load it as it was trained (an
+    # adapter on a quantised base)
     pretrained: Any
-    adapter: Path | None
-    tokenizer: Any
-    dtype: str
-    device: str
-    batch_size: str
+    adapter: Path | None  # an adapter's folder on top of the model folder, or None
+    tokenizer: Any  # loaded, with its chat template
+    dtype: str  # of the weights, by name
+    device: str  # by torch's name
+    batch_size: str  # as the harness takes it: a number, or `auto`
+    # shown the token ids of each text; it raises UserError for those that cannot be fed
     look: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a task gave.
+    """What a task gave."""
 
-    Attributes:
-        metrics: by `metric,filter`.
-        metric: the one that tables show.
-        shots: few-shot examples.
-        cut: requests that were longer than the model's context; their beginning was cut off.
-        version: of the task's definition.
-        seconds: how long it took.
-    """
-
-    metrics: dict[str, Score]
-    metric: str
-    shots: int
-    cut: int
-    version: str
-    seconds: float
+    metrics: dict[str, Score]  # by `metric,filter`
+    metric: str  # the one that tables show
+    shots: int  # few-shot examples
+    cut: int  # requests that were longer than the model's context; their beginning was cut off
+    version: str  # of the task's definition
+    seconds: float  # how long it took
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file; see `task_scores_of`."""

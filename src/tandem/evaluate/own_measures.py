@@ -48,21 +48,13 @@ _NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Material:
-    """What models are asked and scored on.
+    """What models are asked and scored on."""
 
-    Attributes:
-        questions: with known answers.
-        pairs: held-out preference pairs.
-        heldout: held-out conversations.
-        max_new_tokens: of an answer.
-        limit: only the first so many of each; None: all.
-    """
-
-    questions: Sequence[Question]
-    pairs: Sequence[DataSource]
-    heldout: Sequence[DataSource]
-    max_new_tokens: int
-    limit: int | None
+    questions: Sequence[Question]  # with known answers
+    pairs: Sequence[DataSource]  # held-out preference pairs
+    heldout: Sequence[DataSource]  # held-out conversations
+    max_new_tokens: int  # of an answer
+    limit: int | None  # only the first so many of each; None: all
 
     def __bool__(self) -> bool:
         """Whether there is anything."""

@@ -15,18 +15,14 @@ from tandem.storage.hashing import Damaged, hash_json, read_object, sealed
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of one model over some items.
+    """One measure of one model over some items."""
 
-    Attributes:
-        items: what each value belongs to; models are compared on the same items alone.
-        values: of each item; their sum over the sum of the weights is the measure.
-        weights: of each item, its number of tokens for instance; empty: every item counts once.
-        stated: value and standard error as the harness gives them, in place of our own.
-    """
-
+    # what each value belongs to; models are compared on the same items alone
     items: tuple[str, ...]
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # of each item; their sum over the sum of the weights is the measure
+    # of each item, its number of tokens for instance; empty: every item counts once
     weights: tuple[float, ...] = ()
+    # value and standard error as the harness gives them, in place of our own
     stated: tuple[float, float | None] | None = None
 
     @property

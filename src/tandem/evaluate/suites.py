@@ -88,23 +88,14 @@ class LocalData:
 
 @dataclass(frozen=True)
 class Task:
-    """One task to be measured.
+    """One task to be measured."""
 
-    Attributes:
-        name: as it was asked for; the name in results.
-        title: for tables.
-        metric: the harness's `metric,filter` that the tables show; empty: the task's first.
-        shots: few-shot examples; None: what the task itself says.
-        data: local data; None: the harness's own definition, with data from the Hub.
-        notes: what a reader of the score must know.
-    """
-
-    name: str
-    title: str
-    metric: str
-    shots: int | None
-    data: LocalData | None
-    notes: tuple[str, ...] = ()
+    name: str  # as it was asked for; the name in results
+    title: str  # for tables
+    metric: str  # the harness's `metric,filter` that the tables show; empty: the task's first
+    shots: int | None  # few-shot examples; None: what the task itself says
+    data: LocalData | None  # local data; None: the harness's own definition, with data from the Hub
+    notes: tuple[str, ...] = ()  # what a reader of the score must know
 
     @property
     def of_suite(self) -> bool:

@@ -42,23 +42,18 @@ A: The 1992 Olympics were held in Barcelona, Spain."""
 
 @dataclass(frozen=True)
 class TaskForm:
-    """How a task's data lies in files.
+    """How a task's data lies in files."""
 
-    Attributes:
-        files: what to say when there is none.
-        evaluated, examples: patterns of the file that is evaluated, and of the one that few-shot
-            examples are drawn from; the first that fits is taken.
-        read: a file's text -> rows; raises ValueError or csv.Error for another form.
-        task: the harness's configuration of the task, data and few-shot examples apart.
-        note: what makes scores differ from those on the Hub's data.
-    """
-
-    files: str
+    files: str  # what to say when there is none
+    # patterns of the file that is evaluated, and of the one that few-shot examples are drawn from;
+    # the first that fits is taken
     evaluated: tuple[str, ...]
     examples: tuple[str, ...]
+    # a file's text -> rows; raises ValueError or csv.Error for another form
     read: Callable[[str], Rows]
+    # the harness's configuration of the task, data and few-shot examples apart
     task: dict[str, Any]
-    note: str = ""
+    note: str = ""  # what makes scores differ from those on the Hub's data
 
 
 def _lines(text: str) -> list[str]:

@@ -72,25 +72,18 @@ class Duel:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """A judge's verdicts on the answers of one model.
+    """A judge's verdicts on the answers of one model."""
 
-    Attributes:
-        score: 1 for a win, 0.5 for a tie, 0 for a loss, by item; the mean is the win rate.
-        wins, ties, losses: of the judged items.
-        identical: ties that the judge was not asked about, for the answers are the same text.
-        consistent: share of the asked items with the same verdict in both orders.
-        first_shown: share of the verdicts for one side that went to the answer shown first.
-        unread: items without a verdict in both orders: no answer came, or none could be read.
-    """
-
-    score: Score
+    score: Score  # 1 for a win, 0.5 for a tie, 0 for a loss, by item; the mean is the win rate
+    # of the judged items
     wins: int
     ties: int
     losses: int
-    identical: int
-    consistent: float | None
+    identical: int  # ties that the judge was not asked about, for the answers are the same text
+    consistent: float | None  # share of the asked items with the same verdict in both orders
+    # share of the verdicts for one side that went to the answer shown first
     first_shown: float | None
-    unread: int
+    unread: int  # items without a verdict in both orders: no answer came, or none could be read
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for evaluation.json, the items apart."""

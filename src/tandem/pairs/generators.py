@@ -45,16 +45,11 @@ Unit = list[tuple[int, list[Any]]]
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Prompts that can be asked, what their answers depend on, and how to get them.
+    """Prompts that can be asked, what their answers depend on, and how to get them."""
 
-    Attributes:
-        prompts: those that can be asked, in order.
-        key: what the answers depend on, as a hash.
-        write: from the numbers of answers that are done to the others, unit by unit.
-    """
-
-    prompts: list[Prompt]
-    key: str
+    prompts: list[Prompt]  # those that can be asked, in order
+    key: str  # what the answers depend on, as a hash
+    # from the numbers of answers that are done to the others, unit by unit
     write: Callable[[Collection[int]], Iterator[Unit]]
 
 

@@ -25,48 +25,31 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that operations and memory follow from.
+    """Sizes that operations and memory follow from."""
 
-    Attributes:
-        parameters: of the base, tied ones once.
-        trained: of the adapter.
-        linear: multiplications of a token in the decoder's frozen linear layers; of a mixture's
-            experts those that a token reaches.
-        adapter: the same in the adapter.
-        attention: multiplications of a visible (query, key) pair, all layers together.
-        head: multiplications of a token in the output head.
-        in_linear: parameters in linear layers other than the head, which quantization packs.
-        plain: those of them in torch's own linear layers, whose weights a CPU may order.
-        largest_layer: parameters of the largest layer, which sharded engines gather at once.
-        hidden, layers: of the decoder.
-    """
-
-    parameters: int
-    trained: int
+    parameters: int  # of the base, tied ones once
+    trained: int  # of the adapter
+    # multiplications of a token in the decoder's frozen linear layers; of a mixture's experts those
+    # that a token reaches
     linear: int
-    adapter: int
-    attention: int
-    head: int
-    in_linear: int
-    plain: int
-    largest_layer: int
+    adapter: int  # the same in the adapter
+    attention: int  # multiplications of a visible (query, key) pair, all layers together
+    head: int  # multiplications of a token in the output head
+    in_linear: int  # parameters in linear layers other than the head, which quantization packs
+    plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
+    largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
+    # of the decoder
     hidden: int
     layers: int
 
 
 @dataclass(frozen=True)
 class Described:
-    """A described model, as far as its configuration says.
+    """A described model, as far as its configuration says."""
 
-    Attributes:
-        shape: with its adapter.
-        padded: whether it will be fed padded rows, as far as its class says.
-        reached: whether it could be told which layers an adapter can act on.
-    """
-
-    shape: ModelShape
-    padded: bool
-    reached: bool
+    shape: ModelShape  # with its adapter
+    padded: bool  # whether it will be fed padded rows, as far as its class says
+    reached: bool  # whether it could be told which layers an adapter can act on
 
 
 def described(

@@ -59,17 +59,12 @@ _PREPARE: dict[str, Callable[..., EncodedDataset]] = {
 
 @dataclass(frozen=True)
 class PlannedData:
-    """A stage's data as far as it is here.
+    """A stage's data as far as it is here."""
 
-    Attributes:
-        sources: none where they are not here.
-        held_out: data sets that are held out as a whole; None where they are not here.
-        notes: what is missing, and what to do about it.
-    """
-
-    sources: Sequence[DataSource]
+    sources: Sequence[DataSource]  # none where they are not here
+    # data sets that are held out as a whole; None where they are not here
     held_out: Sequence[DataSource] | None = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is missing, and what to do about it
 
 
 @dataclass(frozen=True)
@@ -82,28 +77,19 @@ class Guess:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What one training stage would do and take.
+    """What one training stage would do and take."""
 
-    Attributes:
-        name, folder: the stage and where it writes.
-        ledger: counts of its records, None where they were not read.
-        budget: tokens of a micro-batch.
-        shape: of the model with its adapter.
-        estimate: work, operations, memory and time; None where nothing is known of the data.
-        memory: of one process by engine, where the work is known.
-        disk: what it and its merge leave, where the work is known.
-        notes: what is missing, guessed or left out.
-    """
-
+    # the stage and where it writes
     name: str
     folder: Path
-    ledger: dict[str, Any] | None
-    budget: int
-    shape: ModelShape
+    ledger: dict[str, Any] | None  # counts of its records, None where they were not read
+    budget: int  # tokens of a micro-batch
+    shape: ModelShape  # of the model with its adapter
+    # work, operations, memory and time; None where nothing is known of the data
     estimate: StageEstimate | None
-    memory: dict[str, Memory]
-    disk: Disk | None
-    notes: tuple[str, ...]
+    memory: dict[str, Memory]  # of one process by engine, where the work is known
+    disk: Disk | None  # what it and its merge leave, where the work is known
+    notes: tuple[str, ...]  # what is missing, guessed or left out
 
 
 @dataclass(frozen=True)

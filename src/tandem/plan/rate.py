@@ -41,23 +41,14 @@ _LARGE = 4096
 
 @dataclass(frozen=True)
 class RateKey:
-    """What a rate depends on.
+    """What a rate depends on."""
 
-    Attributes:
-        stage: sft or dpo.
-        device: its kind.
-        dtype: of the weights.
-        size: parameters of the model.
-        processes: how many there are.
-        engine: how they share the work.
-    """
-
-    stage: str
-    device: str
-    dtype: str
-    size: int
-    processes: int
-    engine: str
+    stage: str  # sft or dpo
+    device: str  # its kind
+    dtype: str  # of the weights
+    size: int  # parameters of the model
+    processes: int  # how many there are
+    engine: str  # how they share the work
 
     def is_like(self, other: RateKey) -> bool:
         """Whether the rate of one says something of the other: all is equal but stage and size."""
@@ -68,21 +59,16 @@ class RateKey:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished stage: what was estimated before it began, and what it took.
+    """A finished stage: what was estimated before it began, and what it took."""
 
-    Attributes:
-        setting: where and how it ran.
-        operations: of training, as `workload.count_operations` counts them, if all processes
-            had as many as the busiest one.
-        estimated, actual: `FIGURES` each; seconds are only estimated where a rate was known.
-        reference_operations, reference_seconds: of the pass before it, 0 where there was none, or
-            its results were found in the store.
-    """
-
-    setting: RateKey
+    setting: RateKey  # where and how it ran
+    # of training, as `workload.count_operations` counts them, if all processes had as many as the
+    # busiest one
     operations: float
+    # `FIGURES` each; seconds are only estimated where a rate was known
     estimated: Mapping[str, float]
     actual: Mapping[str, float]
+    # of the pass before it, 0 where there was none, or its results were found in the store
     reference_operations: float = 0.0
     reference_seconds: float = 0.0
 

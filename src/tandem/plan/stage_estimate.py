@@ -31,48 +31,30 @@ _HEAD_BLOCKS = 3
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """How a process of a stage uses memory.
+    """How a process of a stage uses memory."""
 
-    Attributes:
-        weight_bytes: of a frozen weight.
-        quantized: whether the linear layers are in 4 bits.
-        copies: bytes of copies of the frozen weights in a faster order (on CPU).
-        checkpointing: whether activations are computed once more.
-        tokens: of the largest micro-batch.
-        activation_bytes: what a token keeps for the backward, without checkpointing.
-        head_bytes: a block of logits, see `model.logprobs.output_head`.
-        baseline: what the process holds without a model (on CPU interpreter and libraries).
-    """
-
-    weight_bytes: int
-    quantized: bool
-    copies: int
-    checkpointing: bool
-    tokens: int
-    activation_bytes: float
-    head_bytes: int
-    baseline: int
+    weight_bytes: int  # of a frozen weight
+    quantized: bool  # whether the linear layers are in 4 bits
+    copies: int  # bytes of copies of the frozen weights in a faster order (on CPU)
+    checkpointing: bool  # whether activations are computed once more
+    tokens: int  # of the largest micro-batch
+    activation_bytes: float  # what a token keeps for the backward, without checkpointing
+    head_bytes: int  # a block of logits, see `model.logprobs.output_head`
+    baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process.
+    """Bytes of one process."""
 
-    Attributes:
-        weights: frozen ones, copies in a faster order included.
-        adapter, gradients, optimizer: of what is trained.
-        activations: of the largest micro-batch.
-        head: the output head's blocks.
-        baseline: the process without a model.
-    """
-
-    weights: int
+    weights: int  # frozen ones, copies in a faster order included
+    # of what is trained
     adapter: int
     gradients: int
     optimizer: int
-    activations: int
-    head: int
-    baseline: int
+    activations: int  # of the largest micro-batch
+    head: int  # the output head's blocks
+    baseline: int  # the process without a model
 
     @property
     def peak(self) -> int:
@@ -92,20 +74,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Estimates of one stage.
+    """Estimates of one stage."""
 
-    Attributes:
-        setting: where it runs, and of what size it is.
-        work, operations, memory: what it does and holds.
-        rate: what time follows from; None where no run has shown one and none was timed.
-        seconds, reference_seconds: of training, and of DPO's pass before it; None without a rate.
-    """
-
-    setting: RateKey
+    setting: RateKey  # where it runs, and of what size it is
+    # what it does and holds
     work: Workload
     operations: Operations
     memory: Memory
-    rate: Rate | None
+    rate: Rate | None  # what time follows from; None where no run has shown one and none was timed
+    # of training, and of DPO's pass before it; None without a rate
     seconds: float | None
     reference_seconds: float | None
 
@@ -160,31 +137,20 @@ def disk_of(
 
 @dataclass(frozen=True)
 class StageSetup:
-    """How a stage is run, as far as its estimates depend on it.
+    """How a stage is run, as far as its estimates depend on it."""
 
-    Attributes:
-        name: sft or dpo.
-        settings: its section of the recipe.
-        device, processes, engine: where, in how many processes, and how they share the work.
-        config: of the model.
-        seed: of the order of records.
-        budget: tokens of a micro-batch.
-        padded: whether the model reads padded rows.
-        quantized: whether the base is in 4 bits.
-        baseline: bytes that the process holds without a model.
-    """
-
-    name: str
-    settings: TrainingSettings
+    name: str  # sft or dpo
+    settings: TrainingSettings  # its section of the recipe
+    # where, in how many processes, and how they share the work
     device: Device
     processes: int
     engine: str
-    config: Any
-    seed: int
-    budget: int
-    padded: bool
-    quantized: bool
-    baseline: int
+    config: Any  # of the model
+    seed: int  # of the order of records
+    budget: int  # tokens of a micro-batch
+    padded: bool  # whether the model reads padded rows
+    quantized: bool  # whether the base is in 4 bits
+    baseline: int  # bytes that the process holds without a model
 
     def pacing(self, parts: tuple[WeightedSource, ...] = ()) -> Pacing:
         """How it goes through its records, whose weights are `parts`."""

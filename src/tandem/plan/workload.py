@@ -22,18 +22,12 @@ class Operations:
 
     With T tokens fed, P multiplications of a token in frozen linear layers, L in the adapter, A
     visible pairs of a attention multiplications, and N trained tokens under a head of V x H:
-
-    Attributes:
-        forward: 2(P + L)T + 2aA + 2NVH.
-        backward: 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH.
-        recomputed: with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA.
-        reference: DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH.
     """
 
-    forward: float
-    backward: float
-    recomputed: float
-    reference: float
+    forward: float  # 2(P + L)T + 2aA + 2NVH
+    backward: float  # 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH
+    recomputed: float  # with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA
+    reference: float  # DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH
 
     @property
     def training(self) -> float:
@@ -83,40 +77,27 @@ _PACKED = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts of a whole training stage, and of DPO's reference pass over the same records.
+    """Counts of a whole training stage, and of DPO's reference pass over the same records."""
 
-    Attributes:
-        records: trained on.
-        steps, examples: optimizer steps, and records they take.
-        tokens, tokens_per_epoch: fed, shared prefixes once.
-        padded_tokens: what padded batches would feed for the same sequences; 0 on the padded path.
-        shared_tokens: what sharing prefixes saves; 0 on the padded path.
-        targets: trained tokens that meet the output head.
-        visible: (query, key) pairs that see each other.
-        longest: rows of the longest record.
-        packed_steps: the steps that the figures below are means over: all, or evenly spaced ones.
-        micro_batches: of all steps and processes (scaled up where not all were packed).
-        fill: mean share of the token budget that micro-batches fill.
-        imbalance: the costliest process's share of a step by the mean one.
-        largest: tokens of the largest micro-batch.
-        reference_tokens, reference_targets, reference_visible: of one pass over all records.
-    """
-
-    records: int
+    records: int  # trained on
+    # optimizer steps, and records they take
     steps: int
     examples: int
+    # fed, shared prefixes once
     tokens: int
     tokens_per_epoch: int
+    # what padded batches would feed for the same sequences; 0 on the padded path
     padded_tokens: int
-    shared_tokens: int
-    targets: int
-    visible: float
-    longest: int
-    packed_steps: int
-    micro_batches: int
-    fill: float
-    imbalance: float
-    largest: int
+    shared_tokens: int  # what sharing prefixes saves; 0 on the padded path
+    targets: int  # trained tokens that meet the output head
+    visible: float  # (query, key) pairs that see each other
+    longest: int  # rows of the longest record
+    packed_steps: int  # the steps that the figures below are means over: all, or evenly spaced ones
+    micro_batches: int  # of all steps and processes (scaled up where not all were packed)
+    fill: float  # mean share of the token budget that micro-batches fill
+    imbalance: float  # the costliest process's share of a step by the mean one
+    largest: int  # tokens of the largest micro-batch
+    # of one pass over all records
     reference_tokens: int
     reference_targets: int
     reference_visible: float
@@ -124,26 +105,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Pacing:
-    """How a stage goes through its records.
+    """How a stage goes through its records."""
 
-    Attributes:
-        batch_size, epochs, max_steps, seed: of the recipe.
-        budget: tokens of a micro-batch.
-        processes: how many share a step.
-        attention_weight: for balance, see `data.packing.example_cost`.
-        padded: whether the model reads one row a sequence, with nothing shared.
-        parts: the weights of the records, see `StepSampler`.
-    """
-
+    # of the recipe
     batch_size: int
     epochs: float | None
     max_steps: int | None
     seed: int
-    budget: int
-    processes: int
-    attention_weight: float
-    padded: bool = False
-    parts: tuple[WeightedSource, ...] = ()
+    budget: int  # tokens of a micro-batch
+    processes: int  # how many share a step
+    attention_weight: float  # for balance, see `data.packing.example_cost`
+    padded: bool = False  # whether the model reads one row a sequence, with nothing shared
+    parts: tuple[WeightedSource, ...] = ()  # the weights of the records, see `StepSampler`
 
 
 def count_work(dataset: EncodedDataset, pacing: Pacing) -> Workload:
