@@ -105,13 +105,7 @@ class Harness:
     """A model that the harness has loaded, as a context manager."""
 
     def __init__(self, model: HarnessModel, tasks: Path, *, hub: bool) -> None:
-        """Get ready; the model is loaded by the first task.
-
-        Args:
-            model: the model.
-            tasks: folder of our own task definitions.
-            hub: whether the harness's own tasks are wanted, whose data the Hub has.
-        """
+        """The model is loaded by the first task; `hub`: whether tasks with data on the Hub come."""
         self.model = model
         self.hub = hub
         self._tasks = tasks
@@ -127,15 +121,10 @@ class Harness:
         self._model = None
 
     def measure(self, task: Task, *, limit: int | None, chat: bool, advance: Advance) -> TaskScores:
-        """Measure a task.
+        """Measure a task; `limit`: its first items only, `chat`: prompts through the chat template.
 
-        Args:
-            task: the task.
-            limit: only its first items; None: all.
-            chat: whether prompts go through the chat template, few-shot examples as turns.
-            advance: told about requests.
-
-        Raises UserError for a task that does not exist, or whose data cannot be had.
+        Few-shot examples are turns then. Raises UserError for a task that does not exist, or whose
+        data cannot be had.
         """
         started = time.monotonic()
         with _quietly(advance, offline=task.data is not None) as cut:

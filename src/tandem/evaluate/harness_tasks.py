@@ -70,16 +70,9 @@ def measure_tasks(
     device: Device,
     console: Console,
 ) -> dict[str, TaskScores]:
-    """Each task's scores by name; those that are kept are not measured again.
+    """Each task's scores by name; those that are in the store are not measured again.
 
-    Args:
-        model: the model.
-        selection: the tasks.
-        settings: how they are measured.
-        store: finished measurements.
-        definitions: folder of local tasks' definitions; see `describe_tasks`.
-        device: where the model goes, and its dtype.
-        console: for progress.
+    `definitions` is the folder of local tasks' definitions, see `describe_tasks`.
     """
     if not selection.tasks:
         return {}
@@ -175,13 +168,7 @@ def task_facts(
     measured: Mapping[str, Mapping[str, TaskScores]],
     settings: TaskSettings,
 ) -> list[dict[str, Any]]:
-    """What evaluation.json says of the tasks themselves, those left out among them.
-
-    Args:
-        selection: the tasks.
-        measured: by model, then by task.
-        settings: how they were measured.
-    """
+    """What evaluation.json says of the tasks themselves; `measured` by model, then by task."""
     facts = []
     for task in selection.tasks:
         first = next(iter(measured.values()))[task.name]

@@ -198,14 +198,7 @@ def find_data(folder: Path, name: str) -> LocalData | None:
 
 
 def write_tasks(data: LocalData, harness_name: str, shots: int | None, folder: Path) -> None:
-    """Describe a local task to the harness: YAML files that its `--include_path` reads as well.
-
-    Args:
-        data: the task's files.
-        harness_name: the task's name there, or the group's.
-        shots: few-shot examples; None leaves it to the harness (none).
-        folder: where the files go.
-    """
+    """Describe a local task to the harness: YAML files that its `--include_path` reads as well."""
     members = []
     for subject, evaluated, examples in data.parts:
         name = f"{harness_name}_{subject}" if subject else harness_name

@@ -94,15 +94,9 @@ class Verdicts:
 def judge_duels(
     judge: Judge, duels: Sequence[Duel], file: Path, advance: Callable[[int], None]
 ) -> Verdicts:
-    """Let a judge decide duels, each asked twice.
+    """Let a judge decide duels, each asked twice; `advance` counts questions that are decided.
 
-    Args:
-        judge: whom to ask.
-        duels: what to decide.
-        file: verdicts are written there as they come, and those that are there are not asked for
-            again.
-        advance: told how many more questions are decided.
-
+    Verdicts are written to the file as they come, and those that are there are not asked for again.
     Raises UserError for a file that is damaged, or no file of verdicts.
     """
     asked = [d for d in duels if d.answer != d.against]

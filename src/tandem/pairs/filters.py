@@ -93,13 +93,8 @@ def first_pair(
 ) -> Pair | str:
     """The set's answer against the first candidate that may stand against it, or why there is none.
 
-    Args:
-        prompt: with the preferred answer.
-        candidates: what the weaker model wrote.
-        filters: what is passed over.
-        dropped: counts the candidates passed over, by reason.
-
-    Raises UserError for a check of the user's that fails.
+    `dropped` counts the candidates passed over, by reason. Raises UserError for a check of the
+    user's that fails.
     """
     reasons: list[str] = []
     for candidate in candidates:
@@ -154,12 +149,8 @@ def ranked_pair(
 ) -> Pair | str:
     """The answer with the highest score against the one with the lowest, or why there is none.
 
-    Args:
-        prompt: what was asked; the set's own answer plays no part.
-        scored: answers that passed `against_answer`, with their scores.
-        margin: the scores differ by more than this.
-        filters: what is asked of the pair.
-        dropped: counts prompts that get no pair here, by reason.
+    The answers passed `against_answer`; the set's own plays no part. The scores differ by more than
+    `margin`. `dropped` counts prompts that get no pair here, by reason.
     """
     if len(scored) < 2:
         result: Pair | str = "fewer than two answers to rank"

@@ -108,13 +108,8 @@ def select_prompts(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts to ask, in reading order, and how many were left out, by reason.
 
-    Prompts are streamed: at most `count` of each stratum are held.
-
-    Args:
-        prompts: in reading order.
-        selection: what is asked for.
-        seed: of the sample.
-        evaluated: evaluation sets; prompts and answers that share words with them are left out.
+    Prompts are streamed: at most `count` of each stratum are held. Prompts and answers that share
+    words with `evaluated` are left out.
     """
     left_out: Counter[str] = Counter()
     suited = _suited(prompts, selection, evaluated, left_out)
@@ -247,14 +242,7 @@ def selected_prompts(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts that `settings.select` asks for, and how many it left out, by reason.
 
-    Args:
-        sources: of prompts.
-        evaluated: evaluation sets; prompts that share words with them are left out.
-        settings: of the stage.
-        seed: of the sample.
-        ledger: gets the records that no selection could ask for.
-        log: told what is left out.
-
+    `evaluated` are evaluation sets; the ledger gets the records that no selection could ask for.
     Raises UserError for rows of evaluation sets that cannot be read, as `usable_prompts`, and when
     no prompt is left.
     """

@@ -13,12 +13,7 @@ from tandem.runtime.extras import require
 
 
 class Vllm:
-    """A model in vLLM's offline engine.
-
-    Args:
-        folder: the model.
-        dtype: of the weights, by name; auto is the model's own.
-        settings: devices that share each layer, and the share of their memory.
+    """A model folder in vLLM's offline engine; dtype auto is the model's own.
 
     Raises UserError when vLLM is not installed.
     """

@@ -64,15 +64,9 @@ def described(
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
-    Args:
-        config: the model's transformers configuration.
-        rank, alpha, target_modules: the adapter, see `model.adapter.add_adapter`.
-        attention: what the recipe asks for.
-        added: tokens whose embeddings are trained, see `model.vocabulary.make_rows`.
-        trains_added: whether the adapter trains their rows.
-
-    Raises UserError for a configuration that describes no model, for one whose sizes have other
-    names, and for an adapter that fits none of its modules.
+    `attention` is what the recipe asks for, `added` tokens whose embeddings are trained, by the
+    adapter if `trains_added`. Raises UserError for a configuration that describes no model, for one
+    whose sizes have other names, and for an adapter that fits none of its modules.
     """
     model = model_without_weights(config)
     if added:

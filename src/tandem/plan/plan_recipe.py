@@ -193,10 +193,7 @@ def check_guesses(
 ) -> None:
     """Raise UserError for guesses that no stage would use, or whose records it would not train.
 
-    Args:
-        guesses: see `guess_for`.
-        longest: the max_length of each training stage.
-        data: of each.
+    `longest` is the max_length of each training stage by name, `data` that of each.
     """
     stages = list(longest)
     away = [number for number, here in enumerate(data, start=1) if not here.sources]

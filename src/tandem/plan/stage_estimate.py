@@ -120,14 +120,9 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
 def disk_of(
     shape: ModelShape, *, steps: int, save_steps: int, keep: int | None, merged_bytes: int
 ) -> Disk:
-    """What a stage and its merge leave on disk.
+    """What a stage and its merge leave on disk; `merged_bytes` of a weight of the merged model.
 
-    Args:
-        shape: of the model with its adapter.
-        steps: optimizer steps of the stage.
-        save_steps: a checkpoint every so many, and at the end.
-        keep: how many checkpoints stay, None for all.
-        merged_bytes: of a weight of the merged model.
+    A checkpoint is written every `save_steps` and at the end; `keep` of them stay, None for all.
     """
     adapter = shape.trained * _TRAINED_BYTES
     kept = -(-steps // save_steps)
@@ -220,9 +215,7 @@ def estimate_run(
 ) -> StageEstimate:
     """The estimates of a run that is about to begin, with its model loaded and adapted.
 
-    Args:
-        stage, records, model, schedule: the run's.
-        baseline: bytes that the process held before the model was loaded.
+    `baseline` are the bytes that the process held before the model was loaded.
     """
     setup = StageSetup(
         name=stage.kind.name,

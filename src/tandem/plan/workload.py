@@ -48,14 +48,7 @@ class Operations:
 def count_operations(
     shape: ModelShape, work: Workload, *, reference: bool, checkpointing: bool
 ) -> Operations:
-    """The operations of a stage.
-
-    Args:
-        shape: of the model with its adapter.
-        work: what is fed.
-        reference: whether there is a reference pass.
-        checkpointing: whether activations are computed once more in the backward.
-    """
+    """The operations of a stage; `checkpointing` computes activations once more in the backward."""
     linear, adapter = 2.0 * shape.linear * work.tokens, 2.0 * shape.adapter * work.tokens
     attention = 2.0 * shape.attention * work.visible
     head = 2.0 * shape.head * work.targets
@@ -166,13 +159,7 @@ def _an_epoch(fed: NDArray[np.int64], parts: Sequence[WeightedSource]) -> int:
 
 
 def guess_work(records: int, tokens: int, pacing: Pacing, *, answers: float) -> Workload:
-    """The work of records that nobody has seen, all equally long, with nothing shared.
-
-    Args:
-        records, tokens: how many, and tokens of each.
-        pacing: how the stage goes through them.
-        answers: share of the tokens that is trained.
-    """
+    """The work of records that nobody has seen: equally long, a share of `answers` trained."""
     sampler = StepSampler(records, pacing.batch_size)
     count, per_epoch = sampler.total_steps(pacing), sampler.steps_per_epoch()
     whole, rest = divmod(count, per_epoch)

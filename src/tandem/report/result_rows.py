@@ -131,11 +131,7 @@ def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
 def compared_rows(
     evaluation: Mapping[str, Any], against: Literal["first", "previous"]
 ) -> list[ComparedRow]:
-    """One row a measure: values with standard errors, and changes with those of the pairs.
-
-    Args:
-        evaluation: the content of evaluation.json.
-        against: which model changes are from.
+    """One row a measure: values with standard errors, and changes `against` a model with theirs.
 
     A change is good or bad from two standard errors on; a smaller one says nothing.
     """
