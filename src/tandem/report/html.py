@@ -18,7 +18,6 @@ from tandem.report.run_facts import (
     STAGE_TITLES,
     RunFacts,
     StageFacts,
-    base_model,
     read_run,
     run_warnings,
 )
@@ -67,7 +66,7 @@ def render(facts: RunFacts) -> str:
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
     return environment.get_template("page.html.jinja").render(
         facts=facts,
-        base_model=_base_model(facts),
+        base_model=facts.base_model,
         description=str(facts.recipe.get("description") or ""),
         findings=run_warnings(facts),
         steps=_steps(facts),
@@ -125,28 +124,21 @@ def _took(start: object, end: object) -> str:
     return duration(span.total_seconds()) if span.total_seconds() >= 1 else "< 1 s"
 
 
-def _base_model(facts: RunFacts) -> str:
-    trained = [base_model(s) for s in facts.stages if s.kind in ("sft", "dpo")]
-    return str(facts.recipe.get("model") or next(iter(trained), ""))
-
-
 def _result_note(evaluation: Mapping[str, Any]) -> str:
     counts = mapping(evaluation.get("counts"))
     questions, pairs = counts.get("questions"), counts.get("pairs")
-    parts = []
-    if is_number(questions) or is_number(pairs):
-        parts.append(
-            f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
-        )
+    if not (is_number(questions) or is_number(pairs)):
+        return ""
+    note = f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
     shares = [mapping(m).get("answer_accuracy") for m in mapping(evaluation.get("models")).values()]
-    known = [s for s in shares if is_number(s)]
+    known = [share for share in shares if is_number(share)]
     if known and is_number(questions) and questions:
-        error = max(sampling_error(s, int(questions)) for s in known)
-        parts.append(
-            f"The standard error of an answer accuracy is at most {100 * error:.1f} points: "
-            f"changes of that size are noise."
+        error = max(sampling_error(share, int(questions)) for share in known)
+        note += (
+            f" The standard error of an answer accuracy is at most {100 * error:.1f} points: "
+            "changes of that size are noise."
         )
-    return " ".join(parts)
+    return note
 
 
 def _has_errors(facts: RunFacts) -> bool:

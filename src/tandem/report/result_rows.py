@@ -193,22 +193,16 @@ def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, floa
     value = values.get(measure.key)
     if not is_number(value):
         return Cell("–")
-    shown = _shown(measure, value)
     note = ""
     if measure.key == "answer_accuracy" and is_number(values.get("completion_accuracy")):
         note = f"as completion {percent(values['completion_accuracy'])}"
     if measure.key not in before:
-        return Cell(shown, note=note)
+        return Cell(_shown(measure, value), note=note)
     step = value - before[measure.key]
     change = _change(measure, step)
     if float(change) == 0:
-        return Cell(shown, "±0", note=note)
-    change = change.replace("-", "−")
-    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
-    if measure.better == "neither":
-        return Cell(shown, change, arrow, "", note)
-    good = (step > 0) == (measure.better == "higher")
-    return Cell(shown, change, arrow, "good" if good else "bad", note)
+        return Cell(_shown(measure, value), "±0", note=note)
+    return Cell(_shown(measure, value), change.replace("-", "−"), *_marks(measure, step), note)
 
 
 def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
@@ -221,15 +215,20 @@ def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell
     if not isinstance(gap, list):
         return Cell(text)
     step, doubt = gap
-    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
     if step == 0:
         return Cell(text, "±0" + _plus_minus(measure, doubt))
-    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
+    arrow, verdict = _marks(measure, step)
     clear = is_number(doubt) and abs(step) > _CLEAR * doubt
-    if measure.better == "neither" or not clear:
-        return Cell(text, change, arrow)
-    good = (step > 0) == (measure.better == "higher")
-    return Cell(text, change, arrow, "good" if good else "bad")
+    return Cell(text, change, arrow, verdict if clear else "")
+
+
+def _marks(measure: Measure, step: float) -> tuple[Literal["▲", "▼"], Literal["good", "bad", ""]]:
+    """Which way a measure went, and whether that is for the better."""
+    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    if measure.better == "neither":
+        return arrow, ""
+    return arrow, "good" if (step > 0) == (measure.better == "higher") else "bad"
 
 
 def _plus_minus(measure: Measure, error: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,9 @@ STAGE_TITLES = {
 }
 # Outputs of stages that a page shows something of.
 _SHOWN = (
-    "summary.json",
-    "metrics.jsonl",
-    "validation.jsonl",
-    "data-ledger.jsonl",
-    "pairs.jsonl",
-    "pairs.parquet",
-    "evaluation.json",
-)
+    "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
+    "pairs.parquet", "evaluation.json",
+)  # fmt: skip
 KIND_TITLES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
@@ -96,11 +91,17 @@ class RunFacts:
     stages: tuple[StageFacts, ...]
     missing: tuple[str, ...]
     evaluation: Mapping[str, Any]
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
-    def stage(self, name: str) -> StageFacts | None:
-        """The stage in the folder of that name, if it is there."""
-        return next((s for s in self.stages if s.name == name), None)
+    @property
+    def trained(self) -> list[StageFacts]:
+        """Its training stages."""
+        return [stage for stage in self.stages if stage.kind in ("sft", "dpo")]
+
+    @property
+    def base_model(self) -> str:
+        """The model that it began with: the recipe's, else what its first training stage names."""
+        return str(self.recipe.get("model") or next(map(_base_model, self.trained), ""))
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -128,7 +129,9 @@ def read_run(folder: Path) -> RunFacts:
         )
     if names and not recipe_file.exists():
         problems.append("recipe.yaml is missing")
-    elif manifest.get("recipe") not in (None, _hash(recipe_file)):
+    elif (recorded := manifest.get("recipe")) is not None and (
+        not recipe_file.is_file() or hash_file(recipe_file) != recorded
+    ):
         problems.append("recipe.yaml is not as the run left it: it was changed")
     recipe_text, recipe = _recipe(recipe_file, problems)
     wanted = [f for section, fs in _SECTION_FOLDERS.items() if recipe.get(section) for f in fs]
@@ -176,7 +179,7 @@ def run_warnings(facts: RunFacts) -> list[ReportWarning]:
     return sorted(seen, key=lambda one: one.level != "warning")
 
 
-def base_model(stage: StageFacts) -> str:
+def _base_model(stage: StageFacts) -> str:
     """The model that a training stage started from, as the manifest names it."""
     for part in ("schedule", "inputs"):
         for key in ("base", "model"):
@@ -237,15 +240,16 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
     """The outputs shown on the page that changed after their stage finished."""
-    found = []
-    for name in _SHOWN:
-        path = folder / name
-        if name in outputs and (not path.is_file() or hash_file(path) != outputs[name]):
-            found.append(
-                f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was "
-                "changed"
-            )
-    return found
+    changed = [
+        name
+        for name in _SHOWN
+        if name in outputs
+        and (not (folder / name).is_file() or hash_file(folder / name) != outputs[name])
+    ]
+    return [
+        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
+        for name in changed
+    ]
 
 
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
@@ -267,10 +271,10 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
         if path.exists() or path.is_symlink():
             problems.append(f"{path.parent.name}/{path.name} is no file")
         return ()
-    found: list[Mapping[str, Any]] = []
+    lines: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for row, line in enumerate(file, start=1):
-            if limit is not None and len(found) >= limit:
+            if limit is not None and len(lines) >= limit:
                 break
             if not line.strip():
                 continue
@@ -280,14 +284,10 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
                 continue
             if isinstance(value, Mapping):
-                found.append(value)
+                lines.append(value)
             else:
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
-    return tuple(found)
-
-
-def _hash(path: Path) -> str | None:
-    return hash_file(path) if path.is_file() else None
+    return tuple(lines)
 
 
 def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
