@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from tandem.demo.embedded import materialise
-from tandem.model.load_model import load_base, load_model, load_tokenizer
-from tandem.model.lora.adapter import load_adapter
+from tandem.model.load_model import load_adapter, load_base, load_model
+from tandem.model.model_folder import load_tokenizer
 from tandem.model.quantize import FILE, quantize
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime

@@ -23,7 +23,8 @@ from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import read_rows
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.model.generate import generate_answers
-from tandem.model.load_model import context_length, load_model, load_tokenizer, model_folder
+from tandem.model.load_model import load_model
+from tandem.model.model_folder import context_length, load_tokenizer, model_folder
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, collate
 from tandem.data.records import Example
+from tandem.model import elementwise
 from tandem.model.attention import segments
-from tandem.model.attention.select import use_backend
-from tandem.model.cpu import elementwise, onednn_linear
-from tandem.model.cpu.onednn_linear import order_weights
+from tandem.model.cpu import onednn_linear
 from tandem.model.load_model import load_model
 from tandem.model.logprobs import output_head
-from tandem.model.logprobs.output_head import order_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
-from tandem.model.lora import adapter
-from tandem.model.lora.adapter import adapter_off, add_adapter
+from tandem.model.lora import forward
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
+from tandem.recipe.training_settings import LoraSettings
 
 from .record import Environment, log
 from .tables import RESULTS
@@ -66,7 +66,7 @@ FORMS: dict[str, Patches] = {
     ),
     "norms and gated MLPs: torch": ((elementwise, "kernels", _none),),
     "head: torch's softmax": ((output_head, "kernels", _none),),
-    "adapter: peft's arithmetic": ((adapter, "takes_frozen", lambda *_: False),),
+    "adapter: peft's arithmetic": ((forward, "takes_frozen", lambda *_: False),),
     "frozen weights: as stored": _AS_STORED,
     "frozen weights: as stored; head: 256 rows by the whole vocabulary": (
         *_AS_STORED,
@@ -79,7 +79,7 @@ FORMS: dict[str, Patches] = {
         *_AS_STORED,
         (elementwise, "kernels", _none),
         (output_head, "kernels", _none),
-        (adapter, "takes_frozen", lambda *_: False),
+        (forward, "takes_frozen", lambda *_: False),
         (onednn_linear, "_AVAILABLE", False),
         (output_head, "_ROWS", 256),
         (output_head, "_block_columns", lambda *_: 2**30),
@@ -141,19 +141,11 @@ def _inputs(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[Examp
     write_first_lines(options.pairs_file, options.pairs, scratch / "pairs.jsonl")
     trees = read_trees("dpo", scratch / "model", scratch / "pairs.jsonl")
     model = load_model(scratch / "model", dtype=torch.float32)
-    use_backend(model, "segments")
     lora = ADAPTERS["dpo"]
-    model = add_adapter(
-        model,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=0.0,
-        target_modules=list(lora.targets),
-        base_name="base",
-        seed=SEED,
-    )
-    order_weights(model)
-    order_head(model.get_base_model())
+    settings = LoraSettings(rank=lora.rank, alpha=lora.alpha, target_modules=tuple(lora.targets))
+    weights = LoraWeights(settings, SEED, "base")
+    preparation = Preparation(attention="segments", weights=weights, reordered=True)
+    model = prepare_model(model, FOR_TRAINING, preparation)
     model.train()
     return model, trees
 
@@ -161,7 +153,7 @@ def _inputs(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[Examp
 def _seconds(model: Any, patches: Patches, batches: Sequence[MicroBatch]) -> float:
     with _patched(patches):
         began = time.perf_counter()
-        with torch.no_grad(), adapter_off(model):
+        with torch.no_grad(), LoraWeights(LoraSettings()).reference(model):
             for batch in batches:
                 sequence_logps(model, batch)
         for batch in batches:

@@ -42,7 +42,6 @@ ALLOWED: dict[str, set[str]] = {
 DEBTS: set[tuple[str, str]] = {
     ("check/inputs.py", "pairs"),
     ("check/inputs.py", "pipeline"),
-    ("model/attention/select.py", "integrations"),
     ("plan/plan_recipe.py", "pairs"),
     ("plan/plan_recipe.py", "pipeline"),
     ("runtime/device.py", "integrations"),
@@ -66,7 +65,7 @@ HOMES = {
         "stages",
         "train",
     },
-    "peft": {"model/lora", "model/merging"},
+    "peft": {"model/lora"},
     "accelerate": {"train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},

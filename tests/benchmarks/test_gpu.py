@@ -12,6 +12,12 @@ from benchmarks import apart, gpu, record, tables, work
 from .conftest import Here
 
 
+@pytest.fixture(autouse=True)
+def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes half a minute here; tests/stages/test_compiled.py is about it."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
 def test_without_cuda_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")

@@ -16,11 +16,12 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.records import Branch
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.model.attention.select import use_backend
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.recipe.data_source import DataSource
 from tandem.train.losses.objectives import SupervisedObjective
+
+from ..invariants.made import attend
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -105,7 +106,7 @@ def test_the_loss_is_that_of_plain_transformers(
         total += exact.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     model = load_model(some_model, dtype=torch.float64)
-    use_backend(model, "segments")
+    attend(model, "segments")
     with torch.no_grad():
         logps = sequence_logps(model, collate(list(trees)))
     objective = SupervisedObjective()

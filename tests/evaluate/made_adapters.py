@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.model.load_model import load_model, load_tokenizer
+from tandem.model.load_model import load_model
+from tandem.model.model_folder import load_tokenizer
 
 
 def make_adapter(base: Path, folder: Path, scale: float = 0.3) -> Path:

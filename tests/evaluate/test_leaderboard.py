@@ -16,7 +16,7 @@ from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, task_scores_of
 from tandem.evaluate.suites import NOT_COMPARABLE, Task, select_tasks, write_tasks
-from tandem.model.load_model import load_tokenizer
+from tandem.model.model_folder import load_tokenizer
 from tandem.storage.atomic_files import read_jsonl
 
 from ..warm.python import python

@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_when_weights_are_written(
     assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.train(save_steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.model.merging.merge_weights.save_file", _full(number))
+        patch.setattr("tandem.model.merge_weights.save_file", _full(number))
         desk.stopped(desk.merge(desk.model, desk.home / "out"), "make room there and run again")
     assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.merge(desk.model, desk.home / "out"))
@@ -131,7 +131,7 @@ def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_che
 ) -> None:
     command = desk.train(save_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.stages.training.outputs.save_adapter", _full(errno.ENOSPC))
+        patch.setattr("tandem.model.lora.adapter.LoraWeights.save", _full(errno.ENOSPC))
         desk.stopped(command, "make room there and run again")
     assert "going on from" in desk.accepted(command)
     assert (desk.home / "out" / _ADAPTER).exists()

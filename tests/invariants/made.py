@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tandem.data.records import Branch, Example, Origin
-from tandem.model.lora.adapter import add_adapter
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.prepare_model import (
+    FOR_SCORING,
+    Preparation,
+    prepare_model,
+    recompute_activations,
+    speed_up_adapter,
+)
+from tandem.recipe.training_settings import LoraSettings
 
 VOCABULARY = 97
 
@@ -80,18 +88,22 @@ def make_model(*, window: int | None = None, dtype: torch.dtype = torch.float64)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
 
 
-def adapt(model: Any, *, dropout: float = 0.0, out_of_reach: Sequence[str] = ()) -> Any:
+def attend(model: Any, backend: str) -> None:
+    """Let a model attend as a run does, and skip rows that nothing reads."""
+    prepare_model(model, FOR_SCORING, Preparation(attention=backend))
+
+
+def recompute(model: Any) -> None:
+    """Let a model recompute its activations."""
+    prepare_model(model, (recompute_activations,), Preparation(recomputed=True))
+
+
+def adapt(model: Any, *, dropout: float = 0.0, unreached: Sequence[str] = ()) -> Any:
     """Wrap a model with an adapter whose B is not zero."""
-    wrapped = add_adapter(
-        model,
-        rank=4,
-        alpha=8,
-        dropout=dropout,
-        target_modules="all-linear",
-        base_name="made",
-        seed=1,
-        out_of_reach=out_of_reach,
-    )
+    lora = LoraSettings(rank=4, alpha=8, dropout=dropout)
+    weights = LoraWeights(lora, seed=1, base="made", dropout=dropout > 0)
+    wrapped = weights.attach(model, unreached=unreached)
+    prepare_model(wrapped, (speed_up_adapter,), Preparation())
     torch.manual_seed(3)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:

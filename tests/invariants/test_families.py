@@ -10,14 +10,22 @@ import pytest
 import torch
 
 from tandem.data.batching.collate import collate
-from tandem.model.attention import select
-from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.attention.backend import BACKENDS
+from tandem.model.attention.select import choose_backend
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import checkpoint_activations, modules_out_of_reach
+from tandem.model.lora.adapter import unreached_layers
 
 from .families import TREES
-from .made import adapt, gradients, largest_relative_error, make_trees, oracle_logps
+from .made import (
+    adapt,
+    attend,
+    gradients,
+    largest_relative_error,
+    make_trees,
+    oracle_logps,
+    recompute,
+)
 from .precision import everything_in_float64
 
 
@@ -25,13 +33,13 @@ from .precision import everything_in_float64
 def layers_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each attention layer went through one of tandem's backends."""
     seen: Counter[int] = Counter()
-    for name, function in select._BACKENDS.items():
+    for name, function in BACKENDS.items():
 
         def spy(module: Any, *arguments: Any, _f: Any = function, **keywords: Any) -> Any:
             seen[id(module)] += 1
             return _f(module, *arguments, **keywords)
 
-        monkeypatch.setitem(select._BACKENDS, name, spy)
+        monkeypatch.setitem(BACKENDS, name, spy)
     return seen
 
 
@@ -40,17 +48,17 @@ def test_the_tree_path_equals_plain_transformers(family: str, layers_seen: Count
     made = TREES[family]
     trees = make_trees()
     with everything_in_float64():
-        left_out = modules_out_of_reach(made.make())
+        left_out = unreached_layers(made.make())
         assert bool(left_out) == (family == "phimoe")
-        reference = adapt(made.make(), out_of_reach=left_out)
+        reference = adapt(made.make(), unreached=left_out)
         wanted = oracle_logps(reference, trees)
         weights = torch.randn(len(wanted), generator=torch.manual_seed(2))
         (wanted * weights).sum().backward()
 
         plain = made.make()
         assert choose_backend("auto", plain)[0] == made.backend
-        use_backend(plain, made.backend)
-        model = adapt(plain, out_of_reach=left_out)
+        attend(plain, made.backend)
+        model = adapt(plain, unreached=left_out)
         layers_seen.clear()
         found = sequence_logps(model, collate(trees))
         (found * weights).sum().backward()
@@ -78,7 +86,7 @@ def test_a_model_as_it_is_loaded_equals_plain_transformers(family: str, tmp_path
     with torch.no_grad():
         wanted = oracle_logps(plain, trees)
         model = load_model(tmp_path, dtype=torch.float32).requires_grad_(False)
-        use_backend(model, made.backend)
+        attend(model, made.backend)
         found = sequence_logps(model, collate(trees))
     torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-4, atol=1e-4)
 
@@ -88,11 +96,11 @@ def test_checkpointing_changes_nothing(family: str, layers_seen: Counter[int]) -
     results = []
     for checkpointing in (False, True):
         plain = TREES[family].make()
-        left_out = modules_out_of_reach(plain)
-        use_backend(plain, TREES[family].backend)
-        model = adapt(plain, out_of_reach=left_out)
+        left_out = unreached_layers(plain)
+        attend(plain, TREES[family].backend)
+        model = adapt(plain, unreached=left_out)
         if checkpointing:
-            checkpoint_activations(model)
+            recompute(model)
         model.train()
         layers_seen.clear()
         logps = sequence_logps(model, collate(make_trees()))

@@ -10,18 +10,18 @@ import torch
 
 from tandem.data.batching.collate import MicroBatch, collate, record_key
 from tandem.integrations.gaudi.static_shapes import Bucket, fill_up
-from tandem.model.attention.select import use_backend
 from tandem.model.logprobs.sequence_logps import Scorer, sequence_logps
-from tandem.model.lora.adapter import checkpoint_activations
 
 from .made import (
     adapt,
+    attend,
     double_precision,
     gradients,
     largest_relative_error,
     make_model,
     make_trees,
     oracle_logps,
+    recompute,
 )
 
 BUCKET = Bucket(rows=192, targets=120, sequences=16)
@@ -54,11 +54,11 @@ def test_filling_up_changes_nothing(
     if dtype == torch.float64:
         double_precision(monkeypatch)
     plain = make_model(window=window, dtype=dtype)
-    use_backend(plain, backend)
+    attend(plain, backend)
     model = adapt(plain, dropout=0.1)
     model.train()
     if checkpointing:
-        checkpoint_activations(model)
+        recompute(model)
     trees = make_trees()
     batch = collate(trees, [record_key(1, 2, i) for i in range(len(trees))])
     weights = torch.randn(batch.sequences, dtype=torch.float64, generator=torch.manual_seed(2))
@@ -97,7 +97,7 @@ def test_the_comparison_notices_faults(fault: Any) -> None:
     model = make_model()
     with torch.no_grad():
         wanted = oracle_logps(model, trees)
-        use_backend(model, "dense")
+        attend(model, "dense")
         filled = fill_up(collate(trees), BUCKET)
         right = sequence_logps(model, filled)[: len(wanted)]
         wrong = sequence_logps(model, fault(filled))[: len(wanted)]

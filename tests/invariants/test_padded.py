@@ -10,7 +10,7 @@ import torch
 
 from tandem.data.batching.collate import collate, padded_shape, record_key
 from tandem.errors import UserError
-from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import (
     check_head,
     micro_batches,
@@ -19,17 +19,20 @@ from tandem.model.logprobs.sequence_logps import (
     token_logps,
     tokens_fed,
 )
-from tandem.model.lora.adapter import add_adapter, checkpoint_activations, modules_out_of_reach
+from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.recipe.training_settings import LoraSettings
 
 from .families import PADDED, RECURRENT_GEMMA, TREES
 from .made import (
     adapt,
+    attend,
     gradients,
     largest_relative_error,
     make_model,
     make_tree,
     make_trees,
     oracle_logps,
+    recompute,
     without_sharing,
 )
 from .precision import everything_in_float64
@@ -44,15 +47,15 @@ def test_equals_one_sequence_at_a_time(family: str) -> None:
         backend, why = choose_backend("auto", plain)
         assert backend == "padded"
         assert reason in why
-        left_out = modules_out_of_reach(plain)
+        left_out = unreached_layers(plain)
 
-        reference = adapt(made.make(), out_of_reach=left_out)
+        reference = adapt(made.make(), unreached=left_out)
         wanted = oracle_logps(reference, trees)
         weights = torch.randn(len(wanted), generator=torch.manual_seed(2))
         (wanted * weights).sum().backward()
 
-        use_backend(plain, backend)
-        model = adapt(plain, out_of_reach=left_out)
+        attend(plain, backend)
+        model = adapt(plain, unreached=left_out)
         found = sequence_logps(model, collate(trees))
         (found * weights).sum().backward()
 
@@ -69,10 +72,10 @@ def test_checkpointing_changes_nothing() -> None:
     results = []
     for checkpointing in (False, True):
         plain = PADDED["stablelm"][0].make()
-        use_backend(plain, "padded")
+        attend(plain, "padded")
         model = adapt(plain)
         if checkpointing:
-            checkpoint_activations(model)
+            recompute(model)
         model.train()
         sequence_logps(model, collate(make_trees())).sum().backward()
         results.append(gradients(model))
@@ -91,14 +94,14 @@ def test_rows_show_each_sequence_up_to_its_last_target() -> None:
     assert padded.target_position.tolist() == [0, 1, 2, 3, 0, 1, 2, 2, 3, 2]
     model = make_model()
     assert sum(tokens_fed(model, tree) for tree in trees) == batch.tokens
-    use_backend(model, "padded")
+    attend(model, "padded")
     assert sum(tokens_fed(model, tree) for tree in trees) == padded.tokens
 
 
 def test_a_micro_batch_of_rows_keeps_to_the_budget() -> None:
     trees = make_trees()
     model = make_model()
-    use_backend(model, "padded")
+    attend(model, "padded")
     shapes = [(2, 28), (2, 18), (2, 44), (2, 4), (2, 19)]
     assert [padded_shape(tree) for tree in trees] == shapes
     # 4 x 44 and 4 x 28 fit; 6 x 44 would not.
@@ -119,7 +122,7 @@ def test_a_recipe_may_ask_for_it_and_padding_is_never_read() -> None:
     assert choose_backend("padded", model) == ("padded", "asked for")
     with torch.no_grad():
         wanted = oracle_logps(model, trees)
-        use_backend(model, "padded")
+        attend(model, "padded")
         batch = collate(trees)
         torch.testing.assert_close(sequence_logps(model, batch), wanted, rtol=0, atol=1e-6)
         # Another token in row 0, which padding shows, moves nothing but the first record.
@@ -138,7 +141,7 @@ def test_dropout_masks_are_those_of_the_packed_path() -> None:
     found = []
     for backend in ("segments", "padded"):
         plain = make_model()
-        use_backend(plain, backend)
+        attend(plain, backend)
         model = adapt(plain, dropout=0.3).train()
         found.append(sequence_logps(model, collate(trees, keys)))
         # They act.
@@ -150,7 +153,7 @@ def test_last_rows_are_not_skipped() -> None:
     model = make_model()
     batch = collate(make_trees())
     seen: list[tuple[int, ...]] = []
-    use_backend(model, "padded")
+    attend(model, "padded")
     model.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(
         lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
     )
@@ -166,25 +169,23 @@ def test_what_cannot_be_computed_is_refused() -> None:
             with pytest.raises(UserError, match=r"reads packed trees.*attention: padded"):
                 choose_backend(backend, model)
     with pytest.raises(UserError, match="attention interface"):
-        use_backend(PADDED["stablelm"][0].make(), "segments")
+        attend(PADDED["stablelm"][0].make(), "segments")
     with pytest.raises(UserError, match="soft-caps"):
         choose_backend("segments", TREES["gemma2"].make())
     sinks = PADDED["gpt-oss"][0].make()
-    use_backend(sinks, "dense")
+    attend(sinks, "dense")
     with pytest.raises(UserError, match="sinks"), torch.no_grad():
         sequence_logps(sinks, collate(make_trees()))
 
 
 def test_an_adapter_that_would_do_nothing_is_refused() -> None:
     mamba = PADDED["mamba"][0].make()
-    left_out = modules_out_of_reach(mamba)
+    left_out = unreached_layers(mamba)
     assert {name.rsplit(".", 1)[-1] for name in left_out} == {"dt_proj", "out_proj"}
-    assert modules_out_of_reach(make_model()) == []
+    assert unreached_layers(make_model()) == []
+    lora = LoraSettings(rank=2, alpha=2, target_modules=("in_proj", "dt_proj"))
     with pytest.raises(UserError, match="dt_proj"):
-        add_adapter(
-            mamba, rank=2, alpha=2, dropout=0, target_modules=["in_proj", "dt_proj"],
-            base_name="made", seed=0, out_of_reach=left_out,
-        )  # fmt: skip
+        LoraWeights(lora).attach(mamba, unreached=left_out)
 
 
 @pytest.mark.parametrize("family", [*TREES, *PADDED])

@@ -11,19 +11,19 @@ import torch
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
 from tandem.data.records import Branch, Example
-from tandem.model.attention.select import use_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps, token_logps
-from tandem.model.lora.adapter import checkpoint_activations
 
 from .made import (
     VOCABULARY,
     adapt,
+    attend,
     double_precision,
     gradients,
     largest_relative_error,
     make_model,
     make_trees,
     oracle_logps,
+    recompute,
     without_sharing,
 )
 
@@ -47,10 +47,10 @@ def test_equals_the_oracle_in_float64(
     (wanted * weights).sum().backward()
 
     plain = make_model(window=window)
-    use_backend(plain, backend)
+    attend(plain, backend)
     model = adapt(plain)
     if checkpointing:
-        checkpoint_activations(model)
+        recompute(model)
         model.train()
     fed = trees if shared else [part for tree in trees for part in without_sharing(tree)]
     found = sequence_logps(model, collate(fed))
@@ -63,7 +63,7 @@ def test_equals_the_oracle_in_float64(
 @pytest.mark.parametrize("backend", ["segments", "dense"])
 def test_other_records_do_not_move_by_a_bit(backend: str) -> None:
     model = make_model(dtype=torch.float32)
-    use_backend(model, backend)
+    attend(model, backend)
     trees = make_trees()
     with torch.no_grad():
         before = token_logps(model, collate(trees))
@@ -110,7 +110,7 @@ def test_the_comparison_notices_faults(fault: Any) -> None:
     model = make_model()
     with torch.no_grad():
         wanted = oracle_logps(model, trees)
-        use_backend(model, "segments")
+        attend(model, "segments")
         right = sequence_logps(model, collate(trees))
         wrong = sequence_logps(model, fault(collate(trees)))
     assert (right - wanted).abs().max() < 1e-6

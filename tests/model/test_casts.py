@@ -10,14 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.data.batching.collate import collate
-from tandem.model.attention.select import choose_backend, use_backend
-from tandem.model.keyed_dropout import silence
+from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import adapter_off, modules_out_of_reach
+from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.forward import switch_dropout_off
 from tandem.model.quantize import quantize
+from tandem.recipe.training_settings import LoraSettings
 
 from ..invariants.families import TREES
-from ..invariants.made import adapt, make_trees
+from ..invariants.made import adapt, attend, make_trees
 
 BF16 = torch.bfloat16
 
@@ -46,12 +47,12 @@ class Casts(TorchDispatchMode):
 def bfloat16_model(family: str, *, quantized: bool = False) -> Any:
     """A bfloat16 base with a float32 adapter."""
     base = TREES[family].make(BF16)
-    out_of_reach = modules_out_of_reach(base)
-    silence(base)
+    out_of_reach = unreached_layers(base)
+    switch_dropout_off(base)
     if quantized:
-        quantize(base, source=BF16, compute=BF16, device=torch.device("cpu"), whole=out_of_reach)
-    use_backend(base, choose_backend("auto", base)[0])
-    model = adapt(base, out_of_reach=out_of_reach)
+        quantize(base, source=BF16, compute=BF16, device=torch.device("cpu"), kept=out_of_reach)
+    attend(base, choose_backend("auto", base)[0])
+    model = adapt(base, unreached=out_of_reach)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -88,7 +89,7 @@ def test_float32_weights_would_be_noticed() -> None:
 @pytest.mark.parametrize("quantized", [False, True], ids=["whole", "nf4"])
 def test_an_adapter_adds_no_casts_of_activations(quantized: bool) -> None:
     model = bfloat16_model("llama", quantized=quantized)
-    with adapter_off(model):
+    with LoraWeights(LoraSettings()).reference(model):
         plain = casts(model, backward=False).shapes
     adapted = casts(model, backward=False).shapes
     extra = {shape: count for shape, count in (adapted - plain).items() if len(shape) == 3}

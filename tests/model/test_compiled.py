@@ -12,13 +12,13 @@ from torch import nn
 
 from tandem.data.batching.collate import collate
 from tandem.errors import UserError
-from tandem.model import torch_compile
-from tandem.model.attention.select import choose_backend, use_backend
-from tandem.model.keyed_dropout import silence
+from tandem.model import elementwise
+from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.forward import switch_dropout_off
 
 from ..invariants.families import TREES
-from ..invariants.made import make_trees
+from ..invariants.made import attend, make_trees
 
 
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
@@ -27,12 +27,12 @@ def test_a_compilers_cache_that_cannot_be_written_is_put_elsewhere(
 ) -> None:
     said: list[str] = []
     monkeypatch.setenv(name, str(tmp_path / "new"))
-    torch_compile.settle_compile_caches(said.append)
+    elementwise.settle_compile_caches(said.append)
     assert os.environ[name] == str(tmp_path / "new")
     assert said == []
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv(name, str(tmp_path / "file" / "deeper"))
-    torch_compile.settle_compile_caches(said.append)
+    elementwise.settle_compile_caches(said.append)
     assert Path(os.environ[name]).is_dir()
     assert name in said[0]
     assert "not kept" in said[0]
@@ -59,7 +59,9 @@ def _as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def functions(model: nn.Module) -> list[str]:
     forwards = [module.__dict__.get("forward") for module in model.modules()]
     taken = [
-        f for f in forwards if getattr(f, "func", None) in (torch_compile._norm, torch_compile._mlp)
+        f
+        for f in forwards
+        if getattr(f, "func", None) in (elementwise._compiled_norm, elementwise._compiled_mlp)
     ]
     return [f.args[2].__name__ for f in taken]
 
@@ -71,15 +73,15 @@ def test_what_is_taken_computes_the_same(family: str, dtype: torch.dtype) -> Non
     found = []
     for take in (False, True):
         model = TREES[family].make(dtype)
-        silence(model)
+        switch_dropout_off(model)
         if take:
-            count = torch_compile.compile_elementwise(model)
+            count = elementwise.compile_elementwise(model)
             kinds, wanted = TAKEN[family]
             names = functions(model)
             assert (len(names), count) == (wanted, wanted)
             if dtype == torch.float32:
                 assert set(names) == kinds
-        use_backend(model, choose_backend("auto", model)[0])
+        attend(model, choose_backend("auto", model)[0])
         with torch.no_grad():
             found.append(sequence_logps(model, collate(trees)))
     rounding = 1e-5 if dtype == torch.float32 else 2e-2
@@ -88,7 +90,7 @@ def test_what_is_taken_computes_the_same(family: str, dtype: torch.dtype) -> Non
 
 def test_a_model_without_any_is_refused() -> None:
     with pytest.raises(UserError, match="GPT2LMHeadModel has no norms or gated MLPs"):
-        torch_compile.compile_elementwise(TREES["gpt2"].make(torch.float32))
+        elementwise.compile_elementwise(TREES["gpt2"].make(torch.float32))
 
 
 def test_a_module_that_does_more_is_left_alone() -> None:
@@ -96,4 +98,4 @@ def test_a_module_that_does_more_is_left_alone() -> None:
     norm: Any = model.model.norm
     plain = norm.forward
     norm.forward = lambda hidden: plain(hidden) * 1.01
-    assert torch_compile.compile_elementwise(model) == 6
+    assert elementwise.compile_elementwise(model) == 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tandem.data.batching.collate import collate, record_key
-from tandem.model.keyed_dropout import DropoutKeys, KeyedDropout, keep_mask, silence
+from tandem.model.lora.forward import DropoutKeys, KeyedDropout, keep_mask, switch_dropout_off
 
 from ..data.test_collate import PAIR, TALK
 
@@ -47,9 +47,9 @@ def test_a_base_models_own_dropout_is_turned_off() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)).train()
     ids = torch.arange(12)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    assert silence(model) == 4
+    assert switch_dropout_off(model) == 4
     assert torch.equal(model.transformer.drop(torch.ones(9)), torch.ones(9))
-    assert silence(model) == 0
+    assert switch_dropout_off(model) == 0
 
 
 def test_off_in_evaluation_and_loud_without_keys() -> None:

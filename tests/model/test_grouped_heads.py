@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.data.batching.collate import collate
-from tandem.model.attention import dense, layout, segments
+from tandem.model.attention import backend, layout, segments
 
 from ..invariants.made import make_tree
 
@@ -62,9 +62,9 @@ def _repeated(key: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("attend", "options"),
     [
-        (dense.dense_attention, {}),
-        (dense.dense_attention, {"softcap": 2.0}),
-        (dense.dense_attention, {"softcap": 2.0, "sliding_window": 4}),
+        (backend.dense_attention, {}),
+        (backend.dense_attention, {"softcap": 2.0}),
+        (backend.dense_attention, {"softcap": 2.0, "sliding_window": 4}),
         (segments.segments_attention, {}),
         (segments.segments_attention, {"sliding_window": 4}),
     ],

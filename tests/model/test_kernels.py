@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.data.batching.collate import Segment
-from tandem.model.attention.dense import dense_attention
+from tandem.model.attention.backend import dense_attention
 from tandem.model.attention.layout import TreeLayout
 from tandem.model.cpu.c_kernels import (
     Kernels,
@@ -23,9 +23,9 @@ from tandem.model.cpu.c_kernels import (
     TreeAttention,
     kernels,
     softmax_block,
-    why_not,
+    unavailable_reason,
 )
-from tandem.model.cpu.elementwise import fuse_elementwise
+from tandem.model.elementwise import fuse_elementwise
 
 # Prefix and first branch are one segment; other branches, some of one row; trees of one row.
 SEGMENTS = (
@@ -43,7 +43,7 @@ SEGMENTS = (
 def library() -> Kernels:
     found = kernels()
     if found is None:
-        pytest.skip(f"no C kernels here: {why_not()}")
+        pytest.skip(f"no C kernels here: {unavailable_reason()}")
     return found
 
 
@@ -214,7 +214,7 @@ def test_only_modules_that_agree_are_fused(library: Kernels, frozen: bool) -> No
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-_ASK = "from tandem.model.cpu.c_kernels import kernels, why_not; print(kernels(), why_not())"
+_ASK = "from tandem.model.cpu import c_kernels as k; print(k.kernels(), k.unavailable_reason())"
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,19 @@ from torch import Tensor, nn
 from tandem.data.batching.collate import collate
 from tandem.errors import UserError
 from tandem.model import quantize as quantization
-from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.onednn_linear import order_weights
-from tandem.model.keyed_dropout import silence
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import (
-    adapter_off,
-    modules_out_of_reach,
-    save_adapter,
-    trainable_parameters,
-)
+from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.forward import switch_dropout_off
 from tandem.model.quantize import dequantized, quantize, quantized_of, read_record
+from tandem.model.trained_weights import trainable_parameters
+from tandem.recipe.training_settings import LoraSettings
 
 from ..invariants.families import PADDED, TREES
 from ..invariants.made import (
     adapt,
+    attend,
     gradients,
     largest_relative_error,
     make_model,
@@ -44,7 +42,7 @@ FAMILIES = TREES | {name: PADDED[name][0] for name in ("mamba", "jamba", "stable
 
 def quantized(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The model, in 4 bits, and a copy of it whose weights are what these round to."""
-    quantize(model, source=dtype, compute=dtype, device=CPU, whole=modules_out_of_reach(model))
+    quantize(model, source=dtype, compute=dtype, device=CPU, kept=unreached_layers(model))
     return model
 
 
@@ -75,14 +73,14 @@ def test_equals_a_plain_model_with_the_rounded_weights(family: str) -> None:
     assert model.get_output_embeddings().weight.dtype == torch.float32
     twin = plain_twin(model, make)
     whole = make()
-    out_of_reach = modules_out_of_reach(whole)
+    out_of_reach = unreached_layers(whole)
     assert not {name + ".weight" for name in out_of_reach} & set(record.weights)
     adapted = {}
     trees = make_trees()
     for name, one in (("4 bits", model), ("plain", twin), ("whole", whole)):
-        use_backend(one, choose_backend("auto", one)[0])
-        silence(one)
-        adapted[name] = adapt(one, out_of_reach=out_of_reach)
+        attend(one, choose_backend("auto", one)[0])
+        switch_dropout_off(one)
+        adapted[name] = adapt(one, unreached=out_of_reach)
     order_weights(adapted["4 bits"])
     found, wanted, unrounded = (score(one, trees) for one in adapted.values())
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
@@ -103,7 +101,7 @@ def test_equals_full_logits_of_one_sequence_at_a_time() -> None:
     model = quantized(make())
     twin = adapt(plain_twin(model, make)).double()
     wanted = oracle_logps(twin, make_trees())
-    use_backend(model, "segments")
+    attend(model, "segments")
     model = adapt(model)
     found = score(model, make_trees())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -114,13 +112,13 @@ def test_equals_full_logits_of_one_sequence_at_a_time() -> None:
 
 def test_the_reference_is_the_quantised_base_bit_for_bit() -> None:
     model = adapt(quantized(make_model(dtype=torch.float32)))
-    use_backend(model.get_base_model(), "segments")
+    attend(model.get_base_model(), "segments")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.zeros_(parameter)
     model.train()
     policy = score(model, make_trees())
-    with adapter_off(model), torch.no_grad():
+    with LoraWeights(LoraSettings()).reference(model), torch.no_grad():
         reference = score(model, make_trees())
     assert torch.equal(policy.detach(), reference)
     # Scoring without gradients has left the layers as they were.
@@ -134,7 +132,7 @@ def test_dropout_follows_the_record() -> None:
     from tandem.data.batching.collate import record_key
 
     model = adapt(quantized(make_model(dtype=torch.float32)), dropout=0.3).train()
-    use_backend(model.get_base_model(), "segments")
+    attend(model.get_base_model(), "segments")
     trees = make_trees()
     keys = [record_key(1, 0, i) for i in range(len(trees))]
     together = sequence_logps(model, collate(trees, keys))
@@ -177,14 +175,14 @@ def test_weights_take_little_more_than_half_a_byte() -> None:
 
 def test_the_record_goes_with_the_adapter(tmp_path: Path) -> None:
     model = adapt(quantized(make_model(dtype=torch.float32)))
-    save_adapter(model, tmp_path, trainable_parameters(model))
+    LoraWeights(LoraSettings()).save(model, tmp_path, trainable_parameters(model))
     assert read_record(tmp_path) == quantized_of(model)
     (tmp_path / "quantization.json").write_text('{"format": "int3"}')
     with pytest.raises(UserError, match=r"quantization\.json cannot be used"):
         read_record(tmp_path)
     (tmp_path / "quantization.json").unlink()
     plain = adapt(make_model(dtype=torch.float32))
-    save_adapter(plain, tmp_path, trainable_parameters(plain))
+    LoraWeights(LoraSettings()).save(plain, tmp_path, trainable_parameters(plain))
     assert read_record(tmp_path) is None
 
 

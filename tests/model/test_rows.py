@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import collate
-from tandem.model.attention.select import use_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps
 
-from ..invariants.made import make_model, make_trees, oracle_logps
+from ..invariants.made import attend, make_model, make_trees, oracle_logps
 
 
 def test_only_read_rows_pass_through_the_last_mlp() -> None:
@@ -19,7 +18,7 @@ def test_only_read_rows_pass_through_the_last_mlp() -> None:
     trees = make_trees()
     with torch.no_grad():
         wanted = oracle_logps(model, trees)
-    use_backend(model, "segments")
+    attend(model, "segments")
     seen: list[int] = []
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -37,5 +36,5 @@ def test_only_read_rows_pass_through_the_last_mlp() -> None:
 
 def test_names_of_weights_stay() -> None:
     plain, wrapped = make_model(), make_model()
-    use_backend(wrapped, "segments")
+    attend(wrapped, "segments")
     assert plain.state_dict().keys() == wrapped.state_dict().keys()

@@ -20,7 +20,7 @@ from tandem.data.tokenize.chat_template import (
 )
 from tandem.errors import UserError
 from tandem.model.companion_files import all_stop_ids, end_ids, write_ends
-from tandem.model.load_model import load_tokenizer
+from tandem.model.model_folder import load_tokenizer
 from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_model_folder

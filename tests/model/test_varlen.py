@@ -16,16 +16,17 @@ from torch.nn.attention.varlen import varlen_attn
 from tandem.data.batching.collate import Segment, collate
 from tandem.errors import UserError
 from tandem.model.attention import varlen
-from tandem.model.attention.dense import dense_attention
+from tandem.model.attention.backend import dense_attention
 from tandem.model.attention.layout import TreeLayout
-from tandem.model.attention.packing_probe import Examined, examine
-from tandem.model.attention.select import choose_backend, use_backend
-from tandem.model.attention.varlen import varlen_attention, why_not_varlen
+from tandem.model.attention.packing_probe import PackingProbe, probe_packing
+from tandem.model.attention.select import choose_backend
+from tandem.model.attention.varlen import unavailable_reason, varlen_attention
 from tandem.model.logprobs.sequence_logps import sequence_logps
 
 from ..invariants.families import TREES
 from ..invariants.made import (
     adapt,
+    attend,
     gradients,
     largest_relative_error,
     make_tree,
@@ -35,7 +36,7 @@ from ..invariants.made import (
 from ..invariants.precision import everything_in_float64
 
 CUDA = torch.device("cuda")
-PLAIN = Examined(None, head_sizes=frozenset({(128, 128)}))
+PLAIN = PackingProbe(None, head_sizes=frozenset({(128, 128)}))
 
 
 def slow_varlen_attn(
@@ -112,8 +113,8 @@ def test_equals_dense_attention(
     arguments = heads(4), heads(key_heads), heads(key_heads)
     weights = torch.randn(1, rows, 4, 8, dtype=torch.float64, generator=generator)
     results = []
-    for attend in (dense_attention, varlen_attention):
-        output, _ = attend(
+    for attention in (dense_attention, varlen_attention):
+        output, _ = attention(
             nn.Module(), *arguments, None, tandem_layout=layout, scaling=0.3, sliding_window=window
         )
         results.append((output, torch.autograd.grad((output * weights).sum(), arguments)))
@@ -132,7 +133,7 @@ def test_equals_plain_transformers(family: str) -> None:
         wanted = oracle_logps(reference, trees)
         (wanted * torch.arange(len(wanted))).sum().backward()
         plain = TREES[family].make()
-        use_backend(plain, "varlen")
+        attend(plain, "varlen")
         model = adapt(plain)
         found = sequence_logps(model, collate(trees))
         (found * torch.arange(len(found))).sum().backward()
@@ -193,13 +194,13 @@ def test_torchs_words_about_windows_are_those_the_slow_kernel_follows() -> None:
 def _chosen(
     monkeypatch: pytest.MonkeyPatch,
     *,
-    examined: Examined = PLAIN,
+    probe: PackingProbe = PLAIN,
     device: torch.device = CUDA,
     dtype: torch.dtype = torch.bfloat16,
     capability: tuple[int, int] = (9, 0),
 ) -> str | None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    return why_not_varlen(examined, device, dtype)
+    return unavailable_reason(probe, device, dtype)
 
 
 def test_it_is_chosen_on_cuda_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,17 +209,17 @@ def test_it_is_chosen_on_cuda_in_half_precision(monkeypatch: pytest.MonkeyPatch)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"dtype": torch.float32}, "bfloat16 and float16, not float32"),
         ({"device": torch.device("cpu")}, "CUDA devices alone"),
-        ({"examined": Examined(None, softcap=True)}, "soft-caps"),
-        ({"examined": Examined(None, head_sizes=frozenset({(192, 128)}))}, "value heads"),
-        ({"examined": Examined(None, head_sizes=frozenset({(20, 20)}))}, "in eights, not 20"),
-        ({"examined": Examined(None, head_sizes=frozenset({(512, 512)}))}, "up to 256"),
+        ({"probe": PackingProbe(None, softcap=True)}, "soft-caps"),
+        ({"probe": PackingProbe(None, head_sizes=frozenset({(192, 128)}))}, "value heads"),
+        ({"probe": PackingProbe(None, head_sizes=frozenset({(20, 20)}))}, "in eights, not 20"),
+        ({"probe": PackingProbe(None, head_sizes=frozenset({(512, 512)}))}, "up to 256"),
         ({"capability": (7, 5)}, "8.0 or newer"),
     ]
     for changes, reason in refused:
         assert reason in (_chosen(monkeypatch, **changes) or "")
-    large = Examined(None, head_sizes=frozenset({(256, 256)}))
-    assert _chosen(monkeypatch, examined=large) is None
-    assert "no backward" in (_chosen(monkeypatch, examined=large, capability=(8, 9)) or "")
+    large = PackingProbe(None, head_sizes=frozenset({(256, 256)}))
+    assert _chosen(monkeypatch, probe=large) is None
+    assert "no backward" in (_chosen(monkeypatch, probe=large, capability=(8, 9)) or "")
 
 
 def test_an_older_torch_takes_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +246,10 @@ def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None
         ("gemma2", torch.bfloat16, ("dense", "soft-caps")),
     ):
         model = TREES[family].make(torch.float32)
-        examined = examine(model)
-        monkeypatch.setattr("tandem.model.attention.packing_probe", lambda _, found=examined: found)
+        probe = probe_packing(model)
+        monkeypatch.setattr(
+            "tandem.model.attention.select.probe_packing", lambda _, found=probe: found
+        )
         backend, why = choose_backend("auto", OnCuda(model, dtype))
         assert backend == wanted[0]
         assert wanted[1] in why

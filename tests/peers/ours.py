@@ -15,10 +15,11 @@ from tandem.data.ledger import Ledger
 from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.integrations.choose_engine import choose_strategy
-from tandem.model.attention.select import use_backend
 from tandem.model.load_model import load_model
-from tandem.model.lora.adapter import add_adapter
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings
 from tandem.runtime.device import choose_device
 from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
@@ -47,17 +48,9 @@ def trees_of(prepare: Any, path: Path, tokenizer: Any) -> list[Example]:
 
 def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "segments") -> Any:
     """The model with tandem's attention and adapter."""
-    model = load_model(folder, dtype=dtype)
-    use_backend(model, backend)
-    return add_adapter(
-        model,
-        rank=RANK,
-        alpha=ALPHA,
-        dropout=0.0,
-        target_modules="all-linear",
-        base_name="base",
-        seed=1,
-    )
+    weights = LoraWeights(LoraSettings(rank=RANK, alpha=ALPHA), seed=1, base="base")
+    preparation = Preparation(attention=backend, weights=weights)
+    return prepare_model(load_model(folder, dtype=dtype), FOR_TRAINING, preparation)
 
 
 def engine_of(model: Any) -> Engine:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.build_dataset import prepare_pairs
 from tandem.data.records import Example
-from tandem.model.lora.adapter import adapter_off
+from tandem.model.lora.adapter import LoraWeights
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings
@@ -145,7 +145,7 @@ def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) 
     model = ours.adapted(folder, dtype, backend)
     plain.move_adapter(model)
     engine = ours.engine_of(model)
-    with adapter_off(model):
+    with LoraWeights(LoraSettings()).reference(model):
         reference = ours.scores(engine, trees)
     policy = ours.scores(engine, trees)
     objective = PreferenceObjective(reference.numpy(), beta=BETA, relative_tolerance=0.0)

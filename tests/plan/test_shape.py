@@ -23,13 +23,16 @@ from transformers import (
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
-from tandem.model.attention.packing_probe import examine
-from tandem.model.lora.adapter import add_adapter, modules_out_of_reach, trainable_parameters
+from tandem.model.attention.packing_probe import probe_packing
+from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.trained_weights import trainable_parameters
 from tandem.plan.model_shape import ModelShape, described, shape_of
 from tandem.plan.stage_estimate import ENGINES, MemoryUse, memory_of
 from tandem.plan.workload import Workload, count_operations
+from tandem.recipe.training_settings import LoraSettings
 
 from ..invariants.families import PADDED
+from ..invariants.made import recompute
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -45,7 +48,9 @@ CONFIGS = {
 
 
 def _shape(config: Any, targets: Any = "all-linear") -> ModelShape:
-    return described(config, rank=4, alpha=8, target_modules=targets, attention="auto").shape
+    return described(
+        config, LoraSettings(rank=4, alpha=8, target_modules=targets), attention="auto"
+    ).shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -56,9 +61,7 @@ def test_parameters_are_those_of_the_real_model(name: str, targets: Any) -> None
     shape = _shape(CONFIGS[name], targets)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    adapted = add_adapter(
-        model, rank=4, alpha=8, dropout=0.0, target_modules=targets, base_name="", seed=0
-    )
+    adapted = LoraWeights(LoraSettings(rank=4, alpha=8, target_modules=targets)).attach(model)
     assert shape.trained == sum(p.numel() for p in trainable_parameters(adapted).values()) > 0
     assert shape_of(adapted) == shape
     head = adapted.get_base_model().get_output_embeddings().weight
@@ -75,13 +78,11 @@ def test_parameters_are_those_of_the_real_model(name: str, targets: Any) -> None
     ids=lambda config: config.model_type,
 )
 def test_layers_out_of_reach_are_known_without_weights(config: Any) -> None:
-    found = described(config, rank=4, alpha=8, target_modules="all-linear", attention="auto")
+    found = described(config, LoraSettings(rank=4, alpha=8), attention="auto")
     assert found.reached
     model = AutoModelForCausalLM.from_config(config).eval()
-    adapted = add_adapter(
-        model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="", seed=0,
-        out_of_reach=modules_out_of_reach(model),
-    )  # fmt: skip
+    weights = LoraWeights(LoraSettings(rank=4, alpha=8))
+    adapted = weights.attach(model, unreached=unreached_layers(model))
     assert found.shape == shape_of(adapted)
 
 
@@ -99,12 +100,10 @@ def test_added_tokens_have_rows_that_are_trained_where_they_are_new(
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     added = AddedTokens({str(i): i for i in ids if i > 80}, {str(i): i for i in ids if i < 80})
     make_rows(model, added)
-    adapted = add_adapter(
-        model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="", seed=0,
-        added_ids=ids if trained else (),
-    )  # fmt: skip
+    weights = LoraWeights(LoraSettings(rank=4, alpha=8))
+    adapted = weights.attach(model, added_ids=ids if trained else ())
     found = described(
-        config, rank=4, alpha=8, target_modules="all-linear", attention="auto",
+        config, LoraSettings(rank=4, alpha=8), attention="auto",
         added=added, trains_added=trained,
     ).shape  # fmt: skip
     assert found == shape_of(adapted)
@@ -123,10 +122,10 @@ def test_padded_rows_are_known_as_far_as_a_class_says() -> None:
     for name, (family, _) in PADDED.items():
         model = family.make()
         adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
-        found = described(model.config, **adapter, attention="auto").padded
+        found = described(model.config, LoraSettings(**adapter), attention="auto").padded
         if not found:
             only_seen.add(name)
-        assert examine(model).obstacle is not None
+        assert probe_packing(model).obstacle is not None
     # mamba2 is among the others: its forward needs numbers, and its out_proj no adapter may have.
     assert only_seen == {"lfm2", "minimax", "nemotron", "gpt-oss", "llama4"}
 
@@ -156,14 +155,10 @@ def test_operations_are_those_that_torch_counts(targets: Any, checkpointing: boo
     config = MistralConfig(**_SMALL, sliding_window=None, attn_implementation="eager")
     shape, rows = _shape(config, targets), 17
     # In float64, which tandem's own products, whose operations torch cannot see, leave alone.
-    model: Any = add_adapter(
-        AutoModelForCausalLM.from_config(config).double(),
-        rank=4, alpha=8, dropout=0.0, target_modules=targets, base_name="", seed=0,
-    )  # fmt: skip
+    weights = LoraWeights(LoraSettings(rank=4, alpha=8, target_modules=targets))
+    model: Any = weights.attach(AutoModelForCausalLM.from_config(config).double())
     if checkpointing:
-        from tandem.model.lora.adapter import checkpoint_activations
-
-        checkpoint_activations(model)
+        recompute(model)
         model.train()
     ids = torch.arange(rows)[None]
     with FlopCounterMode(display=False) as counter:

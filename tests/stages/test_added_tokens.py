@@ -21,17 +21,19 @@ from tandem.data.records import Branch, Example, Origin
 from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.added_tokens import grow_vocabulary
-from tandem.model.attention.select import use_backend
-from tandem.model.load_model import load_model
+from tandem.model.load_model import load_adapter, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import adapter_off, add_adapter, load_adapter
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.prepare_model import Preparation, prepare_model, speed_up_adapter
 from tandem.recipe.run_settings import Runtime
+from tandem.recipe.training_settings import LoraSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
 
+from ..invariants.made import attend
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_training_stages import distance, settings
 
@@ -99,11 +101,10 @@ def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path
         model = load_model(bases[name], dtype=torch.float64)
         count = len(AutoTokenizer.from_pretrained(bases[name]))
         grow_vocabulary(model, [count, count + 1])
-        use_backend(model, "padded" if plain else "segments")
-        return count, add_adapter(
-            model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", base_name="x",
-            seed=0, added_ids=[1, count, count + 1],
-        )  # fmt: skip
+        attend(model, "padded" if plain else "segments")
+        weights = LoraWeights(LoraSettings(rank=4, alpha=8), base="x")
+        wrapped = weights.attach(model, added_ids=[1, count, count + 1])
+        return count, prepare_model(wrapped, (speed_up_adapter,), Preparation())
 
     gradients, losses = [], []
     for plain in (True, False):
@@ -243,7 +244,7 @@ def test_the_reference_is_the_model_with_the_mean_rows(
         wanted = plain(input_ids=ids).logits
         policy = load_adapter(load_model(bases[name], dtype=torch.float32), tmp_path / "dpo")
         assert not torch.allclose(policy(input_ids=ids).logits, wanted, atol=1e-2)
-        with adapter_off(policy):
+        with LoraWeights(LoraSettings()).reference(policy):
             torch.testing.assert_close(policy(input_ids=ids).logits, wanted)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.model import torch_compile
+from tandem.model import elementwise
 from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
@@ -57,9 +57,9 @@ def test_compiled_or_not_the_parameters_are_the_same(
     whole = trainer.Training.run
 
     def watched(self: Any) -> Any:
-        began.append(torch_compile._graphs())
+        began.append(elementwise._graphs())
         progress = whole(self)
-        began.append(torch_compile._graphs())
+        began.append(elementwise._graphs())
         return progress
 
     monkeypatch.setattr(trainer.Training, "run", watched)
@@ -104,9 +104,9 @@ def test_a_compiler_that_fails_is_one_message(
 
 
 def test_where_it_is_not_supported() -> None:
-    torch_compile.check_compile(False, device="hpu", sharded=True)
-    torch_compile.check_compile(True, device="cuda", sharded=False)
+    elementwise.check_compile(False, device="hpu", sharded=True)
+    elementwise.check_compile(True, device="cuda", sharded=False)
     with pytest.raises(UserError, match="not supported on hpu"):
-        torch_compile.check_compile(True, device="hpu", sharded=False)
+        elementwise.check_compile(True, device="hpu", sharded=False)
     with pytest.raises(UserError, match="engine that shards"):
-        torch_compile.check_compile(True, device="cuda", sharded=True)
+        elementwise.check_compile(True, device="cuda", sharded=True)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from tandem.model.cpu.onednn_linear import bytes_to_order, order_weights, ordered_bytes
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.output_head import order_head
-from tandem.model.lora.adapter import add_adapter
+from tandem.model.lora.adapter import LoraWeights
 from tandem.plan.model_shape import described
 from tandem.plan.rate import recorded_rate
 from tandem.plan.stage_estimate import (
@@ -53,7 +53,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _forecast(device: str) -> StageEstimate:
     config = LlamaConfig(**_SMALL)
-    shape = described(config, rank=4, alpha=8, target_modules="all-linear", attention="auto").shape
+    shape = described(config, LoraSettings(rank=4, alpha=8), attention="auto").shape
     # Of another device than the one that is here only its kind is asked.
     here: Any = replace(choose_device("cpu", "float32"), torch_device=torch.device(device))
     setup = StageSetup(
@@ -157,13 +157,12 @@ def test_copies_in_a_faster_order_are_those_that_a_run_makes(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     model = load_model(tmp_path / "model", dtype=torch.float32, quantization=quantization)
     to_come = bytes_to_order(model)
-    adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
-    adapted = add_adapter(model, **adapter, dropout=0.0, base_name="", seed=0)
+    adapted = LoraWeights(LoraSettings(rank=4, alpha=8)).attach(model)
     assert ordered_bytes(adapted) == 0
     order_weights(adapted)
     order_head(adapted.get_base_model())
     if to_come == 0:
         pytest.skip("no oneDNN here")
     assert ordered_bytes(adapted) == to_come
-    shape = described(config, **adapter, attention="auto").shape
+    shape = described(config, LoraSettings(rank=4, alpha=8), attention="auto").shape
     assert copied_bytes(shape, quantized=quantization is not None) == to_come

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.model.lora.adapter import load_adapter
+from tandem.model.load_model import load_adapter
 from tandem.model.lora.adapter_folder import LowRankUpdate
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json

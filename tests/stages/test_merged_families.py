@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
-from tandem.model.load_model import load_model
-from tandem.model.lora.adapter import load_adapter
+from tandem.model.load_model import load_adapter, load_model
 from tandem.recipe.run_settings import Runtime
 from tandem.stages.sft import run_sft
 

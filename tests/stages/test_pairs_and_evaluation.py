@@ -14,7 +14,8 @@ from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, sto
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import run_evaluation
 from tandem.model.generate import generate_answers
-from tandem.model.load_model import load_model, load_tokenizer
+from tandem.model.load_model import load_model
+from tandem.model.model_folder import load_tokenizer
 from tandem.pairs.make_pairs import run_pairs
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.errors import Stopped, UserError
-from tandem.model.load_model import load_base, load_for_inference, load_model
-from tandem.model.lora.adapter import load_adapter
+from tandem.model.load_model import load_adapter, load_base, load_for_inference, load_model
 from tandem.model.quantize import FILE, dequantized, quantized_of, read_record
 from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
@@ -209,7 +208,7 @@ def test_another_merge_is_noticed(
         whole = merge(tiny_model, trained, tmp_path / "whole", force=True)
     finally:
         aside.rename(record)
-    from tandem.model.merging import merge_weights as module
+    from tandem.model import merge_weights as module
 
     original = module._add
 

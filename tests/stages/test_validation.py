@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.errors import TandemError, UserError
-from tandem.model.load_model import load_model
-from tandem.model.lora.adapter import load_adapter
+from tandem.model.load_model import load_adapter, load_model
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.storage.atomic_files import read_json, read_jsonl

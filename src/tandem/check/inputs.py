@@ -259,7 +259,7 @@ def stage_chat(
     """
     # Here, for it loads torch, which looking at texts alone does without.
     from tandem.model.added_tokens import described_rows, in_words, untrained_tokens
-    from tandem.model.load_model import load_tokenizer, model_folder, read_config
+    from tandem.model.model_folder import load_tokenizer, model_folder, read_config
 
     folder = model_folder(model, revision, weights=False)
     tokenizer = load_tokenizer(folder)
@@ -279,7 +279,7 @@ def stage_chat(
 
 def require_context(chat: StageChat, data: StageData) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
-    from tandem.model.load_model import check_context, read_config
+    from tandem.model.model_folder import check_context, read_config
 
     if data.limited and (chat.folder / "config.json").is_file():
         check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)

@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
-from tandem.model.added_tokens import described_rows, grow_vocabulary
+from tandem.model.added_tokens import described_rows
+from tandem.model.base_model import find_base
 from tandem.model.companion_files import load_combined_tokenizer
-from tandem.model.load_model import (
-    load_base,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    require_model,
-)
-from tandem.model.lora.adapter import load_adapter
-from tandem.model.lora.adapter_base import find_base
+from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.lora.adapter_config import is_adapter
+from tandem.model.model_folder import load_config, load_tokenizer, model_folder, require_model
+from tandem.model.prepare_model import WITH_ADDED_TOKENS, Preparation, prepare_model
 from tandem.model.quantize import read_record
 from tandem.runtime.device import Device
 from tandem.storage.hashing import hash_file, hash_json, hash_weights
@@ -70,25 +64,23 @@ class EvalModel:
     @property
     def grows(self) -> bool:
         """Whether it lacks tokens that it will be asked with."""
-        return bool(self._new_ids())
+        added = self._added()
+        return bool(added.new) or any(i >= described_rows(self.config) for i in added.ids)
 
-    def _new_ids(self) -> list[int]:
-        if self.adapter is not None or not self.added_tokens:
-            return []
-        tokenizer = load_tokenizer(self.folder)
-        if tokenizer.chat_template:
-            return []
-        added, rows = add_tokens(tokenizer, self.added_tokens), described_rows(self.config)
-        return [*added.new.values(), *(i for i in added.known.values() if i >= rows)]
+    def _added(self) -> AddedTokens:
+        """The tokens that it is asked with, where it has no template of its own."""
+        if self.adapter is None and self.added_tokens:
+            tokenizer = load_tokenizer(self.folder)
+            if not tokenizer.chat_template:
+                return add_tokens(tokenizer, self.added_tokens)
+        return AddedTokens()
 
     def load_base(self, device: Device) -> Any:
         """The model, or an adapter's base as the adapter saw it."""
         place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
         if self.adapter is None:
             model = load_model(self.folder, **place)
-            if new := self._new_ids():
-                grow_vocabulary(model, new)
-            return model
+            return prepare_model(model, WITH_ADDED_TOKENS, Preparation(added=self._added()))
         return load_base(self.folder, self.adapter, **place)
 
     def with_adapter(self, base: Any) -> Any:

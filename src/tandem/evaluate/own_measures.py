@@ -30,13 +30,15 @@ from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import EvalModel
 from tandem.evaluate.scores import ModelScores, Score, per_item
+from tandem.integrations.gaudi.attention import choose_static
 from tandem.model.added_tokens import rows_of
-from tandem.model.attention.select import choose_backend, use_backend
+from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
 from tandem.model.generate import Answer, generate_answers
-from tandem.model.load_model import context_length
 from tandem.model.logprobs.output_head import scores_head
-from tandem.model.logprobs.sequence_logps import check_head, micro_batches, sequence_logps
+from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
+from tandem.model.model_folder import context_length
+from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
@@ -81,12 +83,14 @@ class OwnMeasures:
         self.device = device
         config = model.config
         self._base = model.load_base(device)
-        self.backend, why = choose_backend(
-            runtime.attention, self._base, static_shapes=device.static_shapes
+        self.backend, why = (
+            choose_static(runtime.attention, self._base, fused=False)
+            if device.static_shapes
+            else choose_backend(runtime.attention, self._base)
         )
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
-        check_head(self._base)
+        prepare_model(self._base, FOR_ANSWERS, Preparation())
         self.model = model.with_adapter(self._base)
         if model.adapter is not None and not scores_head(self.model):
             raise UserError(
@@ -121,7 +125,7 @@ class OwnMeasures:
                     for text, question in zip(self._decode(answers), asked, strict=True)
                 ]
             )
-        use_backend(self._base, self.backend)
+        prepare_model(self._base, FOR_SCORING, Preparation(attention=self.backend))
         if questions:
             scores["loss"] = self._loss(self._conversations(questions))
         if material.heldout:

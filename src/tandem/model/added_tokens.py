@@ -18,7 +18,6 @@ from tandem.data.records import Turn
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate, find_ending, prompt_ids, stop_ids
 from tandem.errors import UserError
-from tandem.model.cpu.onednn_linear import speed_up_frozen_products
 from tandem.model.weight_files import FLOATS, HEADS, opened, read_heads
 from tandem.storage.hashing import weight_files
 
@@ -105,7 +104,6 @@ def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
         )
     if rows <= max(ids):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        speed_up_frozen_products(model)
     place = torch.tensor(list(ids), device=model.device)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():
@@ -120,12 +118,6 @@ def embedding_names(model: Any) -> list[str]:
         layers.pop()
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(layer)] for layer in layers]
-
-
-def plain_head(layer: Any) -> Any:
-    """A model's output layer without the wrapper that trains some of its rows."""
-    wrapped = getattr(layer, "token_adapter", None)
-    return layer if wrapped is None else wrapped.base_layer
 
 
 def trained_rows(layer: Any) -> TrainedRows | None:

@@ -17,7 +17,7 @@ import torch
 
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, stop_ids
 from tandem.errors import UserError
-from tandem.model.load_model import has_tokenizer, load_tokenizer
+from tandem.model.model_folder import has_tokenizer, load_tokenizer
 from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.storage.atomic_files import atomic_write_json, read_json, read_json_object
 

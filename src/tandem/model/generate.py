@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tandem.model.unwrap import plain_model
 from tandem.storage.hashing import hash_json
 
 # Prompt and answer tokens of one batch, which bounds the KV cache.
@@ -189,8 +190,7 @@ def _decode(
 ) -> list[Answer]:
     """Token by token with a KV cache; rows that have ended leave the batch."""
     # An adapter's wrapper takes anything, and hands it on.
-    unwrap: Any = getattr(model, "get_base_model", None)
-    accepted = inspect.signature((unwrap() if unwrap else model).forward).parameters
+    accepted = inspect.signature(plain_model(model).forward).parameters
     ids, mask = _padded(prompts, stops[0] if stops else 0, model.device)
     cache: Any = None  # the model makes its own kind
     endings = torch.tensor(stops, dtype=torch.int64, device=model.device)

@@ -1,16 +1,182 @@
-"""Do a model folder's files hold the model that its config.json describes?"""
+"""A model's folder: named by a path, the Hub or the demo; what is in it, and whether it is whole.
+
+No weights are loaded here: configuration, tokenizer, and the headers of the weight files.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tandem.data.sources.rows import looks_like_path
 from tandem.errors import UserError
 from tandem.model.weight_files import parts_of, read_heads
+from tandem.storage.atomic_files import require_spelled
+from tandem.storage.hashing import weight_files
+
+# What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
+_FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
+# The same weights again in their maker's own layout, as some Hub pages have them.
+_NOT_FILES = ["consolidated*.safetensors", "original/*"]
+# Each of these is enough to make a tokenizer of.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a model: a path, `demo:base`, or a Hub id that is fetched first.
+
+    Without `weights` only what is small of it is fetched: configuration and tokenizer.
+
+    Raises UserError when a path does not exist, the folder is no model, or the Hub refuses.
+    """
+    if name.startswith("demo:"):
+        from tandem.demo.embedded import materialise
+
+        return materialise(name, Path(), seed=0)
+    if looks_like_path(name):
+        return _local_folder(name)
+    return _fetched(name, revision, _FILES if weights else _FILES[2:])
+
+
+def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, ignore_patterns=_NOT_FILES
+            )
+        )
+    except errors.GatedRepoError:
+        why = "it is gated: accept its conditions on its page, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "the Hub has no model of that name that you may see; check the name and your token"
+    except errors.RevisionNotFoundError:
+        why = f"it has no revision {revision}; check model_revision"
+    except errors.LocalEntryNotFoundError as error:
+        why = (
+            f"it was never fetched before, and the Hub does not serve it ({first_line(error)}); "
+            "check the network"
+        )
+    except (OSError, ValueError) as error:  # the client's other errors are OSErrors
+        why = f"{first_line(error)}; try again, or name a local folder"
+    raise UserError(f"model {name} is no local folder, and cannot be fetched from the Hub: {why}.")
+
+
+def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
+    """Raise UserError when the Hub's files of a model hold no weights that could be loaded.
+
+    Nothing is said where the Hub does not answer: what was fetched before is used then.
+
+    Args:
+        name: the model's id.
+        folder: what is small of it, see `model_folder`.
+        revision: as there.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        listed = HfApi().model_info(name, revision=revision).siblings or []
+    except (OSError, ValueError, RuntimeError):
+        return
+    try:
+        weight_files(folder, named=[file.rfilename for file in listed])
+    except UserError as error:
+        raise UserError(f"model {name} of the Hub: {error}") from None
+
+
+def _local_folder(name: str) -> Path:
+    try:
+        folder = Path(name).expanduser()
+        found, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
+        raise UserError(f"model folder {name} cannot be reached: {first_line(error)}") from None
+    if not found:
+        raise UserError(
+            f"model folder {name} does not exist. Check the path (a Hub id is written owner/name)."
+        )
+    if not is_folder:
+        raise UserError(f"model {name} is a file. Name the folder that holds the model.")
+    require_spelled(folder)
+    return folder
+
+
+def require_model(folder: Path, *, weights: bool = True) -> None:
+    """Raise UserError unless the folder holds a whole transformers model (not an adapter).
+
+    Without `weights` it need not hold any.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter, not a whole model. Merge it into its base first: tandem "
+            f"merge --base-model-path BASE --lora-model-path {folder} --output-path OUT"
+        )
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json{adapters_inside(folder)}. Name "
+            "the folder that holds config.json, *.safetensors and the tokenizer."
+        )
+    if weights:
+        weight_files(folder)
+
+
+def adapters_inside(folder: Path) -> str:
+    """What to add to a message about a folder whose own folders are adapters."""
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return f"; its folders {', '.join(inside)} are adapters: name one" if inside else ""
+
+
+def load_config(folder: Path, *, weights: bool = True) -> Any:
+    """The transformers configuration of a local model folder; see `require_model`."""
+    require_model(folder, weights=weights)
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder, weights or not."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # damaged files lead a configuration anywhere
+        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
+    text = config.get_text_config()
+    padding, rows = (getattr(text, name, None) for name in ("pad_token_id", "vocab_size"))
+    if isinstance(padding, int) and isinstance(rows, int) and padding >= rows:
+        # torch makes no embedding of this.
+        raise UserError(
+            f"{folder / 'config.json'} has pad_token_id {padding}, and the model has {rows} rows "
+            f"in its embedding (vocab_size), the last for id {rows - 1}. Name a token that has a "
+            "row, such as the end token, or take pad_token_id out."
+        )
+    return config
+
+
+def model_without_weights(config: Any, folder: Path | None = None) -> Any:
+    """The causal language model that a configuration describes, on torch's meta device.
+
+    Raises UserError, which names the folder, for a configuration that describes none.
+    """
+    try:
+        with torch.device("meta"):
+            # What a forward needs in which no number is looked at: plain masks, and the one dtype
+            # that grouped products of experts take.
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16
+            )
+    except Exception as error:  # a strange config can lead a model's constructor anywhere
+        path = "config.json" if folder is None else folder / "config.json"
+        raise UserError(
+            f"{path} describes no causal language model that can be made ({error}). Copy or "
+            "download it again."
+        ) from None
+    return model.eval()
 
 
 def check_whole(folder: Path, config: Any) -> None:
@@ -27,14 +193,7 @@ def check_whole(folder: Path, config: Any) -> None:
     heads = read_heads(folder)
     if getattr(config, "quantization_config", None) is not None:
         return
-    try:
-        with torch.device("meta"):
-            described = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a strange config can lead a model's constructor anywhere
-        raise UserError(
-            f"{folder / 'config.json'} describes no causal language model that can be made "
-            f"({error}). Copy or download it again."
-        ) from None
+    described = model_without_weights(config, folder)
     wanted = {name: parameter.numel() for name, parameter in described.named_parameters()}
     held = sum(math.prod(head.shape) for head in heads.values())
     if held < sum(wanted.values()):
@@ -68,3 +227,48 @@ def check_unquantized(folder: Path, config: Any) -> None:
         "an adapter that is trained on it could not be merged into it. Take the model's 16-bit "
         "edition; with `quantization: nf4` training holds it in 4 bits."
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder.
+
+    Raises UserError when there is none, or none that can be loaded.
+    """
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
+            "tokenizer_config.json, or tokenizer.model."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizer libraries raise bare Exceptions, too
+        raise UserError(
+            f"{folder} has no usable tokenizer ({first_line(error)}). Copy or download its files "
+            "again."
+        ) from None
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model was made for, None if its configuration does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
+    """Raise UserError when `max_length`, called `key`, exceeds the positions of the model."""
+    context = context_length(config)
+    if context is not None and max_length > context:
+        raise UserError(
+            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
+            f"(max_position_embeddings). Set {key} to {context} or less."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

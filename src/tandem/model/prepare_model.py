@@ -1,112 +1,252 @@
-"""A base model with a fresh adapter, attending over trees, compiled if asked for."""
+"""Everything that is done to a model, in order.
+
+The order, and the reason for each place, stand in the lists at the end of this file and nowhere
+else. A change is one function; only the functions that it calls by name replace a module's forward
+or set a `tandem_...` attribute of a model that is not ours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.data.batching.collate import collate, record_key
-from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
-from tandem.model.added_tokens import make_rows
-from tandem.model.attention.select import use_backend
-from tandem.model.keyed_dropout import silence
-from tandem.model.logprobs.sequence_logps import check_head, sequence_logps
-from tandem.model.lora.adapter import (
-    adapts_experts,
-    add_adapter,
-    checkpoint_activations,
-    modules_out_of_reach,
+from tandem.errors import UserError
+from tandem.model.added_tokens import make_missing_rows, make_rows
+from tandem.model.attention.select import is_padded, use_backend
+from tandem.model.cpu.onednn_linear import order_weights, speed_up_frozen_products
+from tandem.model.elementwise import compile_elementwise, fuse_elementwise
+from tandem.model.logprobs.output_head import order_head, skip_unread_rows
+from tandem.model.logprobs.sequence_logps import check_head
+from tandem.model.lora.adapter import added_ids_of_folder, unreached_layers, wrap_with_saved
+from tandem.model.lora.forward import (
+    fuse_low_rank,
+    look_up_trained_rows,
+    share_dropout_keys,
+    switch_dropout_off,
 )
-from tandem.model.torch_compile import Compiling, compile_elementwise
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import Device
+from tandem.model.quantize import quantize
+from tandem.model.trained_weights import Log, TrainedWeights
+from tandem.model.unwrap import plain_model
 
 
-def adapted(
-    model: Any,
-    settings: TrainingSettings,
-    *,
-    backend: str,
-    dropout: bool,
-    compiled: bool,
-    base_name: str,
-    seed: int,
-    log: Callable[[str], None],
-    added: AddedTokens | None = None,
+@dataclass(frozen=True)
+class Preparation:
+    """What the changes need to know; a list reads only some of it.
+
+    Attributes:
+        dtype: number format of the weights, and of products with quantised ones.
+        device: where the weights go.
+        quantization: nf4 puts the linear layers in 4 bits.
+        rounded_from: number format that those are rounded from; None: `dtype`.
+        added: tokens whose embeddings are trained, and made where the model has none.
+        adapter: folder of a saved adapter.
+        attention: the backend.
+        weights: what is trained.
+        compiled: whether torch.compile takes norms and gated MLPs.
+        recomputed: whether activations are computed again in the backward, not kept.
+        reordered: whether frozen weights are kept in oneDNN's order as well.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    quantization: str | None = None
+    rounded_from: torch.dtype | None = None
+    added: AddedTokens | None = None
+    adapter: Path | None = None
+    attention: str = "padded"
+    weights: TrainedWeights | None = None
+    compiled: bool = False
+    recomputed: bool = False
+    reordered: bool = False
+
+
+Change = Callable[[Any, Preparation, Log], Any]
+
+
+def prepare_model(
+    model: Any, changes: Sequence[Change], preparation: Preparation, log: Log = lambda _: None
 ) -> Any:
-    """Wrap a loaded model with the adapter that the settings ask for.
+    """Apply changes in order; returns the model, or a wrapper around it.
 
     Args:
-        model: loaded, its attention still its own.
-        settings: of the stage.
-        backend: how it will attend.
-        dropout: whether the adapter's dropout may be on.
-        compiled: whether torch.compile takes norms and gated MLPs.
-        base_name: what the saved adapter names as its base.
-        seed: of the adapter's weights.
+        model: a transformers causal language model in evaluation mode.
+        changes: one of the lists below.
+        preparation: what they need to know.
         log: told what is left out or switched off.
-        added: tokens whose embeddings are trained, and made where the model has none.
+
+    Raises UserError for a model that a change cannot be made to.
     """
-    if added:
-        make_rows(model, added)
-    check_head(model)
-    out_of_reach = modules_out_of_reach(model)
-    if compiled:
-        compile_elementwise(model)
-    use_backend(model, backend)
-    if silenced := silence(model):
-        log(
-            f"the base model's own dropout ({silenced} modules) is off; only lora.dropout acts, "
-            "with masks that do not depend on the schedule"
-        )
-    lora = settings.lora
-    if lora.dropout > 0 and not dropout:
-        log(
-            f"lora.dropout {lora.dropout} does nothing here: dropout is off, so that policy and "
-            "reference are the same function and prefixes can be shared"
-        )
-    if out_of_reach and lora.target_modules == "all-linear":
-        names = sorted({name.rsplit(".", 1)[-1] for name in out_of_reach})
-        log(
-            f"all-linear leaves out {', '.join(names)}: the model does not use these layers as "
-            "plain products, so an adapter there would do nothing"
-        )
-    model = add_adapter(
-        model,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout if dropout else 0.0,
-        target_modules=lora.target_modules,
-        base_name=base_name,
-        seed=seed,
-        out_of_reach=out_of_reach,
-        added_ids=added.ids if added else (),
-    )
-    if lora.dropout > 0 and dropout and adapts_experts(model):
-        log(
-            f"lora.dropout {lora.dropout} acts on the other layers, not on the experts, whose "
-            "update is added to their weights; adapter_config.json says 0, as peft demands"
-        )
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
+    for change in changes:
+        model = change(model, preparation, log)
     return model
 
 
-def warm_up(model: Any, trees: Sequence[Example], device: Device, *, seed: int) -> Compiling:
-    """Compile what the run will need, on two records, before a clock runs.
+def quantize_linears(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Put linear layers into 4 bits, layer by layer, on the device."""
+    if preparation.quantization is not None:
+        quantize(
+            model,
+            source=preparation.rounded_from or preparation.dtype,
+            compute=preparation.dtype,
+            device=torch.device(preparation.device),
+            kept=unreached_layers(model),
+        )
+    return model
 
-    The model is not yet the engine's, which may watch every backward.
+
+def move_to_device(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Move the weights."""
+    return model.to(preparation.device)
+
+
+def use_onednn_products(model: Any, _: Preparation, __: Log) -> Any:
+    """Send products with frozen weights through oneDNN on CPU."""
+    speed_up_frozen_products(model)
+    return model
+
+
+def use_cpu_elementwise(model: Any, _: Preparation, __: Log) -> Any:
+    """Send norms and gated MLPs through the C kernels."""
+    fuse_elementwise(model)
+    return model
+
+
+def add_token_rows(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Give added tokens rows in the embeddings, those of a saved adapter included."""
+    if preparation.added:
+        make_rows(model, preparation.added)
+    if preparation.adapter is not None:
+        make_missing_rows(model, added_ids_of_folder(preparation.adapter))
+    return model
+
+
+def check_output_head(model: Any, _: Preparation, __: Log) -> Any:
+    """Refuse a model whose logits are made in a way that tandem does not know."""
+    check_head(model)
+    return model
+
+
+def find_unreached_layers(model: Any, _: Preparation, __: Log) -> Any:
+    """Note the linear layers that the model does not call: an adapter there would do nothing."""
+    model.tandem_unreached = unreached_layers(model)
+    return model
+
+
+def compile_norms_and_gates(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Send norms and gated MLPs through torch.compile."""
+    if preparation.compiled:
+        compile_elementwise(model)
+    return model
+
+
+def attach_attention(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Let the model attend over packed trees."""
+    use_backend(model, preparation.attention)
+    return model
+
+
+def skip_rows_that_nothing_reads(model: Any, _: Preparation, __: Log) -> Any:
+    """Let the last layer's MLP pass over rows that predict no target."""
+    if not is_padded(model):
+        skip_unread_rows(model)
+    return model
+
+
+def switch_off_base_dropout(model: Any, _: Preparation, log: Log) -> Any:
+    """Switch off the base's own dropout."""
+    if count := switch_dropout_off(model):
+        log(
+            f"the base model's own dropout ({count} modules) is off; only lora.dropout acts, "
+            "with masks that do not depend on the schedule"
+        )
+    return model
+
+
+def attach_trained_weights(model: Any, preparation: Preparation, log: Log) -> Any:
+    """Freeze the model, and add or open what is trained."""
+    assert preparation.weights is not None
+    added_ids = preparation.added.ids if preparation.added else ()
+    unreached = getattr(model, "tandem_unreached", ())
+    return preparation.weights.attach(model, unreached=unreached, added_ids=added_ids, log=log)
+
+
+def attach_saved_adapter(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Wrap the model with an adapter's folder."""
+    assert preparation.adapter is not None
+    return wrap_with_saved(model, preparation.adapter)
+
+
+def speed_up_adapter(model: Any, _: Preparation, __: Log) -> Any:
+    """Compute the adapter's part, its dropout and its rows in tandem's own way."""
+    share_dropout_keys(model)
+    fuse_low_rank(model)
+    look_up_trained_rows(model)
+    return model
+
+
+def recompute_activations(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Recompute each layer's activations in the backward instead of keeping them.
+
+    Raises UserError for models that cannot.
     """
-    compiling = Compiling()
-    batches = [
-        collate([trees[i]], [record_key(seed, 0, i)]).to(device.torch_device)
-        for i in (0, len(trees) - 1)
-    ]
-    autocast = device.autocast
-    with torch.autocast(device.kind, autocast, enabled=autocast is not None):
-        compiling.warm_up(model, partial(sequence_logps, model), batches)
-    return compiling
+    if not preparation.recomputed:
+        return model
+    base = plain_model(model)
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing: {type(base).__name__} cannot recompute its activations; "
+            "set it to false and lower tokens_per_microbatch instead"
+        )
+    base.enable_input_require_grads()
+    kwargs = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(kwargs)
+    else:  # its name in earlier transformers
+        base.gradient_checkpointing_enable(kwargs)
+    return model
+
+
+def reorder_frozen_weights(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Keep frozen weights in the order that oneDNN multiplies fastest with, as well."""
+    if preparation.reordered:
+        order_weights(model)
+        order_head(plain_model(model))
+    return model
+
+
+AFTER_LOADING: tuple[Change, ...] = (
+    # A device need never hold the whole model in its own number format.
+    quantize_linears,
+    move_to_device,
+    use_onednn_products,
+    # Each class of modules is compared with its fused form, on the device.
+    use_cpu_elementwise,
+)
+# New rows are new layers.
+WITH_ADDED_TOKENS: tuple[Change, ...] = (add_token_rows, use_onednn_products)
+# For chat, evaluation and the merge's check.
+WITH_ADAPTER: tuple[Change, ...] = (*WITH_ADDED_TOKENS, attach_saved_adapter)
+FOR_ANSWERS: tuple[Change, ...] = (check_output_head,)
+FOR_SCORING: tuple[Change, ...] = (attach_attention, skip_rows_that_nothing_reads)
+ATTACHED: tuple[Change, ...] = (attach_trained_weights, speed_up_adapter)
+FOR_TRAINING: tuple[Change, ...] = (
+    *WITH_ADDED_TOKENS,
+    # These two ask the model as its makers wrote it, so before its attention is replaced.
+    check_output_head,
+    find_unreached_layers,
+    # Compared with each module's own forward.
+    compile_norms_and_gates,
+    *FOR_SCORING,
+    # Before there is dropout of ours.
+    switch_off_base_dropout,
+    *ATTACHED,
+    # Its hook on the embedding must see the wrapped one.
+    recompute_activations,
+    # What is trained is known by now.
+    reorder_frozen_weights,
+)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
+from tandem.model.unwrap import plain_model
 from tandem.runtime.extras import require
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
@@ -96,7 +97,7 @@ def quantize(
     source: torch.dtype,
     compute: torch.dtype,
     device: torch.device,
-    whole: Collection[str] = (),
+    kept: Collection[str] = (),
 ) -> None:
     """Put a model's linear layers on `device` in 4 bits, in place; `model.tandem_quantized` tells.
 
@@ -109,14 +110,14 @@ def quantize(
         source: number format that weights are rounded from.
         compute: number format that products are computed in.
         device: where the layers go.
-        whole: names of modules that stay as they are, see `adapter.modules_out_of_reach`.
+        kept: names of modules that stay as they are, see `adapter.unreached_layers`.
 
     Raises UserError without bitsandbytes, or when there is nothing to quantise.
     """
     head = model.get_output_embeddings()
     weights, transposed = [], []
     for name, module in list(model.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D) or module is head or name in whole:
+        if type(module) not in (nn.Linear, Conv1D) or module is head or name in kept:
             continue
         turned = isinstance(module, Conv1D)
         weight: Any = module.weight.detach().to(source)
@@ -144,8 +145,7 @@ def dequantized(layer: Any) -> Tensor:
 
 def quantized_of(model: Any) -> Quantized | None:
     """What `quantize` did to a model, adapters around it or not."""
-    unwrap = getattr(model, "get_base_model", None)
-    found: Quantized | None = getattr(unwrap() if unwrap else model, "tandem_quantized", None)
+    found: Quantized | None = getattr(plain_model(model), "tandem_quantized", None)
     return found
 
 

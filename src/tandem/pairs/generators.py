@@ -20,13 +20,8 @@ from tandem.integrations.chat_server import ChatRequest, Failure, Reply, open_se
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
 from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
-from tandem.model.load_model import (
-    context_length,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_folder,
-)
+from tandem.model.load_model import load_model
+from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime

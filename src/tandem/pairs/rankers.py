@@ -19,7 +19,7 @@ from tandem.data.tokenize.template_omissions import omissions_of
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure, open_server
 from tandem.model.added_tokens import rows_of
-from tandem.model.load_model import context_length, load_tokenizer, model_folder, require_model
+from tandem.model.model_folder import context_length, load_tokenizer, model_folder, require_model
 from tandem.pairs.generators import check_local_model
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings

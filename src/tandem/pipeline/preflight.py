@@ -106,7 +106,7 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
     """
     if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
-    from tandem.model.load_model import load_tokenizer, model_folder
+    from tandem.model.model_folder import load_tokenizer, model_folder
 
     tokenizer = load_tokenizer(model_folder(recipe.model))
     add_tokens(tokenizer, recipe.added_tokens)
@@ -132,7 +132,7 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
     from tandem.model.added_tokens import described_rows
-    from tandem.model.load_model import load_config, load_tokenizer, model_folder
+    from tandem.model.model_folder import load_config, load_tokenizer, model_folder
 
     folder = model_folder(recipe.model)
     tokenizer = load_tokenizer(folder)
@@ -219,7 +219,7 @@ def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
-    from tandem.model.load_model import check_fetchable, model_folder
+    from tandem.model.model_folder import check_fetchable, model_folder
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
@@ -243,9 +243,13 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
         sections: the training stages by name, all of them on models of the base's architecture.
         weights: whether the folder must hold weights.
     """
-    from tandem.model.load_model import check_context, load_config, model_without_weights
     from tandem.model.lora.adapter import check_targets, refused_modules
-    from tandem.model.model_folder import check_unquantized
+    from tandem.model.model_folder import (
+        check_context,
+        check_unquantized,
+        load_config,
+        model_without_weights,
+    )
 
     config = load_config(folder, weights=weights)
     check_unquantized(folder, config)
@@ -264,15 +268,11 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
 def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     """Raise UserError if a stage's adapter could not be merged into the base's files."""
     from tandem.model.added_tokens import embedding_names
-    from tandem.model.load_model import model_without_weights
-    from tandem.model.lora.adapter import adapted_weights, add_adapter, refused_modules
+    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
+    from tandem.model.model_folder import model_without_weights
     from tandem.model.weight_files import check_sums
 
     model, plain = model_without_weights(config), model_without_weights(config)
-    lora = section.lora
-    adapted = add_adapter(
-        model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules,
-        base_name="", seed=0, out_of_reach=refused_modules(model),
-    )  # fmt: skip
+    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
     rows = [f"{name}.weight" for name in embedding_names(plain)]
     check_sums(folder, plain, [*adapted_weights(adapted), *rows])

@@ -312,7 +312,7 @@ class _Ride:
 
     def _base(self) -> str:
         """The model that the run began with."""
-        from tandem.model.load_model import model_folder
+        from tandem.model.model_folder import model_folder
 
         if self.recipe.model_revision is None:
             return self.recipe.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.errors import UserError
-from tandem.model.added_tokens import make_rows, plain_head
-from tandem.model.attention.select import declared_obstacle
-from tandem.model.load_model import model_without_weights
-from tandem.model.lora.adapter import add_adapter, modules_out_of_reach, refused_modules
+from tandem.model.added_tokens import make_rows
+from tandem.model.attention.packing_probe import declared_obstacle
+from tandem.model.lora.adapter import LoraWeights, refused_modules, unreached_layers
+from tandem.model.model_folder import model_without_weights
+from tandem.model.unwrap import plain_head
+from tandem.recipe.training_settings import LoraSettings
 
 # A layer's parameters: everything up to the first number in their names.
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -54,10 +55,8 @@ class Described:
 
 def described(
     config: Any,
+    lora: LoraSettings,
     *,
-    rank: int,
-    alpha: float,
-    target_modules: Sequence[str] | str,
     attention: str,
     added: AddedTokens | None = None,
     trains_added: bool = True,
@@ -71,18 +70,12 @@ def described(
     model = model_without_weights(config)
     if added:
         make_rows(model, added)
-    listed = target_modules != "all-linear"
+    listed = lora.target_modules != "all-linear"
     unread = refused_modules(model) if listed else _out_of_reach(model)
     padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
-    adapted = add_adapter(
+    adapted = LoraWeights(lora).attach(
         model,
-        rank=rank,
-        alpha=alpha,
-        dropout=0.0,
-        target_modules=target_modules,
-        base_name="",
-        seed=0,
-        out_of_reach=refused_modules(model) if unread is None else unread,
+        unreached=refused_modules(model) if unread is None else unread,
         added_ids=added.ids if added and trains_added else (),
     )
     try:
@@ -142,9 +135,9 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def _out_of_reach(model: Any) -> list[str] | None:
-    """See `adapter.modules_out_of_reach`; None for a forward that needs numbers to go through."""
+    """See `adapter.unreached_layers`; None for a forward that needs numbers to go through."""
     try:
-        return modules_out_of_reach(model)
+        return unreached_layers(model)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None  # as many types as there are ways to ask a tensor without numbers for one
 

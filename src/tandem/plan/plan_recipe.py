@@ -17,11 +17,10 @@ from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import looks_like_path, not_read
-from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import UserError
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
+from tandem.model.model_folder import model_folder
 from tandem.pairs.pairs_file import made_pairs
 from tandem.pipeline.preflight import check_base
 from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline, folder_of
@@ -254,7 +253,13 @@ class _Planner:
             untrained = untrained_tokens(self.base, config, tokenizer, template, added.ids)
             if words := in_words(untrained):
                 notes.insert(0, words)
-        model = self._described(settings, config, added, trains_added)
+        model = described(
+            config,
+            settings.lora,
+            attention=recipe.attention,
+            added=added,
+            trains_added=trains_added,
+        )
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
@@ -296,20 +301,6 @@ class _Planner:
             stage.name, stage.folder, ledger, setup.budget, model.shape, estimate, memory, disk,
             tuple(notes),
         )  # fmt: skip
-
-    def _described(
-        self, settings: TrainingSettings, config: Any, added: AddedTokens, trains_added: bool
-    ) -> Described:
-        lora = settings.lora
-        return described(
-            config,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
-            attention=self.recipe.attention,
-            added=added,
-            trains_added=trains_added,
-        )
 
     def _records(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.build_dataset import prepare_pairs
-from tandem.model.lora.adapter import adapter_off
+from tandem.errors import UserError
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings
 from tandem.result_warnings import chosen_collapse
@@ -82,8 +82,14 @@ def _objective(start: Start, beta: float) -> Made:
     )
     processes = start.engine.processes
     store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
+    without = start.weights.reference(start.model)
+    if without is None:
+        raise UserError(
+            "dpo: the model that is trained cannot be its own reference with these weights, and a "
+            "second model is not supported"
+        )
     with (
-        adapter_off(start.model),
+        without,
         phase(start.console, "reference log-probs", len(start.dataset)) as advance,
     ):
         reference, computed = reference_logps(

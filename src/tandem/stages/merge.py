@@ -14,14 +14,18 @@ from safetensors import safe_open
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.model.added_tokens import described_rows
+from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
-from tandem.model.load_model import load_config, load_tokenizer, model_folder, model_without_weights
-from tandem.model.lora.adapter_base import check_weights
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import NewRows, Update, read_updates, whole_weights
-from tandem.model.merging.merge_weights import added, merge_shards, vocabulary_grown
-from tandem.model.merging.verify_merge import Verified, verify_merge
-from tandem.model.model_folder import check_unquantized
+from tandem.model.merge_weights import Verified, added, merge_shards, verify_merge, vocabulary_grown
+from tandem.model.model_folder import (
+    check_unquantized,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_without_weights,
+)
 from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tandem.model.lora.adapter import load_adapter_weights, save_adapter
+from tandem.model.trained_weights import TrainedWeights
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.hashing import Damaged, hash_bytes, hash_file, read_object, sealed
 
@@ -53,13 +53,22 @@ class CheckpointStore:
 
     Args:
         folder: holds step-000100, step-000200, ...
+        weights: what is trained, which knows how it is saved.
         keep: how many of the newest stay, all when None.
         lines: files of JSON lines that grow along with the run. A checkpoint knows what was in
             them.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None, lines: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        weights: TrainedWeights,
+        *,
+        keep: int | None,
+        lines: Sequence[Path] = (),
+    ) -> None:
         self.folder = folder
+        self.weights = weights
         self.keep = keep
         self.lines = lines
 
@@ -80,7 +89,7 @@ class CheckpointStore:
         """
         path = self.path_of(progress.step)
         with atomic_folder(path) as aside:
-            save_adapter(model, aside, trained)
+            self.weights.save(model, aside, trained)
             save_file(dict(optimizer), aside / _OPTIMIZER)
             digests = {f.name: hash_file(f) for f in sorted(aside.iterdir()) if f.is_file()}
             mark = {
@@ -119,7 +128,7 @@ class CheckpointStore:
 
         Returns the progress and the optimizer's tensors.
         """
-        load_adapter_weights(model, path)
+        self.weights.load(model, path)
         return read_checkpoint(path)[0], load_file(path / _OPTIMIZER)
 
     def steps(self) -> list[RunState]:

@@ -15,6 +15,7 @@ from tandem.data.batching.packing import example_cost, plan_step
 from tandem.data.batching.sampler import Step
 from tandem.data.records import Example
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
+from tandem.model.trained_weights import TrainedWeights
 from tandem.storage.atomic_files import append_jsonl, atomic_write_text
 from tandem.storage.hashing import Damaged
 from tandem.train.checkpoint import CheckpointStore, RunState, read_checkpoint
@@ -84,7 +85,7 @@ class HeldOutEvaluation:
         self.path = folder / "validation.jsonl"
         self.best = best
         self.checkpoints = checkpoints
-        self.kept = best_adapters(folder)
+        self.kept = best_adapters(folder, checkpoints.weights)
         self.show = show
         self._scorer = StepRunner(engine, objective, budget, seed=0, dropout=False, learns=False)
 
@@ -163,9 +164,9 @@ class HeldOutEvaluation:
                 shutil.rmtree(self.kept.path_of(progress.step))
 
 
-def best_adapters(folder: Path) -> CheckpointStore:
+def best_adapters(folder: Path, weights: TrainedWeights) -> CheckpointStore:
     """Where a stage keeps the best adapters until it is finished."""
-    return CheckpointStore(folder / "best", keep=None)
+    return CheckpointStore(folder / "best", weights, keep=None)
 
 
 def forget_after(path: Path, step: int) -> None:

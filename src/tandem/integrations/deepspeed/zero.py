@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
-from tandem.model.lora.adapter import trainable_parameters
+from tandem.model.trained_weights import trainable_parameters
 from tandem.train.engines.engine import MakeOptimizer
 from tandem.train.engines.optimizer_state import by_parameter
 from tandem.train.engines.replicated import FlatGradients, HandOver

@@ -12,10 +12,10 @@ from transformers import AttentionInterface
 
 from tandem.data.batching.collate import Segment, row_spans
 from tandem.errors import UserError
-from tandem.model.attention.dense import dense_attention
-from tandem.model.attention.hf_interface import entry
+from tandem.model.attention.backend import attention_backend, dense_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
-from tandem.model.attention.packing_probe import decoder_of, examine
+from tandem.model.attention.packing_probe import probe_packing
+from tandem.model.unwrap import decoder_of
 
 _HOME = "habana_frameworks.torch.hpex.kernels"
 
@@ -31,7 +31,7 @@ def fused_kernel() -> Any:
         ) from None
 
 
-@entry()
+@attention_backend("fused")
 def fused_attention(
     query: Tensor,
     key: Tensor,
@@ -46,7 +46,7 @@ def fused_attention(
     Keys and values are repeated for the query heads that share them: the kernel was seen to be
     called in no other way.
 
-    Arguments and result as `dense.dense_attention`.
+    Arguments and result as `backend.dense_attention`.
     """
     groups = query.shape[1] // key.shape[1]
     output: Tensor = fused_kernel().apply(
@@ -90,7 +90,7 @@ def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]
         other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
         raise UserError(f"attention: {requested} cannot be used here: {REASON}. Use {other}.")
     name = type(model).__name__
-    examined = examine(model)
+    examined = probe_packing(model)
     if examined.obstacle is not None:
         raise UserError(
             f"{name} cannot read packed trees ({examined.obstacle}), and padded rows have no "

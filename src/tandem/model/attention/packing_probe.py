@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tandem.model.attention.layout import LAYOUT_KEYWORD
+from tandem.model.unwrap import decoder_of
 
 _NAME = "tandem_examination"
 _TOKENS = 4
@@ -25,7 +26,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class Examined:
+class PackingProbe:
     """What a model's attention layers ask for.
 
     Attributes:
@@ -39,7 +40,7 @@ class Examined:
     head_sizes: frozenset[tuple[int, int]] = frozenset()
 
 
-def examine(model: Any) -> Examined:
+def probe_packing(model: Any) -> PackingProbe:
     """Look whether tokens meet only in attention layers that trees can serve.
 
     Two sequences that differ in their first token go through the model with a stand-in for
@@ -53,7 +54,7 @@ def examine(model: Any) -> Examined:
             implementation is the same afterwards.
     """
     if declared := declared_obstacle(model):
-        return Examined(declared)
+        return PackingProbe(declared)
     decoder: Any = decoder_of(model)
     seen = _Seen()
     before = model.config._attn_implementation
@@ -68,14 +69,14 @@ def examine(model: Any) -> Examined:
                 input_ids=ids, use_cache=False, **{LAYOUT_KEYWORD: seen}
             ).last_hidden_state  # [2, 4, H]
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        seen.obstacles.append(f"its layers cannot be examined ({type(error).__name__}: {error})")
+        seen.obstacles.append(f"its layers cannot be probed ({type(error).__name__}: {error})")
     else:
         if not _same(hidden[0, 1:], hidden[1, 1:]):
             seen.obstacles.append("it carries tokens along outside of its attention layers")
     finally:
         model.set_attn_implementation(before)
     obstacle = seen.obstacles[0] if seen.obstacles else None
-    return Examined(obstacle, seen.softcap, frozenset(seen.head_sizes))
+    return PackingProbe(obstacle, seen.softcap, frozenset(seen.head_sizes))
 
 
 def declared_obstacle(model: Any) -> str | None:
@@ -88,15 +89,6 @@ def declared_obstacle(model: Any) -> str | None:
     if decoder is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return "it cannot be told the positions of its tokens"
     return None
-
-
-def decoder_of(model: Any) -> Any | None:
-    """The module that maps token ids to the hidden states that the head reads, if there is one."""
-    decoder = model.get_decoder()
-    if decoder is not model:
-        return decoder
-    inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) else None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

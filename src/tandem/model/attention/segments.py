@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.data.batching.collate import Segment
-from tandem.model.attention.hf_interface import entry
+from tandem.model.attention.backend import attention_backend
 from tandem.model.attention.layout import TreeLayout
 from tandem.model.cpu.c_kernels import TreeAttention, kernels, usable
 
@@ -17,7 +17,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@entry()
+@attention_backend("segments")
 def segments_attention(
     query: Tensor,
     key: Tensor,
@@ -33,7 +33,7 @@ def segments_attention(
     projections, merged by their log-sum-exp. Elsewhere keys and values of prefix and segment are
     gathered for one scaled_dot_product_attention call a segment.
 
-    Arguments and result as `dense.dense_attention`.
+    Arguments and result as `backend.dense_attention`.
     """
     if window is not None and window >= layout.longest_path():
         window = None

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.model.attention.hf_interface import entry
+from tandem.model.attention.backend import attention_backend
 from tandem.model.attention.layout import KeyPaths, TreeLayout
-from tandem.model.attention.packing_probe import Examined
+from tandem.model.attention.packing_probe import PackingProbe
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn
@@ -26,11 +26,11 @@ _EVERYWHERE_HEAD_SIZE = 192
 _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 
 
-def why_not_varlen(examined: Examined, device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable_reason(probe: PackingProbe, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the kernel from computing a model's attention, None if nothing does.
 
     Args:
-        examined: what the model's layers ask for.
+        probe: what the model's layers ask for.
         device, dtype: of the model's weights, which its activations follow under autocast.
     """
     if device.type != "cuda":
@@ -39,15 +39,15 @@ def why_not_varlen(examined: Examined, device: torch.device, dtype: torch.dtype)
         return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(_KEYWORDS))}"
     if dtype not in _DTYPES:
         return f"its kernel takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if examined.softcap:
+    if probe.softcap:
         return "the model soft-caps attention scores"
-    return _why_not_heads(examined, torch.cuda.get_device_capability(device))
+    return _heads_reason(probe, torch.cuda.get_device_capability(device))
 
 
-def _why_not_heads(examined: Examined, capability: tuple[int, int]) -> str | None:
+def _heads_reason(probe: PackingProbe, capability: tuple[int, int]) -> str | None:
     if capability < (8, 0):
         return "its kernel needs a GPU of compute capability 8.0 or newer"
-    for query, value in sorted(examined.head_sizes):
+    for query, value in sorted(probe.head_sizes):
         if query != value:
             return "the model's value heads have another size than its query heads"
         if query % 8 or query > _MOST_HEAD_SIZE:
@@ -57,7 +57,7 @@ def _why_not_heads(examined: Examined, capability: tuple[int, int]) -> str | Non
     return None
 
 
-@entry()
+@attention_backend("varlen")
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -72,7 +72,7 @@ def varlen_attention(
     The causal mask and sliding windows are aligned to the lower right, so that a branch's last
     token sees its whole path. Grouped-query heads stay grouped.
 
-    Arguments and result as `dense.dense_attention`.
+    Arguments and result as `backend.dense_attention`.
     """
     kind = query.device.type
     # Rotary embeddings and norms may leave autocast's dtype, and the kernel is not on its list.

@@ -41,11 +41,11 @@ class Kernels:
 
 
 def kernels() -> Kernels | None:
-    """The library, or None where it cannot be had or `TANDEM_KERNELS=off`; see `why_not`."""
+    """The library, or None where it cannot be had; `unavailable_reason` says why."""
     return None if _switched_off() else _load()[0]
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """Why `kernels` is None here, in words; empty when it is not."""
     return f"{_VARIABLE}=off" if _switched_off() else _load()[1]
 

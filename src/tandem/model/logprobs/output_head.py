@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tandem.errors import UserError
-from tandem.model.added_tokens import TrainedRows, plain_head, trained_rows
+from tandem.model.added_tokens import TrainedRows, trained_rows
 from tandem.model.cpu.c_kernels import kernels, softmax_block
 from tandem.model.cpu.onednn_linear import Ordered, Plain, can_order, product
-from tandem.model.keyed_dropout import DropoutKeys
+from tandem.model.lora.forward import DropoutKeys
+from tandem.model.unwrap import layers_of, plain_head
 
 # Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
 # stay in the last-level cache; on GPUs a block has to fill the device.
@@ -104,7 +105,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def order_head(model: Any) -> None:
-    """Keep a frozen head's weight in oneDNN's order as well; see `products.order_weights`."""
+    """Keep a frozen head's weight in oneDNN's order as well; see `onednn_linear.order_weights`."""
     layer = plain_head(model.get_output_embeddings())
     if isinstance(layer, nn.Linear) and can_order(layer):
         layer.tandem_blocks = HeadBlocks.of(layer.weight)  # type: ignore[assignment]
@@ -300,31 +301,32 @@ class ReadRows:
     rows: Tensor | None = None
 
 
-def skip_unread_rows(model: Any) -> ReadRows:
-    """Let the last decoder layer's MLP pass over rows that nothing reads.
+def skip_unread_rows(model: Any) -> None:
+    """Let the last decoder layer's MLP pass over rows that nothing reads; done at most once.
 
     After the last layer's attention, rows no longer see each other, and only rows that predict a
     target go on to the head: for a prompt's rows the MLP's result, zero here, is never read. The
     module stays in place under its name, only its forward is replaced. Models whose last layer
     has no `mlp` are left as they are.
     """
-    read = ReadRows()
-    layers = getattr(model.get_decoder(), "layers", None) or getattr(model.get_decoder(), "h", None)
-    mlp: nn.Module | None = getattr(layers[-1], "mlp", None) if layers is not None else None
+    if hasattr(model, "tandem_rows"):
+        return
+    model.tandem_rows = read = ReadRows()
+    layers = layers_of(model)
+    mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
     if mlp is None:
-        return read
-    whole = mlp.forward
+        return
+    every_row = mlp.forward
 
     def forward(hidden: Tensor) -> Any:  # [1, T, H]
         rows = read.rows
         if rows is None:
-            return whole(hidden)
+            return every_row(hidden)
         with _keys_of(model, rows):
-            computed = whole(hidden.index_select(1, rows))
+            computed = every_row(hidden.index_select(1, rows))
         return torch.zeros_like(hidden).index_copy(1, rows, computed)
 
     mlp.forward = forward
-    return read
 
 
 @contextmanager

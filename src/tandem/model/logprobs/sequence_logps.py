@@ -15,8 +15,11 @@ from tandem.data.batching.collate import MicroBatch, Segment, fed_tokens, padded
 from tandem.data.batching.packing import pack, pack_padded
 from tandem.data.records import Example
 from tandem.errors import UserError
-from tandem.model.attention.select import LAYOUT_KEYWORD, TreeLayout, decoder_of, is_padded
+from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
+from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.output_head import head_of, linear_logprob
+from tandem.model.lora.forward import set_dropout_keys
+from tandem.model.unwrap import decoder_of, plain_model
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def check_head(model: Any) -> None:
 
     A few tokens are scored both ways: a factor or a soft-cap that tandem does not know of would
     otherwise train towards other log-probs than the model's own. The model still attends by
-    itself: `use_backend` comes afterwards.
+    itself: `attach_attention` comes afterwards.
     """
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
@@ -177,7 +180,7 @@ def sequence_logps(
 
     Args:
         model: a transformers causal language model, adapters injected or not, that
-            `attention.use_backend` has prepared.
+            `prepare_model.FOR_SCORING` has prepared.
         batch: the micro-batch, on the model's device.
         sums: float64, or float32 for devices without it.
 
@@ -203,9 +206,7 @@ def sequence_logps(
 
 def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Log-probability of each trained token [N]; see `sequence_logps`."""
-    # peft injects its layers into the model in place and wraps it; the plain model is inside.
-    unwrap: Any = getattr(model, "get_base_model", None)
-    causal: Any = model if unwrap is None else unwrap()
+    causal: Any = plain_model(model)
     hidden = _padded(causal, batch) if is_padded(causal) else _packed(causal, batch)
     return linear_logprob(hidden, head_of(causal), batch.target_id)
 
@@ -233,10 +234,3 @@ def _padded(causal: Any, batch: MicroBatch) -> Tensor:
     keys = batch.dropout_keys
     set_dropout_keys(causal, None if keys is None else keys[padded.rows])
     return padded_hidden(decoder_of(causal), batch, padded)
-
-
-def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
-    """Hand the keys of the rows that are fed, [T] or [S, L], to the keyed dropout modules."""
-    state: Any = getattr(model, "tandem_dropout", None)
-    if state is not None:
-        state.keys = keys

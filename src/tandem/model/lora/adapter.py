@@ -1,36 +1,30 @@
-"""LoRA adapters through peft: injection, saving, loading, switching off."""
+"""LoRA adapters through peft: put into a model, saved, loaded, switched off."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
-from tandem.model.added_tokens import embedding_names, make_missing_rows
-from tandem.model.cpu.onednn_linear import low_rank_product, takes_frozen
-from tandem.model.keyed_dropout import DropoutKeys, KeyedDropout
+from tandem.model.added_tokens import embedding_names
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, update_names
+from tandem.model.lora.forward import DropoutKeys, KeyedDropout
 from tandem.model.quantize import load_bitsandbytes, write_record
+from tandem.model.trained_weights import Log
+from tandem.recipe.training_settings import LoraSettings
 
 load_bitsandbytes()  # peft would import it less quietly
 
-from peft import (  # noqa: E402
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
-from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 
@@ -38,65 +32,134 @@ from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
-def add_adapter(
-    model: Any,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str] | str,
-    base_name: str,
-    seed: int,
-    out_of_reach: Sequence[str] = (),
-    added_ids: Sequence[int] = (),
-) -> Any:
-    """Wrap a model with a fresh LoRA adapter (arXiv 2106.09685); B starts at zero.
+@dataclass(frozen=True)
+class LoraWeights:
+    """A fresh LoRA adapter (arXiv 2106.09685) as `TrainedWeights`; B starts at zero.
 
-    Args:
-        model: a transformers causal language model; its weights are frozen.
-        rank, alpha: the update is (alpha / rank) * B @ A.
-        dropout: on the adapter's input, with masks that do not depend on the schedule. A mixture's
-            experts have none, see `adapts_experts`.
-        target_modules: endings of module names, or "all-linear".
-        base_name: what the saved adapter names as its base.
-        seed: seeds A.
-        out_of_reach: modules that all-linear leaves out; see `modules_out_of_reach`.
-        added_ids: tokens whose embeddings are trained as well, from the rows that are there.
-
-    Raises UserError if a target fits no module of the model, or one out of reach.
+    Attributes:
+        settings: rank, alpha, dropout and target modules.
+        seed: of A.
+        base: what the saved adapter names as its base, and with `revision` which one of the Hub.
+        dropout: whether the settings' dropout acts. Its masks do not depend on how the work is
+            packed. A mixture's experts have none, see `adapts_experts`.
     """
-    targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
-    if isinstance(targets, list):
-        check_targets(model, targets, out_of_reach)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,  # put there below, where it can be
-        target_modules=targets,
-        exclude_modules=list(out_of_reach) if out_of_reach and targets == "all-linear" else None,
-        bias="none",
-        task_type="CAUSAL_LM",
-        # GPT-2's layers store their weights [in, out].
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        trainable_token_indices=(
-            {name: list(added_ids) for name in embedding_names(model)} if added_ids else None
-        ),
-    )
-    torch.manual_seed(seed)
-    with _quiet():
-        wrapped = get_peft_model(model, config)
-    wrapped.peft_config["default"].base_model_name_or_path = base_name
-    if dropout > 0:
-        _key_dropout(wrapped.get_base_model(), dropout)
+
+    settings: LoraSettings
+    seed: int = 0
+    base: str = ""
+    revision: str | None = None
+    dropout: bool = False
+    leaves: ClassVar[Literal["adapter", "model"]] = "adapter"
+
+    def attach(
+        self,
+        model: Any,
+        *,
+        unreached: Sequence[str] = (),
+        added_ids: Sequence[int] = (),
+        log: Log = lambda _: None,
+    ) -> Any:
+        """Wrap a model with the adapter; see `TrainedWeights.attach`.
+
+        Raises UserError if a target fits no module of the model, or one that it does not call.
+        """
+        wanted = self.settings
+        if wanted.dropout > 0 and not self.dropout:
+            log(
+                f"lora.dropout {wanted.dropout} does nothing here: dropout is off, so that policy "
+                "and reference are the same function and prefixes can be shared"
+            )
+        everywhere = wanted.target_modules == "all-linear"
+        if unreached and everywhere:
+            names = sorted({name.rsplit(".", 1)[-1] for name in unreached})
+            log(
+                f"all-linear leaves out {', '.join(names)}: the model does not use these layers as "
+                "plain products, so an adapter there would do nothing"
+            )
+        if not everywhere:
+            check_targets(model, wanted.target_modules, unreached)
+        torch.manual_seed(self.seed)
+        with _quiet():
+            wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
+        config = wrapped.peft_config["default"]
+        config.base_model_name_or_path, config.revision = self.base, self.revision
+        if self.dropout and wanted.dropout > 0:
+            self._add_dropout(wrapped, log)
+        return wrapped
+
+    def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors.
+
+        Where the base is quantised, quantization.json says so.
+        """
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        # peft adds a model card made of placeholders.
+        (folder / "README.md").unlink(missing_ok=True)
+        write_record(model, folder)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Overwrite the adapter's weights with those that `save` wrote, bit for bit."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        if result.unexpected_keys:
+            raise UserError(
+                f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}"
+            )
+
+    @contextmanager
+    def reference(self, model: Any) -> Iterator[None]:
+        """The model without its adapter, and without dropout, inside the block."""
+        training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            model.train(training)
+
+    def _config(
+        self, model: nn.Module, unreached: Sequence[str], added_ids: Sequence[int]
+    ) -> LoraConfig:
+        wanted = self.settings
+        everywhere = wanted.target_modules == "all-linear"
+        return LoraConfig(
+            r=wanted.rank,
+            lora_alpha=wanted.alpha,
+            lora_dropout=0.0,  # put there afterwards, where it can be
+            target_modules="all-linear" if everywhere else list(wanted.target_modules),
+            exclude_modules=list(unreached) if unreached and everywhere else None,
+            bias="none",
+            task_type="CAUSAL_LM",
+            # GPT-2's layers store their weights [in, out].
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            trainable_token_indices=(
+                {name: list(added_ids) for name in embedding_names(model)} if added_ids else None
+            ),
+        )
+
+    def _add_dropout(self, wrapped: Any, log: Log) -> None:
+        p, shared = self.settings.dropout, DropoutKeys()
+        layers = [
+            module
+            for module in wrapped.get_base_model().modules()
+            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+        ]
+        for number, layer in enumerate(layers):
+            layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
+        experts = adapts_experts(wrapped)
         # peft does not load an adapter of experts that claims to have dropout.
-        wrapped.peft_config["default"].lora_dropout = 0.0 if adapts_experts(wrapped) else dropout
-    _fuse(wrapped.get_base_model())
-    if added_ids:
-        _look_up_few(wrapped.get_base_model().get_input_embeddings().token_adapter)
-    return wrapped
+        wrapped.peft_config["default"].lora_dropout = 0.0 if experts else p
+        if experts:
+            log(
+                f"lora.dropout {p} acts on the other layers, not on the experts, whose update is "
+                "added to their weights; adapter_config.json says 0, as peft demands"
+            )
 
 
-def modules_out_of_reach(model: Any) -> list[str]:
+def unreached_layers(model: Any) -> list[str]:
     """Linear layers whose weights a model reads without calling them, or whose kernels may.
 
     An adapter on one of them would change nothing, and learn nothing. State-space mixers have
@@ -130,18 +193,17 @@ def modules_out_of_reach(model: Any) -> list[str]:
 
 
 def refused_modules(model: Any) -> list[str]:
-    """Those of `modules_out_of_reach` that peft would not adapt; told by their names."""
+    """Those of `unreached_layers` that peft would not adapt; told by their names."""
     if model.config.model_type not in _FUSED:
         return []
     return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """Wrap a model with a saved adapter; a model without its added tokens grows by them.
+def wrap_with_saved(model: Any, folder: Path) -> Any:
+    """Wrap a model, which has rows for the adapter's added tokens, with a saved adapter.
 
     Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
     """
-    make_missing_rows(model, added_ids_of_folder(folder))
     check_copies(folder, model)
     try:
         with _quiet():
@@ -168,35 +230,6 @@ def added_ids_of_folder(folder: Path) -> list[int]:
     return sorted({index for ids in lists for index in ids})
 
 
-def save_adapter(model: Any, folder: Path, trained: Mapping[str, Tensor]) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder`.
-
-    Where the base is quantised, quantization.json says so.
-
-    Args:
-        model: adapter-wrapped; its own weights may be spread over processes.
-        folder: is there.
-        trained: the adapter's weights, whole, by the names of `trainable_parameters`.
-    """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    # peft adds a model card made of placeholders.
-    (folder / "README.md").unlink(missing_ok=True)
-    write_record(model, folder)
-
-
-def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Overwrite the trainable parameters with those that `save_adapter` wrote, bit for bit."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    if result.unexpected_keys:
-        raise UserError(
-            f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}"
-        )
-
-
 def checkpoint_activations(model: Any) -> None:
     """Recompute each layer's activations in the backward instead of keeping them.
 
@@ -214,18 +247,6 @@ def checkpoint_activations(model: Any) -> None:
         base.activation_checkpointing_enable(kwargs)
     else:  # its name in earlier transformers
         base.gradient_checkpointing_enable(kwargs)
-
-
-@contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The model without its adapter, and without dropout, inside the block."""
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        model.train(training)
 
 
 def adapts_experts(model: nn.Module) -> bool:
@@ -249,11 +270,6 @@ def adapted_weights(model: nn.Module) -> list[str]:
     return found
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that the optimizer moves, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without peft's warnings about what peft itself does.
@@ -270,94 +286,22 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _fuse(base: nn.Module) -> None:
-    """Let adapted linear layers add the low-rank part inside its product where that is faster."""
-    for layer in base.modules():
-        if isinstance(layer, LoraLayer):
-            layer._cast_input_dtype = partial(_as_it_is, layer._cast_input_dtype)
-        if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
-            layer.forward = partial(_adapted, layer, layer.forward)
-
-
-def _as_it_is(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter's input without peft's cast to its float32, which autocast would take back."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    result: Tensor = cast(x, dtype)
-    return result
-
-
-def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
-    simple = list(layer.active_adapters) == ["default"] and not layer.lora_variant
-    if (
-        layer.disable_adapters
-        or layer.merged
-        or not simple
-        or not takes_frozen(x, layer.base_layer)
-    ):
-        result: Tensor = plain(x)
-        return result
-    return low_rank_product(
-        x,
-        layer.lora_dropout["default"](x),
-        layer.base_layer,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        layer.scaling["default"],
-    )
-
-
-def _look_up_few(layer: Any) -> None:
-    """Let an embedding put its trained rows where they are fed.
-
-    peft puts them into a copy of the whole matrix at each forward, and makes a gradient of its
-    size at each backward. Embeddings that do more than look up stay with that.
-    """
-    if type(layer.base_layer) is nn.Embedding and layer.base_layer.max_norm is None:
-        layer.forward = partial(_looked_up, layer, layer.forward)
-
-
-def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
-    if layer.disable_adapters or layer.merged or list(layer.active_adapters) != ["default"]:
-        result: Tensor = plain(ids)
-        return result
-    frozen = F.embedding(ids, layer.base_layer.weight)
-    trained = layer.trainable_tokens_delta["default"].to(frozen.dtype)
-    same = ids[..., None] == torch.tensor(layer.token_indices["default"], device=ids.device)
-    rows = F.embedding(same.int().argmax(dim=-1), trained)
-    return torch.where(same.any(dim=-1)[..., None], rows, frozen)
-
-
-def _key_dropout(base: nn.Module, p: float) -> None:
-    shared = DropoutKeys()
-    base.tandem_dropout = shared  # type: ignore[assignment]
-    layers = [
-        module
-        for module in base.modules()
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
-    ]
-    for number, layer in enumerate(layers):
-        layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
-
-
 def check_targets(
     model: nn.Module,
     targets: Sequence[str],
-    out_of_reach: Sequence[str] = (),
+    unreached: Sequence[str] = (),
     key: str = "lora.target_modules",
 ) -> None:
     """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
 
-    They are neither out of reach nor the output head, whose scores are not computed as a layer's.
+    Neither the unreached ones are, nor the output head, whose scores are not computed as a layer's.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     modules = dict(model.named_modules())
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and name not in out_of_reach
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in unreached
     }
     its = f"its linear layers are {', '.join(sorted(linear))}"
     kind = type(model).__name__
@@ -376,7 +320,7 @@ def check_targets(
                     f"{key}: {target!r} fits {name}, which is {type(modules[name]).__name__}, and "
                     f"adapters are for linear layers; {its}"
                 )
-            if name in out_of_reach:
+            if name in unreached:
                 raise UserError(
                     f"{key}: {target!r} fits {name}, which {kind} does not use as a plain product, "
                     "so an adapter there would do nothing; leave it out"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.model.load_model import adapters_inside
+from tandem.model.model_folder import adapters_inside
 from tandem.model.quantize import load_bitsandbytes
 from tandem.storage.atomic_files import read_json_object, require_spelled
 

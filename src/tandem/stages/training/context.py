@@ -14,6 +14,9 @@ from tandem.data.records import Example
 from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import described_rows
+from tandem.model.base_model import lasting_name
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.trained_weights import TrainedWeights
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log
@@ -38,6 +41,7 @@ class Start:
     numerics: str
     budget: TokenBudget
     console: Console
+    weights: TrainedWeights
     what: str = ""
 
 
@@ -50,12 +54,19 @@ class Made:
     reference_computed: int = 0
 
 
+def lora_weights(stage: Stage) -> TrainedWeights:
+    """The adapter that a stage's settings ask for."""
+    base, revision = lasting_name(stage.base_name, stage.base)
+    return LoraWeights(stage.settings.lora, stage.seed, base, revision, dropout=stage.kind.dropout)
+
+
 @dataclass(frozen=True)
 class StageKind:
     """How one training stage differs from the other.
 
     `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
-    whether the adapter's dropout may be on, `warnings` looks over the finished metrics.
+    whether the adapter's dropout may be on, `warnings` looks over the finished metrics, `weights`
+    says what is trained.
     """
 
     name: str
@@ -63,6 +74,7 @@ class StageKind:
     make_objective: Callable[[Start], Made]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]
+    weights: Callable[[Stage], TrainedWeights] = lora_weights
 
 
 @dataclass(frozen=True)
@@ -109,10 +121,16 @@ class Stage:
         """Put a line on the console, the stage's name before it."""
         log(self.console, f"{self.kind.name}: {text}")
 
+    @property
+    def weights(self) -> TrainedWeights:
+        """What is trained."""
+        return self.kind.weights(self)
+
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
         return CheckpointStore(
             self.folder / "checkpoints",
+            self.weights,
             keep=self.settings.save_total_limit,
             lines=(self.folder / "metrics.jsonl", self.folder / "validation.jsonl"),
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tandem.integrations.choose_engine import choose_strategy
 from tandem.integrations.deepspeed.ds_config import Settled
+from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
-from tandem.model.torch_compile import check_compile
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device, exact_float32

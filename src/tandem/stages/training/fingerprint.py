@@ -9,8 +9,7 @@ from typing import Any
 from tandem.data.resolve_sources import data_identity
 from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
-from tandem.model.load_model import check_context, load_config, load_tokenizer
-from tandem.model.model_folder import check_unquantized
+from tandem.model.model_folder import check_context, check_unquantized, load_config, load_tokenizer
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings

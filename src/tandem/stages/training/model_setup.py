@@ -1,22 +1,24 @@
-"""The model that a stage trains: loaded, scheduled, with its adapter, compiled if asked for."""
+"""The model that a stage trains: loaded, prepared, compiled if asked for."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from tandem.data.batching.collate import collate, record_key
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.integrations.gaudi.attention import choose_static
 from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
-from tandem.model.cpu.c_kernels import why_not
-from tandem.model.cpu.onednn_linear import order_weights
-from tandem.model.load_model import load_model, model_without_weights
-from tandem.model.logprobs.output_head import order_head
+from tandem.model.cpu.c_kernels import unavailable_reason
+from tandem.model.elementwise import Compiling, settle_compile_caches
+from tandem.model.load_model import load_model
+from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.model.lora.adapter import adapted_weights
-from tandem.model.lora.adapter_base import lasting_name
-from tandem.model.prepare_model import adapted, warm_up
-from tandem.model.torch_compile import Compiling, settle_compile_caches
+from tandem.model.model_folder import model_without_weights
+from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums
 from tandem.stages.training.context import Stage
 from tandem.stages.training.engine_setup import in_words
@@ -25,7 +27,7 @@ from tandem.stages.training.training_data import Records
 from tandem.train.token_budget import TokenBudget
 
 
-def make_policy(
+def set_up_model(
     stage: Stage, records: Records, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
@@ -41,11 +43,12 @@ def make_policy(
         )
     )
     backend, why = processes.on_all(
-        lambda: choose_backend(
-            stage.runtime.attention, base,
-            static_shapes=device.static_shapes, fused=device.fused_attention,
+        lambda: (
+            choose_static(stage.runtime.attention, base, fused=device.fused_attention)
+            if device.static_shapes
+            else choose_backend(stage.runtime.attention, base)
         )
-    )  # fmt: skip
+    )
     schedule = _schedule(stage, recorded, base, backend)
     _declare_shapes(stage, records, schedule)
     torch.set_num_threads(schedule["threads"])
@@ -59,42 +62,42 @@ def make_policy(
             "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
             "memory that is short"
         )
-    if device.is_host and (reason := why_not()):
+    if device.is_host and (reason := unavailable_reason()):
         stage.log(f"torch's own operators, no C kernels: {reason}")
-    base_name, revision = lasting_name(stage.base_name, stage.base)
-    model = processes.on_all(
-        lambda: adapted(
-            base,
-            stage.settings,
-            backend=backend,
-            dropout=stage.kind.dropout,
-            compiled=schedule["compiled"],
-            base_name=base_name,
-            seed=stage.seed,
-            log=stage.log,
-            added=stage.added,
-        )
+    preparation = Preparation(
+        added=stage.added,
+        attention=backend,
+        weights=stage.weights,
+        compiled=schedule["compiled"],
+        recomputed=stage.settings.gradient_checkpointing,
+        reordered=schedule["ordered_weights"],
     )
-    processes.on_all(
-        lambda: check_sums(stage.base, model_without_weights(stage.config), adapted_weights(model))
-    )
-    model.peft_config["default"].revision = revision
-    if schedule["ordered_weights"]:
-        order_weights(model)
-        order_head(model.get_base_model())
+    model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, stage.log))
+    if stage.weights.leaves == "adapter":
+        described = model_without_weights(stage.config)
+        processes.on_all(lambda: check_sums(stage.base, described, adapted_weights(model)))
     return model, schedule, budget
 
 
-def compile_policy(
+def compile_model(
     stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
 ) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
     settle_compile_caches(stage.log)
-    compiling = stage.engine.processes.on_all(
-        lambda: warm_up(model, dataset, stage.engine.device, seed=stage.seed)
-    )
+    device, compiling = stage.engine.device, Compiling()
+    # The model is not yet the engine's, which may watch every backward.
+    batches = [
+        collate([dataset[i]], [record_key(stage.seed, 0, i)]).to(device.torch_device)
+        for i in (0, len(dataset) - 1)
+    ]
+
+    def warm_up() -> None:
+        with torch.autocast(device.kind, device.autocast, enabled=device.autocast is not None):
+            compiling.warm_up(model, partial(sequence_logps, model), batches)
+
+    stage.engine.processes.on_all(warm_up)
     stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import find_ending
 from tandem.model.companion_files import write_ends
-from tandem.model.lora.adapter import save_adapter
 from tandem.stages.training.context import Stage
 from tandem.storage.atomic_files import atomic_folder, spelled
 from tandem.storage.hashing import hash_bytes
@@ -30,7 +29,7 @@ def save_adapter_folder(
     tokenizer, template = stage.tokenizer, stage.template
     with atomic_folder(stage.folder / "saving") as aside:
         if checkpoint is None:
-            save_adapter(model, aside, trained)
+            stage.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
         tokenizer.chat_template = template.saved

@@ -18,8 +18,8 @@ from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
-from tandem.model.load_model import model_folder
-from tandem.model.torch_compile import Compiling
+from tandem.model.elementwise import Compiling
+from tandem.model.model_folder import model_folder
 from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
@@ -33,7 +33,7 @@ from tandem.stages.training.context import Made, Stage, StageKind, Start
 from tandem.stages.training.engine_setup import start_engine
 from tandem.stages.training.fingerprint import resolved_inputs
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
-from tandem.stages.training.model_setup import compile_policy, make_policy
+from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
 from tandem.stages.training.trainer_setup import prepare_engine, take_steps
 from tandem.stages.training.training_data import Records, stage_records
@@ -148,7 +148,7 @@ def _run(
     if processes.count > 1:
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
-    model, schedule, budget = make_policy(stage, records, recorded)
+    model, schedule, budget = set_up_model(stage, records, recorded)
     if stage.template.now is not None:
         schedule[_DATE] = stage.template.now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
@@ -157,7 +157,7 @@ def _run(
     sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
     total = sampler.total_steps(settings)
     expected = processes.on_rank0(lambda: _estimate(stage, records, model, schedule, held))
-    compiled = compile_policy(stage, model, records.dataset, schedule)
+    compiled = compile_model(stage, model, records.dataset, schedule)
     progress, state = _begin(stage, model, total)
     doubts = unmeant(settings, steps=total, records=len(records.dataset), processes=processes.count)
     for doubt in doubts:
@@ -216,7 +216,7 @@ def _estimate(
 def _begin(stage: Stage, model: Any, total: int) -> tuple[RunState, dict[str, Tensor]]:
     """Where the run stands, and the optimizer's tensors; puts the adapter's weights there."""
     checkpoints, processes = stage.checkpoints(), stage.engine.processes
-    usable = partial(why_best_is_gone, best_adapters(stage.folder))
+    usable = partial(why_best_is_gone, best_adapters(stage.folder, stage.weights))
     newest = processes.on_rank0(lambda: checkpoints.newest(stage.log, usable))
     if newest is None:
         return RunState(), {}
@@ -256,6 +256,7 @@ def _objectives(
         + (", compiled" if schedule["compiled"] else ""),
         budget,
         stage.console,
+        stage.weights,
     )
     made = [stage.kind.make_objective(start)]
     if records.held_out is not None:
@@ -275,7 +276,7 @@ def _finish(
     compiled: Compiling,
     expected: StageEstimate | None,
 ) -> None:
-    best = best_adapters(stage.folder)
+    best = best_adapters(stage.folder, stage.weights)
     kept = None if progress.best_step is None else best.path_of(progress.best_step)
     outputs = save_adapter_folder(stage, model, trained, kept)
     warnings = [

@@ -8,9 +8,9 @@ from typing import Any
 
 from tandem.data.sources.rows import looks_like_path
 from tandem.errors import UserError
-from tandem.model.load_model import model_folder, require_model
 from tandem.model.lora.adapter_config import CONFIG, read_config_values
 from tandem.model.lora.adapter_folder import require_plain
+from tandem.model.model_folder import model_folder, require_model
 from tandem.storage.hashing import hash_weights
 from tandem.storage.manifest import read_manifest
 

@@ -1,8 +1,11 @@
-"""Norms and gated MLPs through torch.compile: each one's elementwise part as one kernel.
+"""Norms and gated MLPs whose elementwise part takes one pass over memory instead of five.
 
-What is compiled are functions of tensors, one for each kind of norm and gate, so that all layers
-share them, any number of rows takes the same code, and attention, adapters, dropout masks and
-activation checkpointing stay outside. Whole layers were tried, too: see docs/internals/engine.md.
+On CPU by the C kernels, or on any device by torch.compile. Modules stay in place under their names;
+only their forward is replaced, after one of the same class and width gave on random rows what the
+function gives: names and attributes alone would take Gemma's norm, which multiplies by 1 + weight,
+for Llama's. What is compiled are functions of tensors, one for each kind of norm and gate, so that
+all layers share them and any number of rows takes the same code. Whole layers were tried, too: see
+docs/internals/engine.md.
 """
 
 from __future__ import annotations
@@ -24,11 +27,96 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.errors import UserError
-from tandem.model.cpu.elementwise import epsilon_of
+from tandem.model.cpu.c_kernels import RmsNorm, SwiGlu, kernels, usable
 
 _PROBE_ROWS = 3
 # Relative difference from the module's own forward that a number format explains.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def fuse_elementwise(model: nn.Module) -> None:
+    """Send RMS norms and SiLU-gated MLPs through the C kernels where these can take them.
+
+    What the kernels do not take (other devices and number formats) goes the old way.
+    """
+    agreed: dict[tuple[type, int], bool] = {}
+    for module in model.modules():
+        fused = _kernel_forward(module)
+        if fused is None or "forward" in module.__dict__:
+            continue
+        # What the kernels take depends on the width.
+        kind = type(module), _weight(module).shape[-1]
+        if kind not in agreed:
+            agreed[kind] = _agree(module, fused)
+        if agreed[kind]:
+            module.forward = fused
+
+
+def _kernel_forward(module: nn.Module) -> Any:
+    if _is_norm(module):
+        return partial(_kernel_norm, module, module.forward)
+    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    if silu and all(isinstance(getattr(module, name, None), nn.Linear) for name in _PARTS):
+        return partial(_kernel_mlp, module, module.forward)
+    return None
+
+
+def _kernel_norm(module: Any, plain: Any, hidden: Tensor) -> Tensor:
+    weight, library = module.weight, kernels()
+    if weight.requires_grad or not usable(library, hidden, weight):
+        result: Tensor = plain(hidden)
+        return result
+    normed: Tensor = RmsNorm.apply(library, hidden, weight, _epsilon(module))
+    return normed
+
+
+def _kernel_mlp(module: Any, plain: Any, hidden: Tensor) -> Tensor:
+    library = kernels()
+    if not usable(library, hidden):
+        result: Tensor = plain(hidden)
+        return result
+    gated = SwiGlu.apply(library, module.gate_proj(hidden), module.up_proj(hidden))
+    down: Tensor = module.down_proj(gated)
+    return down
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """A norm's epsilon; None for a module that is no norm with a weight and one."""
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return float(found) if isinstance(found, float) and hasattr(module, "weight") else None
+
+
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    return weight
+
+
+def _probe_rows(width: int) -> Tensor:
+    """Random rows [1, 3, width], made on the CPU for the same numbers everywhere."""
+    return torch.randn(1, _PROBE_ROWS, width, generator=torch.Generator().manual_seed(0))
+
+
+def _agree(module: nn.Module, fused: Any) -> bool:
+    """Whether a module and its fused form give the same for a few random rows.
+
+    Only where the fused form takes the kernel: on the old way a module would agree with itself.
+    """
+    weight = _weight(module)
+    rows = _probe_rows(weight.shape[-1])
+    if not usable(kernels(), rows, weight):
+        return False
+    trained = weight.requires_grad
+    weight.requires_grad_(False)
+    with torch.no_grad():
+        wanted, found = module(rows), fused(rows)
+    weight.requires_grad_(trained)
+    tolerance = _TOLERANCE[torch.float32]
+    return bool(torch.allclose(found, wanted, rtol=tolerance, atol=tolerance))
 
 
 def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
@@ -67,8 +155,7 @@ def settle_compile_caches(log: Callable[[str], None]) -> None:
 def compile_elementwise(model: nn.Module) -> int:
     """Send RMS norms and gated MLPs through compiled functions; returns how many modules.
 
-    Modules stay in place under their names, only their forward is replaced, that of the C kernels
-    as well. A module is only taken after it gave, on random rows, what the function gives.
+    A forward of the C kernels is replaced as well.
 
     Raises UserError for a model without any such module.
     """
@@ -151,13 +238,35 @@ def _graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _norm(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
+def _choose(module: nn.Module) -> Any:
+    """How to take a module, and the function that is its elementwise part; None for others."""
+    anything: Any = module
+    if _is_norm(module):
+        width, take = anything.weight.shape[-1], _compiled_norm
+        functions: tuple[Any, ...] = (_rms, _rms_cast_last, _rms_from_one)
+    elif all(isinstance(getattr(module, name, None), nn.Module) for name in _PARTS):
+        width, take = anything.gate_proj.in_features, _compiled_mlp
+        functions = (_silu_gate, _gelu_gate)
+    else:
+        return None
+    weight = next(module.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    # Random rows: norms' weights of one would hide the difference.
+    rows = _probe_rows(width).to(weight.device, dtype)
+    with torch.no_grad():
+        wanted = module(rows).float()
+        off = {f: float((take(module, f, f, rows) - wanted).abs().max()) for f in functions}
+    best = min(functions, key=lambda function: off[function])
+    return (take, best) if off[best] <= _TOLERANCE[dtype] * float(wanted.abs().max()) else None
+
+
+def _compiled_norm(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, epsilon_of(module))
+    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, _epsilon(module))
     return found.view(hidden.shape)
 
 
-def _mlp(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
+def _compiled_mlp(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
     gate, up = module.gate_proj(hidden), module.up_proj(hidden)
     rows = gate.reshape(-1, gate.shape[-1])
     gated = _by_rows(compiled, plain, rows)(rows, _marked(up.reshape(rows.shape)))
@@ -202,29 +311,3 @@ def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
-
-
-def _choose(module: nn.Module) -> Any:
-    """How to take a module, and the function that is its elementwise part; None for others."""
-    anything: Any = module
-    if type(module).__name__.endswith("RMSNorm") and epsilon_of(module) is not None:
-        width, take = anything.weight.shape[-1], _norm
-        functions: tuple[Any, ...] = (_rms, _rms_cast_last, _rms_from_one)
-    elif all(isinstance(getattr(module, n, None), nn.Module) for n in _PARTS):
-        width, take = anything.gate_proj.in_features, _mlp
-        functions = (_silu_gate, _gelu_gate)
-    else:
-        return None
-    weight = next(module.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # On the CPU for the same numbers everywhere; norms' weights of one would hide the difference.
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, _PROBE_ROWS, width, generator=generator).to(weight.device, dtype)
-    with torch.no_grad():
-        wanted = module(rows).float()
-        off = {f: float((take(module, f, f, rows) - wanted).abs().max()) for f in functions}
-    best = min(functions, key=lambda function: off[function])
-    return (take, best) if off[best] <= _TOLERANCE[dtype] * float(wanted.abs().max()) else None
-
-
-_PARTS = ("gate_proj", "up_proj", "down_proj")

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.model.lora import adapter_base
-from tandem.model.lora.adapter_base import find_base, lasting_name
+from tandem.model import base_model
+from tandem.model.base_model import find_base, lasting_name
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_weights
 
@@ -114,7 +114,7 @@ def test_a_run_that_was_moved_as_a_whole_is_found_by_its_hash(home: Path, tmp_pa
 def test_a_folder_that_is_gone_is_said_to_be(
     home: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_base, "model_folder", None)  # never asked
+    monkeypatch.setattr(base_model, "model_folder", None)  # never asked
     with pytest.raises(UserError, match=f"an adapter of {name}, and that folder is gone"):
         find_base(named(home, name))
 
@@ -126,7 +126,7 @@ def test_what_may_be_a_hub_id_says_both(home: Path, monkeypatch: pytest.MonkeyPa
         asked.append((name, revision))
         raise UserError(f"model {name} cannot be fetched.")
 
-    monkeypatch.setattr(adapter_base, "model_folder", model_folder)
+    monkeypatch.setattr(base_model, "model_folder", model_folder)
     adapter = named(home, "some/tiny", revision="0" * 40)
     with pytest.raises(UserError, match=r"no such folder in .*; and as a Hub id: model some/tiny"):
         find_base(adapter)

@@ -1,1 +1,0 @@
-"""An adapter into its base, and the check of what came out."""

@@ -1,0 +1,60 @@
+"""What of a model is trained, saved and switched off: one class for each kind of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Log = Callable[[str], None]
+
+
+class TrainedWeights(Protocol):
+    """One kind of training; `lora.adapter.LoraWeights` is one."""
+
+    @property
+    def leaves(self) -> Literal["adapter", "model"]:
+        """What `save` writes: an adapter, which a merge follows, or a whole model."""
+        ...
+
+    def attach(
+        self, model: Any, *, unreached: Sequence[str], added_ids: Sequence[int], log: Log
+    ) -> Any:
+        """Make a loaded model trainable: afterwards exactly what is trained requires a gradient.
+
+        Args:
+            model: a transformers causal language model; its attention is set.
+            unreached: linear layers that the model does not call, see `adapter.unreached_layers`.
+            added_ids: tokens whose embeddings are trained as well; their rows are there.
+            log: told what is left out.
+        """
+        ...
+
+    def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write what is trained into an existing folder.
+
+        Args:
+            model: as `attach` returned it; its own weights may be spread over processes.
+            folder: gets the files.
+            tensors: the trained weights, whole, by the names of `trainable_parameters`.
+        """
+        ...
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Put the trained weights back to what `save` wrote, bit for bit."""
+        ...
+
+    def reference(self, model: Any) -> AbstractContextManager[None] | None:
+        """A context in which the model computes as it did before training, without dropout.
+
+        None where it cannot: its log-probs would have to come from a second model.
+        """
+        ...
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that the optimizer moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
