@@ -44,10 +44,7 @@ DEBTS: set[tuple[str, str]] = {
     ("check/inputs.py", "pipeline"),
     ("plan/plan_recipe.py", "pairs"),
     ("plan/plan_recipe.py", "pipeline"),
-    ("runtime/device.py", "integrations"),
-    ("runtime/device.py", "recipe"),
     ("stages/training/train_stage.py", "plan"),
-    ("train/engines/engine.py", "integrations"),
 }
 
 # Third-party packages with one home each.
@@ -130,13 +127,17 @@ def test_third_parties_stay_at_home(path: Path) -> None:
 
 def test_vendors_have_one_home() -> None:
     """Which device there is, is asked in one place; models choose kernels by it."""
-    homes = {"runtime/device.py", "integrations/gaudi/bridge.py"}
+    homes = {
+        "runtime/device.py",
+        "integrations/choose.py",
+        "integrations/gaudi/bridge.py",
+        "integrations/gaudi/gaudi_device.py",
+    }
     named = re.compile(r"torch\.(cuda|xpu|hpu|mps)\b|habana_frameworks|torch\.backends\.(cuda|mps)")
     found = {
         _name(path)
         for path in modules()
-        if named.search(path.read_text())
-        and not _name(path).startswith(("model/", "integrations/gaudi/attention.py"))
+        if named.search(path.read_text()) and not _name(path).startswith("model/")
     }
     assert found == homes
 

@@ -17,7 +17,7 @@ from tandem.errors import UserError
 from tandem.evaluate import harness
 from tandem.evaluate.eval_model import find_eval_model
 from tandem.evaluate.harness_tasks import TaskSettings, harness_model
-from tandem.runtime.device import choose_device
+from tandem.integrations.choose import choose_device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
 from .desk import Desk

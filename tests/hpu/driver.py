@@ -1,7 +1,7 @@
 """What runs under the stub bridge, in a process of its own: stages, watched; prints JSON.
 
 `python -m tests.hpu.driver FOLDER MODE` with the stub on PYTHONPATH. Only the standard library is
-imported before `prepare_gaudi`, as in a command.
+imported before `prepare_devices`, as in a command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # What a host must wait for, as operators and as functions on tensors.
@@ -145,13 +146,15 @@ def install(watch: Watch) -> None:
 
 def main(folder: Path, mode: str) -> dict[str, Any]:
     """Run both stages on the stub's HPU, eager or lazy."""
-    from tandem.cli.environment import prepare_gaudi
+    from tandem.cli.environment import prepare_devices
 
     lazy = mode == "lazy"
-    notices = prepare_gaudi(lazy=lazy)
+    # As a command does it, before torch and pydantic are there.
+    hpu_section = SimpleNamespace(lazy_mode=lazy)
+    notices = prepare_devices(SimpleNamespace(hpu=hpu_section))
     early = "torch" not in sys.modules
+    from tandem.integrations.choose import choose_device
     from tandem.recipe.run_settings import HpuSettings, Runtime
-    from tandem.runtime.device import choose_device
 
     hpu = HpuSettings(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
     device = choose_device("auto", "auto", hpu)

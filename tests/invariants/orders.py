@@ -42,7 +42,7 @@ from tandem.stages.sft import run_sft
 from tandem.train import reference_logps
 from tandem.train import step as micro_batches
 from tandem.train.engines.engine import Engine
-from tandem.train.engines.optimizer_state import whole as in_one_piece
+from tandem.train.optimizers import whole as in_one_piece
 from tandem.train.trainer import Training
 
 from ..stages.made_inputs import WORDS, make_model_folder
@@ -273,12 +273,12 @@ def _lay_out(patch: pytest.MonkeyPatch, order: Order) -> None:
 
 def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
     def step(self: Engine, rate: float) -> float:
-        self.strategy.reduce()
-        gradients = whole_gradients(self.strategy)
+        self._reduce()
+        gradients = whole_gradients(self)
         if not (folder / "gradients.safetensors").exists():
             folder.mkdir(exist_ok=True)
             save_file(gradients, folder / "gradients.safetensors")
-        norm: float = self.strategy.apply(rate)
+        norm = self._apply(rate)
         with (folder / "norms.txt").open("a") as file:
             file.write(f"{norm!r}\n")
         return norm
@@ -286,17 +286,17 @@ def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(Engine, "step", step)
 
 
-def whole_gradients(strategy: Any) -> dict[str, Tensor]:
+def whole_gradients(engine: Any) -> dict[str, Tensor]:
     """A step's gradients, summed over processes and whole, before they are applied."""
-    if strategy.name in ("single", "ddp"):
+    if engine.name in ("single", "ddp"):
         return {
-            n: g.clone() for n, g in zip(strategy.parameters, strategy.gradients.views, strict=True)
+            n: g.clone() for n, g in zip(engine.parameters, engine.gradients.views, strict=True)
         }
-    if strategy.name == "fsdp2":
-        return {n: in_one_piece(p.grad).clone() for n, p in strategy.parameters.items()}
+    if engine.name == "fsdp2":
+        return {n: in_one_piece(p.grad).clone() for n, p in engine.parameters.items()}
     from deepspeed.utils import safe_get_full_grad
 
-    return {n: safe_get_full_grad(p).clone() for n, p in strategy.parameters.items()}
+    return {n: safe_get_full_grad(p).clone() for n, p in engine.parameters.items()}
 
 
 def leak_to_the_neighbour(batch: MicroBatch) -> MicroBatch:

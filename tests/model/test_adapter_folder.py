@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import find_eval_model
 from tandem.evaluate.own_measures import OwnMeasures
+from tandem.integrations.choose import choose_device
 from tandem.model.load_model import load_adapter, load_for_inference, load_model
 from tandem.model.lora.adapter_folder import read_updates, whole_weights
 from tandem.model.merge_weights import merge_shards
 from tandem.model.model_folder import load_config, model_without_weights
 from tandem.recipe.run_settings import Runtime
-from tandem.runtime.device import choose_device
 from tandem.stages.merge import run_merge
 
 from ..stages.made_inputs import make_model_folder

@@ -14,16 +14,16 @@ from tandem.data.batching.packing import pack
 from tandem.data.ledger import Ledger
 from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.integrations.choose_engine import choose_strategy
+from tandem.integrations.choose import choose_device, choose_engine
 from tandem.model.load_model import load_model
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings
-from tandem.runtime.device import choose_device
 from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
+from tandem.train.engines.replicated import ReplicatedEngine
 from tandem.train.losses.objectives import Objective
 
 from .plain import ALPHA, RANK
@@ -56,8 +56,7 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "se
 def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
-    single = choose_strategy("single", device="cpu", processes=1)
-    engine = Engine(device, ProcessGroup(Launch()), single)
+    engine = choose_engine("single", device, ProcessGroup(Launch()))
     engine.prepare(model, torch.optim.SGD, None)
     return engine
 
@@ -90,8 +89,7 @@ def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -
         engine.backward(part.loss / denominator, last=False)
         for name, value in part.sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    for parameter, gradient in zip(
-        engine.strategy.parameters.values(), engine.strategy.gradients.views, strict=True
-    ):
+    assert isinstance(engine, ReplicatedEngine)
+    for parameter, gradient in zip(engine.parameters.values(), engine.gradients.views, strict=True):
         parameter.grad = gradient
     return objective.metrics(sums)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem.integrations.choose import choose_device
 from tandem.plan import rate
 from tandem.plan.rate import FIGURES, Measured, RateKey, recorded_rate, remember
-from tandem.runtime.device import choose_device
 
 HERE = RateKey("sft", "cpu", "float32", 1_000_000, 1, "single")
 

@@ -10,6 +10,7 @@ import pytest
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.records import Branch, Example, Origin
+from tandem.integrations.choose import choose_device
 from tandem.plan.stage_estimate import StageSetup
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
@@ -20,12 +21,12 @@ from tandem.recipe.training_settings import (
     SftSettings,
     ValidationSettings,
 )
-from tandem.runtime.device import attention_weight, choose_device
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
 from tandem.stages.training.training_data import prepared_records, stage_records
 from tandem.storage.atomic_files import read_json
+from tandem.train.token_budget import attention_weight
 
 from ..stages.made_inputs import QUIET
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from tandem.integrations.choose import choose_device
 from tandem.model.cpu.onednn_linear import bytes_to_order, order_weights, ordered_bytes
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.output_head import order_head
@@ -27,7 +28,6 @@ from tandem.plan.workload import Workload
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
-from tandem.runtime.device import choose_device
 from tandem.stages.sft import run_sft
 from tandem.stages.training import context, train_stage
 from tandem.storage.atomic_files import read_json

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tandem.errors import UserError
-from tandem.integrations.choose_engine import choose_strategy
-from tandem.integrations.deepspeed.ds_config import Settled, own_config, read_config
+from tandem.integrations.choose import choose_engine
+from tandem.integrations.deepspeed.ds_config import own_config, read_config
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import SftSettings
+from tandem.runtime.device import Device
+from tandem.runtime.launch import Launch
+from tandem.runtime.process_group import ProcessGroup
+from tandem.train.engines.engine import Engine
 
-SETTLED = Settled(
+SETTINGS = SftSettings(
+    data=(DataSource(path="x"),),
     batch_size=64,
-    processes=8,
-    max_grad_norm=1.0,
-    dtype="bfloat16",
     learning_rate=1e-4,
-    betas=(0.9, 0.999),
-    epsilon=1e-6,
-    weight_decay=0.0,
-    scheduler="cosine",
+    adam_epsilon=1e-6,
     warmup_steps=100,
     max_steps=1000,
 )
+RECIPE = (SETTINGS, "bfloat16", 8)
 # As the public tutorial's repository has it.
 SEED: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -43,6 +46,17 @@ SEED: dict[str, Any] = {
 }
 
 
+def chosen(name: str, count: int, weights: torch.dtype = torch.float32) -> Engine:
+    """The engine of a name in the first of some processes, without the others."""
+    cpu = torch.device("cpu")
+    taken = SimpleNamespace(device=cpu, process_index=0, num_processes=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tandem.train.engines.engine.Accelerator", lambda **_: taken)
+        return choose_engine(
+            name, Device(cpu, weights), ProcessGroup(Launch(0, count, 0, count)), SETTINGS
+        )
+
+
 def written(folder: Path, config: Any) -> Path:
     path = folder / "ds_config.json"
     path.write_text(json.dumps(config))
@@ -50,15 +64,13 @@ def written(folder: Path, config: Any) -> Path:
 
 
 def test_the_seeds_file_agrees_with_the_seeds_recipe(tmp_path: Path) -> None:
-    config = read_config(written(tmp_path, SEED), SETTLED)
+    config = read_config(written(tmp_path, SEED), *RECIPE)
     assert config["zero_optimization"] == SEED["zero_optimization"]
     # What a step is stays with the recipe, precision and clipping as well.
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
     assert not config.keys() & {"train_batch_size", "bf16", "gradient_clipping"}
-    strategy = choose_strategy(
-        str(tmp_path / "ds_config.json"), device="cpu", processes=8, settled=SETTLED
-    )
-    assert (strategy.name, strategy.sharded) == ("deepspeed-zero2", False)
+    engine = chosen(str(tmp_path / "ds_config.json"), 8, torch.bfloat16)
+    assert (engine.name, engine.sharded) == ("deepspeed-zero2", False)
 
 
 def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
         },
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
     }
-    config = read_config(written(tmp_path, same), SETTLED)
+    config = read_config(written(tmp_path, same), *RECIPE)
     assert config["zero_optimization"] == same["zero_optimization"]
 
 
@@ -122,15 +134,15 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
 )
 def test_conflicts_name_both_values(tmp_path: Path, change: dict[str, Any], both: str) -> None:
     with pytest.raises(UserError, match="contradict each other") as caught:
-        read_config(written(tmp_path, {**SEED, **change}), SETTLED)
+        read_config(written(tmp_path, {**SEED, **change}), *RECIPE)
     assert both in str(caught.value)
 
 
 def test_no_clipping_is_zero_for_deepspeed(tmp_path: Path) -> None:
     path = written(tmp_path, {**SEED, "gradient_clipping": 0.0})
-    read_config(path, replace(SETTLED, max_grad_norm=None))
+    read_config(path, SETTINGS.model_copy(update={"max_grad_norm": None}), *RECIPE[1:])
     with pytest.raises(UserError, match=r"gradient_clipping 0\.0, max_grad_norm 1\.0"):
-        read_config(path, SETTLED)
+        read_config(path, *RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -148,26 +160,26 @@ def test_no_clipping_is_zero_for_deepspeed(tmp_path: Path) -> None:
 )
 def test_files_that_are_none(tmp_path: Path, config: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        read_config(written(tmp_path, config), SETTLED)
+        read_config(written(tmp_path, config), *RECIPE)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     for name in ("broken.json", "absent.json"):
         with pytest.raises(UserError, match=f"{name} cannot be read as JSON"):
-            read_config(tmp_path / name, SETTLED)
+            read_config(tmp_path / name, *RECIPE)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_by_name(stage: int) -> None:
-    strategy = choose_strategy(f"deepspeed-zero{stage}", device="cpu", processes=2)
-    assert strategy.name == f"deepspeed-zero{stage}"
-    assert strategy.sharded == (stage == 3)
+    engine = chosen(f"deepspeed-zero{stage}", 2)
+    assert engine.name == f"deepspeed-zero{stage}"
+    assert engine.sharded == (stage == 3)
     assert own_config(stage)["zero_optimization"] == {"stage": stage}
 
 
 def test_single_refuses_several_processes() -> None:
     with pytest.raises(UserError, match="engine: single was asked for, but a launcher started 2"):
-        choose_strategy("single", device="cpu", processes=2)
-    assert choose_strategy("auto", device="cpu", processes=2).name == "ddp"
-    assert choose_strategy("auto", device="cpu", processes=1).name == "single"
+        chosen("single", 2)
+    assert chosen("auto", 2).name == "ddp"
+    assert chosen("auto", 1).name == "single"

@@ -34,9 +34,8 @@ def test_it_waits_in_the_runs_own_group(stage: int, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.distributed, "new_group", refuse)
     model = torch.nn.Linear(8, 8)
-    engine = start_engine(
-        model, dict(model.named_parameters()), torch.optim.AdamW, own_config(stage), 1.0, "cpu"
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = start_engine(model, optimizer, own_config(stage), "cpu")
     engine.backward(engine(torch.ones(3, 8)).sum())
     engine.step()
     assert engine.get_global_grad_norm() > 0

@@ -12,8 +12,8 @@ def chat(argv: list[str]) -> int:
     """Talk to one model, or to several side by side."""
     arguments = _chat_parser().parse(argv)
     from tandem.chat.session import run_chat
+    from tandem.integrations.choose import choose_device
     from tandem.runtime.console import result_console
-    from tandem.runtime.device import choose_device
 
     device = choose_device(arguments.device, "auto")
     run_chat(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tandem.integrations.gaudi.bridge import bridge_installed, set_modes
 
 
-def prepare_gaudi(*, lazy: bool) -> tuple[str, ...]:
-    """Set the mode of Gaudi cards where there may be some; call it before torch is imported.
+def prepare_devices(run: Any) -> tuple[str, ...]:
+    """Set what devices read when torch is imported; call it before.
+
+    Args:
+        run: a recipe or a stage's settings, which say how the devices run.
 
     Returns a line for the user about what the environment said otherwise, if it did.
     """
-    notice = set_modes(lazy=lazy) if bridge_installed() else None
+    notice = set_modes(lazy=run.hpu.lazy_mode) if bridge_installed() else None
     return () if notice is None else (notice,)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.cli.environment import prepare_gaudi
+from tandem.cli.environment import prepare_devices
 from tandem.cli.parser import Parser, output_folder, path, seed
 from tandem.recipe.flags import DEVICES, DTYPES
 
@@ -40,7 +40,7 @@ def pairs(argv: list[str]) -> int:
     from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
-    for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
+    for notice in prepare_devices(recipe):
         console.print(notice, markup=False, soft_wrap=True)
     from tandem.pairs.make_pairs import run_pairs
     from tandem.recipe.run_settings import runtime_of

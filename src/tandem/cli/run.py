@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import prepare_gaudi
+from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, output_folder
 from tandem.runtime.launch import launched
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     from tandem.runtime.console import notice_console
 
     console = notice_console()
-    for notice in prepare_gaudi(lazy=recipe.hpu.lazy_mode):
+    for notice in prepare_devices(recipe):
         console.print(notice, markup=False, soft_wrap=True)
     from tandem.pipeline.run_pipeline import run_pipeline
 

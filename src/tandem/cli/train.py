@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import prepare_gaudi
+from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_flag, output_folder, path
 from tandem.integrations.gaudi.bridge import bridge_installed
@@ -88,7 +88,7 @@ def _train(stage: Stage, argv: list[str]) -> int:
     from tandem.runtime.console import notice_console
 
     console = notice_console()
-    for notice in (*prepare_gaudi(lazy=call.hpu.lazy_mode), *call.notices):
+    for notice in (*prepare_devices(call), *call.notices):
         console.print(notice, markup=False, soft_wrap=True)
     if dry_run:
         if launched().speaks:
@@ -155,7 +155,7 @@ def _dtype(call: StageCall, console: Console) -> str:
     """The dtype of the weights; --bf16 means bfloat16 where there is hardware for it."""
     if not call.bf16 or call.dtype != "auto":
         return call.dtype
-    from tandem.runtime.device import choose_device
+    from tandem.integrations.choose import choose_device
 
     if choose_device(call.device, "auto").autocast is not None:
         return "bfloat16"

@@ -35,11 +35,12 @@ from tandem.evaluate.scores import (
 )
 from tandem.evaluate.suites import Task, TaskSelection
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
+from tandem.integrations.choose import device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.result_warnings import evaluation_warnings
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, choose_device
+from tandem.runtime.device import Device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
@@ -102,7 +103,7 @@ def run_evaluation(
         name: resolve_sources(getattr(settings, name), output_dir.parent, seed) for name in _OWN
     }
     data = {name: data_identity(named) for name, named in sources.items()}
-    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    device = device_of(runtime)
     inputs = {
         "models": {model.label: model.identity for model in eval_models},
         **data,

@@ -30,7 +30,6 @@ from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import EvalModel
 from tandem.evaluate.scores import ModelScores, Score, per_item
-from tandem.integrations.gaudi.attention import choose_static
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
@@ -42,8 +41,9 @@ from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, pr
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device, token_budget
+from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
+from tandem.train.token_budget import token_budget
 
 _NO_LIMIT = 2**31
 
@@ -83,11 +83,8 @@ class OwnMeasures:
         self.device = device
         config = model.config
         self._base = model.load_base(device)
-        self.backend, why = (
-            choose_static(runtime.attention, self._base, fused=False)
-            if device.static_shapes
-            else choose_backend(runtime.attention, self._base)
-        )
+        own = device.attention(runtime.attention, self._base)
+        self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         prepare_model(self._base, FOR_ANSWERS, Preparation())

@@ -17,6 +17,7 @@ from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure, Reply, open_server
+from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
 from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
@@ -26,7 +27,6 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log
-from tandem.runtime.device import choose_device
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
 from tandem.storage.manifest import check_made
@@ -109,7 +109,7 @@ class LocalGenerator:
         folder, runtime = model_folder(self._name), self._runtime
         check_made(folder, lambda text: log(console, f"pairs: {text}", style="yellow"))
         self._console = console
-        device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+        device = device_of(runtime)
         self._tokenizer = load_tokenizer(folder)
         self._template = resolve_template(self._tokenizer, None)
         self._stops = all_stop_ids(folder, self._tokenizer, self._template)

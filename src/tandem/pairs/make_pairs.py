@@ -17,6 +17,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
+from tandem.integrations.choose import device_of
 from tandem.pairs.filters import (
     Candidate,
     Filters,
@@ -34,7 +35,6 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import choose_device
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
@@ -140,7 +140,7 @@ def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | Non
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
-    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    device = device_of(runtime)
     computed = {"dtype": device.dtype_name, "device": device.kind}
     # To vLLM, auto is the dtype that the model's files say.
     return computed if settings.vllm is None else {**computed, "vllm_dtype": runtime.dtype}

@@ -18,6 +18,7 @@ from tandem.data.tokenize.chat_template import render, resolve_template, tokeniz
 from tandem.data.tokenize.template_omissions import omissions_of
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure, open_server
+from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import rows_of
 from tandem.model.model_folder import context_length, load_tokenizer, model_folder, require_model
 from tandem.pairs.generators import check_local_model
@@ -25,7 +26,6 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import Runtime
 from tandem.runtime.console import log
-from tandem.runtime.device import choose_device
 from tandem.storage.hashing import hash_json, hash_weights
 
 QUESTION = """\
@@ -121,7 +121,7 @@ class RewardModel:
     def open(self, console: Console) -> None:  # noqa: ARG002
         """Load the model; raises UserError for one that is no reward model."""
         folder = model_folder(self._name)
-        device = choose_device(self._runtime.device, self._runtime.dtype, self._runtime.hpu)
+        device = device_of(self._runtime)
         model = _load_classifier(folder, device.weights)
         self._tokenizer = load_tokenizer(folder)
         if not getattr(self._tokenizer, "chat_template", None):

@@ -135,7 +135,7 @@ def run_pipeline(
 
 def _joined(recipe: Recipe) -> ProcessGroup:
     """The processes that a launcher started, in contact with each other."""
-    from tandem.runtime.device import choose_device
+    from tandem.integrations.choose import choose_device
     from tandem.runtime.launch import launched
     from tandem.runtime.process_group import ProcessGroup, join
 

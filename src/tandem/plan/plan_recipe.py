@@ -19,6 +19,7 @@ from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.chat_template import ChatTemplate
 from tandem.errors import UserError
+from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.model_folder import model_folder
 from tandem.pairs.pairs_file import made_pairs
@@ -42,11 +43,12 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
-from tandem.runtime.device import Device, choose_device, token_budget
+from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.fingerprint import model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import Records, stage_records
+from tandem.train.token_budget import token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5

@@ -14,9 +14,10 @@ from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
 from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import Device, activation_bytes, attention_weight
+from tandem.runtime.device import Device
 from tandem.stages.training.context import Stage
 from tandem.stages.training.training_data import Records
+from tandem.train.token_budget import activation_bytes, attention_weight
 
 ENGINES = ("single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 # Those that spread the weights over the processes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,9 @@ class LoraSettings(Section):
 
 class TrainingSettings(Section):
     """What both training stages share. `batch_size` is global: examples per optimizer step."""
+
+    # No key of a recipe yet: see `train.optimizers.OPTIMIZERS`.
+    optimizer: ClassVar[str] = "adamw"
 
     data: Sources = Field(
         min_length=1,

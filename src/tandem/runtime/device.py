@@ -1,42 +1,30 @@
-"""The device a run uses: the only place that tells vendors apart, kernels in `model` aside."""
+"""The device a run uses, and what it can do; `integrations/choose.py` chooses one."""
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 
 from tandem.errors import TandemError, UserError
-from tandem.integrations.gaudi import bridge
-from tandem.integrations.gaudi.attention import fused_kernel
-from tandem.recipe.run_settings import HpuSettings
 from tandem.runtime.launch import launched
 
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
 # What carries gradients between processes; gloo elsewhere.
-_BACKENDS = {"hpu": "hccl", "cuda": "nccl", "xpu": "xccl"}
-# In this order `auto` takes the first that is there.
-_AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
-# Without AMX, bfloat16 products are slower than float32 ones on CPUs.
-_HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
-# Share of the free memory that a micro-batch's activations may take.
-_ACTIVATION_SHARE = 0.4
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 # Past this many rows, larger products gain nothing on CPU but leave the caches.
 _CPU_ROWS = 2048
 _GPU_ROWS = 32768
-# Where attention runs under an explicit mask, its scores grow with the square of the rows.
-_MASKED_ROWS = 4096
 
 
 def most_resident() -> int:
@@ -50,29 +38,55 @@ def most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class BatchShapes(Protocol):
+    """The shapes that every micro-batch of a run is filled up to."""
+
+    def fill(self, batch: Any) -> Any:
+        """The same micro-batch (`data.batching.collate.MicroBatch`) in one of the shapes."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What a device may look at before it declares shapes.
+
+    Attributes:
+        data, held_out: the encoded records to train on and to score, None for no such records.
+        sampler: which of `data` a step has (`data.batching.sampler.StepSampler`).
+        max_length: tokens of a sequence.
+        budget: tokens of a micro-batch, as the run would choose it.
+        requested: the recipe's `tokens_per_microbatch`.
+        log: takes lines for the console.
+    """
+
+    data: Any
+    held_out: Any
+    sampler: Any
+    max_length: int
+    budget: int
+    requested: int | Literal["auto"]
+    log: Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Device:
-    """A resolved device.
+    """A resolved device; a subclass of another package may replace any of its methods.
 
     `weights` is the dtype of the frozen weights; adapters are float32 and, where the weights are
-    narrower, work under autocast to `weights`. `lazy` is Gaudi's lazy mode, `fused_adamw` and
-    `fused_attention` whether Habana's own kernels were asked for, and are there.
+    narrower, work under autocast to `weights`.
     """
 
     torch_device: torch.device
     weights: torch.dtype
-    lazy: bool = False
-    fused_adamw: bool = False
-    fused_attention: bool = False
 
     @property
     def backend(self) -> str:
-        """What carries gradients between processes on it: hccl, nccl, xccl or gloo."""
+        """What carries gradients between processes on it: nccl, xccl or gloo."""
         return _BACKENDS.get(self.kind, "gloo")
 
     @property
     def kind(self) -> str:
-        """hpu, cuda, xpu, mps or cpu."""
+        """The type that torch calls it by: cuda, xpu, mps or cpu."""
         return self.torch_device.type
 
     @property
@@ -89,7 +103,7 @@ class Device:
     def sums(self) -> torch.dtype:
         """What log-probs are summed in: float64 where there is such a thing.
 
-        MPS and Gaudi have none, and of Intel's GPUs the Arc A series has none.
+        MPS has none, and of Intel's GPUs the Arc A series has none.
         """
         if self.kind in ("cpu", "cuda"):
             return torch.float64
@@ -98,32 +112,46 @@ class Device:
         return torch.float32
 
     @property
-    def static_shapes(self) -> bool:
-        """Whether every new shape compiles a graph, so that only declared ones may be met."""
-        return self.kind == "hpu"
-
-    @property
     def is_host(self) -> bool:
         """Whether it is the processor itself, which has kernels and weight orders of its own."""
         return self.kind == "cpu"
 
     @property
-    def adamw(self) -> type[torch.optim.Optimizer]:
-        """The AdamW that steps on it."""
-        found: type[torch.optim.Optimizer] = (
-            bridge.fused_adamw() if self.fused_adamw else torch.optim.AdamW
-        )
-        return found
-
-    @property
     def graphs(self) -> str:
         """How operations become kernels on it, in a word: other graphs round differently."""
-        return "torch, lazy graphs" if self.lazy else "torch"
+        return "torch"
+
+    @property
+    def free_shapes(self) -> bool:
+        """Whether micro-batches of any shape may be met, not only declared ones."""
+        return True
+
+    @property
+    def most_rows(self) -> int:
+        """Rows beyond which a larger micro-batch gains nothing."""
+        return _CPU_ROWS if self.is_host else _GPU_ROWS
+
+    def attention(self, requested: str, model: Any) -> tuple[str, str] | None:
+        """The attention backend that this device needs and why; None: any that fits the model.
+
+        Args:
+            requested: the recipe's attention.
+            model: on the device, without an adapter.
+        """
+        del requested, model
+        return None
+
+    def optimizer(self, name: str) -> type[torch.optim.Optimizer] | None:
+        """The device's own form of an optimizer; None: torch's."""
+        del name
+        return None
+
+    def batch_shapes(self, request: BatchRequest) -> tuple[BatchShapes | None, int]:
+        """The shapes that micro-batches are filled up to, None for any, and the token budget."""
+        return None, request.budget
 
     def step_boundary(self) -> None:
-        """After each backward and each optimizer step: in lazy mode, launch what was gathered."""
-        if self.lazy:
-            bridge.mark_step()
+        """Called after each backward and each optimizer step."""
 
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that a clock means something."""
@@ -168,67 +196,19 @@ class Device:
         return getattr(torch, self.kind)
 
 
-def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> Device:
-    """Resolve `auto`; an explicit choice wins and fails when it is not there.
-
-    Args:
-        device: auto, cpu, cuda, hpu, xpu or mps.
-        dtype: auto, float32, bfloat16, float16 (float64 for tests).
-        hpu: the mode that Gaudi cards run in, and the kernels of Habana's that are asked for; None
-            takes the mode that is set, and none of the kernels.
-
-    Raises UserError with the reason for a device this machine lacks, for a dtype that it lacks,
-    and for more processes than it has.
-    """
-    lazy = None if hpu is None else hpu.lazy_mode
-    kind = device
-    if device == "auto":
-        kind = next(k for k in _AUTO if _why_not(k, lazy) is None)
-    elif reason := _why_not(device, lazy):
-        raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
-    if dtype == "auto":
-        dtype = "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
-    # transformers imports DeepSpeed where it is installed, which would look for a device by itself.
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    chosen = Device(torch.device(_numbered(kind)), _DTYPES[dtype])
-    if chosen.weights == torch.float64 and chosen.sums != torch.float64:
-        raise UserError(f"dtype: float64 does not exist on {kind}; use device: cpu")
-    return _with_kernels(chosen, hpu or HpuSettings()) if kind == "hpu" else chosen
-
-
-def _with_kernels(device: Device, hpu: HpuSettings) -> Device:
-    """A Gaudi card with what its section asks for; raises UserError for what is missing."""
-    if hpu.fused_optimizer:
-        bridge.fused_adamw()
-    if hpu.fused_attention:
-        fused_kernel()
-    return replace(
-        device,
-        lazy=bridge.lazy_mode(),
-        fused_adamw=hpu.fused_optimizer,
-        fused_attention=hpu.fused_attention,
-    )
-
-
-def _why_not(kind: str, lazy: bool | None) -> str | None:
-    """What keeps a kind of device from being used here, None if nothing does."""
-    if kind == "hpu":
-        if not bridge.bridge_installed():
-            return "Habana's bridge (habana_frameworks) is not installed; its containers have it"
-        bridge.load_bridge(lazy=lazy)
-        there = hasattr(torch, "hpu") and torch.hpu.is_available()
-        return None if there else "the bridge sees no Gaudi card here"
-    found: dict[str, tuple[Callable[[], bool], str]] = {
+def unavailable_reason(kind: str) -> str | None:
+    """What keeps a kind of device that torch itself knows from being used here, None: nothing."""
+    reasons: dict[str, tuple[Callable[[], bool], str]] = {
         "cuda": (torch.cuda.is_available, "torch sees no CUDA device here (is it a CUDA build?)"),
         "xpu": (torch.xpu.is_available, "torch sees no Intel GPU here (is it an XPU build?)"),
         "mps": (torch.backends.mps.is_available, "torch sees no Metal device here"),
         "cpu": (lambda: True, ""),
     }
-    available, reason = found[kind]
+    available, reason = reasons[kind]
     return None if available() else reason
 
 
-def _numbered(kind: str) -> str:
+def numbered(kind: str) -> str:
     """The device of this process among those of its machine.
 
     Raises UserError for more processes than devices.
@@ -241,8 +221,6 @@ def _numbered(kind: str) -> str:
             f"{launch.count} processes were started, but torch has nothing that carries gradients "
             "between processes on MPS. Start one, or use device: cpu."
         )
-    if kind == "hpu":  # the bridge gives each process a card of its own, always the current one
-        return kind
     there = count_devices(kind)
     if there is not None and launch.local_count > there:
         raise UserError(
@@ -259,7 +237,7 @@ def count_devices(device: str) -> int | None:
         device: a recipe's; `auto` is the kind that would be taken.
     """
     if device == "auto":
-        device = next((kind for kind in ("cuda", "xpu") if _why_not(kind, None) is None), "cpu")
+        device = next((kind for kind in ("cuda", "xpu") if unavailable_reason(kind) is None), "cpu")
     if device not in ("cuda", "xpu"):
         return None
     return int(getattr(torch, device).device_count())
@@ -267,52 +245,7 @@ def count_devices(device: str) -> int | None:
 
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a recipe's name, None for auto."""
-    return None if name == "auto" else _DTYPES[name]
-
-
-def attention_weight(config: Any) -> float:
-    """What attention over one visible pair of tokens costs, by all that a token costs elsewhere.
-
-    Two products of hidden size each, by the multiplications of a layer's projections and gated
-    MLP. Only balance depends on it, never a result.
-    """
-    text = config.get_text_config()
-    hidden = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None:  # a model without attention
-        return 0.0
-    kept = int(getattr(text, "num_key_value_heads", None) or heads) / heads
-    return 2 * hidden / ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
-
-
-def activation_bytes(config: Any) -> int:
-    """An estimate of what a token keeps for the backward, in float32, all layers together."""
-    text = config.get_text_config()
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    # Residuals, norms, projections and adapters' inputs, and the gated MLP's products.
-    return layers * (16 * hidden + 5 * inner) * 4
-
-
-def token_budget(
-    requested: int | Literal["auto"], device: Device, config: Any, free: int | None = None
-) -> int:
-    """Tokens that a micro-batch should not exceed.
-
-    `auto` divides a share of the free memory by an estimate of the activations a token keeps for
-    the backward, bounded by what keeps the device busy. `free` is what is taken for free memory,
-    in place of what is free now.
-    """
-    if requested != "auto":
-        return requested
-    if free is None:
-        free = device.free_memory()
-    fitting = int(free * _ACTIVATION_SHARE / activation_bytes(config))
-    limit = _CPU_ROWS if device.kind == "cpu" else _GPU_ROWS
-    if device.static_shapes:
-        limit = _MASKED_ROWS
-    return max(256, min(limit, fitting))
+    return None if name == "auto" else DTYPES[name]
 
 
 _PRECISION_BACKENDS: Any = torch.backends

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
+from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
@@ -30,7 +31,7 @@ from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS
 from tandem.runtime.console import log
-from tandem.runtime.device import choose_device, torch_dtype
+from tandem.runtime.device import torch_dtype
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.folder_lock import folder_lock

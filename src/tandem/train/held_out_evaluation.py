@@ -154,7 +154,7 @@ class HeldOutEvaluation:
         if self.best is None or not self.best.better(metrics[self.best.metric], progress.best):
             return
         progress.best_step, progress.best = progress.step, metrics[self.best.metric]
-        trained = self.engine.strategy.trained()
+        trained = self.engine.trained()
         self.engine.processes.on_rank0(lambda: self.kept.save(self.model, trained, {}, progress))
 
     def _forget_unneeded(self) -> None:

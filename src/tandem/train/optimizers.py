@@ -1,34 +1,69 @@
-"""AdamW, its steps and its learning rates."""
+"""Optimizers and learning-rate schedules by name; their steps, and their state as named tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tandem.errors import UserError
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.device import Device
+from tandem.runtime.extras import require
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer that settings can name.
+
+    Attributes:
+        kind: its class, or what makes one, called with parameters and `options`.
+        options: its keyword arguments, read from a stage's settings.
+        state_tensors: how many tensors of a parameter's size it keeps for each.
+        extra: the extra of tandem, and the package, that it needs.
+    """
+
+    kind: Callable[..., torch.optim.Optimizer]
+    options: Callable[[TrainingSettings], dict[str, Any]]
+    state_tensors: int
+    extra: str | None = None
+
+
+def _adam_options(settings: TrainingSettings) -> dict[str, Any]:
+    return {
+        "lr": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+
+
+# AdamW: arXiv 1711.05101.
+OPTIMIZERS = {"adamw": OptimizerSpec(torch.optim.AdamW, _adam_options, state_tensors=2)}
 
 
 def make_optimizer(
-    parameters: Iterable[Tensor],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    parameters: Iterable[Tensor], settings: TrainingSettings, device: Device
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over the trainable parameters, in torch's or a device's own form."""
-    return kind(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon)
+    """The optimizer that settings name, in the device's own form if it has one.
+
+    Raises UserError where a package that it needs is missing.
+    """
+    spec = OPTIMIZERS[settings.optimizer]
+    if spec.extra:
+        require(spec.extra, spec.extra, f"optimizer: {settings.optimizer}")
+    kind = device.optimizer(settings.optimizer) or spec.kind
+    return kind(parameters, **spec.options(settings))
 
 
 def clip_and_step(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[Tensor],
-    *,
     max_norm: float | None,
     learning_rate: float,
 ) -> float:
@@ -53,24 +88,95 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def make_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
-) -> Callable[[int], float]:
-    """transformers' schedule `name` as a function from a step's number, from 0, to its rate.
+def _linear(done: int, steps: int) -> float:
+    return max(0.0, (steps - done) / max(1, steps))
 
-    A function of the number alone has no state to save, and a resumed run cannot be off by one.
+
+def _cosine(done: int, steps: int) -> float:
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
+
+
+def _constant(_done: int, _steps: int) -> float:
+    return 1.0
+
+
+# The share of the peak rate, by the steps after warm-up that are done, and all of these.
+LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+}
+
+
+def make_schedule(settings: TrainingSettings, total_steps: int) -> Callable[[int], float]:
+    """A stage's learning rate as a function of a step's number, from 0.
+
+    Warm-up is linear from 0, over a count of steps or a share of all (rounded up). A function of
+    the number alone has no state to save, and a resumed run cannot be off by one.
     """
-    # It asks for an optimizer, and reads only the peak rate from it.
-    peak_only = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-    schedule = get_scheduler(
-        name, peak_only, num_warmup_steps=warmup_steps, num_training_steps=total_steps
-    )
-    (factor,), (peak,) = schedule.lr_lambdas, schedule.base_lrs
-    return lambda step: float(peak * factor(step))
+    shape = LR_SCHEDULES[settings.lr_scheduler]
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(total_steps * (settings.warmup_ratio or 0.0))
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return settings.learning_rate * (step / warmup)
+        return settings.learning_rate * shape(step - warmup, total_steps - warmup)
+
+    return rate
 
 
-def warmup(total_steps: int, *, steps: int | None, ratio: float | None) -> int:
-    """Warm-up steps from a count or a share of all steps (rounded up), none by default."""
-    if steps is not None:
-        return steps
-    return math.ceil(total_steps * ratio) if ratio is not None else 0
+def state_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """An optimizer's state as `parameter|key`, whole, on the CPU; collective if it is spread."""
+    return {
+        f"{name}|{key}": whole(torch.as_tensor(value)).cpu().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put the state back to where `state_of` found it.
+
+    Raises UserError for the state of a parameter that there is not.
+    """
+    numbers = {name: number for number, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, key, tensor in by_parameter(tensors, parameters):
+        like = parameters[name]
+        if isinstance(like, DTensor) and tensor.shape == like.shape:
+            tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        state.setdefault(numbers[name], {})[key] = tensor
+    current: dict[str, Any] = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def by_parameter(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> list[tuple[str, str, Tensor]]:
+    """Parameter, key and tensor of each `parameter|key`, in the order of the parameters.
+
+    Raises UserError for the state of a parameter that there is not.
+    """
+    split = []
+    for name, tensor in tensors.items():
+        parameter, key = name.rsplit("|", 1)
+        if parameter not in parameters:
+            raise UserError(f"the checkpoint's optimizer moves {parameter}, this model does not")
+        split.append((parameter, key, tensor))
+    order = {name: number for number, name in enumerate(parameters)}
+    return sorted(split, key=lambda item: (order[item[0]], item[1]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over the processes, in one piece; collective if it is."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,16 +1,17 @@
-"""Running out of memory: what it looks like, and the token budget that it leaves."""
+"""How many tokens a micro-batch may hold, and what becomes of it when memory runs out."""
 
 from __future__ import annotations
 
 import gc
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from tandem.data.records import Example
 from tandem.errors import Stopped, UserError
+from tandem.runtime.device import Device
 from tandem.runtime.launch import ask_for_restart
 from tandem.runtime.process_group import ProcessGroup
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 Members = tuple[int, ...]
 """A micro-batch: positions of trees."""
 
+# Share of the free memory that a micro-batch's activations may take.
+_ACTIVATION_SHARE = 0.4
 # What devices' allocators say, where they have no error of their own.
 _WORDS = (
     "out of memory",
@@ -27,6 +30,48 @@ _WORDS = (
     "allocation failed",
     "failed to allocate",
 )
+
+
+def attention_weight(config: Any) -> float:
+    """What attention over one visible pair of tokens costs, by all that a token costs elsewhere.
+
+    Two products of hidden size each, by the multiplications of a layer's projections and gated
+    MLP. Only balance depends on it, never a result.
+    """
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # a model without attention
+        return 0.0
+    kept = int(getattr(text, "num_key_value_heads", None) or heads) / heads
+    return 2 * hidden / ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
+
+
+def activation_bytes(config: Any) -> int:
+    """An estimate of what a token keeps for the backward, in float32, all layers together."""
+    text = config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    # Residuals, norms, projections and adapters' inputs, and the gated MLP's products.
+    return layers * (16 * hidden + 5 * inner) * 4
+
+
+def token_budget(
+    requested: int | Literal["auto"], device: Device, config: Any, free: int | None = None
+) -> int:
+    """Tokens that a micro-batch should not exceed.
+
+    `auto` divides a share of the free memory by an estimate of the activations a token keeps for
+    the backward, bounded by what keeps the device busy. `free` is what is taken for free memory,
+    in place of what is free now.
+    """
+    if requested != "auto":
+        return requested
+    if free is None:
+        free = device.free_memory()
+    fitting = int(free * _ACTIVATION_SHARE / activation_bytes(config))
+    return max(256, min(device.most_rows, fitting))
 
 
 class TokenBudget:

@@ -165,8 +165,8 @@ class Training:
         self._account(step, trees, sums, rate)
 
     def _save(self) -> None:
-        strategy, progress = self.engine.strategy, self.progress
-        trained, state = strategy.trained(), strategy.optimizer_state()
+        progress = self.progress
+        trained, state = self.engine.trained(), self.engine.optimizer_state()
         self.engine.processes.on_rank0(
             lambda: self.checkpoints.save(self.model, trained, state, progress)
         )

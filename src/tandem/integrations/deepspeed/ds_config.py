@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.recipe.training_settings import TrainingSettings
 
 # Keys that go to DeepSpeed as they are. `zero_optimization` has offloading, bucket sizes, overlap.
 _PASSED = {
@@ -43,30 +43,21 @@ _SCHEDULERS = {
 }
 
 
-@dataclass(frozen=True)
-class Settled:
-    """What the recipe says of things that a DeepSpeed configuration may also say."""
-
-    batch_size: int
-    processes: int
-    max_grad_norm: float | None
-    dtype: str
-    learning_rate: float
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    scheduler: str
-    warmup_steps: int | None
-    max_steps: int | None
-
-
 def own_config(stage: int) -> dict[str, Any]:
     """What DeepSpeed is told when the recipe only names a stage."""
     return _for_deepspeed({"zero_optimization": {"stage": stage}})
 
 
-def read_config(path: Path, settled: Settled) -> dict[str, Any]:
+def read_config(
+    path: Path, settings: TrainingSettings, dtype: str, processes: int
+) -> dict[str, Any]:
     """A user's configuration for DeepSpeed, which must agree with the recipe.
+
+    Args:
+        path: a JSON file.
+        settings: of the stage.
+        dtype: of the weights.
+        processes: of the run.
 
     Batch sizes, clipping, precision, optimizer and schedule are the recipe's; the file may leave
     them out, say `auto`, or say the same.
@@ -89,7 +80,13 @@ def read_config(path: Path, settled: Settled) -> dict[str, Any]:
             f"{'it' if len(unknown) == 1 else 'them'}. It takes "
             f"{', '.join(sorted(_PASSED | _COMPARED))}."
         )
-    if conflicts := list(_conflicts(config, settled)):
+    conflicts = [
+        *_batch_conflicts(config, settings.batch_size, processes),
+        *_precision_conflicts(config, settings.max_grad_norm, dtype),
+        *_optimizer_conflicts(config.get("optimizer", {}), settings),
+        *_scheduler_conflicts(config.get("scheduler", {}), settings),
+    ]
+    if conflicts:
         raise UserError(
             f"engine: {path} and the recipe contradict each other:\n"
             + "\n".join(f"  {line}" for line in conflicts)
@@ -117,64 +114,60 @@ def _for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conflicts(config: Mapping[str, Any], settled: Settled) -> Iterator[str]:
-    yield from _batch_conflicts(config, settled)
-    for key, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
-        enabled = config.get(key, {}).get("enabled", "auto")
-        if enabled != "auto" and bool(enabled) != (settled.dtype == wanted):
-            yield f"{key}.enabled {str(enabled).lower()}, dtype {settled.dtype}"
-    clipping = config.get("gradient_clipping", "auto")
-    if clipping not in ("auto", settled.max_grad_norm or 0.0):
-        yield f"gradient_clipping {clipping}, max_grad_norm {settled.max_grad_norm}"
-    yield from _optimizer_conflicts(config.get("optimizer", {}), settled)
-    yield from _scheduler_conflicts(config.get("scheduler", {}), settled)
-
-
-def _batch_conflicts(config: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+def _batch_conflicts(config: Mapping[str, Any], batch_size: int, processes: int) -> Iterator[str]:
     total = config.get("train_batch_size", "auto")
-    if total not in ("auto", settled.batch_size):
-        yield f"train_batch_size {total}, batch_size {settled.batch_size}"
+    if total not in ("auto", batch_size):
+        yield f"train_batch_size {total}, batch_size {batch_size}"
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     factors = {key: config[key] for key in keys if config.get(key, "auto") != "auto"}
     if any(not isinstance(factor, int) or factor < 1 for factor in factors.values()):
         yield f"{_listed(factors)}, which must be whole numbers above 0"
         return
-    product = math.prod(factors.values()) * settled.processes
-    fits = product == settled.batch_size if len(factors) == 2 else not settled.batch_size % product
+    product = math.prod(factors.values()) * processes
+    fits = product == batch_size if len(factors) == 2 else not batch_size % product
     if factors and not fits:
-        yield (
-            f"{_listed(factors)} x {settled.processes} processes = {product}, "
-            f"batch_size {settled.batch_size}"
-        )
+        yield (f"{_listed(factors)} x {processes} processes = {product}, batch_size {batch_size}")
+
+
+def _precision_conflicts(
+    config: Mapping[str, Any], max_grad_norm: float | None, dtype: str
+) -> Iterator[str]:
+    for key, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = config.get(key, {}).get("enabled", "auto")
+        if enabled != "auto" and bool(enabled) != (dtype == wanted):
+            yield f"{key}.enabled {str(enabled).lower()}, dtype {dtype}"
+    clipping = config.get("gradient_clipping", "auto")
+    if clipping not in ("auto", max_grad_norm or 0.0):
+        yield f"gradient_clipping {clipping}, max_grad_norm {max_grad_norm}"
 
 
 def _listed(factors: Mapping[str, Any]) -> str:
     return " x ".join(f"{key} {factor}" for key, factor in factors.items())
 
 
-def _optimizer_conflicts(optimizer: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+def _optimizer_conflicts(optimizer: Mapping[str, Any], settings: TrainingSettings) -> Iterator[str]:
     kind = optimizer.get("type", "AdamW")
     if kind not in ("Adam", "AdamW"):
         yield f"optimizer.type {kind}, the recipe's AdamW"
     recipe = {
-        "lr": ("learning_rate", settled.learning_rate),
-        "betas": ("adam_beta1, adam_beta2", list(settled.betas)),
-        "eps": ("adam_epsilon", settled.epsilon),
-        "weight_decay": ("weight_decay", settled.weight_decay),
+        "lr": ("learning_rate", settings.learning_rate),
+        "betas": ("adam_beta1, adam_beta2", [settings.adam_beta1, settings.adam_beta2]),
+        "eps": ("adam_epsilon", settings.adam_epsilon),
+        "weight_decay": ("weight_decay", settings.weight_decay),
     }
     yield from _differences("optimizer.params", optimizer.get("params", {}), recipe)
 
 
-def _scheduler_conflicts(scheduler: Mapping[str, Any], settled: Settled) -> Iterator[str]:
+def _scheduler_conflicts(scheduler: Mapping[str, Any], settings: TrainingSettings) -> Iterator[str]:
     kind = scheduler.get("type")
-    if kind is not None and settled.scheduler not in _SCHEDULERS.get(kind, ()):
-        yield f"scheduler.type {kind}, lr_scheduler {settled.scheduler}"
+    if kind is not None and settings.lr_scheduler not in _SCHEDULERS.get(kind, ()):
+        yield f"scheduler.type {kind}, lr_scheduler {settings.lr_scheduler}"
     recipe: dict[str, tuple[str, Any]] = {
-        "warmup_max_lr": ("learning_rate", settled.learning_rate),
+        "warmup_max_lr": ("learning_rate", settings.learning_rate),
         "warmup_min_lr": ("warm-up from", 0),
         "warmup_type": ("warm-up", "linear"),
-        "warmup_num_steps": ("warmup_steps", settled.warmup_steps),
-        "total_num_steps": ("max_steps", settled.max_steps),
+        "warmup_num_steps": ("warmup_steps", settings.warmup_steps),
+        "total_num_steps": ("max_steps", settings.max_steps),
     }
     yield from _differences("scheduler.params", scheduler.get("params", {}), recipe)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,161 +14,136 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
-from tandem.model.logprobs.sequence_logps import Scorer
-from tandem.model.trained_weights import trainable_parameters
-from tandem.train.engines.engine import MakeOptimizer
-from tandem.train.engines.optimizer_state import by_parameter
-from tandem.train.engines.replicated import FlatGradients, HandOver
-from tandem.train.optimizers import set_rate
+from tandem.train.engines.engine import Engine, MakeOptimizer
+from tandem.train.engines.replicated import FlatGradients
+from tandem.train.optimizers import by_parameter, set_rate
 
 
-class Zero2:
+class _ZeroEngine(Engine):
+    """What both stages do with DeepSpeed's own engine, `self.zero`."""
+
+    needs_group = True
+    zero: Any
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The recipe's name of the stage in `config`."""
+        return f"deepspeed-zero{self.config['zero_optimization']['stage']}"
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine.optimizer_state`."""
+        return state_of(self.zero, self.parameters)
+
+    def _start(self, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        config = {**self.config, "gradient_clipping": self.max_grad_norm or 0.0}
+        optimizer = make_optimizer(self.parameters.values())
+        self.zero = start_engine(module, optimizer, config, self.device.kind)
+
+    def _backward_of_sum(self, loss: Tensor) -> None:
+        # DeepSpeed averages over the processes.
+        self.zero.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def _apply(self, learning_rate: float) -> float:
+        set_rate(self.zero.optimizer, learning_rate)
+        self.zero.step()
+        norm = self.zero.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+
+class Zero2Engine(_ZeroEngine):
     """ZeRO stage 1 or 2 (arXiv 1910.02054): optimizer and reduced gradients are spread.
 
     DeepSpeed is given the trained parameters alone, and their gradients once a step: it would
     otherwise exchange them after every micro-batch, and all processes would have to run equally
     many. The model stays whole in every process, and is none of DeepSpeed's business.
-
-    Args:
-        config: for DeepSpeed; see `deepspeed_config`.
-        device: its type.
     """
 
-    sharded = False
-    needs_group = True
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Engine.load_optimizer`."""
+        # A step of zeros at a rate of zero, because DeepSpeed makes the state with the first one.
+        self.gradients.clear()
+        self._reduce()
+        self._apply(0.0)
+        load_state(self.zero, self.parameters, tensors)
 
-    def __init__(self, config: Mapping[str, Any], device: str) -> None:
-        self.stage = int(config["zero_optimization"]["stage"])
-        self.name = f"deepspeed-zero{self.stage}"
-        self.config = config
-        self.device = device
-        self.parameters: Mapping[str, Tensor] = {}
+    def _share(self, make_optimizer: MakeOptimizer) -> None:
+        parameters = list(self.parameters.values())
+        self.gradients = FlatGradients(parameters)
+        self._start(HandOver(parameters), make_optimizer)
 
-    def prepare(
-        self, scorer: Scorer, make_optimizer: MakeOptimizer, max_grad_norm: float | None
-    ) -> None:
-        """See `Strategy.prepare`."""
-        self.scorer = scorer
-        parameters: dict[str, Any] = trainable_parameters(scorer.model)
-        self.parameters = parameters
-        self.gradients = FlatGradients(list(parameters.values()))
-        hand_over = HandOver(list(parameters.values()))
-        self.engine = start_engine(
-            hand_over, parameters, make_optimizer, self.config, max_grad_norm, self.device
-        )
-
-    def score(self, batch: MicroBatch) -> Tensor:
-        """See `Strategy.score`."""
-        scored: Tensor = self.scorer(batch)
-        return scored
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Strategy.backward`."""
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
         del last
         self.gradients.add(loss)
 
-    def reduce(self) -> None:
-        """See `Strategy.reduce`."""
-        # DeepSpeed averages over the processes.
-        loss = self.engine(self.gradients.views)
-        self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-
-    def apply(self, learning_rate: float) -> float:
-        """See `Strategy.apply`."""
+    def _reduce(self) -> None:
+        self._backward_of_sum(self.zero(self.gradients.views))
         self.gradients.clear()
-        return take_step(self.engine, learning_rate)
-
-    def trained(self) -> dict[str, Tensor]:
-        """See `Strategy.trained`."""
-        return {name: p.detach() for name, p in self.parameters.items()}
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """See `Strategy.optimizer_state`."""
-        return state_of(self.engine, self.parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Strategy.load_optimizer`."""
-        # A step of zeros at a rate of zero, because DeepSpeed makes the state with the first one.
-        self.gradients.clear()
-        self.reduce()
-        self.apply(0.0)
-        load_state(self.engine, self.parameters, tensors)
 
 
-class Zero3:
-    """ZeRO stage 3 (arXiv 1910.02054): weights are spread as well.
+class Zero3Engine(_ZeroEngine):
+    """ZeRO stage 3 (arXiv 1910.02054): weights are spread as well."""
 
-    Args:
-        config: for DeepSpeed; see `deepspeed_config`.
-        device: its type.
-    """
-
-    name = "deepspeed-zero3"
     sharded = True
-    needs_group = True
-
-    def __init__(self, config: Mapping[str, Any], device: str) -> None:
-        self.config = config
-        self.device = device
-        self.parameters: Mapping[str, Tensor] = {}
-
-    def prepare(
-        self, scorer: Scorer, make_optimizer: MakeOptimizer, max_grad_norm: float | None
-    ) -> None:
-        """See `Strategy.prepare`."""
-        parameters: dict[str, Any] = trainable_parameters(scorer.model)
-        self.parameters = parameters
-        self.engine = start_engine(
-            scorer, parameters, make_optimizer, self.config, max_grad_norm, self.device
-        )
-
-    def score(self, batch: MicroBatch) -> Tensor:
-        """See `Strategy.score`."""
-        scored: Tensor = self.engine(batch)
-        return scored
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Strategy.backward`."""
-        self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over the processes.
-        self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-
-    def reduce(self) -> None:
-        """The backwards have done it."""
-
-    def apply(self, learning_rate: float) -> float:
-        """See `Strategy.apply`."""
-        return take_step(self.engine, learning_rate)
 
     def trained(self) -> dict[str, Tensor]:
-        """See `Strategy.trained`."""
+        """See `Engine.trained`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """See `Strategy.optimizer_state`."""
-        return state_of(self.engine, self.parameters)
-
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Strategy.load_optimizer`."""
+        """See `Engine.load_optimizer`."""
         # Zeros to be filled, because DeepSpeed makes the state with the first step.
         keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
-        for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
-            self.engine.optimizer.optimizer.state[flat] = {
+        for flat in self.zero.optimizer.fp32_partitioned_groups_flat:
+            self.zero.optimizer.optimizer.state[flat] = {
                 key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
                 for key, like in keys.items()
             }
-        load_state(self.engine, self.parameters, tensors)
+        load_state(self.zero, self.parameters, tensors)
+
+    def _share(self, make_optimizer: MakeOptimizer) -> None:
+        self._start(self.scorer, make_optimizer)
+
+    def _score(self, batch: MicroBatch) -> Tensor:
+        logps: Tensor = self.zero(batch)
+        return logps
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self.zero.set_gradient_accumulation_boundary(last)
+        self._backward_of_sum(loss)
+
+
+class HandOver(nn.Module):
+    """The trained parameters as a module, whose backward gives them gradients that are known.
+
+    For an engine that wants to see a forward and a backward: it sees one of each a step, after
+    all micro-batches, and knows nothing of the model.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
+        """A zero whose gradients are these, each of its parameter's shape."""
+        zero: Tensor = _Known.apply(gradients, *self.trained)
+        return zero
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient * grad_outputs[0] for gradient in ctx.gradients)
 
 
 def start_engine(
-    module: nn.Module,
-    parameters: Mapping[str, Tensor],
-    make_optimizer: MakeOptimizer,
-    config: Mapping[str, Any],
-    max_grad_norm: float | None,
-    device: str,
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], device: str
 ) -> Any:
     """A DeepSpeed engine around a module, in the process group that there is.
 
@@ -186,13 +161,12 @@ def start_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
     deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
-    optimizer = make_optimizer(parameters.values())
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
     set_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config={**config, "gradient_clipping": max_grad_norm or 0.0},
+        config=dict(config),
         dist_init_required=False,
     )
     asked = config["zero_optimization"]["stage"]
@@ -206,14 +180,6 @@ def start_engine(
         if "step" in state:  # which began with that step of zeros
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
     return engine
-
-
-def take_step(engine: Any, learning_rate: float) -> float:
-    """Clip, apply and clear by DeepSpeed; see `Strategy.apply`."""
-    set_rate(engine.optimizer, learning_rate)
-    engine.step()
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
 
 
 def state_of(engine: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,7 +203,7 @@ def state_of(engine: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
 def load_state(
     engine: Any, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put DeepSpeed's optimizer back to where any strategy's state was."""
+    """Put DeepSpeed's optimizer back to where any engine's state was."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     for name, key, tensor in by_parameter(tensors, parameters):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,12 +14,9 @@ from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, row_spans
 from tandem.data.batching.packing import pack
-from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
-from tandem.recipe.run_settings import HpuSettings, Runtime
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import Device
+from tandem.runtime.device import BatchRequest
 
 # Lengths that are not asked for are multiples of this, as matrix engines like them.
 _GRAIN = 128
@@ -52,6 +49,10 @@ class Buckets:
     def longest(self) -> int:
         """Rows of the largest shape, which no micro-batch may exceed."""
         return self.shapes[-1].rows
+
+    def fill(self, batch: MicroBatch) -> MicroBatch:
+        """The same micro-batch in the smallest shape that holds it."""
+        return fill_up(batch, self.bucket_for(batch))
 
     def bucket_for(self, batch: MicroBatch) -> Bucket:
         """The smallest shape that holds a micro-batch."""
@@ -194,40 +195,36 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 
 
 def declared_shapes(
-    dataset: EncodedDataset,
-    settings: TrainingSettings,
-    *,
-    device: Device,
-    runtime: Runtime,
-    budget: int,
-    seed: int,
-    log: Callable[[str], None],
-    parts: Sequence[WeightedSource] = (),
-    held_out: EncodedDataset | None = None,
-) -> tuple[Buckets | None, int]:
-    """What micro-batches are filled up to, None where shapes are free, and the token budget.
+    asked: Sequence[int] | Literal["auto", "max"], request: BatchRequest
+) -> tuple[Buckets, int]:
+    """The shapes that micro-batches are filled up to, and the token budget.
 
     The budget never exceeds the largest shape; where lengths were declared and no budget, the
-    largest is the budget, since a smaller one would be filled up anyway. What filling up costs is
-    told, counted over the records' real lengths in an epoch's order, as one process packs them.
-    Held-out records fit into the shapes, too.
+    largest is the budget, since a smaller one would be filled up anyway. A line on the console says
+    what filling up costs, counted over the records' real lengths in an epoch's order, as one
+    process packs them. Held-out records fit into the shapes, too.
 
     Raises UserError for a record, or a budget, that exceeds the declared lengths.
     """
-    if not device.static_shapes:
-        if runtime.hpu != HpuSettings():
-            log(f"the recipe's hpu section does nothing on {device.kind}")
-        return None, budget
-    asked = runtime.hpu.buckets
+    budget = request.budget
     buckets = declare_buckets(
-        asked, dataset, budget=budget, max_length=settings.max_length, held_out=held_out
-    )
+        asked, request.data,
+        budget=budget, max_length=request.max_length, held_out=request.held_out,
+    )  # fmt: skip
     if asked != "auto":
-        budget = _within(buckets.longest, runtime.tokens_per_microbatch)
+        budget = _within(buckets.longest, request.requested)
     name = "pad_max" if asked == "max" else "buckets"
-    share = padding_share(_rows(dataset, settings.batch_size, seed, budget, parts), buckets)
+    fed = request.data.fed.tolist()
+    rows = [
+        sum(fed[step.examples[i]] for i in members)
+        for step in request.sampler.steps(0, request.sampler.steps_per_epoch())
+        for members in pack([fed[i] for i in step.examples], budget)
+    ]
+    share = padding_share(rows, buckets)
     lengths = ", ".join(str(shape.rows) for shape in buckets.shapes)
-    log(f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)")
+    request.log(
+        f"{name}: {share:.0%} of the tokens fed are padding (micro-batches of {lengths} tokens)"
+    )
     return buckets, budget
 
 
@@ -240,20 +237,3 @@ def _within(longest: int, requested: int | Literal["auto"]) -> int:
             "Lower the one or raise the other."
         )
     return requested
-
-
-def _rows(
-    dataset: EncodedDataset,
-    batch_size: int,
-    seed: int,
-    budget: int,
-    parts: Sequence[WeightedSource],
-) -> list[int]:
-    """Rows of each micro-batch of the first epoch."""
-    fed = dataset.fed.tolist()
-    sampler = StepSampler(len(dataset), batch_size, seed, tuple(parts))
-    found: list[int] = []
-    for step in sampler.steps(0, sampler.steps_per_epoch()):
-        tokens = [fed[i] for i in step.examples]
-        found += [sum(tokens[i] for i in members) for members in pack(tokens, budget)]
-    return found

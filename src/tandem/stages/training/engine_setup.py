@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.integrations.choose_engine import choose_strategy
-from tandem.integrations.deepspeed.ds_config import Settled
+from tandem.integrations.choose import choose_engine
 from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
 from tandem.recipe.run_settings import Runtime
@@ -22,35 +21,14 @@ def start_engine(
     not go together.
     """
     exact_float32()
-    strategy = choose_strategy(
-        runtime.engine,
-        device=device.kind,
-        processes=processes.count,
-        settled=_settled(settings, device, processes.count),
-    )
-    check_quantization(runtime.quantization, device=device.kind, sharded=strategy.sharded)
-    check_compile(runtime.compile, device=device.kind, sharded=strategy.sharded)
-    return Engine(device, processes, strategy)
+    engine = choose_engine(runtime.engine, device, processes, settings)
+    check_quantization(runtime.quantization, device=device.kind, sharded=engine.sharded)
+    check_compile(runtime.compile, device=device.kind, sharded=engine.sharded)
+    return engine
 
 
 def in_words(engine: Engine) -> str:
     """Where a run computes."""
     count, kind = engine.processes.count, engine.device.kind
     place = f"{count} processes on {kind}" if count > 1 else kind
-    return place if engine.strategy.name == "single" else f"{place} ({engine.strategy.name})"
-
-
-def _settled(settings: TrainingSettings, device: Device, processes: int) -> Settled:
-    return Settled(
-        batch_size=settings.batch_size,
-        processes=processes,
-        max_grad_norm=settings.max_grad_norm,
-        dtype=device.dtype_name,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        scheduler=settings.lr_scheduler,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-    )
+    return place if engine.name == "single" else f"{place} ({engine.name})"

@@ -10,12 +10,12 @@ import torch
 
 from tandem.model.cpu.c_kernels import numerics
 from tandem.model.cpu.onednn_linear import bytes_to_order
-from tandem.runtime.device import Device, float32_products, token_budget
+from tandem.runtime.device import Device, float32_products
 from tandem.storage.atomic_files import atomic_write_json
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.manifest import difference
 from tandem.train.engines.engine import Engine
-from tandem.train.token_budget import TokenBudget
+from tandem.train.token_budget import TokenBudget, token_budget
 
 # Of the free memory, what copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
@@ -70,7 +70,7 @@ def resolve_schedule(
         "kernels": numerics() if device.is_host else device.graphs,
         "ordered_weights": all(fits for _, _, fits in found),
         "processes": len(found),
-        "engine": engine.strategy.name,
+        "engine": engine.name,
         "device": device.kind,
         "attention": backend,
         "float32_products": float32_products(),

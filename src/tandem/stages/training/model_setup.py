@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from tandem.data.batching.collate import collate, record_key
+from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.integrations.gaudi.attention import choose_static
-from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import unavailable_reason
 from tandem.model.elementwise import Compiling, settle_compile_caches
@@ -20,6 +19,7 @@ from tandem.model.lora.adapter import adapted_weights
 from tandem.model.model_folder import model_without_weights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums
+from tandem.runtime.device import BatchRequest
 from tandem.stages.training.context import Stage
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
@@ -44,9 +44,8 @@ def set_up_model(
     )
     backend, why = processes.on_all(
         lambda: (
-            choose_static(stage.runtime.attention, base, fused=device.fused_attention)
-            if device.static_shapes
-            else choose_backend(stage.runtime.attention, base)
+            device.attention(stage.runtime.attention, base)
+            or choose_backend(stage.runtime.attention, base)
         )
     )
     schedule = _schedule(stage, recorded, base, backend)
@@ -121,13 +120,16 @@ def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) 
 
 
 def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
-    held_out = records.held_out
-    stage.engine.buckets, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
-        lambda: declared_shapes(
-            records.dataset, stage.settings,
-            device=stage.engine.device, runtime=stage.runtime,
-            budget=schedule["tokens_per_microbatch"], seed=stage.seed,
-            log=stage.log, parts=records.parts,
-            held_out=None if held_out is None else held_out.dataset,
-        )
-    )  # fmt: skip
+    settings = stage.settings
+    request = BatchRequest(
+        records.dataset,
+        None if records.held_out is None else records.held_out.dataset,
+        StepSampler(len(records.dataset), settings.batch_size, stage.seed, records.parts),
+        settings.max_length,
+        budget=schedule["tokens_per_microbatch"],
+        requested=stage.runtime.tokens_per_microbatch,
+        log=stage.log,
+    )
+    stage.engine.shapes, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
+        lambda: stage.engine.device.batch_shapes(request)
+    )

@@ -17,6 +17,7 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.tokenize.added_tokens import AddedTokens, row_notices
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
@@ -26,7 +27,6 @@ from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, log
-from tandem.runtime.device import choose_device
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.training.context import Made, Stage, StageKind, Start
@@ -70,13 +70,15 @@ def run_training(
 
     Raises UserError for bad input, a folder with other inputs, or one in use.
     """
-    device = choose_device(runtime.device, runtime.dtype, runtime.hpu)
+    device = device_of(runtime)
     processes = join(launched(), device.backend, timedelta(minutes=runtime.timeout_minutes))
     if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as held:
+        for notice in idle_settings(runtime, device):
+            log(console, f"{kind.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, settings, runtime))
-        processes.require_same(engine=hash_json([engine.strategy.name, engine.strategy.config]))
+        processes.require_same(engine=hash_json([engine.name, engine.config]))
         base = processes.rank0_first(lambda: model_folder(model, revision))
         sources = processes.rank0_first(
             lambda: resolve_sources(settings.data, output_dir.parent, seed)
@@ -100,7 +102,7 @@ def run_training(
                 added_tokens,
             )
         )
-        check_added({*added.new, *added.known}, engine=engine.strategy.name, sharded=engine.sharded)
+        check_added({*added.new, *added.known}, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
@@ -172,7 +174,7 @@ def _run(
             stage, model, records, [each.objective for each in made],
             budget=budget, progress=progress, total=total, display=display,
         )  # fmt: skip
-    trained = engine.strategy.trained()
+    trained = engine.trained()
     processes.on_rank0(
         lambda: _finish(
             stage, model, trained, records, made, progress, schedule, compiled, expected

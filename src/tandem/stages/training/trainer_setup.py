@@ -11,15 +11,14 @@ from torch import Tensor
 from tandem.data.batching.sampler import tenth
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
-from tandem.runtime.device import attention_weight
 from tandem.stages.training.context import Stage
 from tandem.stages.training.held_out import best_by, scored_every
 from tandem.stages.training.training_data import Records
 from tandem.train.checkpoint import RunState
 from tandem.train.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
-from tandem.train.optimizers import make_optimizer, make_schedule, warmup
-from tandem.train.token_budget import TokenBudget
+from tandem.train.optimizers import make_optimizer, make_schedule
+from tandem.train.token_budget import TokenBudget, attention_weight
 from tandem.train.trainer import Schedule, Training
 
 
@@ -39,18 +38,11 @@ def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> Non
     engine, settings = stage.engine, stage.settings
     engine.prepare(
         model,
-        partial(
-            make_optimizer,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            epsilon=settings.adam_epsilon,
-            kind=engine.device.adamw,
-        ),
+        partial(make_optimizer, settings=settings, device=engine.device),
         settings.max_grad_norm,
     )
     if state:
-        engine.strategy.load_optimizer(state)
+        engine.load_optimizer(state)
 
 
 def take_steps(
@@ -106,12 +98,7 @@ def take_steps(
         model=model,
         trees=records.dataset,
         objective=objectives[0],
-        learning_rate=make_schedule(
-            settings.lr_scheduler,
-            learning_rate=settings.learning_rate,
-            warmup_steps=warmup(total, steps=settings.warmup_steps, ratio=settings.warmup_ratio),
-            total_steps=total,
-        ),
+        learning_rate=make_schedule(settings, total),
         schedule=schedule,
         budget=budget,
         dropout=stage.kind.dropout and settings.lora.dropout > 0,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,117 +14,70 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError, UserError
-from tandem.integrations.gaudi.static_shapes import Buckets, fill_up
 from tandem.model.logprobs.sequence_logps import Scorer
-from tandem.runtime.device import Device
+from tandem.model.trained_weights import trainable_parameters
+from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.process_group import ProcessGroup
+from tandem.train.optimizers import clip_and_step, load_state, state_of, whole
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-class Strategy(Protocol):
-    """One way to share the work of a step.
 
-    A step's losses come divided by its own denominators, so gradients are summed, over
-    micro-batches and processes, and never averaged.
+class Engine(ABC):
+    """Runs forward, backward and optimizer steps of a model on this process's device.
+
+    A subclass says how the processes share weights, gradients and optimizer: it fills in the
+    methods that begin with an underscore, and replaces `trained`, `optimizer_state` and
+    `load_optimizer` if torch's optimizer does not hold the state. Losses come divided by the
+    step's own denominators, so gradients are summed over micro-batches and processes, never
+    averaged.
+
+    Args:
+        device: of this process.
+        processes: that train together.
+        config: what else decides how the work is shared, the same in all processes.
 
     Attributes:
         name: what the recipe calls it.
         sharded: whether weights are spread over the processes, so that every forward and backward
             waits for the others: all then run equally many, and none can fail alone.
         needs_group: whether even a single process needs a process group.
-        config: what else decides how the work is shared, the same in all processes.
-        parameters: what the optimizer moves, by name; after `prepare`.
-    """
-
-    name: str
-    sharded: bool
-    needs_group: bool
-    config: Mapping[str, Any]
-    parameters: Mapping[str, Tensor]
-
-    def prepare(
-        self, scorer: Scorer, make_optimizer: MakeOptimizer, max_grad_norm: float | None
-    ) -> None:
-        """Take over a model with its adapter, on the CPU where `sharded`."""
-        ...
-
-    def score(self, batch: MicroBatch) -> Tensor:
-        """Sequence log-probs [S], with gradients unless they are off."""
-        ...
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradients; `last` says that the step has no more of them."""
-        ...
-
-    def reduce(self) -> None:
-        """Sum the step's gradients over the processes, where the backward has not done so."""
-        ...
-
-    def apply(self, learning_rate: float) -> float:
-        """Clip, apply and clear the gradients; returns their norm before clipping.
-
-        A norm that is not finite, or negative, means that nothing of the step may be kept.
-        """
-        ...
-
-    def trained(self) -> dict[str, Tensor]:
-        """What the optimizer moves, whole, by name; all processes call it."""
-        ...
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, whole, as `parameter|key`; all processes call it."""
-        ...
-
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the optimizer back to where `optimizer_state` found it."""
-        ...
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Engine:
-    """Runs forward, backward and optimizer steps for one scorer on this process's device.
-
-    Losses come divided by the step's own denominators, and gradients are summed over micro-batches
-    and processes. How the processes share weights and optimizer is the strategy's.
-
-    Args:
-        device: of this process.
-        processes: that are in contact.
-        strategy: how they share the work.
+        shapes: the shapes that micro-batches are filled up to, where the device declares some.
+        model, parameters: after `prepare`, the model and what the optimizer moves, by name.
 
     Raises UserError for a number format that cannot be trained in, and a device that accelerate
     does not take.
     """
 
-    def __init__(self, device: Device, processes: ProcessGroup, strategy: Strategy) -> None:
+    name: str
+    optimizer: torch.optim.Optimizer
+    sharded: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+
+    def __init__(
+        self, device: Device, processes: ProcessGroup, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.device = device
         self.processes = processes
-        self.strategy = strategy
-        # Where the device has static shapes, those that a stage declares.
-        self.buckets: Buckets | None = None
+        self.config: Mapping[str, Any] = config or {}
+        self.shapes: BatchShapes | None = None
         self.model: Any = None
+        self.parameters: Mapping[str, Any] = {}
         if device.weights == torch.float16:
             raise UserError(
                 "dtype: float16 has too narrow a range to train in without loss scaling; "
                 "use bfloat16 (or float32)"
             )
-        if processes.count == 1 and strategy.needs_group and not dist.is_initialized():
+        if processes.count == 1 and self.needs_group and not dist.is_initialized():
             # Of one process; DeepSpeed and FSDP2 know no other way.
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
         precision = "bf16" if device.weights == torch.bfloat16 else "no"
         self.accelerator = Accelerator(cpu=device.is_host, mixed_precision=precision)
-        _same_device(self.accelerator, device)
-        _same_processes(self.accelerator, processes)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether every forward and backward waits for the other processes."""
-        return self.strategy.sharded
+        _check_accelerate(self.accelerator, device, processes)
 
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
@@ -136,10 +90,12 @@ class Engine:
             max_grad_norm: gradients are clipped to it; None leaves them alone.
         """
         self.model = model
+        self.parameters = trainable_parameters(model)
+        self.max_grad_norm = max_grad_norm
         mixed = self.accelerator.mixed_precision != "no"
         precision = self.accelerator.autocast if mixed else nullcontext
-        scorer = Scorer(model, precision, self.device.sums)
-        self.strategy.prepare(scorer, make_optimizer, max_grad_norm)
+        self.scorer: Any = Scorer(model, precision, self.device.sums)
+        self._share(make_optimizer)
 
     def score(self, batch: MicroBatch) -> Tensor:
         """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
@@ -147,14 +103,13 @@ class Engine:
         Where shapes are declared, the micro-batch is filled up first, and zeros of sequences that
         do not exist follow the others.
         """
-        if self.buckets is not None:
-            batch = fill_up(batch, self.buckets.bucket_for(batch))
-        logps: Tensor = self.strategy.score(batch.to(self.device.torch_device))
-        return logps
+        if self.shapes is not None:
+            batch = self.shapes.fill(batch)
+        return self._score(batch.to(self.device.torch_device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a part of the step's loss; `last` where no more will follow."""
-        self.strategy.backward(loss, last=last)
+        self._backward(loss, last=last)
         self.device.step_boundary()
 
     def step(self, learning_rate: float) -> float:
@@ -162,10 +117,22 @@ class Engine:
 
         Returns their norm before clipping. If it is not finite, nothing may be kept of the model.
         """
-        self.strategy.reduce()
-        norm: float = self.strategy.apply(learning_rate)
+        self._reduce()
+        norm = self._apply(learning_rate)
         self.device.step_boundary()
         return norm if norm >= 0 else float("nan")
+
+    def trained(self) -> dict[str, Tensor]:
+        """What the optimizer moves, whole, by name; all processes call it."""
+        return {name: whole(p) for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, whole, as `parameter|key`; all processes call it."""
+        return state_of(self.optimizer, self.parameters)
+
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the optimizer back to where `optimizer_state` found it."""
+        load_state(self.optimizer, self.parameters, tensors)
 
     def gather(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
         """Run `finish(compute())` in every process; all results by rank, in every process.
@@ -179,19 +146,40 @@ class Engine:
             return self.processes.gather(lambda: finish(computed))
         return self.processes.gather(lambda: finish(compute()))
 
+    @abstractmethod
+    def _share(self, make_optimizer: MakeOptimizer) -> None:
+        """Spread `self.scorer` and its parameters, and make `self.optimizer`."""
 
-def _same_device(accelerator: Accelerator, device: Device) -> None:
-    """accelerate chooses a device by itself; autocast and gradients must be on tandem's."""
+    def _score(self, batch: MicroBatch) -> Tensor:
+        """Sequence log-probs [S] of a micro-batch on the device."""
+        logps: Tensor = self.scorer(batch)
+        return logps
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradients; `last` says that the step has no more of them."""
+
+    def _reduce(self) -> None:  # noqa: B027 - most do it in the last backward
+        """Sum the step's gradients over the processes, where the backward has not done so."""
+
+    def _apply(self, learning_rate: float) -> float:
+        """Clip, apply and clear the gradients; returns their norm before clipping.
+
+        A norm that is not finite, or negative, means that nothing of the step may be kept.
+        """
+        return clip_and_step(
+            self.optimizer, self.parameters.values(), self.max_grad_norm, learning_rate
+        )
+
+
+def _check_accelerate(accelerator: Accelerator, device: Device, processes: ProcessGroup) -> None:
+    """accelerate chooses a device and finds processes by itself; both must be tandem's."""
     taken = accelerator.device.type
     if taken != device.kind:
         raise UserError(
             f"device: {device.kind} was asked for, but accelerate prefers {taken} on this machine. "
             f"Hide that device, or set ACCELERATE_TORCH_DEVICE={device.kind}."
         )
-
-
-def _same_processes(accelerator: Accelerator, processes: ProcessGroup) -> None:
-    """accelerate takes part in what it finds, which must be what was launched."""
     obtained = (accelerator.process_index, accelerator.num_processes)
     if obtained != (processes.rank, processes.count):
         raise TandemError(

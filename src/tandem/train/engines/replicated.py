@@ -1,21 +1,18 @@
-"""A step's gradients in one flat buffer, summed over micro-batches."""
+"""`single` and `ddp`: every process has the whole model, and gradients are summed once a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
-from tandem.model.logprobs.sequence_logps import Scorer
-from tandem.model.trained_weights import trainable_parameters
-from tandem.train.engines.engine import MakeOptimizer
-from tandem.train.engines.optimizer_state import load_state, state_of
-from tandem.train.optimizers import clip_and_step
+from tandem.train.engines.engine import Engine, MakeOptimizer
+
+# Elements of the gradients that travel at once: bounds what a backend holds beside them.
+_BUCKET = 2**24
 
 
 class FlatGradients:
@@ -50,105 +47,34 @@ class FlatGradients:
         self.flat.zero_()
 
 
-class HandOver(nn.Module):
-    """The trained parameters as a module, whose backward gives them gradients that are known.
-
-    For an engine that wants to see a forward and a backward: it sees one of each a step, after
-    all micro-batches, and knows nothing of the model.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__()
-        self.trained = nn.ParameterList(parameters)
-
-    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
-        """A zero whose gradients are these, each of its parameter's shape."""
-        zero: Tensor = _Known.apply(gradients, *self.trained)
-        return zero
-
-
-class _Known(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient * grad_outputs[0] for gradient in ctx.gradients)
-
-
-# Elements of the gradients that travel at once: bounds what a backend holds beside them.
-_BUCKET = 2**24
-
-
-class Replicated:
+class ReplicatedEngine(Engine):
     """Each process computes its share of a step by itself; gradients are summed once, at its end.
 
     With adapters alone to exchange, there is nothing to gain from sending parts of them while
     the backward still runs, and a micro-batch that fails concerns one process only.
-
-    Args:
-        name: single or ddp.
-        processes: how many there are.
     """
 
-    sharded = False
-    needs_group = False
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """ddp, or single for one process."""
+        return "single" if self.processes.count == 1 else "ddp"
 
-    def __init__(self, name: str, processes: int) -> None:
-        self.name = name
-        self.processes = processes
-        self.config: Mapping[str, Any] = {}
-        self.parameters: Mapping[str, Tensor] = {}
-
-    def prepare(
-        self, scorer: Scorer, make_optimizer: MakeOptimizer, max_grad_norm: float | None
-    ) -> None:
-        """See `Strategy.prepare`."""
-        self.scorer = scorer
-        self.parameters = trainable_parameters(scorer.model)
-        self.max_grad_norm = max_grad_norm
+    def _share(self, make_optimizer: MakeOptimizer) -> None:
         self.gradients = FlatGradients(list(self.parameters.values()))
         self.optimizer = make_optimizer(self.parameters.values())
 
-    def score(self, batch: MicroBatch) -> Tensor:
-        """See `Strategy.score`."""
-        scored: Tensor = self.scorer(batch)
-        return scored
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Strategy.backward`."""
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
         del last
         self.gradients.add(loss)
 
-    def reduce(self) -> None:
-        """See `Strategy.reduce`."""
-        if self.processes > 1:
+    def _reduce(self) -> None:
+        if self.processes.count > 1:
             for part in self.gradients.flat.split(_BUCKET):
                 dist.all_reduce(part)
 
-    def apply(self, learning_rate: float) -> float:
-        """See `Strategy.apply`."""
+    def _apply(self, learning_rate: float) -> float:
         for parameter, gradient in zip(self.parameters.values(), self.gradients.views, strict=True):
             parameter.grad = gradient
-        norm = clip_and_step(
-            self.optimizer,
-            self.parameters.values(),
-            max_norm=self.max_grad_norm,
-            learning_rate=learning_rate,
-        )
+        norm = super()._apply(learning_rate)
         self.gradients.clear()
         return norm
-
-    def trained(self) -> dict[str, Tensor]:
-        """See `Strategy.trained`."""
-        return {name: p.detach() for name, p in self.parameters.items()}
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """See `Strategy.optimizer_state`."""
-        return state_of(self.optimizer, self.parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Strategy.load_optimizer`."""
-        load_state(self.optimizer, self.parameters, tensors)

@@ -1,7 +1,8 @@
-"""Dense attention by Habana's FusedSDPA, on Gaudi cards where it is asked for."""
+"""A Gaudi card as a device: dense attention, declared shapes, boundaries, and Habana's kernels."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -12,12 +13,80 @@ from transformers import AttentionInterface
 
 from tandem.data.batching.collate import Segment, row_spans
 from tandem.errors import UserError
+from tandem.integrations.gaudi import bridge
+from tandem.integrations.gaudi.static_shapes import declared_shapes
 from tandem.model.attention.backend import attention_backend, dense_attention
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.packing_probe import probe_packing
 from tandem.model.unwrap import decoder_of
+from tandem.recipe.run_settings import HpuSettings
+from tandem.runtime.device import BatchRequest, BatchShapes, Device
 
+REASON = "this device compiles a graph for every shape"
+# Attention runs under an explicit mask, whose scores grow with the square of the rows.
+_MASKED_ROWS = 4096
 _HOME = "habana_frameworks.torch.hpex.kernels"
+
+
+@dataclass(frozen=True)
+class GaudiDevice(Device):
+    """A Gaudi card, which compiles a graph for every shape it meets.
+
+    `settings` is the recipe's hpu section, `lazy` whether the bridge runs in lazy mode.
+    """
+
+    settings: HpuSettings
+    lazy: bool
+
+    @property
+    def backend(self) -> str:
+        """Habana's collectives."""
+        return "hccl"
+
+    @property
+    def graphs(self) -> str:
+        """See `Device.graphs`."""
+        return "torch, lazy graphs" if self.lazy else "torch"
+
+    @property
+    def free_shapes(self) -> bool:
+        """Only declared shapes, see `batch_shapes`."""
+        return False
+
+    @property
+    def most_rows(self) -> int:
+        """See `Device.most_rows`."""
+        return _MASKED_ROWS
+
+    def attention(self, requested: str, model: Any) -> tuple[str, str]:
+        """See `choose_static`."""
+        return choose_static(requested, model, fused=self.settings.fused_attention)
+
+    def optimizer(self, name: str) -> type[torch.optim.Optimizer] | None:
+        """Habana's AdamW, if it was asked for."""
+        fused = name == "adamw" and self.settings.fused_optimizer
+        return bridge.fused_adamw() if fused else None
+
+    def batch_shapes(self, request: BatchRequest) -> tuple[BatchShapes, int]:
+        """See `static_shapes.declared_shapes`."""
+        return declared_shapes(self.settings.buckets, request)
+
+    def step_boundary(self) -> None:
+        """In lazy mode, launch the graph that was gathered."""
+        if self.lazy:
+            bridge.mark_step()
+
+
+def open_gaudi(weights: torch.dtype, settings: HpuSettings) -> GaudiDevice:
+    """The card of this process: the bridge gives each its own, which is always the current one.
+
+    Raises UserError for a kernel that is asked for and missing.
+    """
+    if settings.fused_optimizer:
+        bridge.fused_adamw()
+    if settings.fused_attention:
+        fused_kernel()
+    return GaudiDevice(torch.device("hpu"), weights, settings, bridge.lazy_mode())
 
 
 def fused_kernel() -> Any:
@@ -60,8 +129,6 @@ def fused_attention(
     )
     return output.transpose(1, 2).contiguous()
 
-
-REASON = "this device compiles a graph for every shape"
 
 _NAME = "tandem_dense"
 _TOKENS = 4

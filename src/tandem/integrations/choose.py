@@ -1,0 +1,122 @@
+"""Which device and which engine a recipe means: the only list of all kinds there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem.errors import UserError
+from tandem.recipe.run_settings import HpuSettings
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.device import DTYPES, Device, numbered, unavailable_reason
+from tandem.runtime.extras import require
+from tandem.runtime.process_group import ProcessGroup
+from tandem.train.engines.engine import Engine
+from tandem.train.engines.replicated import ReplicatedEngine
+
+# In this order `auto` takes the first that is there.
+_AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
+# Without AMX, bfloat16 products are slower than float32 ones on CPUs.
+_HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
+_ZERO = {"deepspeed-zero2": 2, "deepspeed-zero3": 3}
+
+
+def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> Device:
+    """Resolve `auto`; an explicit choice wins and fails when it is not there.
+
+    Args:
+        device: auto, cpu, cuda, hpu, xpu or mps.
+        dtype: auto, float32, bfloat16, float16 (float64 for tests).
+        hpu: the mode that Gaudi cards run in, and the kernels of Habana's that are asked for; None
+            takes the mode that is set, and none of the kernels.
+
+    Raises UserError with the reason for a device this machine lacks, for a dtype that it lacks,
+    and for more processes than it has.
+    """
+    kind = device
+    if device == "auto":
+        kind = next(k for k in _AUTO if _unavailable_reason(k, hpu) is None)
+    elif reason := _unavailable_reason(device, hpu):
+        raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
+    if dtype == "auto":
+        dtype = "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
+    # transformers imports DeepSpeed where it is installed, which would look for a device by itself.
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    if kind == "hpu":
+        from tandem.integrations.gaudi.gaudi_device import open_gaudi
+
+        chosen: Device = open_gaudi(DTYPES[dtype], hpu or HpuSettings())
+    else:
+        chosen = Device(torch.device(numbered(kind)), DTYPES[dtype])
+    if chosen.weights == torch.float64 and chosen.sums != torch.float64:
+        raise UserError(f"dtype: float64 does not exist on {kind}; use device: cpu")
+    return chosen
+
+
+def device_of(run: Any) -> Device:
+    """The device that a run's settings (`recipe.run_settings`) ask for; see `choose_device`."""
+    return choose_device(run.device, run.dtype, run.hpu)
+
+
+def idle_settings(run: Any, device: Device) -> list[str]:
+    """A line for each section of a run's settings that has no effect on this device."""
+    if device.kind == "hpu" or run.hpu == type(run.hpu)():
+        return []
+    return [f"the recipe's hpu section does nothing on {device.kind}"]
+
+
+def _unavailable_reason(kind: str, hpu: HpuSettings | None) -> str | None:
+    """What keeps a kind of device from being used here, None if nothing does."""
+    if kind != "hpu":
+        return unavailable_reason(kind)
+    from tandem.integrations.gaudi import bridge
+
+    if not bridge.bridge_installed():
+        return "Habana's bridge (habana_frameworks) is not installed; its containers have it"
+    bridge.load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
+    there = hasattr(torch, "hpu") and torch.hpu.is_available()
+    return None if there else "the bridge sees no Gaudi card here"
+
+
+def choose_engine(
+    engine: str, device: Device, processes: ProcessGroup, settings: TrainingSettings | None = None
+) -> Engine:
+    """The engine of a name, which holds no model yet; `auto`: `single`, or `ddp` for several.
+
+    Args:
+        engine: auto, single, ddp, deepspeed-zero2, deepspeed-zero3, fsdp2, or a DeepSpeed
+            configuration's path.
+        device: of this process.
+        processes: that train together.
+        settings: what such a configuration must agree with.
+
+    Raises UserError for an engine that does not fit the number of processes, a package that is not
+    there, and a configuration that does not agree.
+    """
+    if engine == "single" and processes.count > 1:
+        raise UserError(
+            f"engine: single was asked for, but a launcher started {processes.count} processes. "
+            "Start one, or use engine: auto."
+        )
+    if engine in ("auto", "single", "ddp"):
+        return ReplicatedEngine(device, processes)
+    if engine == "fsdp2":
+        from tandem.train.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(device, processes)
+    require("deepspeed", "deepspeed", f"engine: {engine}")
+    from tandem.integrations.deepspeed.ds_config import own_config, read_config
+    from tandem.integrations.deepspeed.zero import Zero2Engine, Zero3Engine
+
+    config: Mapping[str, Any]
+    if engine in _ZERO:
+        config = own_config(_ZERO[engine])
+    else:
+        assert settings is not None
+        config = read_config(Path(engine), settings, device.dtype_name, processes.count)
+    kind = Zero3Engine if config["zero_optimization"]["stage"] == 3 else Zero2Engine
+    return kind(device, processes, config)
