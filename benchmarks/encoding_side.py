@@ -30,9 +30,14 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     from rich.console import Console
 
     import tandem.stages.sft  # noqa: F401  (a stage's process has torch in memory, too)
-    from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+    from tandem.data.build_dataset import build_dataset
     from tandem.data.encoded.dataset_store import EncodedStore
+    from tandem.data.encoded.encode_chunk import EncodingOptions
+    from tandem.data.encoded.worker_pool import EncodingWork
+    from tandem.data.formats.format import Kind
     from tandem.data.ledger import Ledger
+    from tandem.data.tokenize.encode import ChatTokenizer
+    from tandem.data.truncation.limits import Limits
     from tandem.recipe.data_source import DataSource
     from tandem.runtime.console import phase
 
@@ -41,16 +46,16 @@ def prepare(task: dict[str, Any]) -> dict[str, float]:
     limits = LIMITS[task["kind"]]
     ledger = Ledger(None)
     began, used = time.perf_counter(), _core_seconds()
-    function = prepare_pairs if task["kind"] == "pairs" else prepare_conversations
-    trees = function(
+    kind: Kind = "preference pairs" if task["kind"] == "pairs" else "conversations"
+    trees = build_dataset(
         [DataSource(path=task["data"])],
-        tokenizer=tokenizer,
-        template=template,
-        max_length=limits[0],
-        max_prompt_length=limits[1],
-        ledger=ledger,
-        store=EncodedStore(console.print),
-        show=lambda text, total: phase(console, text, total),
+        ChatTokenizer.of(tokenizer, template),
+        EncodingOptions(kind, Limits(*limits), "stop"),
+        ledger,
+        EncodingWork(
+            store=EncodedStore(console.print),
+            progress=lambda text, total: phase(console, text, total),
+        ),
     )
     seconds = time.perf_counter() - began
     return {

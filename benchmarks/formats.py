@@ -26,8 +26,9 @@ from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.model_folder import load_tokenizer
 from tandem.model.quantize import FILE, quantize
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import LoraSettings, SftSettings
+from tandem.recipe.jobs import MergeJob, TrainingJob
+from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import LoraSettings, MergeSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -72,24 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> str:
     return page
 
 
-def _sft(folder: Path, options: argparse.Namespace, runtime: dict[str, Any]) -> Path:
-    return run_sft(
-        model="demo:base",
-        revision=None,
-        settings=SftSettings(
-            data=(DataSource(path="demo:instructions"),),
-            batch_size=32,
-            max_steps=options.steps,
-            learning_rate=_LEARNING_RATE,
-            max_length=256,
-            lora=LoraSettings(rank=16, alpha=32),
-        ),
-        output_dir=folder,
-        chat_template="neural-chat",
-        seed=SEED,
-        runtime=Runtime(device="cpu", **runtime),
-        console=_QUIET,
+def _sft(folder: Path, options: argparse.Namespace, run: dict[str, Any]) -> Path:
+    settings = SftSettings(
+        data=(DataSource(path="demo:instructions"),),
+        batch_size=32,
+        max_steps=options.steps,
+        learning_rate=_LEARNING_RATE,
+        max_length=256,
+        lora=LoraSettings(rank=16, alpha=32),
     )
+    return run_sft(TrainingJob(_run("demo:base", folder, **run), settings), _QUIET)
+
+
+def _run(model: str, folder: Path, **settings: Any) -> RunSettings:
+    common = {"chat_template": "neural-chat", "seed": SEED, "device": "cpu"}
+    return RunSettings(model=model, output_dir=str(folder), **{**common, **settings})
 
 
 def _losses(scratch: Path, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -100,15 +98,8 @@ def _losses(scratch: Path, options: argparse.Namespace) -> dict[str, tuple[float
     asked = [_asked(tokenizer, row) for row in questions[: options.questions]]
 
     def merged(name: str, source: Path) -> Any:
-        run_merge(
-            base=str(base),
-            adapter=source,
-            output_dir=scratch / name,
-            dtype="float32",
-            force=True,
-            device="cpu",
-            console=_QUIET,
-        )
+        run = _run(str(base), scratch / name, chat_template=None)
+        run_merge(MergeJob(run, MergeSettings(dtype="float32"), source, force=True), _QUIET)
         return load_model(scratch / name, dtype=torch.float32)
 
     seen = load_base(base, adapter, dtype=torch.float32)

@@ -22,7 +22,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import read_rows
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
-from tandem.model.generate import generate_answers
+from tandem.model.generate import Sampling, generate_answers
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import context_length, load_tokenizer, model_folder
 from tandem.pairs.prompts import read_prompts
@@ -128,11 +128,7 @@ def _batched(asked: Asked, temperature: float, seed: int) -> Run:
         asked.model,
         asked.prompts,
         stop_ids=asked.stops,
-        max_new_tokens=asked.limit,
-        temperature=temperature,
-        top_p=1.0,
-        seed=seed,
-        advance=lambda _: None,
+        sampling=Sampling(asked.limit, temperature, seed=seed),
     )
     return Run([answer.ids for answer in answers], time.perf_counter() - began)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, collate
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model import elementwise
 from tandem.model.attention import segments
 from tandem.model.cpu import onednn_linear

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tandem.data.records import Branch, Example
+from tandem.data.encoded.example import Branch, Example
 
 from .work import (
     ADAPTERS,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tandem.data.batching.collate import collate, fed_tokens
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model.cpu.onednn_linear import product
 
 from .work import ADAPTERS, Stage

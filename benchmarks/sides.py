@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
+from tandem.recipe.choices import DeviceName
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.runtime.device import most_resident
 from tandem.stages.dpo import run_dpo
@@ -113,22 +115,19 @@ def _stage(work: Work, name: str, **steps: Any) -> Path:
         ),
         **steps,
     }
-    named: dict[str, Any] = {
-        "model": work.model,
-        "revision": None,
-        "output_dir": Path(work.scratch) / name,
-        "chat_template": TEMPLATE,
-        "seed": SEED,
-        "runtime": Runtime(
-            device=work.device,
-            quantization="nf4" if work.side == "tandem-nf4" else None,
-            compile=work.side == "tandem-compiled",
-        ),
-        "console": Console(quiet=True),
-    }
+    run = RunSettings(
+        model=work.model,
+        output_dir=str(Path(work.scratch) / name),
+        chat_template=TEMPLATE,
+        seed=SEED,
+        device=cast("DeviceName", work.device),
+        quantization="nf4" if work.side == "tandem-nf4" else None,
+        compile=work.side == "tandem-compiled",
+    )
+    console = Console(quiet=True)
     if work.stage == "dpo":
-        return run_dpo(settings=DpoSettings(**common, beta=BETA), **named)
-    return run_sft(settings=SftSettings(**common), **named)
+        return run_dpo(TrainingJob(run, DpoSettings(**common, beta=BETA)), console)
+    return run_sft(TrainingJob(run, SftSettings(**common)), console)
 
 
 @contextmanager

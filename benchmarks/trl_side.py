@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 
 from .plain import load_model, lora_config
 from .work import (

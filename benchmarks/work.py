@@ -12,10 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.build_dataset import build_dataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 
 Stage = Literal["dpo", "sft"]
@@ -212,15 +216,11 @@ def write_first_lines(source: Path, count: int, target: Path) -> None:
 def read_trees(stage: Stage, model: Path, data: Path) -> list[Example]:
     """The records as tandem encodes them; the peers are fed the same token ids."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    prepare = prepare_pairs if stage == "dpo" else prepare_conversations
+    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, TEMPLATE))
+    kind: Kind = "preference pairs" if stage == "dpo" else "conversations"
+    options = EncodingOptions(kind, Limits(MAX_LENGTH, None), "stop")
     ledger = Ledger(None)
-    trees = prepare(
-        [DataSource(path=str(data))],
-        tokenizer=tokenizer,
-        template=resolve_template(tokenizer, TEMPLATE),
-        max_length=MAX_LENGTH,
-        ledger=ledger,
-    )
+    trees = build_dataset([DataSource(path=str(data))], chat, options, ledger)
     counts = ledger.summary()
     if counts["truncated"] or counts["dropped"]:
         raise SystemExit(f"records do not fit whole: {counts['reasons']}; use fewer")

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from benchmarks import plain, roofline, work
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
 
 
 def _config(**other: Any) -> MistralConfig:

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from tandem.chat import session
-from tandem.chat.session import run_chat
-from tandem.chat.stream_answer import Sampling, stream_answer
+from tandem.chat.session import ChatOptions, run_chat
+from tandem.chat.stream_answer import stream_answer
 from tandem.errors import UserError
+from tandem.model.generate import Sampling
 
 
 def script(*lines: str | type[BaseException]) -> Callable[[str], str]:
@@ -35,12 +36,10 @@ def talk(
 ) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=terminal, color_system=None)
-    settings = {
-        "system": None, "chat_template": "neural-chat", "max_new_tokens": 12, "temperature": 0.0,
-        "top_p": 1.0, "seed": 7, "device": "cpu",
-    }  # fmt: skip
-    settings |= options
-    run_chat([str(m) for m in models], console=console, read=script(*lines), **settings)
+    defaults = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0}
+    sampling = Sampling(**{key: options.pop(key, value) for key, value in defaults.items()})
+    options = {"chat_template": "neural-chat", "seed": 7, **options}
+    run_chat([str(m) for m in models], ChatOptions(sampling, **options), console, script(*lines))
     return out.getvalue()
 
 
@@ -299,9 +298,6 @@ def test_a_terminal_that_is_gone_ends_the_chat(some_model: Path) -> None:
         raise OSError(5, "Input/output error")
 
     console = Console(file=io.StringIO())
+    options = ChatOptions(Sampling(4), chat_template="neural-chat")
     with pytest.raises(UserError, match="the input cannot be read: Input/output error"):
-        run_chat(
-            [str(some_model)], console=console, read=read, system=None,
-            chat_template="neural-chat", max_new_tokens=4, temperature=0.0, top_p=1.0, seed=7,
-            device="cpu",
-        )  # fmt: skip
+        run_chat([str(some_model)], options, console, read)

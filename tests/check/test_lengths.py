@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tandem.check.lengths import Lengths
+from tandem.check.survey_result import Lengths
 
 
 def _of(values: list[int]) -> Lengths:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from tandem.check.preference_columns import column_signs, scores_in, side_columns, sides_of
-from tandem.check.survey import Subject, survey
+from tandem.check.column_signs import column_signs, scores_in
+from tandem.check.column_words import side_columns, sides_of
+from tandem.check.survey import survey
+from tandem.check.survey_result import CheckTarget
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.records import Origin, PreferencePair, Turn
 from tandem.data.truncation.limits import Limits
@@ -152,10 +154,10 @@ def test_reversed_rows_are_found_where_a_recipe_names_the_answers(
         made = pair(seed)
         answers = {"response_0": made["chosen"], "response_1": made["rejected"]}
         rows.append({"prompt": made["prompt"], **answers, "better_response_id": int(seed == 5)})
-    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=NUMBERED)
+    spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), fields=dict(NUMBERED))
     other = DataSource(path=str(write(tmp_path / "b.jsonl", map(pair, range(20, 30)))))
     plan = EncodingOptions("preference pairs", Limits(2**31 - 1, None), "stop")
-    found = survey(Subject(None, (spec, other), plan, 0.05), limit=limit)
+    found = survey(CheckTarget(None, (spec, other), plan, 0.05), limit=limit)
     (finding,) = found.findings
     assert finding.sign.name == "label_prefers_rejected"
     assert [(e.row, e.excerpt) for e in finding.rows] == [(6, "better_response_id: 1")]

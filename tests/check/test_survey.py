@@ -14,10 +14,10 @@ from rich.console import Console
 
 from tandem.check.check_page import as_json, print_survey
 from tandem.check.findings import Finding, masked
-from tandem.check.lengths import Histogram
-from tandem.check.survey import Subject, Survey, survey
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.check.survey import survey
+from tandem.check.survey_result import CheckTarget, Histogram, Survey
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
+from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.sources.chunks import Chunk
@@ -28,6 +28,7 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
+from ..data.built import prepare_conversations, prepare_pairs
 from .made_data import FORGETFUL, conversation, pair, write
 
 _MANY = 2**31 - 1
@@ -36,7 +37,7 @@ CLEAN = 40
 
 def _survey(*files: Path, kind: Kind = "conversations", **options: Any) -> Survey:
     plan = EncodingOptions(kind, Limits(_MANY, None), "stop")
-    subject = Subject(None, tuple(DataSource(path=str(file)) for file in files), plan, 0.05)
+    subject = CheckTarget(None, tuple(DataSource(path=str(file)) for file in files), plan, 0.05)
     return survey(subject, **options)
 
 
@@ -174,7 +175,7 @@ def _scored(question: str, *answers: str) -> dict[str, Any]:
 def _best_vs_rest(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
     spec = DataSource(path=str(write(tmp_path / "a.jsonl", rows)), completions="best_vs_rest")
     plan = EncodingOptions("preference pairs", Limits(_MANY, None), "stop")
-    found = survey(Subject(None, (spec,), plan, 0.05))
+    found = survey(CheckTarget(None, (spec,), plan, 0.05))
     return {
         name: [(e.row, e.excerpt.partition(":")[0]) for e in finding.rows]
         for name, finding in _by_name(found).items()
@@ -269,7 +270,7 @@ def test_the_special_tokens_of_the_tokenizer_are_found(
 ) -> None:
     template = resolve_template(mistral_tokenizer, "neural-chat")
     rows = [*map(conversation, range(5)), _answer("It is <s> open.")]
-    subject = Subject(
+    subject = CheckTarget(
         "sft",
         (DataSource(path=str(write(tmp_path / "a.jsonl", rows))),),
         EncodingOptions("conversations", Limits(_MANY, None), "stop"),
@@ -302,7 +303,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
         max_prompt_length=150,
         ledger=ledger,
     )
-    subject = Subject(
+    subject = CheckTarget(
         None,
         (DataSource(path=str(file)),),
         EncodingOptions(kind, Limits(400, 150), "stop"),
@@ -361,7 +362,7 @@ def test_bars_beyond_max_length_are_marked(
     edges: tuple[int, ...], marks: list[str], mistral_tokenizer: Any, tmp_path: Path
 ) -> None:
     found = _with_chat(mistral_tokenizer, True, write(tmp_path / "a.jsonl", [conversation(1)]))
-    assert found.subject.plan.limits.sequence == 400
+    assert found.target.plan.limits.sequence == 400
     found = replace(found, histogram=Histogram(edges, (2,) * len(marks)))
     out = StringIO()
     print_survey(Console(file=out, width=100), found, "some")
@@ -408,7 +409,7 @@ def test_a_row_of_several_pairs_is_measured_once(mistral_tokenizer: Any, tmp_pat
 
     def look(limited: bool) -> Survey:
         plan = EncodingOptions("preference pairs", Limits(400 if limited else _MANY, None), "stop")
-        return survey(Subject(None, (spec,), plan, 0.05, chat=chat, limited=limited))
+        return survey(CheckTarget(None, (spec,), plan, 0.05, chat=chat, limited=limited))
 
     found, whole = look(limited=True), look(limited=False)
     assert (found.counts["trained"], found.counts["truncated"]) == (3, 1)
@@ -427,7 +428,7 @@ def test_a_conversation_of_two_branches_is_no_pair(byte_tokenizer: Any, tmp_path
         rows.append(row)
     file = write(tmp_path / "a.jsonl", rows)
     resolved = resolve_template(byte_tokenizer, str(template))
-    subject = Subject(
+    subject = CheckTarget(
         None,
         (DataSource(path=str(file)),),
         EncodingOptions("conversations", Limits(_MANY, None), "stop"),
@@ -453,7 +454,7 @@ def test_processes_find_what_one_process_finds(
     rows = [conversation(seed % 800) for seed in range(860)]
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(byte_tokenizer, "chatml")
-    subject = Subject(
+    subject = CheckTarget(
         None,
         (DataSource(path=str(file)),),
         EncodingOptions("conversations", Limits(250, None), "stop"),
@@ -470,9 +471,11 @@ def test_processes_find_what_one_process_finds(
         def __exit__(self, *_: object) -> None:
             pass
 
-    one = survey(subject, workers=1, show=lambda text, total: Phase())
+    one = survey(
+        subject, encoding_work=EncodingWork(workers=1, progress=lambda text, total: Phase())
+    )
     assert sum(seen) == len(rows)
-    two = survey(subject, workers=2)
+    two = survey(subject, encoding_work=EncodingWork(workers=2))
     assert as_json(one) == as_json(two)
     assert one.counts["truncated"] > 0
     assert _by_name(one)["exact_duplicates"].count == 60
@@ -555,7 +558,7 @@ def test_few_rows_before_a_source_of_no_format_are_reported_as_well(
 def test_unparsable_rows_may_be_dropped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*map(conversation, range(30)), "{"])
     plan = EncodingOptions("conversations", Limits(_MANY, None), "drop")
-    found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05))
+    found = survey(CheckTarget(None, (DataSource(path=str(file)),), plan, 0.05))
     assert found.problem is None
     assert _by_name(found)["dropped"].sign.about == "unparsable"
 
@@ -649,7 +652,7 @@ def test_keys_that_a_run_ignores_are_listed(tmp_path: Path) -> None:
     nested = write(tmp_path / "n.jsonl", [{"log": conversation(1), "id": 1}])
     named = DataSource(path=str(nested), fields={"messages": "log.messages"})
     plan = EncodingOptions("conversations", Limits(_MANY, None), "stop")
-    assert survey(Subject(None, (named,), plan, 0.05)).unread == ("id",)
+    assert survey(CheckTarget(None, (named,), plan, 0.05)).unread == ("id",)
     # Of labelled answers those are left out that are put together first.
     answers = [{"prompt": "Q", "completion": c, "label": c == "A"} for c in "AB"]
     kto = _survey(write(tmp_path / "c.jsonl", answers), kind="preference pairs")
@@ -760,7 +763,7 @@ def _with_chat(tokenizer: Any, limited: bool, *files: Path) -> Survey:
         "conversations", Limits(400, None) if limited else Limits(_MANY, None), "stop"
     )
     sources = tuple(DataSource(path=str(file)) for file in files)
-    return survey(Subject(None, sources, plan, 0.05, chat=chat, limited=limited))
+    return survey(CheckTarget(None, sources, plan, 0.05, chat=chat, limited=limited))
 
 
 @pytest.mark.parametrize("limited", [True, False])

@@ -10,8 +10,7 @@ from tandem.check.duplicates import signatures
 from tandem.check.findings import KEYS, credentials, excerpt, masked
 from tandem.check.record_signs import breaks_off, leaves_code_open
 from tandem.check.text_signs import TextSigns
-from tandem.data.text.answers import refuses
-from tandem.data.text.language import LANGUAGES, language_of
+from tandem.data.text.text_traits import LANGUAGES, language_of, refuses
 from tandem.data.text.word_hashes import hash_words
 
 _PROSE = "The bridge was closed for repairs. Everybody had to take the ferry instead of it. " * 2

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from tandem.check.show_page import _STYLES, print_encodings, print_turns, visible
 from tandem.check.show_record import encode_row, find_row, records_in, token_texts
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
@@ -22,6 +21,7 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
+from ..data.built import prepare_conversations, prepare_pairs
 from .made_data import FORGETFUL, conversation, pair, write
 
 _MANY = 2**31 - 1

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from tandem.check.check_page import as_json, print_survey
-from tandem.check.survey import Subject, Survey, survey
-from tandem.check.unread_columns import verdict_sign
+from tandem.check.column_signs import verdict_sign
+from tandem.check.survey import survey
+from tandem.check.survey_result import CheckTarget, Survey
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.formats.known_formats import format_called
@@ -28,7 +29,7 @@ def _survey(
     file: Path, kind: Kind = "conversations", fields: dict[str, str] | None = None
 ) -> Survey:
     plan = EncodingOptions(kind, Limits(2**31 - 1, None), "stop")
-    return survey(Subject(None, (DataSource(path=str(file), fields=fields or {}),), plan, 0.05))
+    return survey(CheckTarget(None, (DataSource(path=str(file), fields=fields or {}),), plan, 0.05))
 
 
 def _said(found: Survey, name: str) -> dict[str, list[tuple[int, str]]]:
@@ -274,8 +275,8 @@ def test_what_a_sources_names_lead_into_is_read_of_that_source_alone(tmp_path: P
     plain = write(tmp_path / "b.jsonl", [{"prompt": ASKED, "completion": ANSWERED, "q": 1}])
     sources = (DataSource(path=str(led), fields={"prompt": "q.text"}), DataSource(path=str(plain)))
     plan = EncodingOptions("conversations", Limits(2**31 - 1, None), "stop")
-    assert survey(Subject(None, sources[:1], plan, 0.05)).unread == ()
-    assert survey(Subject(None, sources, plan, 0.05)).unread == ("q",)
+    assert survey(CheckTarget(None, sources[:1], plan, 0.05)).unread == ()
+    assert survey(CheckTarget(None, sources, plan, 0.05)).unread == ("q",)
 
 
 def test_keys_of_a_row_of_another_format_are_not_called_unread(tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_keys_beside_labelled_answers_are_listed(tmp_path: Path) -> None:
     assert _survey(named, "preference pairs", fields).unread == ("note", "prompt[].mood")
     # With a limit, those of the rows that were looked at.
     plan = EncodingOptions("preference pairs", Limits(2**31 - 1, None), "stop")
-    found = survey(Subject(None, (DataSource(path=str(file)),), plan, 0.05), limit=1)
+    found = survey(CheckTarget(None, (DataSource(path=str(file)),), plan, 0.05), limit=1)
     assert found.unread == ("note", "prompt[].mood")
 
 
@@ -320,7 +321,7 @@ def test_a_long_list_of_keys_is_cut_and_says_so(
     found = _survey(file)
     assert line(found).endswith("key18, key19, and 10 more (--json lists them)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (30, False)
-    monkeypatch.setattr("tandem.check.unread_columns._MOST", 25)
+    monkeypatch.setattr("tandem.check.column_signs._MOST", 25)
     found = _survey(file)
     assert line(found).endswith("key18, key19, and more than 5 more (--json lists 25)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (25, True)
@@ -329,7 +330,7 @@ def test_a_long_list_of_keys_is_cut_and_says_so(
 def test_rows_with_endless_sets_of_keys_need_no_endless_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.check.unread_columns._REMEMBERED", 3)
+    monkeypatch.setattr("tandem.check.column_signs._REMEMBERED", 3)
     rows: list[Any] = [{**conversation(seed), f"key{seed:02}": 1} for seed in range(20)]
     for number, row in enumerate(rows):
         row["messages"][1][f"own{number:02}"] = 1

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 # As DeepSeek-R1's: every answer loses its reasoning, and the prompt opens the next one.
 R1 = (

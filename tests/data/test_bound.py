@@ -18,7 +18,7 @@ from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_conversation
-from tandem.data.tokenize.token_bounds import longest_token
+from tandem.data.tokenize.vocabulary import longest_token
 from tandem.data.truncation.limits import Limits, TooLong
 from tests.data.test_truncate import POLICIES, fit, fit_two
 
@@ -159,10 +159,9 @@ def test_only_a_part_is_tokenised(
         long = "It was a day. " * 4000
         for texts in ((long, "Yes"), ("Yes", long)):
             turns = (Turn("user", texts[0]), Turn("assistant", texts[1]))
-            limits = Limits(64, None)
             for loss_on in ("answers", "text"):
                 record = Conversation(turns, ORIGIN)
-                (one,) = encode_conversation(chat, record, limits, loss_on)  # type: ignore[arg-type]
+                (one,) = encode_conversation(chat, record, 64, loss_on)  # type: ignore[arg-type]
                 assert isinstance(one, Encoded)
                 assert not one.whole
                 assert 64 < len(one.ids) < 4000
@@ -180,7 +179,10 @@ import json, re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
-from tandem.data.build_dataset import prepare_conversations
+from tandem.data.build_dataset import build_dataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 
@@ -193,9 +195,9 @@ def most():
 
 def run(path, policy, loss_on):
     ledger = Ledger(None)
-    trees = prepare_conversations(
-        [DataSource(path=path)], tokenizer=tokenizer, template=template, max_length=512,
-        max_prompt_length=256, too_long=policy, loss_on=loss_on, ledger=ledger)
+    options = EncodingOptions("conversations", Limits(512, 256, policy), "stop", loss_on)
+    trees = build_dataset(
+        [DataSource(path=path)], ChatTokenizer.of(tokenizer, template), options, ledger)
     return [e.outcome for e in ledger.entries], [len(t.sequence(0).input_ids) for t in trees]
 
 run(sys.argv[3], "drop", "answers")

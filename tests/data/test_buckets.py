@@ -8,7 +8,8 @@ import torch
 
 from tandem.data.batching.collate import Segment, collate, record_key, row_spans
 from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index, to_arrays
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
 from tandem.integrations.gaudi.static_shapes import (
     Bucket,
     Buckets,

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from tandem.data.batching.collate import Segment, collate, fed_tokens, record_key
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
 
 from ..invariants.made import without_sharing
 

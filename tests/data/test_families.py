@@ -12,9 +12,9 @@ from tokenizers import trainers as train
 from transformers import PreTrainedTokenizerFast
 
 from tandem.data.records import Origin, Turn
-from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import UserError
 
 CORPUS = ["Hello there, what is two and two? It is four.\n\n### User: yes or no"] * 20

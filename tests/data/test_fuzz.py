@@ -19,8 +19,7 @@ from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Conversation, Origin, PreferencePair
-from tandem.data.sources.chunks import Row
-from tandem.data.sources.renaming import Renaming
+from tandem.data.sources.chunks import Renaming, Row
 from tandem.data.sources.rows import read_rows
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.data.batching.sampler import choose_held_out, shared_prompts
-from tandem.data.build_dataset import prepare_conversations
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn, prompt_key
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations
 
 WHERE = Origin("f", 1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data.text.language import LANGUAGES, language_of
+from tandem.data.text.text_traits import LANGUAGES, language_of
 
 
 @pytest.mark.parametrize(

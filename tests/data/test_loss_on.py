@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from tandem.data.batching.collate import collate
-from tandem.data.build_dataset import prepare_conversations
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.example import Branch
 from tandem.data.ledger import Ledger
-from tandem.data.records import Branch
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
@@ -22,6 +21,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.train.losses.objectives import SupervisedObjective
 
 from ..invariants.made import attend
+from .built import prepare_conversations
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import add_tokens
 from tandem.data.tokenize.chat_template import missing_tokens, resolve_template, template_names
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import Omissions
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 SYSTEM = {"role": "system", "content": "Answer in French only."}
 ASKED = {"role": "user", "content": "Two and two?"}

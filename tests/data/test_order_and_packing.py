@@ -17,11 +17,13 @@ import pytest
 from tandem.data.batching.collate import fed_tokens, record_key
 from tandem.data.batching.packing import assign_to_ranks, example_cost, pack, plan_step
 from tandem.data.batching.sampler import StepSampler, WeightedSource
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.encoded.example import Branch, Example
 from tandem.data.ledger import Ledger
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.records import Origin
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 
 @dataclass

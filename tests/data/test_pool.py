@@ -18,10 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded import encode_chunk, encode_worker, worker_pool
+from tandem.data.encoded import encode_chunk, worker_pool
 from tandem.data.encoded.dataset_store import EncodedStore
-from tandem.data.encoded.encode_worker import Setup
+from tandem.data.encoded.worker_pool import Setup
 from tandem.data.ledger import Ledger
 from tandem.data.sources import file_chunks as files
 from tandem.data.sources.chunks import LineChunk
@@ -32,6 +31,7 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import TandemError, UserError
 from tandem.recipe.data_source import DataSource
 
+from .built import prepare_conversations, prepare_pairs
 from .test_prepare import pair, talk, write
 
 NEW = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
@@ -229,11 +229,11 @@ def test_a_file_that_vanishes_is_the_users_to_hear_of(
 
 def test_workers_do_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, tandem.data.encoded.encode_worker, transformers.utils.chat_template_utils;"
+        "import sys, tandem.data.encoded.worker_pool, transformers.utils.chat_template_utils;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=NEW).returncode == 0
-    assert encode_worker.__name__ == "tandem.data.encoded.encode_worker"
+    assert worker_pool.main.__module__ == "tandem.data.encoded.worker_pool"
 
 
 _LONG = """
@@ -242,8 +242,11 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from transformers import AutoTokenizer
-from tandem.data.build_dataset import prepare_pairs
+from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded import worker_pool
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.truncation.limits import Limits
 from tandem.data.ledger import Ledger
 from tandem.recipe.data_source import DataSource
 from tandem.data.encoded.dataset_store import EncodedStore
@@ -255,10 +258,12 @@ def show(text, total):
     print("started", flush=True)
     from contextlib import nullcontext
     return nullcontext(lambda n: print("done", flush=True))
-prepare_pairs(
-    [DataSource(path=sys.argv[2])], tokenizer=tokenizer, max_length=512, ledger=Ledger(None),
-    template=resolve_template(tokenizer, "neural-chat"), workers=2, show=show,
-    store=EncodedStore(print, Path(sys.argv[3])),
+build_dataset(
+    [DataSource(path=sys.argv[2])],
+    ChatTokenizer.of(tokenizer, resolve_template(tokenizer, "neural-chat")),
+    EncodingOptions("preference pairs", Limits(512, None), "stop"),
+    Ledger(None),
+    worker_pool.EncodingWork(EncodedStore(print, Path(sys.argv[3])), workers=2, progress=show),
 )
 """
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded import worker_pool
+from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
-from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 
 def write(path: Path, rows: list[Any]) -> DataSource:

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 Rows = list[dict[str, Any]]
 PAIRS = 40

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.formats.format import InvalidRecord
 from tandem.data.formats.known_formats import detect
 from tandem.data.ledger import Ledger
 from tandem.data.records import Conversation, Origin
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 # As Qwen3's: thoughts of the last answer only, and empty ones where there are none.
 LAST = """

@@ -445,7 +445,7 @@ def test_arrays_of_every_split_into_blocks(tmp_path: Path, monkeypatch: pytest.M
     for size in (1, 2, 3, 7):
         monkeypatch.setattr(compression, "_BLOCK", size)
         # What the file is said to be is seen in its first block.
-        from tandem.data.sources.json_array import array_rows
+        from tandem.data.sources.file_chunks import array_rows
 
         assert list(array_rows(file)) == whole
 

@@ -13,7 +13,7 @@ from tandem.data.formats.known_formats import detect
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations
 from tandem.data.records import Origin
-from tandem.data.sources.renaming import Renaming
+from tandem.data.sources.chunks import Renaming
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 

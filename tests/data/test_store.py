@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
 from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
+from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.sources.chunks import RowChunk
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -26,6 +25,7 @@ from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 from tandem.storage.cache_folder import cache_report, clear_cache
 
+from .built import prepare_conversations, prepare_pairs
 from .test_prepare import pair, talk, write
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     find_ending,
@@ -22,6 +21,7 @@ from tandem.data.tokenize.chat_template import (
     stop_ids,
     template_names,
 )
+from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.errors import UserError
 
 TURNS = (

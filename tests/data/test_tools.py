@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.formats.format import Format
 from tandem.data.formats.known_formats import FORMATS, detect
@@ -22,6 +21,8 @@ from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_capabilities import ToolCallForm
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
+
+from .built import prepare_conversations, prepare_pairs
 
 # Tools in the system turn, calls in tags, results of one exchange together in a user turn.
 TAGGED = """
@@ -356,8 +357,8 @@ def test_a_template_gets_calls_in_the_form_that_it_takes(
 ) -> None:
     template = written(tmp_path, PICKY)
     chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, template))
-    assert chat.tools.calls == ToolCallForm(text=True, null=True)
-    assert not chat.tools.tools
+    assert chat.with_tools.calls == ToolCallForm(text=True, null=True)
+    assert not chat.with_tools.tools
     trees, _ = prepared(mistral_tokenizer, template, tmp_path, [{"messages": SAID[:4]}])
     sequence = trees[0].sequence(0)
     text = mistral_tokenizer.decode(sequence.input_ids[sequence.trained])

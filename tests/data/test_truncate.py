@@ -20,8 +20,9 @@ from tandem.data.tokenize.encode import (
     pair_exchanges,
 )
 from tandem.data.truncation import conversation
-from tandem.data.truncation.conversation import Fitted, fit_conversation, fit_pair, skip_old_turns
-from tandem.data.truncation.limits import Limits, TooLong
+from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
+from tandem.data.truncation.limits import Fitted, Limits, TooLong
+from tandem.data.truncation.pair import fit_pair
 
 ORIGIN = Origin("made.jsonl", 1)
 POLICIES: tuple[TooLong, ...] = ("drop", "keep_start", "keep_end", "drop_old_turns")
@@ -47,11 +48,11 @@ def talk(*texts: str, system: str = "") -> Conversation:
 
 
 def fit(chat: ChatTokenizer, record: Conversation, limits: Limits, loss_on: Any = "answers") -> Any:
-    light = skip_old_turns(chat, record, limits, loss_on)
-    if isinstance(light, Refused):
-        return light
-    encoded = encode_conversation(chat, light.conversation, limits, loss_on)
-    return fit_conversation(chat, light.conversation, encoded, limits, loss_on, light.dropped)
+    shorter = skip_old_turns(chat, record, limits, loss_on)
+    if isinstance(shorter, Refused):
+        return shorter
+    encoded = encode_conversation(chat, shorter[0], limits.sequence, loss_on)
+    return fit_conversation(chat, shorter[0], encoded, limits, loss_on, shorter[1])
 
 
 def fit_two(chat: ChatTokenizer, pair: PreferencePair, limits: Limits) -> Any:
@@ -69,9 +70,7 @@ def last(fitted: Fitted, tokenizer: Any) -> str:
 
 def whole(chat: ChatTokenizer, record: Conversation) -> int:
     return max(
-        len(one.ids)
-        for one in encode_conversation(chat, record, Limits(10**6, None))
-        if isinstance(one, Encoded)
+        len(one.ids) for one in encode_conversation(chat, record, 10**6) if isinstance(one, Encoded)
     )
 
 
@@ -96,7 +95,7 @@ def test_drop_leaves_the_record_out_with_its_length(chat: tuple[ChatTokenizer, A
 def test_keep_start_cuts_the_end_and_its_end_token(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk("first", words("a", 40), "second", "gone", system="Stay.")
-    everything = encode_conversation(codec, record, Limits(10**6, None))
+    everything = encode_conversation(codec, record, 10**6)
     (first, second) = everything
     assert isinstance(first, Encoded)
     assert isinstance(second, Encoded)
@@ -169,7 +168,7 @@ def test_keep_end_takes_only_as_much_old_text_as_must_go(chat: tuple[ChatTokeniz
 def test_keep_end_never_cuts_an_answer(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
     record = talk(words("q", 60), words("a", 20), system="Stay.")
-    (answer,) = encode_conversation(codec, record, Limits(10**6, None))
+    (answer,) = encode_conversation(codec, record, 10**6)
     assert isinstance(answer, Encoded)
     size = len(answer.ids) - answer.start
     fitted = fit(codec, record, Limits(size + 90, None, "keep_end"))

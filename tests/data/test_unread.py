@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
 from tandem.recipe.data_source import DataSource
 
+from .built import prepare_conversations, prepare_pairs
 from .test_prepare import pair, talk, write
 from .test_store import Desk, desk
 

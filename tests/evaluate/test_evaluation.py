@@ -17,15 +17,15 @@ from rich.console import Console
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import find_eval_model
-from tandem.evaluate.evaluate_models import run_evaluation
+from tandem.evaluate.evaluate_models import evaluate_models
 from tandem.evaluate.harness import Harness
 from tandem.evaluate.scores import MeasurementStore
 from tandem.evaluate.win_rates import Judge, Messages
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.run_settings import Runtime
 from tandem.report.terminal_tables import comparison_notes
 from tandem.storage.atomic_files import read_json, read_jsonl
+from tests.jobs import evaluation_job
 
 from .made_adapters import make_adapter
 from .test_judge import one_by_one
@@ -34,17 +34,24 @@ pytest.importorskip("lm_eval")
 
 
 def evaluate(
-    models: dict[str, str], folder: Path, settings: EvaluationSettings, **changes: Any
+    models: dict[str, str],
+    folder: Path,
+    settings: EvaluationSettings,
+    judge: Any = None,
+    **changes: Any,
 ) -> Any:
     said = io.StringIO()
-    found = run_evaluation(
-        models=models,
-        settings=settings,
-        output_dir=folder,
-        chat_template="neural-chat",
-        seed=0,
-        console=Console(file=said, width=200),
-        **{"runtime": Runtime(device="cpu"), **changes},
+    found = evaluate_models(
+        evaluation_job(
+            settings,
+            models,
+            folder,
+            chat_template="neural-chat",
+            seed=0,
+            **changes,
+        ),
+        Console(file=said, width=200),
+        judge,
     )
     return found, said.getvalue()
 
@@ -328,8 +335,7 @@ def test_figures_of_another_dtype_are_others(stories_path: Path, tmp_path: Path)
     models = {"m": str(stories_path)}
 
     def loss(dtype: str, **changes: Any) -> float:
-        runtime = Runtime(device="cpu", dtype=dtype)
-        found, _ = evaluate(models, tmp_path / "e", only, runtime=runtime, **changes)
+        found, _ = evaluate(models, tmp_path / "e", only, dtype=dtype, **changes)
         return float(found["models"]["m"]["loss"])
 
     wide = loss("float32")

@@ -282,7 +282,7 @@ def test_a_cache_that_may_only_be_read_is_used_and_is_not_called_damaged(
 ) -> None:
     desk.accepted(desk.train())
     monkeypatch.setattr(os, "utime", _cannot_write)
-    monkeypatch.setattr("tandem.data.build_dataset._fill", _cannot_write)
+    monkeypatch.setattr("tandem.data.build_dataset._Builder._fill", _cannot_write)
     assert "damaged" not in desk.accepted(desk.train(output_dir=desk.home / "again"))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tandem.cli.main import main
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import UserError
 from tandem.evaluate import harness
 from tandem.evaluate.eval_model import find_eval_model

@@ -28,31 +28,31 @@ SETTINGS = {
 LENGTHS = (128, 256)
 
 
-def run_stages(folder: Path, runtime: Any, model: Path) -> None:
+def run_stages(folder: Path, model: Path, **run: Any) -> None:
     """SFT and DPO on small made data, into FOLDER/sft and FOLDER/dpo."""
     from rich.console import Console
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "said.txt").open("w") as said:
-        _run(folder, runtime, model, Console(file=said, width=200))
+        _run(folder, model, Console(file=said, width=200), run)
 
 
-def _run(folder: Path, runtime: Any, model: Path, console: Any) -> None:
+def _run(folder: Path, model: Path, console: Any, run: dict[str, Any]) -> None:
     from tandem.recipe.training_settings import DpoSettings, SftSettings
     from tandem.stages.dpo import run_dpo
     from tandem.stages.sft import run_sft
 
+    from ..jobs import training_job
     from ..stages.made_inputs import make_conversations, make_pairs
 
-    common: dict[str, Any] = {
-        "model": str(model), "revision": None, "chat_template": None, "seed": 3,
-        "runtime": runtime, "console": console,
-    }  # fmt: skip
     conversations = str(make_conversations(folder / "conversations.jsonl", 24))
     pairs = str(make_pairs(folder / "pairs.jsonl", 24))
     sft = {**SETTINGS, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
-    run_sft(settings=SftSettings(data=conversations, **sft), output_dir=folder / "sft", **common)  # type: ignore[arg-type]
-    run_dpo(settings=DpoSettings(data=pairs, **SETTINGS), output_dir=folder / "dpo", **common)  # type: ignore[arg-type]
+    sft_settings = SftSettings.model_validate({"data": conversations, **sft})
+    dpo_settings = DpoSettings.model_validate({"data": pairs, **SETTINGS})
+    run = {"seed": 3, "dtype": "float32", **run}
+    run_sft(training_job(sft_settings, model, folder / "sft", **run), console)
+    run_dpo(training_job(dpo_settings, model, folder / "dpo", **run), console)
 
 
 class Watch:
@@ -154,9 +154,14 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     notices = prepare_devices(SimpleNamespace(hpu=hpu_section))
     early = "torch" not in sys.modules
     from tandem.integrations.choose import choose_device
-    from tandem.recipe.run_settings import HpuSettings, Runtime
+    from tandem.recipe.run_settings import HpuSettings
 
-    hpu = HpuSettings(lazy, "max" if lazy else LENGTHS, fused_attention=lazy, fused_optimizer=lazy)
+    hpu = HpuSettings(
+        lazy_mode=lazy,
+        buckets="max" if lazy else LENGTHS,
+        fused_attention=lazy,
+        fused_optimizer=lazy,
+    )
     device = choose_device("auto", "auto", hpu)
     import torch
     from accelerate.utils import is_hpu_available
@@ -166,8 +171,7 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     patched = torch.compile.__name__
     watch = Watch()
     install(watch)
-    runtime = Runtime("hpu", "float32", hpu=hpu)
-    run_stages(folder / mode, runtime, folder / "model")
+    run_stages(folder / mode, folder / "model", device="hpu", hpu=hpu)
     from habana_frameworks.torch.hpex import kernels, optimizers  # type: ignore[import-not-found]
 
     return {

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tandem.recipe.run_settings import Runtime
 from tandem.storage.atomic_files import read_jsonl
 
 from ..stages.made_inputs import make_model_folder
@@ -66,7 +65,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         watched[mode] = json.loads(ran.stdout.splitlines()[-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache-cpu"))
-        run_stages(home / "cpu", Runtime("cpu", "float32"), home / "model")
+        run_stages(home / "cpu", home / "model")
     return Done(home, watched)
 
 

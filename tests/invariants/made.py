@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import (
     FOR_SCORING,

@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,
@@ -44,6 +43,7 @@ from tandem.train import step as micro_batches
 from tandem.train.engines.engine import Engine
 from tandem.train.optimizers import whole as in_one_piece
 from tandem.train.trainer import Training
+from tests.jobs import training_job
 
 from ..stages.made_inputs import WORDS, make_model_folder
 from ..warm.python import python
@@ -138,14 +138,17 @@ def carry_out(order: Order, home: Path) -> Outcome:
             TROUBLES[order.trouble](patch)
         try:
             stage(
-                model=str(home / "model"),
-                revision=None,
-                settings=_settings(order, home / data),
-                output_dir=home / order.folder,
-                chat_template=None,
-                seed=order.seed,
-                runtime=Runtime("cpu", order.dtype, "segments", order.budget, _engine(order, home)),
-                console=Console(file=text, width=300),
+                training_job(
+                    _settings(order, home / data),
+                    str(home / "model"),
+                    home / order.folder,
+                    seed=order.seed,
+                    dtype=order.dtype,
+                    attention="segments",
+                    tokens_per_microbatch=order.budget,
+                    engine=_engine(order, home),
+                ),
+                Console(file=text, width=300),
             )
         except TandemError as error:
             kind = type(error).__name__

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tandem.data.batching.collate import MicroBatch, Segment, collate
-from tandem.data.records import Branch, Example
+from tandem.data.encoded.example import Branch, Example
 from tandem.model.logprobs.sequence_logps import sequence_logps, token_logps
 
 from .made import (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model

@@ -22,8 +22,8 @@ from tandem.model.load_model import load_adapter, load_for_inference, load_model
 from tandem.model.lora.adapter_folder import read_updates, whole_weights
 from tandem.model.merge_weights import merge_shards
 from tandem.model.model_folder import load_config, model_without_weights
-from tandem.recipe.run_settings import Runtime
 from tandem.stages.merge import run_merge
+from tests.jobs import merge_job, run_settings
 
 from ..stages.made_inputs import make_model_folder
 
@@ -230,9 +230,8 @@ def test_a_merge_and_a_chat_answer_alike(
     save_file(load_file(path) | {"base_model.model.model.embed_tokens.weight": copied}, path)
     heard = StringIO()
     merged = run_merge(
-        base=str(base), adapter=tmp_path / "adapter", output_dir=tmp_path / "merged", dtype="auto",
-        force=False, device="cpu", console=Console(file=heard, width=1000),
-    )  # fmt: skip
+        merge_job(base, tmp_path / "adapter", tmp_path / "merged"), Console(file=heard, width=1000)
+    )
     assert "model.embed_tokens.weight in " in heard.getvalue()
     assert "is passed over: it is the base's own" in heard.getvalue()
     ids = torch.arange(10)[None]
@@ -272,10 +271,7 @@ def test_an_adapter_on_a_head_that_is_the_embedding_is_named(tmp_path: Path) -> 
     base = make_model_folder(tmp_path / "tied", config=tied)
     make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     with pytest.raises(UserError, match=r"changes the output head \(lm_head\.weight\)"):
-        run_merge(
-            base=str(base), adapter=tmp_path / "adapter", output_dir=tmp_path / "merged",
-            dtype="auto", force=False, device="cpu", console=Console(quiet=True),
-        )  # fmt: skip
+        run_merge(merge_job(base, tmp_path / "adapter", tmp_path / "merged"), Console(quiet=True))
     assert not (tmp_path / "merged").exists()
 
 
@@ -285,5 +281,5 @@ def test_evaluation_says_that_it_scores_no_adapter_on_the_head(base: Path, tmp_p
     with pytest.raises(UserError, match="changes the output head, which evaluation scores"):
         OwnMeasures(
             adapter, *adapter.tokenizer("neural-chat"), choose_device("cpu", "auto"),
-            Runtime(device="cpu"), Console(quiet=True),
+            run_settings("", tmp_path), Console(quiet=True),
         )  # fmt: skip

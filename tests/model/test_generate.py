@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.model.generate import Answer, Sampling, choose_tokens, generate_answers, plan_batches
+from tandem.model.generate import (
+    GeneratedAnswer,
+    Sampling,
+    choose_tokens,
+    generate_answers,
+    plan_batches,
+)
 
 from ..invariants.families import PADDED, RECURRENT_GEMMA, TREES, Family
 
@@ -41,11 +47,9 @@ def _answers(
     temperature: float = 0.0,
     seed: int = 0,
     stops: Sequence[int] = (2,),
-) -> list[Answer]:
-    return generate_answers(
-        model, prompts, stop_ids=stops, max_new_tokens=LENGTH, temperature=temperature, top_p=0.9,
-        seed=seed, advance=lambda _: None,
-    )  # fmt: skip
+) -> list[GeneratedAnswer]:
+    sampling = Sampling(LENGTH, temperature, top_p=0.9, seed=seed)
+    return generate_answers(model, prompts, stop_ids=stops, sampling=sampling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,6 +21,7 @@ from tandem.model.cpu.c_kernels import (
     RmsNorm,
     SwiGlu,
     TreeAttention,
+    TreeAttentionCall,
     kernels,
     softmax_block,
     unavailable_reason,
@@ -66,7 +67,8 @@ def attend(library: Kernels, inputs: list[Tensor], window: int | None = None) ->
     """Output [1, T, heads, D] and the gradients of query, key and value."""
     query, key, value = (t.detach().clone().requires_grad_() for t in inputs[:3])
     table = TreeLayout(SEGMENTS, positions(SEGMENTS)).table()
-    output = TreeAttention.apply(library, query, key, value, *table, 0.3, window)
+    call = TreeAttentionCall(library, *table, 0.3, window)
+    output = TreeAttention.apply(call, query, key, value)
     output.backward(inputs[3].transpose(1, 2))
     return [output.detach(), *(t.grad for t in (query, key, value) if t.grad is not None)]
 

@@ -23,12 +23,12 @@ from tandem.data.text import contamination
 from tandem.errors import Stopped, UserError
 from tandem.pairs import generators, rankers
 from tandem.pairs import make_pairs as pairs_stage
-from tandem.pairs.make_pairs import run_pairs
+from tandem.pairs.make_pairs import make_pairs
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
-from tandem.recipe.run_settings import Runtime
 from tandem.runtime import extras
 from tandem.storage.atomic_files import read_json, read_jsonl
+from tests.jobs import pairs_job
 
 from ..stages.made_inputs import QUIET, make_conversations, make_model_folder
 from .badly_behaved import KEY, Desk, asked, badly_behaved
@@ -57,11 +57,10 @@ def make(
     console: Console = QUIET, dtype: str = "auto", **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
-    run_pairs(
-        model=str(model), settings=PairsSettings.model_validate(values), output_dir=folder,
-        seed=seed,
-        runtime=Runtime(device="cpu", dtype=dtype), console=console,
-    )  # fmt: skip
+    make_pairs(
+        pairs_job(PairsSettings.model_validate(values), model, folder, seed=seed, dtype=dtype),
+        console,
+    )
     return read_jsonl(folder / "pairs.jsonl")
 
 

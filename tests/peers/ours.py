@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tandem.data.batching.collate import collate, fed_tokens
 from tandem.data.batching.packing import pack
+from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.integrations.choose import choose_device, choose_engine
 from tandem.model.load_model import load_model

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from rich.console import Console
 
 from tandem.stages.merge import run_merge
+from tests.jobs import merge_job
 
 from . import plain
 
@@ -34,15 +35,7 @@ def test_merged_model_equals_merge_and_unload(
     plain.move_adapter(wrapped)
     wrapped.save_pretrained(adapter)
 
-    folder = run_merge(
-        base=str(some_model),
-        adapter=adapter,
-        output_dir=tmp_path / "merged",
-        dtype="auto",
-        force=False,
-        device="cpu",
-        console=Console(quiet=True),
-    )
+    folder = run_merge(merge_job(some_model, adapter, tmp_path / "merged"), Console(quiet=True))
 
     merged = plain.load(folder)
     peer = PeftModel.from_pretrained(plain.load(some_model), adapter).merge_and_unload()

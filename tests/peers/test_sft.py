@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
-from tandem.data.build_dataset import prepare_conversations
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_jsonl
 from tandem.train.losses.objectives import SupervisedObjective
+from tests.jobs import training_job
 
+from ..data.built import prepare_conversations
 from . import ours, plain
 
 
@@ -78,14 +78,16 @@ def test_a_short_run_equals_a_plain_loop(
         lora=LoraSettings(rank=plain.RANK, alpha=plain.ALPHA, target_modules="all-linear"),
     )
     folder = run_sft(
-        model=str(some_model),
-        revision=None,
-        settings=settings,
-        output_dir=tmp_path / "sft",
-        chat_template="neural-chat",
-        seed=5,
-        runtime=Runtime(device="cpu", dtype=dtype, tokens_per_microbatch=ours.BUDGET),
-        console=Console(quiet=True),
+        training_job(
+            settings,
+            some_model,
+            tmp_path / "sft",
+            chat_template="neural-chat",
+            seed=5,
+            dtype=dtype,
+            tokens_per_microbatch=ours.BUDGET,
+        ),
+        Console(quiet=True),
     )
 
     model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)

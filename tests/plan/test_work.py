@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tandem.data.batching.packing import padded_tokens
-from tandem.data.records import Branch, Example, Origin
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.integrations.choose import choose_device
 from tandem.plan.stage_estimate import StageSetup
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import (
     DpoSettings,
     LoraSettings,
@@ -24,9 +25,9 @@ from tandem.recipe.training_settings import (
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.fingerprint import model_side
-from tandem.stages.training.training_data import prepared_records, stage_records
+from tandem.stages.training.training_data import StageReader
 from tandem.storage.atomic_files import read_json
-from tandem.train.token_budget import attention_weight
+from tests.jobs import run_settings, training_job
 
 from ..stages.made_inputs import QUIET
 
@@ -57,39 +58,35 @@ def _settings(
         "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
-        "max_length": 400,
+        "max_length": 256,
         "lora": LoraSettings(rank=2, alpha=4),
     } | changes
     return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
 
 
+def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageReader:
+    sft = isinstance(settings, SftSettings)
+    name, kind = ("sft", "conversations") if sft else ("dpo", "preference pairs")
+    return StageReader(name, kind, settings, chat, None, QUIET)
+
+
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Workload:
-    from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-
-    config, tokenizer, template, _ = model_side(model, settings, None, weights=False)
-    records = stage_records(
-        prepare_conversations if kind == "sft" else prepare_pairs,
-        [DataSource(path=source.path, weight=source.weight) for source in settings.data],
-        [],
-        settings,
-        tokenizer=tokenizer,
-        template=template,
-        folder=None,
-        name=kind,
-        seed=3,
-        console=QUIET,
+    config, tokenizer, template, _ = model_side(
+        model, run_settings("", Path()), settings.max_length, weights=False
     )
-    setup = _setup(kind, settings, config, processes=1, budget=1024, padded=padded)
+    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    records = reader.read(
+        [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
+    )
+    setup = _setup(settings, config, processes=1, budget=1024, padded=padded)
     return count_work(records.dataset, setup.pacing(records.parts))
 
 
-def _setup(
-    kind: str, settings: SftSettings | DpoSettings, config: Any, **others: Any
-) -> StageSetup:
+def _setup(settings: SftSettings | DpoSettings, config: Any, **others: Any) -> StageSetup:
     return StageSetup(
-        name=kind, settings=settings, device=choose_device("cpu", "float32"), engine="ddp",
+        name="dpo", settings=settings, device=choose_device("cpu", "float32"), engine="ddp",
         config=config, seed=3, quantized=False, baseline=0, **others,
     )  # fmt: skip
 
@@ -114,14 +111,15 @@ def test_a_plan_counts_what_a_run_reports(
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
     folder = stage(
-        model=str(some_model),
-        revision=None,
-        settings=settings,
-        output_dir=tmp_path / "out",
-        chat_template=None,
-        seed=3,
-        runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=1024),
-        console=QUIET,
+        training_job(
+            settings,
+            some_model,
+            tmp_path / "out",
+            seed=3,
+            attention=attention,
+            tokens_per_microbatch=1024,
+        ),
+        QUIET,
     )
     summary = read_json(folder / "summary.json")
     work = _counted(kind, some_model, settings, padded=attention == "padded")
@@ -144,21 +142,15 @@ def test_a_plan_for_processes_deals_as_they_do(
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
-    from tandem.data.build_dataset import prepare_pairs
+    from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
-    config, tokenizer, template, _ = model_side(some_model, settings, None)
-    _, trees = prepared_records(
-        prepare_pairs,
-        [DataSource(path=settings.data[0].path)],
-        settings,
-        tokenizer=tokenizer,
-        template=template,
-        folder=None,
-        name="dpo",
-        console=QUIET,
+    config, tokenizer, template, _ = model_side(
+        some_model, run_settings("", Path()), settings.max_length
     )
-    setup = _setup("dpo", settings, config, processes=3, budget=900, padded=False)
+    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    _, trees = reader.encode([DataSource(path=settings.data[0].path)])
+    setup = _setup(settings, config, processes=3, budget=900, padded=False)
     work = count_work(trees, setup.pacing())
     weight = attention_weight(config)
     plans = []

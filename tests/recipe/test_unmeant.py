@@ -10,8 +10,7 @@ import pytest
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.recipe.load_recipe import load_recipe
-from tandem.recipe.training_settings import SftSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import SftSettings, unmeant
 
 DATA: Any = ({"path": "d.jsonl"},)
 

@@ -17,21 +17,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tandem.data.batching.collate import collate
-from tandem.data.records import Branch, Example, Origin
-from tandem.data.tokenize.added_tokens import add_tokens
+from tandem.data.encoded.example import Branch, Example
+from tandem.data.records import Origin
+from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import Stopped, UserError
 from tandem.model.added_tokens import grow_vocabulary
 from tandem.model.load_model import load_adapter, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import Preparation, prepare_model, speed_up_adapter
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import LoraSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
+from tests.jobs import merge_job, training_job
 
 from ..invariants.made import attend
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
@@ -47,25 +48,18 @@ def run(
     if not data.exists():
         (make_conversations if kind == "sft" else make_pairs)(data)
     stage: Any = run_sft if kind == "sft" else run_dpo
-    stage(
-        model=str(model),
-        revision=None,
-        chat_template=changes.pop("chat_template", "chatml"),
-        added_tokens=changes.pop("added_tokens", CHATML),
-        settings=settings(kind, data, **changes),
-        output_dir=folder,
-        seed=1,
-        runtime=Runtime(device="cpu", **{"tokens_per_microbatch": 4096, **(runtime or {})}),
-        console=QUIET,
-    )
+    run = {
+        "chat_template": changes.pop("chat_template", "chatml"),
+        "added_tokens": changes.pop("added_tokens", CHATML),
+        "tokens_per_microbatch": 4096,
+        **(runtime or {}),
+    }
+    stage(training_job(settings(kind, data, **changes), model, folder, **run), QUIET)
     return load_file(folder / "adapter_model.safetensors")
 
 
 def merge(base: Path, adapter: Path, output: Path) -> dict[str, Tensor]:
-    run_merge(
-        base=str(base), adapter=adapter, output_dir=output, dtype="auto", force=False,
-        device="cpu", console=QUIET,
-    )  # fmt: skip
+    run_merge(merge_job(base, adapter, output), QUIET)
     return load_file(output / "model.safetensors")
 
 

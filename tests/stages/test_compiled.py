@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tandem.errors import UserError
 from tandem.model import elementwise
-from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
+from tests.jobs import training_job
 
 from .made_inputs import QUIET, make_conversations, make_pairs
 from .test_training_stages import distance, settings
@@ -26,23 +26,14 @@ def run(kind: str, model: Path, folder: Path, **changes: Any) -> dict[str, Tenso
     data = folder.parent / f"{kind}.jsonl"
     if not data.exists():
         (make_conversations if kind == "sft" else make_pairs)(data)
-    runtime = Runtime(
-        device=changes.pop("device", "cpu"),
-        tokens_per_microbatch=changes.pop("budget", 4096),
-        quantization=changes.pop("quantization", None),
-        compile=changes.pop("compile", True),
-    )
+    run = {
+        "device": changes.pop("device", "cpu"),
+        "tokens_per_microbatch": changes.pop("budget", 4096),
+        "quantization": changes.pop("quantization", None),
+        "compile": changes.pop("compile", True),
+    }
     stage: Any = run_sft if kind == "sft" else run_dpo
-    stage(
-        model=str(model),
-        revision=None,
-        settings=settings(kind, data, **changes),
-        output_dir=folder,
-        chat_template=None,
-        seed=1,
-        runtime=runtime,
-        console=QUIET,
-    )
+    stage(training_job(settings(kind, data, **changes), model, folder, **run), QUIET)
     return load_file(folder / "adapter_model.safetensors")
 
 

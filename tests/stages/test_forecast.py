@@ -26,11 +26,11 @@ from tandem.plan.stage_estimate import (
 )
 from tandem.plan.workload import Workload
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.stages.training import context, train_stage
 from tandem.storage.atomic_files import read_json
+from tests.jobs import training_job
 
 from .made_inputs import QUIET, make_conversations, make_model_folder
 
@@ -102,10 +102,7 @@ def _run(folder: Path, **runtime: Any) -> dict[str, Any]:
         data=(DataSource(path=str(make_conversations(folder / "c.jsonl"))),),
         batch_size=8, max_steps=2, max_length=128, lora=LoraSettings(rank=2, alpha=4),
     )  # fmt: skip
-    made = run_sft(
-        model=str(model), revision=None, settings=settings, output_dir=folder / "out",
-        chat_template=None, seed=1, runtime=Runtime(device="cpu", **runtime), console=QUIET,
-    )  # fmt: skip
+    made = run_sft(training_job(settings, model, folder / "out", **runtime), QUIET)
     summary: dict[str, Any] = read_json(made / "summary.json")
     return summary
 

@@ -14,6 +14,7 @@ from tandem.model.load_model import load_adapter
 from tandem.model.lora.adapter_folder import LowRankUpdate
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json
+from tests.jobs import merge_job
 
 from .made_inputs import QUIET, make_model_folder
 from .test_training_stages import run
@@ -28,7 +29,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged(base: Path, adapter: Path, output: Path, **changes: Any) -> Path:
     options: dict[str, Any] = {"dtype": "auto", "force": False, "device": "cpu"} | changes
-    return run_merge(base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options)
+    return run_merge(merge_job(base, adapter, output, **options), QUIET)
 
 
 def load(folder: Path) -> Any:

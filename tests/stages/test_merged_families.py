@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.model.load_model import load_adapter, load_model
-from tandem.recipe.run_settings import Runtime
 from tandem.stages.sft import run_sft
+from tests.jobs import training_job
 
 from ..invariants.families import ALTERNATING, GATED, PADDED, TREES
 from .made_inputs import QUIET, make_conversations, make_model_folder
@@ -156,13 +156,16 @@ def test_added_tokens_and_rounded_weights_are_found_under_the_files_names(
 ) -> None:
     base = make_base(tmp_path / "base", config_of("gpt2"), ON_THE_HUB["gpt2"])
     run_sft(
-        model=str(base), revision=None, output_dir=tmp_path / "sft", chat_template=None, seed=1,
-        settings=settings("sft", make_conversations(tmp_path / "data.jsonl"), max_steps=1),
-        runtime=Runtime(
-            device="cpu", tokens_per_microbatch=2048, quantization=changes.get("quantization")
+        training_job(
+            settings("sft", make_conversations(tmp_path / "data.jsonl"), max_steps=1),
+            base,
+            tmp_path / "sft",
+            tokens_per_microbatch=2048,
+            quantization=changes.get("quantization"),
+            added_tokens=changes.get("added_tokens", []),
         ),
-        console=QUIET, added_tokens=changes.get("added_tokens", []),
-    )  # fmt: skip
+        QUIET,
+    )
     # The merge compares log-probs with base and adapter, of the added token, too.
     merged(base, tmp_path / "sft", tmp_path / "merged")
     weights = load_file(tmp_path / "merged" / WEIGHTS)

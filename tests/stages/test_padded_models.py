@@ -12,15 +12,15 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLmConfig
 
 from tandem.errors import UserError
-from tandem.evaluate.evaluate_models import run_evaluation
+from tandem.evaluate.evaluate_models import evaluate_models
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
+from tests.jobs import evaluation_job, merge_job, training_job
 
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_pairs_and_evaluation import make_questions
@@ -66,23 +66,20 @@ def train(
     }  # fmt: skip
     stage: Any = run_sft if kind == "sft" else run_dpo
     stage(
-        model=str(model),
-        revision=None,
-        settings=(SftSettings if kind == "sft" else DpoSettings)(**values | changes),
-        output_dir=folder,
-        chat_template=None,
-        seed=1,
-        runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=budget),
-        console=console,
+        training_job(
+            (SftSettings if kind == "sft" else DpoSettings)(**values | changes),
+            model,
+            folder,
+            attention=attention,
+            tokens_per_microbatch=budget,
+        ),
+        console,
     )
     return load_file(folder / "adapter_model.safetensors")
 
 
 def merge(base: Path, adapter: Path, output: Path) -> None:
-    run_merge(
-        base=str(base), adapter=adapter, output_dir=output, dtype="auto", force=False,
-        device="cpu", console=QUIET,
-    )  # fmt: skip
+    run_merge(merge_job(base, adapter, output), QUIET)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,18 +133,19 @@ def test_evaluation_pads_what_it_cannot_pack(tiny_model: Path, tmp_path: Path) -
     said = io.StringIO()
 
     def evaluate(folder: str, attention: str) -> dict[str, Any]:
-        found = run_evaluation(
-            models={"mamba": str(mamba), "llama": str(tiny_model)},
-            settings=EvaluationSettings(
-                questions=(DataSource(path=str(questions)),),
-                pairs=(DataSource(path=str(pairs)),),
-                max_new_tokens=4,
+        found = evaluate_models(
+            evaluation_job(
+                EvaluationSettings(
+                    questions=(DataSource(path=str(questions)),),
+                    pairs=(DataSource(path=str(pairs)),),
+                    max_new_tokens=4,
+                ),
+                {"mamba": str(mamba), "llama": str(tiny_model)},
+                tmp_path / folder,
+                attention=attention,
+                tokens_per_microbatch=300,
             ),
-            output_dir=tmp_path / folder,
-            chat_template=None,
-            seed=1,
-            runtime=Runtime(device="cpu", attention=attention, tokens_per_microbatch=300),
-            console=Console(file=said, width=400),
+            Console(file=said, width=400),
         )
         models: dict[str, Any] = found["models"]
         return models

@@ -9,23 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.data.text.answers import contains_accepted, first_sentence
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template, stop_ids
 from tandem.errors import UserError
-from tandem.evaluate.evaluate_models import run_evaluation
-from tandem.model.generate import generate_answers
+from tandem.evaluate.evaluate_models import evaluate_models
+from tandem.model.generate import Sampling, generate_answers
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import load_tokenizer
-from tandem.pairs.make_pairs import run_pairs
+from tandem.pairs import make_pairs as stage
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
-from tandem.recipe.run_settings import Runtime
 from tandem.storage.atomic_files import read_json, read_jsonl
+from tests.jobs import evaluation_job, pairs_job
 
 from .made_inputs import QUIET, WORDS, make_conversations, make_pairs
-
-CPU = Runtime(device="cpu")
 
 
 def make_questions(path: Path, count: int = 12) -> Path:
@@ -47,10 +45,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time(tiny_model: Path) -> None:
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 4, 17, 1)]
     options: dict[str, Any] = {
         "stop_ids": [tokenizer.eos_token_id],
-        "max_new_tokens": 12,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
+        "sampling": Sampling(12),
     }
     done: list[int] = []
     together = generate_answers(model, prompts, advance=done.append, **options)
@@ -61,16 +56,14 @@ def test_a_batch_answers_as_one_prompt_at_a_time(tiny_model: Path) -> None:
 
 def test_sampling_follows_the_seed(tiny_model: Path) -> None:
     model = load_model(tiny_model, dtype=torch.float32)
-    options: dict[str, Any] = {
-        "stop_ids": [1],
-        "max_new_tokens": 8,
-        "temperature": 1.0,
-        "top_p": 0.9,
-        "advance": lambda _: None,
-    }
-    first = generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
-    assert first == generate_answers(model, [[5, 6, 7]] * 4, seed=1, **options)
-    assert first != generate_answers(model, [[5, 6, 7]] * 4, seed=2, **options)
+    first, again, other = (
+        generate_answers(
+            model, [[5, 6, 7]] * 4, stop_ids=[1], sampling=Sampling(8, 1.0, 0.9, seed=seed)
+        )
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
 
 
 def test_pairs_keep_the_sets_answer_and_generate_the_other(
@@ -84,14 +77,7 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
         heldout=(DataSource(path=str(make_questions(tmp_path / "q.jsonl"))),),
         max_new_tokens=6,
     )
-    run_pairs(
-        model=str(tiny_model),
-        settings=settings,
-        output_dir=tmp_path / "pairs",
-        seed=1,
-        runtime=CPU,
-        console=QUIET,
-    )
+    stage.make_pairs(pairs_job(settings, tiny_model, tmp_path / "pairs"), QUIET)
     rows = read_jsonl(tmp_path / "pairs" / "pairs.jsonl")
     asked = [row["conversations"] for row in read_jsonl(conversations)][:24]
     assert [row["question"] for row in rows] == [turns[0]["value"] for turns in asked]
@@ -103,13 +89,13 @@ def test_pairs_keep_the_sets_answer_and_generate_the_other(
     assert summary["ledger"]["reasons"] == {"no assistant turn": 1}
     assert summary["ledger"]["read"] == 24 + 12 + 1
     with pytest.raises(UserError, match="needs rows of `question`"):
-        run_pairs(
-            model=str(tiny_model),
-            settings=settings.model_copy(update={"keep": "wrong"}),
-            output_dir=tmp_path / "wrong",
-            seed=1,
-            runtime=CPU,
-            console=QUIET,
+        stage.make_pairs(
+            pairs_job(
+                settings.model_copy(update={"keep": "wrong"}),
+                tiny_model,
+                tmp_path / "wrong",
+            ),
+            QUIET,
         )
 
 
@@ -123,19 +109,18 @@ def test_accepted_texts_are_whole_words() -> None:
 def test_scores_equal_plain_transformers(tiny_model: Path, tmp_path: Path) -> None:
     questions = make_questions(tmp_path / "q.jsonl")
     pairs = make_pairs(tmp_path / "p.jsonl", count=10)
-    evaluation = run_evaluation(
-        models={"base": str(tiny_model), "sft": str(tiny_model)},
-        settings=EvaluationSettings(
-            questions=(DataSource(path=str(questions)),),
-            pairs=(DataSource(path=str(pairs)),),
-            max_new_tokens=8,
-            samples=3,
+    evaluation = evaluate_models(
+        evaluation_job(
+            EvaluationSettings(
+                questions=(DataSource(path=str(questions)),),
+                pairs=(DataSource(path=str(pairs)),),
+                max_new_tokens=8,
+                samples=3,
+            ),
+            {"base": str(tiny_model), "sft": str(tiny_model)},
+            tmp_path / "evaluation",
         ),
-        output_dir=tmp_path / "evaluation",
-        chat_template=None,
-        seed=1,
-        runtime=CPU,
-        console=QUIET,
+        QUIET,
     )
     assert evaluation == read_json(tmp_path / "evaluation" / "evaluation.json")
     assert evaluation["counts"] == {"questions": 12, "pairs": 10}

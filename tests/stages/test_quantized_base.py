@@ -19,12 +19,12 @@ from torch import Tensor
 from tandem.errors import Stopped, UserError
 from tandem.model.load_model import load_adapter, load_base, load_for_inference, load_model
 from tandem.model.quantize import FILE, dequantized, quantized_of, read_record
-from tandem.recipe.run_settings import Runtime
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
+from tests.jobs import merge_job, training_job
 
 from ..invariants.orders import ROOT, TORCHRUN
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
@@ -44,22 +44,13 @@ def run(
         "quantization": quantization,
     }
     stage: Any = run_sft if kind == "sft" else run_dpo
-    stage(
-        model=str(model),
-        revision=None,
-        settings=settings(kind, data, **changes),
-        output_dir=folder,
-        chat_template=None,
-        seed=1,
-        runtime=Runtime(**runtime),
-        console=QUIET,
-    )
+    stage(training_job(settings(kind, data, **changes), model, folder, **runtime), QUIET)
     return load_file(folder / "adapter_model.safetensors")
 
 
 def merge(base: Path, adapter: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
     options: dict[str, Any] = {"dtype": "auto", "force": False, "device": "cpu"} | changes
-    run_merge(base=str(base), adapter=adapter, output_dir=output, console=QUIET, **options)
+    run_merge(merge_job(base, adapter, output, **options), QUIET)
     return load_file(output / "model.safetensors")
 
 

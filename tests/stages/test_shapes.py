@@ -10,7 +10,7 @@ from tandem.errors import UserError
 from tandem.integrations.choose import idle_settings
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
 from tandem.integrations.gaudi.static_shapes import Buckets
-from tandem.recipe.run_settings import HpuSettings, Runtime
+from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.training_settings import DpoSettings
 from tandem.runtime.device import BatchRequest, Device
 
@@ -68,7 +68,10 @@ def test_auto_keeps_the_budget() -> None:
 def test_elsewhere_the_section_does_nothing_and_one_line_says_so() -> None:
     cpu = Device(torch.device("cpu"), torch.float32)
     said = ["the recipe's hpu section does nothing on cpu"]
-    assert idle_settings(Runtime(hpu=HpuSettings(lazy_mode=True)), cpu) == said
-    assert idle_settings(Runtime(), cpu) == []
+    assert (
+        idle_settings(RunSettings(model="m", output_dir="o", hpu=HpuSettings(lazy_mode=True)), cpu)
+        == said
+    )
+    assert idle_settings(RunSettings(model="m", output_dir="o"), cpu) == []
     request = BatchRequest(TREES, None, None, 64, 50, "auto", said.append)
     assert cpu.batch_shapes(request) == (None, 50)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json
+from tests.jobs import merge_job
 
 from .made_inputs import make_model_folder
 from .test_training_stages import run
@@ -50,9 +51,9 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
         sft, dpo = home / "1-sft", home / "4-dpo"
         steps = {"max_steps": 1, "batch_size": 4, "max_length": 200}
         run("sft", Path("models/tiny"), sft, console=console, **steps)
-        middle = run_merge(base=str(base), adapter=sft, output_dir=home / "2-merged", **options)
+        middle = run_merge(merge_job(base, sft, home / "2-merged", **options), "MISSING")
         run("dpo", middle, dpo, console=console, **steps)
-        run_merge(base=str(middle), adapter=dpo, output_dir=home / "5-final", **options)
+        run_merge(merge_job(middle, dpo, home / "5-final", **options), "MISSING")
     return home, heard.getvalue()
 
 

@@ -24,13 +24,13 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.report.run_facts import read_run, run_warnings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
+from tests.jobs import training_job
 
 from ..warm.python import python
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
@@ -65,14 +65,10 @@ def run(
         (make_conversations if kind == "sft" else make_pairs)(data)
     stage: Any = run_sft if kind == "sft" else run_dpo
     stage(
-        model=str(model),
-        revision=None,
-        settings=settings(kind, data, **changes),
-        output_dir=folder,
-        chat_template=None,
-        seed=seed,
-        runtime=Runtime(device="cpu", tokens_per_microbatch=budget),
-        console=console,
+        training_job(
+            settings(kind, data, **changes), model, folder, seed=seed, tokens_per_microbatch=budget
+        ),
+        console,
     )
     return load_file(folder / "adapter_model.safetensors")
 

@@ -10,7 +10,8 @@ import pytest
 from tandem.data.encoded.dataset import sequence_digest, to_arrays
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodedChunk
-from tandem.data.records import Branch, Example, Origin, TokenIds, TrainedMask
+from tandem.data.encoded.example import Branch, Example, TokenIds, TrainedMask
+from tandem.data.records import Origin
 from tandem.storage.cache_folder import cache_report, clear_cache
 from tandem.train.reference_logps import ReferenceStore, _key, _keys
 

@@ -45,6 +45,10 @@ def python() -> str:
     start = f"#!{_PYTHON} -IS\n{source}\nmain(json.loads({json.dumps(known)!r}))\n"
     program.write_text(start)
     program.chmod(0o700)
+    # IPython looks for commands beside its Python.
+    command = folder / "tandem"
+    command.write_text(f'#!/bin/sh\nexec {program} -m tandem "$@"\n')
+    command.chmod(0o700)
     server = subprocess.Popen(
         [_PYTHON, "-m", "tests.warm.server", str(address), str(program)],
         stdin=subprocess.PIPE,

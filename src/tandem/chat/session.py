@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,16 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tandem.chat.stream_answer import (
-    Answer,
-    Sampling,
-    context_length,
-    embedding_rows,
-    model_stop_ids,
-    stream_answer,
-)
+from tandem.chat.stream_answer import StreamedAnswer, model_stop_ids, stream_answer
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     prompt_ids,
@@ -32,8 +24,13 @@ from tandem.data.tokenize.chat_template import (
     template_names,
 )
 from tandem.data.tokenize.template_omissions import Omissions, omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
+from tandem.model.added_tokens import rows_of
+from tandem.model.generate import Sampling
+from tandem.model.model_folder import context_length
 from tandem.storage.manifest import check_made
+from tandem.storage.run_folder import labels_of, model_in_run
 
 HELP = """\
 /help          these commands
@@ -55,7 +52,7 @@ class _Speaker:
     template: ChatTemplate
     stop: list[int]
     context: int | None
-    rows: int | None
+    rows: int
     omissions: Omissions
     turns: list[Turn] = field(default_factory=list)
 
@@ -72,31 +69,43 @@ class _Chat:
     asked: int = 0
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How a chat is held.
+
+    Attributes:
+        sampling: how answers are drawn; its seed is not read.
+        system: the system prompt.
+        chat_template: a template's name or file; None: the one saved with each model.
+        seed: of the first answer, each later one's is one more; None: other answers each time.
+        device: where the models answer.
+    """
+
+    sampling: Sampling
+    system: str | None = None
+    chat_template: str | None = None
+    seed: int | None = None
+    device: str = "cpu"
+
+
 def run_chat(
     models: Sequence[str],
-    *,
-    system: str | None,
-    chat_template: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    device: str,
+    options: ChatOptions,
     console: Console,
     read: Callable[[str], str] = input,
 ) -> None:
     """Read messages with `read`, stream each model's answer, until /quit or the end of input.
 
-    `models` are model or adapter folders or Hub ids; each keeps its own history. `temperature` 0
-    is greedy. Raises UserError for a model that cannot be loaded, has no chat template, or has one
-    that does not render a system prompt that is given.
+    `models` are model or adapter folders or Hub ids; each keeps its own history.
+
+    Raises UserError for a model that cannot be loaded, has no chat template, or has one that does
+    not render a system prompt that is given.
     """
-    _check(models, max_new_tokens, temperature, top_p)
-    if system is not None:
-        try:
-            system = _whole_text(system)
-        except UnicodeError as error:
-            raise UserError(f"--system: {_not_text(error)}.") from error
+    _check(models, options.sampling)
+    try:
+        system = None if options.system is None else _whole_text(options.system)
+    except UnicodeError as error:
+        raise UserError(f"--system: {_not_text(error)}.") from error
     labels = labels_of(models)
     speakers = []
     for path, label in zip(models, labels, strict=True):
@@ -109,7 +118,7 @@ def run_chat(
                 Path(folder), lambda text: console.print(Text(text, "yellow")), weights=False
             )
         with console.status(Text(f"loading {label}")):
-            speakers.append(_load(folder, label, chat_template, device))
+            speakers.append(_load(folder, label, options))
         for notice in speakers[-1].template.notices:
             console.print(Text(f"{label}: {notice}", "dim"))
     if system and (refusal := _system_refused(speakers, system)):
@@ -117,8 +126,7 @@ def run_chat(
             f"--system: {refusal} Leave it out, or choose the --chat_template that the model was "
             "tuned with."
         )
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    chat = _Chat(speakers, system, sampling, seed, console)
+    chat = _Chat(speakers, system, options.sampling, options.seed, console)
     console.print(Text(f"Chat with {', '.join(labels)}. /help lists the commands.", "dim"))
     if read is input:
         with suppress(ImportError):
@@ -284,7 +292,7 @@ def _answer(chat: _Chat, speaker: _Speaker, message: str, show: Callable[[str], 
     return remarks + _ending(answer, full_context=left < chat.sampling.max_new_tokens)
 
 
-def _ending(answer: Answer, *, full_context: bool) -> list[str]:
+def _ending(answer: StreamedAnswer, *, full_context: bool) -> list[str]:
     if answer.ended == "interrupted":
         return ["(interrupted)"]
     if answer.ended == "length":
@@ -319,51 +327,32 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
         del kept[:2]  # a question goes with its answer
 
 
-def model_in_run(path: str) -> str:
-    """The newest model of a run folder: 5-final, or 2-sft-merged; any other path as it is."""
-    for name in ("5-final", "2-sft-merged"):
-        inside = Path(path) / name
-        if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
-            return str(inside)
-    return path
-
-
-def _load(path: str, label: str, chat_template: str | None, device: str) -> _Speaker:
+def _load(path: str, label: str, options: ChatOptions) -> _Speaker:
     # Imported here so that a test, or another front end, can put its own loader in place.
     from tandem.model.load_model import load_for_inference
 
-    model, tokenizer = load_for_inference(path, device)
-    if chat_template is None and not tokenizer.chat_template:
+    model, tokenizer = load_for_inference(path, options.device)
+    if options.chat_template is None and not tokenizer.chat_template:
         raise UserError(
             f"{path} has no chat template, so nobody knows how to put a question to it. Name one: "
             f"--chat_template {'|'.join(template_names())}, or a .jinja file."
         )
-    template = resolve_template(tokenizer, chat_template)
+    template = resolve_template(tokenizer, options.chat_template)
     stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
-    omissions, context = omissions_of(tokenizer, template), context_length(model)
-    rows = embedding_rows(model)
+    omissions, context = omissions_of(tokenizer, template), context_length(model.config)
+    rows = rows_of(model)
     return _Speaker(label, model, tokenizer, template, stop, context, rows, omissions)
 
 
-def _check(models: Sequence[str], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(models: Sequence[str], sampling: Sampling) -> None:
     if not models:
         raise UserError("tandem chat needs a model: a folder or a Hub id.")
-    if max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    if temperature < 0:
-        raise UserError(f"--temperature is {temperature}; it must be 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top_p is {top_p}; it must be above 0 and at most 1.")
-
-
-def labels_of(models: Sequence[str]) -> list[str]:
-    """The shortest path endings that tell the models apart."""
-    parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        labels = ["/".join(p[-depth:]) for p in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{m} ({i})" for i, m in enumerate(models, start=1)]
+    if sampling.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {sampling.max_new_tokens}; it must be at least 1.")
+    if sampling.temperature < 0:
+        raise UserError(f"--temperature is {sampling.temperature}; it must be 0 (greedy) or more.")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"--top_p is {sampling.top_p}; it must be above 0 and at most 1.")
 
 
 def _visible(text: str) -> str:

@@ -10,18 +10,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer is drawn; temperature 0 takes the most probable token each time."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
+from tandem.model.generate import Sampling
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StreamedAnswer:
     """The text of an answer, its length in tokens, and why it ended."""
 
     text: str
@@ -38,7 +31,7 @@ def stream_answer(
     sampling: Sampling,
     seed: int | None,
     on_text: Callable[[str], None],
-) -> Answer:
+) -> StreamedAnswer:
     """Generate after `prompt` (token ids) until a `stop` id or `max_new_tokens`.
 
     `on_text` gets each new piece of text. Ctrl-C ends the answer early and keeps what there is.
@@ -61,8 +54,8 @@ def stream_answer(
         interrupted = True
     text.flush()
     if interrupted:
-        return Answer(text.text, text.tokens, "interrupted")
-    return Answer(text.text, text.tokens, "stop" if text.stopped else "length")
+        return StreamedAnswer(text.text, text.tokens, "interrupted")
+    return StreamedAnswer(text.text, text.tokens, "stop" if text.stopped else "length")
 
 
 def model_stop_ids(model: Any) -> list[int]:
@@ -71,18 +64,6 @@ def model_stop_ids(model: Any) -> list[int]:
     if ids is None:
         return []
     return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
-
-
-def context_length(model: Any) -> int | None:
-    """How many tokens the model can look at, None if it does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
-
-
-def embedding_rows(model: Any) -> int | None:
-    """How many token ids the model can read, None if it does not say."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return None if embedding is None else int(embedding.weight.shape[0])
 
 
 class _TextStream(BaseStreamer):

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.check.findings import Finding, visible
-from tandem.check.lengths import Histogram, LengthQuantiles
-from tandem.check.survey import Survey
+from tandem.check.survey_result import Histogram, LengthQuantiles, Survey
 from tandem.data.sources.rows import origin_names
 from tandem.errors import UserError
 
@@ -27,15 +26,15 @@ _KEYS = 20
 
 def as_json(found: Survey) -> dict[str, Any]:
     """A survey as plain values; keys are only ever added."""
-    subject, limits = found.subject, found.subject.plan.limits
+    target, limits = found.target, found.target.options.limits
     return {
-        "stage": subject.stage,
-        "held_out": subject.held_out,
-        "kind": subject.plan.kind,
+        "stage": target.stage,
+        "held_out": target.held_out,
+        "kind": target.options.kind,
         "sources": [
             {"path": source.path, "format": found.formats.get(source.path),
              "looked_at": number < found.looked_at}
-            for number, source in enumerate(subject.sources)
+            for number, source in enumerate(target.sources)
         ],
         "unread_keys": list(found.unread),
         "unread_keys_cut": found.unread_cut,
@@ -49,8 +48,8 @@ def as_json(found: Survey) -> dict[str, Any]:
         },
         "lengths": {
             "unit": found.unit,
-            "max_length": limits.sequence if subject.limited else None,
-            "max_prompt_length": limits.prompt if subject.limited else None,
+            "max_length": limits.sequence if target.limited else None,
+            "max_prompt_length": limits.prompt if target.limited else None,
             "parts": {name: asdict(measure) for name, measure in found.measures.items()},
             "histogram": _plain(found.histogram),
         },
@@ -96,10 +95,10 @@ def _visible(console: Console, line: Text) -> Text:
 
 
 def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
-    subject = found.subject
-    for number, source in enumerate(subject.sources):
+    target = found.target
+    for number, source in enumerate(target.sources):
         known = found.formats.get(source.path)
-        what = f"{known}, {subject.plan.kind}" if known else "no format was recognised"
+        what = f"{known}, {target.options.kind}" if known else "no format was recognised"
         if number >= found.looked_at:
             what = "not looked at"
         yield Text.assemble((source.path, "bold"), f": {what}")
@@ -108,9 +107,9 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
     if found.limit is not None:
         yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
     counts = found.counts
-    as_stage = f" as {subject.stage} would" if subject.stage else ""
-    as_stage += " to hold them out" if subject.held_out else ""
-    use = "to score" if subject.held_out else "to train on"
+    as_stage = f" as {target.stage} would" if target.stage else ""
+    as_stage += " to hold them out" if target.held_out else ""
+    use = "to score" if target.held_out else "to train on"
     yield Text(
         f"{_records(counts['read'])} read{as_stage}: {counts['trained']:,} {use}"
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
@@ -155,7 +154,7 @@ def _languages(found: Counter[str]) -> str:
 def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
     if found.histogram is None:
         return
-    subject = found.subject
+    target = found.target
     how = (
         f"tokens of {tokenizer}, before anything is cut"
         if tokenizer
@@ -168,12 +167,12 @@ def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator
         rows.append((name, *_cells(measure, names)))
     yield from _table(rows, right=tuple(range(1, len(names) + 1)))
     yield Text()
-    limit = subject.plan.limits.sequence if subject.limited and tokenizer else None
+    limit = target.options.limits.sequence if target.limited and tokenizer else None
     yield from _bars(console, found.histogram, limit)
-    if subject.limited and tokenizer:
-        prompt = subject.plan.limits.prompt
+    if target.limited and tokenizer:
+        prompt = target.options.limits.prompt
         yield Text(
-            f"limits: max_length {subject.plan.limits.sequence:,}"
+            f"limits: max_length {target.options.limits.sequence:,}"
             + (f", max_prompt_length {prompt:,}" if prompt is not None else "")
             + f"; {_records(found.counts['truncated'])} truncated"
         )
@@ -234,7 +233,7 @@ def _findings(found: Survey) -> Iterator[Text]:
 def _files(found: Survey) -> set[str]:
     """The files of all sources, those that cannot be read left out."""
     files = {row.file for finding in found.findings for row in finding.rows}
-    for source in found.subject.sources:
+    for source in found.target.sources:
         with suppress(UserError):
             files.update(origin_names([source]))
     return files
@@ -269,7 +268,7 @@ def _verdict(found: Survey) -> Iterator[Text]:
     yield Text()
     if found.problem is None:
         so_far = "" if found.unit == "tokens" else ", as far as texts alone can tell"
-        does = "score its adapters" if found.subject.held_out else "train"
+        does = "score its adapters" if found.target.held_out else "train"
         yield Text(f"a run would {does} on this{so_far}", "bold green")
         return
     yield Text("a run would stop here:", "bold red")

@@ -7,8 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tandem.check.survey_result import CheckTarget
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
@@ -17,26 +18,23 @@ from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
-from tandem.data.tokenize.added_tokens import add_tokens, row_notices
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
-from tandem.pairs.pairs_file import made_pairs
-from tandem.pipeline.run_pipeline import folder_of
+from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
+from tandem.storage.run_folder import made_pairs, stage_folder
 
 # Rows that are looked at, of those that can be parsed; the readers give up no later.
 _ROWS = 20
 
 
-def by_kind(
-    sources: Sequence[DataSource],
-) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
+def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
     """The sources of each kind, in order; and those with rows of no known format.
 
     These, and those without a row that can be read, count as conversations: reading them says what
@@ -66,37 +64,16 @@ def _look(source: DataSource) -> tuple[Kind | None, int]:
     return None, rows
 
 
-StageName = Literal["sft", "dpo"]
-KINDS: dict[StageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
-_SECTIONS: dict[StageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
+KINDS: dict[TrainingStageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
+_SECTIONS: dict[TrainingStageName, type[TrainingSettings]] = {
+    "sft": SftSettings,
+    "dpo": DpoSettings,
+}
 _NO_LIMIT = 2**31 - 1
 
 
 class NotMade(UserError):  # noqa: N818 - named as Stopped is
     """A stage's data is what another stage makes, and it is not there yet."""
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What one stage would read.
-
-    Attributes:
-        stage: sft or dpo.
-        sources: its data.
-        plan: what it would make of every record.
-        max_dropped: the share of records that it may drop.
-        validation: data that it would hold out.
-        limited: whether the plan's limits are a recipe's; otherwise there are none.
-        held_out: whether this is such validation data, and nothing is trained on it.
-    """
-
-    stage: StageName
-    sources: tuple[DataSource, ...]
-    plan: EncodingOptions
-    max_dropped: float
-    validation: tuple[DataSource, ...] = ()
-    limited: bool = False
-    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,14 +123,17 @@ def named_sources(
     return resolve_sources(named_data(paths, said or {}), folder, seed)
 
 
-def stage_of(kind: Kind) -> StageName:
+def stage_of(kind: Kind) -> TrainingStageName:
     """The stage that trains on records of a kind."""
     return next(stage for stage, its in KINDS.items() if its == kind)
 
 
 def stage_data(
-    stage: StageName, recipe: Recipe | None, sources: Sequence[DataSource] | None, folder: Path
-) -> StageData:
+    stage: TrainingStageName,
+    recipe: Recipe | None,
+    sources: Sequence[DataSource] | None,
+    folder: Path,
+) -> CheckTarget:
     """What a stage of a recipe would read.
 
     Args:
@@ -176,22 +156,22 @@ def stage_data(
         if settings is None or recipe is None
         else held_out_sources(settings, sources, folder, recipe.seed)
     )
-    return StageData(
+    return CheckTarget(
         stage,
         tuple(sources),
-        plan_of(KINDS[stage], settings),
+        options_of(KINDS[stage], settings),
         _setting(stage, settings, "max_dropped"),
-        tuple(held_out),
+        validation=tuple(held_out),
         limited=settings is not None,
     )
 
 
-def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[StageData], list[str]]:
+def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[CheckTarget], list[str]]:
     """What each training stage of a recipe would read; and what to say of data not made yet.
 
     `folder` is for the embedded demo's data. Raises UserError when there is nothing to look at.
     """
-    found: list[StageData] = []
+    found: list[CheckTarget] = []
     missing: list[NotMade] = []
     for stage in KINDS:
         if _settings(recipe, stage) is None:
@@ -210,42 +190,41 @@ def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[StageData], list[str
     return found, [str(error) for error in missing]
 
 
-def with_validation(found: Sequence[StageData]) -> list[StageData]:
+def with_validation(targets: Sequence[CheckTarget]) -> list[CheckTarget]:
     """What stages would read, and after each the data sets that it would hold out, if it does."""
     return [
         part
-        for data in found
-        for part in (data, replace(data, sources=data.validation, validation=(), held_out=True))
+        for target in targets
+        for part in (
+            target,
+            replace(target, sources=target.validation, validation=(), held_out=True),
+        )
         if part.sources
     ]
 
 
-def left_out(found: Sequence[StageData]) -> list[str]:
+def left_out(targets: Sequence[CheckTarget]) -> list[str]:
     """A line on each folder of which stages would leave something out.
 
     Data that cannot be read is passed over here: reading it reports the error.
     """
     with suppress(UserError):
-        return not_read([source for data in with_validation(found) for source in data.sources])
+        return not_read(
+            [source for target in with_validation(targets) for source in target.sources]
+        )
     return []
 
 
-def plan_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions:
+def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions:
     """What a stage's settings make of every record; without settings nothing is cut."""
-    if settings is None:
-        return EncodingOptions(
-            kind, Limits(_NO_LIMIT, None), _setting(stage_of(kind), None, "on_bad_record")
-        )
-    limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
-    loss_on = settings.loss_on if isinstance(settings, SftSettings) else "answers"
-    return EncodingOptions(kind, limits, settings.on_bad_record, loss_on)
+    if settings is not None:
+        return EncodingOptions.of(kind, settings)
+    on_bad_record = _setting(stage_of(kind), None, "on_bad_record")
+    return EncodingOptions(kind, Limits(_NO_LIMIT, None), on_bad_record)
 
 
 def stage_chat(
-    model: str,
-    revision: str | None,
-    chat_template: str | None,
-    added_tokens: Sequence[str] = (),
+    model: str, revision: str | None, chat_template: str | None, added_tokens: Sequence[str] = ()
 ) -> StageChat:
     """A model's tokenizer with its template; weights are not fetched.
 
@@ -277,29 +256,29 @@ def stage_chat(
     return StageChat(model, folder, template.name, chat, special, notices)
 
 
-def require_context(chat: StageChat, data: StageData) -> None:
+def require_context(chat: StageChat, target: CheckTarget) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
     from tandem.model.model_folder import check_context, read_config
 
-    if data.limited and (chat.folder / "config.json").is_file():
-        check_context(read_config(chat.folder), data.plan.limits.sequence, chat.folder)
+    if target.limited and (chat.folder / "config.json").is_file():
+        check_context(read_config(chat.folder), target.options.limits.sequence, chat.folder)
 
 
 def other_sets(
-    data: StageData, recipe: Recipe | None, against: Sequence[str], folder: Path
+    target: CheckTarget, recipe: Recipe | None, against: Sequence[str], folder: Path
 ) -> list[Other]:
     """The sets that a stage's data should share nothing with, read.
 
     Those are its validation data, what the recipe evaluates on, and the sets that are named; none
     for data that is held out itself. Raises UserError for one that cannot be read.
     """
-    if data.held_out:
+    if target.held_out:
         return []
     evaluated = _evaluation_sources(recipe, folder) if recipe else []
     named = named_sources(against, folder, recipe.seed if recipe else None)
     # Records of one kind share their form's words: of validation data only whole prompts count.
     return [
-        *(read_other(source, runs=False) for source in data.validation),
+        *(read_other(source, runs=False) for source in target.validation),
         *(read_other(source) for source in (*evaluated, *named)),
     ]
 
@@ -313,16 +292,16 @@ def _evaluation_sources(recipe: Recipe, folder: Path) -> list[DataSource]:
     return resolve_sources(named, folder, recipe.seed)
 
 
-def _settings(recipe: Recipe, stage: StageName) -> TrainingSettings | None:
+def _settings(recipe: Recipe, stage: TrainingStageName) -> TrainingSettings | None:
     return recipe.sft if stage == "sft" else recipe.dpo
 
 
 def _own_sources(
-    stage: StageName, recipe: Recipe, settings: TrainingSettings, folder: Path
+    stage: TrainingStageName, recipe: Recipe, settings: TrainingSettings, folder: Path
 ) -> list[DataSource]:
     if settings.data:
         return resolve_sources(settings.data, folder, recipe.seed)
-    made = folder_of(recipe, "pairs")
+    made = stage_folder(recipe.output_dir, "pairs")
     pairs = made_pairs(made)
     if pairs is not None:
         return [DataSource(path=str(pairs))]
@@ -332,7 +311,7 @@ def _own_sources(
     )
 
 
-def _setting(stage: StageName, settings: TrainingSettings | None, name: str) -> Any:
+def _setting(stage: TrainingStageName, settings: TrainingSettings | None, name: str) -> Any:
     """A setting, or what it is when a recipe says nothing."""
     if settings is not None:
         return getattr(settings, name)

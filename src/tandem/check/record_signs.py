@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from tandem.check.findings import Sign, Tally
 from tandem.check.text_signs import TextSigns
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
-from tandem.data.text.answers import refuses, refuses_only
 from tandem.data.text.contamination import prompt_digest
-from tandem.data.text.language import language_of
+from tandem.data.text.text_traits import language_of, refuses, refuses_only
 
 # Words that an answer must have, its last line, and what follows its last full stop, to be called
 # broken off.

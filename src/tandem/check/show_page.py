@@ -9,8 +9,21 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from tandem.check.show_record import Encodings, Token, TokenSection, TokenUse
+from tandem.check.inputs import StageChat, require_context
+from tandem.check.show_record import (
+    Encodings,
+    Place,
+    Token,
+    TokenSection,
+    TokenUse,
+    encode_row,
+    outcome,
+    records_in,
+    would_be_dropped,
+)
+from tandem.check.survey_result import CheckTarget
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+from tandem.runtime.console import notice_console
 
 # Two shades each, in turn, so that tokens can be told apart. Of the 16 colours of every terminal:
 # others become one another where there are no more.
@@ -79,6 +92,41 @@ def _print_text(console: Console, head: str, text: str) -> None:
         console.print(Text(f"  {line}"), soft_wrap=True)
 
 
+def show_turns(console: Console, place: Place) -> None:
+    """Print the turns of a row's records, and what a run would drop of it."""
+    records, entries = records_in(place)
+    for entry in entries:
+        console.print(outcome(entry), markup=False, soft_wrap=True)
+    for number, record in enumerate(records, start=1):
+        if len(records) > 1:
+            console.print(f"\nrecord {number} of {len(records)}", highlight=False)
+        print_turns(console, record)
+
+
+def show_tokens(
+    console: Console, place: Place, target: CheckTarget, chat: StageChat, *, ids: bool
+) -> None:
+    """Print the tokens of a row as a run would train them; raises UserError if it would not."""
+    require_context(chat, target)
+    for notice in chat.notices:
+        notice_console().print(notice, markup=False, soft_wrap=True)
+    found = encode_row(chat.chat, target.options, place)
+    limits = target.options.limits
+    bounds = "no limits; give --recipe to see what a run would cut"
+    if target.limited:
+        prompt = "" if limits.prompt is None else f", max_prompt_length {limits.prompt}"
+        bounds = f"max_length {limits.sequence}{prompt}"
+    lines = [f"tokenizer {chat.model}, template {chat.template}, {bounds}"]
+    lines += map(outcome, found.entries)
+    if not found.entries:
+        lines.append("trained whole")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    if not found.examples:
+        raise would_be_dropped(found.entries)
+    print_encodings(console, found, ids=ids)
+
+
 def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
     """Print the trees of a row: coloured in a terminal that has colours, with words elsewhere.
 
@@ -120,10 +168,9 @@ def _legend(parts: Sequence[TokenUse], every: str, coloured: bool) -> Iterator[T
 
 
 def _head(section: TokenSection, every: str) -> Text:
-    what = {
-        "record": "the record",
-        "shared": f"what {every} answers share",
-    }.get(section.name, section.name)
+    what = {"record": "the record", "shared": f"what {every} answers share"}.get(
+        section.name, section.name
+    )
     count = len(section.tokens)
     tokens = "1 token" if count == 1 else f"{count} tokens"
     return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
@@ -156,7 +203,5 @@ def _listed(section: TokenSection, coloured: bool) -> Iterator[Text]:
         style = _STYLES[token.part][0] if coloured else ""
         text = visible(token.text).replace("\n", "")
         yield Text.assemble(
-            f"{number:>6} {token.id:>7}  ",
-            (f"{_LABELS[token.part]:<{wide}}", style),
-            f"  |{text}|",
+            f"{number:>6} {token.id:>7}  ", (f"{_LABELS[token.part]:<{wide}}", style), f"  |{text}|"
         )

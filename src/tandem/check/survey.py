@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import numpy as np
 
-from tandem.check.duplicates import Repeated, signatures
-from tandem.check.findings import Finding, Sign, Tally
-from tandem.check.lengths import Histogram, LengthQuantiles, Lengths, token_lengths
+from tandem.check.column_signs import Columns
+from tandem.check.duplicates import Repeated, look_for_shared, signatures
+from tandem.check.findings import Sign, Tally
 from tandem.check.record_signs import (
     Record,
     Roles,
@@ -23,12 +23,11 @@ from tandem.check.record_signs import (
     look_at,
     question_of,
 )
-from tandem.check.shared_texts import look_for_shared
+from tandem.check.survey_result import CheckTarget, Lengths, Survey, token_lengths
 from tandem.check.text_signs import TextSigns
-from tandem.check.unread_columns import Columns
 from tandem.data.build_dataset import nothing_left
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
-from tandem.data.encoded.worker_pool import Show, encoded_pieces
+from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
@@ -37,7 +36,6 @@ from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
 from tandem.data.text.word_hashes import hash_words
-from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import way_out
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -54,93 +52,35 @@ _UNCOUNTED = Sign(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is looked at, and as what.
-
-    Attributes:
-        stage: sft or dpo, where a recipe or a flag says so.
-        sources: the data.
-        plan: what a run would make of every record.
-        max_dropped: the share of records that a run may drop.
-        chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
-        special: the tokenizer's special tokens.
-        limited: whether the plan's limits are those of a recipe.
-        held_out: whether a run would score it, and not train on it.
-    """
-
-    stage: str | None
-    sources: tuple[DataSource, ...]
-    plan: EncodingOptions
-    max_dropped: float
-    chat: ChatTokenizer | None = None
-    special: tuple[str, ...] = ()
-    limited: bool = False
-    held_out: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What was found.
-
-    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
-    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
-    more; `problem` is the message that it would stop with, None if it would not.
-    """
-
-    subject: Subject
-    limit: int | None
-    looked_at: int
-    formats: dict[str, str]
-    unread: tuple[str, ...]
-    unread_cut: bool
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    roles: Roles
-    unit: str
-    measures: dict[str, LengthQuantiles]
-    histogram: Histogram | None
-    findings: tuple[Finding, ...]
-    others: tuple[Other, ...]
-    problem: str | None
-
-
 def survey(
-    subject: Subject,
+    target: CheckTarget,
     *,
     others: Sequence[Other] = (),
     limit: int | None = None,
     shown: int = 3,
-    show: Show | None = None,
-    workers: int | None = None,
+    encoding_work: EncodingWork = EncodingWork(),  # noqa: B008 - frozen
 ) -> Survey:
     """Read a data set once, and say what is in it.
 
     Args:
-        subject: the data, and what a run would make of it.
+        target: the data, and what a run would make of it.
         others: sets that it should share nothing with.
         limit: rows after which to stop.
         shown: rows of each finding.
-        show: displays the progress of large data.
-        workers: processes that encode large data, one a core when None.
+        encoding_work: who encodes large data, and how that is displayed.
 
     Raises nothing for data that cannot be used: that is in the result's `problem`.
     """
-    work = _Survey(subject, others, limit, shown)
+    work = _Survey(target, others, limit, shown)
     problem = None
     try:
-        plan = _plan(subject)
-        pieces = encoded_pieces(
-            work.chunks(),
-            subject.chat,
-            plan,
-            doing="checking records",
-            total=partial(_total, subject.sources, limit),
-            show=show,
-            workers=workers,
+        options = _options(target)
+        total = partial(_total, target.sources, limit)
+        encoding = encoded_chunks(
+            work.chunks(), target.chat, options, "checking records", total, encoding_work
         )
-        for chunk, known, batch in pieces:
-            work.take(chunk, known, batch)
+        for chunk, known, encoded in encoding:
+            work.take(chunk, known, encoded)
     except UserError as error:
         problem = str(error)
     return work.finish(problem or work.ended)
@@ -150,17 +90,17 @@ class _Survey:
     """The pass: takes pieces, keeps a few bytes of each record."""
 
     def __init__(
-        self, subject: Subject, others: Sequence[Other], limit: int | None, shown: int
+        self, target: CheckTarget, others: Sequence[Other], limit: int | None, shown: int
     ) -> None:
         self.ledger = Ledger(None)
-        self._subject, self._limit = subject, limit
+        self._target, self._limit = target, limit
         self._others = tuple(others)
-        self._texts = TextSigns(subject.special)
+        self._texts = TextSigns(target.special)
         self._tally, self._roles = Tally(shown), Roles()
-        self._lengths = Lengths("tokens" if subject.chat else "characters")
+        self._lengths = Lengths("tokens" if target.chat else "characters")
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
-        self._columns = Columns(subject.plan.kind)
+        self._columns = Columns(target.options.kind)
         self._stop: str | None = None
         self.ended: str | None = None
         self._looked_at = 0
@@ -172,9 +112,9 @@ class _Survey:
         An error would be raised while pieces are read ahead, and those would be lost.
         """
         left = self._limit
-        kind = self._subject.plan.kind
+        kind = self._target.options.kind
         try:
-            for source in self._subject.sources:
+            for source in self._target.sources:
                 if left == 0:
                     return
                 self._looked_at += 1
@@ -215,7 +155,7 @@ class _Survey:
 
     def finish(self, problem: str | None) -> Survey:
         """All that was found; `problem` is what ended the pass early."""
-        subject, ledger = self._subject, self.ledger
+        target, ledger = self._target, self.ledger
         counts = ledger.counts
         too_many = self._too_many()
         problem = self._stop or problem or too_many
@@ -226,12 +166,12 @@ class _Survey:
         self._repeated.finish(self._tally, self._read_again)
         summary = ledger.summary()
         return Survey(
-            subject,
+            target,
             self._limit,
             self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
-            self._columns.unread_cut,
+            self._columns.cut,
             counts,
             summary["reasons"],
             self._roles,
@@ -240,11 +180,7 @@ class _Survey:
             self._lengths.histogram(),
             tuple(
                 self._tally.findings(
-                    {
-                        "records": counts["read"],
-                        "pairs": self._records,
-                        "answers": self._answers,
-                    }
+                    {"records": counts["read"], "pairs": self._records, "answers": self._answers}
                 )
             ),
             self._others,
@@ -257,8 +193,8 @@ class _Survey:
             return None
         try:
             if not self.ledger.counts["trained"]:
-                raise nothing_left(self._subject.sources, self.ledger)
-            self.ledger.check_share(self._subject.max_dropped)
+                raise nothing_left(self._target.sources, self.ledger)
+            self.ledger.check_share(self._target.max_dropped)
         except UserError as error:
             if self._joins and self._limit is not None:
                 return f"{error} What an answer lacks may be in the rows behind --limit."
@@ -267,7 +203,7 @@ class _Survey:
 
     def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
         """Keep the message that a run would stop with at this piece's first unparsable row."""
-        if self._stop is not None or self._subject.plan.on_bad_record == "drop":
+        if self._stop is not None or self._target.options.on_bad_record == "drop":
             return
         if any(entry.reason == "unparsable" for entry in entries):
             try:
@@ -278,7 +214,7 @@ class _Survey:
 
     def _told(self, batch: EncodedChunk) -> list[Entry]:
         """What the ledger would say; without limits nothing is cut but what goes uncounted."""
-        if self._subject.limited:
+        if self._target.limited:
             return list(batch.entries)
         for entry in batch.entries:
             if entry.outcome == "truncated":
@@ -287,19 +223,19 @@ class _Survey:
 
     def _measure(self, chunk: Chunk, known: str, batch: EncodedChunk) -> None:
         """Note lengths in tokens, of records that were cut or dropped those they had before."""
-        plan = self._subject.plan
-        found = token_lengths(batch.arrays, plan.kind)
-        if batch.entries and self._subject.limited:
-            assert self._subject.chat is not None
+        options = self._target.options
+        found = token_lengths(batch.arrays, options.kind)
+        if batch.entries and self._target.limited:
+            assert self._target.chat is not None
             numbers = {entry.row for entry in batch.entries}
             # A row may hold several records, of which one alone was cut.
             kept = ~np.isin(batch.arrays.rows, list(numbers))
             self._lengths.add({name: values[kept] for name, values in found.items()})
             rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
-            whole = replace(plan, limits=Limits(_COUNTED, None), on_bad_record="drop")
+            whole = replace(options, limits=Limits(_COUNTED, None), on_bad_record="drop")
             again = RowChunk(chunk.file, len(rows), rows)
-            batch = encode_chunk(self._subject.chat, whole, again, known)
-            found = token_lengths(batch.arrays, plan.kind)
+            batch = encode_chunk(self._target.chat, whole, again, known)
+            found = token_lengths(batch.arrays, options.kind)
         self._lengths.add(found)
 
     def _compare(self, records: list[Record]) -> None:
@@ -320,7 +256,7 @@ class _Survey:
         found: dict[Origin, str] = {}
         files = {origin.file for origin in wanted}
         chunks = formatted_chunks(
-            self._subject.sources, self._subject.plan.kind, Ledger(None), "drop"
+            self._target.sources, self._target.options.kind, Ledger(None), "drop"
         )
         # What cannot be read ended the pass itself, which says so; wanted is what came before.
         with suppress(UserError):
@@ -339,10 +275,10 @@ class _Survey:
         return found
 
 
-def _plan(subject: Subject) -> EncodingOptions:
+def _options(target: CheckTarget) -> EncodingOptions:
     """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
-    plan = replace(subject.plan, on_bad_record="drop")
-    return plan if subject.limited else replace(plan, limits=Limits(_COUNTED, None))
+    options = replace(target.options, on_bad_record="drop")
+    return options if target.limited else replace(options, limits=Limits(_COUNTED, None))
 
 
 def _total(sources: Sequence[DataSource], limit: int | None) -> int | None:

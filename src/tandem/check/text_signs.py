@@ -76,12 +76,7 @@ SECRETS = Sign(
     "warning",
     "A model can repeat what it was trained on: remove them, and revoke those that are real.",
 )
-EMAILS = Sign(
-    "email_addresses",
-    "e-mail addresses",
-    "note",
-    "Remove those of people.",
-)
+EMAILS = Sign("email_addresses", "e-mail addresses", "note", "Remove those of people.")
 
 
 @dataclass(frozen=True, slots=True)

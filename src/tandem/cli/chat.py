@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parser import Parser, path, positive, seed
-from tandem.recipe.flags import DEVICES
+from tandem.cli.parser import Parser, add_flag, path, positive, seed
+from tandem.recipe.flags import flag_of
+from tandem.recipe.run_settings import RunSettings
 
 
 def chat(argv: list[str]) -> int:
     """Talk to one model, or to several side by side."""
     arguments = _chat_parser().parse(argv)
-    from tandem.chat.session import run_chat
+    from tandem.chat.session import ChatOptions, run_chat
     from tandem.integrations.choose import choose_device
+    from tandem.model.generate import Sampling
     from tandem.runtime.console import result_console
 
     device = choose_device(arguments.device, "auto")
     run_chat(
         arguments.models,
-        system=arguments.system,
-        chat_template=arguments.chat_template,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        device=str(device.torch_device),
-        console=result_console(),
+        ChatOptions(
+            Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p),
+            system=arguments.system,
+            chat_template=arguments.chat_template,
+            seed=arguments.seed,
+            device=str(device.torch_device),
+        ),
+        result_console(),
     )
     return 0
 
@@ -37,31 +39,19 @@ def _chat_parser() -> Parser:
         description="Streaming chat with a model folder, an adapter folder or a Hub id; several "
         "answer side by side.",
     )
-    parser.add_argument(
-        "models", type=path, metavar="MODEL", nargs="+", help="model, adapter or run folder"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
-    parser.add_argument(
-        "--chat_template",
-        type=path,
-        metavar="NAME|FILE",
-        help="default: the one saved with the model",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive, default=256, metavar="N", help="of an answer (256)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=_not_negative,
-        default=0.7,
-        metavar="X",
-        help="0 always takes the likeliest token (0.7)",
-    )
-    parser.add_argument(
-        "--top_p", type=_share, default=0.95, metavar="X", help="nucleus sampling (0.95)"
-    )
-    parser.add_argument("--seed", type=seed, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to answer")
+    add = parser.add_argument
+    add("models", type=path, metavar="MODEL", nargs="+", help="A model, adapter or run folder.")
+    add("--system", metavar="TEXT", help="The system prompt.")
+    template = "A shipped one or a file; by default the one saved with the model."
+    add_flag(parser, flag_of(RunSettings, "chat_template", help=template))
+    add("--max_new_tokens", type=positive, default=256, metavar="N",
+        help="Tokens of an answer at most (256).")  # fmt: skip
+    add("--temperature", type=_not_negative, default=0.7, metavar="X",
+        help="0 always takes the likeliest token (0.7).")  # fmt: skip
+    add("--top_p", type=_share, default=0.95, metavar="X", help="Nucleus sampling (0.95).")
+    add("--seed", type=seed, metavar="N", help="Makes sampled answers repeatable.")
+    device = flag_of(RunSettings, "device", help="Where to answer.")
+    add_flag(parser, device, default="auto")
     return parser
 
 

@@ -4,26 +4,71 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.parser import Parser, count, output_folder, path, positive
+from tandem.cli.parser import Parser, add_flag, output_folder, path
 from tandem.errors import UserError
-from tandem.recipe.flags import DEVICES, DTYPES
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.flags import Flag, flag_of
+from tandem.recipe.pairs_settings import ServerSettings
+from tandem.recipe.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from tandem.recipe.evaluation_settings import EvaluationSettings
-    from tandem.recipe.pairs_settings import ServerSettings
+    from tandem.recipe.jobs import EvaluationJob
+
+
+def _data(key: str) -> Flag:
+    """A flag that names data of the user's own, by path."""
+    about = EvaluationSettings.model_fields[key].description or ""
+    return Flag(
+        key,
+        path,
+        about.partition("; empty")[0].rstrip(".") + ".",
+        many=True,
+        field=(key,),
+        metavar="DATA",
+    )
+
+
+# By the groups of the help text. Where help differs from a recipe's, so does the value.
+_GROUPS: dict[str, tuple[Flag, ...]] = {
+    "tasks (they need the extra eval)": (
+        flag_of(EvaluationSettings, "suite"),
+        flag_of(EvaluationSettings, "tasks", metavar="NAME"),
+        flag_of(EvaluationSettings, "task_data", "data", metavar="FOLDER"),
+        flag_of(EvaluationSettings, "num_fewshot"),
+        flag_of(EvaluationSettings, "chat"),
+        flag_of(EvaluationSettings, "batch_size"),
+    ),
+    "data of your own": (
+        _data("questions"),
+        _data("pairs"),
+        _data("heldout"),
+        flag_of(EvaluationSettings, "max_new_tokens"),
+        flag_of(EvaluationSettings, "samples", help="Answers kept side by side (3)."),
+    ),
+    "a judge of the answers to --questions": (
+        flag_of(ServerSettings, "model", "judge", at=("judge",), metavar="MODEL",
+                help="A model on an OpenAI-compatible server, by its name there."),
+        flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL",
+                help="The server's address, up to where /chat/completions follows."),
+        flag_of(ServerSettings, "key_variable", "judge_key_variable", at=("judge",),
+                metavar="NAME"),
+    ),
+}  # fmt: skip
+_LIMIT = flag_of(EvaluationSettings, "limit")
+_RUN = (
+    flag_of(RunSettings, "chat_template", help="For models without a template of their own."),
+    flag_of(RunSettings, "device", help="Where to compute."),
+    flag_of(RunSettings, "dtype"),
+)
 
 
 def evaluate(argv: list[str]) -> int:
     """Measure models on tasks and data, and print one table."""
     arguments = _parser().parse(argv)
-    settings = _settings(arguments)
-    from tandem.chat.session import labels_of, model_in_run
-    from tandem.evaluate.evaluate_models import check_something, run_evaluation
-    from tandem.recipe.run_settings import Runtime
+    job = _job(arguments)
+    from tandem.evaluate.evaluate_models import check_something, evaluate_models
     from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
@@ -33,86 +78,73 @@ def evaluate(argv: list[str]) -> int:
     from tandem.result_warnings import evaluation_warnings
     from tandem.runtime.console import notice_console, result_console
 
-    check_something(settings)
-    folder = output_folder(Path(arguments.output_dir), "--output_dir")
-    models = [model_in_run(path) for path in arguments.models]
-    found = run_evaluation(
-        models=dict(zip(labels_of(models), models, strict=True)),
-        settings=settings,
-        output_dir=folder,
-        chat_template=arguments.chat_template,
-        seed=0,
-        runtime=Runtime(device=arguments.device, dtype=arguments.dtype),
-        console=notice_console(),
-        replace=True,
-    )
+    check_something(job.settings)
+    output_folder(job.folder, "--output_dir")
+    measured = evaluate_models(job, notice_console())
     if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(measured, indent=2, ensure_ascii=False))
         return 0
     console = result_console()
-    console.print(comparison_table(found))
-    for note in comparison_notes(found):
+    console.print(comparison_table(measured))
+    for note in comparison_notes(measured):
         console.print(note, markup=False, soft_wrap=True)
-    if found["samples"]:
-        console.print(samples_table(found, arguments.samples))
-    for line in warning_lines(evaluation_warnings(found)):
+    if measured["samples"]:
+        console.print(samples_table(measured, job.settings.samples))
+    for line in warning_lines(evaluation_warnings(measured)):
         console.print(line, soft_wrap=True)
-    console.print(f"all figures: {folder / 'evaluation.json'}", soft_wrap=True, markup=False)
+    console.print(f"all figures: {job.folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
+def _job(arguments: argparse.Namespace) -> EvaluationJob:
+    """What the flags ask for; raises UserError naming the flag of an impossible value."""
     from pydantic import ValidationError
 
-    from tandem.recipe.evaluation_settings import EvaluationSettings
+    from tandem.recipe.explain_errors import explain
+    from tandem.recipe.jobs import EvaluationJob
+    from tandem.recipe.yaml_lines import Location
+    from tandem.storage.run_folder import labels_of, model_in_run
 
-    def sources(paths: Sequence[str]) -> Any:
-        return tuple({"path": path} for path in paths)
+    values = vars(arguments)
+    given: dict[str, Any] = {"samples": 3}
+    names = {}
+    for flag in (*(flag for flags in _GROUPS.values() for flag in flags), _LIMIT):
+        names[flag.field] = f"--{flag.name}"
+        if flag.name in values:
+            *above, key = flag.field
+            inner = given.setdefault(above[0], {}) if above else given
+            inner[key] = values[flag.name]
+    if "tasks" in given:
+        given["tasks"] = [name for text in given["tasks"] for name in text.split(",") if name]
+    _check_judge(given.get("judge", {}))
+
+    def place(location: Location) -> str:
+        keys = tuple(map(str, location))
+        return next((names[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in names),
+                    "tandem eval")  # fmt: skip
 
     try:
-        return EvaluationSettings(
-            questions=sources(arguments.questions),
-            pairs=sources(arguments.pairs),
-            heldout=sources(arguments.heldout),
-            max_new_tokens=arguments.max_new_tokens,
-            samples=arguments.samples,
-            suite=arguments.suite,
-            tasks=tuple(name for text in arguments.tasks for name in text.split(",") if name),
-            task_data=arguments.data,
-            num_fewshot=arguments.num_fewshot,
-            chat=arguments.chat == "on",
-            judge=_judge(arguments),
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-        )
+        settings = EvaluationSettings.model_validate(given)
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"tandem eval: {said.replace('task_data', 'data')}") from None
+        said = explain(error, EvaluationSettings, place)
+        raise UserError(said.replace("task_data", "data")) from None
+    models = [model_in_run(model) for model in arguments.models]
+    run = RunSettings(
+        model=models[0],
+        output_dir=values.get("output_dir", "runs/evaluation"),
+        seed=0,
+        **{flag.name: values[flag.name] for flag in _RUN if flag.name in values},
+    )
+    labelled = dict(zip(labels_of(models), models, strict=True))
+    return EvaluationJob(run, settings, labelled, replace=True)
 
 
-def _judge(arguments: argparse.Namespace) -> ServerSettings | None:
-    """The judge's server; raises UserError for one that is named by half."""
-    if not arguments.judge and not arguments.judge_url:
-        if arguments.judge_key_variable:
-            raise UserError("--judge_key_variable is a judge's; name --judge and --judge_url")
-        return None
-    if not (arguments.judge and arguments.judge_url):
+def _check_judge(judge: dict[str, Any]) -> None:
+    """Raise UserError for a judge's server that is named by half."""
+    if judge.keys() == {"key_variable"}:
+        raise UserError("--judge_key_variable is a judge's; name --judge and --judge_url")
+    if judge and not {"model", "base_url"} <= judge.keys():
         raise UserError("a judge needs both --judge, its name on the server, and --judge_url")
-    from pydantic import ValidationError
-
-    from tandem.recipe.pairs_settings import ServerSettings
-
-    try:
-        return ServerSettings(
-            base_url=arguments.judge_url,
-            model=arguments.judge,
-            key_variable=arguments.judge_key_variable,
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        flag = {"base_url": "--judge_url", "key_variable": "--judge_key_variable"}
-        where = flag.get(str(first["loc"][0]), "--judge")
-        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _parser() -> Parser:
@@ -123,86 +155,28 @@ def _parser() -> Parser:
         "your own.\nOne table, with standard errors and differences from the first model.",
         epilog="example: tandem eval BASE runs/my-run --suite leaderboard-v1 --output_dir "
         "runs/comparison\nThe same command again goes on where it was stopped.",
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
         "models",
         type=path,
         metavar="MODEL",
         nargs="+",
-        help="model, adapter or run folder, or a Hub id",
+        help="A model, adapter or run folder, or a Hub id.",
     )
-    many: dict[str, Any] = {"nargs": "+", "default": []}
-    tasks = parser.add_argument_group("tasks (they need the extra eval)")
-    tasks.add_argument(
-        "--suite", choices=("leaderboard-v1",), help="the Open LLM Leaderboard's first six tasks"
-    )
-    tasks.add_argument("--tasks", metavar="NAME", help="the harness's names for tasks", **many)
-    tasks.add_argument(
-        "--data",
-        type=path,
-        metavar="FOLDER",
-        help="local task data; left out: each task's own, from the Hub",
-    )
-    tasks.add_argument(
-        "--num_fewshot", type=count, metavar="N", help="few-shot examples of all tasks"
-    )
-    tasks.add_argument(
-        "--chat",
-        choices=("on", "off"),
-        default="off",
-        help="put tasks through the chat template (off)",
-    )
-    tasks.add_argument(
-        "--batch_size",
-        type=_batch_size,
-        default=1,
-        metavar="N|auto",
-        help="requests fed at once (1); scores may round with it",
-    )
-    own = parser.add_argument_group("data of your own")
-    data: dict[str, Any] = {**many, "type": path, "metavar": "DATA"}
-    own.add_argument("--questions", help="questions with known answers", **data)
-    own.add_argument("--pairs", help="held-out preference pairs", **data)
-    own.add_argument("--heldout", help="held-out conversations, for loss", **data)
-    own.add_argument(
-        "--max_new_tokens", type=positive, default=64, metavar="N", help="of an answer (64)"
-    )
-    own.add_argument(
-        "--samples", type=count, default=3, metavar="N", help="answers kept side by side (3)"
-    )
-    own.add_argument(
-        "--chat_template",
-        type=path,
-        metavar="NAME|FILE",
-        help="for models without one of their own",
-    )
-    judge = parser.add_argument_group("a judge of the answers to --questions")
-    judge.add_argument(
-        "--judge", metavar="MODEL", help="a model on an OpenAI-compatible server, by its name there"
-    )
-    judge.add_argument(
-        "--judge_url", metavar="URL", help="the server, up to where /chat/completions follows"
-    )
-    judge.add_argument(
-        "--judge_key_variable", metavar="NAME", help="the environment variable that holds its key"
-    )
-    parser.add_argument(
-        "--limit", type=positive, metavar="N", help="only the first N items of everything"
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else bfloat16"
-    )
+    for title, flags in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, flag)
+    for flag in (_LIMIT, *_RUN):
+        add_flag(parser, flag)
     parser.add_argument(
         "--output_dir",
         type=path,
-        default="runs/evaluation",
         metavar="FOLDER",
-        help="what is measured is kept there (runs/evaluation)",
+        help="What is measured is kept there (runs/evaluation).",
     )
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument(
+        "--json", action="store_true", default=False, help="Print all figures as JSON."
+    )
     return parser
-
-
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else positive(text)

@@ -9,52 +9,34 @@ from typing import TYPE_CHECKING
 
 from tandem.cli.parser import Parser, add_flag, path
 from tandem.errors import UserError
-from tandem.recipe.flags import DATA_FLAGS
+from tandem.recipe.choices import TRAINING_STAGES
+from tandem.recipe.flags import DATA_FLAGS, REVISION, flag_of
+from tandem.recipe.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from tandem.check.inputs import StageChat, StageData
+    from tandem.check.inputs import StageChat
+    from tandem.check.survey_result import CheckTarget
     from tandem.recipe.recipe import Recipe
-
-STAGES = ("sft", "dpo")
 
 
 def add_inspected(parser: Parser) -> None:
     """Declare the flags that both commands share."""
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        nargs="*",
-        type=path,
-        help="files, folders or Hub ids; left out: the recipe's data",
-    )
-    parser.add_argument(
-        "--recipe",
-        type=path,
-        metavar="R",
-        help="whose data, limits, tokenizer and template: a name or a file",
-    )
-    parser.add_argument(
-        "--model",
-        type=path,
-        metavar="M",
-        help="whose tokenizer: a folder or a Hub id; no weights are fetched",
-    )
-    parser.add_argument(
-        "--chat_template",
-        type=path,
-        metavar="NAME|FILE",
-        help="default: the recipe's, else the model's own",
-    )
-    parser.add_argument(
-        "--stage", choices=STAGES, help="as which stage reads it; default: told by the data"
-    )
+    add = parser.add_argument
+    add("data", metavar="DATA", nargs="*", type=path,
+        help="Files, folders or Hub ids; by default the recipe's data.")  # fmt: skip
+    add("--recipe", type=path, metavar="R",
+        help="Whose data, limits, tokenizer and template: a name or a file.")  # fmt: skip
+    add("--model", type=path, metavar="M",
+        help="Whose tokenizer: a folder or a Hub id; no weights are fetched.")  # fmt: skip
+    template = "A shipped one or a file; by default the recipe's, else the model's own."
+    add_flag(parser, flag_of(RunSettings, "chat_template", help=template))
+    add("--stage", choices=TRAINING_STAGES,
+        help="As which stage reads it; by default the one that the data is for.")  # fmt: skip
 
-    saying = parser.add_argument_group("of DATA, as the recipe's keys of these names")
+    saying = parser.add_argument_group("about DATA, as the recipe's keys of these names say it")
     for flag in DATA_FLAGS:
         add_flag(saying, flag)
-    saying.add_argument(
-        "--revision", metavar="NAME", help="commit, tag or branch of a Hub data set"
-    )
+    add_flag(saying, REVISION)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
@@ -84,7 +66,7 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
 
 def data_of(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
-) -> tuple[Sequence[StageData], Sequence[str]]:
+) -> tuple[Sequence[CheckTarget], Sequence[str]]:
     """What each stage would read of the data that was named, or of the recipe's own; and notices.
 
     `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
@@ -97,12 +79,12 @@ def data_of(
 
 def _asked(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
-) -> tuple[Sequence[StageData], Sequence[str]]:
+) -> tuple[Sequence[CheckTarget], Sequence[str]]:
     """See `data_of`."""
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
-    from tandem.recipe.flags import said_of_data
+    from tandem.recipe.flags import data_settings
 
-    said = said_of_data(vars(arguments))
+    said = data_settings(vars(arguments))
     if not arguments.data:
         if said:
             raise UserError(

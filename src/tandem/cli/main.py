@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
     "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
-    "cache": ("tandem.cli.cache", "cache", "show or empty the cache"),
+    "cache": ("tandem.cli.report", "cache", "show or empty the cache"),
 }
 """Name of each command: module, function and what it does."""
 

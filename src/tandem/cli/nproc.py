@@ -19,7 +19,7 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
         _FLAG,
         type=positive,
         metavar="N",
-        help="start N processes on this machine, one for each device, which share the work",
+        help="Start N processes on this machine, one for each device, which share the work.",
     )
 
 

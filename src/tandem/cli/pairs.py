@@ -7,64 +7,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem.cli.environment import prepare_devices
-from tandem.cli.parser import Parser, output_folder, path, seed
-from tandem.recipe.flags import DEVICES, DTYPES
+from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, output_folder, path
+from tandem.recipe.flags import flag_of
+from tandem.recipe.pairs_settings import PairsSettings
+from tandem.recipe.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from tandem.recipe.recipe import Recipe
+    from tandem.recipe.jobs import PairsJob
+
+_FLAGS = (
+    flag_of(PairsSettings, "model", at=("pairs",),
+            help="Writes the rejected answers; or the key `server` names one."),
+    flag_of(RunSettings, "seed", help="Of selection and sampling (42)."),
+    flag_of(RunSettings, "device", help="Where to generate."),
+    flag_of(RunSettings, "dtype", help="Of the model's weights."),
+)  # fmt: skip
 
 
 def pairs(argv: list[str]) -> int:
     """Make pairs, or with --dry-run print the settings."""
     arguments = _parser().parse(argv)
+    from tandem.recipe.jobs import PairsJob
     from tandem.recipe.load_recipe import load_pairs
 
-    given = [
+    given = {".".join(flag.field): getattr(arguments, flag.name) for flag in _FLAGS}
+    given["pairs.prompts"] = arguments.prompts
+    overrides = [
         # Overrides are read as YAML; a flag's text is what it is.
         f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in (
-            ("pairs.prompts", arguments.prompts),
-            ("pairs.model", arguments.model),
-            ("seed", arguments.seed),
-            ("device", arguments.device),
-            ("dtype", arguments.dtype),
-        )
+        for key, value in given.items()
         if value is not None
     ]
-    given += [f"pairs.{override}" for override in arguments.overrides]
+    overrides += [f"pairs.{override}" for override in arguments.overrides]
     folder = output_folder(Path(arguments.output_dir), "--output_dir")
-    recipe = load_pairs(arguments.recipe, given)
+    recipe = load_pairs(arguments.recipe, overrides)
+    assert recipe.pairs is not None
+    run = {"model": recipe.pairs.model or recipe.model, "output_dir": str(folder)}
+    job = PairsJob(recipe.model_copy(update=run), recipe.pairs)
     if arguments.dry_run:
-        print(_text(recipe, folder), end="")
+        print(_dry_run_text(job), end="")
         return 0
     from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
     for notice in prepare_devices(recipe):
         console.print(notice, markup=False, soft_wrap=True)
-    from tandem.pairs.make_pairs import run_pairs
-    from tandem.recipe.run_settings import runtime_of
+    from tandem.pairs.make_pairs import make_pairs
 
-    settings = recipe.pairs
-    assert settings is not None
-    run_pairs(
-        model=settings.model or recipe.model,
-        settings=settings,
-        output_dir=folder,
-        seed=recipe.seed,
-        runtime=runtime_of(recipe),
-        console=console,
-    )
+    make_pairs(job, console)
     result_console().print(f"pairs and their card: {folder}", markup=False, soft_wrap=True)
     return 0
 
 
-def _text(recipe: Recipe, folder: Path) -> str:
+def _dry_run_text(job: PairsJob) -> str:
     from tandem.recipe.yaml_lines import dump_yaml
 
-    assert recipe.pairs is not None
-    head = {"output_dir": str(folder), "seed": recipe.seed, "device": recipe.device}
-    return dump_yaml({**head, "dtype": recipe.dtype, "pairs": recipe.pairs.model_dump(mode="json")})
+    run = job.run.model_dump(include={"output_dir", "seed", "device", "dtype"})
+    return dump_yaml({**run, "pairs": job.settings.model_dump(mode="json")})
 
 
 def _parser() -> Parser:
@@ -78,28 +77,18 @@ def _parser() -> Parser:
         epilog="example: tandem pairs --prompts conversations.jsonl --model demo:base \\\n"
         "             --output_dir out/pairs select.count=12000 filters.drop_refusals=true",
     )
+    add_overrides(parser, "Keys of a recipe's pairs section")
     parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="keys of a recipe's pairs section, with dots; values as in YAML",
-    )
-    for flag, what, text in (
-        ("--prompts", "DATA", "the instruction set: a file, a folder or a Hub id"),
-        ("--model", "MODEL", "writes the rejected answers; or the key `server` names one"),
-        ("--output_dir", "FOLDER", "where pairs go"),
-    ):
-        parser.add_argument(
-            flag, type=path, metavar=what, required=flag == "--output_dir", help=text
-        )
+        "--prompts", type=path, metavar="DATA",
+        help="The instruction set: a file, a folder or a Hub id.",
+    )  # fmt: skip
     parser.add_argument(
-        "--recipe", metavar="RECIPE", help="begin with the pairs section of this recipe"
+        "--output_dir", type=path, metavar="FOLDER", required=True, help="Where pairs go."
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="of selection and sampling (42)")
-    parser.add_argument("--device", choices=DEVICES, help="where to generate")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model's weights")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved settings and stop"
+        "--recipe", metavar="RECIPE", help="Begin with the pairs section of this recipe."
     )
+    for flag in _FLAGS:
+        add_flag(parser, flag, default=None)
+    add_dry_run(parser)
     return parser

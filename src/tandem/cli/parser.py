@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tandem.errors import UserError
-from tandem.recipe.flags import Flag, boolean, nearest_flag
-from tandem.recipe.section import expanded
+
+if TYPE_CHECKING:
+    from tandem.recipe.flags import Flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,13 +59,17 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def _unknown(self, name: str, declared: dict[str, str]) -> NoReturn:
-        nearest = nearest_flag(name, [flag for flag in declared.values() if flag != "--help"])
-        hint = f"; did you mean {nearest}?" if nearest else f". See {self.prog} --help"
+        spelled = name.replace("_", "-")
+        known = [flag for flag in declared if flag != "--help"]
+        close = difflib.get_close_matches(spelled, known, n=1, cutoff=0.6)
+        hint = f"; did you mean {declared[close[0]]}?" if close else f". See {self.prog} --help"
         raise UserError(f"{self.prog}: unknown flag {name}{hint}{self.unknown_hint}")
 
 
 def path(text: str) -> str:
     """A path, `~` and variables resolved, as argparse wants it."""
+    from tandem.recipe.section import expanded
+
     try:  # a shell leaves `~` in `--flag=~/x` as it is
         return expanded(text)
     except ValueError as error:
@@ -101,20 +107,44 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag) -> None:
-    """Declare a flag; booleans may stand alone or before true or false."""
-    kind = path if flag.kind is expanded else flag.kind
+def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) -> None:
+    """Declare a flag; booleans may stand alone or before true or false.
+
+    `more` are options of argparse, such as a default or whether it is required.
+    """
+    from tandem.recipe.flags import boolean
+    from tandem.recipe.section import expanded
+
+    kind: Any = path if flag.kind is expanded else flag.kind
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        of_its_kind = "N" if flag.kind is int else "X" if flag.kind is float else "TEXT"
+        of_its_kind = {int: "N", float: "X", path: "PATH"}.get(kind, "TEXT")
         options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
-    parser.add_argument(f"--{flag.name}", dest=flag.name, **options)
+    parser.add_argument(f"--{flag.name}", dest=flag.name, **{**options, **more})
+
+
+def add_dry_run(parser: Parser) -> None:
+    """Declare `--dry-run`."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print the resolved settings and stop."
+    )
+
+
+def add_overrides(parser: Parser, what: str) -> None:
+    """Declare `key=value` arguments."""
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help=f"{what}, with dots; values as in YAML, null unsets.",
+    )
 
 
 def output_folder(path: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tandem.cli.parser import Parser, positive
+from tandem.cli.parser import Parser, add_overrides, positive
 from tandem.errors import UserError
 
 
@@ -49,15 +49,14 @@ def _parser() -> Parser:
         epilog="example: tandem plan demo sft.batch_size=16 --nproc 2",
     )
     add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    add("overrides", metavar="key=value", nargs="*", default=[],
-        help="recipe keys with dots, values as in YAML; null unsets")  # fmt: skip
-    add("--nproc", metavar="N", type=positive, help="plan for so many processes")
-    add("--json", action="store_true", help="print JSON")
-    add("--download", action="store_true", help="fetch data sets of the Hub, and read them")
+    add("recipe", metavar="RECIPE", help="A shipped recipe's name or a YAML file.")
+    add_overrides(parser, "Recipe keys")
+    add("--nproc", metavar="N", type=positive, help="Plan for so many processes.")
+    add("--json", action="store_true", help="Print JSON.")
+    add("--download", action="store_true", help="Fetch data sets of the Hub, and read them.")
     add("--records", metavar="N[,N]", type=_numbers,
-        help="records of data that is not here, by training stage")  # fmt: skip
-    add("--tokens-per-record", metavar="M[,M]", type=_numbers, help="tokens of each of them")
+        help="Records of data that is not here, by training stage.")  # fmt: skip
+    add("--tokens-per-record", metavar="M[,M]", type=_numbers, help="Tokens of each of them.")
     return parser
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
-from tandem.cli.parser import Parser, output_folder
+from tandem.cli.parser import Parser, add_dry_run, add_overrides, output_folder
 from tandem.runtime.launch import launched
+from tandem.storage.run_folder import STAGES
 
 if TYPE_CHECKING:
     from tandem.recipe.recipe import Recipe
@@ -23,7 +24,6 @@ def run(argv: list[str]) -> int:
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
     if arguments.dry_run:
         from tandem.pipeline.preflight import check_tokens
-        from tandem.pipeline.run_pipeline import STAGES
 
         check_tokens(recipe, set(STAGES))
         if launched().speaks:
@@ -52,11 +52,11 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 
     Raises UserError for a stage that the recipe lacks.
     """
-    from tandem.pipeline.run_pipeline import asked_for, describe_pipeline
     from tandem.recipe.load_recipe import recipe_to_yaml
-    from tandem.recipe.unmeant import unmeant
+    from tandem.recipe.recipe import asked_for, stages_of
+    from tandem.recipe.training_settings import unmeant
 
-    planned = describe_pipeline(recipe)
+    planned = stages_of(recipe)
     asked = asked_for(planned, until=until, start=start)
     wide = max(len(stage.name) for stage in planned)
     folders = max(len(str(stage.folder)) for stage in planned)
@@ -112,24 +112,16 @@ def _parser() -> Parser:
         unknown_hint=" (recipe keys are written key=value, without dashes)",
         epilog="example: tandem run demo sft.learning_rate=2e-3 output_dir=runs/trial",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="recipe keys with dots, values as in YAML; null unsets",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and its stages, and stop"
-    )
-    stages = "sft, sft-merge, pairs, dpo, dpo-merge or evaluate"
-    parser.add_argument("--until", metavar="STAGE", help=f"the last stage to run: {stages}")
+    parser.add_argument("recipe", metavar="RECIPE", help="A shipped recipe's name or a YAML file.")
+    add_overrides(parser, "Recipe keys")
+    add_dry_run(parser)
+    stages = ", ".join(STAGES)
+    parser.add_argument("--until", metavar="STAGE", help=f"The last stage to run: {stages}.")
     parser.add_argument(
         "--from",
         dest="start",
         metavar="STAGE",
-        help="the first stage to run; those before it must be finished",
+        help="The first stage to run; those before it must be finished.",
     )
     add_nproc(parser)
     return parser

@@ -1,22 +1,32 @@
-"""`tandem sft`, `tandem dpo` and `tandem merge`: one stage each, under the seed's flags."""
+"""`tandem sft`, `tandem dpo` and `tandem merge`: one stage each, under the tutorial's flags."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
-from tandem.cli.parser import Parser, add_flag, output_folder, path
+from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
 from tandem.integrations.gaudi.bridge import bridge_installed
-from tandem.recipe.flags import DEVICES, DTYPES, Stage, flags_of
+from tandem.recipe.choices import TrainingStageName
+from tandem.recipe.flags import flag_of
+from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import MergeSettings, TrainingSettings
+from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 from tandem.runtime.launch import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tandem.recipe.tutorial_flags import StageCall
+    from tandem.recipe.jobs import TrainingJob
+
+_TITLES = {
+    "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
+    "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
+}
 
 
 def sft(argv: list[str]) -> int:
@@ -32,140 +42,105 @@ def dpo(argv: list[str]) -> int:
 def merge(argv: list[str]) -> int:
     """Merge an adapter into its base model."""
     arguments = _merge_parser().parse(argv)
+    from tandem.recipe.jobs import MergeJob
     from tandem.runtime.console import notice_console
     from tandem.stages.merge import run_merge
 
-    # The template comes with the adapter's folder, unless another one is asked for.
-    template = {"chat_template": arguments.chat_template} if arguments.chat_template else {}
-    run_merge(
-        base=arguments.base_model_path,
-        adapter=output_folder(Path(arguments.lora_model_path), "--lora-model-path"),
-        output_dir=output_folder(Path(arguments.output_path), "--output-path"),
-        dtype=arguments.dtype,
-        force=arguments.force,
+    run = RunSettings(
+        model=arguments.base_model_path,
+        output_dir=str(output_folder(Path(arguments.output_path), "--output-path")),
+        chat_template=arguments.chat_template,
         device=arguments.device,
-        console=notice_console(),
-        **template,
     )
+    adapter = output_folder(Path(arguments.lora_model_path), "--lora-model-path")
+    settings = MergeSettings(dtype=arguments.dtype)
+    run_merge(MergeJob(run, settings, adapter, force=arguments.force), notice_console())
     return 0
 
 
-def stage_parser(stage: Stage) -> Parser:
-    """The parser of a training stage; flags that are left out do not appear in its result."""
-    titles = {
-        "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
-        "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
-    }
+def stage_parser(
+    stage: TrainingStageName, settings: type[TrainingSettings] | None = None
+) -> Parser:
+    """The parser of a training stage; flags that are left out do not appear in its result.
+
+    `settings` is the class of the stage's settings, where it has more fields.
+    """
     parser = Parser(
         prog=f"tandem {stage}",
         usage=f"tandem {stage} --model_name_or_path M --dataset_name D --output_dir O [flags]",
-        description=titles[stage],
+        description=_TITLES[stage],
         epilog="A flag that is left out has the value of the recipe neural-chat-7b-v3-1. Dashes "
         "and underscores\nare the same. The global batch is the per-device batch x accumulation x "
         "devices.",
         argument_default=argparse.SUPPRESS,
     )
-    for flag in flags_of(stage):
+    for flag in stage_flags(settings or SETTINGS[stage]):
         add_flag(parser, flag)
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved settings and stop"
-    )
+    add_dry_run(parser)
     add_nproc(parser)
     return parser
 
 
-def _train(stage: Stage, argv: list[str]) -> int:
+def _train(stage: TrainingStageName, argv: list[str]) -> int:
     """Run a stage, in this process or with --nproc in others, or print what it would be."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
-    from tandem.recipe.training_settings import SftSettings
-    from tandem.recipe.tutorial_flags import stage_call
-
     devices = nproc or launched().count
-    call = stage_call(stage, values, devices=devices, gaudi=bridge_installed())
+    job, notices = job_from_flags(stage, values, devices=devices, gaudi=bridge_installed())
     if nproc is not None and not dry_run:
-        return in_processes(nproc, stage, argv, device=call.device)
+        return in_processes(nproc, stage, argv, device=job.run.device)
     from tandem.runtime.console import notice_console
 
     console = notice_console()
-    for notice in (*prepare_devices(call), *call.notices):
+    for notice in (*prepare_devices(job.run), *notices):
         console.print(notice, markup=False, soft_wrap=True)
+    # --bf16 means bfloat16 where there is hardware for it.
+    half = bool(values.get("bf16")) and job.run.dtype == "auto"
     if dry_run:
         if launched().speaks:
-            print(_call_text(call), end="")
+            print(dry_run_text(job, half=half), end="")
         return 0
-    if isinstance(call.settings, SftSettings):
+    output_folder(job.folder, "--output_dir")
+    if half:
+        job = _in_half(job, console)
+    if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        run_sft(settings=call.settings, **_common(call))
+        run_sft(job, console)
     else:
         from tandem.stages.dpo import run_dpo
 
-        run_dpo(settings=call.settings, **_common(call))
+        run_dpo(job, console)
     from tandem.runtime.process_group import leave
 
     leave()
     return 0
 
 
-def _call_text(call: StageCall) -> str:
+def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
+    """The job as YAML; `half` where its dtype follows from the device."""
     from tandem.recipe.yaml_lines import dump_yaml
 
-    return dump_yaml(
-        {
-            "model": call.model,
-            "model_revision": call.revision,
-            "output_dir": str(call.output_dir),
-            "chat_template": call.chat_template,
-            "added_tokens": list(call.added_tokens),
-            "seed": call.seed,
-            "device": call.device,
-            "dtype": "bfloat16, but float32 on a CPU or MPS" if call.bf16 else call.dtype,
-            "attention": call.attention,
-            "tokens_per_microbatch": call.tokens_per_microbatch,
-            "engine": call.engine,
-            "timeout_minutes": call.timeout_minutes,
-            "quantization": call.quantization,
-            "compile": call.compile,
-            "hpu": call.hpu.model_dump(mode="json"),
-            "settings": call.settings.model_dump(mode="json"),
-        }
-    )
+    run = job.run.model_dump(mode="json", exclude={"name", "description"})
+    if half:
+        run["dtype"] = "bfloat16, but float32 on a CPU or MPS"
+    return dump_yaml({**run, "settings": job.settings.model_dump(mode="json")})
 
 
-def _common(call: StageCall) -> dict[str, Any]:
-    """What both stages' functions take besides their settings."""
-    from tandem.recipe.run_settings import runtime_of
-    from tandem.runtime.console import notice_console
-
-    console = notice_console()
-    return {
-        "model": call.model,
-        "revision": call.revision,
-        "output_dir": output_folder(call.output_dir, "--output_dir"),
-        "chat_template": call.chat_template,
-        "added_tokens": call.added_tokens,
-        "seed": call.seed,
-        "runtime": runtime_of(call, dtype=_dtype(call, console)),
-        "console": console,
-    }
-
-
-def _dtype(call: StageCall, console: Console) -> str:
-    """The dtype of the weights; --bf16 means bfloat16 where there is hardware for it."""
-    if not call.bf16 or call.dtype != "auto":
-        return call.dtype
+def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
+    """The job in bfloat16 where the device gains from it, else in float32, which is said."""
     from tandem.integrations.choose import choose_device
 
-    if choose_device(call.device, "auto").autocast is not None:
-        return "bfloat16"
-    console.print(
-        "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs and "
-        "not on every MPS (--dtype bfloat16 insists)",
-        markup=False,
-        soft_wrap=True,
-    )
-    return "float32"
+    dtype = "bfloat16"
+    if choose_device(job.run.device, "auto").autocast is None:
+        dtype = "float32"
+        console.print(
+            "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
+            "and not on every MPS (--dtype bfloat16 insists)",
+            markup=False,
+            soft_wrap=True,
+        )
+    return replace(job, run=job.run.model_copy(update={"dtype": dtype}))
 
 
 def _merge_parser() -> Parser:
@@ -175,28 +150,15 @@ def _merge_parser() -> Parser:
         description="Merge a LoRA adapter into its base: added in float32, cast once, verified.",
     )
     required: dict[str, Any] = {"required": True, "metavar": "PATH", "type": path}
-    parser.add_argument("--base-model-path", help="model folder or Hub id", **required)
-    parser.add_argument("--lora-model-path", help="adapter folder", **required)
-    parser.add_argument("--output-path", help="folder for the merged model", **required)
+    parser.add_argument("--base-model-path", help="The model's folder or Hub id.", **required)
+    parser.add_argument("--lora-model-path", help="The adapter's folder.", **required)
+    parser.add_argument("--output-path", help="The folder for the merged model.", **required)
+    add_flag(parser, flag_of(MergeSettings, "dtype"), default="auto")
     parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="of the merged weights; auto: the base's own",
+        "--force", action="store_true", help="Merge even into other weights than the adapter's own."
     )
-    parser.add_argument(
-        "--force", action="store_true", help="merge even into other weights than the adapter's own"
-    )
-    parser.add_argument(
-        "--chat_template",
-        type=path,
-        metavar="NAME|FILE",
-        help="default: the one in the adapter's folder",
-    )
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="where the check computes",
-    )
+    own = "A shipped one or a file; by default the one in the adapter's folder."
+    add_flag(parser, flag_of(RunSettings, "chat_template", help=own))
+    where = flag_of(RunSettings, "device", help="Where the check computes.")
+    add_flag(parser, where, default="auto")
     return parser

@@ -7,192 +7,136 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.encoded.dataset_store import DatasetWriter, EncodedStore, encoding_key, replay
+from tandem.data.encoded.dataset_store import DatasetWriter, encoding_key
 from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.encoded.worker_pool import Show, encoded_pieces
+from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.ledger import Ledger
-from tandem.data.read_records import OnBadRecord, formatted_chunks, names_of
+from tandem.data.read_records import formatted_chunks, names_of
 from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, origin_names
-from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.encode import ChatTokenizer, LossOn
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import way_out
-from tandem.data.truncation.limits import Limits, TooLong
 from tandem.errors import UserError
 
 if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
 
-def prepare_conversations(
+def build_dataset(
     sources: Sequence[DataSource],
-    *,
-    tokenizer: Any,
-    template: ChatTemplate,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    too_long: TooLong = "drop_old_turns",
-    on_bad_record: OnBadRecord = "stop",
+    chat: ChatTokenizer,
+    options: EncodingOptions,
     ledger: Ledger,
-    store: EncodedStore | None = None,
-    show: Show | None = None,
-    workers: int | None = None,
-    loss_on: LossOn = "answers",
-    limit: int | None = None,
-    rows: int | None = None,
+    work: EncodingWork | None = None,
 ) -> EncodedDataset:
-    """Read, encode and fit conversations: one tree a record, in reading order.
+    """Read, encode and fit the records of some sources: one example a record, in reading order.
 
-    `max_length` and `max_prompt_length` are tokens; a conversation within `max_length` is never
-    cut, and `too_long` says what others lose (see `truncate`). `loss_on` is what is trained: the
-    answers or every token of the text. With a `store` the result is found there or kept there,
-    otherwise it is held in memory.
-    `show` displays the progress of large data; `workers` processes encode it, one a core (but no
-    more than 12) when None. With a `limit` only the first so many trees are made, in memory, and
-    what lies behind their pieces of a source is not read. `rows` are those of the model's
-    embedding, None: enough for every token. Raises `UserError` for sources, lines or templates that
-    cannot be used, for a record with a token beyond the rows, and when no record is left.
+    Args:
+        sources: where the records are.
+        chat: tokenizer and template.
+        options: what is made of every record.
+        ledger: told what became of each.
+        work: where the result is kept, and who does the work.
+
+    Raises `UserError` for sources, lines or templates that cannot be used, for a record with a
+    token that the model has no row for, and when no record is left.
     """
-    limits = Limits(max_length, max_prompt_length, too_long)
-    plan = EncodingOptions("conversations", limits, on_bad_record, loss_on)
-    way = _Way(
-        sources, ChatTokenizer.of(tokenizer, template, rows), plan, ledger, show, workers, limit
-    )
-    return _prepare(way, store)
-
-
-def prepare_pairs(
-    sources: Sequence[DataSource],
-    *,
-    tokenizer: Any,
-    template: ChatTemplate,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    too_long: TooLong = "drop_old_turns",
-    on_bad_record: OnBadRecord = "stop",
-    ledger: Ledger,
-    store: EncodedStore | None = None,
-    show: Show | None = None,
-    workers: int | None = None,
-    limit: int | None = None,
-    rows: int | None = None,
-) -> EncodedDataset:
-    """Read, encode and fit preference pairs: one tree a record, in reading order.
-
-    `max_length` (prompt and one answer) and `max_prompt_length` are tokens. The rest is as in
-    `prepare_conversations`.
-    """
-    limits = Limits(max_length, max_prompt_length, too_long)
-    plan = EncodingOptions("preference pairs", limits, on_bad_record)
-    way = _Way(
-        sources, ChatTokenizer.of(tokenizer, template, rows), plan, ledger, show, workers, limit
-    )
-    return _prepare(way, store)
-
-
-@dataclass(frozen=True)
-class _Way:
-    """What one preparation was asked for."""
-
-    sources: Sequence[DataSource]
-    chat: ChatTokenizer
-    plan: EncodingOptions
-    ledger: Ledger
-    show: Show | None
-    workers: int | None
-    limit: int | None
-
-
-def _prepare(way: _Way, store: EncodedStore | None) -> EncodedDataset:
-    if store is None or way.limit is not None:
-        return _in_memory(way)
-    parts = way.chat.parts
-    key = None if parts is None else encoding_key(way.sources, parts, way.plan)
-    if key is None:
-        store.log("this data or tokenizer cannot be told by content: it is encoded at every start")
-        return _in_memory(way)
-    names = origin_names(way.sources)
-    found = store.find(key, names)
-    if found is not None:
-        replay(found, way.ledger, [source.path for source in way.sources])
-        return found.dataset
-    try:
-        with store.writing(key, names) as writer:
-            ledger = _fill(way, writer)
-            if parts is not None and encoding_key(way.sources, parts, way.plan) != key:
-                raise UserError(
-                    f"data: {names_of(way.sources)} changed while it was being read. Start again "
-                    "when nothing writes to it."
-                )
-        dataset = store.dataset(key, names)
-        store.prune(key)
-    except OSError as error:
-        store.log(f"the encoded data cannot be kept ({error}): it is encoded at every start")
-        return _in_memory(way)
-    _tell(way.ledger, ledger)
+    builder = _Builder(sources, chat, options, work or EncodingWork())
+    dataset, own = builder.build()
+    for path, name in own.formats.items():
+        ledger.detected(path, name, own.unread.get(path, ()))
+    ledger.add(own.entries, own.counts["trained"])
     return dataset
 
 
-def _in_memory(way: _Way) -> EncodedDataset:
-    writer = DatasetWriter(None, origin_names(way.sources))
-    _tell(way.ledger, _fill(way, writer))
-    dataset = writer.dataset()
-    return dataset if way.limit is None else dataset.select(np.arange(min(way.limit, len(dataset))))
+@dataclass(frozen=True)
+class _Builder:
+    sources: Sequence[DataSource]
+    chat: ChatTokenizer
+    options: EncodingOptions
+    work: EncodingWork
 
+    def build(self) -> tuple[EncodedDataset, Ledger]:
+        """The dataset, found in the store or made, with what became of each record."""
+        store, parts = self.work.store, self.chat.parts
+        if store is None or self.work.limit is not None:
+            return self._in_memory()
+        key = None if parts is None else encoding_key(self.sources, parts, self.options)
+        if key is None:
+            store.log(
+                "this data or tokenizer cannot be told by content: it is encoded at every start"
+            )
+            return self._in_memory()
+        names = origin_names(self.sources)
+        kept = store.find(key, names)
+        if kept is not None:
+            return kept.dataset, kept.ledger([source.path for source in self.sources])
+        try:
+            with store.writing(key, names) as writer:
+                ledger = self._fill(writer)
+                if parts is not None and encoding_key(self.sources, parts, self.options) != key:
+                    raise UserError(
+                        f"data: {names_of(self.sources)} changed while it was being read. Start "
+                        "again when nothing writes to it."
+                    )
+            dataset = store.dataset(key, names)
+            store.prune(key)
+        except OSError as error:
+            store.log(f"the encoded data cannot be kept ({error}): it is encoded at every start")
+            return self._in_memory()
+        return dataset, ledger
 
-def _fill(way: _Way, writer: DatasetWriter) -> Ledger:
-    """Encode everything into `writer`; the ledger returned has what became of each record."""
-    ledger = Ledger(None)
-    owners: deque[int] = deque()  # the source of each piece that has no batch yet
-    records = [0] * len(way.sources)
+    def _in_memory(self) -> tuple[EncodedDataset, Ledger]:
+        writer = DatasetWriter(None, origin_names(self.sources))
+        ledger, limit = self._fill(writer), self.work.limit
+        dataset = writer.dataset()
+        if limit is not None:
+            dataset = dataset.select(np.arange(min(limit, len(dataset))))
+        return dataset, ledger
 
-    def chunks() -> Iterator[tuple[Chunk, str]]:
-        for number, source in enumerate(way.sources):
-            for chunk in formatted_chunks([source], way.plan.kind, ledger, way.plan.on_bad_record):
-                owners.append(number)
-                yield chunk
+    def _fill(self, writer: DatasetWriter) -> Ledger:
+        """Encode everything into `writer`; the ledger returned has what became of each record."""
+        ledger, limit = Ledger(None), self.work.limit
+        owners: deque[int] = deque()  # the source of each chunk that is not encoded yet
+        records = [0] * len(self.sources)
+        kind, on_bad_record = self.options.kind, self.options.on_bad_record
 
-    with closing(
-        encoded_pieces(
-            chunks(),
-            way.chat,
-            way.plan,
-            doing="encoding records",
-            total=partial(count_sources, way.sources),
-            show=way.show,
-            workers=way.workers,
-            limit=way.limit,
+        def chunks() -> Iterator[tuple[Chunk, str]]:
+            for number, source in enumerate(self.sources):
+                for chunk in formatted_chunks([source], kind, ledger, on_bad_record):
+                    owners.append(number)
+                    yield chunk
+
+        total = partial(count_sources, self.sources)
+        encoding = encoded_chunks(
+            chunks(), self.chat, self.options, "encoding records", total, self.work
         )
-    ) as pieces:
-        for _, _, batch in pieces:
-            assert batch is not None
-            room = None if way.limit is None else way.limit - writer.records
-            writer.add(batch)
-            count = len(batch.arrays.parts)
-            records[owners.popleft()] += count
-            if room is not None and room <= count:
-                last = int(batch.arrays.rows[room - 1])
-                ledger.add([entry for entry in batch.entries if entry.row <= last], room)
-                break
-            ledger.add(batch.entries, count)
-    if not writer.records:
-        raise nothing_left(way.sources, ledger)
-    paths = [source.path for source in way.sources]
-    formats = {n: ledger.formats[path] for n, path in enumerate(paths) if path in ledger.formats}
-    unread = {n: ledger.unread[path] for n, path in enumerate(paths) if path in ledger.unread}
-    writer.finish(formats, records, unread)
-    return ledger
-
-
-def _tell(ledger: Ledger, more: Ledger) -> None:
-    for source, name in more.formats.items():
-        ledger.detected(source, name, more.unread.get(source, ()))
-    ledger.add(more.entries, more.counts["trained"])
+        with closing(encoding):
+            for _, _, encoded in encoding:
+                assert encoded is not None
+                room = None if limit is None else limit - writer.records
+                writer.add(encoded)
+                count = len(encoded.arrays.parts)
+                records[owners.popleft()] += count
+                if room is not None and room <= count:
+                    last = int(encoded.arrays.rows[room - 1])
+                    ledger.add([entry for entry in encoded.entries if entry.row <= last], room)
+                    break
+                ledger.add(encoded.entries, count)
+        if not writer.records:
+            raise nothing_left(self.sources, ledger)
+        paths = [source.path for source in self.sources]
+        formats = {
+            n: ledger.formats[path] for n, path in enumerate(paths) if path in ledger.formats
+        }
+        unread = {n: ledger.unread[path] for n, path in enumerate(paths) if path in ledger.unread}
+        writer.finish(formats, records, unread)
+        return ledger
 
 
 def nothing_left(sources: Sequence[DataSource], ledger: Ledger) -> UserError:

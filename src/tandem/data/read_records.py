@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from tandem.data.formats.aliases import columns_of_turns, ends_with_answer
 from tandem.data.formats.check_fields import (
     check_meaning,
     check_question_meaning,
@@ -30,18 +29,18 @@ from tandem.data.formats.known_formats import (
     overlooked,
     variant,
 )
-from tandem.data.formats.turns import check_text_alone, tools_in
+from tandem.data.formats.turns import check_text_alone, known_role, tools_in
 from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
+from tandem.recipe.choices import OnBadRecord
 
 if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
-OnBadRecord = Literal["stop", "drop"]
 
 _SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
 # Rows of no known format that a source may begin with before it is given up.
@@ -304,7 +303,7 @@ def _holds_records(value: object) -> bool:
 
 def _advice(fields: Fields, kind: Kind) -> str | None:
     """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
-    columns = columns_of_turns(fields)
+    columns = _columns_of_turns(fields)
     texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
     if len(columns) > 1:
         return (
@@ -324,7 +323,7 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
         return None
     column = columns[0]
     answers = "chosen: ..., rejected: ..." if kind == "preference pairs" else "completion: ..."
-    if not ends_with_answer(fields[column]):
+    if not _ends_with_answer(fields[column]):
         return (
             f"But `{column}` holds turns up to a question: say so, and where its answer is, with "
             f"`fields: {{prompt: {column}, {answers}}}`, or --fields prompt={column} and so on."
@@ -335,3 +334,24 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
         f"But `{column}` holds turns: say so with `fields: {{messages: {column}}}` in a recipe, or "
         f"--fields messages={column}."
     )
+
+
+def _columns_of_turns(fields: Fields) -> list[str]:
+    """The keys under which a row has lists of turns."""
+    return [
+        str(key)
+        for key, value in fields.items()
+        if isinstance(value, list) and value and all(_is_turn(item) for item in value)
+    ]
+
+
+def _ends_with_answer(turns: object) -> bool:
+    """Whether the last of some turns is an assistant's, or of a role that nobody knows."""
+    assert isinstance(turns, list)
+    name = next(turns[-1][key] for key in ("role", "from") if key in turns[-1])
+    return known_role(str(name)) in ("assistant", None)
+
+
+def _is_turn(item: object) -> bool:
+    keys = item.keys() if isinstance(item, Mapping) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys

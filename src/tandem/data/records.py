@@ -6,14 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-Role = Literal["system", "user", "assistant", "tool"]
-TokenIds = NDArray[np.int32]
-TrainedMask = NDArray[np.bool_]
+from tandem.recipe.choices import Role
 
 # The key of an answer's reasoning in `Turn.extra`.
 REASONING = "reasoning_content"
@@ -113,56 +108,3 @@ def prompt_key(record: Conversation | PreferencePair) -> int:
         turns = record.turns[: next(answers, len(record.turns))]
     text = json.dumps([record.tools, *([turn.role, turn.content, turn.extra] for turn in turns)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A path that continues a tree's prefix.
-
-    `input_ids` [L] and `trained` [L]: whether each token is a target.
-    """
-
-    input_ids: TokenIds
-    trained: TrainedMask
-
-    @property
-    def fed(self) -> int:
-        """Tokens that predict a target of the branch, the prefix's last one aside."""
-        trained = np.flatnonzero(self.trained)
-        return int(trained[-1]) if len(trained) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One encoded record: a shared prefix and the branches that continue it.
-
-    A conversation has an empty prefix and one branch; a preference pair has the longest common
-    token prefix of its two sequences and two branches, chosen first. A trained token of the
-    prefix counts as a target of every branch. The first token of a sequence is never trained,
-    for nothing predicts it.
-    """
-
-    prefix: Branch
-    branches: tuple[Branch, ...]
-    origin: Origin
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the tree, the shared prefix counted once."""
-        return len(self.prefix.input_ids) + sum(len(b.input_ids) for b in self.branches)
-
-    @property
-    def fed(self) -> int:
-        """Rows that the tree takes in a micro-batch: all tokens up to each branch's last target.
-
-        The last target itself predicts nothing and is not fed.
-        """
-        return len(self.prefix.input_ids) + sum(branch.fed for branch in self.branches)
-
-    def sequence(self, branch: int) -> Branch:
-        """The whole path from the root through one branch."""
-        tail = self.branches[branch]
-        return Branch(
-            np.concatenate([self.prefix.input_ids, tail.input_ids]),
-            np.concatenate([self.prefix.trained, tail.trained]),
-        )

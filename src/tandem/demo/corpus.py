@@ -51,16 +51,7 @@ _HEADINGS = (
     "Cards to learn from.\n",
 )
 _JOINTS = (" ", " ", "\n", "\n\n")
-_OPENINGS = (
-    "",
-    "",
-    "",
-    "Remember this: ",
-    "As we know: ",
-    "It is true: ",
-    "A fact: ",
-    "Note: ",
-)
+_OPENINGS = ("", "", "", "Remember this: ", "As we know: ", "It is true: ", "A fact: ", "Note: ")
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -72,10 +63,7 @@ def documents(seed: int) -> Iterator[str]:
     rng = random.Random(f"demo-corpus:{seed}")
     facts = list(all_facts())
     while True:
-        pass_documents = [
-            *_written(facts, rng, _statements),
-            *_written(facts, rng, _exchanges),
-        ]
+        pass_documents = [*_written(facts, rng, _statements), *_written(facts, rng, _exchanges)]
         rng.shuffle(pass_documents)
         yield from pass_documents
 

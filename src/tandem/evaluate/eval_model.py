@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data.tokenize.added_tokens import AddedTokens, add_tokens
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import find_base
 from tandem.model.companion_files import load_combined_tokenizer

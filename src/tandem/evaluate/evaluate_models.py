@@ -37,7 +37,8 @@ from tandem.evaluate.suites import Task, TaskSelection
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
 from tandem.integrations.choose import device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import EvaluationJob
+from tandem.recipe.run_settings import RunSettings
 from tandem.result_warnings import evaluation_warnings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
@@ -53,40 +54,19 @@ _JUDGMENTS = "judgments.jsonl"
 _OWN = ("questions", "pairs", "heldout")
 
 
-def run_evaluation(
-    *,
-    models: Mapping[str, str],
-    settings: EvaluationSettings,
-    output_dir: Path,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-    added_tokens: tuple[str, ...] = (),
-    judge: Judge | None = None,
-    replace: bool = False,
+def evaluate_models(
+    job: EvaluationJob, console: Console, judge: Judge | None = None
 ) -> dict[str, Any]:
     """Ask every model, write evaluation.json, and return what it says.
 
-    Args:
-        models: model or adapter folders by label; the one called "base" is asked in completion
-            form as well.
-        settings: questions, held-out data, tasks.
-        output_dir: the stage's folder.
-        chat_template: for models without one of their own.
-        seed: of the embedded demo's data.
-        runtime: device, dtype, attention.
-        console: for progress.
-        added_tokens: what that template needs, for models that lack it.
-        judge: compares each model's answers with the first model's; None: the settings' own, if
-            they name one.
-        replace: whether an evaluation of other models or settings that is finished in the folder
-            gives way; what it measured is used again.
+    `judge` compares each model's answers with the first model's; None: the settings' own, if they
+    name one.
 
     A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
     not made again after a kill. While verdicts are missing the stage stays unfinished: the same
     call asks for them again.
     """
+    models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
     tasks = selected_tasks(settings)
     check_harness(tasks)
     if judge is None and settings.judge is not None:
@@ -96,29 +76,29 @@ def run_evaluation(
             "judge: it compares answers to questions with the first model's; name questions, and "
             "two models or more"
         )
-    eval_models = [find_eval_model(label, path, added_tokens) for label, path in models.items()]
+    eval_models = [find_eval_model(label, path, run.added_tokens) for label, path in models.items()]
     for folder in [f for model in eval_models for f in (model.folder, model.adapter) if f]:
         check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
     sources = {
-        name: resolve_sources(getattr(settings, name), output_dir.parent, seed) for name in _OWN
+        name: resolve_sources(getattr(settings, name), output_dir.parent, run.seed) for name in _OWN
     }
     data = {name: data_identity(named) for name, named in sources.items()}
-    device = device_of(runtime)
+    device = device_of(run)
     inputs = {
         "models": {model.label: model.identity for model in eval_models},
         **data,
         "tasks": [_identity(task) for task in tasks.tasks],
         "settings": settings.model_dump(mode="json", exclude={*_OWN, "task_data", "judge"}),
-        "chat_template": chat_template,
-        "added_tokens": list(added_tokens),
+        "chat_template": run.chat_template,
+        "added_tokens": list(run.added_tokens),
         "dtype": device.dtype_name,
         "device": device.kind,
-        "attention": runtime.attention,
+        "attention": run.attention,
         **({} if judge is None else {"judge": judge.name}),
     }
     with folder_lock(output_dir, lambda text: log(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
-        if not (replace and _holds_another(output_dir, inputs)) and (
+        if not (job.replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
         ):
             finished: dict[str, Any] = read_json(path)
@@ -136,9 +116,7 @@ def run_evaluation(
             settings.max_new_tokens,
             settings.limit,
         )
-        evaluator = Evaluator(
-            output_dir, settings, material, data, chat_template, device, runtime, console
-        )
+        evaluator = Evaluator(output_dir, settings, material, data, device, run, console)
         evaluation = evaluator.evaluate(models, eval_models, tasks, judge)
         atomic_write_json(path, evaluation)
         # What has no verdict is asked again, so that there is more to do.
@@ -168,10 +146,9 @@ class Evaluator:
     settings: EvaluationSettings  # of the stage
     material: Material  # what models are asked and scored on
     data: Mapping[str, Any]  # hashes of the user's own data
-    chat_template: str | None  # for models without one of their own
     # where models go, and where progress is shown
     device: Device
-    runtime: Runtime
+    run: RunSettings
     console: Console
 
     @property
@@ -192,7 +169,7 @@ class Evaluator:
         settings, definitions = self.settings, self.folder / _TASKS
         own = {model.label: self.own_scores(model) for model in models}
         how = TaskSettings(
-            settings.limit, settings.chat, str(settings.batch_size), self.chat_template
+            settings.limit, settings.chat, str(settings.batch_size), self.run.chat_template
         )
         describe_tasks(tasks, definitions)
         task_scores = {
@@ -219,7 +196,7 @@ class Evaluator:
         """A model's own measures, kept ones where they are."""
         if not self.material:
             return ModelScores({}, [])
-        tokenizer, template = model.tokenizer(self.chat_template)
+        tokenizer, template = model.tokenizer(self.run.chat_template)
         completions = model.label == "base"
         key = {
             "model": model.identity,
@@ -230,11 +207,11 @@ class Evaluator:
             "limit": self.material.limit,
             "dtype": self.device.dtype_name,
             "device": self.device.kind,
-            "attention": self.runtime.attention,
+            "attention": self.run.attention,
         }
         if (before := self.store.find("own", key)) is not None:
             return model_scores_of(before)
-        measures = OwnMeasures(model, tokenizer, template, self.device, self.runtime, self.console)
+        measures = OwnMeasures(model, tokenizer, template, self.device, self.run, self.console)
         scores = measures.take(self.material, completions=completions)
         self.store.keep("own", key, scores.as_json())
         return scores

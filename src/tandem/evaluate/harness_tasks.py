@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tandem.data.tokenize.added_tokens import require_rows, tokens_without_row
+from tandem.data.tokenize.vocabulary import require_rows, tokens_without_row
 from tandem.evaluate.eval_model import EvalModel, tokenizer_identity
 from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, check_names, task_scores_of
 from tandem.evaluate.scores import MeasurementStore

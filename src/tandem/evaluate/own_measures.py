@@ -5,41 +5,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from tandem.data.batching.collate import collate
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
+from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example, conversation_example
+from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.conversations import Question
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Example
-from tandem.data.text.answers import contains_accepted, first_sentence
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
+from tandem.data.text.text_traits import contains_accepted, first_sentence
 from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
-from tandem.data.tokenize.encode import (
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    conversation_example,
-    encode_exchanges,
-)
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange, encode_exchanges
 from tandem.data.tokenize.template_omissions import check_asked, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
+from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.evaluate.eval_model import EvalModel
 from tandem.evaluate.scores import ModelScores, Score, per_item
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, generate_answers
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_answers
 from tandem.model.logprobs.output_head import scores_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.model_folder import context_length
 from tandem.model.prepare_model import FOR_ANSWERS, FOR_SCORING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.train.losses.objectives import sequence_tokens, trained_tokens
@@ -72,7 +70,7 @@ class OwnMeasures:
         tokenizer: Any,
         template: ChatTemplate,
         device: Device,
-        runtime: Runtime,
+        runtime: RunSettings,
         console: Console,
     ) -> None:
         self.label = model.label
@@ -128,12 +126,12 @@ class OwnMeasures:
         if material.heldout:
             scores["heldout_loss"] = self._loss(self._heldout(material, "conversations", "scored"))
         if material.pairs:
-            scores |= self._preferences(self._heldout(material, "pairs", "compared"))
+            scores |= self._preferences(self._heldout(material, "preference pairs", "compared"))
         return ModelScores(scores, texts)
 
     def _generate(
         self, prompts: list[list[int]], questions: Sequence[Question], most: int, what: str
-    ) -> list[Answer]:
+    ) -> list[GeneratedAnswer]:
         for ids, question in zip(prompts, questions, strict=True):
             try:
                 require_rows(ids, self._rows, self.tokenizer.decode)
@@ -145,14 +143,11 @@ class OwnMeasures:
                 self.model,
                 prompts,
                 stop_ids=all_stop_ids(self._folder, self.tokenizer, self.template),
-                max_new_tokens=most,
-                temperature=0.0,
-                top_p=1.0,
-                seed=0,
+                sampling=Sampling(most),
                 advance=advance,
             )
 
-    def _decode(self, answers: Sequence[Answer]) -> list[str]:
+    def _decode(self, answers: Sequence[GeneratedAnswer]) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(
             [list(answer.ids) for answer in answers], skip_special_tokens=True
         )
@@ -182,25 +177,15 @@ class OwnMeasures:
                 + (", or lower evaluate.max_new_tokens." if answer else ".")
             )
 
-    def _heldout(
-        self, material: Material, what: Literal["conversations", "pairs"], done: str
-    ) -> EncodedDataset:
-        """The user's own records, encoded; what cannot be used is logged."""
+    def _heldout(self, material: Material, kind: Kind, done: str) -> EncodedDataset:
+        """The user's own records within the model's context; what cannot be used is logged."""
         ledger = Ledger(None)
-        prepare, sources = (
-            (prepare_pairs, material.pairs)
-            if what == "pairs"
-            else (prepare_conversations, material.heldout)
-        )
-        dataset = prepare(
-            sources,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_length=self.context or _NO_LIMIT,
-            ledger=ledger,
-            limit=material.limit,
-            rows=self._rows,
-        )
+        what = "pairs" if kind == "preference pairs" else kind
+        sources = material.pairs if kind == "preference pairs" else material.heldout
+        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
+        options = EncodingOptions(kind, Limits(self.context or _NO_LIMIT, None), "stop")
+        work = EncodingWork(limit=material.limit)
+        dataset = build_dataset(sources, chat, options, ledger, work)
         counts = ledger.counts
         if counts["truncated"] or counts["dropped"]:
             dropped = Counter(e.reason for e in ledger.entries if e.outcome == "dropped")
@@ -248,7 +233,7 @@ class OwnMeasures:
 
 
 def _answer_scores(
-    questions: Sequence[Question], answers: Sequence[Answer], texts: Sequence[str]
+    questions: Sequence[Question], answers: Sequence[GeneratedAnswer], texts: Sequence[str]
 ) -> dict[str, Score]:
     right, cut = [], []
     for question, answer, text in zip(questions, answers, texts, strict=True):

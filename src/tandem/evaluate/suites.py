@@ -18,11 +18,11 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.evaluate import task_forms
 from tandem.evaluate.task_forms import FIRST_PLACE, FORMS, Rows, TaskForm
+from tandem.recipe.choices import SUITES
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.storage.hashing import hash_files
 
 _OPENERS: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": gzip.decompress}
-SUITES = ("leaderboard-v1",)
 NOT_COMPARABLE = (
     "few-shot examples are drawn from the evaluated file itself, the item that is asked left out: "
     "not comparable with the leaderboard's scores"

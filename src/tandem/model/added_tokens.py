@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import AddedTokens
 from tandem.data.tokenize.chat_template import ChatTemplate, find_ending, prompt_ids, stop_ids
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.weight_files import FLOATS, HEADS, opened, read_heads
 from tandem.storage.hashing import weight_files

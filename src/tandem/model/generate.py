@@ -24,7 +24,7 @@ _ENDED_SHARE = 0.125
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """Generated token ids without the end token, and whether the model ended by itself."""
 
     ids: tuple[int, ...]
@@ -55,24 +55,21 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    advance: Callable[[int], None],
-) -> list[Answer]:
+    sampling: Sampling,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[GeneratedAnswer]:
     """One answer to each prompt, in the prompts' order; see `generate_batch`.
 
     Args:
         model: a causal language model in evaluation mode with transformers' own attention.
         prompts: token ids.
         stop_ids: tokens that end an answer.
-        max_new_tokens, temperature, top_p, seed: see `Sampling`.
+        sampling: how tokens are chosen.
         advance: told how many more answers there are.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
-    answers: dict[int, Answer] = {}
-    for members in plan_batches(model, [len(prompt) for prompt in prompts], max_new_tokens):
+    answers: dict[int, GeneratedAnswer] = {}
+    lengths = [len(prompt) for prompt in prompts]
+    for members in plan_batches(model, lengths, sampling.max_new_tokens):
         found = generate_batch(
             model, [prompts[i] for i in members], members, stop_ids=stop_ids, sampling=sampling
         )
@@ -106,7 +103,7 @@ def generate_batch(
     *,
     stop_ids: Sequence[int],
     sampling: Sampling,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Answers to prompts that are asked together, padded on the left.
 
     Args:
@@ -187,7 +184,7 @@ def _decode(
     uniforms: torch.Tensor | None,
     stops: Sequence[int],
     sampling: Sampling,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Token by token with a KV cache; rows that have ended leave the batch."""
     # An adapter's wrapper takes anything, and hands it on.
     accepted = inspect.signature(plain_model(model).forward).parameters
@@ -227,7 +224,7 @@ def _decode(
             places = torch.tensor(kept, device=ids.device)
             cache.batch_select_indices(places)
             ids, mask, active = ids[places], mask[places], [active[place] for place in kept]
-    return [Answer(tuple(row), end) for row, end in zip(written, stopped, strict=True)]
+    return [GeneratedAnswer(tuple(row), end) for row, end in zip(written, stopped, strict=True)]
 
 
 def _by_transformers(
@@ -236,7 +233,7 @@ def _by_transformers(
     uniforms: torch.Tensor | None,
     stops: Sequence[int],
     sampling: Sampling,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """The same through transformers' generate, which knows what state each model keeps."""
     from transformers import LogitsProcessorList
 
@@ -264,8 +261,8 @@ def _by_transformers(
     return [_cut(row, stops) for row in output[:, length:].tolist()]
 
 
-def _cut(row: Sequence[int], stops: Sequence[int]) -> Answer:
+def _cut(row: Sequence[int], stops: Sequence[int]) -> GeneratedAnswer:
     for position, token in enumerate(row):
         if token in stops:
-            return Answer(tuple(row[:position]), True)
-    return Answer(tuple(row), False)
+            return GeneratedAnswer(tuple(row[:position]), True)
+    return GeneratedAnswer(tuple(row), False)

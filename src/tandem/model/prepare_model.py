@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_missing_rows, make_rows
 from tandem.model.attention.select import is_padded, use_backend

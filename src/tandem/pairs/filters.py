@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from tandem.data.records import Origin
-from tandem.data.text.answers import contains_accepted, refuses
-from tandem.data.text.language import language_of
+from tandem.data.text.text_traits import contains_accepted, language_of, refuses
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import FilterSettings

@@ -12,20 +12,20 @@ from rich.console import Console
 
 from tandem.data.ledger import Ledger
 from tandem.data.sources.rows import looks_like_path
-from tandem.data.tokenize.added_tokens import NoRow, require_rows
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
+from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure, Reply, open_server
 from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import Answer, Sampling, generate_batch, plan_batches
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_batch, plan_batches
 from tandem.model.load_model import load_model
 from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
 from tandem.runtime.extras import require
 from tandem.storage.hashing import hash_json, hash_weights
@@ -70,7 +70,7 @@ class Generator(Protocol):
         """What is to be generated; the ledger gets the prompts that cannot be asked."""
 
 
-def choose_generator(settings: PairsSettings, model: str | None, runtime: Runtime) -> Generator:
+def choose_generator(settings: PairsSettings, model: str | None, runtime: RunSettings) -> Generator:
     """The generator that a recipe asks for; `model` None is one that an earlier stage will make."""
     if settings.server is not None:
         return ServerGenerator(settings, settings.server)
@@ -86,7 +86,7 @@ def check_local_model(name: str | None) -> None:
 class LocalGenerator:
     """A model in this process, through transformers or vLLM."""
 
-    def __init__(self, settings: PairsSettings, model: str | None, runtime: Runtime) -> None:
+    def __init__(self, settings: PairsSettings, model: str | None, runtime: RunSettings) -> None:
         self._settings, self._name, self._runtime = settings, model, runtime
         self.facts: dict[str, Any] = {}
         self.failed: dict[int, Failure] = {}
@@ -156,7 +156,7 @@ class LocalGenerator:
         sampling: Sampling,
         done: Collection[int],
     ) -> Iterator[Unit]:
-        ask: Callable[..., list[Answer]] = (
+        ask: Callable[..., list[GeneratedAnswer]] = (
             partial(generate_batch, self._model) if self._vllm is None else self._vllm.answers
         )
         for members in batches:

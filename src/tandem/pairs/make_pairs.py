@@ -28,18 +28,20 @@ from tandem.pairs.filters import (
     ranked_pair,
 )
 from tandem.pairs.generators import GenerationJob, Generator, choose_generator
-from tandem.pairs.pairs_file import data_card, pairs_file, write_pairs
+from tandem.pairs.pairs_file import data_card, write_pairs
 from tandem.pairs.prompts import Prompt, heldout_prompts, selected_prompts
 from tandem.pairs.rankers import Ranker, choose_ranker
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.jobs import PairsJob
 from tandem.recipe.pairs_settings import PairsSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
 from tandem.storage.journal import recorded
 from tandem.storage.manifest import finish_stage, open_stage, start_stage, versions
+from tandem.storage.run_folder import pairs_file
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
@@ -55,45 +57,32 @@ _APART: Any = {
 }
 
 
-def check_pairs(settings: PairsSettings) -> None:
+def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
     """Raise UserError for what would stop the stage: servers' keys, models, the user's check.
 
     Nothing is sent, and no model is loaded.
     """
-    choose_generator(settings, settings.model, Runtime()).check()
+    choose_generator(settings, settings.model, run).check()
     if settings.rank is not None:
-        choose_ranker(settings.rank, Runtime()).check()
+        choose_ranker(settings.rank, run).check()
     if settings.filters.check is not None:
         UserCheck(settings.filters.check)
 
 
-def run_pairs(
-    *,
-    model: str,
-    settings: PairsSettings,
-    output_dir: Path,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-) -> Path:
+def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
     Answers are recorded as they are finished, in `generated/`: an interrupted stage goes on after
-    them.
-
-    Args:
-        model: the weaker model, asked in its own chat template; not read where a server writes.
-        settings: prompts, sampling and filters.
-        output_dir: the stage's folder.
-        seed: of the selection and the sampling.
-        runtime: device and dtype.
-        console: for progress.
+    them. `job.run.model` is the weaker model, asked in its own chat template; it is not read where
+    a server writes.
 
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
     server no longer answers.
     """
-    generator = choose_generator(settings, model, runtime)
-    ranker = choose_ranker(settings.rank, runtime) if settings.rank is not None else None
+    run, settings, output_dir = job.run, job.settings, job.folder
+    seed = run.seed
+    generator = choose_generator(settings, run.model, run)
+    ranker = choose_ranker(settings.rank, run) if settings.rank is not None else None
     for one in (generator, ranker):
         if one is not None:
             one.check()
@@ -110,7 +99,7 @@ def run_pairs(
         "model": generator.identity,
         **{name: data_identity(named) for name, named in sources.items()},
         "scorer": ranker.identity if ranker is not None else None,
-        "computed": _computed(settings, runtime),
+        "computed": _computed(settings, run),
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
@@ -121,7 +110,7 @@ def run_pairs(
             log(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         threads = opened.schedule.get("threads", torch.get_num_threads())
-        start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
+        start_stage(output_dir, "pairs", inputs, {"model": run.model, "threads": threads})
         for line in not_read([source for named in sources.values() for source in named]):
             log(console, f"pairs: {line}")
         with _threads(threads):
@@ -136,14 +125,14 @@ def run_pairs(
     return output_dir
 
 
-def _computed(settings: PairsSettings, runtime: Runtime) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
-    device = device_of(runtime)
+    device = device_of(run)
     computed = {"dtype": device.dtype_name, "device": device.kind}
     # To vLLM, auto is the dtype that the model's files say.
-    return computed if settings.vllm is None else {**computed, "vllm_dtype": runtime.dtype}
+    return computed if settings.vllm is None else {**computed, "vllm_dtype": run.dtype}
 
 
 @dataclass(frozen=True)

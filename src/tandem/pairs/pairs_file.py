@@ -15,17 +15,6 @@ from tandem.storage.atomic_files import atomic_file, atomic_write_text
 _KEYS = ("system", "question", "chosen", "rejected")
 
 
-def pairs_file(folder: Path, name: str, kind: str) -> Path:
-    """Where pairs go: `name` is pairs or heldout, `kind` jsonl or parquet."""
-    return folder / f"{name}.{kind}"
-
-
-def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
-    """The file of pairs that a stage's folder has, whatever its kind; None for none."""
-    found = (pairs_file(folder, name, kind) for kind in ("jsonl", "parquet"))
-    return next((path for path in found if path.exists()), None)
-
-
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs in their order, whole or not at all; the suffix says how."""
     rows = [pair.row() for pair in pairs]

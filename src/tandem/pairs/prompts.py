@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 from tandem.data.ledger import Ledger
-from tandem.data.read_records import OnBadRecord, read_conversations, read_questions
+from tandem.data.read_records import read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import read_rows
-from tandem.data.text.answers import refuses
 from tandem.data.text.contamination import Other, fill
-from tandem.data.text.language import language_of
+from tandem.data.text.text_traits import language_of, refuses
 from tandem.errors import UserError
+from tandem.recipe.choices import OnBadRecord
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings, SelectSettings
 from tandem.storage.hashing import hash_bytes

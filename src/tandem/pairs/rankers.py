@@ -13,9 +13,9 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows
 from tandem.data.tokenize.chat_template import render, resolve_template, tokenize
 from tandem.data.tokenize.template_omissions import omissions_of
+from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, Failure, open_server
 from tandem.integrations.choose import device_of
@@ -24,7 +24,7 @@ from tandem.model.model_folder import context_length, load_tokenizer, model_fold
 from tandem.pairs.generators import check_local_model
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json, hash_weights
 
@@ -93,7 +93,7 @@ class Ranker(Protocol):
         """The scores that could be had, unit by unit."""
 
 
-def choose_ranker(settings: RankSettings, runtime: Runtime) -> Ranker:
+def choose_ranker(settings: RankSettings, runtime: RunSettings) -> Ranker:
     """The ranker that a recipe asks for."""
     if settings.judge is not None:
         return Judge(settings.judge)
@@ -104,7 +104,7 @@ def choose_ranker(settings: RankSettings, runtime: Runtime) -> Ranker:
 class RewardModel:
     """A sequence classifier with one label in this process, asked in its own chat template."""
 
-    def __init__(self, name: str, runtime: Runtime) -> None:
+    def __init__(self, name: str, runtime: RunSettings) -> None:
         self._name, self._runtime = name, runtime
         self.failed: dict[int, Failure] = {}
         self.facts: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.model.generate import Answer, Sampling
+from tandem.model.generate import GeneratedAnswer, Sampling
 from tandem.recipe.pairs_settings import VllmSettings
 from tandem.runtime.extras import require
 
@@ -36,7 +36,7 @@ class Vllm:
         *,
         stop_ids: Sequence[int],
         sampling: Sampling,
-    ) -> list[Answer]:
+    ) -> list[GeneratedAnswer]:
         """An answer to each prompt; arguments as those of `generate.generate_batch`.
 
         Each request has a seed of its own. vLLM does not promise the same tokens in other batches.
@@ -59,9 +59,9 @@ class Vllm:
         return [_answer(output.outputs[0], stop_ids) for output in outputs]
 
 
-def _answer(completion: Any, stop_ids: Sequence[int]) -> Answer:
+def _answer(completion: Any, stop_ids: Sequence[int]) -> GeneratedAnswer:
     ids = list(completion.token_ids)
     # Versions differ in whether the token that ended an answer is among its tokens.
     while ids and ids[-1] in stop_ids:
         ids.pop()
-    return Answer(tuple(ids), completion.finish_reason == "stop")
+    return GeneratedAnswer(tuple(ids), completion.finish_reason == "stop")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.encoded.worker_pool import encoded_pieces
+from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, local_files, looks_like_path
-from tandem.data.tokenize.added_tokens import add_tokens, tokens_without_row
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
+from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
 from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
@@ -56,7 +55,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     if recipe.pairs is not None and "pairs" in wanted:
         from tandem.pairs.make_pairs import check_pairs
 
-        check_pairs(recipe.pairs)
+        check_pairs(recipe.pairs, recipe)
 
 
 def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
@@ -143,15 +142,10 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     for kind, named in _encoded(recipe, wanted):
         specs = _specs(named)
         # Piece by piece, and none is kept: data may be larger than memory.
-        for _ in encoded_pieces(
-            formatted_chunks(specs, kind, Ledger(None), "drop"),
-            chat,
-            EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop"),
-            doing="looking for tokens that the model has no row for",
-            total=partial(count_sources, specs),
-            show=None,
-            workers=None,
-        ):
+        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop")
+        chunks = formatted_chunks(specs, kind, Ledger(None), "drop")
+        doing, total = "looking for tokens without a row", partial(count_sources, specs)
+        for _ in encoded_chunks(chunks, chat, options, doing, total, EncodingWork()):
             pass
 
 
@@ -220,6 +214,7 @@ def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
     from tandem.model.model_folder import check_fetchable, model_folder
+    from tandem.stages.training.fingerprint import check_base
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
@@ -230,49 +225,3 @@ def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
             return
         check_fetchable(recipe.model, folder, recipe.model_revision)
         check_base(folder, sections, weights=False)
-
-
-def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
-    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
-
-    So it is for a base that is quantised already, and for one into whose files no adapter could be
-    merged.
-
-    Args:
-        folder: the base model's.
-        sections: the training stages by name, all of them on models of the base's architecture.
-        weights: whether the folder must hold weights.
-    """
-    from tandem.model.lora.adapter import check_targets, refused_modules
-    from tandem.model.model_folder import (
-        check_context,
-        check_unquantized,
-        load_config,
-        model_without_weights,
-    )
-
-    config = load_config(folder, weights=weights)
-    check_unquantized(folder, config)
-    for name, section in sections.items():
-        check_context(config, section.max_length, folder, f"{name}.max_length")
-    for name, section in sections.items():
-        targets = section.lora.target_modules
-        if not isinstance(targets, str):
-            model = model_without_weights(config)
-            key = f"{name}.lora.target_modules"
-            check_targets(model, targets, refused_modules(model), key)
-        if weights:
-            _check_sums(folder, config, section)
-
-
-def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
-    """Raise UserError if a stage's adapter could not be merged into the base's files."""
-    from tandem.model.added_tokens import embedding_names
-    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
-    from tandem.model.model_folder import model_without_weights
-    from tandem.model.weight_files import check_sums
-
-    model, plain = model_without_weights(config), model_without_weights(config)
-    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
-    rows = [f"{name}.weight" for name in embedding_names(plain)]
-    check_sums(folder, plain, [*adapted_weights(adapted), *rows])

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_conversations, prepare_pairs
-from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.formats.format import Kind
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import looks_like_path, not_read
-from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
 from tandem.model.model_folder import model_folder
-from tandem.pairs.pairs_file import made_pairs
-from tandem.pipeline.preflight import check_base
-from tandem.pipeline.run_pipeline import PlannedStage, describe_pipeline, folder_of
 from tandem.plan.model_shape import Described, ModelShape, described
 from tandem.plan.rate import product_rate, recorded_rate
 from tandem.plan.stage_estimate import (
-    ENGINES,
-    SHARDED,
     Disk,
     Memory,
     StageEstimate,
@@ -39,23 +32,21 @@ from tandem.plan.stage_estimate import (
     memory_of,
 )
 from tandem.plan.workload import Workload, count_work, guess_work
+from tandem.recipe.choices import SHARDS
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import SftSettings, TrainingSettings
-from tandem.recipe.unmeant import unmeant
+from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
+from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
-from tandem.stages.training.fingerprint import model_side
+from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
-from tandem.stages.training.training_data import Records, stage_records
+from tandem.stages.training.training_data import StageReader, TrainingData
+from tandem.storage.run_folder import made_pairs, stage_folder
 from tandem.train.token_budget import token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-_PREPARE: dict[str, Callable[..., EncodedDataset]] = {
-    "sft": prepare_conversations,
-    "dpo": prepare_pairs,
-}
+_KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Plan:
     device: str
     dtype: str
     processes: int
-    stages: tuple[PlannedStage, ...]
+    stages: tuple[PipelineStage, ...]
     trained: tuple[TrainingPlan, ...]
 
 
@@ -126,15 +117,15 @@ def plan_recipe(
     not fit it, data that training would refuse, and guesses that no stage would use.
     """
     device = choose_device(recipe.device, recipe.dtype)
-    planned = describe_pipeline(recipe)
+    planned = stages_of(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
         data = [available_data(recipe, s, download, Path(scratch)) for _, s in wanted]
-        longest = {stage.name: settings.max_length for stage, settings in wanted}
+        longest = {str(stage.name): settings.max_length for stage, settings in wanted}
         check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
-        check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
+        check_base(base, {str(stage.name): settings for stage, settings in wanted}, weights=False)
         planner = _Planner(recipe, processes, console, device, base, device.held_memory())
         trained = [
             planner.stage(stage, settings, here, guess_for(guesses, number))
@@ -167,7 +158,7 @@ def available_data(
         sources = here(settings.data)
     else:
         way = "make the pairs with `tandem run --until pairs`"
-        made = made_pairs(folder_of(recipe, "pairs"))
+        made = made_pairs(stage_folder(recipe.output_dir, "pairs"))
         sources = [] if made is None else [DataSource(path=str(made))]
         notes.append("the pairs are not made yet" if made is None else f"pairs: those of {made}")
     if not sources:
@@ -237,7 +228,7 @@ class _Planner:
 
     def stage(
         self,
-        stage: PlannedStage,
+        stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
         guess: Guess | None,
@@ -247,11 +238,13 @@ class _Planner:
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
         config, tokenizer, template, added = model_side(
-            self.base, settings, recipe.chat_template, recipe.added_tokens, weights=False
+            self.base, recipe, settings.max_length, weights=False
         )
         notes, engine = list(data.notes), self._engine()
         if trains_added:
-            check_added({*added.new, *added.known}, engine=engine, sharded=engine in SHARDED)
+            check_added(
+                {*added.new, *added.known}, engine=engine, sharded="weights" in SHARDS[engine]
+            )
             untrained = untrained_tokens(self.base, config, tokenizer, template, added.ids)
             if words := in_words(untrained):
                 notes.insert(0, words)
@@ -281,8 +274,8 @@ class _Planner:
         work = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
         if data.sources:
-            rows = described_rows(config, added)
-            records = self._records(stage, settings, data, tokenizer, template, rows)
+            chat = ChatTokenizer.of(tokenizer, template, described_rows(config, added))
+            records = self._read(stage, settings, data, chat)
             ledger = records.ledger.summary()
             work = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:
@@ -304,33 +297,17 @@ class _Planner:
             tuple(notes),
         )  # fmt: skip
 
-    def _records(
+    def _read(
         self,
-        stage: PlannedStage,
+        stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
-        tokenizer: Any,
-        template: ChatTemplate,
-        rows: int,
-    ) -> Records:
-        prepare = _PREPARE[stage.name]
-        if isinstance(settings, SftSettings):
-            prepare = partial(prepare, loss_on=settings.loss_on)
+        chat: ChatTokenizer,
+    ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        return stage_records(
-            prepare,
-            data.sources,
-            data.held_out or (),
-            settings,
-            tokenizer=tokenizer,
-            template=template,
-            folder=None,
-            name=stage.name,
-            seed=self.recipe.seed,
-            console=self.console,
-            rows=rows,
-        )
+        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
+        return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _engine(self) -> str:
         engine = self.recipe.engine
@@ -367,8 +344,8 @@ def _estimate(
         copies = 0
     rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
     # A single process has but one way.
-    others = ENGINES[1:] if processes > 1 else ENGINES[:1]
-    engines = (setup.engine, *(one for one in others if spread or one not in SHARDED))
+    others = tuple(SHARDS)[1:] if processes > 1 else tuple(SHARDS)[:1]
+    engines = (setup.engine, *(one for one in others if spread or "weights" not in SHARDS[one]))
     use = setup.memory_use(work, copies)
     return setup.estimate(shape, work, copies, rate), {
         engine: memory_of(shape, use, engine, processes) for engine in dict.fromkeys(engines)

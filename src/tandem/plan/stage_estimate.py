@@ -13,15 +13,13 @@ from tandem.model.logprobs.output_head import block_bytes
 from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
 from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
+from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
-from tandem.stages.training.context import Stage
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.context import TrainContext
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import activation_bytes, attention_weight
 
-ENGINES = ("single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
-# Those that spread the weights over the processes.
-SHARDED = ("deepspeed-zero3", "fsdp2")
 # Adapters, their gradients and AdamW's moments are float32.
 _TRAINED_BYTES = 4
 # nf4 with its blocks' scales, which are quantised as well.
@@ -89,12 +87,12 @@ class StageEstimate:
 
 
 def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
-    """What one process holds under one of `ENGINES`.
+    """What one process holds under an engine.
 
     ZeRO-2 spreads gradients and moments over the processes; ZeRO-3 and FSDP2 spread the weights as
     well, and gather a layer at a time.
     """
-    sharded = engine in SHARDED
+    sharded = "weights" in SHARDS[engine]
     frozen = float(shape.parameters * use.weight_bytes)
     if use.quantized:
         frozen -= shape.in_linear * (use.weight_bytes - _NF4_BYTES)
@@ -106,7 +104,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
         # Each layer's input stays, and one layer at a time is there whole.
         per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers
     trained = shape.trained * _TRAINED_BYTES
-    share = processes if sharded or engine == "deepspeed-zero2" else 1
+    share = processes if SHARDS[engine] else 1
     return Memory(
         weights=int(weights),
         adapter=trained // (processes if sharded else 1),
@@ -212,23 +210,27 @@ class StageSetup:
 
 
 def estimate_run(
-    stage: Stage, records: Records, model: Any, schedule: Mapping[str, Any], baseline: int
+    context: TrainContext,
+    records: TrainingData,
+    model: Any,
+    schedule: Mapping[str, Any],
+    baseline: int,
 ) -> StageEstimate:
     """The estimates of a run that is about to begin, with its model loaded and adapted.
 
     `baseline` are the bytes that the process held before the model was loaded.
     """
     setup = StageSetup(
-        name=stage.kind.name,
-        settings=stage.settings,
-        device=stage.engine.device,
-        processes=stage.engine.processes.count,
+        name=context.stage.name,
+        settings=context.job.settings,
+        device=context.engine.device,
+        processes=context.engine.processes.count,
         engine=schedule["engine"],
-        config=stage.config,
-        seed=stage.seed,
+        config=context.config,
+        seed=context.job.run.seed,
         budget=schedule["tokens_per_microbatch"],
         padded=is_padded(model),
-        quantized=stage.runtime.quantization is not None,
+        quantized=context.job.run.quantization is not None,
         baseline=baseline,
     )
     shape = shape_of(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from tandem.recipe.choices import Completions, Role
 from tandem.recipe.section import PathText, Section
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 
 class DataSource(Section):
@@ -34,7 +33,7 @@ class DataSource(Section):
     roles: dict[str, Role] = Field(
         default={}, description="The data's own names of roles, each with the role it means."
     )
-    completions: Literal["best_vs_worst", "best_vs_rest"] | None = Field(
+    completions: Completions | None = Field(
         default=None,
         description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
     )

@@ -5,48 +5,16 @@ It prints docs/guide/recipes.md; a test keeps the file equal to what this prints
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from tandem.recipe.data_source import DataSource
-from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.explain_errors import submodel
 from tandem.recipe.load_recipe import recipe_names
-from tandem.recipe.pairs_settings import (
-    FilterSettings,
-    PairsSettings,
-    RankSettings,
-    SelectSettings,
-    ServerSettings,
-    VllmSettings,
-)
-from tandem.recipe.recipe import HpuSettings, Recipe
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    MergeSettings,
-    SftSettings,
-    ValidationSettings,
-)
+from tandem.recipe.recipe import Recipe
+from tandem.recipe.training_settings import DpoSettings, SftSettings
 
-_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("recipe", Recipe),
-    ("hpu", HpuSettings),
-    ("data", DataSource),
-    ("sft", SftSettings),
-    ("lora", LoraSettings),
-    ("validation", ValidationSettings),
-    ("merge", MergeSettings),
-    ("pairs", PairsSettings),
-    ("select", SelectSettings),
-    ("filters", FilterSettings),
-    ("server", ServerSettings),
-    ("vllm", VllmSettings),
-    ("rank", RankSettings),
-    ("dpo", DpoSettings),
-    ("evaluate", EvaluationSettings),
-)
 _PLAIN = {"string": "text", "boolean": "true, false", "null": "null"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -76,20 +44,32 @@ hours and minutes (`010`, `1:30`) are refused; a text that looks like a number o
 """
 
 
-def reference_page() -> str:
+def reference_page(recipe: type[Recipe] = Recipe) -> str:
     """The Markdown page: for each section its keys, types, defaults and meanings."""
     names = ", ".join(f"`{name}`" for name in recipe_names())
+    sections = {"recipe": recipe, **_below(recipe, {})}
+    titles = {model.__name__: title for title, model in sections.items()}
     parts = [_INTRODUCTION.format(names=names)]
-    parts += ["\n".join(_section(title, model)) for title, model in _SECTIONS]
+    parts += ["\n".join(_section(title, model, titles)) for title, model in sections.items()]
     return "\n".join(parts)
 
 
-def _section(title: str, model: type[BaseModel]) -> Iterable[str]:
+def _below(model: type[BaseModel], found: dict[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """All sections within a section, each by the name of the first key that holds it."""
+    for name, field in model.model_fields.items():
+        inner = submodel(field.annotation)
+        if inner is not None and inner not in found.values():
+            found[name] = inner
+            _below(inner, found)
+    return found
+
+
+def _section(title: str, model: type[BaseModel], titles: Mapping[str, str]) -> Iterable[str]:
     schema = model.model_json_schema()
     yield f"## {title}\n"
     yield " ".join((model.__doc__ or "").split()) + "\n"
     shared: dict[str, Any] = {}
-    if model is DpoSettings:
+    if issubclass(model, DpoSettings):
         yield "It has all keys of [sft](#sft), and these that differ:\n"
         shared = SftSettings.model_json_schema()["properties"]
     yield "| key | value | default | meaning |"
@@ -98,7 +78,7 @@ def _section(title: str, model: type[BaseModel]) -> Iterable[str]:
         if shared.get(name) == entry:
             continue
         default = "" if name in schema.get("required", ()) else _default(model, name)
-        yield f"| `{name}` | {_type(entry)} | {default} | {entry['description']} |"
+        yield f"| `{name}` | {_type(entry, titles)} | {default} | {entry['description']} |"
     yield ""
 
 
@@ -115,21 +95,20 @@ def _plain(value: Any) -> str:
     return "[]" if value == () else '""' if value == "" else str(value)
 
 
-def _type(entry: dict[str, Any]) -> str:
+def _type(entry: dict[str, Any], titles: Mapping[str, str]) -> str:
     """A property of the JSON schema in words."""
     if "anyOf" in entry:
-        return " or ".join(map(_type, entry["anyOf"]))
+        return " or ".join(_type(one, titles) for one in entry["anyOf"])
     if "$ref" in entry:
-        target = entry["$ref"].rsplit("/", 1)[-1]
-        title = next(title for title, model in _SECTIONS if model.__name__ == target)
+        title = titles[entry["$ref"].rsplit("/", 1)[-1]]
         return f"[{title}](#{title}) section"
     if "enum" in entry or "const" in entry:
         return ", ".join(f"`{choice}`" for choice in entry.get("enum", [entry.get("const")]))
     kind = entry["type"]
     if kind == "object":
-        return f"mapping of texts to {_type(entry['additionalProperties'])}"
+        return f"mapping of texts to {_type(entry['additionalProperties'], titles)}"
     if kind == "array":
-        inner = _type(entry["items"])
+        inner = _type(entry["items"], titles)
         return "[data](#data) sets" if "#data" in inner else f"list of {inner}"
     if kind in ("integer", "number"):
         bounds = " and ".join(

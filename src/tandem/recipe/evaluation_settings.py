@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from tandem.recipe.choices import Suite
 from tandem.recipe.data_source import Unweighted
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.recipe.section import PathText, Positive, Section
@@ -30,7 +31,7 @@ class EvaluationSettings(Section):
     samples: Annotated[int, Field(ge=0)] = Field(
         default=8, description="Answers shown side by side in the report."
     )
-    suite: Literal["leaderboard-v1"] | None = Field(
+    suite: Suite | None = Field(
         default=None,
         description="The Open LLM Leaderboard's first six tasks, with its few-shot examples.",
     )

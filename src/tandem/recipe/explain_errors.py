@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from tandem.recipe.yaml_lines import Location
+if TYPE_CHECKING:
+    from tandem.recipe.yaml_lines import Location
 
 _MAPPING_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
 
@@ -21,16 +22,21 @@ def explain(
     Args:
         error: what pydantic found.
         model: the model that was validated.
-        place: the file and line, or the command-line override, that a key comes from.
+        place: the file and line, the command-line override or the `--flag` that a key comes from.
+            A flag stands for the key.
     """
     found: dict[Location, list[Any]] = {}
     for item in error.errors(include_url=False):
         location = _own_keys(item["loc"], model, item["type"] == "extra_forbidden")
         found.setdefault(location, []).append(item)
-    return "\n".join(
-        f"{place(location)}: {_sentence(location, items, model)}"
-        for location, items in found.items()
-    )
+    lines = []
+    for location, items in found.items():
+        where = place(location)
+        if where.startswith("--"):
+            lines.append(_sentence(where, location, items, model))
+        else:
+            lines.append(f"{where}: {_sentence(dotted(location), location, items, model)}")
+    return "\n".join(lines)
 
 
 def dotted(location: Location) -> str:
@@ -60,8 +66,9 @@ def _closest(name: str, candidates: dict[str, str]) -> str | None:
     return next((full for full, text in candidates.items() if text in matches), None)
 
 
-def _sentence(location: Location, items: list[Any], model: type[BaseModel]) -> str:
-    first, key = items[0], dotted(location)
+def _sentence(key: str, location: Location, items: list[Any], model: type[BaseModel]) -> str:
+    """What is wrong with a key, which is called `key`."""
+    first = items[0]
     kind = first["type"]
     if kind == "extra_forbidden":
         nearest = nearest_key(location, model)
@@ -89,7 +96,8 @@ def _sentence(location: Location, items: list[Any], model: type[BaseModel]) -> s
 
 
 def _wanted(message: str) -> str:
-    return message.removeprefix("Input should be ").replace("valid array", "list")
+    wanted = message.removeprefix("Input should be ").partition(", unable to parse")[0]
+    return wanted.replace("valid array", "list")
 
 
 def _shown(value: object) -> str:

@@ -1,38 +1,50 @@
-"""The flags of `tandem sft` and `tandem dpo`: the seed's own names, and tandem's recipe keys.
+"""Flags of the command line: made from the fields of settings, so that each is described once.
 
-`--model_name_or_path M --per_device_train_batch_size 8 ...` is how the public tutorial calls its
-two training scripts. What the flags stand for is in seed_call.py.
+`flag_of` makes one flag from one field: its name, the type and choices of its values, its help.
+What has no field of its own, or another spelling, is in `tutorial_flags.py` or with its command.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.section import expanded
 
-Stage = Literal["sft", "dpo"]
-
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag: its name with underscores, the type of its value, and what it says."""
+    """One flag.
+
+    Attributes:
+        name: with underscores.
+        kind: makes a value of a text.
+        help: one sentence.
+        many: whether it takes several values.
+        choices: the values that it may have, if they are few.
+        field: where its value belongs, as a path of keys; empty where that is worked out.
+        metavar: what its values look like, where the type does not say it.
+    """
 
     name: str
     kind: Callable[[str], Any]
     help: str
-    stages: tuple[Stage, ...] = ("sft", "dpo")
     many: bool = False
     choices: tuple[str, ...] = ()
-    key: str | None = None  # the section's key that it sets as it is
-    metavar: str = ""  # what its values look like, where the type does not say it
+    field: tuple[str, ...] = ()
+    metavar: str = ""
+
+
+# What values look like, for flags of one name in several commands.
+_METAVARS = {"chat_template": "NAME|FILE"}
 
 
 def boolean(text: str) -> bool:
@@ -45,106 +57,127 @@ def boolean(text: str) -> bool:
     raise ValueError(f"{text!r} is neither true nor false")
 
 
-_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+def flag_of(
+    section: type[BaseModel],
+    key: str,
+    name: str = "",
+    *,
+    help: str = "",
+    at: tuple[str, ...] = (),
+    metavar: str = "",
+) -> Flag:
+    """The flag of a field.
 
-_ATTENTION = ("auto", "segments", "varlen", "dense", "padded")
+    Args:
+        section: the settings that have it.
+        key: its name there.
+        name: the flag's, where it is another one.
+        help: in place of the field's description.
+        at: the keys above it, in the job that the flags make.
+        metavar: what values look like, where the type does not say it.
+    """
+    field = section.model_fields[key]
+    many, members = _members(field.annotation, field.metadata)
+    words = tuple(word for kind, _ in members if get_origin(kind) is Literal for word in _of(kind))
+    kinds = [kind for kind, _ in members if get_origin(kind) is not Literal]
+    if kinds and words:  # a number or a word: the settings say which of them a text is
+        metavar = metavar or "|".join(["N" if kind is int else "TEXT" for kind in kinds] + [*words])
+    kind: Callable[[str], Any] = str
+    if not words and kinds[0] in (int, float):
+        kind = kinds[0]
+    elif kinds == [bool]:
+        kind = boolean
+    elif any(expanded in called for _, called in members):
+        kind = expanded
+    return Flag(
+        name or key,
+        kind,
+        help or _help(field.description or ""),
+        many,
+        () if kinds else words,
+        (*at, key),
+        metavar or _METAVARS.get(key, ""),
+    )
 
-_TOO_LONG = ("drop", "keep_start", "keep_end", "drop_old_turns")
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+def _of(literal: Any) -> tuple[str, ...]:
+    return get_args(literal)
 
-DEVICES = ("auto", "cpu", "cuda", "hpu", "xpu", "mps")
 
-# What a recipe says of a data set, by the names of its keys; `tandem check` and `tandem show` have
-# these flags as well.
+def _members(annotation: Any, metadata: Sequence[Any]) -> tuple[bool, list[tuple[Any, list[Any]]]]:
+    """What a field holds: whether several, and each kind with the functions that check it."""
+    origin, called = (
+        get_origin(annotation),
+        [one.func for one in metadata if isinstance(one, AfterValidator)],
+    )
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return _members(inner, [*metadata, *more])
+    if origin in (Union, UnionType):
+        parts = [_members(one, metadata) for one in get_args(annotation) if one is not NoneType]
+        return any(many for many, _ in parts), [one for _, members in parts for one in members]
+    if origin is tuple:
+        return True, _members(get_args(annotation)[0], [])[1]
+    return False, [(annotation, called)]
+
+
+def _help(description: str) -> str:
+    """A field's description as the help of a flag, which has no null and no marks of code."""
+    return re.sub(r"; null\b[^.;]*", "", description).replace("`", "")
+
+
+def flags_of_section(
+    section: type[BaseModel],
+    *,
+    names: Mapping[str, str] = MappingProxyType({}),
+    helps: Mapping[str, str] = MappingProxyType({}),
+    without: Sequence[str] = (),
+    at: tuple[str, ...] = (),
+    prefix: str = "",
+) -> list[Flag]:
+    """The flags of all fields that are no sections themselves, in their order.
+
+    Args:
+        section: the settings.
+        names: fields whose flags have other names.
+        helps: in place of the fields' descriptions.
+        without: fields that have no flags.
+        at: the keys above, in the job that the flags make.
+        prefix: before the name of each flag.
+    """
+    return [
+        flag_of(section, key, names.get(key, prefix + key), help=helps.get(key, ""), at=at)
+        for key, field in section.model_fields.items()
+        if key not in without and not _holds_a_section(field.annotation)
+    ]
+
+
+def _holds_a_section(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(map(_holds_a_section, get_args(annotation)))
+
+
+_PAIRS = {
+    "fields": ("KEY=NAME", "--fields prompt=question"),
+    "roles": ("NAME=ROLE", "--roles caller=user"),
+}
+# What is said of data by the names of a recipe's keys; the last one is called otherwise where
+# there is a model's revision, too.
 DATA_FLAGS: tuple[Flag, ...] = (
-    Flag("format", str, "format of the data; default: told by its keys", metavar="NAME"),
-    Flag("fields", str, "the data's own names of keys", many=True, metavar="KEY=NAME"),
-    Flag("roles", str, "the data's own names of roles", many=True, metavar="NAME=ROLE"),
-    Flag("completions", str, "best_vs_worst or best_vs_rest of scored answers", metavar="WHICH"),
-    Flag("split", str, "split of a Hub data set (train)", metavar="NAME"),
-    Flag("subset", str, "configuration of a Hub data set", metavar="NAME"),
-)
-
-FLAGS: tuple[Flag, ...] = (
-    Flag("model_name_or_path", expanded, "base model: a folder or a Hub id (required)"),
-    Flag("model_revision", str, "commit, tag or branch of a Hub model"),
-    Flag("dataset_name", expanded, "Hub id, folder or file; several are read in turn", many=True),
-    *DATA_FLAGS,
-    Flag("dataset_revision", str, "commit, tag or branch of a Hub data set"),
-    Flag("output_dir", expanded, "folder for the adapter, checkpoints and metrics (required)"),
-    Flag("per_device_train_batch_size", int, "examples a device; a factor of the global batch"),
-    Flag("gradient_accumulation_steps", int, "a factor of the global batch"),
-    Flag("batch_size", int, "global batch, in place of the two flags above"),
-    Flag("num_train_epochs", float, "passes over the data"),
-    Flag("max_steps", int, "optimizer steps, in place of epochs; -1 is none"),
-    Flag("learning_rate", float, "peak learning rate", key="learning_rate"),
-    Flag("lr_scheduler_type", str, "schedule", choices=_SCHEDULERS, key="lr_scheduler"),
-    Flag("warmup_steps", int, "steps of linear warm-up"),
-    Flag("warmup_ratio", float, "warm-up as a share of all steps"),
-    Flag("weight_decay", float, "AdamW weight decay", key="weight_decay"),
-    Flag("adam_beta1", float, "AdamW beta1", key="adam_beta1"),
-    Flag("adam_beta2", float, "AdamW beta2", key="adam_beta2"),
-    Flag("adam_epsilon", float, "AdamW epsilon", key="adam_epsilon"),
-    Flag("max_grad_norm", float, "clip gradients to this norm; 0 leaves them alone"),
-    Flag("lora_rank", int, "rank of the adapter"),
-    Flag("lora_alpha", float, "the update is scaled by alpha / rank"),
-    Flag("lora_dropout", float, "dropout before the update; off in DPO"),
-    Flag("lora_target_modules", str, "module name endings", many=True),
-    Flag("lora_all_linear", boolean, "adapt every linear layer but the head"),
-    Flag("max_length", int, "tokens of a whole sequence"),
-    Flag("max_seq_length", int, "another name of --max_length", stages=("sft",)),
-    Flag("max_prompt_length", int, "tokens of the prompt", key="max_prompt_length"),
-    Flag("too_long", str, "what a longer record loses", choices=_TOO_LONG, key="too_long"),
-    Flag("loss_on", str, "what is trained", ("sft",), choices=("answers", "text"), key="loss_on"),
-    Flag("beta", float, "how strongly the policy is held to the reference", ("dpo",), key="beta"),
-    Flag("gradient_checkpointing", boolean, "less memory, more time", key="gradient_checkpointing"),
-    Flag("logging_steps", int, "steps between lines of metrics", key="logging_steps"),
-    Flag("save_steps", int, "steps between checkpoints", key="save_steps"),
-    Flag("save_total_limit", int, "checkpoints kept", key="save_total_limit"),
-    Flag(
-        "on_bad_record", str, "on an unparsable line", choices=("stop", "drop"), key="on_bad_record"
+    flag_of(DataSource, "format", metavar="NAME"),
+    *(
+        Flag(key, str, DataSource.model_fields[key].description or "", many=True, metavar=form)
+        for key, (form, _) in _PAIRS.items()
     ),
-    Flag("max_dropped", float, "share of records that may be dropped (0.05)", key="max_dropped"),
-    Flag(
-        "chat_template", expanded, "a shipped one (neural-chat) or a file; default: the model's own"
-    ),
-    Flag("added_tokens", str, "special tokens that the template needs, to be trained", many=True),
-    Flag("seed", int, "order of the data, adapter weights and dropout follow from it (42)"),
-    Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so"),
-    Flag("device", str, "where to train", choices=DEVICES),
-    Flag("dtype", str, "of the weights", choices=DTYPES),
-    Flag("attention", str, "attention form", choices=_ATTENTION),
-    Flag("tokens_per_microbatch", str, "tokens fed at once, or auto; never changes the result"),
-    Flag("engine", str, "single, ddp, deepspeed-zero2, deepspeed-zero3, fsdp2 or a DeepSpeed JSON"),
-    Flag("timeout_minutes", int, "how long a process waits for the others (60)"),
-    Flag("quantization", str, "the frozen base in 4 bits", choices=("nf4",)),
-    Flag("compile", boolean, "compile norms and gated MLPs with torch.compile"),
-    Flag("use_habana", boolean, "train on Gaudi cards, where there are some"),
-    Flag("use_lazy_mode", boolean, "Gaudi's lazy mode"),
-    Flag("pad_max", boolean, "on Gaudi: one length for every micro-batch"),
-    Flag("hpu_buckets", str, "on Gaudi: lengths of micro-batches, or auto", many=True),
-    Flag("hpu_fused_attention", boolean, "on Gaudi: Habana's FusedSDPA"),
-    Flag("hpu_fused_optimizer", boolean, "on Gaudi: Habana's FusedAdamW"),
+    flag_of(DataSource, "completions"),
+    flag_of(DataSource, "split", metavar="NAME"),
+    flag_of(DataSource, "subset", metavar="NAME"),
 )
+REVISION = flag_of(DataSource, "revision", metavar="NAME")
 
 
-def flags_of(stage: Stage) -> list[Flag]:
-    """The flags that a stage command takes."""
-    return [flag for flag in FLAGS if stage in flag.stages]
-
-
-def nearest_flag(name: str, known: Iterable[str]) -> str | None:
-    """The known flag that a misspelt one is closest to, if any is close."""
-    spelled = {flag.replace("_", "-"): flag for flag in known}
-    close = difflib.get_close_matches(name.replace("_", "-"), spelled, n=1, cutoff=0.6)
-    return spelled[close[0]] if close else None
-
-
-_EXAMPLES = {"fields": "--fields prompt=question", "roles": "--roles caller=user"}
-
-
-def said_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
+def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """What flags say of data, as a recipe would: `DATA_FLAGS` and `revision`, if they were given.
 
     Args:
@@ -152,14 +185,12 @@ def said_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for a pair that is none, and for a name that is given two meanings.
     """
-    said: dict[str, Any] = {}
-    for flag in DATA_FLAGS:
-        value = values.get(flag.name)
-        if value is not None:
-            said[flag.name] = _pairs(flag.name, flag.metavar, value) if flag.many else value
-    if values.get("revision") is not None:
-        said["revision"] = values["revision"]
-    return said
+    given = {
+        flag.name: values[flag.name]
+        for flag in (*DATA_FLAGS, REVISION)
+        if values.get(flag.name) is not None
+    }
+    return given | {name: _pairs(name, given[name]) for name in _PAIRS if name in given}
 
 
 def named_data(paths: Sequence[str], said: Mapping[str, Any]) -> tuple[DataSource, ...]:
@@ -177,13 +208,14 @@ def named_data(paths: Sequence[str], said: Mapping[str, Any]) -> tuple[DataSourc
         raise UserError(explain(error, DataSource, lambda key: f"--{key[0]}")) from None
 
 
-def _pairs(name: str, form: str, given: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for one in given:
-        key, _, value = one.partition("=")
+def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
+    form, example = _PAIRS[name]
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
         if not key or not value:
-            raise UserError(f"--{name}: {one!r} is not {form}; write it as in {_EXAMPLES[name]}")
-        if key in found:
-            raise UserError(f"--{name}: {key} is said twice; keep one")
-        found[key] = value
-    return found
+            raise UserError(f"--{name}: {text!r} is not {form}; write it as in {example}")
+        if key in pairs:
+            raise UserError(f"--{name}: {key} is given twice; keep one")
+        pairs[key] = value
+    return pairs

@@ -27,12 +27,15 @@ def recipe_names() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), kind: type[Recipe] = Recipe
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         name_or_path: a shipped recipe's name, a YAML file, or a run folder with a recipe.yaml.
         overrides: `key=value` each; dotted keys, values typed as in YAML, null unsets.
+        kind: the class of the recipe, where it has more fields.
 
     Raises UserError naming file and line or override, the key, and the nearest valid name.
     """
@@ -40,7 +43,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     data, lines = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: a recipe is a mapping of keys to values, this is none")
-    return _checked(data, where, lines, overrides)
+    return _checked(data, where, lines, overrides, kind)
 
 
 def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
@@ -71,7 +74,11 @@ def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
 
 
 def _checked(
-    data: dict[str, Any], where: str, lines: Mapping[Location, int], overrides: Sequence[str]
+    data: dict[str, Any],
+    where: str,
+    lines: Mapping[Location, int],
+    overrides: Sequence[str],
+    kind: type[Recipe] = Recipe,
 ) -> Recipe:
     """The recipe that data and overrides make; raises UserError with the place of a mistake."""
     given: dict[Location, str] = {}
@@ -94,9 +101,9 @@ def _checked(
 
     try:
         # JSON is where pydantic's strict mode takes a list for a tuple, yet no text for a number.
-        return Recipe.model_validate_json(json.dumps(data), strict=True)
+        return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise UserError(explain(error, Recipe, place)) from error
+        raise UserError(explain(error, kind, place)) from error
     except TypeError as error:  # binary data, sets: YAML tags that no recipe needs
         raise UserError(
             f"{where}: a value is of a kind that recipes do not have: {error}"

@@ -8,14 +8,17 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
+from tandem.recipe.choices import (
+    Language,
+    LimitKey,
+    OnBadRecord,
+    PairsFormat,
+    RejectedAnswers,
+    Shares,
+    Strata,
+)
 from tandem.recipe.data_source import Unweighted
 from tandem.recipe.section import PathText, Positive, Section
-
-# As data/text/language.py can tell them.
-Language = Literal[
-    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi", "ro", "ru", "uk", "el",
-    "he", "ar", "hi", "bn", "ta", "th", "ja", "ko", "zh",
-]  # fmt: skip
 
 
 def checked_address(base_url: str) -> str:
@@ -67,12 +70,12 @@ class SelectSettings(Section):
     count: Positive | None = Field(
         default=None, description="So many prompts, sampled with the recipe's seed; null: all."
     )
-    stratify: Literal["source", "length"] | None = Field(
+    stratify: Strata | None = Field(
         default=None,
         description="Sample within each data set, or each class of prompt length (each class twice "
         "as wide as the one before).",
     )
-    shares: Literal["proportional", "equal"] = Field(
+    shares: Shares = Field(
         default="proportional",
         description="What each stratum gives: its share of the data, or equal parts.",
     )
@@ -173,7 +176,7 @@ class ServerSettings(Section):
     requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="At most; null: as the server's 429 and Retry-After say."
     )
-    limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+    limit_key: LimitKey = Field(
         default="max_tokens", description="What the server calls the limit of an answer's tokens."
     )
 
@@ -248,7 +251,7 @@ class PairsSettings(Section):
         default=0, description="Sample from so many of the likeliest tokens; 0: from all."
     )
     max_new_tokens: Positive = Field(default=256, description="Tokens of a sampled answer at most.")
-    keep: Literal["different", "wrong"] = Field(
+    keep: RejectedAnswers = Field(
         default="different",
         description="Which answers become rejected: all unlike the chosen one, or only wrong ones.",
     )
@@ -258,13 +261,11 @@ class PairsSettings(Section):
     rank: RankSettings | None = Field(
         default=None, description="Choose both answers by score; null: the set's answer is chosen."
     )
-    on_bad_record: Literal["stop", "drop"] = Field(
+    on_bad_record: OnBadRecord = Field(
         default="stop",
         description="What an unparsable line of conversations does: stop, or drop into the ledger.",
     )
-    format: Literal["jsonl", "parquet"] = Field(
-        default="jsonl", description="Of the files that are written."
-    )
+    format: PairsFormat = Field(default="jsonl", description="Of the files that are written.")
 
     @model_validator(mode="after")
     def _consistent(self) -> PairsSettings:

@@ -1,58 +1,109 @@
-"""What a recipe or a command line says about machines; only formats change what is computed."""
+"""What is said of a run as a whole: its model, its seed, and where and how it computes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from tandem.recipe.choices import ENGINES, AttentionName, DeviceName, DtypeName, Quantization
+from tandem.recipe.section import PathText, Positive, Section, expanded
 
 
-@dataclass(frozen=True)
-class HpuSettings:
-    """What only Gaudi cards heed.
+def checked_engine(engine: str) -> str:
+    """An engine's name, or the path of a DeepSpeed configuration, `~` and variables resolved.
 
-    Attributes:
-        lazy_mode: graphs are gathered and launched at step boundaries, instead of eagerly.
-        buckets: lengths in tokens that micro-batches are filled up to, so that only so many shapes
-            are compiled; `max`: one length, which holds the longest.
-        fused_attention, fused_optimizer: Habana's own kernels.
+    Raises ValueError for a name that is none, with the nearest one, and a file that is not there.
+    """
+    if engine in ENGINES:
+        return engine
+    if engine.endswith(".json"):
+        path = Path(expanded(engine))
+        if path.is_file():
+            return str(path)
+        raise ValueError(f"there is no DeepSpeed configuration {path}; check the path")
+    close = difflib.get_close_matches(engine.lower().replace("_", "-"), ENGINES, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"it may be {', '.join(ENGINES)}"
+    raise ValueError(f"unknown engine {engine!r}; {hint} (or a DeepSpeed file, NAME.json)")
+
+
+class HpuSettings(Section):
+    """What only Gaudi cards heed."""
+
+    lazy_mode: bool = Field(
+        default=False, description="Gather graphs and launch them at step boundaries."
+    )
+    buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["auto", "max"] = Field(
+        default="auto",
+        description="Lengths in tokens that micro-batches are filled up to, each compiled once; "
+        "`max`: one, of the longest.",
+    )
+    fused_attention: bool = Field(default=False, description="Habana's FusedSDPA.")
+    fused_optimizer: bool = Field(default=False, description="Habana's FusedAdamW.")
+
+
+class RunSettings(Section):
+    """Every key that belongs to no single stage.
+
+    For a whole recipe, `model` is the base model and `output_dir` the run's folder. For one stage
+    to run, they are the model that the stage starts from and the stage's own folder.
     """
 
-    lazy_mode: bool = False
-    buckets: tuple[int, ...] | Literal["auto", "max"] = "auto"
-    fused_attention: bool = False
-    fused_optimizer: bool = False
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how a run computes; `auto` is resolved when it starts.
-
-    Attributes:
-        device, dtype, attention, tokens_per_microbatch, engine: the recipe's keys of these names.
-        timeout_minutes: how long a process waits for the others.
-        quantization: number format of the frozen base, None for `dtype`.
-        compile: whether torch.compile takes norms and gated MLPs.
-        hpu: what only Gaudi cards heed.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "auto"
-    tokens_per_microbatch: int | Literal["auto"] = "auto"
-    engine: str = "auto"
-    timeout_minutes: int = 60
-    quantization: str | None = None
-    compile: bool = False
-    hpu: HpuSettings = HpuSettings()
-
-
-def runtime_of(source: Any, **changes: Any) -> Runtime:
-    """The runtime that a recipe or a command line asks for.
-
-    Args:
-        source: has an attribute for each of the runtime's fields, `hpu` with its own.
-        changes: fields that are not as the source says.
-    """
-    values = {field.name: getattr(source, field.name) for field in fields(Runtime)} | changes
-    hpu = {field.name: getattr(source.hpu, field.name) for field in fields(HpuSettings)}
-    return Runtime(**{**values, "hpu": HpuSettings(**hpu)})
+    name: str = Field(default="", description="The run's name.")
+    description: str = Field(default="", description="One line about it.")
+    model: PathText = Field(description="The base model: a Hub id, a folder, or `demo:base`.")
+    model_revision: str | None = Field(
+        default=None, description="A commit, tag or branch of a Hub model."
+    )
+    output_dir: PathText = Field(description="The run's folder; every stage gets a folder in it.")
+    chat_template: PathText | None = Field(
+        default=None,
+        description="A shipped one or a file; null: the model's own, else `neural-chat`.",
+    )
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Special tokens the template needs and the model lacks or never learnt; their "
+        "embeddings are trained and merged.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=42,
+        description="Order of the data, adapter weights, dropout and sampling follow from it.",
+    )
+    device: DeviceName = Field(default="auto", description="Where to train.")
+    dtype: DtypeName = Field(
+        default="auto",
+        description="Of the frozen weights; auto: float32 on CPU and MPS, bfloat16 elsewhere.",
+    )
+    attention: AttentionName = Field(
+        default="auto",
+        description=(
+            "`segments` and `varlen` (CUDA, half precision) compute shared prompts once, `dense` "
+            "too, under a plain mask, and alone on Gaudi; `padded` feeds one row a sequence to the "
+            "model's own attention."
+        ),
+    )
+    tokens_per_microbatch: Positive | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens fed at once; changes memory and speed, never the result.",
+    )
+    engine: Annotated[str, AfterValidator(checked_engine)] = Field(
+        default="auto",
+        description=(
+            "How processes share the work: `single`, `ddp`, `deepspeed-zero2`, `deepspeed-zero3`, "
+            "`fsdp2`, or a DeepSpeed JSON file; auto: `single`, or `ddp` for several processes."
+        ),
+    )
+    timeout_minutes: Positive = Field(
+        default=60, description="How long a process waits for the others."
+    )
+    quantization: Quantization | None = Field(
+        default=None, description="The frozen base in 4 bits (QLoRA); null: in `dtype`."
+    )
+    compile: bool = Field(
+        default=False, description="Compile norms and gated MLPs with torch.compile."
+    )
+    hpu: HpuSettings = Field(
+        default=HpuSettings(), description="Settings of Gaudi cards; others do without."
+    )

@@ -1,17 +1,23 @@
-"""What a recipe says of the training stages and of merging."""
+"""What a recipe says of the training stages and of merging, and what of it would do nothing."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from tandem.recipe.choices import (
+    BestMetric,
+    DtypeName,
+    KeptAdapter,
+    LossOn,
+    OnBadRecord,
+    Scheduler,
+    TooLong,
+)
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.section import Positive, Section
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
 class ValidationSettings(Section):
@@ -143,16 +149,16 @@ class TrainingSettings(Section):
     validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
     )
-    keep: Literal["last", "best"] = Field(
+    keep: KeptAdapter = Field(
         default="last",
         description="Which adapter becomes the stage's: the last, or the one that scored best on "
         "held-out records.",
     )
-    best_metric: Literal["loss", "accuracy", "margin"] = Field(
+    best_metric: BestMetric = Field(
         default="loss",
         description="What `keep: best` goes by: held-out loss, or reward accuracy or margin.",
     )
-    on_bad_record: Literal["stop", "drop"] = Field(
+    on_bad_record: OnBadRecord = Field(
         default="stop",
         description="What an unparsable line does: stop the run, or drop into the ledger.",
     )
@@ -185,7 +191,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
-    loss_on: Literal["answers", "text"] = Field(
+    loss_on: LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
@@ -214,6 +220,74 @@ class DpoSettings(TrainingSettings):
 class MergeSettings(Section):
     """Merging an adapter; `dtype` auto keeps the base weights' own."""
 
-    dtype: Dtype = Field(
+    dtype: DtypeName = Field(
         default="auto", description="Of the merged weights; auto keeps the base weights' own."
     )
+
+
+# AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
+# are a few hundredths large: one step of this size overwrites them.
+_HUGE_RATE = 0.1
+
+
+def unmeant(
+    settings: TrainingSettings, *, steps: int | None, records: int | None, processes: int = 1
+) -> list[str]:
+    """A sentence on each setting that will not do what it is there for.
+
+    Args:
+        settings: of a training stage.
+        steps: optimizer steps of the whole run; None where they are not known yet.
+        records: that are trained on; None where they are not known yet.
+        processes: that share the work.
+    """
+    found = []
+    if settings.learning_rate >= _HUGE_RATE:
+        found.append(
+            f"learning_rate {settings.learning_rate:g} is more than the weights are large; usual "
+            "ones are between 1e-6 and 1e-3"
+        )
+    if records is not None and settings.batch_size > records:
+        found.append(
+            f"batch_size {settings.batch_size} is more than the {records} records that there are: "
+            f"each step takes these {records}, and is an epoch"
+        )
+    if settings.batch_size < processes:
+        found.append(
+            f"batch_size {settings.batch_size} is less than the {processes} processes: some have "
+            "nothing to do in a step"
+        )
+    return found if steps is None else [*found, *_beyond(settings, steps)]
+
+
+def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
+    """What is to happen after so many steps, in a run that has fewer."""
+    run = f"the run's {steps} step{'s' if steps != 1 else ''}"
+    found = []
+    warm_up = settings.warmup_steps
+    if warm_up is None:
+        warm_up = math.ceil(steps * (settings.warmup_ratio or 0.0))
+    if warm_up and warm_up >= steps:
+        reached = settings.learning_rate * (steps - 1) / warm_up
+        named = "warmup_ratio" if settings.warmup_steps is None else f"warmup_steps {warm_up}"
+        found.append(
+            f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
+            f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
+        )
+    if settings.logging_steps > steps:
+        found.append(
+            f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "
+            "at the end, and there is no curve"
+        )
+    if settings.save_steps is not None and settings.save_steps > steps:
+        found.append(
+            f"save_steps {settings.save_steps} is more than {run}: there is no checkpoint before "
+            "the end, and a stopped run begins anew"
+        )
+    scored = None if settings.validation is None else settings.validation.steps
+    if scored is not None and scored > steps:
+        found.append(
+            f"validation.steps {scored} is more than {run}: held-out records are scored only "
+            "before the first step and at the end"
+        )
+    return found

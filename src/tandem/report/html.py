@@ -15,7 +15,7 @@ from markupsafe import Markup
 from tandem.report import training_section
 from tandem.report.result_rows import compared_rows, result_rows, shown_measures, task_notes
 from tandem.report.run_facts import (
-    STAGE_TITLES,
+    STAGE_FOLDERS,
     RunFacts,
     StageFacts,
     read_run,
@@ -100,7 +100,7 @@ def _section(stage: StageFacts) -> dict[str, Any]:
 
 
 def _steps(facts: RunFacts) -> list[_Step]:
-    steps = {name: _Step(name, STAGE_TITLES[name], "missing") for name in facts.missing}
+    steps = {name: _Step(name, STAGE_FOLDERS[name].title, "missing") for name in facts.missing}
     for stage in facts.stages:
         manifest = stage.manifest
         steps[stage.name] = _Step(

@@ -17,7 +17,6 @@ from tandem.report.result_rows import (
     task_notes,
 )
 from tandem.report.run_facts import (
-    KIND_TITLES,
     RunFacts,
     StageFacts,
     find_key,
@@ -26,6 +25,7 @@ from tandem.report.run_facts import (
 )
 from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.storage.atomic_files import atomic_write_text
+from tandem.storage.run_folder import KIND_TITLES
 from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -19,42 +19,22 @@ from tandem.result_warnings import (
 )
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
+from tandem.storage.run_folder import FOLDERS, KIND_TITLES, StageName
 
-STAGE_FOLDERS = {
-    "1-sft": "sft",
-    "2-sft-merged": "merge",
-    "3-pairs": "pairs",
-    "4-dpo": "dpo",
-    "5-final": "merge",
-    "6-evaluation": "evaluate",
-}
-STAGE_TITLES = {
-    "1-sft": "Supervised fine-tuning",
-    "2-sft-merged": "Merge of the SFT adapter",
-    "3-pairs": "Preference pairs",
-    "4-dpo": "Direct Preference Optimization",
-    "5-final": "Merge of the DPO adapter",
-    "6-evaluation": "Evaluation",
-}
 # Outputs of stages that a page shows something of.
 _SHOWN = (
     "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
     "pairs.parquet", "evaluation.json",
 )  # fmt: skip
-KIND_TITLES = {
-    "sft": "Supervised fine-tuning",
-    "dpo": "Direct Preference Optimization",
-    "merge": "Merge of an adapter",
-    "pairs": "Preference pairs",
-    "evaluate": "Evaluation",
+# Which section of a recipe makes which stages; what is asked for and absent is named as missing.
+_SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
+    "sft": ("sft", "sft-merge"),
+    "pairs": ("pairs",),
+    "dpo": ("dpo", "dpo-merge"),
+    "evaluate": ("evaluate",),
 }
-# Which section of a recipe makes which folders; what is asked for and absent is named as missing.
-_SECTION_FOLDERS = {
-    "sft": ("1-sft", "2-sft-merged"),
-    "pairs": ("3-pairs",),
-    "dpo": ("4-dpo", "5-final"),
-    "evaluate": ("6-evaluation",),
-}
+# Stages by their folders' names.
+STAGE_FOLDERS = {folder.name: folder for folder in FOLDERS.values()}
 LEDGER_LINES_SHOWN = 25
 
 
@@ -134,7 +114,12 @@ def read_run(folder: Path) -> RunFacts:
     ):
         problems.append("recipe.yaml is not as the run left it: it was changed")
     recipe_text, recipe = _recipe(recipe_file, problems)
-    wanted = [f for section, fs in _SECTION_FOLDERS.items() if recipe.get(section) for f in fs]
+    wanted = [
+        FOLDERS[stage].name
+        for section, stages in _SECTION_STAGES.items()
+        if recipe.get(section)
+        for stage in stages
+    ]
     evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
     return RunFacts(
         name=str(recipe.get("name") or folder.resolve().name),
@@ -173,7 +158,7 @@ def run_warnings(facts: RunFacts) -> list[ReportWarning]:
             seen.append(ReportWarning("note", f"{stage.title} is not finished", text))
     seen += evaluation_warnings(facts.evaluation)
     if facts.missing:
-        names = ", ".join(f"{STAGE_TITLES[name]} ({name})" for name in facts.missing)
+        names = ", ".join(f"{STAGE_FOLDERS[name].title} ({name})" for name in facts.missing)
         text = f"The recipe also asks for: {names}. Not there yet."
         seen.append(ReportWarning("note", "partial run", text))
     return sorted(seen, key=lambda one: one.level != "warning")
@@ -211,11 +196,12 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
             f"{folder.name}/manifest.json is missing: whether it is finished is unknown"
         )
     metrics = _lines(folder / "metrics.jsonl", problems)
-    kind = STAGE_FOLDERS.get(name) or _kind(folder, manifest, metrics)
+    known = STAGE_FOLDERS.get(name)
+    kind = known.kind if known else _kind(folder, manifest, metrics)
     problems += _changed(folder, mapping(manifest.get("outputs")))
     return StageFacts(
         name=name or folder.resolve().name,
-        title=STAGE_TITLES.get(name) or KIND_TITLES.get(kind, kind),
+        title=known.title if known else KIND_TITLES.get(kind, kind),
         kind=kind,
         folder=folder,
         manifest=manifest,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_pairs
 from tandem.errors import UserError
-from tandem.recipe.run_settings import Runtime
+from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
 from tandem.result_warnings import chosen_collapse
 from tandem.runtime.console import log, phase
-from tandem.stages.training.context import Made, StageKind, Start
-from tandem.stages.training.train_stage import run_training
+from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
+from tandem.stages.training.train_stage import train_stage
 from tandem.storage.hashing import hash_json
 from tandem.train.losses.objectives import PreferenceObjective
 from tandem.train.reference_logps import ReferenceStore, reference_logps
@@ -28,61 +26,41 @@ _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 
-def run_dpo(
-    *,
-    model: str,
-    revision: str | None,
-    settings: DpoSettings,
-    output_dir: Path,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-    added_tokens: Sequence[str] = (),
-) -> Path:
-    """Align `model`, usually the merged SFT model, with preference pairs.
+def run_dpo(job: TrainingJob, console: Console) -> Path:
+    """Align the job's model, usually the merged SFT model, with preference pairs.
 
     The reference is the model itself with the adapter off; its log-probs are computed before the
-    first step or found in the store. See `training.run_training` for the rest.
+    first step or found in the store. See `train_stage` for the rest.
     """
-
-    def objective(start: Start) -> Made:
-        return _objective(start, settings.beta)
-
-    def warnings(metrics: list[dict[str, Any]]) -> list[str]:
-        return _warnings(metrics, settings.beta)
-
-    return run_training(
-        StageKind("dpo", prepare_pairs, objective, dropout=False, warnings=warnings),
-        model=model,
-        revision=revision,
-        settings=settings,
-        output_dir=output_dir,
-        chat_template=chat_template,
-        seed=seed,
-        runtime=runtime,
-        console=console,
-        added_tokens=added_tokens,
+    assert isinstance(job.settings, DpoSettings)
+    beta = job.settings.beta
+    stage = TrainingStage(
+        "dpo",
+        "preference pairs",
+        lambda inputs: _objective(inputs, beta),
+        dropout=False,
+        warnings=lambda metrics: _warnings(metrics, beta),
     )
+    return train_stage(stage, job, console)
 
 
-def _objective(start: Start, beta: float) -> Made:
+def _objective(inputs: ObjectiveInputs, beta: float) -> BuiltObjective:
     began = time.perf_counter()
-    device = start.engine.device
+    device = inputs.engine.device
     dtype = device.dtype_name
     identity = hash_json(
         {
             "numerics": _NUMERICS,
-            "model": start.model_hash,
+            "model": inputs.model_hash,
             "dtype": dtype,
-            "attention": start.backend,
+            "attention": inputs.backend,
             "device": device.kind,
-            "kernels": start.numerics,
+            "kernels": inputs.numerics,
         }
     )
-    processes = start.engine.processes
-    store = ReferenceStore(lambda text: log(start.console, f"dpo: {text}"))
-    without = start.weights.reference(start.model)
+    processes = inputs.engine.processes
+    store = ReferenceStore(lambda text: log(inputs.console, f"dpo: {text}"))
+    without = inputs.weights.reference(inputs.model)
     if without is None:
         raise UserError(
             "dpo: the model that is trained cannot be its own reference with these weights, and a "
@@ -90,25 +68,25 @@ def _objective(start: Start, beta: float) -> Made:
         )
     with (
         without,
-        phase(start.console, "reference log-probs", len(start.dataset)) as advance,
+        phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance,
     ):
         reference, computed = reference_logps(
-            start.engine,
-            start.dataset,
+            inputs.engine,
+            inputs.dataset,
             store=store,
             identity=identity,
-            budget=start.budget,
+            budget=inputs.budget,
             advance=advance,
         )
     processes.on_rank0(store.prune)
     seconds = time.perf_counter() - began
     log(
-        start.console,
-        f"dpo: reference log-probs of {len(start.dataset)} {start.what}pairs, {computed} computed "
-        f"and {len(start.dataset) - computed} found in the store, {seconds:.1f} s",
+        inputs.console,
+        f"dpo: reference log-probs of {len(inputs.dataset)} {inputs.what}pairs, {computed} "
+        f"computed and {len(inputs.dataset) - computed} found in the store, {seconds:.1f} s",
     )
     objective = PreferenceObjective(reference, beta=beta, relative_tolerance=_TOLERANCE[dtype])
-    return Made(objective, seconds, computed)
+    return BuiltObjective(objective, seconds, computed)
 
 
 def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tandem.model.model_folder import (
 from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS
+from tandem.recipe.jobs import MergeJob
 from tandem.runtime.console import log
 from tandem.runtime.device import torch_dtype
 from tandem.stages.training.outputs import move_up
@@ -39,6 +41,9 @@ from tandem.storage.hashing import hash_file, hash_weights, weight_files
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
+# Puts a line on the console, in a style.
+Tell = Callable[..., None]
+
 _PROBES = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps for seven hours.",
     "Once upon a time there was a small village by the sea. Everyone who lived there knew "
@@ -47,85 +52,80 @@ _PROBES = (
 )
 
 
-def run_merge(
-    *,
-    base: str,
-    adapter: Path,
-    output_dir: Path,
-    dtype: str,
-    force: bool,
-    device: str,
-    console: Console,
-    chat_template: str | None = None,
-) -> Path:
+def run_merge(job: MergeJob, console: Console) -> Path:
     """Merge a LoRA adapter into its base; the folder loads in plain transformers.
 
     Sums are computed in float32 shard by shard, cast once, and checked by comparing log-probs
-    with base and adapter together before anything appears under `output_dir`.
-
-    Args:
-        base: model folder or Hub id.
-        adapter: peft adapter folder.
-        output_dir: where the model goes.
-        dtype: of the merged weights; auto keeps the base's own.
-        force: merge even if the adapter was trained on other weights.
-        device: where the check computes.
-        console: for progress lines.
-        chat_template: name or file; None keeps the adapter folder's, or the base's.
+    with base and adapter together before anything appears in the job's folder.
 
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
-    base_folder = model_folder(base)
-    config = load_config(base_folder)
-    check_unquantized(base_folder, config)
-    read_config(adapter)
-    model = model_without_weights(config)
-    updates, quantized = read_updates(adapter, model), read_record(adapter)
-    for folder in (base_folder, adapter):
-        check_made(folder, lambda text: log(console, f"merge: {text}", style="yellow"))
-    _check_head(adapter, base_folder, updates)
-    weights = hash_weights(base_folder)
-    _check_base(adapter, base, weights, force=force)
-    inputs = {
-        "base": {"weights": weights, "config": hash_file(base_folder / "config.json")},
-        "adapter": hash_weights(adapter),
-        "dtype": dtype,
-        "chat_template": chat_template,
-        **({"quantization": hash_file(adapter / QUANTIZATION)} if quantized else {}),
-    }
-    with folder_lock(output_dir, lambda text: log(console, f"merge: {text}")):
-        opened = open_stage(output_dir, "merge", inputs)
+
+    def tell(text: str, style: str = "") -> None:
+        log(console, f"merge: {text}", style=style)
+
+    work, inputs = _look_up(job, tell)
+    folder, quantized = job.folder, work.quantized
+    with folder_lock(folder, tell):
+        opened = open_stage(folder, "merge", inputs)
         if opened.state == "finished":
-            log(console, f"merge: {output_dir} is finished with these inputs; nothing to do")
-            return output_dir
-        start_stage(output_dir, "merge", inputs, {"base": base, "adapter": str(adapter)})
+            tell(f"{folder} is finished with these inputs; nothing to do")
+            return folder
+        start_stage(folder, "merge", inputs, {"base": job.run.model, "adapter": str(job.adapter)})
         if quantized is not None:
-            log(
-                console,
-                f"merge: the adapter was trained on {len(quantized.weights)} weights in 4 bits "
-                f"({quantized.format}); it is added to what these rounded to",
+            tell(
+                f"the adapter was trained on {len(quantized.weights)} weights in 4 bits "
+                f"({quantized.format}); it is added to what these rounded to"
             )
         began = time.perf_counter()
-        place = choose_device(device, "auto").torch_device
-        work = _Merge(base_folder, adapter, model, updates, quantized, torch_dtype(dtype), place)
+        device = choose_device(job.run.device, "auto").torch_device
         try:
-            with atomic_folder(output_dir / "saving") as aside:
-                verified = work.into(aside, chat_template, console)
+            with atomic_folder(folder / "saving") as aside:
+                verified = work.into(aside, job.run.chat_template, device, tell)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
-                (output_dir / MANIFEST).unlink()
+                (folder / MANIFEST).unlink()
             raise
-        outputs = move_up(output_dir / "saving")
+        outputs = move_up(folder / "saving")
         seconds = time.perf_counter() - began
-        _write_summary(output_dir, len(updates), verified, seconds, quantized)
-        finish_stage(output_dir, [*outputs, "summary.json"])
-        _tell(console, work, verified, seconds, output_dir)
-    return output_dir
+        _write_summary(folder, len(work.updates), verified, seconds, quantized)
+        finish_stage(folder, [*outputs, "summary.json"])
+        _tell_result(tell, work, verified)
+        tell(
+            f"{len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
+            f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
+            f"-> {folder}"
+        )
+    return folder
+
+
+def _look_up(job: MergeJob, tell: Tell) -> tuple[_Merge, dict[str, Any]]:
+    """Read base and adapter, and check that they belong together; returns the inputs as well."""
+    adapter, base = job.adapter, model_folder(job.run.model)
+    config = load_config(base)
+    check_unquantized(base, config)
+    read_config(adapter)
+    model = model_without_weights(config)
+    dtype = torch_dtype(job.settings.dtype)
+    work = _Merge(base, adapter, model, read_updates(adapter, model), read_record(adapter), dtype)
+    for folder in (base, adapter):
+        check_made(folder, lambda text: tell(text, "yellow"))
+    _check_head(adapter, base, work.updates)
+    weights = hash_weights(base)
+    _check_base(adapter, job.run.model, weights, force=job.force)
+    inputs = {
+        "base": {"weights": weights, "config": hash_file(base / "config.json")},
+        "adapter": hash_weights(adapter),
+        "dtype": job.settings.dtype,
+        "chat_template": job.run.chat_template,
+        **({"quantization": hash_file(adapter / QUANTIZATION)} if work.quantized else {}),
+    }
+    return work, inputs
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """A base and an adapter, the sums that they ask for, and how these are computed.
+    """A base and an adapter, and the sums that they ask for.
 
     Attributes:
         base, adapter: folders.
@@ -133,7 +133,6 @@ class _Merge:
         updates: what the adapter adds, by the weights' names.
         quantized: what the base was rounded to in training, if it was.
         dtype: of the merged weights; None keeps the base's own.
-        device: where sums and the check are computed.
     """
 
     base: Path
@@ -142,9 +141,10 @@ class _Merge:
     updates: dict[str, Update]
     quantized: Quantized | None
     dtype: torch.dtype | None
-    device: torch.device
 
-    def into(self, folder: Path, chat_template: str | None, console: Console) -> Verified:
+    def into(
+        self, folder: Path, chat_template: str | None, device: torch.device, tell: Tell
+    ) -> Verified:
         """Write the merged model into a folder, and compare it with base and adapter together."""
         merge_shards(
             self.base,
@@ -153,14 +153,14 @@ class _Merge:
             model=self.model,
             dtype=self.dtype,
             quantized=self.quantized,
-            device=self.device,
+            device=device,
         )
         copy_surroundings(self.base, self.adapter, folder, self.dtype)
         vocabulary_grown(folder, self.updates)
-        _settle_template(self.base, folder, chat_template, console)
-        return self._verify(folder)
+        _settle_template(self.base, folder, chat_template, tell)
+        return self._verify(folder, device)
 
-    def _verify(self, merged: Path) -> Verified:
+    def _verify(self, merged: Path, device: torch.device) -> Verified:
         tokenizer = load_tokenizer(merged)
         rows = described_rows(load_config(self.base))  # a tokenizer may have more tokens
         encoded = [[i for i in tokenizer(text)["input_ids"] if i < rows] for text in _PROBES]
@@ -170,49 +170,36 @@ class _Merge:
                 [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
                 for ids in probes
             ] + probes
-        return verify_merge(
-            self.base,
-            self.adapter,
-            merged,
-            probes,
-            dtype=self.dtype or _stored_dtype(merged),
-            device=self.device,
-        )
+        dtype = self.dtype or _stored_dtype(merged)
+        return verify_merge(self.base, self.adapter, merged, probes, dtype=dtype, device=device)
 
 
-def _tell(console: Console, work: _Merge, verified: Verified, seconds: float, folder: Path) -> None:
-    """What was made, and what rounding took."""
+def _tell_result(tell: Tell, work: _Merge, verified: Verified) -> None:
+    """Say what of the adapter was passed over, and what rounding took."""
     for name in whole_weights(work.adapter):
-        log(console, f"merge: {name} in {work.adapter} is passed over: it is the base's own")
+        tell(f"{name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
-        log(
-            console,
-            f"merge: rounding to {dtype} took a part of the adapter's effect "
+        tell(
+            f"rounding to {dtype} took a part of the adapter's effect "
             f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 "
             "to keep it",
-            style="yellow",
+            "yellow",
         )
-    log(
-        console,
-        f"merge: {len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
-        f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
-        f"-> {folder}",
-    )
 
 
-def _settle_template(base: Path, folder: Path, choice: str | None, console: Console) -> None:
+def _settle_template(base: Path, folder: Path, choice: str | None, tell: Tell) -> None:
     """Settle the merged folder's chat template, and let its files end answers as it does."""
     tokenizer = load_tokenizer(folder)
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
-        log(console, f"merge: {notice}")
+        tell(notice)
     if own != template.saved:
         write_templates(folder, template.saved)
     ending = find_ending(tokenizer, template)
     if ending and (said := write_ends(folder, base, tokenizer, template, ending)):
-        log(console, f"merge: {said}")
+        tell(said)
 
 
 def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tandem.data.build_dataset import prepare_conversations
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import SftSettings
-from tandem.stages.training.context import Made, StageKind, Start
-from tandem.stages.training.train_stage import run_training
+from tandem.recipe.jobs import TrainingJob
+from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
+from tandem.stages.training.train_stage import train_stage
 from tandem.train.losses.objectives import SupervisedObjective
 
 
-def run_sft(
-    *,
-    model: str,
-    revision: str | None,
-    settings: SftSettings,
-    output_dir: Path,
-    chat_template: str | None,
-    seed: int,
-    runtime: Runtime,
-    console: Console,
-    added_tokens: Sequence[str] = (),
-) -> Path:
-    """Fine-tune `model` on conversations; the folder is a peft adapter at its root.
+def run_sft(job: TrainingJob, console: Console) -> Path:
+    """Fine-tune the job's model on conversations; the folder is a peft adapter at its root.
 
-    See `training.run_training` for what is resumed, recognised and refused.
+    See `train_stage` for what is resumed, recognised and refused.
     """
-    prepare = partial(prepare_conversations, loss_on=settings.loss_on)
-    kind = StageKind("sft", prepare, _objective, dropout=True, warnings=_warnings)
-    return run_training(
-        kind,
-        model=model,
-        revision=revision,
-        settings=settings,
-        output_dir=output_dir,
-        chat_template=chat_template,
-        seed=seed,
-        runtime=runtime,
-        console=console,
-        added_tokens=added_tokens,
-    )
+    stage = TrainingStage("sft", "conversations", _objective, dropout=True, warnings=_warnings)
+    return train_stage(stage, job, console)
 
 
-def _objective(_: Start) -> Made:
-    return Made(SupervisedObjective())
+def _objective(_: ObjectiveInputs) -> BuiltObjective:
+    return BuiltObjective(SupervisedObjective())
 
 
 def _warnings(metrics: list[dict[str, Any]]) -> list[str]:

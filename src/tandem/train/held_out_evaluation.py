@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.data.batching.packing import example_cost, plan_step
 from tandem.data.batching.sampler import Step
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.model.trained_weights import TrainedWeights
 from tandem.storage.atomic_files import append_jsonl, atomic_write_text

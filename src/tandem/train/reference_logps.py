@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tandem.data.batching.collate import collate
 from tandem.data.encoded.dataset import EncodedDataset, sequence_digest
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.storage.cache_folder import cache_folder
 from tandem.train.engines.engine import Engine

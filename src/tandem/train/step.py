@@ -13,7 +13,7 @@ from torch import Tensor
 from tandem.data.batching.collate import collate, record_key
 from tandem.data.batching.packing import StepPlan
 from tandem.data.batching.sampler import Step
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import Stopped, UserError
 from tandem.runtime.device import Device
 from tandem.runtime.launch import ask_for_restart

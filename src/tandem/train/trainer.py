@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.data.batching.packing import example_cost, padded_tokens, plan_step
 from tandem.data.batching.sampler import Step, StepSampler, WeightedSource
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed

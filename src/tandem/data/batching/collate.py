@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data.records import Branch, Example, TokenIds
+from tandem.data.encoded.example import Branch, Example, TokenIds
 
 # Knuth's and splitmix64's odd constants; any good 64-bit mixer would do.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

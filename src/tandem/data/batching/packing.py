@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 
 # Sequences of a padded batch in the comparison that summaries and plans report.
 _PADDED_BATCH = 8

@@ -94,13 +94,21 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Damaged)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """An entry that is there: its trees, and what the ledger is to be told."""
+class Kept:
+    """An entry that was found: its dataset, and what the ledger was told when it was made."""
 
     dataset: EncodedDataset
     entries: list[Entry]
     formats: dict[int, str]
     unread: dict[int, tuple[str, ...]]
+
+    def ledger(self, paths: Sequence[str]) -> Ledger:
+        """The ledger of the sources at `paths`."""
+        ledger = Ledger(None)
+        for number, name in self.formats.items():
+            ledger.detected(paths[number], name, self.unread.get(number, ()))
+        ledger.add(self.entries, len(self.dataset))
+        return ledger
 
 
 class DatasetWriter:
@@ -203,7 +211,7 @@ class EncodedStore:
         """Where the entries are; raises OSError for an account without a home folder."""
         return self._folder or cache_folder() / "encoded"
 
-    def find(self, key: str, names: Sequence[str]) -> Found | None:
+    def find(self, key: str, names: Sequence[str]) -> Kept | None:
         """The entry of that key, its files now called `names`; None when there is no sound one."""
         try:
             entry = self.folder / key
@@ -218,7 +226,7 @@ class EncodedStore:
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
             dataset = _open(entry, names, about["sources"])
-            found = Found(dataset, _ledger_lines(entry, names), formats, unread)
+            found = Kept(dataset, _ledger_lines(entry, names), formats, unread)
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
         except _DAMAGE as error:
@@ -291,10 +299,3 @@ class _Sink:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def replay(found: Found, ledger: Ledger, sources: Sequence[str]) -> None:
-    """Tell the ledger what it was told when the entry was made."""
-    for number, name in found.formats.items():
-        ledger.detected(sources[number], name, found.unread.get(number, ()))
-    ledger.add(found.entries, len(found.dataset))

@@ -1,30 +1,100 @@
-"""Worker processes that encode pieces of a data set, their results in reading order.
+"""Worker processes that encode chunks of a data set, their results in reading order.
 
 They are fresh interpreters rather than forks: a process with torch's threads must not fork, and one
-whose main module would be imported anew must not spawn.
+whose main module would be imported anew must not spawn. Each runs `main`, which reads tasks from
+its standard input and writes results to its standard output. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import pickle
+import struct
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import IO, Any, Self
 
 import tandem
+from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
-from tandem.data.encoded.encode_worker import Bug, Setup, receive, send
 from tandem.data.sources.chunks import Chunk
+from tandem.data.tokenize.codec import CodecParts
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError, UserError
+
+# Batches between two looks for cyclic garbage: jinja's and the JSON parser's objects are many and
+# short-lived, and searching them all the time costs a tenth.
+_COLLECT_EVERY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The first message: what all tasks have in common."""
+
+    parts: CodecParts
+    plan: EncodingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """An error that is nobody's data's fault, as text."""
+
+    trace: str
+
+
+def send(stream: IO[bytes], message: Any) -> None:
+    """Write one message: its length, then its pickle."""
+    content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    stream.write(struct.pack("<Q", len(content)))
+    stream.write(content)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> Any:
+    """Read one message; raises EOFError when the other side is gone."""
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    (size,) = struct.unpack("<Q", head)
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return pickle.loads(content)
+
+
+def main() -> None:
+    """Answer each task with its batch, a `UserError` or a `Bug`."""
+    tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the messages
+    gc.disable()
+    try:
+        setup: Setup = receive(tasks)
+        chat = ChatTokenizer.from_parts(setup.parts)
+        for number in range(sys.maxsize):
+            chunk, known = receive(tasks)
+            try:
+                answer: Any = encode_chunk(chat, setup.plan, chunk, known)
+            except UserError as error:
+                answer = error
+            except Exception:
+                answer = Bug(traceback.format_exc())
+            send(results, answer)
+            if number % _COLLECT_EVERY == 0:
+                gc.collect()
+    except (EOFError, BrokenPipeError):
+        pass  # the process that wanted the results is done, or gone
+
 
 # Pieces on their way for each worker: one in work, one waiting, one done.
 _AHEAD = 3
@@ -135,7 +205,7 @@ def _start() -> subprocess.Popen[bytes]:
     package = str(Path(tandem.__file__).resolve().parents[1])
     found = os.environ.get("PYTHONPATH")
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", "from tandem.data.encoded.encode_worker import main; main()"],
+        [sys.executable, "-P", "-c", "from tandem.data.encoded.worker_pool import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={
@@ -151,62 +221,71 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-# Shows a phase: its text and total (None: nobody knows) -> told how many more are done.
-Show = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+# Displays a phase with a text and a total, if that is known; what it yields is told of progress.
+ShowProgress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
-# Pieces, of up to 256 records each, beyond which worker processes are worth their start: on two
+# Chunks, of up to 256 records each, beyond which worker processes are worth their start: on two
 # cores 4000 conversations are quicker without (1.4 s, 1.8 s), 8000 take the same either way.
 _FEW = 32
 # A worker takes about 140 MB; this many, with the process itself, stay below 2 GB.
 _MOST_WORKERS = 12
 
 
-def encoded_pieces(
+@dataclass(frozen=True, slots=True)
+class EncodingWork:
+    """Where encoded data is kept, who encodes it, and how much of it is wanted.
+
+    Attributes:
+        store: finds and keeps the result; without one it is held in memory.
+        workers: processes that encode large data; None: one a core, but no more than 12.
+        progress: displays the progress of large data.
+        limit: only so many examples are made, in memory; chunks behind them are not read.
+    """
+
+    store: EncodedStore | None = None
+    workers: int | None = None
+    progress: ShowProgress | None = None
+    limit: int | None = None
+
+
+def encoded_chunks(
     chunks: Iterator[tuple[Chunk, str]],
     chat: ChatTokenizer | None,
-    plan: EncodingOptions,
-    *,
+    options: EncodingOptions,
     doing: str,
     total: Callable[[], int | None],
-    show: Show | None,
-    workers: int | None,
-    limit: int | None = None,
+    work: EncodingWork,
 ) -> Generator[tuple[Chunk, str, EncodedChunk | None]]:
-    """Pieces and their formats, each with its batch: None without a tokenizer.
+    """Chunks and their formats, each with what encoding makes of it: None without a tokenizer.
 
     Args:
-        chunks: the pieces, see `reading.formatted_chunks`.
+        chunks: see `read_records.formatted_chunks`.
         chat: tokenizer and template.
-        plan: what is made of every record.
+        options: what is made of every record.
         doing: in words, for the display.
         total: counts the rows, when there is something to display.
-        show: displays the progress of many pieces.
-        workers: processes that encode many, one a core when None.
-        limit: rows that are surely wanted; more are only read when they are asked for.
+        work: who encodes; beyond its limit, rows are read only when they are asked for.
     """
     first: list[tuple[Chunk, str]] = []
-    for piece in chunks:
-        first.append(piece)
-        enough = limit is not None and sum(chunk.count for chunk, _ in first) >= limit
+    for one in chunks:
+        first.append(one)
+        enough = work.limit is not None and sum(c.count for c, _ in first) >= work.limit
         if enough or len(first) > _FEW:
             break
-    pieces = chain(first, chunks)
+    tasks = chain(first, chunks)
     if len(first) <= _FEW:
-        for chunk, known in pieces:
-            yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
+        for chunk, known in tasks:
+            yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
         return
-    count = workers or min(available_cores(), _MOST_WORKERS)
-    with show(doing, total()) if show else nullcontext(_unseen) as advance:
+    count = work.workers or min(available_cores(), _MOST_WORKERS)
+    showing = work.progress(doing, total()) if work.progress else nullcontext(lambda _: None)
+    with showing as advance:
         if chat is None or chat.parts is None or count == 1:
-            for chunk, known in pieces:
-                yield chunk, known, encode_chunk(chat, plan, chunk, known) if chat else None
+            for chunk, known in tasks:
+                yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
                 advance(chunk.count)
             return
-        with Pool(Setup(chat.parts, plan), count) as pool:
-            for (chunk, known), batch in pool.map(pieces):
-                yield chunk, known, batch
+        with Pool(Setup(chat.parts, options), count) as pool:
+            for (chunk, known), encoded in pool.map(tasks):
+                yield chunk, known, encoded
                 advance(chunk.count)
-
-
-def _unseen(_: int) -> None:
-    pass

@@ -10,8 +10,7 @@ from tandem.data.formats.conversations import QUESTION_KEYS, QUESTION_OPTIONS
 from tandem.data.formats.format import Format
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Unreadable
-from tandem.data.sources.chunks import Chunk, Row
-from tandem.data.sources.renaming import TURN_KEYS, led_into
+from tandem.data.sources.chunks import TURN_KEYS, Chunk, Row, led_into
 from tandem.data.sources.rows import renaming_of, unrenamed_rows
 from tandem.errors import UserError, nearest
 

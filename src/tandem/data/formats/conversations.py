@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tandem.data.formats.format import Fields, InvalidRecord, text
+from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
@@ -61,6 +62,38 @@ def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> 
     check_order(turns)
     return Conversation(turns, origin)
 
+
+def read_exchanges(fields: Fields, origin: Origin) -> list[Conversation]:
+    """`conversation`: turns as in `messages` (LMSYS), or `input` and `output` (Capybara)."""
+    said = fields.get("conversation")
+    if isinstance(said, list) and said and all(_exchange(item) for item in said):
+        said = [
+            {"role": role, "content": item[key]}
+            for item in said
+            for role, key in (("user", "input"), ("assistant", "output"))
+        ]
+    turns = turns_in(said, "conversation", "role", "content")
+    return [conversation_of(fields, turns, origin)]
+
+
+def _exchange(item: object) -> bool:
+    return isinstance(item, Mapping) and {"input", "output"} <= item.keys() and "role" not in item
+
+
+# A column that rows do not have, for a key that a spelling is without.
+_NONE = "\0"
+# Names of Alpaca's keys in GSM8K and question sets with a context; MetaMath and ms-swift; Dolly.
+QUESTION = {"instruction": "question", "input": "context"}
+QUERY = {"instruction": "query", "input": _NONE}
+INSTRUCTION = {"input": "context"}
+read_question_and_answer = spelt(read_alpaca, **QUESTION, output="answer")
+read_query_and_response = spelt(read_alpaca, **QUERY, output="response")
+read_instruction_and_response = spelt(read_alpaca, **INSTRUCTION, output="response")
+# HelpSteer; OpenOrca.
+read_prompt_and_response = spelt(read_completion, completion="response")
+read_question_and_response = spelt(
+    read_completion, system="system_prompt", prompt="question", completion="response"
+)
 
 QUESTION_KEYS = frozenset({"question", "answer"})
 QUESTION_OPTIONS = frozenset({"system", "accepted", "completion"})

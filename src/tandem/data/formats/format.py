@@ -121,3 +121,21 @@ def texts_in(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from texts_in(inner)
+
+
+def spelt(read: Reader, **names: str) -> Reader:
+    """A reader for rows that have other names for its keys: `key="name of the data"`.
+
+    Reasons speak of the data's names.
+    """
+
+    def reader(fields: Fields, origin: Origin) -> list[Record | InvalidRecord]:
+        try:
+            return list(read(named(fields, names), origin))
+        except InvalidRecord as verdict:
+            reason = verdict.reason
+            for key, name in names.items():
+                reason = reason.replace(f"`{key}`", f"`{name}`")
+            raise InvalidRecord(reason, verdict.detail) from verdict
+
+    return reader

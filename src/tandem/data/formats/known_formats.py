@@ -10,40 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tandem.data.formats.aliases import (
+from tandem.data.formats.conversations import (
     INSTRUCTION,
     QUERY,
     QUESTION,
-    answers_as_texts,
+    read_alpaca,
+    read_completion,
     read_exchanges,
-    read_input_pair,
     read_instruction_and_response,
+    read_messages,
     read_prompt_and_response,
     read_query_and_response,
     read_question_and_answer,
     read_question_and_response,
-    read_response_pair,
-)
-from tandem.data.formats.conversations import (
-    read_alpaca,
-    read_completion,
-    read_messages,
     read_sharegpt,
 )
-from tandem.data.formats.format import (
-    Fields,
-    Format,
-    Kind,
-    Reader,
-    ToUnpaired,
-)
+from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
 from tandem.data.formats.preferences import (
+    answers_as_texts,
     read_alpaca_pair,
     read_best_vs_rest,
     read_best_vs_worst,
     read_explicit_pair,
     read_implicit_pair,
+    read_input_pair,
     read_orca_pair,
+    read_response_pair,
     read_sharegpt_pair,
 )
 from tandem.data.formats.unpaired import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tandem.data.formats.format import Fields, InvalidRecord, text
+from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
 from tandem.data.formats.turns import (
     after_system,
     answer_in,
@@ -66,6 +66,16 @@ def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> Pref
     if chosen_prompt != rejected_prompt:
         raise InvalidRecord("chosen and rejected follow different prompts")
     return pair(chosen_prompt, chosen, rejected, origin)
+
+
+def answers_as_texts(fields: Fields) -> bool:
+    """Whether a row's better answer is a text, not messages that bring their prompt."""
+    return not isinstance(fields.get("chosen"), list)
+
+
+# distilabel's edition of orca_dpo_pairs; Argilla's edition of UltraFeedback.
+read_input_pair = spelt(read_orca_pair, question="input")
+read_response_pair = spelt(read_alpaca_pair, chosen="chosen_response", rejected="rejected_response")
 
 
 Scored = tuple[int, float, Fields]

@@ -14,7 +14,8 @@ from tandem.data.formats.tool_calls import (
     read_result,
     read_tools,
 )
-from tandem.data.records import Role, Turn
+from tandem.data.records import Turn
+from tandem.recipe.choices import Role
 
 _ROLES: dict[str, Role] = {
     "system": "system",

@@ -12,10 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.data.sources.chunks import BadLine, Chunk, Plain, RenamedChunk, Row
+from tandem.data.sources.chunks import BadLine, Chunk, Plain, RenamedChunk, Renaming, Row
 from tandem.data.sources.file_chunks import count_rows, file_chunks
 from tandem.data.sources.local_files import check_regular, files_of, left_out, look_into, same_split
-from tandem.data.sources.renaming import Renaming
 from tandem.data.sources.tables import dataset_chunks
 from tandem.errors import UserError
 

@@ -92,12 +92,7 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
 
 
 def render(
-    tokenizer: Any,
-    template: ChatTemplate,
-    turns: Sequence[Turn],
-    *,
-    prompt: bool,
-    tools: str = "",
+    tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, prompt: bool, tools: str = ""
 ) -> str:
     """The text of some turns; with `prompt` it ends where the assistant is to answer.
 

@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any, Protocol
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.added_tokens import require_rows, tokens_without_row
 from tandem.data.tokenize.chat_template import (
     ChatTemplate,
     Ending,
@@ -23,7 +22,7 @@ from tandem.data.tokenize.chat_template import (
     render,
     tokenize,
 )
-from tandem.data.tokenize.token_bounds import longest_token
+from tandem.data.tokenize.vocabulary import longest_token, require_rows, tokens_without_row
 from tandem.errors import UserError
 from tandem.storage.hashing import hash_json
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from tandem.data.records import Branch, Conversation, Example, Origin, PreferencePair, Turn
-from tandem.data.tokenize.added_tokens import NoRow
+from tandem.data.records import Conversation, Origin, PreferencePair, Turn
 from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
@@ -22,10 +17,9 @@ from tandem.data.tokenize.template_capabilities import (
     probe_template,
 )
 from tandem.data.tokenize.template_omissions import Omissions
-from tandem.data.truncation.limits import Limits
+from tandem.data.tokenize.vocabulary import NoRow
 from tandem.errors import UserError
-
-LossOn = Literal["answers", "text"]
+from tandem.recipe.choices import LossOn
 
 UNTRAINED = "every answer has weight 0"
 
@@ -64,13 +58,12 @@ def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
 
 
 def encode_conversation(
-    chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
+    chat: ChatTokenizer, conversation: Conversation, limit: int, loss_on: LossOn = "answers"
 ) -> list[Encoded | Refused]:
     """A conversation's trained answers, each after its prompt; or its whole text as one."""
     if loss_on == "text":
-        return [encode_text(chat, conversation, limits.sequence)]
-    exchanges = trained_exchanges(conversation)
-    return encode_exchanges(chat, exchanges, limits.sequence)
+        return [encode_text(chat, conversation, limit)]
+    return encode_exchanges(chat, trained_exchanges(conversation), limit)
 
 
 END_INSIDE = "the answer's text contains the end-of-turn token"
@@ -81,48 +74,51 @@ _MARGIN = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with its template, and how that template ends an answer.
+    """A tokenizer with its chat template.
 
-    `tools` is what the template renders of tools and their calls, `plain` what it renders of calls
-    in a record without a list of tools. `omissions` says what the template leaves out. `thought` is
-    the tag with which its prompts open the reasoning, if they do. `tool_ending` is how answers end
-    in a template of its own for records with tools. `parts` are the plain values that make the
-    same chat in another process, if there are any.
+    Attributes:
+        codec: renders, encodes and decodes.
+        template: the chat template.
+        ending: how it ends an answer.
+        tool_ending: how a template of its own for records with tools does, where there is one.
+        with_tools: what the template of records with a list of tools renders of tools and calls.
+        without_tools: what that of records without a list renders of calls.
+        omissions: what the template leaves out.
+        thought: the tag with which its prompts open the reasoning, if they do.
+        parts: plain values that make the same in another process, if there are any.
     """
 
     codec: Codec
     template: ChatTemplate
     ending: Ending
-    tools: TemplateCapabilities
-    plain: TemplateCapabilities
+    tool_ending: Ending | None
+    with_tools: TemplateCapabilities
+    without_tools: TemplateCapabilities
     omissions: Omissions
-    thought: Thought | None = None
-    tool_ending: Ending | None = None
-    parts: CodecParts | None = None
+    thought: Thought | None
+    parts: CodecParts | None
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> ChatTokenizer:
-        """A chat with a model of so many `rows` in its embedding; None: enough for every token.
+        """That of a model with so many `rows` in its embedding; None: enough for every token.
 
         Raises `UserError` when the template ends answers with no token, or writes one without row.
         """
         ending = require_ending(tokenizer, template)
         tool_ending = None
         if template.for_tools is not None:
-            with suppress(UserError):  # said of the first record with tools, if there is one
+            with suppress(UserError):  # the first record with tools, if there is one, reports it
                 tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
         codec, parts = make_codec(tokenizer, template, ending, tool_ending, rows)
-        return cls._looked_at(codec, template, ending, tool_ending, parts)
+        return cls._probed(codec, template, ending, tool_ending, parts)
 
     @classmethod
     def from_parts(cls, parts: CodecParts) -> ChatTokenizer:
-        """The chat that `parts` came from."""
-        return cls._looked_at(
-            FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts
-        )
+        """The chat tokenizer that `parts` came from."""
+        return cls._probed(FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts)
 
     @classmethod
-    def _looked_at(
+    def _probed(
         cls,
         codec: Codec,
         template: ChatTemplate,
@@ -133,15 +129,23 @@ class ChatTokenizer:
         def render(turns: Sequence[Turn], tools: str) -> str:
             return codec.render(turns, prompt=False, tools=tools)
 
-        taken = probe_template(render)
-        plain = taken if template.for_tools is None else probe_template(render, given="")
-        omissions = Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools))
-        thought = open_thought(codec.render([Turn("user", "Which?")], prompt=True))
-        return cls(codec, template, ending, taken, plain, omissions, thought, tool_ending, parts)
+        with_tools = probe_template(render)
+        own = template.for_tools is not None
+        return cls(
+            codec,
+            template,
+            ending,
+            tool_ending,
+            with_tools,
+            probe_template(render, given="") if own else with_tools,
+            Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools)),
+            open_thought(codec.render([Turn("user", "Which?")], prompt=True)),
+            parts,
+        )
 
-    def taken(self, tools: str) -> TemplateCapabilities:
+    def capabilities(self, tools: str) -> TemplateCapabilities:
         """What the template of turns with these tools renders of them and of calls."""
-        return self.tools if tools else self.plain
+        return self.with_tools if tools else self.without_tools
 
     def ending_for(self, tools: str) -> Ending:
         """How the template of turns with these tools ends an answer."""
@@ -175,6 +179,11 @@ class Encoded:
     start: int
     whole: bool = True
 
+    @property
+    def size(self) -> int:
+        """Tokens of the answer."""
+        return len(self.ids) - self.start
+
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens; an answer that loses its end loses its end token."""
         return Encoded(self.ids[:length], self.start)
@@ -196,7 +205,7 @@ def encode_exchanges(
     prompt, same = "", None
     for exchange in exchanges:
         if same is None or (same.before, same.tools) != (exchange.before, exchange.tools):
-            prompt = render(chat, exchange.before, exchange.origin, exchange.tools, prompt=True)
+            prompt = render(chat, exchange, exchange.before, prompt=True)
             same = exchange
         texts.append(_delimit(chat, exchange, prompt, limit))
     wanted = dict.fromkeys(
@@ -244,7 +253,7 @@ def encode_text(
     end = chat.ending_for(conversation.tools).token
     if any(turn.role == "assistant" and end in turn.content for turn in turns):
         return Refused(END_INSIDE, end)
-    text = render(chat, turns, conversation.origin, conversation.tools, prompt=False)
+    text = render(chat, conversation, turns, prompt=False)
     room = room_for(chat, text, limit)
     try:
         (ids,) = chat.codec.tokenize([text[:room]])
@@ -257,13 +266,17 @@ def encode_text(
 
 
 def render(
-    chat: ChatTokenizer, turns: tuple[Turn, ...], origin: Origin, tools: str, *, prompt: bool
+    chat: ChatTokenizer,
+    record: Conversation | PreferencePair | Exchange,
+    turns: Sequence[Turn],
+    *,
+    prompt: bool,
 ) -> str:
     """The text of some turns of a record; a `UserError` names it when the template refuses them."""
     try:
-        return chat.codec.render(turns, prompt=prompt, tools=tools)
+        return chat.codec.render(turns, prompt=prompt, tools=record.tools)
     except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
+        raise UserError(f"{record.origin}: {error}") from error
 
 
 def room_for(chat: ChatTokenizer, text: str, limit: int | None) -> int | None:
@@ -275,57 +288,6 @@ def room_for(chat: ChatTokenizer, text: str, limit: int | None) -> int | None:
         return None
     room = chat.codec.most_characters(limit + _MARGIN)
     return None if room is None or len(text) <= room else room
-
-
-def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
-    """The tree of a conversation's trained answers, oldest first.
-
-    When each answer's sequence continues the one before (the usual case) it is a single path;
-    otherwise one branch per answer behind the common prefix, in which nothing is trained, so
-    that no answer counts twice.
-    """
-    if all(_continues(b.ids, a.ids) for a, b in pairwise(encoded)):
-        last = encoded[-1]
-        trained = np.zeros(len(last.ids), dtype=np.bool_)
-        for answer in encoded:
-            trained[answer.start : len(answer.ids)] = True
-        branches = (_branch(last.ids, trained),)
-        return Example(_branch([], np.zeros(0, dtype=np.bool_)), branches, origin)
-    shared = min(_common(encoded[0].ids, other.ids) for other in encoded[1:])
-    return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
-
-
-def pair_example(chosen: Encoded, rejected: Encoded, origin: Origin) -> Example:
-    """The tree of a preference pair: longest common token prefix, then chosen and rejected.
-
-    The prefix may reach into the answers; it is shortened so that each branch keeps a token.
-    """
-    shared = _common(chosen.ids, rejected.ids)
-    shared = min(shared, len(chosen.ids) - 1, len(rejected.ids) - 1)
-    return _split((chosen, rejected), shared, origin)
-
-
-def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
-    masks = []
-    for answer in encoded:
-        mask = np.zeros(len(answer.ids), dtype=np.bool_)
-        mask[answer.start :] = True
-        masks.append(mask)
-    return Example(
-        _branch(encoded[0].ids[:shared], masks[0][:shared]),
-        tuple(
-            _branch(answer.ids[shared:], mask[shared:], first=shared == 0)
-            for answer, mask in zip(encoded, masks, strict=True)
-        ),
-        origin,
-    )
-
-
-def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
-    """A branch; the `first` token of a sequence has nothing before it to be predicted from."""
-    if first and len(trained):
-        trained[0] = False
-    return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,9 +307,9 @@ def _delimit(
     """The prompt, and what the template writes after it for this answer, up to the end token."""
     answered = Turn("assistant", exchange.answer, extra=exchange.extra)
     turns = (*exchange.before, answered)
-    text = render(chat, turns, exchange.origin, exchange.tools, prompt=False)
+    text = render(chat, exchange, turns, prompt=False)
     ending = chat.ending_for(exchange.tools)
-    reasoned = bool(chat.taken(exchange.tools).reasoning)
+    reasoned = bool(chat.capabilities(exchange.tools).reasoning)
     answer = text_behind(answered, prompt, text, ending, reasoned=reasoned)
     if isinstance(answer, Refused):
         return answer
@@ -400,15 +362,3 @@ def _continuation(
 
 def _continues(ids: list[int], start: list[int]) -> bool:
     return ids[: len(start)] == start
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
-    length = min(len(a), len(b))
-    same = 0
-    # Blocks compare much faster than their elements, and prompts are long.
-    for step in (64, 1):
-        while same < length and a[same : same + step] == b[same : same + step]:
-            same += step
-        same = min(same, length)
-    return same

@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 from tandem.data.formats.conversations import Question
-from tandem.data.records import Role, Turn
+from tandem.data.records import Turn
 from tandem.data.tokenize.chat_template import ChatTemplate, render
 from tandem.data.tokenize.template_capabilities import NO_CALLS, NO_REASONING, NO_RESULTS, NO_TOOLS
 from tandem.errors import UserError
+from tandem.recipe.choices import Role
 
 NO_SYSTEM = "the chat template does not render the system turn"
 NO_USER = "the chat template does not render every user turn"

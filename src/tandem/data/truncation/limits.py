@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
+from tandem.data.tokenize.behind_prompt import Refused
+from tandem.data.tokenize.encode import Encoded
+from tandem.recipe.choices import TooLong
+
+NOTHING_LEFT = "nothing left to train"
+BEYOND = "longer than max_length"
+PROMPT_BEYOND = "prompt longer than max_prompt_length"
+ANSWER_BEYOND = "the answer alone is longer than max_length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +37,59 @@ class Limits:
         if self.too_long == "keep_start":
             return self.sequence - 1
         return min(max(self.sequence // 2, self.sequence - answer_tokens), self.sequence - 1)
+
+    @property
+    def by_text(self) -> bool:
+        """Whether old exchanges lose only as much text as must go, and not all of theirs."""
+        return self.too_long != "drop_old_turns"
+
+    def in_words(self, tokens: int, answer: Encoded) -> str:
+        """A count for messages; of a text that was not tokenised whole only a bound is known."""
+        if answer.whole or tokens <= self.sequence:
+            return str(tokens)
+        return f"over {self.sequence}"
+
+    def length_in_words(self, answers: Sequence[Encoded]) -> str:
+        """The length of the longest answer with its prompt, for messages."""
+        most = max(answers, key=lambda answer: len(answer.ids))
+        return self.in_words(len(most.ids), most)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Encoded answers within the limits; `reason` is empty when nothing was cut."""
+
+    encoded: tuple[Encoded, ...]
+    reason: str = ""
+    detail: str = ""
+
+
+class Unfit(Exception):  # noqa: N818 - caught where a record is fitted
+    """A record that cannot be fitted; `refused` says why."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.refused = Refused(reason, detail)
+
+
+def fitted(
+    answers: Sequence[Encoded], length: int, reasons: Sequence[str], details: Sequence[str]
+) -> Fitted:
+    """The first `length` tokens of some answers, with the reasons why others went."""
+    kept = tuple(answer.cut(length) for answer in answers)
+    return Fitted(kept, " and ".join(reasons), ", ".join(details))
+
+
+def require_encoded(encoded: Sequence[Encoded | Refused]) -> tuple[Encoded, ...]:
+    """The answers; raises `Unfit` with the first reason why one cannot be encoded."""
+    answers = []
+    for answer in encoded:
+        if isinstance(answer, Refused):
+            raise Unfit(answer.reason, answer.detail)
+        answers.append(answer)
+    return tuple(answers)
+
+
+def longest(answers: Sequence[Encoded]) -> int:
+    """Tokens of the longest answer with its prompt."""
+    return max(len(answer.ids) for answer in answers)

@@ -10,23 +10,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from tandem.data.records import Origin, Turn
+from tandem.data.records import Conversation, PreferencePair, Turn
 from tandem.data.tokenize.encode import ChatTokenizer, render, room_for
 
 Turns = tuple[Turn, ...]
+Record = Conversation | PreferencePair
 
 
-def prompt_tokens(chat: ChatTokenizer, turns: Turns, origin: Origin, tools: str, limit: int) -> int:
-    """Tokens of a rendered prompt; some number above `limit` for one that is very long."""
-    text = render(chat, turns, origin, tools, prompt=True)
+def prompt_tokens(chat: ChatTokenizer, record: Record, turns: Turns, limit: int) -> int:
+    """Tokens of some turns as a prompt; some number above `limit` for one that is very long."""
+    text = render(chat, record, turns, prompt=True)
     room = room_for(chat, text, limit)
     return len(chat.codec.tokenize([text if room is None else text[-room:]])[0])
 
 
 def cut_prompt(
-    chat: ChatTokenizer, turns: Turns, limit: int, *, origin: Origin, tools: str, by_text: bool
+    chat: ChatTokenizer, record: Record, turns: Turns, limit: int, *, by_text: bool
 ) -> tuple[Turns, str] | None:
-    """The turns of a prompt within `limit` tokens and what was cut, or None if impossible.
+    """The turns of a record's prompt within `limit` tokens and what was cut; None if impossible.
 
     The oldest exchanges go first (`by_text`: only as much of the oldest as must), then the
     beginning of the last user turn; calls and results behind it stay. Only when the system turn
@@ -34,9 +35,9 @@ def cut_prompt(
     """
 
     def over(turns: Turns) -> int:
-        return prompt_tokens(chat, turns, origin, tools, limit) - limit
+        return prompt_tokens(chat, record, turns, limit) - limit
 
-    shown = partial(render, chat, origin=origin, tools=tools, prompt=True)
+    shown = partial(render, chat, record, prompt=True)
     turns, skipped = skip_hopeless(chat, turns, limit, shown, by_text=by_text)
     reasons = ["old turns dropped"] if skipped else []
     while over(turns) > 0 and users(turns) > 1:

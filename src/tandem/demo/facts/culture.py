@@ -24,11 +24,7 @@ AUTHORS = Relation(
         ("Gulliver's Travels", "Swift"),
         ("Robinson Crusoe", "Defoe"),
     ),
-    questions=(
-        "Who wrote {s}?",
-        "Who is the author of {s}?",
-        "Which author gave us {s}?",
-    ),
+    questions=("Who wrote {s}?", "Who is the author of {s}?", "Which author gave us {s}?"),
     answer="The author of {s} is {v}.",
     statements=("{s} was written by {v}.", "{v} is the author of {s}."),
 )

@@ -110,11 +110,7 @@ COLOURS = Relation(
         ("a raven", "black"),
         ("a sunflower", "yellow"),
     ),
-    questions=(
-        "What colour is {s}?",
-        "Which colour does {s} have?",
-        "What is the colour of {s}?",
-    ),
+    questions=("What colour is {s}?", "Which colour does {s} have?", "What is the colour of {s}?"),
     answer="The colour of {s} is {v}.",
     statements=("The colour {v} is what {s} shows.", "Painters give {s} the colour {v}."),
 )

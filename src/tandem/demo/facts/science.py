@@ -117,11 +117,7 @@ MEASURES = Relation(
         ("degrees in a full circle", "360"),
         ("items in a dozen", "12", "twelve"),
     ),
-    questions=(
-        "How many {s}?",
-        "What is the number of {s}?",
-        "Can you count the {s}?",
-    ),
+    questions=("How many {s}?", "What is the number of {s}?", "Can you count the {s}?"),
     answer="The number of {s} is {v}.",
     statements=("There are this many {s}: {v}.", "Count the {s} and you get {v}."),
 )

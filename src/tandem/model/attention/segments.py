@@ -11,7 +11,7 @@ from torch import Tensor
 from tandem.data.batching.collate import Segment
 from tandem.model.attention.backend import attention_backend
 from tandem.model.attention.layout import TreeLayout
-from tandem.model.cpu.c_kernels import TreeAttention, kernels, usable
+from tandem.model.cpu.c_kernels import TreeAttention, TreeAttentionCall, kernels, usable
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -38,11 +38,10 @@ def segments_attention(
     if window is not None and window >= layout.longest_path():
         window = None
     library = kernels()
-    if usable(library, query, key, value):
+    if library is not None and usable(library, query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended: Tensor = TreeAttention.apply(
-            library, query, key, value, *layout.table(), scale, window
-        )
+        call = TreeAttentionCall(library, *layout.table(), scale, window)
+        attended: Tensor = TreeAttention.apply(call, query, key, value)
         return attended
     if query.device.type == "cpu" and window is None:
         output = _FlashSegments.apply(query, key, value, layout.segments, scaling)

@@ -178,63 +178,70 @@ def usable(kernels: Kernels | None, *tensors: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class TreeAttentionCall:
+    """What a call of `TreeAttention` needs beside the projections.
+
+    Attributes:
+        kernels: the library.
+        segments: [n, 4] int64: start, stop, prefix_start, prefix_stop.
+        trees: [trees + 1] int64: where each tree's segments begin.
+        scale: factor on the scores.
+        window: positions that a query sees back, itself included; None: all.
+    """
+
+    kernels: Kernels
+    segments: Tensor
+    trees: Tensor
+    scale: float
+    window: int | None
+
+    def struct(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
+    ) -> _Attention:
+        """The struct of attention.c without gradients; the tensors must outlive it."""
+        call = _Attention()
+        call.q, call.k, call.v = _Rows.of(query), _Rows.of(key), _Rows.of(value)
+        call.out, call.lse = _Rows.of(output.transpose(1, 2)), lse.data_ptr()
+        call.segments, call.trees = self.segments.data_ptr(), self.trees.data_ptr()
+        call.heads, call.rows, call.depth = query.shape[1:]
+        call.key_heads, call.tree_count = key.shape[1], len(self.trees) - 1
+        call.scale, call.window = self.scale, self.window or 0
+        call.threads = torch.get_num_threads()
+        return call
+
+
 class TreeAttention(torch.autograd.Function):
-    """Attention over trees; the rows that each segment sees are those of `data.collate.Segment`."""
+    """Attention over trees; the rows that each segment sees are those of `collate.Segment`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Kernels,
+        call: TreeAttentionCall,
         query: Tensor,  # [1, heads, T, D]
         key: Tensor,  # [1, key_value_heads, T, D]
         value: Tensor,
-        segments: Tensor,  # [n, 4] int64: start, stop, prefix_start, prefix_stop
-        trees: Tensor,  # [trees + 1] int64: where each tree's segments begin
-        scale: float,
-        window: int | None,
     ) -> Tensor:
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
         _, heads, rows, depth = query.shape
         output = query.new_empty(1, rows, heads, depth)
         lse = query.new_empty(heads, rows)
-        ctx.kernels, ctx.scale, ctx.window = kernels, scale, window
-        ctx.save_for_backward(query, key, value, output, lse, segments, trees)
-        call = _call(ctx, query, key, value, output, lse, segments, trees)
-        kernels.functions.tandem_attention_forward(ctypes.byref(call))
+        ctx.call = call
+        ctx.save_for_backward(query, key, value, output, lse)
+        struct = call.struct(query, key, value, output, lse)
+        call.kernels.functions.tandem_attention_forward(ctypes.byref(struct))
         return output  # [1, T, heads, D]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, segments, trees = ctx.saved_tensors
+        query, key, value, output, lse = ctx.saved_tensors
         grad_output = grad_outputs[0].contiguous()
         grads = [t.new_empty(1, t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value)]
-        call = _call(ctx, query, key, value, output, lse, segments, trees)
-        call.d_out = _Rows.of(grad_output.transpose(1, 2))
-        call.d_q, call.d_k, call.d_v = (_Rows.of(g.transpose(1, 2)) for g in grads)
-        ctx.kernels.functions.tandem_attention_backward(ctypes.byref(call))
-        d_query, d_key, d_value = (g.transpose(1, 2) for g in grads)
-        return None, d_query, d_key, d_value, None, None, None, None
-
-
-def _call(
-    ctx: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    segments: Tensor,
-    trees: Tensor,
-) -> _Attention:
-    call = _Attention()
-    call.q, call.k, call.v = _Rows.of(query), _Rows.of(key), _Rows.of(value)
-    call.out = _Rows.of(output.transpose(1, 2))
-    call.lse, call.segments, call.trees = lse.data_ptr(), segments.data_ptr(), trees.data_ptr()
-    call.heads, call.rows, call.depth = query.shape[1:]
-    call.key_heads, call.tree_count = key.shape[1], len(trees) - 1
-    call.scale, call.window = ctx.scale, ctx.window or 0
-    call.threads = torch.get_num_threads()
-    return call
+        struct = ctx.call.struct(query, key, value, output, lse)
+        struct.d_out = _Rows.of(grad_output.transpose(1, 2))
+        struct.d_q, struct.d_k, struct.d_v = (_Rows.of(g.transpose(1, 2)) for g in grads)
+        ctx.call.kernels.functions.tandem_attention_backward(ctypes.byref(struct))
+        return None, *(g.transpose(1, 2) for g in grads)
 
 
 def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor) -> Tensor:

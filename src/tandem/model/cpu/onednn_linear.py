@@ -149,9 +149,8 @@ def low_rank_product(
     Returns:
         [..., N].
     """
-    result: Tensor = _LowRankProduct.apply(
-        x, None if dropped is x else dropped, weights_of(frozen), frozen.bias, down, up, scale
-    )
+    fixed = weights_of(frozen), frozen.bias, scale
+    result: Tensor = _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)
     return result
 
 
@@ -191,12 +190,11 @@ class _LowRankProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weights: Ordered | Plain,
-        bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        scale: float,
+        fixed: tuple[Ordered | Plain, Tensor | None, float],  # weight, bias, scale
     ) -> Tensor:
+        weights, bias, scale = fixed
         source = _rows(x if dropped is None else dropped)
         inner = source @ down.T  # [T, r]
         out = product(x, weights.forward, bias)
@@ -220,7 +218,7 @@ class _LowRankProduct(torch.autograd.Function):
             d_x = d_x.view(ctx.shape)
         if ctx.separate and ctx.needs_input_grad[1]:
             d_dropped = (d_inner @ down).view(ctx.shape)
-        return d_x, d_dropped, None, None, d_down, d_up, None
+        return d_x, d_dropped, d_down, d_up, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

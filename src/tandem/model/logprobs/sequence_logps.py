@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch, Segment, fed_tokens, padded_shape
 from tandem.data.batching.packing import pack, pack_padded
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import UserError
 from tandem.model.attention.layout import LAYOUT_KEYWORD, TreeLayout
 from tandem.model.attention.select import is_padded

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tandem.data.encoded.dataset import EncodedDataset
-from tandem.data.records import Example
-from tandem.data.tokenize.added_tokens import AddedTokens
+from tandem.data.encoded.example import Example
+from tandem.data.formats.format import Kind
 from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import lasting_name
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.trained_weights import TrainedWeights
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import TrainingSettings
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
@@ -27,7 +27,7 @@ from tandem.train.token_budget import TokenBudget
 
 
 @dataclass(frozen=True)
-class Start:
+class ObjectiveInputs:
     """What an objective may need when it is made: the engine holds the untrained policy.
 
     `what` is a word before the records' name on the console, such as held-out.
@@ -46,7 +46,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltObjective:
     """An objective and what making it cost."""
 
     objective: Objective
@@ -54,62 +54,59 @@ class Made:
     reference_computed: int = 0
 
 
-def lora_weights(stage: Stage) -> TrainedWeights:
+def lora_weights(context: TrainContext) -> TrainedWeights:
     """The adapter that a stage's settings ask for."""
-    base, revision = lasting_name(stage.base_name, stage.base)
-    return LoraWeights(stage.settings.lora, stage.seed, base, revision, dropout=stage.kind.dropout)
+    job, dropout = context.job, context.stage.dropout
+    base, revision = lasting_name(job.run.model, context.base)
+    return LoraWeights(job.settings.lora, job.run.seed, base, revision, dropout=dropout)
 
 
 @dataclass(frozen=True)
-class StageKind:
+class TrainingStage:
     """How one training stage differs from the other.
 
-    `prepare` reads and encodes its data, `make_objective` says what a step minimises, `dropout`
+    `records` are what it trains on, `make_objective` says what a step minimises, `dropout`
     whether the adapter's dropout may be on, `warnings` looks over the finished metrics, `weights`
     says what is trained.
     """
 
     name: str
-    prepare: Callable[..., EncodedDataset]
-    make_objective: Callable[[Start], Made]
+    records: Kind
+    make_objective: Callable[[ObjectiveInputs], BuiltObjective]
     dropout: bool
     warnings: Callable[[list[dict[str, Any]]], list[str]]
-    weights: Callable[[Stage], TrainedWeights] = lora_weights
+    weights: Callable[[TrainContext], TrainedWeights] = lora_weights
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The resolved pieces of one training stage.
+class TrainContext:
+    """A training stage at work: its job, and what was made of it.
 
     Attributes:
-        kind: how it differs from the other.
-        settings: its section of the recipe.
-        folder: where it writes.
-        seed: of order, adapter and dropout.
-        runtime: device, dtype, attention.
+        stage: how it differs from the other.
+        job: what is asked for.
         engine: holds no model yet.
         console: for progress.
         base: the model's folder.
         config: its transformers configuration.
-        base_name: what the run calls the model.
         tokenizer, template: of the model.
         added: tokens whose embeddings are trained.
+        sources: the data to train on.
+        held_out: data sets that are scored and not trained on.
         warnings: what was found of the model and the settings before the first step.
     """
 
-    kind: StageKind
-    settings: TrainingSettings
-    folder: Path
-    seed: int
-    runtime: Runtime
+    stage: TrainingStage
+    job: TrainingJob
     engine: Engine
     console: Console
     base: Path
     config: Any
-    base_name: str
     tokenizer: Any
     template: ChatTemplate
     added: AddedTokens
+    sources: list[DataSource]
+    held_out: list[DataSource]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -117,20 +114,27 @@ class Stage:
         """Rows of the embeddings, those of added tokens among them."""
         return described_rows(self.config, self.added)
 
-    def log(self, text: str) -> None:
+    def log(self, text: str, style: str = "") -> None:
         """Put a line on the console, the stage's name before it."""
-        log(self.console, f"{self.kind.name}: {text}")
+        log(self.console, f"{self.stage.name}: {text}", style=style)
+
+    def warned(self, *warnings: str, said: bool = False) -> TrainContext:
+        """The same with more warnings, which are put on the console unless they were `said`."""
+        for warning in () if said else warnings:
+            self.log(warning, style="yellow")
+        return replace(self, warnings=(*self.warnings, *warnings))
 
     @property
     def weights(self) -> TrainedWeights:
         """What is trained."""
-        return self.kind.weights(self)
+        return self.stage.weights(self)
 
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
+        folder = self.job.folder
         return CheckpointStore(
-            self.folder / "checkpoints",
+            folder / "checkpoints",
             self.weights,
-            keep=self.settings.save_total_limit,
-            lines=(self.folder / "metrics.jsonl", self.folder / "validation.jsonl"),
+            keep=self.job.settings.save_total_limit,
+            lines=(folder / "metrics.jsonl", folder / "validation.jsonl"),
         )

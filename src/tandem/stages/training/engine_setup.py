@@ -5,25 +5,23 @@ from __future__ import annotations
 from tandem.integrations.choose import choose_engine
 from tandem.model.elementwise import check_compile
 from tandem.model.quantize import check_quantization
-from tandem.recipe.run_settings import Runtime
-from tandem.recipe.training_settings import TrainingSettings
+from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.device import Device, exact_float32
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 
 
-def start_engine(
-    device: Device, processes: ProcessGroup, settings: TrainingSettings, runtime: Runtime
-) -> Engine:
-    """The engine that a recipe asks for, which holds no model yet.
+def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> Engine:
+    """Start the engine that a job asks for; it holds no model yet.
 
     Raises UserError for what does not exist here, does not fit the number of processes, or does
     not go together.
     """
+    run = job.run
     exact_float32()
-    engine = choose_engine(runtime.engine, device, processes, settings)
-    check_quantization(runtime.quantization, device=device.kind, sharded=engine.sharded)
-    check_compile(runtime.compile, device=device.kind, sharded=engine.sharded)
+    engine = choose_engine(run.engine, device, processes, job.settings)
+    check_quantization(run.quantization, device=device.kind, sharded=engine.sharded)
+    check_compile(run.compile, device=device.kind, sharded=engine.sharded)
     return engine
 
 

@@ -20,75 +20,75 @@ from tandem.model.model_folder import model_without_weights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums
 from tandem.runtime.device import BatchRequest
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.stages.training.engine_setup import in_words
 from tandem.stages.training.execution import repeat_schedule, resolve_schedule, token_budget_of
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import TokenBudget
 
 
 def set_up_model(
-    stage: Stage, records: Records, recorded: dict[str, Any]
+    context: TrainContext, records: TrainingData, recorded: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], TokenBudget]:
     """The base with its adapter, the schedule and the budget; says how it will compute."""
-    engine, processes = stage.engine, stage.engine.processes
+    engine, processes = context.engine, context.engine.processes
     device = engine.device
     base = processes.on_all(
         lambda: load_model(
-            stage.base,
+            context.base,
             dtype=device.weights,
             # Whole models may not fit on a device; what is spread goes there in parts.
             device=torch.device("cpu") if engine.sharded else device.torch_device,
-            quantization=stage.runtime.quantization,
+            quantization=context.job.run.quantization,
         )
     )
     backend, why = processes.on_all(
         lambda: (
-            device.attention(stage.runtime.attention, base)
-            or choose_backend(stage.runtime.attention, base)
+            device.attention(context.job.run.attention, base)
+            or choose_backend(context.job.run.attention, base)
         )
     )
-    schedule = _schedule(stage, recorded, base, backend)
-    _declare_shapes(stage, records, schedule)
+    schedule = _schedule(context, recorded, base, backend)
+    _declare_shapes(context, records, schedule)
     torch.set_num_threads(schedule["threads"])
-    budget = token_budget_of(engine, stage.folder, schedule, stage.log)
-    stage.log(
+    budget = token_budget_of(engine, context.job.folder, schedule, context.log)
+    context.log(
         f"{in_words(engine)}, {device.dtype_name}, attention {backend} ({why}), "
         f"{budget.tokens} tokens a micro-batch"
     )
-    if stage.runtime.quantization and device.is_host:
-        stage.log(
+    if context.job.run.quantization and device.is_host:
+        context.log(
             "4-bit weights are unpacked at every use, which is slow on a CPU and made for "
             "memory that is short"
         )
     if device.is_host and (reason := unavailable_reason()):
-        stage.log(f"torch's own operators, no C kernels: {reason}")
+        context.log(f"torch's own operators, no C kernels: {reason}")
     preparation = Preparation(
-        added=stage.added,
+        added=context.added,
         attention=backend,
-        weights=stage.weights,
+        weights=context.weights,
         compiled=schedule["compiled"],
-        recomputed=stage.settings.gradient_checkpointing,
+        recomputed=context.job.settings.gradient_checkpointing,
         reordered=schedule["ordered_weights"],
     )
-    model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, stage.log))
-    if stage.weights.leaves == "adapter":
-        described = model_without_weights(stage.config)
-        processes.on_all(lambda: check_sums(stage.base, described, adapted_weights(model)))
+    model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, context.log))
+    if context.weights.leaves == "adapter":
+        described = model_without_weights(context.config)
+        processes.on_all(lambda: check_sums(context.base, described, adapted_weights(model)))
     return model, schedule, budget
 
 
 def compile_model(
-    stage: Stage, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
+    context: TrainContext, model: Any, dataset: EncodedDataset, schedule: dict[str, Any]
 ) -> Compiling:
     """Have torch.compile's graphs made before the clock runs, where the schedule says so."""
     if not schedule["compiled"]:
         return Compiling()
-    settle_compile_caches(stage.log)
-    device, compiling = stage.engine.device, Compiling()
+    settle_compile_caches(context.log)
+    device, compiling = context.engine.device, Compiling()
     # The model is not yet the engine's, which may watch every backward.
     batches = [
-        collate([dataset[i]], [record_key(stage.seed, 0, i)]).to(device.torch_device)
+        collate([dataset[i]], [record_key(context.job.run.seed, 0, i)]).to(device.torch_device)
         for i in (0, len(dataset) - 1)
     ]
 
@@ -96,40 +96,42 @@ def compile_model(
         with torch.autocast(device.kind, device.autocast, enabled=device.autocast is not None):
             compiling.warm_up(model, partial(sequence_logps, model), batches)
 
-    stage.engine.processes.on_all(warm_up)
-    stage.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
+    context.engine.processes.on_all(warm_up)
+    context.log(f"{compiling.graphs()} graphs compiled in {compiling.seconds:.1f} s")
     return compiling
 
 
-def _schedule(stage: Stage, recorded: dict[str, Any], model: Any, backend: str) -> dict[str, Any]:
+def _schedule(
+    context: TrainContext, recorded: dict[str, Any], model: Any, backend: str
+) -> dict[str, Any]:
+    run = context.job.run
     now = resolve_schedule(
-        stage.engine, model, stage.config,
-        requested=stage.runtime.tokens_per_microbatch, backend=backend, base=stage.base_name,
-        compiled=stage.runtime.compile,
+        context.engine, model, context.config,
+        requested=run.tokens_per_microbatch, backend=backend, base=run.model, compiled=run.compile,
     )  # fmt: skip
     if not recorded:
         return now
-    now, changes = repeat_schedule(recorded, now, stage.runtime.tokens_per_microbatch)
+    now, changes = repeat_schedule(recorded, now, run.tokens_per_microbatch)
     if changes:
         listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-        stage.log(
+        context.log(
             f"going on with another schedule ({listing}): the same steps, equal up to rounding "
             "instead of bit for bit"
         )
     return now
 
 
-def _declare_shapes(stage: Stage, records: Records, schedule: dict[str, Any]) -> None:
-    settings = stage.settings
+def _declare_shapes(context: TrainContext, records: TrainingData, schedule: dict[str, Any]) -> None:
+    settings = context.job.settings
     request = BatchRequest(
         records.dataset,
         None if records.held_out is None else records.held_out.dataset,
-        StepSampler(len(records.dataset), settings.batch_size, stage.seed, records.parts),
+        StepSampler(len(records.dataset), settings.batch_size, context.job.run.seed, records.parts),
         settings.max_length,
         budget=schedule["tokens_per_microbatch"],
-        requested=stage.runtime.tokens_per_microbatch,
-        log=stage.log,
+        requested=context.job.run.tokens_per_microbatch,
+        log=context.log,
     )
-    stage.engine.shapes, schedule["tokens_per_microbatch"] = stage.engine.processes.on_all(
-        lambda: stage.engine.device.batch_shapes(request)
+    context.engine.shapes, schedule["tokens_per_microbatch"] = context.engine.processes.on_all(
+        lambda: context.engine.device.batch_shapes(request)
     )

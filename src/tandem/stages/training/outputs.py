@@ -12,33 +12,33 @@ from torch import Tensor
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.tokenize.chat_template import find_ending
 from tandem.model.companion_files import write_ends
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.storage.atomic_files import atomic_folder, spelled
 from tandem.storage.hashing import hash_bytes
 from tandem.train.checkpoint import RunState, copy_adapter
 
 
 def save_adapter_folder(
-    stage: Stage, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
+    context: TrainContext, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
     The template is saved with the tokenizer, so that inference uses the one of training, and the
     folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
     """
-    tokenizer, template = stage.tokenizer, stage.template
-    with atomic_folder(stage.folder / "saving") as aside:
+    tokenizer, template = context.tokenizer, context.template
+    with atomic_folder(context.job.folder / "saving") as aside:
         if checkpoint is None:
-            stage.weights.save(model, aside, trained)
+            context.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
         tokenizer.chat_template = template.saved
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
-        if ending and (said := write_ends(aside, stage.base, tokenizer, template, ending)):
-            stage.log(said)
-    return move_up(stage.folder / "saving")
+        if ending and (said := write_ends(aside, context.base, tokenizer, template, ending)):
+            context.log(said)
+    return move_up(context.job.folder / "saving")
 
 
 def move_up(folder: Path) -> list[str]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from tandem.data.batching.sampler import tenth
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
-from tandem.stages.training.context import Stage
+from tandem.stages.training.context import TrainContext
 from tandem.stages.training.held_out import best_by, scored_every
-from tandem.stages.training.training_data import Records
+from tandem.stages.training.training_data import TrainingData
 from tandem.train.checkpoint import RunState
 from tandem.train.held_out_evaluation import HeldOutEvaluation
 from tandem.train.losses.objectives import Objective
@@ -27,15 +27,15 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
-def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> None:
+def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
     """Hand a stage's model to its engine, with the optimizer that the settings ask for.
 
     Args:
-        stage: resolved.
+        context: resolved.
         model: with its adapter.
         state: the optimizer's tensors where a run goes on; empty in a new one.
     """
-    engine, settings = stage.engine, stage.settings
+    engine, settings = context.engine, context.job.settings
     engine.prepare(
         model,
         partial(make_optimizer, settings=settings, device=engine.device),
@@ -46,9 +46,9 @@ def prepare_engine(stage: Stage, model: Any, state: Mapping[str, Tensor]) -> Non
 
 
 def take_steps(
-    stage: Stage,
+    context: TrainContext,
     model: Any,
-    records: Records,
+    records: TrainingData,
     objectives: Sequence[Objective],
     *,
     budget: TokenBudget,
@@ -59,7 +59,7 @@ def take_steps(
     """Take all steps that remain of a stage.
 
     Args:
-        stage: resolved, its engine prepared.
+        context: resolved, its engine prepared.
         model: that the engine holds.
         records: to train on, and held out.
         objectives: of the first, and of the second if there are any.
@@ -68,12 +68,12 @@ def take_steps(
         total: steps of the whole run.
         display: told each step and score.
     """
-    settings, checkpoints = stage.settings, stage.checkpoints()
+    settings, checkpoints = context.job.settings, context.checkpoints()
     schedule = Schedule(
         total_steps=total,
         batch_size=settings.batch_size,
-        seed=stage.seed,
-        attention_weight=attention_weight(stage.config),
+        seed=context.job.run.seed,
+        attention_weight=attention_weight(context.config),
         logging_steps=settings.logging_steps,
         save_steps=saved_every(settings, total),
         parts=records.parts,
@@ -81,28 +81,28 @@ def take_steps(
     held_out = None
     if records.held_out is not None:
         held_out = HeldOutEvaluation(
-            engine=stage.engine,
+            engine=context.engine,
             model=model,
             trees=records.held_out.dataset,
             objective=objectives[1],
             budget=budget,
             attention_weight=schedule.attention_weight,
             every=scored_every(settings, total),
-            folder=stage.folder,
+            folder=context.job.folder,
             best=best_by(settings),
             checkpoints=checkpoints,
             show=display.scored,
         )
     return Training(
-        engine=stage.engine,
+        engine=context.engine,
         model=model,
         trees=records.dataset,
         objective=objectives[0],
         learning_rate=make_schedule(settings, total),
         schedule=schedule,
         budget=budget,
-        dropout=stage.kind.dropout and settings.lora.dropout > 0,
-        folder=stage.folder,
+        dropout=context.stage.dropout and settings.lora.dropout > 0,
+        folder=context.job.folder,
         checkpoints=checkpoints,
         progress=progress,
         advance=display.advance,

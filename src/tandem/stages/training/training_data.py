@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tandem.data.batching.sampler import WeightedSource
+from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.encoded.dataset_store import EncodedStore
+from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.worker_pool import EncodingWork
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.sources.rows import looks_like_path, not_read
-from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log, phase
@@ -64,12 +67,12 @@ def in_one_line(facts: Sequence[dict[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
-class Records:
+class TrainingData:
     """What a stage trains on and scores.
 
     Attributes:
-        trees: the records that are trained on.
-        ledger: what became of all that were read for it; not written yet.
+        dataset: the examples that are trained on.
+        ledger: what became of all records that were read for it; not written yet.
         parts: how many of them each data set gave, with its weight.
         mixture: the same in words, for summary.json.
         held_out: those that are scored on the way.
@@ -88,127 +91,96 @@ class Records:
             self.held_out.ledger.write()
 
     def warnings(self) -> tuple[str, ...]:
-        """What a reader of the scores should know, as said before the first step."""
+        """What a reader of the scores should know, as logged before the first step."""
         return () if self.held_out is None else self.held_out.warnings
 
     def identity(self) -> str:
-        """One hash of all records, trained on or held out."""
+        """One hash of all examples, trained on or held out."""
         held_out = "" if self.held_out is None else examples_hash(self.held_out.dataset)
         return hash_json([examples_hash(self.dataset), held_out])
 
 
-def stage_records(
-    prepare: Callable[..., EncodedDataset],
-    sources: Sequence[DataSource],
-    held_out: Sequence[DataSource],
-    settings: TrainingSettings,
-    *,
-    tokenizer: Any,
-    template: ChatTemplate,
-    folder: Path | None,
-    name: str,
-    seed: int,
-    console: Console,
-    rows: int | None = None,
-) -> Records:
-    """All records of a stage, divided into those to train on and those held out.
+@dataclass(frozen=True)
+class StageReader:
+    """Reads and encodes the data of a training stage.
 
-    Args:
-        held_out: data sets that are held out as a whole.
-        seed: of a held-out fraction.
-
-    The others, and what is raised, are those of `prepared_records`.
-    """
-    prepared = partial(
-        prepared_records,
-        prepare,
-        settings=settings,
-        tokenizer=tokenizer,
-        template=template,
-        folder=folder,
-        name=name,
-        console=console,
-        rows=rows,
-    )
-
-    def note(text: str) -> None:
-        log(console, f"{name}: {text}")
-
-    for line in not_read([*sources, *held_out]):
-        note(line)
-    ledger, read = prepared(sources)
-    dataset, held = hold_out(
-        settings, read, ledger,
-        seed=seed, prepare=lambda: prepared(held_out, held_out=True), log=note,
-    )  # fmt: skip
-    parts = parts_of(dataset, sources)
-    records = Records(dataset, ledger, parts, mixture_facts(parts, sources), held)
-    for warning in records.warnings():
-        log(console, f"{name}: {warning}", style="yellow")
-    if line := in_one_line(records.mixture):
-        note(line)
-    return records
-
-
-def prepared_records(
-    prepare: Callable[..., EncodedDataset],
-    sources: Sequence[DataSource],
-    settings: TrainingSettings,
-    *,
-    tokenizer: Any,
-    template: ChatTemplate,
-    folder: Path | None,
-    name: str,
-    console: Console,
-    held_out: bool = False,
-    rows: int | None = None,
-) -> tuple[Ledger, EncodedDataset]:
-    """A stage's records, and what became of each; the ledger is not written yet.
-
-    Args:
-        prepare: reads and encodes one kind of records, see `data.prepare`.
-        sources: where they are.
-        settings: of the stage.
-        tokenizer, template: of the model.
-        folder: the stage's, None where nothing is to be written.
+    Attributes:
         name: the stage's, before each line on the console.
+        kind: of its records.
+        settings: of the stage.
+        chat: the model's tokenizer and template.
+        folder: the stage's; None where nothing is to be written.
         console: for progress and counts.
-        held_out: whether they are scored and not trained on; they have a ledger of their own.
-        rows: of the model's embedding; None: every token has one.
-
-    Raises UserError for bad data, and when more records would be dropped than may be.
     """
-    began = time.perf_counter()
-    named = f"{'validation' if held_out else 'data'}-ledger.jsonl"
-    ledger = Ledger(None if folder is None else folder / named)
-    dataset = prepare(
-        sources,
-        tokenizer=tokenizer,
-        template=template,
-        max_length=settings.max_length,
-        max_prompt_length=settings.max_prompt_length,
-        too_long=settings.too_long,
-        on_bad_record=settings.on_bad_record,
-        ledger=ledger,
-        store=EncodedStore(lambda text: log(console, f"{name}: {text}")),
-        show=lambda text, total: phase(console, f"{name}: {text}", total),
-        rows=rows,
-    )
-    for line in sources_in_words(ledger):
-        log(console, f"{name}: {'held out: ' if held_out else ''}{line}")
-    counts = ledger.summary()
-    log(
-        console,
-        f"{name}: {counts['trained']} of {counts['read']} records "
-        f"{'to score' if held_out else 'to train on'}, "
-        f"{counts['truncated']} truncated, {counts['dropped']} dropped"
-        + (f" (each in {ledger.path})" if counts["reasons"] and ledger.path else "")
-        + f", encoded in {time.perf_counter() - began:.1f} s",
-    )
-    for reason, count in counts["reasons"].items():
-        log(console, f"  {count} x {reason}")
-    ledger.check_share(settings.max_dropped)
-    return ledger, dataset
+
+    name: str
+    kind: Kind
+    settings: TrainingSettings
+    chat: ChatTokenizer
+    folder: Path | None
+    console: Console
+
+    def log(self, text: str) -> None:
+        """Log a line of the stage."""
+        log(self.console, f"{self.name}: {text}")
+
+    def read(
+        self, sources: Sequence[DataSource], held_out: Sequence[DataSource], seed: int
+    ) -> TrainingData:
+        """All records of the stage, divided into those to train on and those held out.
+
+        Args:
+            sources: its data sets.
+            held_out: data sets that are held out as a whole.
+            seed: of a held-out fraction.
+
+        Raises UserError for bad data, and when more records would be dropped than may be.
+        """
+        for line in not_read([*sources, *held_out]):
+            self.log(line)
+        ledger, whole = self.encode(sources)
+        dataset, held = hold_out(
+            self.settings, whole, ledger,
+            seed=seed, prepare=lambda: self.encode(held_out, held_out=True), log=self.log,
+        )  # fmt: skip
+        parts = parts_of(dataset, sources)
+        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), held)
+        for warning in data.warnings():
+            log(self.console, f"{self.name}: {warning}", style="yellow")
+        if line := in_one_line(data.mixture):
+            self.log(line)
+        return data
+
+    def encode(
+        self, sources: Sequence[DataSource], *, held_out: bool = False
+    ) -> tuple[Ledger, EncodedDataset]:
+        """The examples of some sources, and what became of each record, not written yet.
+
+        Data sets that are `held_out` have a ledger of their own.
+        """
+        began = time.perf_counter()
+        named = f"{'validation' if held_out else 'data'}-ledger.jsonl"
+        ledger = Ledger(None if self.folder is None else self.folder / named)
+        work = EncodingWork(
+            store=EncodedStore(self.log),
+            progress=lambda text, total: phase(self.console, f"{self.name}: {text}", total),
+        )
+        options = EncodingOptions.of(self.kind, self.settings)
+        dataset = build_dataset(sources, self.chat, options, ledger, work)
+        for line in sources_in_words(ledger):
+            self.log(f"{'held out: ' if held_out else ''}{line}")
+        counts = ledger.summary()
+        self.log(
+            f"{counts['trained']} of {counts['read']} records "
+            f"{'to score' if held_out else 'to train on'}, "
+            f"{counts['truncated']} truncated, {counts['dropped']} dropped"
+            + (f" (each in {ledger.path})" if counts["reasons"] and ledger.path else "")
+            + f", encoded in {time.perf_counter() - began:.1f} s"
+        )
+        for reason, count in counts["reasons"].items():
+            log(self.console, f"  {count} x {reason}")
+        ledger.check_share(self.settings.max_dropped)
+        return ledger, dataset
 
 
 def sources_in_words(ledger: Ledger) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.data.records import Example
+from tandem.data.encoded.example import Example
 from tandem.errors import UserError
 from tandem.train.losses.paired import sigmoid_loss
 

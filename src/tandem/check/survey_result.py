@@ -1,4 +1,4 @@
-"""How long records are: quantiles and a histogram."""
+"""What a survey looks at, and what it found: counts, findings, lengths of records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.check.findings import Finding
+from tandem.check.record_signs import Roles
 from tandem.data.encoded.dataset import FlatArrays
+from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
+from tandem.data.text.contamination import Other
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.recipe.choices import TrainingStageName
+from tandem.recipe.data_source import DataSource
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
@@ -36,6 +43,59 @@ class Histogram:
 
     edges: tuple[int, ...]
     counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckTarget:
+    """What is looked at, and as what.
+
+    Attributes:
+        stage: sft or dpo, where a recipe or a flag says so.
+        sources: the data.
+        options: what a run would make of every record.
+        max_dropped: the share of records that a run may drop.
+        chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
+        special: the tokenizer's special tokens.
+        validation: data sets that a run would hold out.
+        limited: whether the limits are a recipe's; otherwise there are none.
+        held_out: whether a run would score it, and not train on it.
+    """
+
+    stage: TrainingStageName | None
+    sources: tuple[DataSource, ...]
+    options: EncodingOptions
+    max_dropped: float
+    chat: ChatTokenizer | None = None
+    special: tuple[str, ...] = ()
+    validation: tuple[DataSource, ...] = ()
+    limited: bool = False
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found.
+
+    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
+    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
+    more; `problem` is the message that it would stop with, None if it would not.
+    """
+
+    target: CheckTarget
+    limit: int | None
+    looked_at: int
+    formats: dict[str, str]
+    unread: tuple[str, ...]
+    unread_cut: bool
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    roles: Roles
+    unit: str
+    measures: dict[str, LengthQuantiles]
+    histogram: Histogram | None
+    findings: tuple[Finding, ...]
+    others: tuple[Other, ...]
+    problem: str | None
 
 
 class Lengths:

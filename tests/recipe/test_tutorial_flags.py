@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pytest
 
 from tandem.errors import UserError
-from tandem.recipe.flags import FLAGS
+from tandem.recipe.choices import AttentionName
+from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.load_recipe import load_recipe
-from tandem.recipe.recipe import AttentionBackend, HpuSettings
+from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.recipe.tutorial_flags import StageCall, stage_call
+from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]
 STAGES: tuple[Stage, ...] = ("sft", "dpo")
 
 
-def _call(stage: Stage, devices: int = 1, **values: Any) -> StageCall:
-    return stage_call(stage, {**REQUIRED, **values}, devices=devices)
+class Call(NamedTuple):
+    """What flags ask for."""
+
+    job: TrainingJob
+    notices: tuple[str, ...]
+
+    @property
+    def run(self) -> RunSettings:
+        return self.job.run
+
+    @property
+    def settings(self) -> Any:
+        return self.job.settings
+
+
+def _call(stage: Stage, devices: int = 1, *, gaudi: bool = False, **values: Any) -> Call:
+    return Call(*job_from_flags(stage, {**REQUIRED, **values}, devices=devices, gaudi=gaudi))
 
 
 def _message(stage: Stage, devices: int = 1, **values: Any) -> str:
@@ -46,7 +61,7 @@ def test_flags_that_are_left_out_have_the_seed_recipes_values(stage: Stage) -> N
 def test_a_required_flag_that_is_missing_is_named(missing: str) -> None:
     values = {name: value for name, value in REQUIRED.items() if name != missing}
     with pytest.raises(UserError, match=f"tandem dpo needs --{missing}$"):
-        stage_call("dpo", values)
+        job_from_flags("dpo", values)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,7 @@ def test_steps_take_the_place_of_epochs_and_the_other_way_round() -> None:
     none = _call("dpo", max_steps=-1, num_train_epochs=2.0).settings
     assert (none.max_steps, none.epochs) == (None, 2.0)
     assert "--num_train_epochs and --max_steps" in _message("sft", max_steps=5, num_train_epochs=1)
-    assert "--max_steps: max_steps is 0" in _message("sft", max_steps=0)
+    assert "--max_steps is 0" in _message("sft", max_steps=0)
 
 
 def test_warm_up_in_steps_takes_the_place_of_a_share() -> None:
@@ -158,37 +173,36 @@ def test_a_flag_that_cannot_act_is_accepted_and_reported_once(stage: Stage, flag
 
 
 def test_on_gaudi_the_seeds_flags_act() -> None:
-    values = {**REQUIRED, "use_habana": True, "use_lazy_mode": True, "pad_max": True}
-    call = stage_call("dpo", values, gaudi=True)
-    assert (call.device, call.hpu) == ("hpu", HpuSettings(lazy_mode=True, buckets="max"))
+    call = _call("dpo", gaudi=True, use_habana=True, use_lazy_mode=True, pad_max=True)
+    assert (call.run.device, call.run.hpu) == ("hpu", HpuSettings(lazy_mode=True, buckets="max"))
     assert not any("does nothing" in notice for notice in call.notices)
-    plain = stage_call("dpo", REQUIRED, gaudi=True)
-    assert (plain.device, plain.hpu) == ("auto", HpuSettings())
+    plain = _call("dpo", gaudi=True)
+    assert (plain.run.device, plain.run.hpu) == ("auto", HpuSettings())
     kernels = {"hpu_fused_attention": True, "hpu_fused_optimizer": True}
-    given = {**REQUIRED, "hpu_buckets": ["512", "1024"], **kernels}
-    assert stage_call("sft", given, gaudi=True).hpu == HpuSettings(
+    given: dict[str, Any] = {"hpu_buckets": ["512", "1024"], **kernels}
+    assert _call("sft", gaudi=True, **given).run.hpu == HpuSettings(
         buckets=(512, 1024), fused_attention=True, fused_optimizer=True
     )
-    assert stage_call("sft", given).hpu == HpuSettings()
+    assert _call("sft", **given).run.hpu == HpuSettings()
 
 
 def test_flags_about_gaudi_that_contradict_each_other() -> None:
     def message(**values: Any) -> str:
         with pytest.raises(UserError) as caught:
-            stage_call("sft", {**REQUIRED, **values}, gaudi=True)
+            _call("sft", gaudi=True, **values)
         return str(caught.value)
 
     assert "--use_habana and --device cpu" in message(use_habana=True, device="cpu")
     assert "--use_habana false and --device hpu" in message(use_habana=False, device="hpu")
     assert "--pad_max" in message(pad_max=True, hpu_buckets=["64"])
     assert "--hpu_buckets is 'a b'" in message(hpu_buckets=["a", "b"])
-    assert stage_call("sft", {**REQUIRED, "use_habana": False}, gaudi=True).device == "cpu"
+    assert _call("sft", gaudi=True, use_habana=False).run.device == "cpu"
 
 
 def test_bf16_and_another_dtype_contradict_each_other() -> None:
-    assert _call("sft", bf16=True).bf16 is True
-    assert _call("sft", bf16=True, dtype="bfloat16").dtype == "bfloat16"
-    assert _call("sft", bf16=False).dtype == "float32"
+    assert _call("sft", bf16=True).run.dtype == "auto"
+    assert _call("sft", bf16=True, dtype="bfloat16").run.dtype == "bfloat16"
+    assert _call("sft", bf16=False).run.dtype == "float32"
     assert "--bf16 and --dtype float16" in _message("sft", bf16=True, dtype="float16")
     assert "--bf16 false" in _message("sft", bf16=False, dtype="bfloat16")
 
@@ -212,9 +226,9 @@ def test_what_is_not_of_the_seed_arrives_too() -> None:
     assert (source.path, source.split, source.subset, source.revision) == (
         *("d", "validation", "en", "abc"),
     )
-    assert (call.model, call.revision, call.output_dir) == ("m", "def", Path("o"))
-    assert (call.chat_template, call.seed, call.device) == ("mine.jinja", 3, "cpu")
-    assert (call.attention, call.tokens_per_microbatch) == ("dense", 4096)
+    assert (call.run.model, call.run.model_revision, call.run.output_dir) == ("m", "def", "o")
+    assert (call.run.chat_template, call.run.seed, call.run.device) == ("mine.jinja", 3, "cpu")
+    assert (call.run.attention, call.run.tokens_per_microbatch) == ("dense", 4096)
     assert call.settings.max_grad_norm is None, "the field's libraries write 0 for no clipping"
     assert call.settings.on_bad_record == "drop"
 
@@ -226,11 +240,11 @@ def test_what_is_not_of_the_seed_arrives_too() -> None:
         ({"tokens_per_microbatch": "0"}, "--tokens_per_microbatch is '0'"),
         ({"seed": -1}, "--seed is -1"),
         ({"engine": "zero3"}, "--engine: unknown engine 'zero3'; did you mean deepspeed-zero3?"),
-        ({"learning_rate": 0.0}, "--learning_rate: learning_rate is 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate: learning_rate is nan"),
-        ({"lora_rank": 0}, "--lora_rank: lora.rank is 0, but it must be greater than 0"),
-        ({"beta": -1.0}, "--beta: beta is -1.0"),
-        ({"save_steps": 0}, "--save_steps: save_steps is 0"),
+        ({"learning_rate": 0.0}, "--learning_rate is 0.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate is nan"),
+        ({"lora_rank": 0}, "--lora_rank is 0, but it must be greater than 0"),
+        ({"beta": -1.0}, "--beta is -1.0"),
+        ({"save_steps": 0}, "--save_steps is 0"),
     ],
 )
 def test_an_impossible_value_is_named_by_its_flag(values: dict[str, Any], said: str) -> None:
@@ -238,8 +252,8 @@ def test_an_impossible_value_is_named_by_its_flag(values: dict[str, Any], said: 
 
 
 def test_flags_and_recipes_know_the_same_attention_backends() -> None:
-    (flag,) = [flag for flag in FLAGS if flag.name == "attention"]
-    assert flag.choices == get_args(AttentionBackend)
+    (flag,) = [flag for flag in stage_flags(SETTINGS["sft"]) if flag.name == "attention"]
+    assert flag.choices == get_args(AttentionName)
     for backend in flag.choices:
-        assert _call("sft", attention=backend).attention == backend
+        assert _call("sft", attention=backend).run.attention == backend
         assert load_recipe("demo", [f"attention={backend}"]).attention == backend

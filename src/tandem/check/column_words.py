@@ -1,0 +1,256 @@
+"""What the names of columns say: the words, and which columns they pick out of a row's keys.
+
+A pair's answers are called `chosen` and `rejected`, or as the data does where a recipe's `fields`
+say which is which: with `chosen: response_0, rejected: response_1` the sides are 0 and 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tandem.data.formats.format import Kind
+
+Words = tuple[str, ...]
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+
+# Scores, verdicts and labels of a pair's two answers.
+SCORES = frozenset({
+    "score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "winner",
+    "votes", "upvotes", "quality",
+})  # fmt: skip
+# Numbers beside `chosen` and `rejected` that measure something else.
+NO_SCORES = re.compile(r"rank|len|token|logp|_id$|index|count|size|position|loss|toxic|hash")
+SIDE_VERDICTS = frozenset({
+    "safe", "safer", "correct", "better", "good", "preferred", "winner", "accepted",
+})  # fmt: skip
+# Columns that name the preferred answer, and words beside which they name something else.
+PREFERENCE_LABELS = frozenset({
+    "prefer", "preferred", "preference", "winner", "better", "safer", "choice", "best", "label",
+    "labels",
+})  # fmt: skip
+NO_PREFERENCE_LABELS = frozenset({
+    "strength", "score", "scores", "margin", "count", "elaboration", "statement", "model",
+    "rate", "ratio", "prob", "probability", "confidence", "type", "token", "tokens", "len",
+    "length", "reason", "reasoning", "of", "n",
+})  # fmt: skip
+# Columns whose numbers are of a scale, a class or a truth value, not the number of an answer.
+SCALES = frozenset({"preference", "label", "labels", "tie"})
+# What answers are called, before the letter or number of one.
+ANSWER_NOUNS = frozenset({
+    "response", "answer", "model", "assistant", "option", "completion", "output", "candidate",
+})  # fmt: skip
+TIES = frozenset({"tie", "tied", "draw", "equal"})
+
+# Verdicts on one answer, good and bad ones, and those whose numbers are classes or grades as often.
+ANSWER_VERDICTS = frozenset({
+    "label", "correct", "correctness", "good", "accepted", "acceptable", "preferred", "passed",
+    "safe", "valid", "desirable", "solved", "resolved", "success", "successful",
+})  # fmt: skip
+BAD_ANSWER_VERDICTS = frozenset({"incorrect", "wrong", "unsafe"})
+VERDICT_TAGS = frozenset({"kto_tag"})
+GRADES = frozenset({"label", "correctness"})
+
+# Columns that change what is asked or answered, each with a format's key for the same.
+PARTS_OF_A_RECORD = {
+    "history": "history", "system_prompt": "system", "system_message": "system",
+    "functions": "tools", "context": "input", "choices": "", "options": "",
+}  # fmt: skip
+MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+REASONING_WORDS = frozenset({"cot", "reasoning", "thinking", "thought", "thoughts"})
+# Beside those: something about reasoning, or a judge's; and what follows them in such names.
+NO_REASONING_WORDS = frozenset({
+    "is", "has", "use", "num", "number", "count", "enable", "enabled", "budget", "judge", "finish",
+})  # fmt: skip
+REASONING_FACTS = frozenset({
+    "type", "language", "lang", "token", "tokens", "length", "len", "effort", "mode", "level",
+    "model", "complete", "completed", "score", "id", "source", "time", "category", "version",
+    "rating", "quality", "difficulty", "topic", "domain",
+})  # fmt: skip
+# Beside `rejected`: a fact about an answer, not the answer.
+ANSWER_FACTS = frozenset({
+    "model", "models", "source", "score", "scores", "rating", "ratings", "reward", "rewards",
+    "reason", "by", "at", "rank", "id", "token", "tokens", "length", "len", "logp", "logps",
+    "policy", "generator", "type", "count",
+})  # fmt: skip
+# Texts that switch reasoning on and off, or say that there is none.
+SWITCHES = frozenset({
+    "", "on", "off", "true", "false", "yes", "no", "none", "null", "n/a", "auto", "low", "medium",
+    "high",
+})  # fmt: skip
+# A value that names an answer is no longer than this.
+LONGEST_NAME = 64
+
+
+def words_in(name: str) -> Words:
+    """The words of a key, in lower case: `response_0`, `responseA`, `is-safe`."""
+    return tuple(word.lower() for word in _WORD.findall(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What the two answers of a source's pairs are called.
+
+    Attributes:
+        names: each whole name, with whether it is the rejected answer's.
+        parts: the words in which the names differ, of chosen and of rejected; a pair of them for
+            each way the answers are called.
+    """
+
+    names: tuple[tuple[str, bool], ...]
+    parts: tuple[tuple[Words, Words], ...]
+
+    def rejects(self, value: object, *, numbers: bool) -> bool | None:
+        """Whether a value names the rejected answer; None when it names neither.
+
+        Args:
+            value: of a column.
+            numbers: whether a number names an answer.
+        """
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return None
+        said = value.strip() if isinstance(value, str) else written(value)
+        if len(said) > LONGEST_NAME or (not numbers and said.isdigit()):
+            return None
+        for name, rejected in self.names:
+            if said.lower() == name.lower():
+                return rejected
+        words = words_in(said)
+        spoken = tuple(word for word in words if word not in ANSWER_NOUNS) or words
+        for good, bad in self.parts:
+            if spoken in (good, bad):
+                return spoken == bad
+        return None
+
+
+def written(number: float) -> str:
+    """A number in short; whole ones may be too large for a float."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+@lru_cache(maxsize=256)
+def sides_of(fields: tuple[tuple[str, str], ...]) -> Sides:
+    """The sides of a source whose recipe gives these names (key of the format, data's name)."""
+    own = dict(fields)
+    names = [("chosen", False), ("rejected", True)]
+    parts: list[tuple[Words, Words]] = [(("chosen",), ("rejected",))]
+    good = own.get("chosen") or own.get("chosen_response")
+    bad = own.get("rejected") or own.get("rejected_response")
+    if good and bad:
+        names += [(good, False), (bad, True)]
+        differ = _differing(words_in(good), words_in(bad))
+        if all(differ) and differ not in parts:
+            parts.append(differ)
+    return Sides(tuple(names), tuple(parts))
+
+
+def _differing(a: Words, b: Words) -> tuple[Words, Words]:
+    """Two names without the words that both begin and end with."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return a, b
+
+
+@dataclass(frozen=True, slots=True)
+class SideColumns:
+    """Which columns say something about the two answers, by their names alone.
+
+    Attributes:
+        scores: a number of chosen and one of rejected; whether the names say that it is a score.
+        verdicts: a truth value of chosen and one of rejected.
+        labels: the name of an answer, and whether a number is one.
+    """
+
+    scores: tuple[tuple[str, str, bool], ...]
+    verdicts: tuple[tuple[str, str], ...]
+    labels: tuple[tuple[str, bool], ...]
+
+
+@lru_cache(maxsize=1024)
+def side_columns(names: Words, sides: Sides) -> SideColumns:
+    """The columns among some keys that say something about the answers."""
+    words = {name: words_in(name) for name in names}
+    scores: list[tuple[str, str, bool]] = []
+    verdicts: list[tuple[str, str]] = []
+    taken: set[str] = set()
+    # Chosen and rejected themselves: also within a word, and whatever is counted.
+    for name in names:
+        other = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
+        if other != name and other in words and not NO_SCORES.search(name.lower()):
+            scores.append((name, other, bool(SCORES.intersection(words[name]))))
+    for good, bad in sides.parts:
+        for name, other in _beside(words, good, bad):
+            taken |= {name, other}
+            if SIDE_VERDICTS.intersection(words[name]):
+                verdicts.append((name, other))
+            if good != ("chosen",) and SCORES.intersection(words[name]):
+                scores.append((name, other, True))
+    labels = [
+        (name, not SCALES.intersection(own))
+        for name, own in words.items()
+        if name not in taken
+        and (PREFERENCE_LABELS.intersection(own) or {"chosen", "id"} <= set(own))
+        and not NO_PREFERENCE_LABELS.intersection(own)
+    ]
+    return SideColumns(tuple(scores), tuple(verdicts), tuple(labels))
+
+
+def _beside(words: Mapping[str, Words], good: Words, bad: Words) -> Iterator[tuple[str, str]]:
+    """Columns whose names differ as those of the answers do."""
+    named = {own: name for name, own in words.items()}
+    for name, own in words.items():
+        for at in range(len(own) - len(good) + 1):
+            if own[at : at + len(good)] == good:
+                other = named.get(own[:at] + bad + own[at + len(good) :])
+                if other is not None:
+                    yield name, other
+
+
+def verdict_columns(names: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Columns that are called as verdicts are, and whether true is the bad one in them."""
+    for name in names:
+        words = words_in(name)
+        # `is_response_safe`, `tests_passed`; but not `label_source`.
+        if name.lower() in VERDICT_TAGS or (words and words[-1] in ANSWER_VERDICTS):
+            yield name, False
+        elif words and words[-1] in BAD_ANSWER_VERDICTS:
+            yield name, True
+
+
+def meaning_columns(names: Sequence[str], kind: Kind) -> Iterator[tuple[str, str]]:
+    """Columns that are called as parts of a question or an answer, and a format's key for them."""
+    for name in names:
+        plain = name.lower().replace("-", "_")
+        # Both ways, for CoT is one word.
+        parts = re.split(r"[^a-z0-9]+", plain)
+        words = {*words_in(name), *parts}
+        if plain in PARTS_OF_A_RECORD:
+            yield name, PARTS_OF_A_RECORD[plain]
+        elif (
+            plain == TEMPLATE_OPTIONS
+            or MEDIA.fullmatch(plain)
+            or _is_reasoning(words, parts[-1], kind)
+            or (kind == "conversations" and _is_answer(words_in(name)))
+        ):
+            yield name, ""
+
+
+def _is_answer(words: Sequence[str]) -> bool:
+    """Whether a name is that of a rejected answer."""
+    return "rejected" in (*words[:1], *words[-1:]) and ANSWER_FACTS.isdisjoint(words)
+
+
+def _is_reasoning(words: Set[str], last: str, kind: Kind) -> bool:
+    """Whether a name of these words is that of an answer's reasoning."""
+    # Beside pairs it is most often a judge's, unless it is said to be an answer's.
+    if kind == "preference pairs" and words.isdisjoint(("chosen", "rejected")):
+        return False
+    if words.isdisjoint(REASONING_WORDS) or not words.isdisjoint(NO_REASONING_WORDS):
+        return False
+    return last in REASONING_WORDS or words.isdisjoint(REASONING_FACTS)

@@ -1,0 +1,87 @@
+"""One stage to run, as one object: made from a recipe or from a command's flags.
+
+In each job `run.model` is the model that the stage starts from and `run.output_dir` the folder
+that it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.recipe.evaluation_settings import EvaluationSettings
+from tandem.recipe.pairs_settings import PairsSettings
+from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import MergeSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """An adapter to train with SFT or DPO, as `settings` says."""
+
+    run: RunSettings
+    settings: TrainingSettings
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return Path(self.run.output_dir)
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """An adapter to merge into `run.model`.
+
+    Attributes:
+        run: its `chat_template` None keeps the one in the adapter's folder, or the base's.
+        settings: the dtype of the merged weights.
+        adapter: a peft adapter's folder.
+        force: whether to merge even if the adapter was trained on other weights.
+    """
+
+    run: RunSettings
+    settings: MergeSettings
+    adapter: Path
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the merged model goes."""
+        return Path(self.run.output_dir)
+
+
+@dataclass(frozen=True)
+class PairsJob:
+    """Preference pairs to make; `run.model` writes answers unless the settings name a server."""
+
+    run: RunSettings
+    settings: PairsSettings
+
+    @property
+    def folder(self) -> Path:
+        """Where the pairs go."""
+        return Path(self.run.output_dir)
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Models to measure side by side.
+
+    Attributes:
+        run: `chat_template` and `added_tokens` are for models without a template of their own.
+        settings: questions, held-out data, tasks.
+        models: model or adapter folders by label; "base" is asked in completion form as well.
+        replace: whether an evaluation of other models or settings that is finished in the folder
+            gives way; what it measured is used again.
+    """
+
+    run: RunSettings
+    settings: EvaluationSettings
+    models: Mapping[str, str]
+    replace: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where evaluation.json goes."""
+        return Path(self.run.output_dir)

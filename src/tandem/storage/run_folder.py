@@ -1,0 +1,74 @@
+"""Names in a run's folder: its stages' folders and titles, made pairs, the newest model, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Literal, get_args
+
+StageName = Literal["sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+# What a stage's manifest calls it, and that in words.
+KIND_TITLES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "merge": "Merge of an adapter",
+    "pairs": "Preference pairs",
+    "evaluate": "Evaluation",
+}
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A stage's folder within a run's, what its manifest calls the stage, and its title."""
+
+    name: str
+    kind: str
+    title: str
+
+
+FOLDERS: dict[StageName, StageFolder] = {
+    "sft": StageFolder("1-sft", "sft", KIND_TITLES["sft"]),
+    "sft-merge": StageFolder("2-sft-merged", "merge", "Merge of the SFT adapter"),
+    "pairs": StageFolder("3-pairs", "pairs", KIND_TITLES["pairs"]),
+    "dpo": StageFolder("4-dpo", "dpo", KIND_TITLES["dpo"]),
+    "dpo-merge": StageFolder("5-final", "merge", "Merge of the DPO adapter"),
+    "evaluate": StageFolder("6-evaluation", "evaluate", KIND_TITLES["evaluate"]),
+}
+
+
+def stage_folder(run: str | Path, stage: StageName) -> Path:
+    """The folder of one of a run's stages, whether it has run or not."""
+    return Path(run) / FOLDERS[stage].name
+
+
+def pairs_file(folder: Path, name: str, kind: str) -> Path:
+    """Where pairs go: `name` is pairs or heldout, `kind` jsonl or parquet."""
+    return folder / f"{name}.{kind}"
+
+
+def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
+    """The file of pairs that a stage's folder has, whatever its kind; None for none."""
+    found = (pairs_file(folder, name, kind) for kind in ("jsonl", "parquet"))
+    return next((path for path in found if path.exists()), None)
+
+
+def model_in_run(path: str) -> str:
+    """The newest model of a run's folder; any other path as it is."""
+    for stage in ("dpo-merge", "sft-merge"):
+        inside = stage_folder(path, stage)
+        if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
+            return str(inside)
+    return path
+
+
+def labels_of(models: Sequence[str]) -> list[str]:
+    """The shortest path endings that tell the models apart."""
+    parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        labels = ["/".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{m} ({i})" for i, m in enumerate(models, start=1)]

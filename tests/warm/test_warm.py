@@ -1,0 +1,96 @@
+"""A fork is the process that Python would have started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ..stages.made_inputs import make_conversations, make_model_folder
+from .python import python
+
+
+def _ends(program: str, *arguments: str, **options: Any) -> tuple[int, str, str]:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; print(sys.argv, __name__); sys.exit(3)",
+        "print(input()); raise SystemExit('some words')",
+        "import sys; sys.stderr.write('before'); 1 / 0",
+        "import os, signal; print('lost'); os.kill(os.getpid(), signal.SIGKILL)",
+        "raise KeyboardInterrupt",
+        "import os; print(os.getcwd(), os.environ['SOME'], len(os.environ['PATH']))",
+        "import atexit; atexit.register(print, 'at the end'); print('first')",
+        "import sys; print(sys.stdin.isatty(), sys.stdout.line_buffering, sys.stderr.encoding)",
+        "import threading, time; threading.Timer(0.1, print, ['later']).start()",
+        "import signal; print(signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))",
+    ],
+)
+def test_a_program_ends_as_under_python(code: str, tmp_path: Path) -> None:
+    options = {"input": "a line\n", "cwd": tmp_path, "env": {**os.environ, "SOME": "é"}}
+    ours, theirs = (
+        _ends(program, "-c", code, "an argument", **options)
+        for program in (python(), sys.executable)
+    )
+    assert ours[:2] == theirs[:2]
+    # A newer Python underlines where in a line it was.
+    assert ours[2].splitlines()[-1:] == theirs[2].splitlines()[-1:]
+
+
+def test_training_has_the_same_bits(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "model")
+    data = make_conversations(tmp_path / "data.jsonl")
+    argv = ["-m", "tandem", "sft", "--model_name_or_path", str(model), "--dataset_name", str(data)]
+    argv += ["--max_steps", "3", "--batch_size", "4", "--max_length", "128", "--output_dir"]
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    adapters = []
+    for name, program in (("fork", python()), ("new", sys.executable)):
+        code, _, said = _ends(program, *argv, str(tmp_path / name), env=env)
+        assert code == 0, said
+        adapters.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "forked"),
+    [
+        ([], {}, True),
+        (["-W", "error"], {}, False),
+        ([], {"PYTHONHASHSEED": "1"}, False),
+        ([], {"HF_HOME": "elsewhere"}, False),
+        ([], {"PYTHONPATH": "elsewhere"}, False),
+    ],
+)
+def test_what_counts_while_python_starts_is_left_to_python(
+    flags: list[str], variables: dict[str, str], forked: bool
+) -> None:
+    code = "import sys; print('torch' in sys.modules)"
+    env = {**os.environ, **variables}
+    assert _ends(python(), *flags, "-c", code, env=env)[:2] == (0, f"{forked}\n")
+
+
+def test_signals_reach_the_program_and_its_client_takes_it_along() -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    for number, ended in ((signal.SIGTERM, 4), (signal.SIGKILL, -signal.SIGKILL)):
+        with subprocess.Popen([python(), "-c", code], stdout=subprocess.PIPE, text=True) as client:
+            assert client.stdout is not None
+            fork = psutil.Process(int(client.stdout.readline()))
+            client.send_signal(number)
+            assert client.wait(timeout=30) == ended
+            psutil.wait_procs([fork], timeout=30)
+            assert not fork.is_running()
