@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from tandem.demo.embedded import materialise
 from tandem.model.load_model import load_adapter, load_base, load_model
-from tandem.model.model_folder import load_tokenizer
-from tandem.model.quantize import FILE, quantize
+from tandem.model.model_folder import QUANTIZATION, load_tokenizer
+from tandem.model.quantize import quantize
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import MergeJob, TrainingJob
 from tandem.recipe.run_settings import RunSettings
@@ -108,7 +108,7 @@ def _losses(scratch: Path, options: argparse.Namespace) -> dict[str, tuple[float
         "4-bit base and adapter, as trained": _logps(load_adapter(seen, adapter), asked),
         "merged into the weights it was trained on": _logps(merged("seen", adapter), asked),
     }
-    (adapter / FILE).unlink()
+    (adapter / QUANTIZATION).unlink()
     models["merged into the original weights"] = _logps(merged("original", adapter), asked)
     models["trained on the whole base, merged"] = _logps(merged("w", scratch / "whole-0"), asked)
     trained = models["4-bit base and adapter, as trained"]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tandem.errors import Stopped, UserError
 from tandem.model.load_model import load_adapter, load_base, load_for_inference, load_model
-from tandem.model.quantize import FILE, dequantized, quantized_of, read_record
+from tandem.model.model_folder import QUANTIZATION
+from tandem.model.quantize import dequantized, quantized_of, read_record
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
@@ -144,7 +145,7 @@ def test_merged_into_the_weights_that_were_seen(
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["quantization"] == "nf4"
     assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / QUANTIZATION).exists()
     # It is a plain model, which the next stage quantises again.
     assert quantized_of(load_model(tmp_path / "out", dtype=torch.float32)) is None
     run("dpo", tmp_path / "out", tmp_path / "dpo")
@@ -192,7 +193,7 @@ def test_trained_and_merged_in_bfloat16(tmp_path: Path) -> None:
 def test_another_merge_is_noticed(
     tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record := trained / FILE).rename(aside := tmp_path / FILE)
+    (record := trained / QUANTIZATION).rename(aside := tmp_path / QUANTIZATION)
     try:
         with pytest.raises(UserError, match=r"has no quantization\.json"):
             merge(tiny_model, trained, tmp_path / "out")
@@ -252,5 +253,5 @@ def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert read_json(two / "summary.json")["processes"] == 2
     assert distance(load_file(two / "adapter_model.safetensors"), one) < 5e-5
-    record = (two / FILE).read_bytes()
-    assert record == (tmp_path / "one" / FILE).read_bytes()
+    record = (two / QUANTIZATION).read_bytes()
+    assert record == (tmp_path / "one" / QUANTIZATION).read_bytes()

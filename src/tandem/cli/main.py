@@ -6,14 +6,19 @@ each subcommand imports what it needs when it runs, so that `tandem --help` is i
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import difflib
 import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
+from typing import NoReturn
 
 from tandem import __version__
 from tandem.cli.parser import Parser
@@ -92,7 +97,32 @@ def main(argv: Sequence[str]) -> int:
 def entry_point() -> int:
     """What the installed `tandem` command calls."""
     streams = Streams()
-    return streams.settle(main(sys.argv[1:]), sys.argv[1:])
+    code = streams.settle(main(sys.argv[1:]), sys.argv[1:])
+    if "torch" in sys.modules and not _observed():
+        _end(code)
+    return code
+
+
+def _observed() -> bool:
+    """Whether somebody waits for the interpreter's own end: a debugger, a profiler, `python -i`."""
+    return bool(sys.gettrace() or sys.getprofile() or sys.flags.inspect)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process as Python does, except that modules are not taken apart.
+
+    With torch and transformers loaded that takes seconds, in which nothing happens any more. What
+    others registered for the end still runs: threads are waited for, child processes joined,
+    temporary folders removed, coverage written.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with suppress(OSError, ValueError):  # a reader has left, or the stream is closed
+            if stream is not None:
+                stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    os._exit(code)
 
 
 def _says_it() -> bool:

@@ -1,7 +1,7 @@
-"""Tokens whose rows of the embeddings are trained: new ones, made of the mean, and known ones.
+"""Tokens whose rows of the embeddings are trained: new ones start as the mean of all rows.
 
-peft trains single rows of an embedding (`trainable_token_indices`); this file says which rows, and
-reads their present values.
+peft trains single rows of an embedding (`trainable_token_indices`); this file says which, reads
+their present values, and finds those that were never trained.
 """
 
 from __future__ import annotations
@@ -81,11 +81,8 @@ def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
     """Give new tokens rows in the input and output embeddings: the mean of all rows before them.
 
     Rows that a padded vocabulary has already are used; only what is missing is appended. The mean
-    is plain, in float64, so that everyone who grows a model gets the same bits.
-
-    Args:
-        model: a transformers causal language model.
-        ids: the new tokens' ids, all behind those that the model knows.
+    is plain, in float64, so that everyone who grows a model gets the same bits. The ids are all
+    behind those that the model knows.
 
     Raises UserError if the model has no rows for tokens that its tokenizer had before, or a head
     with a bias.
@@ -151,10 +148,9 @@ _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed
 
 @dataclass(frozen=True)
 class Untrained:
-    """A token whose row was never trained.
+    """A token, as the template writes it, whose row was never trained.
 
     Attributes:
-        token: as the template writes it.
         alike: how many other rows are nearly equal to it.
         empty: whether it is nearly 0.
         ends: whether it ends answers, and the row is of the output head; else it is fed, and the
@@ -173,12 +169,11 @@ def untrained_tokens(
     """The template's control tokens whose rows were never trained, those that end answers first.
 
     A token that ends answers is looked at in the output head, where it is predicted; the others in
-    the input embedding, where they are fed. A matrix under a name that no known family has is not
-    looked at.
+    the input embedding, where they are fed. Nothing is found without weights, nor in a matrix under
+    a name that no known family has.
 
     Args:
-        folder: the model's; without weights in it nothing is found.
-        config: its transformers configuration.
+        folder, config: the model's, and its transformers configuration.
         tokenizer, template: of the model, as the stage uses them.
         trained: ids whose rows the stage trains.
 

@@ -22,8 +22,7 @@ def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:
         name: as the base was asked for: a path, `demo:base`, or a Hub id.
         folder: where its files are.
 
-    Returns:
-        A whole path or the Hub id, and the id's revision, None for a path.
+    Returns a whole path or the Hub id, and the id's revision, None for a path.
     """
     if name.startswith("demo:"):
         return str(folder), None
@@ -70,13 +69,9 @@ def find_base(adapter: Path) -> Path:
 
 
 def check_weights(adapter: Path, base: str, weights: str, way_out: str) -> None:
-    """Raise UserError if an adapter was trained on other weights than those with a hash.
+    """Raise UserError if an adapter was trained on other weights than `base`'s, by their hash.
 
-    Args:
-        adapter: its folder.
-        base: what the message calls the model.
-        weights: the hash of its weights.
-        way_out: what to do then.
+    `way_out` says what to do then.
     """
     trained_on = trained_weights(adapter)
     if trained_on is not None and trained_on != weights:

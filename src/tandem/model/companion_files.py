@@ -17,8 +17,7 @@ import torch
 
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, stop_ids
 from tandem.errors import UserError
-from tandem.model.model_folder import has_tokenizer, load_tokenizer
-from tandem.model.quantize import FILE as QUANTIZATION
+from tandem.model.model_folder import QUANTIZATION, has_tokenizer, load_tokenizer
 from tandem.storage.atomic_files import atomic_write_json, read_json, read_json_object
 
 # A tokenizer's vocabulary, in each of the forms that transformers reads.
@@ -41,13 +40,11 @@ _INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
-    """Put everything but the weights of base and adapter together into `output`.
+    """Put everything but the weights of base and adapter together into an existing folder.
 
-    Args:
-        base: its configuration goes along, and what the adapter's folder lacks of the rest.
-        adapter: its tokenizer, special tokens and chat templates go along, and nothing else.
-        output: an existing folder.
-        dtype: of the merged weights, for the configuration; None keeps the base's.
+    Of the adapter, tokenizer, special tokens and chat templates go along and nothing else; of the
+    base its configuration, and what the adapter lacks. `dtype` is of the merged weights, for the
+    configuration; None keeps the base's.
     """
     for file in sorted(base.iterdir()):
         wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
@@ -65,9 +62,9 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
 def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
     """Put the adapter's tokenizer and chat templates into `output`; the base's where it has none.
 
-    Vocabulary and settings go together: no file of another tokenizer stays beside them. A
-    SentencePiece model of the base does where its pieces are the adapter's, too, as converters
-    read it. Of chat templates those of one folder are taken, whatever place they are in.
+    Vocabulary and settings go together: no file of another tokenizer stays beside them, but for a
+    SentencePiece model of the base whose pieces the adapter has, too, as converters read it. Chat
+    templates are taken from one folder, whatever place they are in.
     """
     source = adapter if has_tokenizer(adapter) else base
     for file in _matching(source, _VOCABULARY + _SETTINGS):
@@ -210,20 +207,18 @@ def write_ends(
 ) -> str | None:
     """Let a folder's files say that an answer ends with the template's end token, too.
 
-    generation_config.json stops at all that ended an answer before, and at this token.
-    config.json, where the folder has one, and the tokenizer's eos_token name this token, as
-    converters read one token only. A template that writes eos_token would render another text
-    then: for such a one the tokenizer keeps its own.
+    generation_config.json stops at all that ended an answer before, and at this token. config.json,
+    where there is one, and the tokenizer's eos_token name this token, as converters read one token
+    only. A template that writes eos_token would render another text then: the tokenizer keeps its
+    own.
 
     Args:
         folder: a merged model's, or an adapter's; has its tokenizer.
         base: the model folder whose ends hold so far.
         tokenizer: the base's, or the folder's as it is.
-        template: the chat template in force.
-        ending: how it closes an answer.
+        template, ending: the chat template in force, and how it closes an answer.
 
-    Returns:
-        What was set, None when everything said so before.
+    Returns what was set, None when everything said so before.
     """
     token = ending.token
     known = end_ids(base)

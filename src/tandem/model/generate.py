@@ -39,7 +39,7 @@ class Sampling:
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token; otherwise samples.
         top_p: share of the probability mass sampled from, the likeliest tokens first.
-        top_k: so many of the likeliest tokens are sampled from; 0: all.
+        top_k: how many of the likeliest tokens are sampled from; 0: all.
         seed: of the random numbers; each prompt has its own.
     """
 
@@ -106,12 +106,8 @@ def generate_batch(
 ) -> list[GeneratedAnswer]:
     """Answers to prompts that are asked together, padded on the left.
 
-    Args:
-        model: see `generate_answers`.
-        prompts: token ids.
-        numbers: of each prompt, what its random numbers follow from besides the seed.
-        stop_ids: tokens that end an answer.
-        sampling: how tokens are chosen.
+    `numbers` are what each prompt's random numbers follow from besides the seed; the rest is as in
+    `generate_answers`.
     """
     uniforms = _uniforms(numbers, sampling) if sampling.temperature > 0 else None
     decode = _by_transformers if _keeps_state(model) else _decode

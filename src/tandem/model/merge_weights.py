@@ -44,14 +44,12 @@ def merge_shards(
         output: an existing folder; gets the shards under the base's names, and their index.
         model: the base, its weights on the meta device.
         dtype: of the floating-point weights written; None keeps each weight's own.
-        quantized: which of the weights the adapter saw in 4 bits. Those, changed by an update or
-            not, are written as it saw them.
+        quantized: the weights that the adapter saw in 4 bits; all of them are written as it saw
+            them.
         device: where they are rounded.
 
-    Returns:
-        The names of the files written.
-
-    Raises UserError if an update finds no weight, shapes disagree, or a sum is not finite.
+    Returns the names of the files written. Raises UserError if an update finds no weight, shapes
+    disagree, or a sum is not finite.
     """
     sums = _Sums(base, updates, model, dtype, quantized, torch.device(device))
     index: dict[str, str] = {}
@@ -101,12 +99,7 @@ class _Sums:
         self._found: set[str] = set()
 
     def of(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor of the files as it is written.
-
-        Args:
-            name: in the files.
-            weight: as the files have it.
-        """
+        """A tensor of the files, by its name there, as it is written."""
         if name in self._waiting:
             return self._waiting.pop(name)
         part = self._parts[name]
@@ -251,8 +244,8 @@ _MAX_TOKENS = 256
 class Verified:
     """Mean absolute differences of token log-probs on the probe texts, in nats.
 
-    `difference` is between the merged model and base + adapter, `effect` between base + adapter
-    and the base alone: what a merge that did nothing would differ by.
+    `difference` is between the merged model and base + adapter, `effect` between base + adapter and
+    the base alone.
     """
 
     difference: float

@@ -1,6 +1,7 @@
 """A model's folder: named by a path, the Hub or the demo; what is in it, and whether it is whole.
 
-No weights are loaded here: configuration, tokenizer, and the headers of the weight files.
+No weights are loaded here: configuration, tokenizer, and the headers of the weight files. The
+functions that need torch or transformers import them, so that mistakes are told at once.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from tandem.data.sources.rows import looks_like_path
 from tandem.errors import UserError
-from tandem.model.weight_files import parts_of, read_heads
-from tandem.storage.atomic_files import require_spelled
+from tandem.storage.atomic_files import read_json, require_spelled
 from tandem.storage.hashing import weight_files
+
+QUANTIZATION = "quantization.json"
+"""The file of an adapter's folder that says what its base was rounded to."""
 
 # What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
 _FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
@@ -74,12 +74,8 @@ def _fetched(name: str, revision: str | None, files: list[str]) -> Path:
 def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
     """Raise UserError when the Hub's files of a model hold no weights that could be loaded.
 
-    Nothing is said where the Hub does not answer: what was fetched before is used then.
-
-    Args:
-        name: the model's id.
-        folder: what is small of it, see `model_folder`.
-        revision: as there.
+    Nothing is said where the Hub does not answer: what was fetched before is used then. `folder`
+    holds what is small of the model.
     """
     from huggingface_hub import HfApi
 
@@ -142,6 +138,8 @@ def load_config(folder: Path, *, weights: bool = True) -> Any:
 
 def read_config(folder: Path) -> Any:
     """The transformers configuration in a folder, weights or not."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # damaged files lead a configuration anywhere
@@ -163,6 +161,9 @@ def model_without_weights(config: Any, folder: Path | None = None) -> Any:
 
     Raises UserError, which names the folder, for a configuration that describes none.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             # What a forward needs in which no number is looked at: plain masks, and the one dtype
@@ -182,14 +183,12 @@ def model_without_weights(config: Any, folder: Path | None = None) -> Any:
 def check_whole(folder: Path, config: Any) -> None:
     """Raise UserError when the files hold fewer numbers than config.json's model has.
 
-    Loading would allocate the model that config.json describes, whatever size it is, and fill
-    what is missing with random numbers. Only the files' headers are read. Quantised weights are
-    packed, so they are not counted.
-
-    Args:
-        folder: a local model folder with safetensors files.
-        config: its transformers configuration.
+    Loading would allocate the model that config.json describes, whatever size it is, and fill what
+    is missing with random numbers. Only the files' headers are read. Quantised weights are packed,
+    so they are not counted.
     """
+    from tandem.model.weight_files import parts_of, read_heads
+
     heads = read_heads(folder)
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -208,12 +207,7 @@ def check_whole(folder: Path, config: Any) -> None:
 
 
 def check_unquantized(folder: Path, config: Any) -> None:
-    """Raise UserError for a model whose weights are quantised already: nothing is merged into it.
-
-    Args:
-        folder: a local model folder.
-        config: its transformers configuration.
-    """
+    """Raise UserError for a model that is quantised already: nothing is merged into that."""
     found = (
         getattr(one, "quantization_config", None) for one in (config, config.get_text_config())
     )
@@ -234,16 +228,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZERS)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder.
-
-    Raises UserError when there is none, or none that can be loaded.
-    """
+def require_tokenizer(folder: Path) -> None:
+    """Raise UserError for a folder without the vocabulary of a tokenizer."""
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
             "tokenizer_config.json, or tokenizer.model."
         )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder.
+
+    Raises UserError when there is none, or none that can be loaded.
+    """
+    require_tokenizer(folder)
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizer libraries raise bare Exceptions, too
@@ -261,12 +262,49 @@ def context_length(config: Any) -> int | None:
 
 def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
     """Raise UserError when `max_length`, called `key`, exceeds the positions of the model."""
-    context = context_length(config)
+    require_context(context_length(config), max_length, folder, key)
+
+
+def require_context(context: int | None, max_length: int, folder: Path, key: str) -> None:
+    """Raise UserError when `max_length`, called `key`, exceeds a context; None is any length."""
     if context is not None and max_length > context:
         raise UserError(
             f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
             f"(max_position_embeddings). Set {key} to {context} or less."
         )
+
+
+def stated_context(folder: Path) -> int | None:
+    """The context length that config.json states, None where transformers has to be asked.
+
+    Defaults of an architecture, and models of several parts, are for transformers to know.
+    """
+    try:
+        config = read_json(folder / "config.json")
+        parts = [k for k in config if k.endswith("_config") and k != "quantization_config"]
+        length = None if parts or "decoder" in config else config.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # said by who loads it
+        return None
+    return length if type(length) is int and length > 0 else None
+
+
+def stored_template(folder: Path) -> str | None:
+    """The chat template that a folder's tokenizer has, empty for none.
+
+    None where only transformers can tell: several templates, and tokenizers with code of their own.
+    """
+    if (folder / "additional_chat_templates").exists() or not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        config = read_json(folder / "tokenizer_config.json")
+        if "auto_map" in config:
+            return None
+        if (folder / "chat_template.jinja").exists():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        own = config.get("chat_template")
+    except (OSError, ValueError, AttributeError):  # said by who loads it
+        return None
+    return own if isinstance(own, str) else "" if own is None else None
 
 
 def first_line(error: BaseException) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
+from tandem.model.model_folder import QUANTIZATION
 from tandem.model.unwrap import plain_model
 from tandem.runtime.extras import require
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
-FILE = "quantization.json"
 _BLOCK = 64
 # Where bitsandbytes says that it has not fetched a kernel from the Hub.
 _LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -31,13 +31,10 @@ _LOGGER = "bitsandbytes.backends.cpu.ops"
 
 @dataclass(frozen=True)
 class Quantized:
-    """Which weights of a base are 4-bit, and what they were rounded from.
+    """Which weights of a base are 4-bit, and the number format that they were rounded from.
 
-    Attributes:
-        format: nf4, with the blocks' scales quantised as well.
-        dtype: number format that the weights had when they were rounded.
-        weights: their names.
-        transposed: those of them that are stored [in, out].
+    `format` is nf4, with the blocks' scales quantised as well; `transposed` are those weights that
+    are stored [in, out].
     """
 
     format: str
@@ -54,10 +51,8 @@ class Quantized:
     def rounded(self, name: str, weight: Tensor, device: torch.device) -> Tensor:
         """A stored weight as the adapter saw it, in float32 on the CPU, in its stored layout.
 
-        Args:
-            name: the weight's name; one that stayed whole is returned as it is.
-            weight: as stored in the base's files.
-            device: where to round, the kind of device of the training for the same bits.
+        One that stayed whole is returned as it is. Rounding gives the same bits on the same kind of
+        device.
         """
         if name not in self.weights:
             return weight
@@ -69,13 +64,7 @@ class Quantized:
 
 
 def check_quantization(quantization: str | None, *, device: str, sharded: bool) -> None:
-    """Raise UserError where a base cannot be quantised, before anything is read.
-
-    Args:
-        quantization: the recipe's key, None for a whole base.
-        device: kind of device.
-        sharded: whether processes keep parts of the base.
-    """
+    """Raise UserError where a base cannot be quantised, before anything is read."""
     if quantization is None:
         return
     if device not in ("cpu", "cuda"):
@@ -101,16 +90,15 @@ def quantize(
 ) -> None:
     """Put a model's linear layers on `device` in 4 bits, in place; `model.tandem_quantized` tells.
 
-    The output head, embeddings and norms stay as they are; so do layers that are more than a
-    linear one, and the experts that transformers keeps in one tensor. One layer at a time is
-    moved, so the device never holds the whole model in its own number format.
+    The output head, embeddings and norms stay as they are; so do layers that are more than a linear
+    one, the experts that transformers keeps in one tensor, and the modules that `kept` names. One
+    layer at a time is moved: the device never holds the whole model in its own number format.
 
     Args:
         model: loaded, without an adapter, on the CPU.
-        source: number format that weights are rounded from.
-        compute: number format that products are computed in.
+        source, compute: number formats that weights are rounded from, and of products.
         device: where the layers go.
-        kept: names of modules that stay as they are, see `adapter.unreached_layers`.
+        kept: see `adapter.unreached_layers`.
 
     Raises UserError without bitsandbytes, or when there is nothing to quantise.
     """
@@ -152,7 +140,7 @@ def quantized_of(model: Any) -> Quantized | None:
 def write_record(model: Any, folder: Path) -> None:
     """Note in an adapter's folder that its base is quantised, if it is."""
     if (found := quantized_of(model)) is not None:
-        atomic_write_json(folder / FILE, asdict(found))
+        atomic_write_json(folder / QUANTIZATION, asdict(found))
 
 
 def read_record(folder: Path) -> Quantized | None:
@@ -160,17 +148,13 @@ def read_record(folder: Path) -> Quantized | None:
 
     Raises UserError for a file that cannot be read.
     """
-    path = folder / FILE
+    path = folder / QUANTIZATION
     if not path.exists():
         return None
     try:
         values = read_json(path)
-        record = Quantized(
-            values["format"],
-            values["dtype"],
-            tuple(values["weights"]),
-            tuple(values["transposed"]),
-        )
+        names = tuple(values["weights"]), tuple(values["transposed"])
+        record = Quantized(values["format"], values["dtype"], *names)
         if record.format != "nf4" or not isinstance(record.torch_dtype, torch.dtype):
             raise ValueError(f"unknown format {record.format!r} or dtype {record.dtype!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,22 +195,14 @@ def _layer(
 ) -> nn.Linear:
     """A 4-bit layer of weight [out, in] on `device`."""
     library = _bitsandbytes()
+    kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    rows, columns = weight.shape
     layer: Any = library.nn.Linear4bit(
-        weight.shape[1],
-        weight.shape[0],
-        bias=False,
-        compute_dtype=compute,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
+        columns, rows, bias=False, compute_dtype=compute, device="meta", **kind
     )
+    values = weight.detach().contiguous()
     layer.weight = library.nn.Params4bit(
-        weight.detach().contiguous(),
-        requires_grad=False,
-        blocksize=_BLOCK,
-        compress_statistics=True,
-        quant_type="nf4",
-        module=layer,
+        values, requires_grad=False, blocksize=_BLOCK, module=layer, **kind
     ).to(device)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)

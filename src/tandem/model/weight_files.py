@@ -66,9 +66,7 @@ class Part:
     def assembled(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """The weights, by their names in memory, that the files' tensors make.
 
-        Args:
-            tensors: by their names in the files.
-            model: whose configuration the rules may ask for.
+        The rules may ask for the configuration of `model`.
         """
         if self.converter is None:
             return dict.fromkeys(self.weights, tensors[self.names[0]])
@@ -137,9 +135,7 @@ def read_heads(folder: Path) -> dict[str, Head]:
 def parts_of(names: Iterable[str], model: Any) -> list[Part]:
     """What of a model each of its files' tensors is, as transformers reads them.
 
-    Args:
-        names: of all tensors in the files.
-        model: of the class that reads them, with or without weights.
+    `model` is of the class that reads them, with or without weights.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -22,13 +22,13 @@ from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import NewRows, Update, read_updates, whole_weights
 from tandem.model.merge_weights import Verified, added, merge_shards, verify_merge, vocabulary_grown
 from tandem.model.model_folder import (
+    QUANTIZATION,
     check_unquantized,
     load_config,
     load_tokenizer,
     model_folder,
     model_without_weights,
 )
-from tandem.model.quantize import FILE as QUANTIZATION
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS
 from tandem.recipe.jobs import MergeJob

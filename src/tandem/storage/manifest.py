@@ -69,7 +69,7 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        _check_empty(folder)
+        check_empty(folder)
         return Opened("fresh", {})
     state, recorded = manifest["status"], manifest["inputs"]
     if manifest["stage"] != stage:
@@ -144,7 +144,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """Raise UserError for a folder without a manifest that has files which are not tandem's."""
     found = folder.iterdir() if folder.exists() else ()
     passed_over = (*_IGNORED, _ASIDE, *_FOREIGN)
     names = [path.name for path in found]

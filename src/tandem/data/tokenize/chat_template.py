@@ -81,7 +81,7 @@ def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
     name, None takes `default`, and `tool_use` for turns with tools. Raises `UserError` for an
     unknown name, a missing file, or a template that cannot render a plain exchange.
     """
-    template = _choose(tokenizer, choice)
+    template = choose_template(tokenizer.chat_template, choice)
     tokenizer.chat_template = template.saved
     notices = (*template.notices, *_notices(tokenizer, template))
     texts = (template.source, *dict(template.named).values())
@@ -237,9 +237,14 @@ def _probe() -> tuple[Turn, ...]:
     return (Turn("user", _QUESTION), Turn("assistant", _ANSWER))
 
 
-def _choose(tokenizer: Any, choice: str | None) -> ChatTemplate:
+def choose_template(own: Any, choice: str | None) -> ChatTemplate:
+    """The template that is in force, without a look at what it renders.
+
+    Args:
+        own: the tokenizer's: a text, several by name, or None.
+        choice: see `resolve_template`, which raises as this does.
+    """
     # Some editors put a mark in front of UTF-8, which is no text.
-    own = tokenizer.chat_template
     named: dict[str, str] = {}
     if isinstance(own, dict):
         named = {name: str(text).removeprefix(_MARK) for name, text in own.items()}

@@ -22,7 +22,7 @@ class KeyPaths:
         rows: [K] int64; the row of the micro-batch at each of the K places.
         own: [T] int64; the place where a row stands in its own segment's path.
         shared: places of prefixes in the paths of other segments, as (rows, places), both [R]
-            int64, so that no row occurs twice in one of them; empty when nothing is shared.
+            int64, so that no row occurs twice in one of them.
         query_starts, key_starts: [segments + 1] int32; where segments and paths begin.
         longest_query, longest_path: in tokens.
     """
@@ -41,9 +41,7 @@ class TreeLayout:
     """The segments of a micro-batch and, for masks, its position ids [T].
 
     `spans` are there in micro-batches of a declared shape: masks then come of the same operations
-    for every micro-batch of that shape.
-
-    Masks are built at most once for each sliding window, key paths at most once, and kept for the
+    for all of them. Masks are built once for each sliding window, key paths once, and kept for the
     other layers.
     """
 

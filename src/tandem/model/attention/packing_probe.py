@@ -32,7 +32,7 @@ class PackingProbe:
     Attributes:
         obstacle: why the model cannot read packed trees, None if it can.
         softcap: whether any layer soft-caps its scores.
-        head_sizes: sizes of query and value heads, one pair for each kind of layer.
+        head_sizes: sizes of query and value heads, a pair for each kind of layer.
     """
 
     obstacle: str | None

@@ -30,10 +30,8 @@ def segments_attention(
     """Each segment attends to its prefix and, causally, to itself.
 
     On CPU, without an effective sliding window, both blocks are flash calls on views of the
-    projections, merged by their log-sum-exp. Elsewhere keys and values of prefix and segment are
-    gathered for one scaled_dot_product_attention call a segment.
-
-    Arguments and result as `backend.dense_attention`.
+    projections, merged by their log-sum-exp. Elsewhere keys and values are gathered for one
+    scaled_dot_product_attention call a segment. Arguments and result as `backend.dense_attention`.
     """
     if window is not None and window >= layout.longest_path():
         window = None
@@ -132,7 +130,8 @@ def _gathered(
     grouped = query.shape[1] != key.shape[1]
     # `split` has one backward, a concatenation; slices would each zero-fill a whole gradient.
     outputs = []
-    for s, q in zip(layout.segments, query.split(_lengths(layout.segments), dim=2), strict=True):
+    lengths = [s.stop - s.start for s in layout.segments]
+    for s, q in zip(layout.segments, query.split(lengths, dim=2), strict=True):
         own, prefix = slice(s.start, s.stop), slice(s.prefix_start, s.prefix_stop)
         keys, values, mask = key[:, :, own], value[:, :, own], None
         if s.prefix_stop > s.prefix_start:
@@ -146,10 +145,6 @@ def _gathered(
             )
         )
     return torch.cat(outputs, dim=2)
-
-
-def _lengths(segments: tuple[Segment, ...]) -> list[int]:
-    return [s.stop - s.start for s in segments]
 
 
 def _lower_right_causal(

@@ -29,9 +29,7 @@ _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 def unavailable_reason(probe: PackingProbe, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the kernel from computing a model's attention, None if nothing does.
 
-    Args:
-        probe: what the model's layers ask for.
-        device, dtype: of the model's weights, which its activations follow under autocast.
+    `device` and `dtype` are of the model's weights; its activations follow them under autocast.
     """
     if device.type != "cuda":
         return "its kernel runs on CUDA devices alone"
@@ -69,10 +67,9 @@ def varlen_attention(
 ) -> Tensor:
     """Queries by segment, keys and values gathered as [prefix; segment].
 
-    The causal mask and sliding windows are aligned to the lower right, so that a branch's last
-    token sees its whole path. Grouped-query heads stay grouped.
-
-    Arguments and result as `backend.dense_attention`.
+    Causal mask and sliding windows are aligned to the lower right, so that a branch's last token
+    sees its whole path. Grouped-query heads stay grouped. Arguments and result as
+    `backend.dense_attention`.
     """
     kind = query.device.type
     # Rotary embeddings and norms may leave autocast's dtype, and the kernel is not on its list.

@@ -251,8 +251,7 @@ def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor)
         scores: [n, columns], overwritten with exp(scores - peak).
         peak, total: [n], brought up to date: largest score so far, sum of exp(score - peak).
 
-    Returns:
-        [n], what sums over earlier blocks are to be multiplied by.
+    Returns [n], what sums over earlier blocks are to be multiplied by.
     """
     shrink = torch.empty_like(peak)
     kernels.functions.tandem_softmax_block(

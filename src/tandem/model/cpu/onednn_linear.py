@@ -21,15 +21,9 @@ _EXPECTED_ROWS = 1024
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias without a gradient for anything.
+    """x @ weight.T + bias without a gradient for anything: [..., K] to [..., N] in x's dtype.
 
-    Args:
-        x: [..., K].
-        weight: [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
+    `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
     """
     if _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -82,10 +76,7 @@ class Plain:
 
 
 def speed_up_frozen_products(model: nn.Module) -> None:
-    """Send the products of a model's linear layers through `product` while they are frozen.
-
-    Modules stay in place under their names, only their forward is replaced.
-    """
+    """Send the products of a model's linear layers through `product` while they are frozen."""
     if not _AVAILABLE:
         return
     for module in model.modules():
@@ -145,9 +136,6 @@ def low_rank_product(
         frozen: the frozen layer, weight [N, K].
         down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685).
         scale: alpha / r.
-
-    Returns:
-        [..., N].
     """
     fixed = weights_of(frozen), frozen.bias, scale
     result: Tensor = _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)

@@ -29,13 +29,10 @@ _ORDERED_COLUMNS = 2048
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
-
-    All of it is frozen but the rows of `added_tokens`.
+    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)), frozen but for `rows`.
 
     Attributes:
-        weight: [V, H].
-        bias: [V] or None.
+        weight, bias: [V, H] and [V] or None.
         scale: factor on the logits (Cohere, Granite).
         softcap: c of c * tanh(logits / c) (Gemma 2), or None.
         ordered: the weight once more, in the order that is fastest on CPU, or None.
@@ -114,24 +111,21 @@ def order_head(model: Any) -> None:
 def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     """log softmax(head(hidden))[target], row by row.
 
-    log p_t depends on h_t alone and the head is frozen, so the forward also computes
-    G_t = d log p_t / d h_t and the backward only scales it: 4NVH operations instead of the 6NVH
-    of recomputation. The vocabulary comes in blocks under a running softmax (arXiv 1805.02867),
-    G_t among the running sums: a block's weights serve all rows of a chunk, and what is held of
-    the logits depends on neither rows nor vocabulary.
-
-    Trained rows are few: the frozen part leaves them out of its sum, and autograd adds them.
+    log p_t depends on h_t alone and the head is frozen, so the forward also computes G_t = d log
+    p_t / d h_t and the backward only scales it: 4NVH operations instead of the 6NVH of
+    recomputation. The vocabulary comes in blocks under a running softmax (arXiv 1805.02867), G_t
+    among the running sums: a block's weights serve all rows of a chunk, and what is held of the
+    logits depends on neither rows nor vocabulary. Trained rows are few: the frozen part leaves them
+    out of its sum, and autograd adds them.
 
     Args:
         hidden: the hidden states that predict [N, H].
         head: the head.
         target: the tokens predicted [N] int64.
 
-    Returns:
-        [N] log-probabilities, float32 (float64 for float64 hidden states).
-
-    Raises IndexError on CPU for a target beyond the head's rows; elsewhere, where looking would
-    hold the device up, its log-probability is not a number.
+    Returns [N] log-probabilities, float32 (float64 for float64 hidden states). On CPU raises
+    IndexError for a target beyond the head's rows; elsewhere, where looking would hold the device
+    up, its log-probability is not a number.
     """
     _require_rows(head, target)
     if head.rows is not None:
@@ -305,9 +299,8 @@ def skip_unread_rows(model: Any) -> None:
     """Let the last decoder layer's MLP pass over rows that nothing reads; done at most once.
 
     After the last layer's attention, rows no longer see each other, and only rows that predict a
-    target go on to the head: for a prompt's rows the MLP's result, zero here, is never read. The
-    module stays in place under its name, only its forward is replaced. Models whose last layer
-    has no `mlp` are left as they are.
+    target go on to the head: for the others the MLP's result, zero here, is never read. Models
+    whose last layer has no `mlp` are left as they are.
     """
     if hasattr(model, "tandem_rows"):
         return

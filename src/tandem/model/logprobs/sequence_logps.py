@@ -30,8 +30,8 @@ class PaddedRows:
                                                      P0 P1 P2 R0  .
 
     Attributes:
-        rows: [S, L] int64; which row of the micro-batch each place shows, row 0 where a sequence
-            has ended already.
+        rows: [S, L] int64; which row of the micro-batch each place shows, row 0 behind a sequence's
+            end.
         target_sequence, target_position: [N] int64; the place that predicts each target.
         tokens: places that are no padding.
     """
@@ -68,10 +68,7 @@ def padded_rows(batch: MicroBatch) -> PaddedRows:
 def padded_hidden(decoder: Any, batch: MicroBatch, padded: PaddedRows) -> Tensor:
     """The hidden states that predict the micro-batch's targets, in their order [N, H].
 
-    Args:
-        decoder: maps ids to hidden states under its own causal attention or recurrence.
-        batch: the micro-batch.
-        padded: its sequences side by side.
+    `decoder` maps ids to hidden states under its own causal attention or recurrence.
     """
     hidden: Tensor = decoder(
         input_ids=batch.input_ids[padded.rows], use_cache=False
@@ -102,11 +99,8 @@ class Scorer(nn.Module):
     """A causal language model seen as a function from micro-batches to sequence log-probs.
 
     A module of its own, so that whatever wraps modules for several devices wraps this one.
-
-    Args:
-        model: see `sequence_logps`.
-        precision: makes the context of mixed precision that the model runs in. Here, because some
-            wrappers switch off what is around them.
+    `precision` makes the context of mixed precision that the model runs in: here, because some
+    wrappers switch off what is around them.
     """
 
     def __init__(
@@ -148,8 +142,7 @@ def check_head(model: Any) -> None:
     """Raise UserError unless `head_of` describes how the model makes logits of hidden states.
 
     A few tokens are scored both ways: a factor or a soft-cap that tandem does not know of would
-    otherwise train towards other log-probs than the model's own. The model still attends by
-    itself: `attach_attention` comes afterwards.
+    otherwise train towards other log-probs than the model's own. The model still attends by itself.
     """
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
@@ -174,7 +167,7 @@ def check_head(model: Any) -> None:
 def sequence_logps(
     model: nn.Module, batch: MicroBatch, sums: torch.dtype = torch.float64
 ) -> Tensor:
-    """Summed log-probability of each sequence's trained tokens.
+    """Summed log-probability of each sequence's trained tokens [S], in `sums`.
 
     Only hidden states that predict a trained token meet the output head.
 
@@ -182,11 +175,8 @@ def sequence_logps(
         model: a transformers causal language model, adapters injected or not, that
             `prepare_model.FOR_SCORING` has prepared.
         batch: the micro-batch, on the model's device.
-        sums: float64, or float32 for devices without it.
-
-    Returns:
-        [S] in `sums`: added up plainly in float32 a long answer's sum is off by 1e-4, and DPO's
-        gradient follows it. There, it is rounded once.
+        sums: float64, or float32 for devices without it. Added up plainly in float32 a long
+            answer's sum is off by 1e-4, and DPO's gradient follows it; here it is rounded once.
     """
     logps = token_logps(model, batch)
     # One slot more than sequences, for targets that only fill a declared shape up.

@@ -39,9 +39,8 @@ class LoraWeights:
     Attributes:
         settings: rank, alpha, dropout and target modules.
         seed: of A.
-        base: what the saved adapter names as its base, and with `revision` which one of the Hub.
-        dropout: whether the settings' dropout acts. Its masks do not depend on how the work is
-            packed. A mixture's experts have none, see `adapts_experts`.
+        base, revision: what the saved adapter names as its base.
+        dropout: whether the settings' dropout acts, by masks that do not depend on packing.
     """
 
     settings: LoraSettings
@@ -162,11 +161,10 @@ class LoraWeights:
 def unreached_layers(model: Any) -> list[str]:
     """Linear layers whose weights a model reads without calling them, or whose kernels may.
 
-    An adapter on one of them would change nothing, and learn nothing. State-space mixers have
-    such layers: a projection of the time step that is multiplied by hand, and an output
-    projection that their fused kernels take in, which peft refuses to adapt. Routers that are a
-    linear layer and more cannot be adapted, either. Experts are not looked at, for a few tokens
-    do not reach them all. The model still attends by itself.
+    An adapter there would change nothing. State-space mixers have such layers: a projection of the
+    time step that is multiplied by hand, and an output projection that their fused kernels take in.
+    Routers that are a linear layer and more cannot be adapted, either. Experts are not looked at:
+    a few tokens do not reach them all. The model must still attend by itself.
     """
     linear = {
         name: module
@@ -230,25 +228,6 @@ def added_ids_of_folder(folder: Path) -> list[int]:
     return sorted({index for ids in lists for index in ids})
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in the backward instead of keeping them.
-
-    Raises UserError for models that cannot.
-    """
-    base = model.get_base_model()
-    if not getattr(base, "supports_gradient_checkpointing", False):
-        raise UserError(
-            f"gradient_checkpointing: {type(base).__name__} cannot recompute its activations; "
-            "set it to false and lower tokens_per_microbatch instead"
-        )
-    base.enable_input_require_grads()
-    kwargs = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(kwargs)
-    else:  # its name in earlier transformers
-        base.gradient_checkpointing_enable(kwargs)
-
-
 def adapts_experts(model: nn.Module) -> bool:
     """Whether parameters are adapted by themselves, as a mixture's experts are.
 
@@ -294,34 +273,32 @@ def check_targets(
 ) -> None:
     """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
 
-    Neither the unreached ones are, nor the output head, whose scores are not computed as a layer's.
+    The output head is none of them: its scores are not computed as a layer's.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    modules = dict(model.named_modules())
+    modules, kind = dict(model.named_modules()), type(model).__name__
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in unreached
     }
     its = f"its linear layers are {', '.join(sorted(linear))}"
-    kind = type(model).__name__
     for target in targets:
         fit = [name for name in modules if name == target or name.endswith("." + target)]
-        if not fit:
-            raise UserError(f"{key}: {target!r} fits no module of {kind}; {its}")
+        why = "" if fit else f"fits no module of {kind}; {its}"
         for name in fit:
-            if modules[name] is head:
-                raise UserError(
-                    f"{key}: {target!r} is the output head of {kind}, which takes no adapter; "
-                    f"leave it out; {its}"
+            module = modules[name]
+            if module is head:
+                why = f"is the output head of {kind}, which takes no adapter; leave it out; {its}"
+            elif not isinstance(module, nn.Linear | Conv1D):
+                why = (
+                    f"fits {name}, which is {type(module).__name__}, and adapters are for linear "
+                    f"layers; {its}"
                 )
-            if not isinstance(modules[name], nn.Linear | Conv1D):
-                raise UserError(
-                    f"{key}: {target!r} fits {name}, which is {type(modules[name]).__name__}, and "
-                    f"adapters are for linear layers; {its}"
+            elif name in unreached:
+                why = (
+                    f"fits {name}, which {kind} does not use as a plain product, so an adapter "
+                    "there would do nothing; leave it out"
                 )
-            if name in unreached:
-                raise UserError(
-                    f"{key}: {target!r} fits {name}, which {kind} does not use as a plain product, "
-                    "so an adapter there would do nothing; leave it out"
-                )
+        if why:
+            raise UserError(f"{key}: {target!r} {why}")

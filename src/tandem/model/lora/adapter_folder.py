@@ -32,7 +32,7 @@ class LowRankUpdate:
         a, b: [rank, in] and [out, rank].
         scaling: of their product.
         transposed: whether the weight is stored [in, out].
-        start: pissa or olora if training began from a part of the base, which it took out there.
+        start: pissa or olora if training took a part out of the base and began from it.
         magnitude: DoRA's length of each output's row of the sum [out], None for plain LoRA.
     """
 
@@ -110,12 +110,9 @@ Update = LowRankUpdate | ExpertsUpdate | NewRows
 def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
-    Rows of added tokens are among them, for each embedding that has its own. Whole weights, which
-    peft may put beside an adapter, are not: see `whole_weights`.
-
-    Args:
-        adapter: the folder.
-        model: the base, its weights on any device; where experts are adapted, it says which.
+    Rows of added tokens are among them, for each embedding that has its own; whole weights, which
+    peft may put beside an adapter, are not. Where experts are adapted, `model` is the base, its
+    weights on any device.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -180,11 +177,7 @@ def whole_weights(adapter: Path) -> dict[str, Tensor]:
 
 
 def check_copies(adapter: Path, model: Any) -> list[str]:
-    """The names of the whole weights in an adapter's file, which must equal the base's own.
-
-    Args:
-        adapter: the folder.
-        model: its base, loaded, without the adapter.
+    """The names of the whole weights in an adapter's file, which must equal the loaded base's own.
 
     Raises UserError for one that the base has otherwise.
     """
@@ -220,16 +213,11 @@ def _whole(names: list[str]) -> list[str]:
 def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | None:
     """A parameter that is adapted by itself, for an entry of an adapter's file.
 
-    peft wraps a module once for each of its parameters, the first one innermost.
+    peft wraps a module once for each of its parameters, the first one innermost: `target` is the
+    wrapper's name, with a `.base_layer` for each wrapper around it.
 
-    Args:
-        target: the wrapper's name, with a `.base_layer` for each wrapper around it.
-        config: the adapter's.
-        model: the base.
-
-    Returns:
-        The parameter's name, itself, and whether its experts' weights are stored [in, out]; None
-        where the entry is of a module.
+    Returns the parameter's name, itself, and whether its experts' weights are stored [in, out];
+    None where the entry is of a module.
     """
     wanted = config.target_parameters or ()
     if wanted and model is None:

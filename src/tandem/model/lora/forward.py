@@ -32,13 +32,9 @@ class KeyedDropout(nn.Module):
     """Inverted dropout with masks computed from the rows' keys.
 
     An element is dropped where (row key x odd channel constant) mod 2^32, a multiply-shift hash
-    (Dietzfelbinger et al., 1997), falls into the lowest share p of its range. So a record draws
-    the same mask whatever shares its micro-batch, wherever it runs, and after a resume.
-
-    Args:
-        p: the probability of zeroing an element.
-        module_number: tells this module's masks from other modules'.
-        shared: where the keys of the current micro-batch are found.
+    (Dietzfelbinger et al., 1997), falls into the lowest share p of its range. So a record draws the
+    same mask whatever shares its micro-batch, wherever it runs, and after a resume. `module_number`
+    tells this module's masks from other modules', `shared` holds the keys of the micro-batch.
     """
 
     def __init__(self, p: float, module_number: int, shared: DropoutKeys) -> None:
@@ -75,13 +71,7 @@ class KeyedDropout(nn.Module):
 
 
 def keep_mask(keys: Tensor, channels: Tensor, p: float) -> Tensor:
-    """[T, C] bool, each element True with probability 1 - p; see `KeyedDropout`.
-
-    Args:
-        keys: [T] int64.
-        channels: [C] odd int32.
-        p: the probability of False.
-    """
+    """[T, C] bool, False with probability p, of keys [T] int64 and odd channels [C] int32."""
     rows = (keys ^ (keys >> 32)).to(torch.int32)
     # Multiplication wraps modulo 2^32; as a signed number the product is uniform over its range.
     product = rows[:, None] * channels[None, :]
