@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tandem.data.text.answers import refuses, refuses_only
 
 from tandem.check.record_signs import REFUSAL, answer_signs
+from tandem.data.text.text_traits import refuses, refuses_only
 from tandem.pairs.filters import Candidate, against_answer
 from tandem.recipe.pairs_settings import FilterSettings
 
