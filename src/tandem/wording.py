@@ -1,9 +1,10 @@
-"""Numbers as people read them: percentages, counts, durations, sizes."""
+"""Numbers as people read them: percentages, counts, durations, sizes; and a collapse in words."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 MISSING = "–"
 
@@ -76,3 +77,40 @@ def size(value: float | None) -> str:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value read from a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# A fall of the chosen log-probs by more than these is a collapse.
+_FALL_NATS, _FALL_SHARE = 2.0, 0.25
+
+
+def chosen_collapse(metrics: Sequence[Mapping[str, Any]], beta: object) -> str | None:
+    """Whether DPO unlearnt the chosen answers while the margin grew (trl#800), in a sentence.
+
+    It looks at the last quarter of the logged steps, and at what the same pairs' log-probs are
+    under the reference: log-probs of different steps belong to different pairs. Some fall is usual
+    in DPO. A collapse is a fall of more than a quarter of the reference's log-prob, so that every
+    token is that much more of a surprise (a perplexity of 5 becomes 7.5): a count of nats would
+    call it a collapse in each long answer, and in no short one. And it is one of more than 2 nats
+    (an answer less than a seventh as probable): of a short answer that is nearly certain, less is
+    nothing. The console, the summary and the page take it from here.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        beta: of the run; None, or no number, where it is not known.
+    """
+    keys = ("logps/chosen", "rewards/chosen", "rewards/margins")
+    rows = [m for m in metrics if all(is_number(m.get(key)) for key in keys)]
+    if not is_number(beta) or not rows:
+        return None
+    last = rows[-max(1, len(rows) // 4) :]
+    logp, reward, margin = (sum(float(m[key]) for m in last) / len(last) for key in keys)
+    fall = -reward / beta
+    reference = logp + fall
+    if margin <= 0 or fall <= max(_FALL_NATS, _FALL_SHARE * abs(reference)):
+        return None
+    return (
+        f"collapse of the chosen log-probs: while the margin grew to {number(margin, 3)}, the "
+        f"chosen answers became less probable: log-prob {number(reference)} under the reference, "
+        f"{number(logp)} at the end. The model unlearns what it should prefer. Fewer steps, a "
+        "smaller learning rate or a larger beta help."
+    )

@@ -57,9 +57,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_history_system_and_reset(some_model: Path, prompts: list[str]) -> None:
+def test_history_system_and_reset(stories_path: Path, prompts: list[str]) -> None:
     text = talk(
-        [some_model], "Once upon a time", "/system Be brief.", "And then?", "/reset", "Who?",
+        [stories_path], "Once upon a time", "/system Be brief.", "And then?", "/reset", "Who?",
         "/system", "/help", "/nonsense", "//x", "/quit", "never read",
     )  # fmt: skip
     assert len(prompts) == 4
@@ -84,34 +84,34 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }
 
 
 def test_a_system_prompt_that_a_template_does_not_render_is_not_set(
-    some_model: Path, prompts: list[str], tmp_path: Path
+    stories_path: Path, prompts: list[str], tmp_path: Path
 ) -> None:
     for source, why in ((DEAF, "does not render the system turn"), (STRICT, "no system")):
         (tmp_path / "t.jinja").write_text(source)
         template = str(tmp_path / "t.jinja")
-        text = talk([some_model], "/system Be brief.", "/system", "Hi", chat_template=template)
+        text = talk([stories_path], "/system Be brief.", "/system", "Hi", chat_template=template)
         assert "The system prompt is not set. stories260K: " in text
         assert why in " ".join(text.split())
         assert "System prompt: (none)" in text
         assert prompts.pop() == "<s> Hi"
         with pytest.raises(UserError, match=rf"--system: stories260K: .*{why}"):
-            talk([some_model], system="Be brief.", chat_template=template)
+            talk([stories_path], system="Be brief.", chat_template=template)
 
 
 def test_what_a_template_leaves_out_of_a_longer_conversation_is_said(
-    some_model: Path, tmp_path: Path
+    stories_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "t.jinja").write_text(DEAF.replace("in messages", "in messages[-2:]"))
-    text = talk([some_model], "One", "Two", chat_template=str(tmp_path / "t.jinja"))
+    text = talk([stories_path], "One", "Two", chat_template=str(tmp_path / "t.jinja"))
     assert text.count("not asked all of this: the chat template does not render every user") == 1
 
 
-def test_answers_are_what_transformers_generates(some_model: Path, prompts: list[str]) -> None:
+def test_answers_are_what_transformers_generates(stories_path: Path, prompts: list[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(some_model)
-    model = AutoModelForCausalLM.from_pretrained(some_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(stories_path)
+    model = AutoModelForCausalLM.from_pretrained(stories_path, dtype=torch.float32)
     from tandem.data.records import Turn
     from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 
@@ -124,22 +124,24 @@ def test_answers_are_what_transformers_generates(some_model: Path, prompts: list
         attention_mask=torch.ones(1, len(ids)),
     )
     expected = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-    text = talk([some_model], "Once upon a time", max_new_tokens=40)
+    text = talk([stories_path], "Once upon a time", max_new_tokens=40)
     assert expected.strip() in text.replace("\n\n", "\n")
 
 
-def test_a_seed_repeats_the_sampled_answer(some_model: Path) -> None:
+def test_a_seed_repeats_the_sampled_answer(stories_path: Path) -> None:
     options = {"temperature": 1.0, "top_p": 0.9}
-    first = talk([some_model], "Hello", "Hello", **options)
-    assert talk([some_model], "Hello", "Hello", **options) == first
-    assert talk([some_model], "Hello", "Hello", seed=8, **options) != first
+    first = talk([stories_path], "Hello", "Hello", **options)
+    assert talk([stories_path], "Hello", "Hello", **options) == first
+    assert talk([stories_path], "Hello", "Hello", seed=8, **options) != first
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_side_by_side(some_model: Path, tmp_path: Path, prompts: list[str], terminal: bool) -> None:
+def test_side_by_side(
+    stories_path: Path, tmp_path: Path, prompts: list[str], terminal: bool
+) -> None:
     copy = tmp_path / "other" / "copied"
-    shutil.copytree(some_model, copy)
-    text = talk([some_model, copy], "Hi", "Go on", terminal=terminal)
+    shutil.copytree(stories_path, copy)
+    text = talk([stories_path, copy], "Hi", "Go on", terminal=terminal)
     assert "stories260K" in text
     assert "copied" in text
     assert len(prompts) == 4
@@ -147,25 +149,27 @@ def test_side_by_side(some_model: Path, tmp_path: Path, prompts: list[str], term
     assert ("╭" in text) == terminal
 
 
-def test_overflow_drops_the_oldest_turns_and_says_so(some_model: Path, prompts: list[str]) -> None:
+def test_overflow_drops_the_oldest_turns_and_says_so(
+    stories_path: Path, prompts: list[str]
+) -> None:
     long = "a little dog " * 30
-    text = talk([some_model], "FIRST " + long, "SECOND " + long, "THIRD " + long)
+    text = talk([stories_path], "FIRST " + long, "SECOND " + long, "THIRD " + long)
     assert "oldest 2 turns no longer fit the context of 512 tokens" in text
     assert "FIRST" not in prompts[-1]
     assert "THIRD" in prompts[-1]
-    text = talk([some_model], "dog " * 600, "Hi")
+    text = talk([stories_path], "dog " * 600, "Hi")
     assert "Shorten it" in text
     assert "dog dog" not in prompts[-1]
 
 
-def test_a_large_answer_limit_ends_at_the_context(some_model: Path) -> None:
-    text = talk([some_model], "dog " * 60, max_new_tokens=10_000)
+def test_a_large_answer_limit_ends_at_the_context(stories_path: Path) -> None:
+    text = talk([stories_path], "dog " * 60, max_new_tokens=10_000)
     assert "Traceback" not in text
     assert "the context is full" in text or "cut" not in text
 
 
 def test_ctrl_c_interrupts_the_answer_only(
-    some_model: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+    stories_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
 ) -> None:
     from tandem.chat import stream_answer as generate
 
@@ -179,7 +183,7 @@ def test_ctrl_c_interrupts_the_answer_only(
         real(self, value)
 
     monkeypatch.setattr(generate._TextStream, "put", put)
-    text = talk([some_model], "Once upon", KeyboardInterrupt, "Go on")
+    text = talk([stories_path], "Once upon", KeyboardInterrupt, "Go on")
     assert "(interrupted)" in text
     assert "/quit or Ctrl-D leaves" in text
     assert "### User:\nOnce upon" in prompts[1]  # the part that was seen stays in the history
@@ -221,9 +225,9 @@ def test_pieces_join_to_the_whole_text(byte_tokenizer: Any) -> None:
     assert len(pieces) > 5
 
 
-def test_no_template_is_an_error_that_helps(some_model: Path) -> None:
+def test_no_template_is_an_error_that_helps(stories_path: Path) -> None:
     with pytest.raises(UserError, match=r"--chat_template .*neural-chat"):
-        talk([some_model], "Hi", chat_template=None)
+        talk([stories_path], "Hi", chat_template=None)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +245,11 @@ def test_senseless_options(tmp_path: Path, options: dict[str, Any], named: str) 
         talk([])
 
 
-def test_a_run_folder_means_its_newest_model(some_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(some_model, tmp_path / "demo" / "2-sft-merged")
+def test_a_run_folder_means_its_newest_model(stories_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories_path, tmp_path / "demo" / "2-sft-merged")
     text = talk([tmp_path / "demo"], "Hi")
     assert "is a run; talking to its" in text
-    shutil.copytree(some_model, tmp_path / "demo" / "5-final")
+    shutil.copytree(stories_path, tmp_path / "demo" / "5-final")
     assert session.model_in_run(str(tmp_path / "demo")).endswith("5-final")
     assert session.model_in_run("some/hub-id") == "some/hub-id"
 
@@ -257,28 +261,28 @@ def test_labels_tell_models_apart() -> None:
 
 # peft 0.21 still asks transformers 5 under the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_adapter_folder(some_model: Path, tmp_path: Path) -> None:
+def test_adapter_folder(stories_path: Path, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(some_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(stories_path, dtype=torch.float32)
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
-    adapted.peft_config["default"].base_model_name_or_path = str(some_model)
+    adapted.peft_config["default"].base_model_name_or_path = str(stories_path)
     adapted.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(some_model).save_pretrained(tmp_path / "adapter")
-    plain = talk([some_model], "Once upon a time", max_new_tokens=30)
+    AutoTokenizer.from_pretrained(stories_path).save_pretrained(tmp_path / "adapter")
+    plain = talk([stories_path], "Once upon a time", max_new_tokens=30)
     tuned = talk([tmp_path / "adapter"], "Once upon a time", max_new_tokens=30)
     assert plain.splitlines()[1:] != tuned.splitlines()[1:]
 
 
 def test_a_line_that_is_no_text_is_named_and_the_next_one_is_answered(
-    some_model: Path, prompts: list[str]
+    stories_path: Path, prompts: list[str]
 ) -> None:
     text = talk(
-        [some_model], "caf\udce9", "half \ud800", "/system \udcff", "caf\udcc3\udca9", "nul \0"
+        [stories_path], "caf\udce9", "half \ud800", "/system \udcff", "caf\udcc3\udca9", "nul \0"
     )
     assert "That line was not sent: its byte 4 (0xe9) is not UTF-8" in text
     assert "it has half a character" in text
@@ -288,16 +292,16 @@ def test_a_line_that_is_no_text_is_named_and_the_next_one_is_answered(
     assert "caf\u00e9" in prompts[0]
 
 
-def test_a_system_prompt_that_is_no_text_is_a_mistake(some_model: Path) -> None:
+def test_a_system_prompt_that_is_no_text_is_a_mistake(stories_path: Path) -> None:
     with pytest.raises(UserError, match=r"--system: its byte 2 \(0xff\) is not UTF-8"):
-        talk([some_model], "Hi", system="a\udcff")
+        talk([stories_path], "Hi", system="a\udcff")
 
 
-def test_a_terminal_that_is_gone_ends_the_chat(some_model: Path) -> None:
+def test_a_terminal_that_is_gone_ends_the_chat(stories_path: Path) -> None:
     def read(prompt: str) -> str:
         raise OSError(5, "Input/output error")
 
     console = Console(file=io.StringIO())
     options = ChatOptions(Sampling(4), chat_template="neural-chat")
     with pytest.raises(UserError, match="the input cannot be read: Input/output error"):
-        run_chat([str(some_model)], options, console, read)
+        run_chat([str(stories_path)], options, console, read)

@@ -35,7 +35,7 @@ evaluate:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, some_model: Path) -> Path:
+def recipe(tmp_path: Path, stories_path: Path) -> Path:
     """A recipe of both stages; one record is too long, one question is trained on."""
     rows = [conversation(seed) for seed in range(30)]
     rows[4] = conversation(4, exchanges=3)
@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, some_model: Path) -> Path:
     question = rows[7]["messages"][0]["content"]
     write(tmp_path / "questions.jsonl", [{"question": question, "answer": "Nobody knows."}])
     path = tmp_path / "little.yaml"
-    path.write_text(RECIPE.format(model=some_model, folder=tmp_path))
+    path.write_text(RECIPE.format(model=stories_path, folder=tmp_path))
     return path
 
 
@@ -380,11 +380,11 @@ dpo: {{max_length: 400}}
 
 
 @pytest.fixture
-def waiting(tmp_path: Path, some_model: Path) -> Path:
+def waiting(tmp_path: Path, stories_path: Path) -> Path:
     """A recipe whose DPO data is what its pairs stage makes, and nothing else is trained."""
     write(tmp_path / "prompts.jsonl", map(conversation, range(9)))
     path = tmp_path / "preferences.yaml"
-    path.write_text(ONLY_PAIRS.format(model=some_model, folder=tmp_path))
+    path.write_text(ONLY_PAIRS.format(model=stories_path, folder=tmp_path))
     return path
 
 
@@ -583,10 +583,10 @@ def test_a_recipe_of_two_stages_is_asked_which(
 
 
 def test_a_row_that_would_be_dropped_says_why(
-    tmp_path: Path, some_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, stories_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "a.jsonl", [pair(1), {**pair(2), "rejected": pair(2)["chosen"]}])
-    for how in (["--text"], ["--model", some_model]):
+    for how in (["--text"], ["--model", stories_path]):
         code, out, err = _run(capsys, "show", file, "--row", 2, *how)
         assert code == 2
         assert f"{file}, row 2: explicit preference" in out
@@ -655,9 +655,9 @@ def _in_a_terminal(argv: list[object], width: int = 100) -> str:
     return written.decode()
 
 
-def test_a_terminal_has_colours(tmp_path: Path, some_model: Path) -> None:
+def test_a_terminal_has_colours(tmp_path: Path, stories_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", map(pair, range(5)))
-    shown = _in_a_terminal(["show", file, "--row", 2, "--model", some_model])
+    shown = _in_a_terminal(["show", file, "--row", 2, "--model", stories_path])
     assert "\x1b[" in shown
     assert " | " not in shown
     assert "what both answers share" in shown

@@ -13,6 +13,7 @@ import tandem.report.run_facts
 import tandem.storage.cache_folder
 from tandem.cli.main import main
 from tandem.errors import Stopped
+from tandem.model.generate import Sampling
 from tandem.recipe.load_recipe import load_recipe
 from tandem.recipe.recipe import Recipe
 
@@ -109,8 +110,10 @@ def test_a_wrong_recipe_runs_nothing(runs: list[Any], capsys: pytest.CaptureFixt
 
 def test_chat_passes_on_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     session = pytest.importorskip("tandem.chat.session")
-    made: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(session, "run_chat", lambda models, **rest: made.append((models, rest)))
+    made: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(
+        session, "run_chat", lambda models, options, _: made.append((models, options))
+    )
     argv = [
         "chat",
         "a",
@@ -126,16 +129,9 @@ def test_chat_passes_on_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> No
     assert main(argv) == 0
     ((models, options),) = made
     assert list(models) == ["a", "b"]
-    assert options.pop("console") is not None
-    assert options == {
-        "system": "Be brief.",
-        "chat_template": "t",
-        "max_new_tokens": 9,
-        "temperature": 0.7,
-        "top_p": 0.95,
-        "seed": None,
-        "device": "cpu",
-    }
+    assert options == session.ChatOptions(
+        Sampling(9, 0.7, 0.95), system="Be brief.", chat_template="t", seed=None, device="cpu"
+    )
 
 
 def test_report_prints_where_the_page_is(

@@ -385,13 +385,13 @@ def test_data_that_training_would_refuse_is_refused(
 
 
 def test_memory_is_within_a_factor_of_two_of_what_a_run_held(
-    some_model: Path, some_data: Path, tmp_path: Path
+    stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     """In a process of its own, with a model whose activations outweigh its weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = tmp_path / "model"
-    shutil.copytree(some_model, model)
+    shutil.copytree(stories_path, model)
     config = LlamaConfig(
         vocab_size=read_json(model / "config.json")["vocab_size"], hidden_size=256,
         intermediate_size=768, num_hidden_layers=8,
@@ -399,7 +399,7 @@ def test_memory_is_within_a_factor_of_two_of_what_a_run_held(
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     data = tmp_path / "data.jsonl"
-    with (some_data / "conversations" / "slimorca_format.jsonl").open() as lines:
+    with (shared_data / "conversations" / "slimorca_format.jsonl").open() as lines:
         data.write_text("".join(line for line, _ in zip(lines, range(3), strict=False)))
     words = [
         "sft", "--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir",

@@ -83,7 +83,7 @@ def test_weights_of_answers_count_in_messages_and_not_for_the_text(
 
 
 def test_the_loss_is_that_of_plain_transformers(
-    stories_tokenizer: Any, some_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_tokenizer: Any, stories_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_plain_transformers(
     double_precision(monkeypatch)
     rows = [{"messages": TALK}, {"messages": [TALK[1], TALK[2]]}]
     trees, _ = prepared(stories_tokenizer, tmp_path, rows, "neural-chat", loss_on="text")
-    plain = AutoModelForCausalLM.from_pretrained(some_model, dtype=torch.float64).eval()
+    plain = AutoModelForCausalLM.from_pretrained(stories_path, dtype=torch.float64).eval()
     total, count = 0.0, 0
     for row in rows:
         ids = stories_tokenizer.apply_chat_template(
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_plain_transformers(
         assert out.loss.item() == pytest.approx(exact.item(), rel=1e-6)
         total += exact.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    model = load_model(some_model, dtype=torch.float64)
+    model = load_model(stories_path, dtype=torch.float64)
     attend(model, "segments")
     with torch.no_grad():
         logps = sequence_logps(model, collate(list(trees)))

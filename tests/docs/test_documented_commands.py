@@ -154,17 +154,17 @@ def test_shown_make_targets_exist(page: Path) -> None:
         assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def _add_real_records(folder: Path, some_data: Path) -> None:
+def _add_real_records(folder: Path, shared_data: Path) -> None:
     """Short real conversations and pairs behind the tutorial's own."""
     for name, source, texts in (
         (
             "conversations.jsonl",
-            some_data / "conversations" / "slimorca_format.jsonl",
+            shared_data / "conversations" / "slimorca_format.jsonl",
             lambda row: [turn["value"] for turn in row["conversations"]],
         ),
         (
             "pairs.jsonl",
-            some_data / "pairs" / "mixed_pairs.jsonl",
+            shared_data / "pairs" / "mixed_pairs.jsonl",
             lambda row: list(row.values()),
         ),
     ):
@@ -196,8 +196,8 @@ def _steps(page: Path) -> Iterator[Block]:
 
 def test_the_tutorial_runs(
     tmp_path: Path,
-    some_model: Path,
-    some_data: Path,
+    stories_path: Path,
+    shared_data: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -210,12 +210,12 @@ def test_the_tutorial_runs(
         if block.text.startswith("cat > "):
             subprocess.run(["bash", "-eu", "-c", block.text], cwd=tmp_path, check=True)
             if block.text.startswith("cat > questions"):
-                _add_real_records(tmp_path, some_data)
+                _add_real_records(tmp_path, shared_data)
             continue
         for words in commands(block):
             assert words[0] == "tandem", f"nobody runs {words[0]} here"
             monkeypatch.setattr("sys.stdin", io.StringIO("When does the library open?\n/quit\n"))
-            code = main([word.replace("$BASE", str(some_model)) for word in words[1:]])
+            code = main([word.replace("$BASE", str(stories_path)) for word in words[1:]])
             printed = capsys.readouterr()
             said += printed.out + printed.err
             assert code == 0, f"{' '.join(words)}: {printed.err}"

@@ -31,15 +31,15 @@ def test_a_shown_recipe_is_valid(text: str, tmp_path: Path) -> None:
 
 
 def test_the_originals_recipe_makes_pairs_of_other_data(
-    tmp_path: Path, some_model: Path, some_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stories_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it is shown, but for the data, the model, the count and the answers' length."""
     (recipe,) = [text for text in RECIPES if "Open-Orca/SlimOrca" in text]
     monkeypatch.chdir(tmp_path)
-    data = some_data / "conversations" / "slimorca_format.jsonl"
+    data = shared_data / "conversations" / "slimorca_format.jsonl"
     assert main([
-        "run", str(written(recipe, tmp_path)), f"model={some_model}", f"pairs.prompts={data}",
-        f"pairs.model={some_model}", "pairs.select.count=24", "pairs.max_new_tokens=16",
+        "run", str(written(recipe, tmp_path)), f"model={stories_path}", f"pairs.prompts={data}",
+        f"pairs.model={stories_path}", "pairs.select.count=24", "pairs.max_new_tokens=16",
         "pairs.select.max_prompt_characters=300",
     ]) == 0  # fmt: skip
     folder = tmp_path / "runs" / "orca-pairs" / "3-pairs"

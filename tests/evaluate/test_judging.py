@@ -27,17 +27,17 @@ def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def command(some_model: Path, tmp_path: Path, desk: Desk) -> list[Any]:
+def command(stories_path: Path, tmp_path: Path, desk: Desk) -> list[Any]:
     other = tmp_path / "other"
     other.mkdir()
-    for file in some_model.iterdir():
+    for file in stories_path.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     asked = tmp_path / "q.jsonl"
     rows = ({"question": f"Tell me of {w}.", "answer": "No.", "accepted": ["no"]}
             for w in ("cats", "dogs", "birds"))  # fmt: skip
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        some_model, other, "--questions", asked, "--max_new_tokens", 4, "--device", "cpu",
+        stories_path, other, "--questions", asked, "--max_new_tokens", 4, "--device", "cpu",
         "--chat_template", "neural-chat", "--output_dir", tmp_path / "out",
         "--judge", "wise", "--judge_url", desk.url,
     ]  # fmt: skip
@@ -120,9 +120,9 @@ def test_a_refusal_is_counted(
     ],
 )
 def test_half_a_judge(
-    flags: list[str], said: str, some_model: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], said: str, stories_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run(capsys, some_model, "--questions", "q.jsonl", *flags)
+    code, _, err = run(capsys, stories_path, "--questions", "q.jsonl", *flags)
     assert code == 2
     assert said in err
     assert "sk-1" not in err

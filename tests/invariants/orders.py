@@ -171,7 +171,7 @@ def carry_out_in(processes: int, orders: Sequence[Order], home: Path) -> list[li
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[:6000]
     ranks = range(processes)

@@ -107,9 +107,9 @@ def test_control_tokens_are_single_and_the_ending_comes_first(stories_tokenizer:
     assert list(control_tokens(stories_tokenizer, template).items()) == [("</s>", 2), ("<s>", 1)]
 
 
-def test_a_real_base_that_never_learnt_to_stop(some_model: Path) -> None:
+def test_a_real_base_that_never_learnt_to_stop(stories_path: Path) -> None:
     """Of 512 rows 239 are those of tokens that its training never had, and </s> is one."""
-    (one,) = found(some_model)
+    (one,) = found(stories_path)
     assert (one.token, one.ends) == ("</s>", True)
     assert one.alike > 230
 

@@ -16,17 +16,17 @@ from . import plain
 
 
 @pytest.fixture(scope="session")
-def chat_tokenizer(some_model: Path) -> Any:
+def chat_tokenizer(stories_path: Path) -> Any:
     """The model's tokenizer with our neural-chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(some_model)
+    tokenizer = AutoTokenizer.from_pretrained(stories_path)
     resolve_template(tokenizer, "neural-chat")
     return tokenizer
 
 
 @pytest.fixture(scope="session")
-def real_pairs(some_data: Path, chat_tokenizer: Any) -> tuple[list[plain.Pair], list[Any]]:
+def real_pairs(shared_data: Path, chat_tokenizer: Any) -> tuple[list[plain.Pair], list[Any]]:
     """Preference pairs that fit the context whole, and their rows."""
-    return plain.read_pairs(some_data / "pairs" / "mixed_pairs.jsonl", chat_tokenizer, 8)
+    return plain.read_pairs(shared_data / "pairs" / "mixed_pairs.jsonl", chat_tokenizer, 8)
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +43,10 @@ def pairs_file(real_pairs: tuple[Any, list[Any]], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def real_conversations(
-    some_data: Path, chat_tokenizer: Any
+    shared_data: Path, chat_tokenizer: Any
 ) -> tuple[list[plain.Labelled], list[Any]]:
     """Conversations that fit the context whole, some of several exchanges, and their rows."""
-    source = some_data / "conversations" / "slimorca_format.jsonl"
+    source = shared_data / "conversations" / "slimorca_format.jsonl"
     return plain.read_conversations(source, chat_tokenizer, single=6, multiple=2)
 
 

@@ -41,7 +41,7 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def trl(
-    some_model: Path,
+    stories_path: Path,
     pairs: list[plain.Pair],
     chat_tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -53,7 +53,7 @@ def trl(
     datasets.disable_progress_bars()
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     trainer = DPOTrainer(
-        model=plain.load(some_model),
+        model=plain.load(stories_path),
         args=DPOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             use_cpu=True,
@@ -74,11 +74,11 @@ def trl(
 
 
 @pytest.fixture(scope="module")
-def oracle(some_model: Path, pairs: list[plain.Pair]) -> Expected:
+def oracle(stories_path: Path, pairs: list[plain.Pair]) -> Expected:
     """The plain model in float64."""
     with pytest.MonkeyPatch.context() as patch:
         plain.keep_float64(patch)
-        model = plain.fresh_adapter(plain.load(some_model, torch.float64), seed=1)
+        model = plain.fresh_adapter(plain.load(stories_path, torch.float64), seed=1)
         plain.move_adapter(model)
         with plain.adapter_off(model):
             reference = plain.pair_logps(model, pairs)
@@ -106,9 +106,9 @@ def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Exa
 
 
 def test_loss_logps_and_gradients_equal_trls(
-    trl: Any, trees: list[Example], oracle: Expected, some_model: Path
+    trl: Any, trees: list[Example], oracle: Expected, stories_path: Path
 ) -> None:
-    found = _ours(some_model, trees, torch.float32, "segments")
+    found = _ours(stories_path, trees, torch.float32, "segments")
     expected = _trls(trl)
     assert (found.policy - found.reference).abs().min() > 1e-2, "the adapter does nothing"
     close = {"rtol": 1e-5, "atol": 0.0, "check_dtype": False}
@@ -129,11 +129,11 @@ def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     backend: str,
     oracle: Expected,
     trees: list[Example],
-    some_model: Path,
+    stories_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain.keep_float64(monkeypatch)
-    found = _ours(some_model, trees, torch.float64, backend)
+    found = _ours(stories_path, trees, torch.float64, backend)
     assert found.policy.dtype == torch.float64
     torch.testing.assert_close(found.reference, oracle.reference, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(found.policy, oracle.policy, rtol=1e-9, atol=0.0)
@@ -183,7 +183,7 @@ def test_a_short_run_equals_a_plain_loop(
     limit: float,
     pairs: list[plain.Pair],
     pairs_file: Path,
-    some_model: Path,
+    stories_path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_short_run_equals_a_plain_loop(
     folder = run_dpo(
         training_job(
             settings,
-            some_model,
+            stories_path,
             tmp_path / "dpo",
             chat_template="neural-chat",
             seed=5,
@@ -211,7 +211,7 @@ def test_a_short_run_equals_a_plain_loop(
         Console(quiet=True),
     )
 
-    model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)
+    model = plain.fresh_adapter(plain.load(stories_path, getattr(torch, dtype)), seed=5)
     with plain.adapter_off(model):
         reference = plain.pair_logps(model, pairs)
 

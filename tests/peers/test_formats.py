@@ -21,9 +21,9 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def preferences(some_data: Path) -> list[dict[str, Any]]:
+def preferences(shared_data: Path) -> list[dict[str, Any]]:
     """Real pairs as TRL's conversational preference with an explicit prompt."""
-    lines = (some_data / "pairs" / "mixed_pairs.jsonl").read_text().splitlines()[:300]
+    lines = (shared_data / "pairs" / "mixed_pairs.jsonl").read_text().splitlines()[:300]
     return [
         {
             "prompt": [said("user", row["question"])],

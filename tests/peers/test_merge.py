@@ -28,23 +28,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_model_equals_merge_and_unload(
-    name: str, some_model: Path, conversations: list[plain.Labelled], tmp_path: Path
+    name: str, stories_path: Path, conversations: list[plain.Labelled], tmp_path: Path
 ) -> None:
     adapter = tmp_path / "adapter"
-    wrapped = get_peft_model(plain.load(some_model), plain.lora_config(**CONFIGS[name]))
+    wrapped = get_peft_model(plain.load(stories_path), plain.lora_config(**CONFIGS[name]))
     plain.move_adapter(wrapped)
     wrapped.save_pretrained(adapter)
 
-    folder = run_merge(merge_job(some_model, adapter, tmp_path / "merged"), Console(quiet=True))
+    folder = run_merge(merge_job(stories_path, adapter, tmp_path / "merged"), Console(quiet=True))
 
     merged = plain.load(folder)
-    peer = PeftModel.from_pretrained(plain.load(some_model), adapter).merge_and_unload()
+    peer = PeftModel.from_pretrained(plain.load(stories_path), adapter).merge_and_unload()
     expected = peer.state_dict()
     assert merged.state_dict().keys() == expected.keys()
     for key, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)
     ids = torch.tensor(conversations[0].ids)[None]
     with torch.no_grad():
-        before = plain.load(some_model)(ids).logits
+        before = plain.load(stories_path)(ids).logits
         torch.testing.assert_close(merged(ids).logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
         assert (merged(ids).logits - before).abs().max() > 0.1, "the adapter does nothing"

@@ -40,14 +40,14 @@ def test_loss_and_gradients_equal_transformers(
     conversations: list[plain.Labelled],
     conversations_file: Path,
     chat_tokenizer: Any,
-    some_model: Path,
+    stories_path: Path,
 ) -> None:
-    peer = plain.fresh_adapter(plain.load(some_model), seed=1)
+    peer = plain.fresh_adapter(plain.load(stories_path), seed=1)
     plain.move_adapter(peer)
     loss = plain.padded_supervised_loss(peer, conversations)
     loss.backward()
 
-    model = ours.adapted(some_model)
+    model = ours.adapted(stories_path)
     plain.move_adapter(model)
     trees = ours.trees_of(prepare_conversations, conversations_file, chat_tokenizer)
     metrics = ours.accumulate(ours.engine_of(model), trees, SupervisedObjective())
@@ -62,7 +62,7 @@ def test_a_short_run_equals_a_plain_loop(
     limit: float,
     conversations: list[plain.Labelled],
     conversations_file: Path,
-    some_model: Path,
+    stories_path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,7 +80,7 @@ def test_a_short_run_equals_a_plain_loop(
     folder = run_sft(
         training_job(
             settings,
-            some_model,
+            stories_path,
             tmp_path / "sft",
             chat_template="neural-chat",
             seed=5,
@@ -90,7 +90,7 @@ def test_a_short_run_equals_a_plain_loop(
         Console(quiet=True),
     )
 
-    model = plain.fresh_adapter(plain.load(some_model, getattr(torch, dtype)), seed=5)
+    model = plain.fresh_adapter(plain.load(stories_path, getattr(torch, dtype)), seed=5)
     taken: list[float] = []
 
     def loss(examples: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from tandem.data.encoded.example import Branch, Example
 from tandem.data.records import Origin
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.integrations.choose import choose_device
+from tandem.model.base_model import load_base_info
 from tandem.plan.stage_estimate import StageSetup
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
@@ -24,7 +25,6 @@ from tandem.recipe.training_settings import (
 )
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
-from tandem.stages.training.fingerprint import model_side
 from tandem.stages.training.training_data import StageReader
 from tandem.storage.atomic_files import read_json
 from tests.jobs import run_settings, training_job
@@ -73,10 +73,8 @@ def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageRe
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
 ) -> Workload:
-    config, tokenizer, template, _ = model_side(
-        model, run_settings("", Path()), settings.max_length, weights=False
-    )
-    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    base = load_base_info(run_settings("", Path()), model, settings.max_length, weights=False)
+    config, reader = base.config, _reader(settings, base.chat)
     records = reader.read(
         [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
     )
@@ -145,10 +143,8 @@ def test_a_plan_for_processes_deals_as_they_do(
     from tandem.train.token_budget import attention_weight
 
     settings = _settings("dpo", some_data, tmp_path)
-    config, tokenizer, template, _ = model_side(
-        some_model, run_settings("", Path()), settings.max_length
-    )
-    reader = _reader(settings, ChatTokenizer.of(tokenizer, template))
+    base = load_base_info(run_settings("", Path()), some_model, settings.max_length)
+    config, reader = base.config, _reader(settings, base.chat)
     _, trees = reader.encode([DataSource(path=settings.data[0].path)])
     setup = _setup(settings, config, processes=3, budget=900, padded=False)
     work = count_work(trees, setup.pacing())

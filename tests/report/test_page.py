@@ -14,7 +14,8 @@ from tandem.report.html import write_report
 from tandem.report.result_rows import shown_measures
 from tandem.report.run_facts import read_run, run_warnings
 from tandem.report.training_section import tiles
-from tandem.result_warnings import chosen_collapse, evaluation_warnings
+from tandem.result_warnings import evaluation_warnings
+from tandem.wording import chosen_collapse
 
 from .made_runs import (
     NASTY,

@@ -264,12 +264,12 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
 
 
-def test_a_real_model_learns_chatml_and_stops(some_model: Path, tmp_path: Path) -> None:
+def test_a_real_model_learns_chatml_and_stops(stories_path: Path, tmp_path: Path) -> None:
     run(
-        "sft", some_model, tmp_path / "sft", learning_rate=2e-2, max_steps=25, max_length=256,
+        "sft", stories_path, tmp_path / "sft", learning_rate=2e-2, max_steps=25, max_length=256,
         save_steps=100,
     )  # fmt: skip
-    merge(some_model, tmp_path / "sft", tmp_path / "merged")
+    merge(stories_path, tmp_path / "sft", tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 514
@@ -288,18 +288,18 @@ def test_a_real_model_learns_chatml_and_stops(some_model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
-    named: bool, some_model: Path, tmp_path: Path
+    named: bool, stories_path: Path, tmp_path: Path
 ) -> None:
     """Only with its row trained: frozen, it is one of many equal rows, and a warning says so."""
     adapter = tmp_path / "sft"
     run(
-        "sft", some_model, adapter, learning_rate=1e-2, max_steps=30, max_length=256,
+        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=30, max_length=256,
         save_steps=100, chat_template="neural-chat", added_tokens=("</s>",) if named else (),
     )  # fmt: skip
     warnings = [w for w in read_json(adapter / "summary.json")["warnings"] if "learn to stop" in w]
     assert len(warnings) == (0 if named else 1)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    model = load_adapter(load_model(some_model, dtype=torch.float32), adapter)
+    model = load_adapter(load_model(stories_path, dtype=torch.float32), adapter)
     turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
     ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
     place = ids[0].tolist().index(2)

@@ -18,12 +18,12 @@ from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.model_folder import model_folder
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.run_settings import Runtime
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft
-from tandem.stages.training.context import StageKind
+from tandem.stages.training.context import TrainingStage
+from tests.jobs import merge_job, training_job
 
 from .made_inputs import QUIET, make_conversations, make_pairs
 
@@ -66,16 +66,14 @@ class RankStabilised(LoraWeights):
 
 def _train(stage: str, weights: Any, base: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Train a stage of these weights in place of an adapter."""
-    patch.setattr(f"tandem.stages.{stage}.StageKind", partial(StageKind, weights=lambda _: weights))
+    kind = partial(TrainingStage, weights=lambda _: weights)
+    patch.setattr(f"tandem.stages.{stage}.TrainingStage", kind)
     settings: Any = SftSettings if stage == "sft" else DpoSettings
     write = make_conversations if stage == "sft" else make_pairs
     data = (DataSource(path=str(write(folder.parent / f"{stage}.jsonl"))),)
-    run: Any = run_sft if stage == "sft" else run_dpo
-    run(
-        model=str(base), revision=None, settings=settings(data=data, **_SMALL), output_dir=folder,
-        chat_template="neural-chat", seed=0, runtime=Runtime(device="cpu", dtype="float32"),
-        console=QUIET,
-    )  # fmt: skip
+    train: Any = run_sft if stage == "sft" else run_dpo
+    options = {"chat_template": "neural-chat", "dtype": "float32"}
+    train(training_job(settings(data=data, **_SMALL), base, folder, **options), QUIET)
 
 
 def _full(*_: Any) -> None:
@@ -115,8 +113,5 @@ def test_another_scaling_of_lora_is_trained_by_dpo_and_merged(
     weights = RankStabilised(_SMALL["lora"], base=str(tiny_model))
     _train("dpo", weights, tiny_model, tmp_path / "dpo", monkeypatch)
     assert read_config(tmp_path / "dpo").use_rslora
-    run_merge(
-        base=str(tiny_model), adapter=tmp_path / "dpo", output_dir=tmp_path / "merged",
-        dtype="auto", force=False, device="cpu", console=QUIET,
-    )  # fmt: skip
+    run_merge(merge_job(tiny_model, tmp_path / "dpo", tmp_path / "merged"), QUIET)
     assert (tmp_path / "merged" / "model.safetensors").exists()

@@ -20,6 +20,7 @@ from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -241,7 +242,7 @@ def stage_chat(
     from tandem.model.model_folder import load_tokenizer, model_folder, read_config
 
     folder = model_folder(model, revision, weights=False)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_light_tokenizer(folder) or load_tokenizer(folder)
     added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
     rows, notices = None, template.notices

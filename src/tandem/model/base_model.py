@@ -1,18 +1,136 @@
-"""Which model an adapter was trained on: what is written down of it, and where it lies now."""
+"""A base model before its weights are loaded: what a stage learns of it, and an adapter's base.
+
+A stage looks its base up once. An adapter says which model it was trained on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from tandem.data.sources.rows import looks_like_path
+from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
 from tandem.errors import UserError
+from tandem.model.added_tokens import described_rows, embedding_names, in_words, untrained_tokens
+from tandem.model.lora.adapter import LoraWeights, adapted_weights, check_targets, refused_modules
 from tandem.model.lora.adapter_config import CONFIG, read_config_values
 from tandem.model.lora.adapter_folder import require_plain
-from tandem.model.model_folder import model_folder, require_model
+from tandem.model.model_folder import (
+    check_context,
+    check_unquantized,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_without_weights,
+    require_model,
+)
+from tandem.model.weight_files import check_sums
+from tandem.recipe.run_settings import RunSettings
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.hashing import hash_weights
 from tandem.storage.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """A base model as a stage uses it, without its weights.
+
+    Attributes:
+        name, folder: as the run calls it, and where its files are.
+        config: its transformers configuration.
+        tokenizer, template: with the added tokens, and the chat template in force.
+        added: tokens whose embeddings are trained.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    template: ChatTemplate
+    added: AddedTokens
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embeddings, those of added tokens among them."""
+        return described_rows(self.config, self.added)
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """Tokenizer and template, ready to encode."""
+        return ChatTokenizer.of(self.tokenizer, self.template, self.rows)
+
+    def notices(self) -> tuple[str, ...]:
+        """What a user should hear about template and tokenizer."""
+        return (*self.template.notices, *row_notices(self.tokenizer, self.rows))
+
+    def warnings(self) -> tuple[str, ...]:
+        """A line on the template's tokens whose rows were never trained; reads these weights."""
+        words = in_words(
+            untrained_tokens(
+                self.folder, self.config, self.tokenizer, self.template, self.added.ids
+            )
+        )
+        return () if words is None else (words,)
+
+
+def load_base_info(
+    run: RunSettings, folder: Path, max_length: int, *, weights: bool = True
+) -> BaseModelInfo:
+    """Look at a base model that a stage will train.
+
+    Args:
+        run: names the model, the chat template and the added tokens.
+        folder: where the model is, see `model_folder`.
+        max_length: of the stage's sequences, in tokens.
+        weights: whether the folder must hold weights.
+
+    Raises UserError for a folder that is no model, one that is quantised already, a context that is
+    too short, and a tokenizer or template that cannot be used.
+    """
+    config = load_config(folder, weights=weights)
+    check_unquantized(folder, config)
+    check_context(config, max_length, folder)
+    tokenizer = load_tokenizer(folder)
+    added = add_tokens(tokenizer, run.added_tokens)
+    template = resolve_template(tokenizer, run.chat_template)
+    return BaseModelInfo(run.model, folder, config, tokenizer, template, added)
+
+
+def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
+    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+
+    So it is for a base that is quantised already, and for one into whose files no adapter could be
+    merged.
+
+    Args:
+        folder: the base model's.
+        sections: the training stages by name, all of them on models of the base's architecture.
+        weights: whether the folder must hold weights.
+    """
+    config = load_config(folder, weights=weights)
+    check_unquantized(folder, config)
+    for name, section in sections.items():
+        check_context(config, section.max_length, folder, f"{name}.max_length")
+    for name, section in sections.items():
+        targets = section.lora.target_modules
+        if not isinstance(targets, str):
+            model = model_without_weights(config)
+            key = f"{name}.lora.target_modules"
+            check_targets(model, targets, refused_modules(model), key)
+        if weights:
+            _check_sums(folder, config, section)
+
+
+def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
+    """Raise UserError if a stage's adapter could not be merged into the base's files."""
+    model, plain = model_without_weights(config), model_without_weights(config)
+    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
+    rows = [f"{name}.weight" for name in embedding_names(plain)]
+    check_sums(folder, plain, [*adapted_weights(adapted), *rows])
 
 
 def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:

@@ -213,8 +213,8 @@ def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
 
 def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
     """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
+    from tandem.model.base_model import check_base
     from tandem.model.model_folder import check_fetchable, model_folder
-    from tandem.stages.training.fingerprint import check_base
 
     begins = next(iter(_sections(recipe)), None)
     sections = {name: s for name, s in _sections(recipe).items() if name in wanted}

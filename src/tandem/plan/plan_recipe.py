@@ -18,7 +18,8 @@ from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
-from tandem.model.added_tokens import check_added, described_rows, in_words, untrained_tokens
+from tandem.model.added_tokens import check_added
+from tandem.model.base_model import check_base, load_base_info
 from tandem.model.model_folder import model_folder
 from tandem.plan.model_shape import Described, ModelShape, described
 from tandem.plan.rate import product_rate, recorded_rate
@@ -38,7 +39,6 @@ from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
-from tandem.stages.training.fingerprint import check_base, model_side
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.run_folder import made_pairs, stage_folder
@@ -237,17 +237,14 @@ class _Planner:
         recipe, device = self.recipe, self.device
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
-        config, tokenizer, template, added = model_side(
-            self.base, recipe, settings.max_length, weights=False
-        )
+        base = load_base_info(recipe, self.base, settings.max_length, weights=False)
+        config, added = base.config, base.added
         notes, engine = list(data.notes), self._engine()
         if trains_added:
             check_added(
                 {*added.new, *added.known}, engine=engine, sharded="weights" in SHARDS[engine]
             )
-            untrained = untrained_tokens(self.base, config, tokenizer, template, added.ids)
-            if words := in_words(untrained):
-                notes.insert(0, words)
+            notes = [*base.warnings(), *notes]
         model = described(
             config,
             settings.lora,
@@ -274,8 +271,7 @@ class _Planner:
         work = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
         if data.sources:
-            chat = ChatTokenizer.of(tokenizer, template, described_rows(config, added))
-            records = self._read(stage, settings, data, chat)
+            records = self._read(stage, settings, data, base.chat)
             ledger = records.ledger.summary()
             work = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:

@@ -226,7 +226,7 @@ def estimate_run(
         device=context.engine.device,
         processes=context.engine.processes.count,
         engine=schedule["engine"],
-        config=context.config,
+        config=context.base.config,
         seed=context.job.run.seed,
         budget=schedule["tokens_per_microbatch"],
         padded=is_padded(model),

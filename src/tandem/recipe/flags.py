@@ -78,7 +78,9 @@ def flag_of(
     """
     field = section.model_fields[key]
     many, members = _members(field.annotation, field.metadata)
-    words = tuple(word for kind, _ in members if get_origin(kind) is Literal for word in _of(kind))
+    words = tuple(
+        word for kind, _ in members if get_origin(kind) is Literal for word in get_args(kind)
+    )
     kinds = [kind for kind, _ in members if get_origin(kind) is not Literal]
     if kinds and words:  # a number or a word: the settings say which of them a text is
         metavar = metavar or "|".join(["N" if kind is int else "TEXT" for kind in kinds] + [*words])
@@ -98,10 +100,6 @@ def flag_of(
         (*at, key),
         metavar or _METAVARS.get(key, ""),
     )
-
-
-def _of(literal: Any) -> tuple[str, ...]:
-    return get_args(literal)
 
 
 def _members(annotation: Any, metadata: Sequence[Any]) -> tuple[bool, list[tuple[Any, list[Any]]]]:

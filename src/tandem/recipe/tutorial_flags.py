@@ -9,6 +9,9 @@ tutorial's recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -44,41 +47,9 @@ Values = Mapping[str, Any]
 
 SETTINGS: dict[TrainingStageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 
-# What the tutorial's recipe says, for flags that are left out.
-_TUTORIAL: dict[TrainingStageName, dict[str, Any]] = {
-    "sft": {
-        "learning_rate": 1e-4,
-        "lr_scheduler": "cosine",
-        "adam_epsilon": 1e-6,
-        "max_length": 2560,
-        "max_prompt_length": 1024,
-        "save_steps": 1000,
-        "save_total_limit": 10,
-        "lora": {
-            "alpha": 64.0,
-            "dropout": 0.05,
-            "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        },
-    },
-    "dpo": {
-        "learning_rate": 5e-4,
-        "lr_scheduler": "cosine",
-        "beta": 0.1,
-        "max_length": 1536,
-        "max_prompt_length": 1024,
-        "gradient_checkpointing": True,
-        "save_steps": 10,
-        "lora": {"alpha": 16.0, "target_modules": ("k_proj", "q_proj", "v_proj")},
-    },
-}
-_DURATION: dict[TrainingStageName, dict[str, Any]] = {
-    "sft": {"epochs": 2.0},
-    "dpo": {"max_steps": 1000},
-}
-_WARMUP: dict[TrainingStageName, dict[str, Any]] = {
-    "sft": {"warmup_ratio": 0.03},
-    "dpo": {"warmup_steps": 100},
-}
+# What flags that are left out mean.
+_TUTORIAL = "neural-chat-7b-v3-1"
+# Examples a device and accumulation, of which the recipe says the product with its devices.
 _BATCH: dict[TrainingStageName, tuple[int, int]] = {"sft": (1, 8), "dpo": (8, 8)}
 
 # What only Gaudi cards heed, and why it does nothing elsewhere.
@@ -94,15 +65,22 @@ _NOTICES = {
 }
 
 # Fields whose flags have the tutorial's names.
-_RUN_NAMES = {"model": "model_name_or_path"}
-_RUN_HELP = {
+_NAMES = {
+    "model": "model_name_or_path",
+    "epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+}
+# Fields that mean something else here than in a recipe.
+_HELP = {
     "model": "The base model: a folder or a Hub id (required).",
     "output_dir": "A folder for the adapter, checkpoints and metrics (required).",
+    "batch_size": "The global batch, in place of the two above.",
+    "epochs": "Passes over the data.",
+    "max_steps": "Optimizer steps, in place of epochs; -1 is none.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0 leaves them alone.",
 }
-_NAMES = {"epochs": "num_train_epochs", "lr_scheduler": "lr_scheduler_type"}
-# Fields that have no flag: they need a section, or are named otherwise.
-_NO_RUN_FLAGS = ("name", "description")
-_NO_FLAGS = ("batch_size", "keep", "best_metric")
+# Fields that have no flag: a single stage has no name, and `keep` needs a validation section.
+_WITHOUT = ("name", "description", "keep", "best_metric")
 
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
@@ -113,19 +91,7 @@ _DATA = (
 _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
     Flag("gradient_accumulation_steps", int, "A factor of the global batch."),
-    flag_of(
-        TrainingSettings,
-        "batch_size",
-        at=("settings",),
-        help="The global batch, in place of the two above.",
-    ),
 )
-# Where the tutorial's values are others than a recipe's.
-_HELP = {
-    "max_grad_norm": "Gradients are clipped to this norm; 0 leaves them alone.",
-    "epochs": "Passes over the data.",
-    "max_steps": "Optimizer steps, in place of epochs; -1 is none.",
-}
 _GAUDI = (
     Flag("use_habana", boolean, "Train on Gaudi cards, where there are some."),
     flag_of(HpuSettings, "lazy_mode", "use_lazy_mode", at=("run", "hpu"),
@@ -141,20 +107,20 @@ _GAUDI = (
 
 def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
     """The flags of a stage with such settings."""
-    of_lora = flags_of_section(LoraSettings, at=("settings", "lora"), prefix="lora_")
+
+    def made(section: type[BaseModel], *at: str, prefix: str = "") -> list[Flag]:
+        return flags_of_section(
+            section, names=_NAMES, helps=_HELP, without=_WITHOUT, at=at, prefix=prefix
+        )
+
+    second_name = Flag("max_seq_length", int, "Another name of --max_length.")
     return [
-        *flags_of_section(
-            RunSettings, names=_RUN_NAMES, helps=_RUN_HELP, without=_NO_RUN_FLAGS, at=("run",)
-        ),
+        *made(RunSettings, "run"),
         *_DATA,
         *_BATCH_FLAGS,
-        *flags_of_section(settings, names=_NAMES, helps=_HELP, without=_NO_FLAGS, at=("settings",)),
-        *(
-            [Flag("max_seq_length", int, "Another name of --max_length.")]
-            if issubclass(settings, SftSettings)
-            else []
-        ),
-        *of_lora,
+        *made(settings, "settings"),
+        *([second_name] if issubclass(settings, SftSettings) else []),
+        *made(LoraSettings, "settings", "lora", prefix="lora_"),
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
         Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so."),
         *_GAUDI,
@@ -183,42 +149,34 @@ def job_from_flags(
     required = ("model_name_or_path", "dataset_name", "output_dir")
     if missing := [f"--{name}" for name in required if not values.get(name)]:
         raise UserError(f"tandem {stage} needs {', '.join(missing)}")
+    from tandem.recipe.load_recipe import load_recipe
+
     section = settings or SETTINGS[stage]
-    flags = stage_flags(section)
-    job: dict[str, Any] = {"run": {}, "settings": dict(_TUTORIAL[stage])}
-    for flag in flags:
-        if flag.field[:1] in (("run",), ("settings",)) and flag.name in values:
-            _put(job, flag.field, values[flag.name])
-    batch_size, batch_notice = _global_batch(stage, values, devices)
-    job["settings"] |= {
-        "data": named_data(
-            values["dataset_name"],
-            data_settings({**values, "revision": values.get("dataset_revision")}),
-        ),
-        "batch_size": batch_size,
-        **_duration(stage, values),
-        **_warmup(stage, values),
-        "lora": _lora(stage, job["settings"]["lora"], values),
-    }
-    length_notice = _set_lengths(stage, job["settings"], values)
-    if "max_grad_norm" in values:
-        job["settings"]["max_grad_norm"] = values["max_grad_norm"] or None
-    device = _device(values, gaudi)
-    on_gaudi = device == "hpu" or (device == "auto" and gaudi)
-    job["run"] |= {"device": device, "dtype": _dtype(values)}
-    job["run"]["hpu"] = _hpu(job["run"].get("hpu", {}), values) if on_gaudi else {}
-    run: RunSettings = _validated(RunSettings, "run", job, flags, stage, values)
-    made: TrainingSettings = _validated(section, "settings", job, flags, stage, values)
-    notices = (*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice)
-    return TrainingJob(run, made), notices
-
-
-def _put(job: dict[str, Any], at: tuple[str, ...], value: Any) -> None:
-    *above, key = at
-    for part in above:
-        job[part] = dict(job.get(part, {}))
-        job = job[part]
-    job[key] = value
+    given = [flag for flag in stage_flags(section) if flag.name in values]
+    usual = getattr(load_recipe(_TUTORIAL), stage).model_dump(exclude_unset=True)
+    asked: dict[str, Any] = {"run": {"hpu": {}}, "settings": deepcopy(usual)}
+    for flag in given:
+        if flag.field:
+            *above, key = flag.field
+            reduce(getitem, above, asked)[key] = values[flag.name]
+    run, parts = asked["run"], asked["settings"]
+    said = data_settings({**values, "revision": values.get("dataset_revision")})
+    parts["data"] = named_data(values["dataset_name"], said)
+    parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
+    _settle_duration(parts, values)
+    _settle_warmup(parts, values)
+    _settle_lora(stage, parts["lora"], values)
+    length_notice = _settle_lengths(parts, usual["max_prompt_length"], values)
+    parts["max_grad_norm"] = parts.get("max_grad_norm", 1.0) or None
+    run |= {"device": _device(values, gaudi), "dtype": _dtype(values)}
+    on_gaudi = run["device"] == "hpu" or (run["device"] == "auto" and gaudi)
+    run["hpu"] = {**run["hpu"], "buckets": _buckets(values)} if on_gaudi else {}
+    names = {flag.field: f"--{flag.name}" for flag in given}
+    job = TrainingJob(
+        _validated(RunSettings, "run", asked, names, stage),
+        _validated(section, "settings", asked, names, stage),
+    )
+    return job, (*_ineffective(stage, values, on_gaudi), *batch_notice, *length_notice)
 
 
 def _global_batch(
@@ -243,17 +201,21 @@ def _global_batch(
     return total, (notice,)
 
 
-def _duration(stage: TrainingStageName, values: Values) -> dict[str, Any]:
+def _settle_duration(settings: dict[str, Any], values: Values) -> None:
+    """Leave one of `epochs` and `max_steps`: the one that is given."""
     epochs, steps = values.get("num_train_epochs"), values.get("max_steps")
     steps = None if steps == -1 else steps  # the tutorial's libraries write -1 for "not set"
     if epochs is not None and steps is not None:
         raise UserError("--num_train_epochs and --max_steps are both given; keep one")
-    usual = {"epochs": 1.0} if "max_steps" in values and stage == "dpo" else _DURATION[stage]
-    given = {"epochs": epochs, "max_steps": steps}
-    return given if epochs is not None or steps is not None else {**given, **usual}
+    if steps is not None:
+        settings["epochs"] = None
+    elif epochs is not None or "max_steps" in values:
+        settings["max_steps"] = None
+        settings.setdefault("epochs", 1.0)
 
 
-def _warmup(stage: TrainingStageName, values: Values) -> dict[str, Any]:
+def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
+    """Leave one of `warmup_steps` and `warmup_ratio`: the one that is given and not 0."""
     given = {name: values[name] for name in ("warmup_steps", "warmup_ratio") if name in values}
     if len(given) == 2:
         if all(given.values()):
@@ -261,38 +223,34 @@ def _warmup(stage: TrainingStageName, values: Values) -> dict[str, Any]:
         given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
     if not given and values.get("lr_scheduler_type") == "constant":
         given = {"warmup_steps": 0}
-    return {"warmup_steps": None, "warmup_ratio": None, **(given or _WARMUP[stage])}
+    if given:
+        settings |= {"warmup_steps": None, "warmup_ratio": None, **given}
 
 
-def _lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> dict[str, Any]:
-    """The lora section: one way to name modules; in DPO the dropout flag cannot act."""
+def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:
+    """Name modules in one way; in DPO the dropout flag cannot act."""
     modules, all_linear = values.get("lora_target_modules"), values.get("lora_all_linear")
     if modules == ["all-linear"]:
         modules, all_linear = None, True
     if modules and all_linear:
         raise UserError("--lora_all_linear true and --lora_target_modules are both given; keep one")
-    usual = _TUTORIAL[stage]["lora"]
-    lora = {**lora, "target_modules": modules or usual["target_modules"]}
     if all_linear:
         lora["target_modules"] = "all-linear"
-    if stage == "dpo" and not 0 <= lora.pop("dropout", 0.0) < 1:
-        raise UserError(f"--lora_dropout is {values['lora_dropout']}, but it must be in [0, 1)")
-    return lora
+    if stage == "dpo":
+        if not 0 <= lora["dropout"] < 1:
+            raise UserError(f"--lora_dropout is {lora['dropout']}, but it must be in [0, 1)")
+        lora["dropout"] = 0.0
 
 
-def _set_lengths(
-    stage: TrainingStageName, settings: dict[str, Any], values: Values
-) -> tuple[str, ...]:
-    """Put tokens of a sequence and of its prompt there; what had to change, in words."""
+def _settle_lengths(settings: dict[str, Any], usual: int, values: Values) -> tuple[str, ...]:
+    """Read both names of the length; what had to change about the usual prompt's, in words."""
     given = [values[name] for name in ("max_length", "max_seq_length") if name in values]
     if len(set(given)) > 1:
         raise UserError(
             f"--max_length {given[0]} and --max_seq_length {given[1]} are two names of one thing; "
             "keep one"
         )
-    if given:
-        settings["max_length"] = given[0]
-    length, usual = settings["max_length"], _TUTORIAL[stage]["max_prompt_length"]
+    length = settings["max_length"] = given[0] if given else settings["max_length"]
     if "max_prompt_length" in values or usual < length:
         return ()
     half = settings["max_prompt_length"] = max(1, length // 2)
@@ -316,20 +274,20 @@ def _device(values: Values, gaudi: bool) -> str:
     return "hpu" if habana else "cpu"
 
 
-def _hpu(hpu: dict[str, Any], values: Values) -> dict[str, Any]:
-    """The hpu section with the lengths of micro-batches."""
+def _buckets(values: Values) -> str | list[str]:
+    """Lengths of micro-batches on Gaudi."""
     lengths = list(values.get("hpu_buckets", ["auto"]))
     if values.get("pad_max"):
         if "hpu_buckets" in values:
             raise UserError("--pad_max is one length, and --hpu_buckets says others; keep one")
         lengths = ["max"]
     if lengths in (["auto"], ["max"]):
-        return {**hpu, "buckets": lengths[0]}
+        return lengths[0]
     if not all(text.isdigit() and int(text) > 0 for text in lengths):
         raise UserError(
             f"--hpu_buckets is {' '.join(lengths)!r}, but it must be numbers above 0, or auto"
         )
-    return {**hpu, "buckets": lengths}
+    return lengths
 
 
 def _dtype(values: Values) -> str:
@@ -360,22 +318,20 @@ def _ineffective(stage: TrainingStageName, values: Values, on_gaudi: bool) -> It
 
 
 def _validated(
-    model: type[BaseModel],
+    model: type[Any],
     part: str,
-    job: dict[str, Any],
-    flags: Iterable[Flag],
+    asked: Mapping[str, Any],
+    names: Mapping[tuple[str, ...], str],
     stage: TrainingStageName,
-    values: Values,
 ) -> Any:
-    """A part of the job as settings; raises UserError naming the flag of an impossible value."""
-    names = {flag.field: flag.name for flag in flags}
+    """A part of what is asked as settings; raises UserError naming the flag of a wrong value."""
 
     def place(location: Location) -> str:
         keys = (part, *(str(key) for key in location))
-        name = next((names[keys[:n]] for n in range(len(keys), 1, -1) if keys[:n] in names), "")
-        return f"--{name}" if name in values else f"tandem {stage}"
+        found = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
+        return next(filter(None, found), f"tandem {stage}")
 
     try:
-        return model.model_validate(job[part])
+        return model.model_validate(asked[part])
     except ValidationError as error:
         raise UserError(explain(error, model, place)) from error

@@ -13,13 +13,13 @@ import yaml
 from tandem.errors import UserError
 from tandem.result_warnings import (
     ReportWarning,
-    chosen_collapse,
     evaluation_warnings,
     mapping,
 )
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
 from tandem.storage.run_folder import FOLDERS, KIND_TITLES, StageName
+from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows something of.
 _SHOWN = (

@@ -12,13 +12,13 @@ from rich.console import Console
 from tandem.errors import UserError
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import DpoSettings
-from tandem.result_warnings import chosen_collapse
 from tandem.runtime.console import log, phase
 from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
 from tandem.stages.training.train_stage import train_stage
 from tandem.storage.hashing import hash_json
 from tandem.train.losses.objectives import PreferenceObjective
 from tandem.train.reference_logps import ReferenceStore, reference_logps
+from tandem.wording import chosen_collapse
 
 # Changes whenever the same weights and tokens would give another stored number.
 _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.records import Turn
+from tandem.data.tokenize.light_tokenizer import parse_template
 from tandem.errors import UserError, nearest
 
 DEFAULT = "neural-chat"
@@ -309,13 +310,11 @@ def _packaged(name: str) -> str:
 def _random_part(template: ChatTemplate) -> str:
     """The name in a template of what gives another text each time, if there is one."""
     import jinja2
-    from transformers.utils import chat_template_utils as theirs
 
-    compiler: Any = getattr(theirs, "_compile_jinja_template", None)
-    for source in () if compiler is None else (template.source, *dict(template.named).values()):
+    for source in (template.source, *dict(template.named).values()):
         try:
-            tree = compiler(source).environment.parse(source)
-        except jinja2.TemplateError:  # said when it is rendered
+            tree = parse_template(source)
+        except jinja2.TemplateError:  # reported when it is rendered
             continue
         if any(one.name == "random" for one in tree.find_all(jinja2.nodes.Filter)):
             return "random"

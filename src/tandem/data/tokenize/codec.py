@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import chain
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from tandem.data.tokenize.chat_template import (
     render,
     tokenize,
 )
+from tandem.data.tokenize.light_tokenizer import compile_template
 from tandem.data.tokenize.vocabulary import longest_token, require_rows, tokens_without_row
 from tandem.errors import UserError
 from tandem.storage.hashing import hash_json
@@ -156,7 +156,7 @@ class FastCodec:
         self._rows = parts.rows
         self._template = parts.template
         self._special = dict(parts.special)
-        self._render = _compile(parts.template.source, parts.template.now)
+        self._render = compile_template(parts.template.source, parts.template.now)
         self._render_with_tools: Callable[..., str] | None = None  # compiled when it is needed
         self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
         self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
@@ -213,7 +213,7 @@ class FastCodec:
         if not tools or self._template.for_tools is None:
             return self._render
         if self._render_with_tools is None:
-            self._render_with_tools = _compile(self._template.for_tools, self._template.now)
+            self._render_with_tools = compile_template(self._template.for_tools, self._template.now)
         return self._render_with_tools
 
     def _encode(self, texts: list[str]) -> list[Any]:
@@ -298,31 +298,6 @@ def _special(tokens: Mapping[str, Any]) -> dict[str, Any]:
         name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
         for name, value in tokens.items()
     }
-
-
-def _compile(source: str, now: datetime | None = None) -> Callable[..., str]:
-    """transformers' own environment for chat templates, entered without its costly call.
-
-    What a template asks for as the present time is `now`, if it is given.
-    """
-    from transformers.utils import chat_template_utils as theirs
-
-    compiler = getattr(theirs, "_compile_jinja_template", None)
-    if compiler is not None:
-        template = compiler(source)
-        # A chain of mappings otherwise, gone through anew by every call.
-        template.globals = dict(template.globals)
-        if now is not None:
-            template.globals["strftime_now"] = now.strftime
-        return lambda **values: str(template.render(documents=None, **values))
-
-    def through_the_front(messages: list[Any], **values: Any) -> str:
-        rendered: Any = theirs.render_jinja_template(
-            conversations=[messages], chat_template=source, **values
-        )
-        return str(rendered[0][0])
-
-    return through_the_front
 
 
 def _separates(tokenizer: Any, ending: Ending) -> bool:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
-from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.vocabulary import AddedTokens
-from tandem.model.added_tokens import described_rows
-from tandem.model.base_model import lasting_name
+from tandem.model.base_model import BaseModelInfo, lasting_name
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.trained_weights import TrainedWeights
 from tandem.recipe.data_source import DataSource
@@ -57,7 +53,7 @@ class BuiltObjective:
 def lora_weights(context: TrainContext) -> TrainedWeights:
     """The adapter that a stage's settings ask for."""
     job, dropout = context.job, context.stage.dropout
-    base, revision = lasting_name(job.run.model, context.base)
+    base, revision = lasting_name(context.base.name, context.base.folder)
     return LoraWeights(job.settings.lora, job.run.seed, base, revision, dropout=dropout)
 
 
@@ -87,10 +83,7 @@ class TrainContext:
         job: what is asked for.
         engine: holds no model yet.
         console: for progress.
-        base: the model's folder.
-        config: its transformers configuration.
-        tokenizer, template: of the model.
-        added: tokens whose embeddings are trained.
+        base: the model that it starts from.
         sources: the data to train on.
         held_out: data sets that are scored and not trained on.
         warnings: what was found of the model and the settings before the first step.
@@ -100,19 +93,10 @@ class TrainContext:
     job: TrainingJob
     engine: Engine
     console: Console
-    base: Path
-    config: Any
-    tokenizer: Any
-    template: ChatTemplate
-    added: AddedTokens
+    base: BaseModelInfo
     sources: list[DataSource]
     held_out: list[DataSource]
     warnings: tuple[str, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows of the embeddings, those of added tokens among them."""
-        return described_rows(self.config, self.added)
 
     def log(self, text: str, style: str = "") -> None:
         """Put a line on the console, the stage's name before it."""

@@ -35,7 +35,7 @@ def set_up_model(
     device = engine.device
     base = processes.on_all(
         lambda: load_model(
-            context.base,
+            context.base.folder,
             dtype=device.weights,
             # Whole models may not fit on a device; what is spread goes there in parts.
             device=torch.device("cpu") if engine.sharded else device.torch_device,
@@ -64,7 +64,7 @@ def set_up_model(
     if device.is_host and (reason := unavailable_reason()):
         context.log(f"torch's own operators, no C kernels: {reason}")
     preparation = Preparation(
-        added=context.added,
+        added=context.base.added,
         attention=backend,
         weights=context.weights,
         compiled=schedule["compiled"],
@@ -73,8 +73,8 @@ def set_up_model(
     )
     model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, context.log))
     if context.weights.leaves == "adapter":
-        described = model_without_weights(context.config)
-        processes.on_all(lambda: check_sums(context.base, described, adapted_weights(model)))
+        described = model_without_weights(context.base.config)
+        processes.on_all(lambda: check_sums(context.base.folder, described, adapted_weights(model)))
     return model, schedule, budget
 
 
@@ -106,7 +106,7 @@ def _schedule(
 ) -> dict[str, Any]:
     run = context.job.run
     now = resolve_schedule(
-        context.engine, model, context.config,
+        context.engine, model, context.base.config,
         requested=run.tokens_per_microbatch, backend=backend, base=run.model, compiled=run.compile,
     )  # fmt: skip
     if not recorded:

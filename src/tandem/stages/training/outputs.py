@@ -26,7 +26,7 @@ def save_adapter_folder(
     The template is saved with the tokenizer, so that inference uses the one of training, and the
     folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
     """
-    tokenizer, template = context.tokenizer, context.template
+    tokenizer, template = context.base.tokenizer, context.base.template
     with atomic_folder(context.job.folder / "saving") as aside:
         if checkpoint is None:
             context.weights.save(model, aside, trained)
@@ -36,7 +36,7 @@ def save_adapter_folder(
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
-        if ending and (said := write_ends(aside, context.base, tokenizer, template, ending)):
+        if ending and (said := write_ends(aside, context.base.folder, tokenizer, template, ending)):
             context.log(said)
     return move_up(context.job.folder / "saving")
 

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
-from tandem.data.tokenize.chat_template import ChatTemplate
-from tandem.data.tokenize.encode import ChatTokenizer
-from tandem.data.tokenize.vocabulary import row_notices
 from tandem.integrations.choose import device_of, idle_settings
-from tandem.model.added_tokens import check_added, in_words, untrained_tokens
+from tandem.model.added_tokens import check_added
+from tandem.model.base_model import BaseModelInfo, load_base_info
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
@@ -35,7 +33,7 @@ from tandem.stages.training.context import (
     TrainingStage,
 )
 from tandem.stages.training.engine_setup import start_engine
-from tandem.stages.training.fingerprint import fingerprint, model_side
+from tandem.stages.training.fingerprint import fingerprint
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
@@ -74,7 +72,7 @@ def train_stage(stage: TrainingStage, job: TrainingJob, console: Console) -> Pat
         processes.require_same(engine=hash_json([engine.name, engine.config]))
         context = _look_up(stage, job, engine, console)
         inputs = processes.on_all(lambda: fingerprint(context))
-        added = {*context.added.new, *context.added.known}
+        added = {*context.base.added.new, *context.base.added.known}
         check_added(added, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
@@ -86,11 +84,11 @@ def train_stage(stage: TrainingStage, job: TrainingJob, console: Console) -> Pat
         if opened.state == "finished":
             context.log(f"{folder} is finished with these inputs; nothing to do")
             return folder
-        for notice in (*context.template.notices, *row_notices(context.tokenizer, context.rows)):
+        for notice in context.base.notices():
             context.log(notice)
-        template, recorded = processes.on_rank0(lambda: _dated(context.template, opened.schedule))
-        context = replace(context, template=template)
-        context = context.warned(*processes.on_rank0(lambda: _untrained_rows(context)))
+        base, recorded = processes.on_rank0(lambda: _dated(context.base, opened.schedule))
+        context = replace(context, base=base)
+        context = context.warned(*processes.on_rank0(base.warnings))
         _run(context, recorded, inputs)
     return folder
 
@@ -100,25 +98,24 @@ def _look_up(
 ) -> TrainContext:
     """Find the model and the data that a job names; raises UserError for what cannot be used."""
     processes, settings, run = engine.processes, job.settings, job.run
-    base = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
+    found = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
     beside = job.folder.parent
     sources = processes.rank0_first(lambda: resolve_sources(settings.data, beside, run.seed))
     held_out = processes.rank0_first(lambda: held_out_sources(settings, sources, beside, run.seed))
-    processes.on_rank0(lambda: check_made(base, lambda text: log(console, f"{stage.name}: {text}")))
-    config, tokenizer, template, added = processes.on_all(
-        lambda: model_side(base, run, settings.max_length)
+    processes.on_rank0(
+        lambda: check_made(found, lambda text: log(console, f"{stage.name}: {text}"))
     )
-    return TrainContext(
-        stage, job, engine, console, base, config, tokenizer, template, added, sources, held_out
-    )
+    base = processes.on_all(lambda: load_base_info(run, found, settings.max_length))
+    return TrainContext(stage, job, engine, console, base, sources, held_out)
 
 
-def _dated(template: ChatTemplate, recorded: dict[str, Any]) -> tuple[ChatTemplate, dict[str, Any]]:
-    """The template with the date that a stage began with, and the rest of its schedule."""
+def _dated(base: BaseModelInfo, recorded: dict[str, Any]) -> tuple[BaseModelInfo, dict[str, Any]]:
+    """The base, its template with the date that a stage began with; the rest of its schedule."""
     rest = {key: value for key, value in recorded.items() if key != _DATE}
-    if template.now is not None and _DATE in recorded:
-        template = replace(template, now=datetime.fromisoformat(recorded[_DATE]))
-    return template, rest
+    if base.template.now is not None and _DATE in recorded:
+        template = replace(base.template, now=datetime.fromisoformat(recorded[_DATE]))
+        base = replace(base, template=template)
+    return base, rest
 
 
 def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -131,8 +128,8 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
         processes.require_same(data=records.identity())
     held = engine.device.held_memory()
     model, schedule, budget = set_up_model(context, records, recorded)
-    if context.template.now is not None:
-        schedule[_DATE] = context.template.now.isoformat(timespec="seconds")
+    if (now := context.base.template.now) is not None:
+        schedule[_DATE] = now.isoformat(timespec="seconds")
     # From here on the folder is this stage's.
     processes.on_rank0(lambda: start_stage(folder, stage.name, inputs, schedule))
     processes.on_rank0(records.write_ledgers)
@@ -161,18 +158,9 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
     processes.on_rank0(lambda: _finish(context, done, expected))
 
 
-def _untrained_rows(context: TrainContext) -> tuple[str, ...]:
-    words = in_words(
-        untrained_tokens(
-            context.base, context.config, context.tokenizer, context.template, context.added.ids
-        )
-    )
-    return () if words is None else (words,)
-
-
 def _records(context: TrainContext) -> TrainingData:
     stage, job = context.stage, context.job
-    chat = ChatTokenizer.of(context.tokenizer, context.template, context.rows)
+    chat = context.base.chat
     reader = StageReader(stage.name, stage.records, job.settings, chat, job.folder, context.console)
     return reader.read(context.sources, context.held_out, job.run.seed)
 

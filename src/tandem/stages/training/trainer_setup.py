@@ -73,7 +73,7 @@ def take_steps(
         total_steps=total,
         batch_size=settings.batch_size,
         seed=context.job.run.seed,
-        attention_weight=attention_weight(context.config),
+        attention_weight=attention_weight(context.base.config),
         logging_steps=settings.logging_steps,
         save_steps=saved_every(settings, total),
         parts=records.parts,
