@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.demo.embedded import materialise
-from tandem.demo.facts import all_facts
-from tandem.demo.facts.fact import Fact
+from tandem.demo.facts import Fact, all_facts
 
 CONVERSATIONS, PAIRS = 1200, 400
 _SYSTEM = ("", "You are an AI assistant. Give a detailed answer.", "You answer in one sentence.")

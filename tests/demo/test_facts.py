@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from tandem.data.text.text_traits import contains_accepted
-from tandem.demo.facts import RELATIONS, Fact, all_facts
-from tandem.demo.facts.science import in_words
+from tandem.demo.facts import RELATIONS, Fact, all_facts, in_words
 
 FACTS = all_facts()
 

@@ -71,13 +71,7 @@ def _plain(histogram: Histogram | None) -> dict[str, list[int]] | None:
 
 
 def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None:
-    """Print a survey as a page.
-
-    Args:
-        console: where to.
-        found: what to print.
-        tokenizer: what lengths were measured with, None without.
-    """
+    """Print a survey as a page; `tokenizer` is what lengths were measured with, None without."""
     for line in _lines(console, found, tokenizer):
         console.print(_visible(console, line), soft_wrap=True)
 

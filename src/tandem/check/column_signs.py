@@ -85,10 +85,7 @@ def verdict_sign(column: str, known: Format) -> Sign:
 def meaning_sign(column: str, key: str, known: Format) -> Sign:
     """The sign that a column which is not read belongs to what is asked or answered.
 
-    Args:
-        column: its name.
-        key: a format's key for the same, if there is one.
-        known: the rows' format.
+    `key` is the format's key for the same, empty without.
     """
     words = set(words_in(column))
     if key and key in known.keys | known.optional | {"tools"}:
@@ -307,13 +304,7 @@ def _shown(value: object) -> str:
 def column_signs(
     fields: Mapping[str, object], pair: PreferencePair, sides: Sides
 ) -> Iterator[tuple[Sign, str]]:
-    """The signs in other columns that a pair is the wrong way round, with what they say.
-
-    Args:
-        fields: the pair's row.
-        pair: what was read of it.
-        sides: what its answers are called, see `sides_of`.
-    """
+    """The signs in a pair's other columns that it is the wrong way round, with what they say."""
     columns = side_columns(tuple(fields), sides)
     scored = scores_in(fields, columns)
     lower = next((one for one in scored if one[2] < one[3]), None)

@@ -107,9 +107,7 @@ class Sides:
     def rejects(self, value: object, *, numbers: bool) -> bool | None:
         """Whether a value names the rejected answer; None when it names neither.
 
-        Args:
-            value: of a column.
-            numbers: whether a number names an answer.
+        `numbers`: a number may name an answer.
         """
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None

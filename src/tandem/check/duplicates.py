@@ -62,11 +62,7 @@ def signatures(words: Words) -> Signatures:
 
 
 def exact_twins(digests: Hashes) -> Twins:
-    """Each record whose digest an earlier one has, with the first that has it; 0 counts for none.
-
-    Args:
-        digests: [n].
-    """
+    """Each record whose digest an earlier one has, with the first that has it; 0 is none."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earliest = first[inverse]
     later = np.flatnonzero((earliest < np.arange(len(digests))) & (digests != 0))
@@ -81,7 +77,7 @@ def near_twins(
     Args:
         found: [n, 60], see `signatures`.
         skip: numbers of records that are left out, exact duplicates for instance.
-        rows: [n], the row that each is of, if some are of the same; those are not compared.
+        rows: [n], the row that each is of; records of one row are not compared.
     """
     if rows is None:
         rows = np.arange(len(found))
@@ -171,11 +167,7 @@ Look = Callable[[set[Origin]], dict[Origin, str]]
 
 
 class Repeated:
-    """Keeps about 150 bytes of each record, and finds those that repeat another.
-
-    Args:
-        shown: rows of each finding.
-    """
+    """Keeps about 150 bytes of each record, and finds those that repeat another."""
 
     def __init__(self, shown: int) -> None:
         self._shown = shown
@@ -193,13 +185,9 @@ class Repeated:
         signatures: Signatures,
         flipped: Sequence[bool],
     ) -> None:
-        """Note n records.
+        """Note n records: their `digests_of` [n, 4] and `signatures` [n, 60].
 
-        Args:
-            origins: [n], where they come from.
-            digests: [n, 4], see `records.digests_of`.
-            signatures: [n, 60], see `duplicates.signatures`.
-            flipped: [n], whether a pair's answers are in the other order than in its digest.
+        `flipped` [n]: whether a pair's answers are in the other order than in its digest.
         """
         for origin in origins:
             number = self._numbers.setdefault(origin.file, len(self._files))
@@ -271,11 +259,7 @@ def look_for_shared(
 ) -> None:
     """Count the prompts, and else the words in a row, that other sets have as well.
 
-    Args:
-        records: [n].
-        words: those of their bodies, [n] texts.
-        others: the sets.
-        tally: counts.
+    `words` are those of the records' bodies, [n] texts.
     """
     for other in others:
         prompts, runs = _signs(other.name)

@@ -126,11 +126,7 @@ class Tally:
             self._counted.setdefault(sign.key, _Counted(sign)).count += count
 
     def findings(self, of: dict[str, int]) -> list[Finding]:
-        """All that was counted, the worst and most frequent first.
-
-        Args:
-            of: how many records, pairs and answers there were.
-        """
+        """All that was counted `of` so many records, pairs, answers, the worst first."""
         found = [
             Finding(
                 one.sign,

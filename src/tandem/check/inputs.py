@@ -110,15 +110,9 @@ def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
 def named_sources(
     paths: Sequence[str], folder: Path, seed: int | None, said: Mapping[str, object] | None = None
 ) -> list[DataSource]:
-    """Files, folders, Hub ids or `demo:NAME` for the readers.
+    """Files, folders, Hub ids or `demo:NAME` for the readers; demo data is written into `folder`.
 
-    Args:
-        paths: as they were named.
-        folder: demo data is written there.
-        seed: of demo data; None for that of a recipe which says nothing.
-        said: what a recipe would say of each of them.
-
-    Raises UserError for what a recipe cannot say.
+    `said` is what a recipe would say of each. Raises UserError for what a recipe cannot say.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
     return resolve_sources(named_data(paths, said or {}), folder, seed)
@@ -135,15 +129,10 @@ def stage_data(
     sources: Sequence[DataSource] | None,
     folder: Path,
 ) -> CheckTarget:
-    """What a stage of a recipe would read.
+    """What a stage of a recipe would read; without a recipe, by the stage's defaults and no limits.
 
-    Args:
-        stage: sft or dpo.
-        recipe: None for a stage's defaults, without limits.
-        sources: in place of the recipe's own data.
-        folder: embedded demo data is written there.
-
-    Raises UserError when the recipe lacks the stage, NotMade when its data is not made yet.
+    `sources` take the place of the recipe's own data; demo data is written into `folder`. Raises
+    UserError when the recipe lacks the stage, NotMade when its data is not made yet.
     """
     settings = None if recipe is None else _settings(recipe, stage)
     if recipe is not None and settings is None:
@@ -229,13 +218,8 @@ def stage_chat(
 ) -> StageChat:
     """A model's tokenizer with its template; weights are not fetched.
 
-    Args:
-        model: a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do.
-        revision: of a Hub model.
-        chat_template: see `data.template.resolve_template`.
-        added_tokens: special tokens that the stage adds.
-
-    Raises UserError as a training stage would.
+    The model is a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do. Raises
+    UserError as a training stage would.
     """
     # Here, for it loads torch, which looking at texts alone does without.
     from tandem.model.added_tokens import described_rows, in_words, untrained_tokens

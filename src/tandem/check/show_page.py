@@ -128,12 +128,9 @@ def show_tokens(
 
 
 def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
-    """Print the trees of a row: coloured in a terminal that has colours, with words elsewhere.
+    """Print the tokens of a row: coloured in a terminal that has colours, with words elsewhere.
 
-    Args:
-        console: where to.
-        found: what a run makes of the row.
-        ids: one token a line, with its id.
+    With `ids`, one token a line.
     """
     parts = {
         token.part for example in found.examples for section in example for token in section.tokens

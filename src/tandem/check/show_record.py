@@ -41,7 +41,7 @@ class Place:
 
     @property
     def chunk(self) -> RowChunk:
-        """The row as a piece of its own."""
+        """The row as a chunk of its own."""
         return RowChunk(self.row.origin.file, 1, (self.row,))
 
 
@@ -56,7 +56,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class TokenSection:
-    """A path of a tree: a whole conversation, or the shared prefix or one of several answers."""
+    """A whole conversation; or of several answers, the prefix that they share, or one of them."""
 
     name: str
     tokens: tuple[Token, ...]
@@ -69,7 +69,7 @@ class TokenSection:
 
 @dataclass(frozen=True, slots=True)
 class Encodings:
-    """What a run makes of a row: sections of each tree, and what the ledger would say."""
+    """What a run makes of a row: sections of each example, and what the ledger would say."""
 
     kind: Kind
     examples: tuple[tuple[TokenSection, ...], ...]
@@ -79,12 +79,8 @@ class Encodings:
 def find_row(sources: Sequence[DataSource], kind: Kind, file: str | None, number: int) -> Place:
     """Row `number` of a file, counted from 1 as the ledger counts.
 
-    Args:
-        sources: where to look.
-        kind: of their records.
-        file: a file's name or the end of its path, where the sources are several.
-
-    Raises UserError when there is no such file or row, or the sources cannot be read.
+    `file` is a file's name or the end of its path, where the sources are several. Raises UserError
+    when there is no such file or row, or the sources cannot be read.
     """
     wanted = _file_named(file, origin_names(sources))
     last, joins = 0, False

@@ -87,7 +87,7 @@ def survey(
 
 
 class _Survey:
-    """The pass: takes pieces, keeps a few bytes of each record."""
+    """The pass: takes chunks, keeps a few bytes of each record."""
 
     def __init__(
         self, target: CheckTarget, others: Sequence[Other], limit: int | None, shown: int
@@ -107,9 +107,9 @@ class _Survey:
         self._joins = False
 
     def chunks(self) -> Iterator[tuple[Chunk, str]]:
-        """The pieces of the data, up to what cannot be read; `ended` then says why.
+        """The chunks of the data, up to what cannot be read; `ended` then says why.
 
-        An error would be raised while pieces are read ahead, and those would be lost.
+        An error would be raised while chunks are read ahead, and those would be lost.
         """
         left = self._limit
         kind = self._target.options.kind
@@ -133,7 +133,7 @@ class _Survey:
             self.ended = str(error)
 
     def take(self, chunk: Chunk, known: str, batch: EncodedChunk | None) -> None:
-        """Look at a piece's records; `batch` is what encoding made of them, if it was asked."""
+        """Look at a chunk's records; `batch` is what encoding made of them, if it was asked."""
         rows = tuple(chunk.rows())
         names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
         chunk = RowChunk(chunk.file, chunk.count, rows)
@@ -202,7 +202,7 @@ class _Survey:
         return None
 
     def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
-        """Keep the message that a run would stop with at this piece's first unparsable row."""
+        """Keep the message that a run would stop with at this chunk's first unparsable row."""
         if self._stop is not None or self._target.options.on_bad_record == "drop":
             return
         if any(entry.reason == "unparsable" for entry in entries):
@@ -291,12 +291,9 @@ def _mend(reason: str) -> str:
 
 
 def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
-    """The sign that a reason of the ledger is; an error if it is what stops a run.
+    """The sign that a reason of the ledger is.
 
-    Args:
-        entry: the record.
-        stops: whether one of these stops a run.
-        too_many: whether all that is dropped stops it.
+    It is an error if such records stop a run, or all that is dropped is `too_many`.
     """
     if entry.outcome == "dropped":
         return Sign(

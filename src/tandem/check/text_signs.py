@@ -89,11 +89,7 @@ class _Check:
 
 
 class TextSigns:
-    """Looks for signs in many texts at once.
-
-    Args:
-        special: the tokenizer's special tokens, if there is one.
-    """
+    """Looks for signs in many texts at once, a tokenizer's special tokens among them."""
 
     def __init__(self, special: Sequence[str] = ()) -> None:
         tokens = tuple(token for token in special if len(token) > 2 and not token.isspace())

@@ -109,11 +109,7 @@ class Ledger:
         }
 
     def check_share(self, most: float) -> None:
-        """Raise UserError when more than a share of the records was dropped.
-
-        Args:
-            most: the share that may be dropped, of all that were read.
-        """
+        """Raise UserError when more than a share of all records that were read was dropped."""
         counts = self.counts
         if counts["dropped"] <= most * counts["read"]:
             return

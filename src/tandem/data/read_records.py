@@ -114,7 +114,7 @@ def formatted_chunks(
     on_bad_record: OnBadRecord,
     limit: int | None = None,
 ) -> Iterator[tuple[Chunk, str]]:
-    """The pieces of some sources and the id of each one's format.
+    """The chunks of some sources and the id of each one's format.
 
     The ledger is told the format's name, and which keys are not read. A source's first rows tell
     its format. Raises `UserError` for a source that is empty, of no known format or of another
@@ -127,17 +127,17 @@ def formatted_chunks(
         chunks = chunks if limit is None else _first_rows(chunks, limit)
         seen: list[Chunk] = []
         known = _look(chunks, seen, source, kind, on_bad_record)
-        pieces: Iterator[Chunk] = chain(seen, chunks)
+        rest: Iterator[Chunk] = chain(seen, chunks)
         if known is not None:
             check_meaning(source, known)
             ledger.detected(source.path, known.name, unread_keys(seen, known, source))
-            pieces = joined(pieces, known) if known.joins else pieces
-        for chunk in pieces:
+            rest = joined(rest, known) if known.joins else rest
+        for chunk in rest:
             yield chunk, known.id if known else ""
 
 
 def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
-    """Pieces of `limit` rows together."""
+    """Chunks of `limit` rows together."""
     for chunk in chunks:
         if chunk.count > limit:
             names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
@@ -152,7 +152,7 @@ def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
 
 
 def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:
-    """A piece's records in the format with the id `known`; an entry for each one that is dropped.
+    """A chunk's records in the format with the id `known`; an entry for each one that is dropped.
 
     A row may hold several of both. Raises `UserError` for a row that cannot be parsed, unless such
     rows are dropped.
@@ -233,7 +233,7 @@ def _look(
     kind: Kind,
     on_bad_record: OnBadRecord,
 ) -> Format | None:
-    """The format by a source's first rows; the pieces they came from are put into `seen`."""
+    """The format by a source's first rows; the chunks they came from are put into `seen`."""
     first: Row | None = None
     tried, empty = 0, True
     for chunk in chunks:

@@ -16,14 +16,9 @@ if TYPE_CHECKING:
 
 
 def resolve_sources(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[DataSource]:
-    """A recipe's sources for the readers; `demo:NAME` becomes a generated file.
+    """A recipe's sources for the readers; `demo:NAME` becomes a file in the run folder's `data`.
 
-    Args:
-        sources: as the recipe says them.
-        run_folder: the embedded demo's data is written into its `data` folder.
-        seed: of the embedded data's splits.
-
-    Raises UserError for a format that does not exist.
+    `seed` decides the embedded data's splits. Raises UserError for a format that does not exist.
     """
     resolved = []
     for source in sources:

@@ -41,7 +41,7 @@ from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
 from tandem.storage.journal import recorded
 from tandem.storage.manifest import finish_stage, open_stage, start_stage, versions
-from tandem.storage.run_folder import pairs_file
+from tandem.storage.run_folder import PAIRS_FORMATS, pairs_file
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
@@ -153,7 +153,7 @@ class PairMaker:
         """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
         kind = self.settings.format
         for name in ("pairs", "heldout"):  # an earlier start may have had others
-            for other in ("jsonl", "parquet"):
+            for other in PAIRS_FORMATS:
                 pairs_file(self.folder, name, other).unlink(missing_ok=True)
         prompts, left_out = selected_prompts(
             sources["prompts"], sources["decontaminate"], self.settings, seed, self.ledger, self.log

@@ -18,7 +18,7 @@ from tandem.result_warnings import (
 )
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
-from tandem.storage.run_folder import FOLDERS, KIND_TITLES, StageName
+from tandem.storage.run_folder import FOLDERS, KIND_TITLES, TRAINING_STAGES, StageName
 from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows something of.
@@ -76,7 +76,7 @@ class RunFacts:
     @property
     def trained(self) -> list[StageFacts]:
         """Its training stages."""
-        return [stage for stage in self.stages if stage.kind in ("sft", "dpo")]
+        return [stage for stage in self.stages if stage.kind in TRAINING_STAGES]
 
     @property
     def base_model(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from tandem.report.plots import Bar, Series, bar_chart, histogram, line_chart, smoothing_window
 from tandem.report.run_facts import StageFacts, find_key
 from tandem.result_warnings import mapping
+from tandem.storage.run_folder import TRAINING_STAGES
 from tandem.wording import count, duration, is_number, number, percent, short_count, size
 
 
@@ -29,7 +30,7 @@ class _Chart:
     caption: str
     lines: tuple[tuple[str, str, str], ...]
     y_format: Callable[[float], str] = number
-    stages: tuple[str, ...] = ("sft", "dpo")
+    stages: tuple[str, ...] = TRAINING_STAGES
     unit: float = 1.0
     from_zero: bool = False
 

@@ -1,4 +1,4 @@
-"""Trees into the tensors of one micro-batch: one row of T tokens that holds several trees."""
+"""Examples into the tensors of one micro-batch: one row of T tokens that holds several trees."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MicroBatch:
         target_row, target_id, target_sequence: [N] int64; the hidden state that predicts, the
             token predicted, and the sequence whose log-probability it belongs to.
         read_rows: [R] int64; the rows that predict anything, each once, ascending.
-        sequences: S, the number of sequences; a tree's branches follow each other.
+        sequences: S, the number of sequences; an example's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
         spans: `row_spans` of the segments, in a micro-batch that was filled up to a declared shape.
@@ -83,23 +83,18 @@ class MicroBatch:
 
 
 def fed_tokens(example: Example) -> int:
-    """Rows that a tree takes in a micro-batch: all tokens up to each branch's last target."""
+    """Rows that an example takes in a micro-batch: all tokens up to each branch's last target."""
     return example.fed
 
 
 def padded_shape(example: Example) -> tuple[int, int]:
-    """Sequences of a tree and the tokens of its longest, up to the last target."""
+    """Sequences of an example and the tokens of its longest, up to the last target."""
     prefix = len(example.prefix.input_ids)
     return len(example.branches), prefix + max(branch.fed for branch in example.branches)
 
 
 def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
-    """Lay out trees one after the other; see `MicroBatch`.
-
-    Args:
-        trees: the records of the micro-batch.
-        dropout_keys: one 64-bit number for each record (see `record_key`), if masks are drawn.
-    """
+    """Lay out examples one after the other, with a `record_key` each if dropout masks are drawn."""
     parts = _Parts([], [], [], [], [], [], [], [])
     for index, example in enumerate(examples):
         parts.add(example, None if dropout_keys is None else dropout_keys[index])
@@ -150,7 +145,7 @@ class _Parts:
     target_rows: list[np.ndarray]
     target_ids: list[TokenIds]
     sequence_tokens: list[int]
-    rows: list[int]  # of each tree
+    rows: list[int]  # of each example
 
     def add(self, example: Example, key: int | None) -> None:
         start = sum(self.rows)

@@ -1,4 +1,4 @@
-"""A step's trees into micro-batches under a token budget: the schedule, not the mathematics."""
+"""A step's examples into micro-batches under a token budget: the schedule, not the mathematics."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _EVEN = 0.005
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Who computes what in a step: a function of its trees, the budget and the ranks alone.
+    """Who computes what in a step: a function of its examples, the budget and the ranks alone.
 
     Attributes:
         ranks: each rank's micro-batches in order, each a tuple of positions in the step.
-        micro_batches: what every rank runs; a rank with fewer of its own repeats a tree with
+        micro_batches: what every rank runs; a rank with fewer of its own repeats an example with
             weight zero for the rest, because gradients are exchanged in the last.
-        fill: mean share of the budget that the step's own micro-batches fill; a tree that alone
+        fill: mean share of the budget that the step's own micro-batches fill; an example that alone
             exceeds the budget counts as full.
         imbalance: the costliest rank's cost by the mean, 1 when all have the same.
     """
@@ -43,21 +43,20 @@ def plan_step(
     *,
     pack_share: Callable[[Sequence[int]], list[tuple[int, ...]]] | None = None,
 ) -> StepPlan:
-    """Deal a step's trees to ranks of about equal cost, and pack each rank's share.
+    """Assign a step's examples to ranks of about equal cost, and pack each rank's share.
 
     A rank with fewer micro-batches than another splits its fullest ones; only one that has no
-    tree left to split gets less.
+    example left to split gets fewer.
 
     Args:
-        tokens: the number of tokens that each tree of the step feeds.
+        tokens: the number of tokens that each example of the step feeds.
         costs: the time each takes, in any unit; see `example_cost`.
         budget: tokens that a micro-batch should not exceed.
         ranks: how many processes share the step.
-        pack_share: makes micro-batches of some of the step's trees, as positions among these;
-            `pack` by default.
+        pack_share: makes micro-batches of some of the step's examples, as positions among these.
     """
     if len(tokens) != len(costs):
-        raise ValueError("tokens and costs must be of the same trees")
+        raise ValueError("tokens and costs must be of the same examples")
     shares = [tuple(range(len(tokens)))] if ranks == 1 else assign_to_ranks(costs, ranks)
     plans = []
     for share in shares:
@@ -79,17 +78,11 @@ def plan_step(
 
 
 def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Best-fit decreasing: positions of the trees that share each micro-batch.
+    """Best-fit decreasing: positions in `tokens` of the examples that share each micro-batch.
 
-    Every tree is placed whole. One that alone exceeds the budget gets a micro-batch of its own:
-    the budget is a target for memory, never a reason to cut a record.
-
-    Args:
-        tokens: the number of tokens of each tree of the step.
-        budget: tokens that a micro-batch should not exceed.
-
-    Returns:
-        Micro-batches in the order of their first tree, each a tuple of positions in `tokens`.
+    Every example is placed whole. One that alone exceeds the budget gets a micro-batch of its own:
+    the budget is a target for memory, never a reason to cut a record. Micro-batches come in the
+    order of their first example.
     """
     if budget < 1:
         raise ValueError("budget must be positive")
@@ -111,20 +104,14 @@ def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
 def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[int, ...]]:
     """Micro-batches of padded rows: sequences times the longest of them stays within the budget.
 
-    The longest tree that is left opens a micro-batch or joins the one whose rows are shortest, so
-    that neighbours in length share it. As in `pack`, no tree is cut.
-
-    Args:
-        shapes: for each tree, its sequences and the tokens of the longest.
-        budget: tokens, padding included, that a micro-batch should not exceed.
-
-    Returns:
-        Micro-batches in the order of their first tree, each a tuple of positions in `shapes`.
+    `shapes` are, for each example, its sequences and the tokens of the longest. The longest example
+    that is left opens a micro-batch or joins the one whose rows are shortest, so that neighbours in
+    length share it. As in `pack`, no example is cut.
     """
     if budget < 1:
         raise ValueError("budget must be positive")
     bins: list[list[int]] = []
-    longest: list[int] = []  # of each micro-batch, which its first tree decides
+    longest: list[int] = []  # of each micro-batch, which its first example decides
     rows: list[int] = []
     for position in sorted(range(len(shapes)), key=lambda i: (-shapes[i][1], i)):
         sequences, length = shapes[position]
@@ -141,11 +128,7 @@ def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[in
 
 
 def padded_tokens(lengths: ArrayLike) -> int:
-    """Tokens that padded batches of a usual size would feed for a step's sequences, in order.
-
-    Args:
-        lengths: [S], tokens of each sequence.
-    """
+    """Tokens that padded batches of a usual size would feed for sequences of lengths [S]."""
     given = np.asarray(lengths, dtype=np.int64)
     batches = np.zeros((-(-len(given) // _PADDED_BATCH), _PADDED_BATCH), dtype=np.int64)
     batches.ravel()[: len(given)] = given
@@ -155,11 +138,10 @@ def padded_tokens(lengths: ArrayLike) -> int:
 
 
 def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
-    """Positions of the trees that each rank computes, with costs as even as they get.
+    """Positions of the examples that each rank computes, with costs as even as they get.
 
-    The costliest first, each to the rank with the least so far; then trees move from the costliest
-    rank to another, or change places with one of its trees, as long as that lowers the costlier
-    of the two.
+    The costliest first, each to the rank with the least so far; then examples of the costliest rank
+    move to another, or change places with one there, while that lowers the costlier of the two.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
@@ -173,11 +155,10 @@ def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]
 
 
 def example_cost(example: Example, attention_weight: float) -> float:
-    """What a tree costs: its tokens, and how many pairs of them see each other, weighted.
+    """What an example costs: its tokens, and how many pairs of them see each other, weighted.
 
-    Args:
-        tree: a record.
-        attention_weight: attention over one visible pair, by all that a token costs elsewhere.
+    `attention_weight` is the time of attention over one visible pair, by all that a token costs
+    elsewhere.
     """
     prefix = len(example.prefix.input_ids)
     visible = prefix * prefix / 2
@@ -218,7 +199,7 @@ def _exchange(costs: Sequence[float], shares: list[list[int]], loads: list[float
 
 
 def _split(plan: list[tuple[int, ...]], tokens: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """The same trees in `count` micro-batches, or as near to it as their number allows."""
+    """The same examples in `count` micro-batches, or as near to it as their number allows."""
     while len(plan) < count:
         divisible = [members for members in plan if len(members) > 1]
         if not divisible:

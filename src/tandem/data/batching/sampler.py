@@ -167,16 +167,10 @@ class StepSampler:
 def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which records are held out, [n]: about a fraction of them, whole prompts at a time.
 
-    Prompts are taken in the order of a seeded hash until the fraction, rounded to whole records,
-    at least one and not all, is reached; one with more records than are still wanted is passed
-    over. So the choice depends on the prompts and the seed, not on the order of the records.
-
-    Args:
-        prompts: `records.prompt_key` of each record.
-        fraction: of the records, between 0 and 1.
-        seed: gives another choice.
-
-    Raises UserError when no prompt can be held out.
+    Prompts (`records.prompt_key` of each record) are taken in the order of a seeded hash until the
+    fraction, rounded to whole records, at least one and not all, is reached; one with more records
+    than are still wanted is passed over. So the choice depends on the prompts and the seed, not on
+    the order of the records. Raises UserError when no prompt can be held out.
     """
     distinct, numbers, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     wanted = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)

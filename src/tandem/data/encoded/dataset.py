@@ -1,4 +1,4 @@
-"""Trees as a few flat arrays: how they travel between processes and lie on disk."""
+"""Examples as a few flat arrays: how they travel between processes and lie on disk."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class FlatArrays:
-    """n trees as arrays; a tree's parts are its prefix and then its branches.
+    """n examples as arrays; an example's parts are its prefix and then its branches.
 
     Attributes:
         ids: [T] int32, the tokens of all parts, one after the other.
         trained: [T] bool, which of them are targets.
-        parts: [n] int32, how many parts each tree has.
+        parts: [n] int32, how many parts each example has.
         lengths: [P] int32, tokens of each part.
         targets: [P] int32, trained tokens of each part.
-        fed: [n] int32, rows that each tree takes in a micro-batch.
+        fed: [n] int32, rows that each example takes in a micro-batch.
         rows: [n] int64, each record's row in its file.
         digests: [S, 32] uint8, `sequence_digest` of each branch's sequence.
         prompts: [n] uint64, `records.prompt_key` of each record.
@@ -47,12 +47,7 @@ class FlatArrays:
 
 
 def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
-    """The arrays of some trees.
-
-    Args:
-        trees: encoded records.
-        prompts: `records.prompt_key` of each; by default no two have the same.
-    """
+    """The arrays of some examples; `prompts` are `records.prompt_key`, by default all different."""
     parts = [part for example in examples for part in (example.prefix, *example.branches)]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
     trained = _joined([part.trained for part in parts], np.bool_)
@@ -124,7 +119,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What is held in memory of n encoded trees with P parts and S sequences; see `FlatArrays`.
+    """What is held in memory of n encoded examples with P parts and S sequences; see `FlatArrays`.
 
     Attributes:
         files: [n] int32, the number of each record's file in `names`.
@@ -192,7 +187,7 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def fed(self) -> NDArray[np.int32]:
-        """[n]: rows that each tree takes in a micro-batch."""
+        """[n]: rows that each example takes in a micro-batch."""
         return self._index.fed[self._chosen]
 
     @property
@@ -213,12 +208,12 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def prefix_lengths(self) -> NDArray[np.int32]:
-        """[n]: tokens of each tree's prefix, which its sequences share."""
+        """[n]: tokens of each example's prefix, which its sequences share."""
         return self._index.lengths[self._first_part[:-1][self._chosen]]
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """[S]: tokens of each sequence, its prefix included, tree by tree."""
+        """[S]: tokens of each sequence, its prefix included, example by tree."""
         return self._per_sequence(self._index.lengths)
 
     @property
@@ -228,17 +223,17 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32]:
-        """[n]: tokens of each tree's first sequence that are not trained."""
+        """[n]: tokens of each example's first sequence that are not trained."""
         first = _starts(self.branches)[:-1]
         return (self.sequence_lengths - self.sequence_targets)[first]
 
     def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """[S', 32]: digests of the sequences of trees `start` to `stop` - 1."""
+        """[S', 32]: digests of the sequences of examples `start` to `stop` - 1."""
         chosen = self._chosen[start:stop]
         if not len(chosen):
             return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
         first, last = int(chosen[0]), int(chosen[-1]) + 1
-        # Each tree has one part that is no sequence.
+        # Each example has one part that is no sequence.
         bounds = [int(self._first_part[example]) - example for example in (first, last)]
         found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
         rows = np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
@@ -261,7 +256,7 @@ class EncodedDataset(Sequence[Example]):
         return whole[self._sequences_of(self._chosen, 0, len(self._index.parts))]
 
     def _sequences_of(self, chosen: NDArray[np.int64], first: int, last: int) -> NDArray[np.bool_]:
-        """Which sequences of the index's trees `first` to `last` - 1 are of the chosen ones."""
+        """Which sequences of the index's examples `first` to `last` - 1 are of the chosen ones."""
         member = np.zeros(last - first, dtype=np.bool_)
         member[chosen - first] = True
         return np.repeat(member, self._index.parts[first:last] - 1)

@@ -112,11 +112,9 @@ class Kept:
 
 
 class DatasetWriter:
-    """Takes batches in reading order, and gives their trees back.
+    """Takes encoded chunks in reading order, and gives their examples back.
 
-    Args:
-        folder: where the columns go, or None for memory.
-        names: the files that records may come from.
+    They go into files of `folder`, or into memory; records come from files called `names`.
     """
 
     def __init__(self, folder: Path | None, names: Sequence[str]) -> None:
@@ -131,7 +129,7 @@ class DatasetWriter:
         self._sources: tuple[int, ...] = ()
 
     def add(self, batch: EncodedChunk) -> None:
-        """Append a batch's trees and ledger lines."""
+        """Append a batch's examples and ledger lines."""
         arrays = batch.arrays
         count = len(arrays.parts)
         bits = np.concatenate([self._bits, arrays.trained])
@@ -158,10 +156,8 @@ class DatasetWriter:
     ) -> None:
         """Complete the columns; nothing may be added after that.
 
-        Args:
-            formats: names of formats, by source.
-            sources: how many records each source gave.
-            unread: keys that are not read, by source.
+        `formats` are names of formats and `unread` keys that are not read, by source; `sources`
+        are how many records each source gave.
         """
         self._sources = tuple(sources)
         self._put("trained", np.packbits(self._bits))
@@ -195,11 +191,9 @@ class DatasetWriter:
 
 
 class EncodedStore:
-    """The encoded data sets in the cache folder.
+    """The encoded data sets in `folder`, by default the cache folder's `encoded`.
 
-    Args:
-        log: told when an entry is damaged, or cannot be kept.
-        folder: where the entries are, the cache folder's `encoded` unless told otherwise.
+    `log` is told when an entry is damaged, or cannot be kept.
     """
 
     def __init__(self, log: Callable[[str], None], folder: Path | None = None) -> None:
@@ -238,7 +232,7 @@ class EncodedStore:
 
     @contextmanager
     def writing(self, key: str, names: Sequence[str]) -> Iterator[DatasetWriter]:
-        """A writer whose trees become the entry when the block ends without an error."""
+        """A writer whose examples become the entry when the block ends without an error."""
         with atomic_folder(self.folder / key) as aside:
             writer = DatasetWriter(aside, names)
             try:
@@ -247,7 +241,7 @@ class EncodedStore:
                 writer.close()
 
     def dataset(self, key: str, names: Sequence[str]) -> EncodedDataset:
-        """The trees of an entry that was just written."""
+        """The examples of an entry that was just written."""
         about = read_json(self.folder / key / "entry.json")
         return _open(self.folder / key, names, about["sources"])
 

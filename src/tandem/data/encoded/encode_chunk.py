@@ -1,4 +1,4 @@
-"""One piece of a data set from its rows to encoded trees and ledger lines, in any process."""
+"""One chunk of a data set from its rows to encoded examples and ledger lines, in any process."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def main() -> None:
         pass  # the process that wanted the results is done, or gone
 
 
-# Pieces on their way for each worker: one in work, one waiting, one done.
+# Chunks on their way for each worker: one in work, one waiting, one done.
 _AHEAD = 3
 Task = tuple[Chunk, str]
 
@@ -116,7 +116,7 @@ class Pool:
         self._count = count
         self._workers: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        # A thread for each worker: it hands over a piece and waits for its result.
+        # A thread for each worker: it hands over a chunk and waits for its result.
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="encode")
 
     def __enter__(self) -> Self:

@@ -102,12 +102,7 @@ def unread_keys(chunks: Iterable[Chunk], known: Format, source: DataSource) -> t
     """The keys that are not read of the first row of the source's format, in order.
 
     Later rows may have others: `tandem check` looks at them all. A key that the source's names lead
-    into (`answers.good`) is read.
-
-    Args:
-        chunks: the source's first pieces, not joined yet.
-        known: its format.
-        source: what is said of it.
+    into (`answers.good`) is read. `chunks` are the source's first ones, not joined yet.
     """
     rows = (row.fields for chunk in chunks for row in chunk.rows() if isinstance(row, Row))
     stated = source.format is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tandem.data.formats.conversations import (
     INSTRUCTION,
@@ -50,18 +51,9 @@ from tandem.errors import UserError, nearest
 
 
 def _known(
-    name: str,
-    kind: Kind,
-    keys: str,
-    read: Reader,
-    optional: str = "",
-    *,
-    turns: bool = False,
-    suits: Callable[[Fields], bool] | None = None,
-    completions: str | None = None,
+    name: str, kind: Kind, keys: str, read: Reader, optional: str = "", **more: Any
 ) -> Format:
-    needed, more = frozenset(keys.split()), frozenset(optional.split())
-    return Format(name, kind, needed, read, more, turns, suits, completions)
+    return Format(name, kind, frozenset(keys.split()), read, frozenset(optional.split()), **more)
 
 
 def _labelled(

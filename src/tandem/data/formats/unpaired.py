@@ -128,7 +128,7 @@ _ROWS = 256
 
 
 def joined(chunks: Iterable[Chunk], known: Format) -> Iterator[Chunk]:
-    """The pieces with each good answer beside a bad one to the same prompt, first come first.
+    """The chunks with each good answer beside a bad one to the same prompt, first come first.
 
     The rows are in the labelled format `known`.
 

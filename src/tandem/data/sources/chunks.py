@@ -1,6 +1,6 @@
-"""A data set in pieces that another process can read: each knows its file and its first row.
+"""A data set in chunks that another process can read: each knows its file and its first row.
 
-A piece of a JSON lines file is a place in it, one of a compressed file its lines, one of a Parquet
+A chunk of a JSON lines file is a place in it, one of a compressed file its lines, one of a Parquet
 or Arrow file a compact copy of its rows, and one of anything else the rows themselves. `rows` gives
 the same wherever it is called.
 """
@@ -231,7 +231,7 @@ class RowChunk:
 
 @dataclass(frozen=True, slots=True)
 class RenamedChunk:
-    """A piece whose rows are given under the names of their format."""
+    """A chunk whose rows are given under the names of their format."""
 
     inner: LineChunk | TextChunk | ArrowChunk | RowChunk
     renaming: Renaming
@@ -306,11 +306,7 @@ def _parsed(content: bytes, file: str, first: int, *, bom: bool) -> Iterator[Row
 
 
 def values_of(column: Any) -> list[object]:
-    """A column's values; a broken one costs none of the others.
-
-    Args:
-        column: a `pyarrow.Array`.
-    """
+    """The values of a `pyarrow.Array`; a broken one costs none of the others."""
     try:
         values: list[object] = column.to_pylist()
     except Exception:  # each kind of value has errors of its own

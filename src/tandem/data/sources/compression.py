@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from tandem.errors import UserError
 
@@ -26,6 +31,34 @@ def kind_of(file: Path) -> str:
 def is_compressed(file: Path) -> bool:
     """Whether a file is compressed, by its name."""
     return file.suffix.lower() in COMPRESSED
+
+
+def kind_of_text(file: Path) -> str:
+    """The same for texts that `open_text` opens, in whatever order the suffixes stand."""
+    names = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in _TEXT_OPENERS]
+    return names[-1] if names else ""
+
+
+def open_text(file: Path) -> IO[str]:
+    """A file of plain lines, compressed or not; what is not UTF-8 is replaced.
+
+    Raises OSError, and while it is read what the decompressors raise.
+    """
+    opened: IO[str] = _TEXT_OPENERS.get(file.suffix.lower(), Path.open)(
+        file, "rt", encoding="utf-8-sig", errors="replace", newline=""
+    )
+    return opened
+
+
+def _open_zstd(file: Path, _mode: str, **how: Any) -> IO[str]:
+    import pyarrow
+
+    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), **how)
+
+
+_TEXT_OPENERS: dict[str, Any] = {
+    ".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd,
+}  # fmt: skip
 
 
 def read_blocks(file: Path) -> Iterator[bytes]:

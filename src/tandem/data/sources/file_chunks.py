@@ -35,9 +35,9 @@ _LINES = (".jsonl", ".ndjson")
 _TEXTS = (*_LINES, ".json", ".csv", ".tsv")
 _TABLES = (".parquet", ".arrow")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Rows of a piece: enough for a tokenizer call, little enough to stay in cache.
+# Rows of a chunk: enough for a tokenizer call, little enough to stay in cache.
 _ROWS = 256
-# Bytes that are read at once from a JSON lines file; a piece ends where one of both is reached.
+# Bytes that are read at once from a JSON lines file; a chunk ends where one of both is reached.
 _BLOCK = 2**20
 
 KINDS = ", ".join((*_TEXTS, *_TABLES)) + " (texts also as .gz or .zst)"
@@ -49,7 +49,7 @@ def is_data(file: Path) -> bool:
 
 
 def file_chunks(file: Path) -> Iterator[Plain]:
-    """The pieces of one data file, in order.
+    """The chunks of one data file, in order.
 
     Raises `UserError` for a file of no known kind, or one that cannot be read.
     """

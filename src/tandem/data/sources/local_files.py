@@ -120,12 +120,7 @@ def check_regular(file: Path) -> None:
 
 
 def left_out(folder: Folder, read: Sequence[Path]) -> str:
-    """What of a folder is not read and why, in one line; empty when everything is.
-
-    Args:
-        folder: the folder.
-        read: files that are.
-    """
+    """What of a folder is not among the files `read`, and why, in one line; empty for nothing."""
     splits = [
         (file, f"split {split}") for split, files in folder.splits.items() for file in files
     ]  # fmt: skip

@@ -86,7 +86,7 @@ def read_rows(source: DataSource) -> Iterator[Row | BadLine]:
 
 
 def read_chunks(source: DataSource) -> Iterator[Chunk]:
-    """The pieces of a source in reading order; see `read_rows`."""
+    """The chunks of a source in reading order; see `read_rows`."""
     renaming = renaming_of(source)
     for chunk in _chunks_as_they_are(source):
         yield RenamedChunk(chunk, renaming) if renaming else chunk

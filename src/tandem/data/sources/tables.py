@@ -117,14 +117,14 @@ def _lines(file: Path) -> Iterator[str]:
         yield last.decode("utf-8", "surrogateescape")
 
 
-# Rows of a piece: enough for a tokenizer call, little enough to stay in cache.
+# Rows of a chunk: enough for a tokenizer call, little enough to stay in cache.
 _ROWS = 256
 # Otherwise a row group of Parquet, often the whole file, is in memory.
 _BUFFER = 2**20
 
 
 def table_file_chunks(file: Path) -> Iterator[ArrowChunk]:
-    """The pieces of a Parquet or Arrow file.
+    """The chunks of a Parquet or Arrow file.
 
     Raises `UserError` for one that is not sound.
     """
@@ -148,7 +148,7 @@ def table_file_chunks(file: Path) -> Iterator[ArrowChunk]:
 
 
 def dataset_chunks(table: Any, name: str) -> Iterator[ArrowChunk]:
-    """The pieces of a data set of `datasets`, as it is stored: no picture or sound is decoded."""
+    """The chunks of a data set of `datasets`, as it is stored: no picture or sound is decoded."""
     row = 0
     for part in table.with_format("arrow").iter(batch_size=_ROWS):
         for chunk in _pieces(part.combine_chunks().to_batches(), name, row):
@@ -167,7 +167,7 @@ def _pieces(
 
 
 def _parquet(file: Path) -> Iterator[ArrowChunk]:
-    """The pieces of a Parquet file; damage in some columns costs these alone."""
+    """The chunks of a Parquet file; damage in some columns costs these alone."""
     import pyarrow
     import pyarrow.parquet
 
@@ -206,7 +206,7 @@ def _damaged(table: Any, names: list[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _arrow(file: Path) -> Iterator[ArrowChunk]:
-    """The pieces of an Arrow file, which begins with its name, or of an Arrow stream."""
+    """The chunks of an Arrow file, which begins with its name, or of an Arrow stream."""
     import pyarrow
 
     with file.open("rb") as start:

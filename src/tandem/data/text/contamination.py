@@ -6,17 +6,14 @@ there (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C).
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import hashlib
-import io
 import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +22,7 @@ from tandem.data.formats.check_fields import unreadable_text
 from tandem.data.formats.format import texts_in
 from tandem.data.records import Origin
 from tandem.data.sources.chunks import BadLine, Row, allow_long_cells
+from tandem.data.sources.compression import kind_of_text, open_text
 from tandem.data.sources.rows import looks_like_path, read_rows
 from tandem.data.text.word_hashes import MOST_CHARACTERS, Hashes, Words, hash_words
 from tandem.errors import UserError
@@ -47,17 +45,6 @@ _MOST_AT_ONCE = 2**20
 _WORD = re.compile(r"\w+")
 
 
-def _open_zstd(path: Path, _mode: str, **how: Any) -> IO[str]:
-    import pyarrow
-
-    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **how)
-
-
-_OPENERS: dict[str, Any] = {
-    ".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd,
-}  # fmt: skip
-
-
 def prompt_digest(text: str) -> int:
     """64 bits of a text without its case and spaces; 0 for one without a character."""
     plain = "".join(text.lower().split())
@@ -75,14 +62,14 @@ def many_words(text: str) -> bool:
 class Other:
     """A set of texts that others are looked for in; filled with `fill` or `add`, then asked.
 
+    `rows` counts what was read, `unreadable` what could not be parsed; `first_unreadable` is the
+    first of that.
+
     Args:
         name: of the set, for messages.
         runs: whether to look for words in a row, or for whole prompts only.
         run: so many words in a row are a sign.
         form: words in a row in more rows than this are the set's form, and no sign; None: all are.
-
-    `rows` counts what was read, `unreadable` what could not be parsed; the first of that is told
-    by `first_unreadable`.
     """
 
     def __init__(
@@ -255,20 +242,14 @@ def _rows(source: DataSource) -> Iterator[tuple[list[str] | BadLine, Origin]]:
 
 
 def _is_plain(path: Path) -> bool:
-    names = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
-    return not names or names[-1].lower() not in (
-        ".jsonl", ".ndjson", ".json", ".parquet", ".arrow",
-    )  # fmt: skip
+    return kind_of_text(path) not in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 
 def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
-    opener = _OPENERS.get(path.suffix.lower(), Path.open)
-    inner = [suffix for suffix in path.suffixes if suffix.lower() not in _OPENERS]
-    separator = {".csv": ",", ".tsv": "\t"}.get(inner[-1].lower() if inner else "")
+    separator = {".csv": ",", ".tsv": "\t"}.get(kind_of_text(path))
     allow_long_cells()
     try:
-        file: IO[str]
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        with open_text(path) as file:
             lines: Iterator[list[str]] = ([line] for line in file)
             header: list[str] = []
             if separator:

@@ -241,9 +241,7 @@ def _probe() -> tuple[Turn, ...]:
 def choose_template(own: Any, choice: str | None) -> ChatTemplate:
     """The template that is in force, without a look at what it renders.
 
-    Args:
-        own: the tokenizer's: a text, several by name, or None.
-        choice: see `resolve_template`, which raises as this does.
+    `own` is the tokenizer's: a text, several by name, or None. Raises as `resolve_template` does.
     """
     # Some editors put a mark in front of UTF-8, which is no text.
     named: dict[str, str] = {}

@@ -76,14 +76,10 @@ class Omissions:
     def of_answers(
         self, turns: Sequence[Turn], places: Sequence[int], tools: str = "", *, reasoned: bool
     ) -> str:
-        """The reason why some answers of a conversation cannot be trained, empty without one.
+        """The reason why the answers at some places cannot be trained, empty without one.
 
-        Args:
-            turns: of the conversation.
-            places: the answers among them.
-            tools: of the conversation.
-            reasoned: whether the template must render reasoning beside each of these answers. That
-                of earlier answers may be left out, as inference leaves it out.
+        `reasoned`: the template must render reasoning beside each of them. That of earlier answers
+        may be left out, as inference leaves it out.
         """
         shapes = [_shape(turn) for turn in turns]
         for place in places:
@@ -145,13 +141,7 @@ def way_out(reason: str) -> str:
 def check_asked(
     tokenizer: Any, template: ChatTemplate, questions: Sequence[Question], label: str
 ) -> None:
-    """Raise UserError for a question of which a model's template leaves something out.
-
-    Args:
-        tokenizer, template: the model's.
-        questions: what is asked.
-        label: what the model is called.
-    """
+    """Raise UserError for a question of which the template of `label` omits something."""
     omissions = omissions_of(tokenizer, template)
     for question in questions:
         if reason := omissions.of_prompt(question.turns):

@@ -84,13 +84,7 @@ def row_notices(tokenizer: Any, rows: int) -> tuple[str, ...]:
 
 
 def require_rows(ids: Iterable[int], rows: int | None, decode: Callable[[list[int]], str]) -> None:
-    """Raise `NoRow` for a token id beyond a model's embedding.
-
-    Args:
-        ids: of a text.
-        rows: of the embedding; None: every token has one.
-        decode: ids to text.
-    """
+    """Raise `NoRow` for a token id beyond the `rows` of a model's embedding; None: all have one."""
     beyond = None if rows is None else next((index for index in ids if index >= rows), None)
     if beyond is not None:
         token = decode([beyond])

@@ -1,9 +1,13 @@
-"""What a fact is, and how a table of pairs becomes facts with wording."""
+"""True facts: the tables of facts.toml, and how a row becomes a fact with wording."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 _ARTICLES = ("a ", "an ", "the ")
 
@@ -80,3 +84,51 @@ def _without_article(value: str) -> str:
         if value.startswith(article):
             return value[len(article) :]
     return value
+
+
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def in_words(number: int) -> str:
+    """A whole number from 0 to 99 in English words; ValueError outside."""
+    if not 0 <= number <= 99:
+        raise ValueError(f"{number} is outside 0..99")
+    if number < 20:
+        return _SMALL[number]
+    tens, ones = divmod(number, 10)
+    return _TENS[tens] if ones == 0 else f"{_TENS[tens]}-{_SMALL[ones]}"
+
+
+def _sum(first: int, sign: str, second: int, result: int) -> tuple[str, ...]:
+    return (f"{in_words(first)} {sign} {in_words(second)}", in_words(result), str(result))
+
+
+_COMPUTED = {
+    "sum": tuple(_sum(a, "plus", b, a + b) for a in range(3, 10) for b in range(a, 10)),
+    "product": tuple(_sum(a, "times", b, a * b) for a in range(3, 9) for b in range(a, 9)),
+}
+
+
+def _relation(table: dict[str, Any]) -> Relation:
+    rows = (tuple(row.split(" | ")) for row in table.get("rows", "").splitlines())
+    return Relation(
+        name=table["name"],
+        rows=_COMPUTED.get(table["name"]) or tuple(rows),
+        questions=tuple(table["questions"]),
+        answer=table["answer"],
+        statements=tuple(table["statements"]),
+    )
+
+
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+RELATIONS: tuple[Relation, ...] = tuple(map(_relation, _TABLES["relation"]))
+
+
+@cache
+def all_facts() -> tuple[Fact, ...]:
+    """Every fact of the demo, in the order of the tables."""
+    return tuple(fact for relation in RELATIONS for fact in relation.facts())
