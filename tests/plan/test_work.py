@@ -12,10 +12,11 @@ from tandem.data.batching.packing import padded_tokens
 from tandem.data.encoded.example import Branch, Example
 from tandem.data.records import Origin
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.integrations.choose import choose_device
 from tandem.model.base_model import load_base_info
 from tandem.pipeline.default_callbacks import default_callbacks
-from tandem.plan.stage_estimate import asked_of
-from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.plan.stage_estimate import StageSetup
+from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
@@ -72,17 +73,21 @@ def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageRe
 
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
-) -> Work:
+) -> Workload:
     base = load_base_info(run_settings("", Path()), model, settings.max_length, weights=False)
     config, reader = base.config, _reader(settings, base.chat)
     records = reader.read(
         [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
     )
-    asked = asked_of(
-        settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
-        parts=records.parts,
+    setup = _setup(settings, config, processes=1, budget=1024, padded=padded)
+    return count_work(records.dataset, setup.pacing(records.parts))
+
+
+def _setup(settings: SftSettings | DpoSettings, config: Any, **others: Any) -> StageSetup:
+    return StageSetup(
+        name="dpo", settings=settings, device=choose_device("cpu", "float32"), engine="ddp",
+        config=config, seed=3, quantized=False, baseline=0, **others,
     )  # fmt: skip
-    return count_work(records.dataset, asked)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +148,8 @@ def test_a_plan_for_processes_deals_as_they_do(
     base = load_base_info(run_settings("", Path()), some_model, settings.max_length)
     config, reader = base.config, _reader(settings, base.chat)
     _, trees = reader.encode([DataSource(path=settings.data[0].path)])
-    asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
-    work = count_work(trees, asked)
+    setup = _setup(settings, config, processes=3, budget=900, padded=False)
+    work = count_work(trees, setup.pacing())
     weight = attention_weight(config)
     plans = []
     for step in StepSampler(len(trees), BATCH_SIZE, seed=3).steps(0, work.steps):
@@ -201,8 +206,8 @@ def test_guessed_records_count_as_equal_ones_would() -> None:
     writer = DatasetWriter(None, ["x"])
     writer.add(EncodedChunk("x", to_arrays(trees), ()))
     writer.finish({}, [count])
-    asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
-    real, guessed = count_work(writer.dataset(), asked), guess_work(10, 10, asked, answers=0.6)
+    pacing = Pacing(4, 1.5, None, 0, 20, 1, 0.0)
+    real, guessed = count_work(writer.dataset(), pacing), guess_work(10, 10, pacing, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.
     names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
     for name in (*names.split(), "reference_tokens", "reference_visible"):

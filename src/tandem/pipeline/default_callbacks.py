@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
 from tandem.train.callbacks.callback import Callback, TrainingRun
 
 
@@ -17,19 +17,14 @@ class EstimateRun(Callback):
     """Estimates a run before it begins, and compares the estimate with what came of it."""
 
     def __init__(self) -> None:
-        self._estimate: Forecast | None = None
+        self._estimate: StageEstimate | None = None
 
     def on_set_up(self, run: TrainingRun, model: Any) -> None:
         """Estimate time and memory in rank 0; whatever is strange about a model, it trains."""
         if not run.engine.processes.is_rank0:
             return
         try:
-            self._estimate = forecast_run(
-                run.stage, run.dataset, model, run.job.settings,
-                engine=run.engine, config=run.config, schedule=run.execution,
-                parts=run.sampler.sources, quantization=run.job.run.quantization,
-                seed=run.job.run.seed, baseline=run.baseline_memory,
-            )  # fmt: skip
+            self._estimate = estimate_run(run, model)
         except Exception as error:
             run.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
 
@@ -37,8 +32,8 @@ class EstimateRun(Callback):
         """Add the comparison to the summary, and keep this run's rate for the next plan."""
         if self._estimate is None:
             return
-        summary["estimate"] = compared(self._estimate, summary)
+        summary["estimate"] = compare(self._estimate, summary)
         try:
-            keep(self._estimate, summary["estimate"], summary)
+            remember_run(self._estimate, summary["estimate"], summary)
         except OSError as error:
             run.log(f"how fast this was cannot be kept for the next plan ({error})")
