@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.batching.sampler import WeightedSource
-from tandem.model.attention.select import is_padded
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
 from tandem.plan.model_shape import ModelShape, shape_of
@@ -16,8 +16,6 @@ from tandem.plan.workload import Operations, Pacing, Workload, count_operations,
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
-from tandem.stages.training.context import TrainContext
-from tandem.stages.training.training_data import TrainingData
 from tandem.train.token_budget import activation_bytes, attention_weight
 
 # Adapters, their gradients and AdamW's moments are float32.
@@ -210,31 +208,14 @@ class StageSetup:
 
 
 def estimate_run(
-    context: TrainContext,
-    records: TrainingData,
-    model: Any,
-    schedule: Mapping[str, Any],
-    baseline: int,
+    setup: StageSetup, model: Any, dataset: EncodedDataset, parts: tuple[WeightedSource, ...]
 ) -> StageEstimate:
     """The estimates of a run that is about to begin, with its model loaded and adapted.
 
-    `baseline` are the bytes that the process held before the model was loaded.
+    The records have the weights of `parts`.
     """
-    setup = StageSetup(
-        name=context.stage.name,
-        settings=context.job.settings,
-        device=context.engine.device,
-        processes=context.engine.processes.count,
-        engine=schedule["engine"],
-        config=context.base.config,
-        seed=context.job.run.seed,
-        budget=schedule["tokens_per_microbatch"],
-        padded=is_padded(model),
-        quantized=context.job.run.quantization is not None,
-        baseline=baseline,
-    )
     shape = shape_of(model)
-    work = count_work(records.dataset, setup.pacing(records.parts))
+    work = count_work(dataset, setup.pacing(parts))
     # Nothing is timed here, where other processes wait.
     rate = recorded_rate(setup.rate_key(shape))
     return setup.estimate(shape, work, ordered_bytes(model), rate)

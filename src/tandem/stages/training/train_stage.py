@@ -17,10 +17,17 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added
+from tandem.model.attention.select import is_padded
 from tandem.model.base_model import BaseModelInfo, load_base_info
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
-from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
+from tandem.plan.stage_estimate import (
+    StageEstimate,
+    StageSetup,
+    compare,
+    estimate_run,
+    remember_run,
+)
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import unmeant
 from tandem.runtime.console import StageProgress, log
@@ -168,8 +175,22 @@ def _records(context: TrainContext) -> TrainingData:
 def _estimate(
     context: TrainContext, records: TrainingData, model: Any, schedule: dict[str, Any], held: int
 ) -> StageEstimate | None:
+    job = context.job
     try:
-        return estimate_run(context, records, model, schedule, held)
+        setup = StageSetup(
+            name=context.stage.name,
+            settings=job.settings,
+            device=context.engine.device,
+            processes=context.engine.processes.count,
+            engine=schedule["engine"],
+            config=context.base.config,
+            seed=job.run.seed,
+            budget=schedule["tokens_per_microbatch"],
+            padded=is_padded(model),
+            quantized=job.run.quantization is not None,
+            baseline=held,
+        )
+        return estimate_run(setup, model, records.dataset, records.parts)
     except Exception as error:  # whatever a strange model leads to, training can do without
         context.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
         return None
