@@ -465,15 +465,15 @@ def test_a_stage_whose_pairs_are_not_made_is_told(
         ),
         (
             ["show", "a.jsonl", "--row", "1", "--text", "--ids"],
-            "--text shows the turns alone, for which --ids is of no use",
+            "--text shows the turns alone, and --ids is about tokens",
         ),
         (
             ["show", "a.jsonl", "--row", "1", "--text", "--ids", "--model", "./none"],
-            "--text shows the turns alone, for which --model and --ids are of no use",
+            "--text shows the turns alone, and --model and --ids are about tokens",
         ),
         (
             ["show", "--recipe", "demo", "--row", "1", "--text", "--chat_template", "chatml"],
-            "--text shows the turns alone, for which --chat_template is of no use",
+            "--text shows the turns alone, and --chat_template is about tokens",
         ),
         (["check", "a.jsonl", "--limit", "x"], "'x' is not a whole number"),
     ],

@@ -332,10 +332,10 @@ def test_names_that_are_no_utf8_train_and_are_recognised_again(desk: Desk) -> No
     assert ledger["unread_keys"] == {data: ["\ud800"]}
     assert read_jsonl(desk.home / out / "data-ledger.jsonl")[-1]["file"] == data
     # What was trained is there; the libraries that read weights open no such name.
-    way_out = "Rename it, or make a link to it under another name"
-    desk.refused(desk.merge(desk.model, desk.home / out), "safetensors opens no file", way_out)
+    way_out = "Rename it, or make a link with another name"
+    desk.refused(desk.merge(desk.model, desk.home / out), "safetensors cannot open files", way_out)
     odd = shutil.copytree(desk.model, desk.home / f"model-{out}")
-    desk.refused(desk.train(model_name_or_path=odd), "safetensors opens no file", way_out)
+    desk.refused(desk.train(model_name_or_path=odd), "safetensors cannot open files", way_out)
     (desk.home / "link").symlink_to(desk.home / out)
     desk.accepted(desk.merge(desk.model, desk.home / "link"))
     desk.refused(["run", desk.recipe(), f"output_dir={out}"], "special characters are not")

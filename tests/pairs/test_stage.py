@@ -576,9 +576,9 @@ def test_the_command_begins_with_a_recipe_or_with_nothing(
     assert main(["pairs", *out]) == 2
     assert "pairs.prompts is missing" in capfd.readouterr().err
     assert main(["pairs", *out, "--prompts", str(conversations)]) == 2
-    assert "nobody writes the rejected answers" in capfd.readouterr().err
+    assert "no model writes the rejected answers" in capfd.readouterr().err
     assert main(["pairs", *out, "--recipe", "demo"]) == 2
-    assert "nobody writes the rejected answers" in capfd.readouterr().err
+    assert "no model writes the rejected answers" in capfd.readouterr().err
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps({
         "name": "r", "model": str(tiny_model), "output_dir": "unused", "seed": 9,

@@ -1,10 +1,10 @@
-"""`tandem chat MODEL [MODEL ...]`: talking to what came out."""
+"""`tandem chat MODEL [MODEL ...]`: talk to models in the terminal."""
 
 from __future__ import annotations
 
 import argparse
 
-from tandem.cli.parser import Parser, add_flag, path, positive, seed
+from tandem.cli.parser import Parser, add_flag, number, path, positive, seed
 from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings
 
@@ -50,27 +50,20 @@ def _chat_parser() -> Parser:
         help="0 always takes the likeliest token (0.7).")  # fmt: skip
     add("--top_p", type=_share, default=0.95, metavar="X", help="Nucleus sampling (0.95).")
     add("--seed", type=seed, metavar="N", help="Makes sampled answers repeatable.")
-    device = flag_of(RunSettings, "device", help="Where to answer.")
+    device = flag_of(RunSettings, "device", help="The device to answer on.")
     add_flag(parser, device, default="auto")
     return parser
 
 
 def _not_negative(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number < float("inf"):
+    value = number(text)
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return number
+    return value
 
 
 def _share(text: str) -> float:
-    number = _number(text)
-    if not 0 < number <= 1:
+    value = number(text)
+    if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    return value

@@ -1,4 +1,4 @@
-"""What libraries read from the environment when they are imported, set before they are."""
+"""Set what libraries read from the environment when they are imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def prepare_devices(run: Any) -> tuple[str, ...]:
     Args:
         run: a recipe or a stage's settings, which say how the devices run.
 
-    Returns a line for the user about what the environment said otherwise, if it did.
+    Returns a line for the user where the environment said something else.
     """
     notice = set_modes(lazy=run.hpu.lazy_mode) if bridge_installed() else None
     return () if notice is None else (notice,)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _data(key: str) -> Flag:
-    """A flag that names data of the user's own, by path."""
+    """Make a flag that names data of the user's own, by path."""
     about = EvaluationSettings.model_fields[key].description or ""
     return Flag(
         key,
@@ -30,7 +30,7 @@ def _data(key: str) -> Flag:
     )
 
 
-# By the groups of the help text. Where help differs from a recipe's, so does the value.
+# By the groups of the help text; `samples` has a default of its own.
 _GROUPS: dict[str, tuple[Flag, ...]] = {
     "tasks (they need the extra eval)": (
         flag_of(EvaluationSettings, "suite"),
@@ -51,7 +51,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         flag_of(ServerSettings, "model", "judge", at=("judge",), metavar="MODEL",
                 help="A model on an OpenAI-compatible server, by its name there."),
         flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL",
-                help="The server's address, up to where /chat/completions follows."),
+                ),
         flag_of(ServerSettings, "key_variable", "judge_key_variable", at=("judge",),
                 metavar="NAME"),
     ),
@@ -59,7 +59,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
 _LIMIT = flag_of(EvaluationSettings, "limit")
 _RUN = (
     flag_of(RunSettings, "chat_template", help="For models without a template of their own."),
-    flag_of(RunSettings, "device", help="Where to compute."),
+    flag_of(RunSettings, "device", help="The device to compute on."),
     flag_of(RunSettings, "dtype"),
 )
 
@@ -69,13 +69,13 @@ def evaluate(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     job = _job(arguments)
     from tandem.evaluate.evaluate_models import check_something, evaluate_models
-    from tandem.report.report_warnings import evaluation_findings
     from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
-        finding_lines,
         samples_table,
+        warning_lines,
     )
+    from tandem.result_warnings import evaluation_warnings
     from tandem.runtime.console import notice_console, result_console
 
     check_something(job.settings)
@@ -90,14 +90,14 @@ def evaluate(argv: list[str]) -> int:
         console.print(note, markup=False, soft_wrap=True)
     if measured["samples"]:
         console.print(samples_table(measured, job.settings.samples))
-    for line in finding_lines(evaluation_findings(measured)):
+    for line in warning_lines(evaluation_warnings(measured)):
         console.print(line, soft_wrap=True)
     console.print(f"all figures: {job.folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0
 
 
 def _job(arguments: argparse.Namespace) -> EvaluationJob:
-    """What the flags ask for; raises UserError naming the flag of an impossible value."""
+    """Make the job that the flags ask for; raises UserError naming the flag of a wrong value."""
     from pydantic import ValidationError
 
     from tandem.recipe.explain_errors import explain
@@ -140,7 +140,7 @@ def _job(arguments: argparse.Namespace) -> EvaluationJob:
 
 
 def _check_judge(judge: dict[str, Any]) -> None:
-    """Raise UserError for a judge's server that is named by half."""
+    """Raise UserError if only a part of a judge's server is named."""
     if judge.keys() == {"key_variable"}:
         raise UserError("--judge_key_variable is a judge's; name --judge and --judge_url")
     if judge and not {"model", "base_url"} <= judge.keys():

@@ -1,4 +1,4 @@
-"""What `tandem check` and `tandem show` look at: the flags that say it, and what they mean."""
+"""The flags of `tandem check` and `tandem show` that name data, and what they mean."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_inspected(parser: Parser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
-    """The recipe that was named."""
+    """Load the recipe that was named, if there is one."""
     if arguments.recipe is None:
         return None
     from tandem.recipe.load_recipe import load_recipe
@@ -49,7 +49,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe | None:
 
 
 def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat | None:
-    """The tokenizer and template that were named, or the recipe's; None without either."""
+    """Load the tokenizer and template that were named, or the recipe's; None without either."""
     if arguments.model is None and recipe is None:
         if arguments.chat_template is not None:
             raise UserError("--chat_template needs --model or --recipe, for a tokenizer renders it")
@@ -67,9 +67,9 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
 def data_of(
     arguments: argparse.Namespace, recipe: Recipe | None, folder: Path
 ) -> tuple[Sequence[CheckTarget], Sequence[str]]:
-    """What each stage would read of the data that was named, or of the recipe's own; and notices.
+    """Find what each stage would read of the named data, or of the recipe's own; and notices.
 
-    `folder` is where the embedded demo's data is written. Raises UserError when that is nothing.
+    `folder` is where the embedded demo's data is written. Raises UserError if there is no data.
     """
     from tandem.check.inputs import left_out
 

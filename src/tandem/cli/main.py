@@ -1,4 +1,4 @@
-"""The `tandem` command: finds the subcommand, runs it, turns what goes wrong into exit codes.
+"""The `tandem` command: find the subcommand, run it, turn errors into exit codes.
 
 0 done, 1 a bug, 2 the user's mistake, 3 stopped and resumable. Only argparse is imported here;
 each subcommand imports what it needs when it runs, so that `tandem --help` is instant.
@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 
 _IN_SEVERAL = ("run", "sft", "dpo")
 
-# Nothing that tandem could have done better, and the way out.
+# Errors of the file system, and what the user can do about them.
 _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),
     **dict.fromkeys((errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "choose another path"),
@@ -58,12 +58,12 @@ _FOLDER_TROUBLE = {
     errno.ELOOP: "remove this link",
 }
 
-# What Python's tempfile says where no folder takes a file; its number means a missing file.
+# What Python's tempfile says if no folder takes a file; its error number means a missing file.
 _NO_SCRATCH = "No usable temporary directory"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line, the program's name left out; returns the exit code."""
+    """Run one command line, without the program's name; returns the exit code."""
     # Read when torch is imported. OpenMP's threads otherwise spin while they wait for each other;
     # with another program on one of the cores, small models then train many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -104,7 +104,7 @@ def entry_point() -> int:
 
 
 def _observed() -> bool:
-    """Whether somebody waits for the interpreter's own end: a debugger, a profiler, `python -i`."""
+    """Whether something waits for the interpreter to end: a debugger, a profiler, `python -i`."""
     return bool(sys.gettrace() or sys.getprofile() or sys.flags.inspect)
 
 
@@ -126,7 +126,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _says_it() -> bool:
-    """Whether it is this process's to say what went wrong.
+    """Whether this process is the one that prints what went wrong.
 
     Of several processes that a launcher started, all find the same until they are in contact, so
     that the first of a machine says it; from then on it is in the error, see `ProcessGroup`.
@@ -142,7 +142,7 @@ def _speaks() -> bool:
 
 
 def _settle() -> None:
-    """Let a launcher's SIGTERM not cut short what is left to say: it ends all when one ends."""
+    """Ignore a launcher's SIGTERM, which it sends to all when one ends, until all is said."""
     if _in_contact():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

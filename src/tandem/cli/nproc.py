@@ -14,7 +14,7 @@ _FLAG = "--nproc"
 
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
-    """Declare the flag."""
+    """Declare `--nproc`."""
     parser.add_argument(
         _FLAG,
         type=positive,
@@ -32,8 +32,7 @@ def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> 
         argv: its arguments, `--nproc` among them.
         device: where it is to train.
 
-    Raises UserError inside of a process that a launcher has started, and for more processes than
-    devices.
+    Raises UserError in a process that a launcher has started, and for more processes than devices.
     """
     if started_by_launcher():
         here = launched()
@@ -49,7 +48,7 @@ def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> 
 
 
 def _without_flag(argv: Sequence[str]) -> list[str]:
-    """The arguments without the flag and its value."""
+    """Drop the flag and its value from the arguments."""
     kept: list[str] = []
     arguments = iter(argv)
     for argument in arguments:

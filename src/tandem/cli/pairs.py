@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _FLAGS = (
     flag_of(PairsSettings, "model", at=("pairs",),
             help="Writes the rejected answers; or the key `server` names one."),
-    flag_of(RunSettings, "seed", help="Of selection and sampling (42)."),
-    flag_of(RunSettings, "device", help="Where to generate."),
-    flag_of(RunSettings, "dtype", help="Of the model's weights."),
+    flag_of(RunSettings, "seed", help="Decides selection and sampling (42)."),
+    flag_of(RunSettings, "device", help="The device to generate on."),
+    flag_of(RunSettings, "dtype", help="Number format of the model's weights."),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""An argparse parser that takes dashes for underscores, and says what a wrong flag is close to."""
+"""An argparse parser that treats dashes as underscores and suggests the nearest valid flag."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(self._own_spelling(argv))
 
     def error(self, message: str) -> NoReturn:
-        """Argparse calls this with what is wrong."""
+        """Raise what argparse finds wrong as a UserError."""
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help")
 
     def _own_spelling(self, argv: Sequence[str]) -> list[str]:
-        """The arguments with every flag spelt as it was declared."""
+        """Spell every flag as it was declared."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         declared = {flag.replace("_", "-"): flag for flag in flags}
         spelled: list[str] = []
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """A path, `~` and variables resolved, as argparse wants it."""
+    """Convert to a path, with `~` and variables resolved."""
     from tandem.recipe.section import expanded
 
     try:  # a shell leaves `~` in `--flag=~/x` as it is
@@ -77,30 +77,31 @@ def path(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as argparse wants it."""
-    number = _whole(text)
-    if number <= 0:
+    """Convert to a whole number above 0."""
+    value = whole(text)
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def count(text: str) -> int:
-    """A whole number from 0, as argparse wants it."""
-    number = _whole(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
+    return value
 
 
 def seed(text: str) -> int:
-    """A whole number that torch and numpy take as a seed, as argparse wants it."""
-    number = _whole(text)
-    if not 0 <= number < 2**32:
+    """Convert to a whole number that torch and numpy take as a seed."""
+    value = whole(text)
+    if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
-    return number
+    return value
 
 
-def _whole(text: str) -> int:
+def number(text: str) -> float:
+    """Convert to a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def whole(text: str) -> int:
+    """Convert to a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -115,14 +116,14 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) 
     from tandem.recipe.flags import boolean
     from tandem.recipe.section import expanded
 
-    kind: Any = path if flag.kind is expanded else flag.kind
+    kind: Any = {expanded: path, int: whole, float: number}.get(flag.kind, flag.kind)
     options: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "type": kind}
     if flag.kind is boolean:
         options |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif flag.choices:
         options["choices"] = flag.choices
     else:
-        of_its_kind = {int: "N", float: "X", path: "PATH"}.get(kind, "TEXT")
+        of_its_kind = {whole: "N", number: "X", path: "PATH"}.get(kind, "TEXT")
         options["metavar"] = flag.metavar or of_its_kind
     if flag.many:
         options["nargs"] = "+"
@@ -148,7 +149,7 @@ def add_overrides(parser: Parser, what: str) -> None:
 
 
 def output_folder(path: Path, name: str) -> Path:
-    """The folder that a command is to write into, `~` resolved; it need not exist yet.
+    """Resolve `~` in the folder that a command is to write into; it need not exist yet.
 
     Args:
         path: the folder.

@@ -53,7 +53,7 @@ def cache(argv: list[str]) -> int:
 
 
 def _size(count: int) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
+    """Write bytes in the largest unit that leaves a number above one."""
     number = float(count)
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:

@@ -23,7 +23,7 @@ def show(argv: list[str]) -> int:
         raise UserError("tandem show needs DATA or --recipe. See tandem show --help")
     if arguments.model is None and arguments.recipe is None and not arguments.text:
         raise UserError(
-            "tandem show needs --model or --recipe, for tokens are those of a tokenizer; --text "
+            "tandem show needs --model or --recipe, whose tokenizer makes the tokens; --text "
             "shows the turns alone"
         )
     if arguments.text:
@@ -52,14 +52,14 @@ def show(argv: list[str]) -> int:
 
 
 def _require_used(arguments: argparse.Namespace) -> None:
-    """Raise UserError for flags about tokens, where the turns alone are asked for."""
+    """Raise UserError for flags about tokens if only the turns are asked for."""
     unused = [name for name in ("model", "chat_template", "ids") if getattr(arguments, name)]
     if unused:
         names = " and ".join(f"--{name}" for name in unused)
         are = "is" if len(unused) == 1 else "are"
         raise UserError(
-            f"--text shows the turns alone, for which {names} {are} of no use: leave out one or "
-            "the other"
+            f"--text shows the turns alone, and {names} {are} about tokens: leave out one or the "
+            "other"
         )
 
 
@@ -67,7 +67,7 @@ def _one(targets: Sequence[CheckTarget]) -> CheckTarget:
     if len(targets) == 1:
         return targets[0]
     names = ", ".join(str(target.stage) for target in targets)
-    raise UserError(f"the data is that of several stages ({names}): name one with --stage")
+    raise UserError(f"the data belongs to several stages ({names}): name one with --stage")
 
 
 def _parser() -> Parser:

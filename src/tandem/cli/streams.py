@@ -1,4 +1,4 @@
-"""The process's own streams: what they cannot take is replaced or lost, and ends no command."""
+"""The process's streams: what they cannot print is replaced or lost, and no command ends by it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PLAIN = {
     "·": ".", "…": "...",
     "‘": "'", "’": "'", "“": '"', "”": '"', "━": "-", "─": "-", "│": "|", "•": "*", "\u00a0": " ",
 }  # fmt: skip
-# Commands that leave files behind: their work is done, whoever could read the output.
+# Commands that write files: their work is done even if the output could not be printed.
 _LEAVES_FILES = ("run", "sft", "merge", "pairs", "dpo", "eval", "report")
 
 
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for characters that a stream's encoding lacks, as `codecs` wants it.
+    """Replace characters that a stream's encoding lacks; an error handler for `codecs`.
 
     A byte that was no UTF-8 is shown as `\\xe9`, another lone half of a character as `\\ud800`.
     """
@@ -46,7 +46,7 @@ def plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class _LastingBytes(io.RawIOBase):
-    """A stream's file descriptor, writing to which never fails: `trouble` says why it did."""
+    """A stream's file descriptor. Writing to it never raises; `trouble` keeps the error."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -73,7 +73,7 @@ class _LastingBytes(io.RawIOBase):
 
 
 class Streams:
-    """stdin, stdout and stderr of this process, prepared.
+    """Prepare stdin, stdout and stderr of this process.
 
     A terminal that is gone, a reader that left and a full disk end no command, least of all one
     that trains: what is written from then on is lost. Closed descriptors are opened on the null

@@ -61,7 +61,7 @@ def merge(argv: list[str]) -> int:
 def stage_parser(
     stage: TrainingStageName, settings: type[TrainingSettings] | None = None
 ) -> Parser:
-    """The parser of a training stage; flags that are left out do not appear in its result.
+    """Make the parser of a training stage; flags that are left out do not appear in its result.
 
     `settings` is the class of the stage's settings, where it has more fields.
     """
@@ -118,7 +118,7 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
 
 
 def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
-    """The job as YAML; `half` where its dtype follows from the device."""
+    """Write the job as YAML; `half` if its dtype follows from the device."""
     from tandem.recipe.yaml_lines import dump_yaml
 
     run = job.run.model_dump(mode="json", exclude={"name", "description"})
@@ -128,7 +128,7 @@ def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
 
 
 def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
-    """The job in bfloat16 where the device gains from it, else in float32, which is said."""
+    """Choose bfloat16 if the device gains from it, else float32, and say so."""
     from tandem.integrations.choose import choose_device
 
     dtype = "bfloat16"
@@ -159,6 +159,6 @@ def _merge_parser() -> Parser:
     )
     own = "A shipped one or a file; by default the one in the adapter's folder."
     add_flag(parser, flag_of(RunSettings, "chat_template", help=own))
-    where = flag_of(RunSettings, "device", help="Where the check computes.")
+    where = flag_of(RunSettings, "device", help="The device that the check computes on.")
     add_flag(parser, where, default="auto")
     return parser

@@ -1,12 +1,10 @@
-"""Before the first stage: what a later one would stumble over after hours of work."""
+"""Checks before the first stage for what would stop a later one after hours of work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
@@ -24,7 +22,6 @@ from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
@@ -46,56 +43,56 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
     does not have, and what `check_tokens` raises.
     """
-    for source in _data(recipe, wanted):
-        if _is_local(source.path):
-            local_files(source.path, source.split)
-    _check_rows(recipe, wanted)
-    _check_trained(recipe, wanted)
+    unwanted = {name for name in ("sft", "pairs", "dpo", "evaluate") if name not in wanted}
+    asked = recipe.model_copy(update=dict.fromkeys(unwanted))
+    for source in _local(_sources(asked)):
+        local_files(source.path, source.split)
+    _check_rows(asked)
+    _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
-    check_tokens(recipe, wanted - {"sft"})
-    if recipe.evaluate is not None and "evaluate" in wanted:
-        _check_tasks(recipe.evaluate)
-    if recipe.pairs is not None and "pairs" in wanted:
-        _check_pairs(recipe.pairs)
+    check_tokens(asked.model_copy(update={"sft": None}))
+    if asked.evaluate is not None:
+        _check_tasks(asked.evaluate)
+    if asked.pairs is not None:
+        from tandem.pairs.make_pairs import check_pairs
+
+        check_pairs(asked.pairs, recipe)
 
 
-def _data(recipe: Recipe, wanted: Set[str]) -> list[DataSource]:
-    found: list[DataSource] = []
-    held_out: list[DataSource] = []
-    for section in _trained(recipe, wanted):
-        found += section.data
-        held_out += held_out_of(section, _named(section.data), _named)
-    if recipe.pairs is not None and "pairs" in wanted:
-        pairs = recipe.pairs
-        found += [*pairs.prompts, *pairs.heldout, *pairs.select.decontaminate]
-    if recipe.evaluate is not None and "evaluate" in wanted:
-        found += [
-            *recipe.evaluate.questions,
-            *recipe.evaluate.pairs,
-            *recipe.evaluate.heldout,
-        ]
-    return [*_named(found), *held_out]
+def _sources(asked: Recipe) -> list[DataSource]:
+    """All data that a recipe names."""
+    sources: list[DataSource] = []
+    for section in filter(None, (asked.sft, asked.dpo)):
+        sources += [*section.data, *held_out_of(section, section.data, list)]
+    if asked.pairs is not None:
+        pairs = asked.pairs
+        sources += [*pairs.prompts, *pairs.heldout, *pairs.select.decontaminate]
+    if asked.evaluate is not None:
+        evaluate = asked.evaluate
+        sources += [*evaluate.questions, *evaluate.pairs, *evaluate.heldout]
+    return sources
 
 
-def _check_rows(recipe: Recipe, wanted: Set[str]) -> None:
+def _check_rows(asked: Recipe) -> None:
     """Read what comes after the first training stage; that one reads its own data at once."""
-    if recipe.dpo is not None and {"sft", "dpo"} <= wanted:
-        ledger = Ledger(None)
-        for _ in read_pairs(_specs(recipe.dpo.data), ledger, recipe.dpo.on_bad_record):
+    if asked.sft is not None and asked.dpo is not None:
+        dpo, ledger = asked.dpo, Ledger(None)
+        for _ in read_pairs(_local(dpo.data), ledger, dpo.on_bad_record):
             ledger.trained()
-        ledger.check_share(recipe.dpo.max_dropped)
-        held_out = held_out_of(recipe.dpo, _specs(recipe.dpo.data), _specs)
-        for _ in read_pairs(held_out, Ledger(None), recipe.dpo.on_bad_record):
+        ledger.check_share(dpo.max_dropped)
+        for _ in read_pairs(
+            held_out_of(dpo, _local(dpo.data), _local), Ledger(None), dpo.on_bad_record
+        ):
             pass
-    if recipe.pairs is not None and "pairs" in wanted:
-        making = recipe.pairs
-        for spec in _specs([*making.prompts, *making.heldout]):
+    if asked.pairs is not None:
+        making = asked.pairs
+        for source in _local([*making.prompts, *making.heldout]):
             # The first one tells what kind of records they are.
-            next(read_prompts([spec], making.keep, Ledger(None), making.on_bad_record), None)
-    if recipe.evaluate is not None and "evaluate" in wanted:
-        if questions := _specs(recipe.evaluate.questions):
-            _check_asked(recipe, read_questions(questions))
-        for _ in read_pairs(_specs(recipe.evaluate.pairs), Ledger(None)):
+            next(read_prompts([source], making.keep, Ledger(None), making.on_bad_record), None)
+    if asked.evaluate is not None:
+        if questions := _local(asked.evaluate.questions):
+            _check_asked(asked, read_questions(questions))
+        for _ in read_pairs(_local(asked.evaluate.pairs), Ledger(None)):
             pass
 
 
@@ -119,15 +116,11 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
         check_asked(tokenizer, template, questions, recipe.model)
 
 
-def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
+def check_tokens(recipe: Recipe) -> None:
     """Raise UserError for records with a token that the base model has no row for.
 
     Only a local model and local data are looked at, and only where the model's tokenizer has more
     tokens than the model has rows.
-
-    Args:
-        recipe: the resolved recipe.
-        wanted: names of the stages whose data counts.
     """
     if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
@@ -140,23 +133,23 @@ def check_tokens(recipe: Recipe, wanted: Set[str]) -> None:
     if not tokens_without_row(tokenizer, rows):
         return
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
-    for kind, named in _encoded(recipe, wanted):
-        specs = _specs(named)
-        # Piece by piece, and none is kept: data may be larger than memory.
+    for kind, named in _encoded(recipe):
+        sources = _local(named)
+        # Chunk by chunk, and none is kept: data may be larger than memory.
         options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop")
-        chunks = formatted_chunks(specs, kind, Ledger(None), "drop")
-        doing, total = "looking for tokens without a row", partial(count_sources, specs)
+        chunks = formatted_chunks(sources, kind, Ledger(None), "drop")
+        doing, total = "looking for tokens without a row", partial(count_sources, sources)
         for _ in encoded_chunks(chunks, chat, options, doing, total, EncodingWork()):
             pass
 
 
-def _encoded(recipe: Recipe, wanted: Set[str]) -> Iterator[tuple[Kind, Sequence[DataSource]]]:
-    """What becomes tokens of a run's records, as far as readers of both kinds take it."""
-    if recipe.sft is not None and "sft" in wanted:
+def _encoded(recipe: Recipe) -> Iterator[tuple[Kind, Sequence[DataSource]]]:
+    """The records of a run that become tokens, as far as readers of both kinds take them."""
+    if recipe.sft is not None:
         yield "conversations", recipe.sft.data
-    if recipe.dpo is not None and "dpo" in wanted:
+    if recipe.dpo is not None:
         yield "preference pairs", recipe.dpo.data
-    if recipe.evaluate is not None and "evaluate" in wanted:
+    if recipe.evaluate is not None:
         yield "preference pairs", recipe.evaluate.pairs
         yield "conversations", recipe.evaluate.heldout
 
@@ -177,73 +170,43 @@ def _has_more_tokens(folder: Path) -> bool:
 
 
 def _check_tasks(settings: EvaluationSettings) -> None:
-    """That the harness is there, the data of its tasks, where they are local, and a judge's key."""
+    """Check that the harness, the local data of its tasks and a judge's key are there."""
     if settings.tasks or settings.suite:
-        from tandem.evaluate.harness_tasks import check_harness, tasks_of
+        from tandem.evaluate.harness_tasks import check_harness, selected_tasks
 
-        check_harness(tasks_of(settings))
+        check_harness(selected_tasks(settings))
     if settings.judge is not None:
-        from tandem.pairs.generators import open_server
+        from tandem.integrations.chat_server import open_server
 
-        open_server(settings.judge, Console(quiet=True))
-
-
-def _specs(sources: Sequence[DataSource]) -> list[DataSource]:
-    return [spec for spec in _named(sources) if _is_local(spec.path)]
+        open_server(settings.judge, lambda _: None)
 
 
-def _named(sources: Sequence[DataSource]) -> list[DataSource]:
+def _local(sources: Sequence[DataSource]) -> list[DataSource]:
+    """The sources on this machine; raises UserError for a stated format that does not exist."""
     for source in sources:
         check_format(source)
-    return list(sources)
+    return [source for source in sources if _is_local(source.path)]
 
 
 def _is_local(name: str) -> bool:
     return not name.startswith("demo:") and looks_like_path(name)
 
 
-def _trained(recipe: Recipe, wanted: Set[str]) -> list[TrainingSettings]:
-    return [section for name, section in _sections(recipe).items() if name in wanted]
+def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
+    """Check the base model of the training stages.
 
-
-def _sections(recipe: Recipe) -> dict[str, TrainingSettings]:
-    """The training stages of a recipe, in order."""
-    sections = {"sft": recipe.sft, "dpo": recipe.dpo}
-    return {name: section for name, section in sections.items() if section is not None}
-
-
-def _check_pairs(settings: PairsSettings) -> None:
-    """Who writes and ranks, the servers' keys, and the user's check."""
-    from tandem.pairs.filters import Check
-    from tandem.pairs.generators import check_writers
-
-    for name in (settings.model, settings.rank.reward_model if settings.rank else None):
-        if name is not None:
-            _check_model(name)
-    check_writers(settings)
-    if settings.filters.check is not None:
-        Check(settings.filters.check)
-
-
-def _check_model(name: str) -> None:
-    if not _is_local(name):
-        return
-    from tandem.model.model_folder import load_config, model_folder
-
-    load_config(model_folder(name))
-
-
-def _check_trained(recipe: Recipe, wanted: Set[str]) -> None:
-    """Of a model on the Hub the configuration is fetched, if a wanted stage begins with it."""
+    The configuration of a model on the Hub is fetched if the stage that begins with it is asked
+    for.
+    """
     from tandem.model.base_model import check_base
     from tandem.model.model_folder import check_fetchable, model_folder
 
-    begins = next(iter(_sections(recipe)), None)
-    sections = {name: s for name, s in _sections(recipe).items() if name in wanted}
-    if sections and (begins in wanted or _is_local(recipe.model)):
-        folder = model_folder(recipe.model, recipe.model_revision, weights=False)
-        if looks_like_path(recipe.model) or recipe.model.startswith("demo:"):
-            check_base(folder, sections, weights=_is_local(recipe.model))
-            return
-        check_fetchable(recipe.model, folder, recipe.model_revision)
-        check_base(folder, sections, weights=False)
+    named = {"sft": asked.sft, "dpo": asked.dpo}
+    sections = {name: section for name, section in named.items() if section is not None}
+    local = _is_local(asked.model)
+    if not sections or not (local or begins in sections.values()):
+        return
+    folder = model_folder(asked.model, asked.model_revision, weights=False)
+    if not local and not asked.model.startswith("demo:"):
+        check_fetchable(asked.model, folder, asked.model_revision)
+    check_base(folder, sections, weights=local)

@@ -31,7 +31,7 @@ _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 def run_pipeline(
     recipe: Recipe, *, until: str | None, start: str | None, console: Console
 ) -> dict[str, Any] | None:
-    """Run a recipe's stages; finished ones are recognised, an interrupted one goes on.
+    """Run a recipe's stages; finished ones are recognised, an interrupted one is resumed.
 
     Args:
         recipe: the resolved recipe.
@@ -65,14 +65,14 @@ def run_pipeline(
             console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
             finished_before = processes.on_rank0(partial(_is_finished, stage))
             run = partial(_run_stage, recipe, stage, console)
-            # All train; what else there is to do, one does while the others wait.
+            # All processes train; rank 0 does the rest while the others wait.
             result = run() if stage.name in TRAINING_STAGES else processes.rank0_alone(run)
             processes.on_rank0(partial(_record, recipe, planned, new=not finished_before))
     return result if isinstance(result, dict) else None
 
 
 def _joined(recipe: Recipe) -> ProcessGroup:
-    """The processes that a launcher started, in contact with each other."""
+    """Connect the processes that a launcher started."""
     from tandem.integrations.choose import choose_device
     from tandem.runtime.launch import launched
     from tandem.runtime.process_group import ProcessGroup, join
@@ -85,7 +85,7 @@ def _joined(recipe: Recipe) -> ProcessGroup:
 
 
 def _record(recipe: Recipe, planned: list[PipelineStage], *, new: bool) -> None:
-    """What the run's folder says about itself after a stage."""
+    """Write the run's manifest and recipe after a stage."""
     from tandem.recipe.load_recipe import recipe_to_yaml
 
     root = Path(recipe.output_dir)
@@ -113,7 +113,7 @@ def _is_finished(stage: PipelineStage) -> bool:
 
 
 def _check_root(root: Path) -> None:
-    """Raise UserError for a folder with files that a run would write over and did not write."""
+    """Raise UserError if the run would overwrite files that no run has written."""
     foreign = [name for name in _ROOT_FILES if (root / name).exists()]
     if not foreign:
         return
@@ -126,8 +126,8 @@ def _check_root(root: Path) -> None:
             if read_manifest(stage_folder(root, stage)) is not None:
                 return
     raise UserError(
-        f"output_dir: {root} is no run's folder and has a {foreign[0]}, which the run would write "
-        "over. Choose another output_dir."
+        f"output_dir: {root} is not the folder of a run, and the run would overwrite its "
+        f"{foreign[0]}. Choose another output_dir."
     )
 
 

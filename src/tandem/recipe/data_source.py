@@ -45,7 +45,7 @@ class DataSource(Section):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What is said about the rows' meaning, for keys and hashes that depend on it."""
+        """What is said about the rows' meaning; hashes of data depend on it."""
         said = {
             "format": self.format,
             "fields": [list(one) for one in sorted(self.fields.items())],

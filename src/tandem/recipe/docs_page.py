@@ -45,7 +45,7 @@ hours and minutes (`010`, `1:30`) are refused; a text that looks like a number o
 
 
 def reference_page(recipe: type[Recipe] = Recipe) -> str:
-    """The Markdown page: for each section its keys, types, defaults and meanings."""
+    """Write the Markdown page: for each section its keys, types, defaults and meanings."""
     names = ", ".join(f"`{name}`" for name in recipe_names())
     sections = {"recipe": recipe, **_below(recipe, {})}
     titles = {model.__name__: title for title, model in sections.items()}
@@ -55,7 +55,7 @@ def reference_page(recipe: type[Recipe] = Recipe) -> str:
 
 
 def _below(model: type[BaseModel], found: dict[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
-    """All sections within a section, each by the name of the first key that holds it."""
+    """Collect all sections within a section, each by the name of the first key that holds it."""
     for name, field in model.model_fields.items():
         inner = submodel(field.annotation)
         if inner is not None and inner not in found.values():
@@ -78,7 +78,8 @@ def _section(title: str, model: type[BaseModel], titles: Mapping[str, str]) -> I
         if shared.get(name) == entry:
             continue
         default = "" if name in schema.get("required", ()) else _default(model, name)
-        yield f"| `{name}` | {_type(entry, titles)} | {default} | {entry['description']} |"
+        meaning = model.model_fields[name].description
+        yield f"| `{name}` | {_type(entry, titles)} | {default} | {meaning} |"
     yield ""
 
 
@@ -96,7 +97,7 @@ def _plain(value: Any) -> str:
 
 
 def _type(entry: dict[str, Any], titles: Mapping[str, str]) -> str:
-    """A property of the JSON schema in words."""
+    """Describe a property of the JSON schema in words."""
     if "anyOf" in entry:
         return " or ".join(_type(one, titles) for one in entry["anyOf"])
     if "$ref" in entry:

@@ -50,14 +50,14 @@ class EvaluationSettings(Section):
     )
     judge: ServerSettings | None = Field(
         default=None,
-        description="A model that says whose answers to the questions are better than the first "
+        description="A model that says which answers to the questions are better than the first "
         "model's; see evaluation.md.",
     )
     batch_size: Positive | Literal["auto"] = Field(
         default=1, description="Requests that the harness feeds at once; scores may round with it."
     )
     limit: Positive | None = Field(
-        default=None, description="Only the first so many items of everything; for trials."
+        default=None, description="Use only the first so many items of everything; for trials."
     )
 
     @model_validator(mode="after")

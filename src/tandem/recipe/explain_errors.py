@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: pydantic's findings with names, places and ways out."""
+"""Pydantic's errors in plain words: which key, where it was set, what it may be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAPPING_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
 def explain(
     error: ValidationError, model: type[BaseModel], place: Callable[[Location], str]
 ) -> str:
-    """One line for each mistake: where, which key, what is wrong, what it may be.
+    """Write one line for each mistake: where, which key, what is wrong, what it may be.
 
     Args:
         error: what pydantic found.
@@ -40,19 +40,19 @@ def explain(
 
 
 def dotted(location: Location) -> str:
-    """A key as one writes it on the command line: `sft.data.0.path`."""
+    """Write a key as on the command line: `sft.data.0.path`."""
     return ".".join(str(part) for part in location)
 
 
 def submodel(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's annotation holds, directly, optionally or in a tuple."""
+    """Find the section that a field's annotation holds, directly, optionally or in a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(submodel, get_args(annotation))), None)
 
 
 def nearest_key(location: Location, model: type[BaseModel]) -> str | None:
-    """The valid key that an unknown one was most likely meant to be, dotted."""
+    """Find the valid key that an unknown one was most likely meant to be, dotted."""
     section, name = _section(location[:-1], model), str(location[-1])
     within = {dotted((*location[:-1], *key)): dotted(key) for key in _keys(section)}
     if best := _closest(name, within):
@@ -67,7 +67,7 @@ def _closest(name: str, candidates: dict[str, str]) -> str | None:
 
 
 def _sentence(key: str, location: Location, items: list[Any], model: type[BaseModel]) -> str:
-    """What is wrong with a key, which is called `key`."""
+    """Say what is wrong with a key, which the sentence calls `key`."""
     first = items[0]
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -107,7 +107,7 @@ def _shown(value: object) -> str:
 
 
 def _own_keys(location: Location, model: type[BaseModel], unknown: bool) -> Location:
-    """The location without the names that pydantic adds for the members of a union."""
+    """Drop the names that pydantic adds to a location for the members of a union."""
     here: type[BaseModel] | None = model
     kept: list[str | int] = []
     for depth, part in enumerate(location):

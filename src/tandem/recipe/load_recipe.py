@@ -22,7 +22,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that ship with tandem."""
+    """List the recipes that ship with tandem."""
     entries = (entry.name for entry in files("tandem").joinpath("recipes").iterdir())
     return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
 
@@ -42,18 +42,20 @@ def load_recipe(
     where, text = _read(name_or_path)
     data, lines = parse_yaml(text, where)
     if not isinstance(data, dict):
-        raise UserError(f"{where}: a recipe is a mapping of keys to values, this is none")
+        raise UserError(
+            f"{where}: a recipe is a mapping of keys to values, this file is something else"
+        )
     return _checked(data, where, lines, overrides, kind)
 
 
 def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
-    """A recipe of which only the pairs section and what is about machines matter.
+    """Read a recipe of which only the pairs section and the settings of the run matter.
 
     Args:
         name_or_path: as `load_recipe` takes it; None begins with an empty pairs section.
         overrides: as `load_recipe` takes them.
 
-    Raises UserError as `load_recipe` does, and when nobody is named to write the answers.
+    Raises UserError as `load_recipe` does, and if no model or server is named to write the answers.
     """
     if name_or_path is not None:
         recipe = load_recipe(name_or_path, overrides)
@@ -61,13 +63,13 @@ def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
             raise UserError(f"{name_or_path}: the recipe has no pairs section")
         named = recipe.sft is None
     else:
-        # What a whole recipe must name besides plays no part here.
+        # What else a whole recipe must name has no effect here.
         data = {"name": "pairs", "model": "", "output_dir": "", "pairs": {}}
         recipe, named = _checked(data, "tandem pairs", {}, overrides), False
     assert recipe.pairs is not None
     if not named and recipe.pairs.model is None and recipe.pairs.server is None:
         raise UserError(
-            "tandem pairs: nobody writes the rejected answers; name a weaker model with --model, "
+            "tandem pairs: no model writes the rejected answers; name a weaker one with --model, "
             "or a server with server.base_url=URL server.model=NAME"
         )
     return recipe
@@ -80,7 +82,7 @@ def _checked(
     overrides: Sequence[str],
     kind: type[Recipe] = Recipe,
 ) -> Recipe:
-    """The recipe that data and overrides make; raises UserError with the place of a mistake."""
+    """Make the recipe of data and overrides; raises UserError with the place of a mistake."""
     given: dict[Location, str] = {}
     for override in overrides:
         location, value = _parse_override(override)
@@ -111,12 +113,12 @@ def _checked(
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The whole resolved recipe as YAML; loading it gives an equal recipe."""
+    """Write the whole resolved recipe as YAML; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
-    """What to call the recipe in messages, and its text."""
+    """Read a recipe's text; returns what to call it in messages as well."""
     shipped = files("tandem").joinpath("recipes", f"{name_or_path}.yaml")
     if "/" not in name_or_path and shipped.is_file():
         return f"{name_or_path}.yaml (shipped)", shipped.read_text(encoding="utf-8")
@@ -149,7 +151,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 def _text_of(content: bytes) -> str:
-    """A recipe's text, in UTF-8, or in UTF-16 as its first two bytes say it."""
+    """Decode a recipe: UTF-8, or UTF-16 if its first two bytes say so."""
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if wide else "utf-8-sig")
 

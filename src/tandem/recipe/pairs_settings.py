@@ -81,23 +81,27 @@ class SelectSettings(Section):
     )
     distinct: bool = Field(default=False, description="Leave out prompts that occurred before.")
     min_prompt_characters: Positive | None = Field(
-        default=None, description="Of the user's text, at least."
+        default=None, description="Characters of the user's text, at least."
     )
     max_prompt_characters: Positive | None = Field(
-        default=None, description="Of the user's text, at most."
+        default=None, description="Characters of the user's text, at most."
     )
     min_answer_characters: Positive | None = Field(
-        default=None, description="Of the set's answer, at least."
+        default=None, description="Characters of the set's answer, at least."
     )
     max_answer_characters: Positive | None = Field(
-        default=None, description="Of the set's answer, at most."
+        default=None, description="Characters of the set's answer, at most."
     )
-    language: Language | None = Field(default=None, description="Of prompt and answer.")
+    language: Language | None = Field(
+        default=None, description="Keep prompts and answers in this language."
+    )
     matches: Regex | None = Field(
-        default=None, description="A regular expression to be found in the user's text."
+        default=None,
+        description="Keep prompts in whose user's text this regular expression is found.",
     )
     excludes: Regex | None = Field(
-        default=None, description="A regular expression not to be found in the user's text."
+        default=None,
+        description="Leave out prompts in whose user's text this regular expression is found.",
     )
     decontaminate: Unweighted = Field(
         default=(),
@@ -160,21 +164,23 @@ class ServerSettings(Section):
     """A model behind an OpenAI-compatible server. The key is never in a recipe or a run's files."""
 
     base_url: Annotated[str, AfterValidator(checked_address)] = Field(
-        description="Up to where `/chat/completions` follows."
+        description="The server's address, up to where `/chat/completions` follows."
     )
     model: str = Field(description="What the server calls the model.")
     key_variable: Annotated[str, AfterValidator(checked_variable)] | None = Field(
         default=None, description="The environment variable that holds the key; null: no key."
     )
-    concurrency: Positive = Field(default=8, description="Requests on their way at once.")
+    concurrency: Positive = Field(default=8, description="Requests in flight at once.")
     timeout: Annotated[float, Field(gt=0)] = Field(
         default=120.0, description="Seconds that a request may take."
     )
     retries: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="Further tries after what may pass: 429, 5xx, timeouts, cut answers."
+        default=5,
+        description="Further tries after errors that may pass: 429, 5xx, timeouts, cut answers.",
     )
     requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="At most; null: as the server's 429 and Retry-After say."
+        default=None,
+        description="Requests a minute at most; null: as the server's 429 and Retry-After say.",
     )
     limit_key: LimitKey = Field(
         default="max_tokens", description="What the server calls the limit of an answer's tokens."
@@ -233,7 +239,8 @@ class PairsSettings(Section):
     )
     model: PathText | None = Field(
         default=None,
-        description="Writes the rejected answers, a weaker model; null: the merged SFT model.",
+        description="The weaker model that writes the rejected answers; null: the merged SFT "
+        "model.",
     )
     vllm: VllmSettings | None = Field(default=None, description="Generate with vLLM; null: do not.")
     server: ServerSettings | None = Field(
@@ -256,16 +263,19 @@ class PairsSettings(Section):
         description="Which answers become rejected: all unlike the chosen one, or only wrong ones.",
     )
     filters: FilterSettings = Field(
-        default=FilterSettings(), description="Which answers are passed over besides."
+        default=FilterSettings(), description="Which other answers are passed over."
     )
     rank: RankSettings | None = Field(
         default=None, description="Choose both answers by score; null: the set's answer is chosen."
     )
     on_bad_record: OnBadRecord = Field(
         default="stop",
-        description="What an unparsable line of conversations does: stop, or drop into the ledger.",
+        description="At a line of conversations that cannot be parsed, stop, or drop it and note "
+        "it in the ledger.",
     )
-    format: PairsFormat = Field(default="jsonl", description="Of the files that are written.")
+    format: PairsFormat = Field(
+        default="jsonl", description="Format of the files that are written."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PairsSettings:

@@ -30,15 +30,15 @@ def checked_engine(engine: str) -> str:
 
 
 class HpuSettings(Section):
-    """What only Gaudi cards heed."""
+    """Settings that only Gaudi cards use."""
 
     lazy_mode: bool = Field(
         default=False, description="Gather graphs and launch them at step boundaries."
     )
     buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["auto", "max"] = Field(
         default="auto",
-        description="Lengths in tokens that micro-batches are filled up to, each compiled once; "
-        "`max`: one, of the longest.",
+        description="Lengths in tokens to which micro-batches are filled up, each compiled once; "
+        "`max`: a single one, for the longest.",
     )
     fused_attention: bool = Field(default=False, description="Habana's FusedSDPA.")
     fused_optimizer: bool = Field(default=False, description="Habana's FusedAdamW.")
@@ -69,19 +69,21 @@ class RunSettings(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42,
-        description="Order of the data, adapter weights, dropout and sampling follow from it.",
+        description="Decides the order of the data, the adapter's first weights, dropout and "
+        "sampling.",
     )
-    device: DeviceName = Field(default="auto", description="Where to train.")
+    device: DeviceName = Field(default="auto", description="The device to train on.")
     dtype: DtypeName = Field(
         default="auto",
-        description="Of the frozen weights; auto: float32 on CPU and MPS, bfloat16 elsewhere.",
+        description="Number format of the frozen weights; auto: float32 on CPU and MPS, bfloat16 "
+        "elsewhere.",
     )
     attention: AttentionName = Field(
         default="auto",
         description=(
-            "`segments` and `varlen` (CUDA, half precision) compute shared prompts once, `dense` "
-            "too, under a plain mask, and alone on Gaudi; `padded` feeds one row a sequence to the "
-            "model's own attention."
+            "How attention is computed: `segments`, `varlen` (CUDA, half precision) and `dense` "
+            "(with a plain mask; the only one on Gaudi) compute shared prompts once, `padded` "
+            "gives each sequence a row of its own and uses the model's own attention."
         ),
     )
     tokens_per_microbatch: Positive | Literal["auto"] = Field(
@@ -96,14 +98,14 @@ class RunSettings(Section):
         ),
     )
     timeout_minutes: Positive = Field(
-        default=60, description="How long a process waits for the others."
+        default=60, description="Minutes that a process waits for the others."
     )
     quantization: Quantization | None = Field(
-        default=None, description="The frozen base in 4 bits (QLoRA); null: in `dtype`."
+        default=None, description="Keep the frozen base in 4 bits (QLoRA); null: in `dtype`."
     )
     compile: bool = Field(
         default=False, description="Compile norms and gated MLPs with torch.compile."
     )
     hpu: HpuSettings = Field(
-        default=HpuSettings(), description="Settings of Gaudi cards; others do without."
+        default=HpuSettings(), description="Settings that only Gaudi cards use."
     )

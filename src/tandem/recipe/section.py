@@ -10,14 +10,14 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
-# Control characters, which get into a path by mistake: from \n and \t in double quotes, say.
+# Control characters get into a path by mistake, for instance from \n in double quotes.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def expanded(path: str) -> str:
-    """A path with `~` at its beginning and `$NAME` and `${NAME}` resolved.
+    """Resolve a leading `~`, `$NAME` and `${NAME}` in a path.
 
-    What exists under the name as it is written is left alone where a variable is not set.
+    A path whose variable is not set stays as it is if it exists under that very name.
 
     Raises ValueError for a variable that is not set or empty, a user who is not there, and for a
     line break or another control character in a path that does not exist.

@@ -81,18 +81,19 @@ class TrainingSettings(Section):
     )
     batch_size: Positive = Field(
         default=64,
-        description="Examples in one optimizer step, over all devices; memory does not follow it.",
+        description="Examples in one optimizer step, over all devices; the memory needed does not "
+        "depend on it.",
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="How often the data is gone through (default 1 when `max_steps` is not set).",
+        description="Passes over the data; 1 if neither this nor `max_steps` is set.",
     )
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
     lr_scheduler: Scheduler = Field(
-        default="cosine", description="How the learning rate goes down after warm-up."
+        default="cosine", description="How the learning rate falls after warm-up."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Steps of linear warm-up."
@@ -113,7 +114,7 @@ class TrainingSettings(Section):
         default=1e-8, description="AdamW's denominator term."
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="Gradients are clipped to this norm; null leaves them alone."
+        default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
@@ -140,11 +141,12 @@ class TrainingSettings(Section):
         default=None, description="A checkpoint every so many steps; null: ten times a run."
     )
     save_total_limit: Positive | None = Field(
-        default=None, description="How many checkpoints are kept; null keeps all."
+        default=None, description="How many checkpoints are kept; null: all."
     )
     max_dropped: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.05,
-        description="Share of records that may be dropped; more stops the run before it trains.",
+        description="Largest share of records that may be dropped; if more are, the run stops "
+        "before it trains.",
     )
     validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
@@ -156,11 +158,12 @@ class TrainingSettings(Section):
     )
     best_metric: BestMetric = Field(
         default="loss",
-        description="What `keep: best` goes by: held-out loss, or reward accuracy or margin.",
+        description="What decides under `keep: best`: held-out loss, reward accuracy or margin.",
     )
     on_bad_record: OnBadRecord = Field(
         default="stop",
-        description="What an unparsable line does: stop the run, or drop into the ledger.",
+        description="At a line that cannot be parsed, stop the run, or drop the line and note it "
+        "in the ledger.",
     )
 
     @model_validator(mode="after")
@@ -199,7 +202,7 @@ class SftSettings(TrainingSettings):
         default=1e-4, description="The peak learning rate."
     )
     best_metric: Literal["loss"] = Field(
-        default="loss", description="What `keep: best` goes by: held-out loss."
+        default="loss", description="What decides under `keep: best`: held-out loss."
     )
 
 
@@ -218,10 +221,11 @@ class DpoSettings(TrainingSettings):
 
 
 class MergeSettings(Section):
-    """Merging an adapter; `dtype` auto keeps the base weights' own."""
+    """Merging an adapter into its base."""
 
     dtype: DtypeName = Field(
-        default="auto", description="Of the merged weights; auto keeps the base weights' own."
+        default="auto",
+        description="Number format of the merged weights; auto: the base weights' own.",
     )
 
 

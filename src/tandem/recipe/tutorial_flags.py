@@ -52,7 +52,7 @@ _TUTORIAL = "neural-chat-7b-v3-1"
 # Examples a device and accumulation, of which the recipe says the product with its devices.
 _BATCH: dict[TrainingStageName, tuple[int, int]] = {"sft": (1, 8), "dpo": (8, 8)}
 
-# What only Gaudi cards heed, and why it does nothing elsewhere.
+# What only Gaudi cards use, and why it does nothing elsewhere.
 _NOTICES = {
     "use_habana": "there is no Gaudi card in use (Habana's bridge to torch is not installed, or "
     "another device was asked for)",
@@ -77,7 +77,7 @@ _HELP = {
     "batch_size": "The global batch, in place of the two above.",
     "epochs": "Passes over the data.",
     "max_steps": "Optimizer steps, in place of epochs; -1 is none.",
-    "max_grad_norm": "Gradients are clipped to this norm; 0 leaves them alone.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0: they are not.",
 }
 # Fields that have no flag: a single stage has no name, and `keep` needs a validation section.
 _WITHOUT = ("name", "description", "keep", "best_metric")
@@ -95,8 +95,8 @@ _BATCH_FLAGS = (
 _GAUDI = (
     Flag("use_habana", boolean, "Train on Gaudi cards, where there are some."),
     flag_of(HpuSettings, "lazy_mode", "use_lazy_mode", at=("run", "hpu"),
-            help="Gaudi's lazy mode."),
-    Flag("pad_max", boolean, "On Gaudi: one length for every micro-batch."),
+            help="On Gaudi: lazy mode."),
+    Flag("pad_max", boolean, "On Gaudi: fill every micro-batch up to one length."),
     Flag("hpu_buckets", str, "On Gaudi: lengths of micro-batches, or auto.", many=True),
     flag_of(HpuSettings, "fused_attention", "hpu_fused_attention", at=("run", "hpu"),
             help="On Gaudi: Habana's FusedSDPA."),
@@ -122,7 +122,7 @@ def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
         *([second_name] if issubclass(settings, SftSettings) else []),
         *made(LoraSettings, "settings", "lora", prefix="lora_"),
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
-        Flag("bf16", boolean, "bfloat16; a CPU trains in float32 and says so."),
+        Flag("bf16", boolean, "Train in bfloat16; a CPU trains in float32 instead and says so."),
         *_GAUDI,
     ]
 

@@ -1,4 +1,4 @@
-"""YAML text to plain data that remembers its lines, and back."""
+"""Read YAML as plain data with the line of each key, and write it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
                     problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-            # `on`, `no` and 010 are names here as well as any other.
+            # `on`, `no` and 010 are names like any other.
             key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
@@ -71,13 +71,13 @@ for _class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[Location, int]]:
-    """The plain data of a YAML text, and the line (from 1) of each key.
+    """Parse a YAML text; returns the plain data, and the line (from 1) of each key.
 
     Args:
         text: one YAML document.
         where: what to call it in a message, a file's path for instance.
 
-    Raises UserError for text that is no YAML, with the line.
+    Raises UserError with the line if the text is not valid YAML.
     """
     try:
         loader = _Loader(text)
@@ -116,7 +116,7 @@ def _hint(problem: str) -> str:
 
 
 def dump_yaml(data: object) -> str:
-    """Plain data as YAML, keys in the order they come in."""
+    """Write plain data as YAML, with the keys in their order."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 

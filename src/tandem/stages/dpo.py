@@ -20,9 +20,9 @@ from tandem.train.losses.objectives import PreferenceObjective
 from tandem.train.reference_logps import ReferenceStore, reference_logps
 from tandem.wording import chosen_collapse
 
-# Changes whenever the same weights and tokens would give another stored number.
+# Change this whenever the same weights and tokens would give other log-probs.
 _NUMERICS = "sums in float64, products of oneDNN, vocabulary in blocks"
-# Relative differences of log-probs that a dtype explains, of sums over whole answers.
+# Relative differences of an answer's log-prob that the dtype explains.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 

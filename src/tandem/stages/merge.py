@@ -1,4 +1,4 @@
-"""Between the stages: an adapter into its base, verified, as a plain transformers model."""
+"""Between the stages: merge an adapter into its base, verified, as a plain transformers model."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _look_up(job: MergeJob, tell: Tell) -> tuple[_Merge, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Merge:
-    """A base and an adapter, and the sums that they ask for.
+    """A base, an adapter, and the weights that change.
 
     Attributes:
         base, adapter: folders.
@@ -175,7 +175,7 @@ class _Merge:
 
 
 def _tell_result(tell: Tell, work: _Merge, verified: Verified) -> None:
-    """Say what of the adapter was passed over, and what rounding took."""
+    """Say which weights of the adapter were not merged, and how much rounding lost."""
     for name in whole_weights(work.adapter):
         tell(f"{name} in {work.adapter} is passed over: it is the base's own")
     if verified.lossy:
@@ -189,7 +189,7 @@ def _tell_result(tell: Tell, work: _Merge, verified: Verified) -> None:
 
 
 def _settle_template(base: Path, folder: Path, choice: str | None, tell: Tell) -> None:
-    """Settle the merged folder's chat template, and let its files end answers as it does."""
+    """Choose the merged folder's chat template, and make its files end answers as it does."""
     tokenizer = load_tokenizer(folder)
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
@@ -203,7 +203,7 @@ def _settle_template(base: Path, folder: Path, choice: str | None, tell: Tell) -
 
 
 def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:
-    """Raise UserError for an adapter on a head that is no more than the input embedding."""
+    """Raise UserError for an adapter on a head that shares its weights with the input embedding."""
     adapted = [
         name
         for name, update in updates.items()

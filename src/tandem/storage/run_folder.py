@@ -8,7 +8,11 @@ from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 StageName = Literal["sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate"]
+TrainingStageName = Literal["sft", "dpo"]
+PairsFormat = Literal["jsonl", "parquet"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+TRAINING_STAGES: tuple[TrainingStageName, ...] = get_args(TrainingStageName)
+PAIRS_FORMATS: tuple[PairsFormat, ...] = get_args(PairsFormat)
 
 # What a stage's manifest calls it, and that in words.
 KIND_TITLES = {
@@ -51,7 +55,7 @@ def pairs_file(folder: Path, name: str, kind: str) -> Path:
 
 def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
     """The file of pairs that a stage's folder has, whatever its kind; None for none."""
-    found = (pairs_file(folder, name, kind) for kind in ("jsonl", "parquet"))
+    found = (pairs_file(folder, name, kind) for kind in PAIRS_FORMATS)
     return next((path for path in found if path.exists()), None)
 
 

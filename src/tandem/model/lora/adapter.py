@@ -300,5 +300,7 @@ def check_targets(
                     f"fits {name}, which {kind} does not use as a plain product, so an adapter "
                     "there would do nothing; leave it out"
                 )
+            if why:
+                break
         if why:
             raise UserError(f"{key}: {target!r} {why}")

@@ -24,7 +24,7 @@ from tandem.train.token_budget import TokenBudget
 
 @dataclass(frozen=True)
 class ObjectiveInputs:
-    """What an objective may need when it is made: the engine holds the untrained policy.
+    """What an objective may need to be built; the engine holds the untrained policy.
 
     `what` is a word before the records' name on the console, such as held-out.
     """
@@ -51,7 +51,7 @@ class BuiltObjective:
 
 
 def lora_weights(context: TrainContext) -> TrainedWeights:
-    """The adapter that a stage's settings ask for."""
+    """Make the adapter that a job asks for."""
     job, dropout = context.job, context.stage.dropout
     base, revision = lasting_name(context.base.name, context.base.folder)
     return LoraWeights(job.settings.lora, job.run.seed, base, revision, dropout=dropout)
@@ -103,7 +103,7 @@ class TrainContext:
         log(self.console, f"{self.stage.name}: {text}", style=style)
 
     def warned(self, *warnings: str, said: bool = False) -> TrainContext:
-        """The same with more warnings, which are put on the console unless they were `said`."""
+        """Add warnings; they are put on the console unless they were `said` before."""
         for warning in () if said else warnings:
             self.log(warning, style="yellow")
         return replace(self, warnings=(*self.warnings, *warnings))

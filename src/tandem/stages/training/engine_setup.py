@@ -26,7 +26,7 @@ def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> E
 
 
 def in_words(engine: Engine) -> str:
-    """Where a run computes."""
+    """Say where a run computes."""
     count, kind = engine.processes.count, engine.device.kind
     place = f"{count} processes on {kind}" if count > 1 else kind
     return place if engine.name == "single" else f"{place} ({engine.name})"

@@ -21,7 +21,7 @@ _NOT_MATHEMATICS: Any = {
 
 
 def fingerprint(context: TrainContext) -> dict[str, Any]:
-    """All that the stage's result depends on, as its manifest has it."""
+    """Collect all that the stage's result depends on, for its manifest."""
     base, run, held_out = context.base, context.job.run, context.held_out
     template, added = base.template, base.added
     return {

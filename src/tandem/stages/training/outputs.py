@@ -84,12 +84,12 @@ def training_summary(progress: RunState, dataset: EncodedDataset) -> dict[str, A
 
 
 def examples_hash(dataset: EncodedDataset) -> str:
-    """One hash of everything that is trained on: token ids and targets."""
+    """Hash everything that is trained on: token ids and targets."""
     return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests())
 
 
 def packing_in_words(summary: Mapping[str, Any]) -> str:
-    """How well the work was packed and dealt."""
+    """Say how full micro-batches were, and how evenly the work was shared."""
     text = f"micro-batches {summary['fill']:.0%} full"
     if summary["processes"] > 1:
         text += f", the busiest process {summary['imbalance'] - 1:.1%} above the mean"
