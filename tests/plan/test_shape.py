@@ -26,9 +26,10 @@ from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import probe_packing
 from tandem.model.lora.adapter import LoraWeights, unreached_layers
 from tandem.model.trained_weights import trainable_parameters
-from tandem.plan.memory_estimate import ENGINES, Held, memory_of
+from tandem.plan.memory_estimate import Held, memory_of
 from tandem.plan.model_shape import ModelShape, described, shape_of
 from tandem.plan.workload import Work, count_operations
+from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import LoraSettings
 
 from ..invariants.families import PADDED
@@ -216,13 +217,13 @@ def test_memory_by_engine() -> None:
         weight_bytes=2, quantized=False, copies=0, checkpointing=False, tokens=100,
         activation_bytes=10.0, head_bytes=1000, baseline=50,
     )  # fmt: skip
-    single, _, zero2, zero3, fsdp2 = (memory_of(shape, held, engine, 1) for engine in ENGINES)
+    single, _, zero2, zero3, fsdp2 = (memory_of(shape, held, engine, 1) for engine in SHARDS)
     assert single == zero2 == zero3 == fsdp2  # a single process has nobody to share with
     assert single.weights == 2 * shape.parameters
     assert (single.adapter, single.optimizer) == (4 * shape.trained, 8 * shape.trained)
     blocks = 3 * 1000 + 100 * 32 * (4 + 2)
     assert single.peak == single.weights + 16 * shape.trained + 1000 + blocks + 50
-    _, ddp, zero2, zero3, fsdp2 = (memory_of(shape, held, engine, 4) for engine in ENGINES)
+    _, ddp, zero2, zero3, fsdp2 = (memory_of(shape, held, engine, 4) for engine in SHARDS)
     assert ddp == single
     assert (zero2.weights, zero2.adapter) == (single.weights, single.adapter)
     assert (zero2.gradients, zero2.optimizer) == (single.gradients // 4, single.optimizer // 4)
