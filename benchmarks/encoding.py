@@ -28,7 +28,7 @@ import psutil
 
 from .apart import ROOT
 from .record import Environment
-from .report import RESULTS
+from .tables import RESULTS
 from .training import SHARED
 
 _SOURCES = {

@@ -34,7 +34,7 @@ from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .record import Environment, log
-from .report import RESULTS
+from .tables import RESULTS
 from .work import SEED
 
 COMMAND = "python -m benchmarks.formats"

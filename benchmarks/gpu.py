@@ -24,7 +24,7 @@ import torch
 
 from .apart import Apart
 from .record import Environment, Record, Task, load, log, resumed, take_turns
-from .report import comparisons, markdown, roofline_share
+from .tables import comparisons, markdown, roofline_share
 from .training import add_files, check_files, new_record
 from .work import PADDED, Stage, Work, write_first_lines, write_model
 

@@ -29,7 +29,7 @@ from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 
 from .record import Environment, log
-from .report import RESULTS
+from .tables import RESULTS
 from .training import SHARED
 
 _TEMPERATURES = {"likeliest": 0.0, "sampled": 0.8}

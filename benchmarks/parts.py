@@ -36,7 +36,7 @@ from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.recipe.training_settings import LoraSettings
 
 from .record import Environment, log
-from .report import RESULTS
+from .tables import RESULTS
 from .training import SHARED
 from .work import ADAPTERS, SEED, read_trees, write_first_lines, write_model
 

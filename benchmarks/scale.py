@@ -26,7 +26,7 @@ from typing import Any
 from .apart import ROOT
 from .encoding import tree_memory
 from .record import Environment, log
-from .report import RESULTS
+from .tables import RESULTS
 from .training import SHARED
 from .work import TEMPLATE
 

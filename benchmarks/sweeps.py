@@ -24,7 +24,7 @@ from tandem.report.plots import Series
 from .apart import Apart
 from .charts import sweep_chart
 from .record import Environment, Record, Task, log, resumed, take_turns
-from .report import RESULTS
+from .tables import RESULTS
 from .work import SEED, Work, write_model
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -21,8 +21,8 @@ from transformers import AutoConfig
 
 from .apart import ROOT, Apart
 from .record import Environment, Record, Task, log, resumed, take_turns
-from .report import RESULTS, markdown, write
 from .roofline import needed_operations
+from .tables import RESULTS, markdown, write
 from .work import (
     PADDED,
     Stage,

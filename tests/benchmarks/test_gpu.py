@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import apart, gpu, record, report, work
+from benchmarks import apart, gpu, record, tables, work
 
 from .conftest import Here
 
@@ -62,10 +62,10 @@ def test_the_smoke_run_has_tandem_alone(files: list[str], tmp_path: Path) -> Non
 
 
 def test_the_page_is_that_of_its_measurements(tmp_path: Path) -> None:
-    for file in report.RESULTS.glob("gpu-*-7b.json"):
+    for file in tables.RESULTS.glob("gpu-*-7b.json"):
         (tmp_path / file.name).write_text(file.read_text())
     gpu.write(tmp_path)
-    page = (report.RESULTS / "gpu-7b.md").read_text()
+    page = (tables.RESULTS / "gpu-7b.md").read_text()
     assert page == (tmp_path / "gpu-7b.md").read_text()
     assert gpu.COMMAND in page
     if not list(tmp_path.glob("*.json")):
@@ -103,7 +103,7 @@ def test_a_side_that_fails_on_cuda_is_noted_and_left_out(tmp_path: Path) -> None
         sorted(bench.asked)
         == ["Unsloth, 2 pairs padded", "plain loop, 2 pairs padded"] + ["tandem"] * 2
     )
-    table = report.markdown(kept)
+    table = tables.markdown(kept)
     assert "| plain loop, 2 pairs padded | out of memory |" in table
     assert "| Unsloth, 2 pairs padded | ImportError: no such thing |" in table
 

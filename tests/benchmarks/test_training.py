@@ -13,7 +13,7 @@ import torch
 import trl
 
 from benchmarks import __main__ as standard
-from benchmarks import apart, gpu, pairs, parts, record, report, sweeps, training, trl_side, work
+from benchmarks import apart, gpu, pairs, parts, record, sweeps, tables, training, trl_side, work
 
 from .conftest import Here
 
@@ -61,7 +61,7 @@ def test_every_side_of_both_stages_does_the_same_mathematics(
         assert "Roofline: " in table
         assert "(2.0 G/s, by oneDNN" in table
         assert f"torch {torch.__version__}" in table
-        assert report.markdown(kept) == table
+        assert tables.markdown(kept) == table
         assert (tmp_path / "results" / f"training-{stage}-1m.svg").read_text().startswith("<svg")
     assert "0 reference log-probs computed" in tables["dpo"]
     losses = record.load(tmp_path / "results" / "training-sft-1m.json").measured
@@ -204,7 +204,7 @@ def test_rungs_and_shares_by_hand() -> None:
         },
     )  # fmt: skip
     kept.rates.append({"torch.mm": 60.0})
-    found = {one.rung: one for one in report.comparisons(kept)}
+    found = {one.rung: one for one in tables.comparisons(kept)}
     assert found["plain"].label == "plain loop at its best (1 at a time)"
     # A rung's best in the loop may be another of its sides.
     assert found["plain"].included == pytest.approx(12 / 4)
@@ -213,22 +213,22 @@ def test_rungs_and_shares_by_hand() -> None:
     assert found["padded"].included == pytest.approx(16 / 4)
     assert found["default"].included == pytest.approx(2 * 40 / 4)
     assert found["default"].loop is None
-    whole, nearest = report.roofline_share(kept, lambda one: one.seconds, 200.0)
+    whole, nearest = tables.roofline_share(kept, lambda one: one.seconds, 200.0)
     assert whole == pytest.approx(200 / 4 / 100)  # the median's time, the run's best rate
     assert nearest == pytest.approx(200 / 3 / 100)  # of 200/3/100, 200/5/90 and 200/4/60
     assert set(found) == {"plain", "padded", "default"}
 
 
 def test_the_readmes_table_is_made_of_the_results(tmp_path: Path) -> None:
-    assert report.readme_table(tmp_path) is None
+    assert tables.readme_table(tmp_path) is None
     plain = ("plain", 1, [_took(8, 4, 20)])
     _record("dpo", {"tandem": ("tandem", 0, [_took(3, 1)]), "plain loop, 1 at a time": plain}).save(
         tmp_path / "training-dpo-60m.json"
     )
-    assert report.readme_table(tmp_path) is None
+    assert tables.readme_table(tmp_path) is None
     sft = {"tandem": ("tandem", 0, [_took(3, 0)]), "plain loop, 1 at a time": plain}
     _record("sft", sft).save(tmp_path / "training-sft-60m.json")
-    table = report.readme_table(tmp_path)
+    table = tables.readme_table(tmp_path)
     assert table is not None
     assert re.findall(r"[\d.]+x", table) == ["3.0x", "2.7x", "0.50x", "4.0x"]
 

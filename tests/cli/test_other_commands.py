@@ -9,7 +9,7 @@ import pytest
 
 import tandem.pipeline.run_pipeline
 import tandem.report.html
-import tandem.report.report_warnings
+import tandem.report.run_facts
 import tandem.storage.cache_folder
 from tandem.cli.main import main
 from tandem.errors import Stopped
@@ -28,7 +28,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]
 
     monkeypatch.setattr(tandem.pipeline.run_pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(tandem.report.html, "write_report", lambda folder: folder / "report.html")
-    monkeypatch.setattr(tandem.report.report_warnings, "findings_of_run", lambda folder: [])
+    monkeypatch.setattr(tandem.report.run_facts, "warnings_of_run", lambda folder: [])
     return made
 
 

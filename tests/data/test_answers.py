@@ -9,7 +9,8 @@ import pytest
 
 from tandem.check.record_signs import REFUSAL, answer_signs
 from tandem.data.text.text_traits import refuses, refuses_only
-from tandem.pairs.filters import Candidate, Filters, against_answer
+from tandem.pairs.filters import Candidate, against_answer
+from tandem.recipe.pairs_settings import FilterSettings
 
 REFUSALS = (
     "I must decline to answer that.",
@@ -72,7 +73,7 @@ def test_answers_that_do_not_refuse(answer: str) -> None:
 @pytest.mark.parametrize("answer", [*REFUSALS, *filter(None, ANSWERS)])
 def test_checks_of_data_and_filters_of_pairs_agree(answer: str) -> None:
     noted = REFUSAL in [sign for sign, _ in answer_signs(answer, "A question?")]
-    dropped = against_answer(Candidate(answer, True), Filters(drop_refusals=True))
+    dropped = against_answer(Candidate(answer, True), FilterSettings(drop_refusals=True))
     assert (dropped == "refusal") is noted is refuses(answer)
 
 

@@ -16,7 +16,7 @@ import tandem.evaluate.evaluate_models
 import tandem.pairs.make_pairs
 import tandem.pipeline.run_pipeline
 import tandem.report.html
-import tandem.report.report_warnings
+import tandem.report.run_facts
 import tandem.runtime.local_launcher
 import tandem.stages.dpo
 import tandem.stages.merge
@@ -56,7 +56,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.evaluate.evaluate_models, "evaluate_models", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
-        (tandem.report.report_warnings, "findings_of_run", []),
+        (tandem.report.run_facts, "warnings_of_run", []),
         (tandem.runtime.local_launcher, "run_processes", 0),
     ):
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks.report import MARKS, readme_table
+from benchmarks.tables import MARKS, readme_table
 
 from tandem.data.formats.conversations import read_question
 from tandem.data.formats.known_formats import FORMATS, detect

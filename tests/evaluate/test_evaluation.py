@@ -16,10 +16,10 @@ from rich.console import Console
 
 from tandem.cli.main import main
 from tandem.errors import UserError
-from tandem.evaluate.eval_model import find_contestant
+from tandem.evaluate.eval_model import find_eval_model
 from tandem.evaluate.evaluate_models import evaluate_models
 from tandem.evaluate.harness import Harness
-from tandem.evaluate.measurement_store import Kept
+from tandem.evaluate.scores import MeasurementStore
 from tandem.evaluate.win_rates import Judge, Messages
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
@@ -127,8 +127,8 @@ def test_an_adapter_is_measured_on_its_base_with_its_own_template(
 ) -> None:
     found, _, _ = evaluated
     assert found["models"]["tuned"]["heldout_loss"] != found["models"]["stories"]["heldout_loss"]
-    tuned = find_contestant("tuned", str(adapter))
-    base = find_contestant("base", str(stories_path))
+    tuned = find_eval_model("tuned", str(adapter))
+    base = find_eval_model("base", str(stories_path))
     assert (tuned.folder, tuned.adapter) == (stories_path, adapter)
     assert "<|assistant|>" in tuned.tokenizer("neural-chat")[1].source
     assert "### User" in base.tokenizer("neural-chat")[1].source
@@ -145,13 +145,13 @@ def test_an_adapter_of_other_weights_is_refused(
     }  # fmt: skip
     (moved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="was trained on other weights"):
-        find_contestant("moved", str(moved))
+        find_eval_model("moved", str(moved))
     (moved / "manifest.json").unlink()
     config = read_json(moved / "adapter_config.json")
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"is an adapter of .*gone, and that folder is gone"):
-        find_contestant("moved", str(moved))
+        find_eval_model("moved", str(moved))
 
 
 def test_what_is_finished_is_not_measured_again(
@@ -194,7 +194,7 @@ def test_what_is_finished_is_not_measured_again(
 
 
 def test_a_damaged_measurement_counts_as_none(tmp_path: Path) -> None:
-    kept = Kept(tmp_path)
+    kept = MeasurementStore(tmp_path)
     key = {"task": "a", "limit": None, "sizes": (1, 2)}
     assert kept.find("a/b c", key) is None
     kept.keep("a/b c", key, {"value": 0.5})

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.evaluate.local_tasks import find_data, read_rows
+from tandem.evaluate.suites import find_data, read_rows
 from tandem.evaluate.task_forms import FORMS
+from tandem.storage.hashing import hash_json
 
 # What `str.splitlines` takes for the end of a line, and files of lines do not.
 WITHIN = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"
@@ -119,3 +120,8 @@ def test_subjects_may_be_compressed(tmp_path: Path) -> None:
         for subject, *paths in found.parts
     ] == [("a", "a_test.csv", None), ("b", "b_test.csv.gz", "b_dev.csv.gz")]
     assert read_rows(FORMS["mmlu"], found.parts[1][1])[0]["question"] == "Q"
+
+
+def test_measurements_kept_before_this_module_moved_are_found_again() -> None:
+    """The key of TruthfulQA's holds the place of a function, which is the first it had."""
+    assert hash_json(FORMS["truthfulqa_mc2"].task).startswith("fe10638b7efe0ff5")

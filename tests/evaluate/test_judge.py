@@ -19,7 +19,7 @@ from tandem.evaluate.win_rates import (
     Messages,
     Verdicts,
     judge_duels,
-    read_verdict,
+    read_preference,
 )
 
 
@@ -182,4 +182,4 @@ def test_answers_cannot_write_the_verdict_or_the_frame(tmp_path: Path) -> None:
      ("[[A]] no, [[B]]", "B"), ("[[D]]", None)],
 )  # fmt: skip
 def test_verdicts(text: str, verdict: str | None) -> None:
-    assert read_verdict(text) == verdict
+    assert read_preference(text) == verdict

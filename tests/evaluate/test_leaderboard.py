@@ -14,9 +14,8 @@ import pytest
 
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
-from tandem.evaluate.harness import Harness, Subject, TaskScores, task_scores_of
-from tandem.evaluate.local_tasks import write_tasks
-from tandem.evaluate.suites import NOT_COMPARABLE, TaskPlan, plan_tasks
+from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, task_scores_of
+from tandem.evaluate.suites import NOT_COMPARABLE, Task, select_tasks, write_tasks
 from tandem.model.model_folder import load_tokenizer
 from tandem.storage.atomic_files import read_jsonl
 
@@ -44,15 +43,15 @@ def chat_model(stories_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def task_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    for plan in plan_tasks(SHARED_TASKS, None, shared_data / "evaluation", 1).tasks:
+    for plan in select_tasks(SHARED_TASKS, None, shared_data / "evaluation", 1).tasks:
         assert plan.data is not None
         write_tasks(plan.data, plan.harness_name, plan.shots, folder)
     return folder
 
 
-def subject(model: Path, adapter: Path | None = None) -> Subject:
+def subject(model: Path, adapter: Path | None = None) -> HarnessModel:
     tokenizer = load_tokenizer(adapter or model)
-    return Subject(str(model), adapter, tokenizer, "float32", "cpu", "1")
+    return HarnessModel(str(model), adapter, tokenizer, "float32", "cpu", "1")
 
 
 def nothing(count: int, total: int | None) -> None:
@@ -65,11 +64,11 @@ class Case:
 
     names: tuple[str, ...]
     chat: bool
-    asked: Subject
+    asked: HarnessModel
     out: Path
 
-    def plans(self, data: Path) -> tuple[TaskPlan, ...]:
-        return plan_tasks(self.names, None, data, 1).tasks
+    def plans(self, data: Path) -> tuple[Task, ...]:
+        return select_tasks(self.names, None, data, 1).tasks
 
     def words(self, data: Path, include: Path) -> list[str]:
         model = f"pretrained={self.asked.pretrained},dtype=float32"
@@ -150,7 +149,7 @@ def measure(
     folder = tmp_path_factory.mktemp("defined")
 
     def run(name: str, data: Path, shots: int | None, limit: int | None = 2) -> TaskScores:
-        (plan,) = plan_tasks([name], None, data, shots).tasks
+        (plan,) = select_tasks([name], None, data, shots).tasks
         assert plan.data is not None
         write_tasks(plan.data, plan.harness_name, plan.shots, folder)
         with Harness(subject(stories_path), folder, hub=False) as harness:
@@ -187,7 +186,7 @@ def test_mmlu_by_subject_with_its_own_examples(
 
 
 def test_the_suite_says_what_it_cannot_measure(shared_data: Path) -> None:
-    plan = plan_tasks([], "leaderboard-v1", shared_data / "evaluation", None)
+    plan = select_tasks([], "leaderboard-v1", shared_data / "evaluation", None)
     assert [(t.name, t.shots) for t in plan.tasks] == [
         ("arc_challenge", 25), ("hellaswag", 10), ("truthfulqa_mc2", 0), ("winogrande", 5),
         ("gsm8k", 5),
@@ -200,7 +199,7 @@ def test_the_suite_says_what_it_cannot_measure(shared_data: Path) -> None:
 
 
 def test_without_local_data_the_harness_own_tasks_are_meant() -> None:
-    plan = plan_tasks(["piqa"], "leaderboard-v1", None, None)
+    plan = select_tasks(["piqa"], "leaderboard-v1", None, None)
     assert [t.harness_name for t in plan.tasks][-2:] == ["gsm8k", "piqa"]
     assert [t.shots for t in plan.tasks] == [25, 10, 5, 0, 5, 5, None]
     assert plan.needs_hub
@@ -218,7 +217,7 @@ def test_a_task_without_data(
     names: list[str], files: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=said):
-        plan_tasks(names, None, tmp_path, None)
+        select_tasks(names, None, tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_too_few_items_for_the_examples(measure: Callable[..., TaskScores], tmp_
 
 
 def test_an_unknown_task(stories_path: Path, tmp_path: Path) -> None:
-    plan = TaskPlan("no_such_task", "", "", None, None)
+    plan = Task("no_such_task", "", "", None, None)
     harness = Harness(subject(stories_path), tmp_path, hub=False)
     with pytest.raises(UserError, match="no task no_such_task"):
         harness.measure(plan, limit=1, chat=False, advance=nothing)

@@ -15,8 +15,8 @@ from tandem.cli.main import main
 from tandem.data.tokenize.vocabulary import add_tokens
 from tandem.errors import UserError
 from tandem.evaluate import harness
-from tandem.evaluate.eval_model import find_contestant
-from tandem.evaluate.harness_tasks import TaskSettings, _subject
+from tandem.evaluate.eval_model import find_eval_model
+from tandem.evaluate.harness_tasks import TaskSettings, harness_model
 from tandem.integrations.choose import choose_device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
@@ -162,10 +162,10 @@ def test_the_harness_refuses_texts_with_the_token(desk: Desk, rows: int) -> None
         tok_batch_encode = None
 
     theirs = Theirs()
-    contestant = find_contestant("base", str(desk.model))
-    tokenizer, _ = contestant.tokenizer(None)
+    model = find_eval_model("base", str(desk.model))
+    tokenizer, _ = model.tokenizer(None)
     settings = TaskSettings(limit=None, chat=False, batch_size="1", chat_template=None)
-    subject = _subject(contestant, tokenizer, settings, choose_device("cpu", "float32"))
+    subject = harness_model(model, tokenizer, settings, choose_device("cpu", "float32"))
     assert subject.look is not None
     harness._look_at_tokens(theirs, subject.look)
     assert theirs.tok_encode("say red")

@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.evaluate.eval_model import find_contestant
-from tandem.evaluate.own_measures import Examiner
+from tandem.evaluate.eval_model import find_eval_model
+from tandem.evaluate.own_measures import OwnMeasures
 from tandem.integrations.choose import choose_device
 from tandem.model.load_model import load_adapter, load_for_inference, load_model
 from tandem.model.lora.adapter_folder import read_updates, whole_weights
@@ -84,7 +84,7 @@ def refused(folder: Path, *said: str) -> None:
     for command in (
         lambda: read_updates(folder),
         lambda: load_for_inference(str(folder), "cpu"),
-        lambda: find_contestant("it", str(folder)),
+        lambda: find_eval_model("it", str(folder)),
     ):
         with pytest.raises(UserError) as error:
             command()
@@ -215,7 +215,7 @@ def test_adapters_in_the_folders_of_a_folder_are_named(plain: Path, tmp_path: Pa
     shutil.copytree(plain, tmp_path / "all" / "two")
     with pytest.raises(UserError, match="its folders one, two are adapters: name one"):
         read_updates(tmp_path / "all")
-    for command in (load_for_inference, lambda folder, _: find_contestant("it", folder)):
+    for command in (load_for_inference, lambda folder, _: find_eval_model("it", folder)):
         with pytest.raises(UserError, match="its folders one, two are adapters: name one"):
             command(str(tmp_path / "all"), "cpu")
 
@@ -277,9 +277,9 @@ def test_an_adapter_on_a_head_that_is_the_embedding_is_named(tmp_path: Path) -> 
 
 def test_evaluation_says_that_it_scores_no_adapter_on_the_head(base: Path, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
-    adapter = find_contestant("it", str(tmp_path / "adapter"))
+    adapter = find_eval_model("it", str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="changes the output head, which evaluation scores"):
-        Examiner(
+        OwnMeasures(
             adapter, *adapter.tokenizer("neural-chat"), choose_device("cpu", "auto"),
             run_settings("", tmp_path), Console(quiet=True),
         )  # fmt: skip

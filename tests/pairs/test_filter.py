@@ -10,9 +10,10 @@ import pytest
 
 from tandem.data.records import Origin, Turn
 from tandem.errors import UserError
-from tandem.pairs.filters import Candidate, Check, Filters, Pair, first_pair, ranked_pair
+from tandem.pairs.filters import Candidate, Filters, Pair, UserCheck, first_pair, ranked_pair
 from tandem.pairs.prompts import Prompt
-from tandem.pairs.rankers import read_verdict, verdict_request
+from tandem.pairs.rankers import read_score, score_request
+from tandem.recipe.pairs_settings import FilterSettings
 
 PROMPT = Prompt(
     (Turn("system", "Be kind."), Turn("user", "Capital of France?")),
@@ -21,14 +22,21 @@ PROMPT = Prompt(
     Origin("set.jsonl", 7),
 )
 
+ANY = Filters(FilterSettings())
+
 
 def tried(
-    *texts: str | Candidate, prompt: Prompt = PROMPT, **filters: Any
+    *texts: str | Candidate,
+    prompt: Prompt = PROMPT,
+    keep: str = "different",
+    check: UserCheck | None = None,
+    **filters: Any,
 ) -> tuple[str, dict[str, int]]:
     """What is rejected, or why nothing is, and the counts."""
     dropped: Counter[str] = Counter()
     candidates = [one if isinstance(one, Candidate) else Candidate(one, True) for one in texts]
-    found = first_pair(prompt, candidates, Filters(**filters), dropped)
+    wanted = Filters(FilterSettings(**filters), keep, check)
+    found = first_pair(prompt, candidates, wanted, dropped)
     return (found.rejected if isinstance(found, Pair) else found), dict(dropped)
 
 
@@ -90,23 +98,23 @@ def vague(pair):
 def test_the_users_check_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.py"
     path.write_text(CHECK)
-    short = Check(f"{path}:short")
+    short = UserCheck(f"{path}:short")
     assert tried("Reykjavik.", "Rome.", check=short) == ("Rome.", {"check": 1})
     assert PROMPT.answer == "It is Paris."
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert tried("Oslo.", "Rome.", check=Check("mine:why")) == ("Rome.", {"check: is Oslo.": 1})
+    assert tried("Oslo.", "Rome.", check=UserCheck("mine:why")) == ("Rome.", {"check: is Oslo.": 1})
     before = short.identity
     path.write_text(CHECK + "\n")
-    assert Check(f"{path}:short").identity != before
+    assert UserCheck(f"{path}:short").identity != before
 
 
 def test_a_check_that_fails_names_the_row(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(CHECK)
     with pytest.raises(UserError, match=r"set.jsonl, row 7: .*raised TypeError: .*bad.py, line 11"):
-        tried("Rome.", check=Check(f"{path}:broken"))
+        tried("Rome.", check=UserCheck(f"{path}:broken"))
     with pytest.raises(UserError, match=r"row 7: .* returned None, which is neither True, False"):
-        tried("Rome.", check=Check(f"{path}:vague"))
+        tried("Rome.", check=UserCheck(f"{path}:vague"))
 
 
 @pytest.mark.parametrize(
@@ -123,26 +131,24 @@ def test_a_check_that_fails_names_the_row(tmp_path: Path) -> None:
 )
 def test_a_check_that_is_none(place: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Check(place)
+        UserCheck(place)
 
 
 def test_a_check_that_does_not_parse(tmp_path: Path) -> None:
     (tmp_path / "no.py").write_text("def f(:\n")
     with pytest.raises(UserError, match="cannot be imported: SyntaxError"):
-        Check(f"{tmp_path / 'no.py'}:f")
+        UserCheck(f"{tmp_path / 'no.py'}:f")
 
 
 def test_best_and_worst_make_the_pair() -> None:
     scored = [(Candidate(f"answer {n}", True), score) for n, score in enumerate((3, 9, 1, 9))]
     dropped: Counter[str] = Counter()
-    found = ranked_pair(PROMPT, scored, 0, Filters(), dropped)
+    found = ranked_pair(PROMPT, scored, 0, ANY, dropped)
     assert found == Pair(PROMPT, "answer 1", "answer 2")
-    assert ranked_pair(PROMPT, scored, 8, Filters(), dropped) == "scores too close"
-    assert (
-        ranked_pair(PROMPT, scored[:1], 0, Filters(), dropped) == "fewer than two answers to rank"
-    )
+    assert ranked_pair(PROMPT, scored, 8, ANY, dropped) == "scores too close"
+    assert ranked_pair(PROMPT, scored[:1], 0, ANY, dropped) == "fewer than two answers to rank"
     same = [(Candidate("a b", True), 1.0), (Candidate("a  b", True), 2.0)]
-    assert ranked_pair(PROMPT, same, 0, Filters(), dropped) == "same as chosen"
+    assert ranked_pair(PROMPT, same, 0, ANY, dropped) == "same as chosen"
     assert dropped == {
         "scores too close": 1, "fewer than two answers to rank": 1, "same as chosen": 1,
     }  # fmt: skip
@@ -157,11 +163,11 @@ def test_best_and_worst_make_the_pair() -> None:
     ],
 )  # fmt: skip
 def test_verdicts(text: str, score: float | None) -> None:
-    assert read_verdict(text) == score
+    assert read_score(text) == score
 
 
 def test_a_judge_is_asked_for_a_number() -> None:
-    request = verdict_request(PROMPT, "Rome.", "max_completion_tokens")
+    request = score_request(PROMPT, "Rome.", "max_completion_tokens")
     assert request.options == {"temperature": 0, "max_completion_tokens": 16}
     ((message),) = request.messages
     assert "[Question]\nBe kind.\n\nCapital of France?\n\n[Answer]\nRome.\n" in message["content"]

@@ -13,9 +13,9 @@ from tandem.data.ledger import Ledger
 from tandem.data.records import Origin, Turn
 from tandem.data.text.contamination import Other
 from tandem.pairs.filters import similarity, words_of
-from tandem.pairs.prompts import Prompt, read_prompts
-from tandem.pairs.select_prompts import Selection, select_prompts
+from tandem.pairs.prompts import Prompt, read_prompts, select_prompts
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.pairs_settings import SelectSettings
 
 
 def prompt(question: str, answer: str = "yes", *, row: int = 1, source: int = 0) -> Prompt:
@@ -32,25 +32,25 @@ def rows(prompts: list[Prompt]) -> list[int]:
 
 def test_without_wishes_all_are_asked_in_order() -> None:
     prompts = numbered(10)
-    assert select_prompts(prompts, Selection(), seed=1) == (prompts, {})
-    assert select_prompts(prompts, Selection(count=99), seed=1) == (prompts, {})
+    assert select_prompts(prompts, SelectSettings(), seed=1) == (prompts, {})
+    assert select_prompts(prompts, SelectSettings(count=99), seed=1) == (prompts, {})
 
 
 def test_a_sample_follows_the_seed_and_keeps_the_order() -> None:
     prompts = numbered(100)
-    chosen, left_out = select_prompts(prompts, Selection(count=30), seed=1)
+    chosen, left_out = select_prompts(prompts, SelectSettings(count=30), seed=1)
     assert len(set(rows(chosen))) == 30
     assert rows(chosen) == sorted(rows(chosen))
     assert left_out == {"not in the sample": 70}
-    assert chosen == select_prompts(iter(prompts), Selection(count=30), seed=1)[0]
-    assert chosen != select_prompts(prompts, Selection(count=30), seed=2)[0]
+    assert chosen == select_prompts(iter(prompts), SelectSettings(count=30), seed=1)[0]
+    assert chosen != select_prompts(prompts, SelectSettings(count=30), seed=2)[0]
 
 
 def test_every_record_is_as_likely_as_any_other() -> None:
     prompts = numbered(20)
     found: Counter[int] = Counter()
     for seed in range(2000):
-        found.update(rows(select_prompts(prompts, Selection(count=5), seed=seed)[0]))
+        found.update(rows(select_prompts(prompts, SelectSettings(count=5), seed=seed)[0]))
     assert sum(found.values()) == 10_000
     # 500 expected, with a standard deviation of 19.4
     assert all(abs(found[i] - 500) < 90 for i in range(20))
@@ -71,14 +71,14 @@ def test_every_record_is_as_likely_as_any_other() -> None:
 )
 def test_strata_by_source(shares: Any, count: int, expected: dict[int, int]) -> None:
     prompts = [*numbered(60), *numbered(30, source=1), *numbered(10, source=2)]
-    selection = Selection(count=count, stratify="source", shares=shares)
+    selection = SelectSettings(count=count, stratify="source", shares=shares)
     chosen, _ = select_prompts(prompts, selection, seed=3)
     assert Counter(one.source for one in chosen) == expected
 
 
 def test_strata_by_length() -> None:
     prompts = [prompt("x" * length, row=i) for i, length in enumerate([3] * 80 + [100] * 20)]
-    selection = Selection(count=10, stratify="length")
+    selection = SelectSettings(count=10, stratify="length")
     lengths = Counter(len(one.question) for one in select_prompts(prompts, selection, seed=0)[0])
     assert lengths == {3: 8, 100: 2}
 
@@ -106,7 +106,7 @@ def test_every_filter(wish: dict[str, Any], kept: list[int], reason: str) -> Non
     ]
     if "matches" in wish:
         prompts[4] = prompt("What is that?", row=4)
-    chosen, left_out = select_prompts(prompts, Selection(**wish), seed=0)
+    chosen, left_out = select_prompts(prompts, SelectSettings(**wish), seed=0)
     assert rows(chosen) == kept
     assert left_out == {reason: 1}
 
@@ -131,7 +131,7 @@ def test_prompts_that_share_thirteen_words_with_an_evaluation_set_are_left_out()
         prompt("fine", " ".join(words[5:18]), row=1),
         prompt("fine", row=2),
     ]
-    chosen, left_out = select_prompts(prompts, Selection(), seed=0, evaluated=known)
+    chosen, left_out = select_prompts(prompts, SelectSettings(), seed=0, evaluated=known)
     assert rows(chosen) == [2]
     assert left_out == {"in an evaluation set": 2}
 

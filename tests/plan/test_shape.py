@@ -26,9 +26,9 @@ from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import probe_packing
 from tandem.model.lora.adapter import LoraWeights, unreached_layers
 from tandem.model.trained_weights import trainable_parameters
-from tandem.plan.memory_estimate import Held, memory_of
 from tandem.plan.model_shape import ModelShape, described, shape_of
-from tandem.plan.workload import Work, count_operations
+from tandem.plan.stage_estimate import MemoryUse, memory_of
+from tandem.plan.workload import Workload, count_operations
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import LoraSettings
 
@@ -49,7 +49,9 @@ CONFIGS = {
 
 
 def _shape(config: Any, targets: Any = "all-linear") -> ModelShape:
-    return described(config, rank=4, alpha=8, target_modules=targets, attention="auto").shape
+    return described(
+        config, LoraSettings(rank=4, alpha=8, target_modules=targets), attention="auto"
+    ).shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -77,7 +79,7 @@ def test_parameters_are_those_of_the_real_model(name: str, targets: Any) -> None
     ids=lambda config: config.model_type,
 )
 def test_layers_out_of_reach_are_known_without_weights(config: Any) -> None:
-    found = described(config, rank=4, alpha=8, target_modules="all-linear", attention="auto")
+    found = described(config, LoraSettings(rank=4, alpha=8), attention="auto")
     assert found.reached
     model = AutoModelForCausalLM.from_config(config).eval()
     weights = LoraWeights(LoraSettings(rank=4, alpha=8))
@@ -102,7 +104,7 @@ def test_added_tokens_have_rows_that_are_trained_where_they_are_new(
     weights = LoraWeights(LoraSettings(rank=4, alpha=8))
     adapted = weights.attach(model, added_ids=ids if trained else ())
     found = described(
-        config, rank=4, alpha=8, target_modules="all-linear", attention="auto",
+        config, LoraSettings(rank=4, alpha=8), attention="auto",
         added=added, trains_added=trained,
     ).shape  # fmt: skip
     assert found == shape_of(adapted)
@@ -121,7 +123,7 @@ def test_padded_rows_are_known_as_far_as_a_class_says() -> None:
     for name, (family, _) in PADDED.items():
         model = family.make()
         adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
-        found = described(model.config, **adapter, attention="auto").padded
+        found = described(model.config, LoraSettings(**adapter), attention="auto").padded
         if not found:
             only_seen.add(name)
         assert probe_packing(model).obstacle is not None
@@ -182,9 +184,9 @@ def test_operations_are_those_that_torch_counts(targets: Any, checkpointing: boo
     assert found.reference_share == found.reference / (found.training + found.reference)
 
 
-def _work(rows: int) -> Work:
+def _work(rows: int) -> Workload:
     visible = rows * (rows + 1) / 2
-    return Work(
+    return Workload(
         records=1, steps=1, examples=1, tokens=rows, tokens_per_epoch=rows, padded_tokens=rows,
         shared_tokens=0, targets=rows, visible=visible, longest=rows, packed_steps=1,
         micro_batches=1, fill=1.0, imbalance=1.0, largest=rows, reference_tokens=rows,
@@ -213,7 +215,7 @@ def test_a_model_whose_sizes_have_other_names_is_refused(monkeypatch: pytest.Mon
 
 def test_memory_by_engine() -> None:
     shape = _shape(CONFIGS["llama"])
-    held = Held(
+    held = MemoryUse(
         weight_bytes=2, quantized=False, copies=0, checkpointing=False, tokens=100,
         activation_bytes=10.0, head_bytes=1000, baseline=50,
     )  # fmt: skip
@@ -236,8 +238,8 @@ def test_four_bits_and_checkpointing_take_less() -> None:
     shape = _shape(CONFIGS["llama"])
     held = {"weight_bytes": 2, "copies": 0, "tokens": 100, "activation_bytes": 3e4,
             "head_bytes": 0, "baseline": 0}  # fmt: skip
-    plain = memory_of(shape, Held(quantized=False, checkpointing=False, **held), "single", 1)
-    less = memory_of(shape, Held(quantized=True, checkpointing=True, **held), "single", 1)
+    plain = memory_of(shape, MemoryUse(quantized=False, checkpointing=False, **held), "single", 1)
+    less = memory_of(shape, MemoryUse(quantized=True, checkpointing=True, **held), "single", 1)
     packed = shape.in_linear * (0.5 + 1 / 64 + 4 / (64 * 256))
     assert less.weights == pytest.approx(2 * (shape.parameters - shape.in_linear) + packed, abs=1)
     assert less.activations == 100 * (3 * 32 * 2 + 10_000)

@@ -12,9 +12,10 @@ from tandem.data.batching.packing import padded_tokens
 from tandem.data.encoded.example import Branch, Example
 from tandem.data.records import Origin
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.integrations.choose import choose_device
 from tandem.model.base_model import load_base_info
-from tandem.plan.stage_estimate import asked_of
-from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.plan.stage_estimate import StageSetup
+from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import (
     DpoSettings,
@@ -45,11 +46,11 @@ def _first_lines(source: Path, count: int, target: Path) -> Path:
 
 
 def _settings(
-    kind: str, some_data: Path, folder: Path, **changes: Any
+    kind: str, shared_data: Path, folder: Path, **changes: Any
 ) -> SftSettings | DpoSettings:
     source = {
-        "sft": some_data / "conversations" / "slimorca_format.jsonl",
-        "dpo": some_data / "pairs" / "orca_dpo_pairs.jsonl",
+        "sft": shared_data / "conversations" / "slimorca_format.jsonl",
+        "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
     }[kind]
     data = _first_lines(source, RECORDS, folder / f"{kind}.jsonl")
     values: dict[str, Any] = {
@@ -71,17 +72,21 @@ def _reader(settings: SftSettings | DpoSettings, chat: ChatTokenizer) -> StageRe
 
 def _counted(
     kind: str, model: Path, settings: SftSettings | DpoSettings, *, padded: bool = False
-) -> Work:
+) -> Workload:
     base = load_base_info(run_settings("", Path()), model, settings.max_length, weights=False)
     config, reader = base.config, _reader(settings, base.chat)
     records = reader.read(
         [DataSource(path=source.path, weight=source.weight) for source in settings.data], [], 3
     )
-    asked = asked_of(
-        settings, seed=3, budget=1024, processes=1, config=config, padded=padded,
-        parts=records.parts,
+    setup = _setup(settings, config, processes=1, budget=1024, padded=padded)
+    return count_work(records.dataset, setup.pacing(records.parts))
+
+
+def _setup(settings: SftSettings | DpoSettings, config: Any, **others: Any) -> StageSetup:
+    return StageSetup(
+        name="dpo", settings=settings, device=choose_device("cpu", "float32"), engine="ddp",
+        config=config, seed=3, quantized=False, baseline=0, **others,
     )  # fmt: skip
-    return count_work(records.dataset, asked)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,9 @@ def _counted(
     ],
 )
 def test_a_plan_counts_what_a_run_reports(
-    kind: str, attention: str, mixed: bool, some_model: Path, some_data: Path, tmp_path: Path
+    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    settings: Any = _settings(kind, some_data, tmp_path)
+    settings: Any = _settings(kind, shared_data, tmp_path)
     if mixed:
         (source,) = settings.data
         twice = source.model_copy(update={"weight": 2.5})
@@ -106,7 +111,7 @@ def test_a_plan_counts_what_a_run_reports(
     folder = stage(
         training_job(
             settings,
-            some_model,
+            stories_path,
             tmp_path / "out",
             seed=3,
             attention=attention,
@@ -115,7 +120,7 @@ def test_a_plan_counts_what_a_run_reports(
         QUIET,
     )
     summary = read_json(folder / "summary.json")
-    work = _counted(kind, some_model, settings, padded=attention == "padded")
+    work = _counted(kind, stories_path, settings, padded=attention == "padded")
     for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):
         assert getattr(work, name) == summary[name], name
     assert work.fill == pytest.approx(summary["fill"], rel=1e-12)
@@ -130,19 +135,19 @@ def test_a_plan_counts_what_a_run_reports(
 
 
 def test_a_plan_for_processes_deals_as_they_do(
-    some_model: Path, some_data: Path, tmp_path: Path
+    stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
     from tandem.train.token_budget import attention_weight
 
-    settings = _settings("dpo", some_data, tmp_path)
-    base = load_base_info(run_settings("", Path()), some_model, settings.max_length)
+    settings = _settings("dpo", shared_data, tmp_path)
+    base = load_base_info(run_settings("", Path()), stories_path, settings.max_length)
     config, reader = base.config, _reader(settings, base.chat)
     _, trees = reader.encode([DataSource(path=settings.data[0].path)])
-    asked = asked_of(settings, seed=3, budget=900, processes=3, config=config, padded=False)
-    work = count_work(trees, asked)
+    setup = _setup(settings, config, processes=3, budget=900, padded=False)
+    work = count_work(trees, setup.pacing())
     weight = attention_weight(config)
     plans = []
     for step in StepSampler(len(trees), BATCH_SIZE, seed=3).steps(0, work.steps):
@@ -166,12 +171,12 @@ def _visible(tree: Example) -> int:
 
 
 def test_many_steps_are_packed_in_part(
-    some_model: Path, some_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _settings("sft", some_data, tmp_path, batch_size=2, epochs=4)
-    whole = _counted("sft", some_model, settings)
+    settings = _settings("sft", shared_data, tmp_path, batch_size=2, epochs=4)
+    whole = _counted("sft", stories_path, settings)
     monkeypatch.setattr("tandem.plan.workload._PACKED", 7)
-    part = _counted("sft", some_model, settings)
+    part = _counted("sft", stories_path, settings)
     assert part.packed_steps < whole.packed_steps == whole.steps
     assert (part.tokens, part.padded_tokens) == (whole.tokens, whole.padded_tokens)
     assert part.micro_batches == pytest.approx(whole.micro_batches, rel=0.2)
@@ -199,8 +204,8 @@ def test_guessed_records_count_as_equal_ones_would() -> None:
     writer = DatasetWriter(None, ["x"])
     writer.add(EncodedChunk("x", to_arrays(trees), ()))
     writer.finish({}, [count])
-    asked = Asked(4, 1.5, None, 0, 20, 1, 0.0)
-    real, guessed = count_work(writer.dataset(), asked), guess_work(10, 10, asked, answers=0.6)
+    pacing = Pacing(4, 1.5, None, 0, 20, 1, 0.0)
+    real, guessed = count_work(writer.dataset(), pacing), guess_work(10, 10, pacing, answers=0.6)
     # A record's last target is not fed: eleven tokens feed ten.
     names = "records steps examples tokens tokens_per_epoch targets visible longest largest"
     for name in (*names.split(), "reference_tokens", "reference_visible"):

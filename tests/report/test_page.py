@@ -11,10 +11,10 @@ import pytest
 from tandem.cli.run import _finish
 from tandem.errors import UserError
 from tandem.report.html import write_report
-from tandem.report.report_warnings import evaluation_findings, find, in_words
 from tandem.report.result_rows import shown_measures
-from tandem.report.run_facts import read_run
+from tandem.report.run_facts import read_run, run_warnings
 from tandem.report.training_section import tiles
+from tandem.result_warnings import evaluation_warnings
 from tandem.wording import chosen_collapse
 
 from .made_runs import (
@@ -166,10 +166,10 @@ def test_folder_that_is_no_run(tmp_path: Path, name: str) -> None:
 
 
 def test_collapse_is_named(tmp_path: Path) -> None:
-    found = find(read_run(run_folder(tmp_path / "bad", fall=9.0)))
+    found = run_warnings(read_run(run_folder(tmp_path / "bad", fall=9.0)))
     assert [f.text.partition(":")[0] for f in found] == ["collapse of the chosen log-probs"]
     assert "−" not in found[0].text
-    assert find(read_run(run_folder(tmp_path / "good", fall=0.4))) == []
+    assert run_warnings(read_run(run_folder(tmp_path / "good", fall=0.4))) == []
 
 
 def test_training_that_names_the_collapse_is_not_repeated(tmp_path: Path) -> None:
@@ -177,23 +177,23 @@ def test_training_that_names_the_collapse_is_not_repeated(tmp_path: Path) -> Non
     summary = json.loads((folder / "4-dpo" / "summary.json").read_text())
     summary["warnings"] = ["collapse: the chosen log-probs fell by 8 nats"]
     write(folder / "4-dpo" / "summary.json", summary)
-    assert len(find(read_run(folder))) == 1
+    assert len(run_warnings(read_run(folder))) == 1
 
 
 def test_loss_of_accuracy_beyond_chance_is_named() -> None:
     value = evaluation()
     value["models"]["dpo"]["answer_accuracy"] = 0.80  # 3 questions of 120: chance
-    assert evaluation_findings(value) == []
+    assert evaluation_warnings(value) == []
     value["models"]["dpo"]["answer_accuracy"] = 0.40
-    assert [f.name for f in evaluation_findings(value)] == ["DPO lost answer accuracy"]
+    assert [f.name for f in evaluation_warnings(value)] == ["DPO lost answer accuracy"]
     # What an evaluation said of it itself, now or in an earlier version, is not said twice.
-    (one,) = evaluation_findings(value)
-    value["warnings"] = [in_words(one), "collapse: DPO lost right answers, 80% -> 40%", "another"]
-    assert [f.text for f in evaluation_findings(value)] == ["another", one.text]
+    (one,) = evaluation_warnings(value)
+    value["warnings"] = [one.line, "collapse: DPO lost right answers, 80% -> 40%", "another"]
+    assert [f.text for f in evaluation_warnings(value)] == ["another", one.text]
     # Where the same questions are asked of both, their differences say more than two samples do.
     value["models"]["dpo"]["differences"] = {"answer_accuracy": {"previous": [-0.45, 0.30]}}
     value["warnings"] = []
-    assert evaluation_findings(value) == []
+    assert evaluation_warnings(value) == []
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_right_answers_that_did_not_end_are_counted_apart(tmp_path: Path) -> Non
     value["models"]["dpo"]["right_cut"] = 0.0
     titles = [measure.title for measure in shown_measures(value)]
     assert titles[:2] == ["answer accuracy", "right text, cut"]
-    found = {f.name: f for f in evaluation_findings(value)}
+    found = {f.name: f for f in evaluation_warnings(value)}
     one = found["SFT gives right answers that do not end"]
     assert one.level == "warning"
     assert one.text.startswith("90 of 120 answers have the right text and did not end")
@@ -244,10 +244,10 @@ def test_what_the_page_warns_of_is_printed_at_the_end_of_a_run(
     folder = run_folder(tmp_path / "run", fall=9.0)
     _finish(folder, evaluation())
     printed = " ".join(capsys.readouterr().out.split())
-    found = find(read_run(folder))
+    found = run_warnings(read_run(folder))
     assert found
     for one in found:
-        assert f"{one.level}: {in_words(one)}" in printed
+        assert f"{one.level}: {one.line}" in printed
         assert one.text in page_of(folder).text
 
 

@@ -15,12 +15,16 @@ from tandem.model.cpu.onednn_linear import bytes_to_order, order_weights, ordere
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.output_head import order_head
 from tandem.model.lora.adapter import LoraWeights
-from tandem.plan.history import Setting, recall
-from tandem.plan.memory_estimate import Held
 from tandem.plan.model_shape import described
-from tandem.plan.rate import Rate, recorded_rate
-from tandem.plan.stage_estimate import Forecast, compared, copied_bytes, forecast, keep
-from tandem.plan.workload import Work
+from tandem.plan.rate import recorded_rate
+from tandem.plan.stage_estimate import (
+    StageEstimate,
+    StageSetup,
+    compare,
+    copied_bytes,
+    remember_run,
+)
+from tandem.plan.workload import Workload
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
@@ -34,7 +38,7 @@ _SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-_WORK = Work(
+_WORK = Workload(
     records=10, steps=5, examples=20, tokens=400, tokens_per_epoch=200, padded_tokens=500,
     shared_tokens=0, targets=100, visible=4e3, longest=30, packed_steps=5, micro_batches=10,
     fill=0.5, imbalance=1.6, largest=60, reference_tokens=200, reference_targets=50,
@@ -47,20 +51,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def _forecast(device: str, rate: Rate | None = None) -> Forecast:
-    shape = described(
-        LlamaConfig(**_SMALL), rank=4, alpha=8, target_modules="all-linear", attention="auto"
-    ).shape
-    setting = Setting("dpo", device, "float32", shape.parameters, 3, "ddp")
-    held = Held(
-        weight_bytes=4, quantized=False, copies=0, checkpointing=False, tokens=60,
-        activation_bytes=10.0, head_bytes=1000, baseline=50,
-    )  # fmt: skip
-    settings = DpoSettings(data=(DataSource(path="x"),), lora=LoraSettings(rank=4, alpha=8))
+def _forecast(device: str) -> StageEstimate:
+    config = LlamaConfig(**_SMALL)
+    shape = described(config, LoraSettings(rank=4, alpha=8), attention="auto").shape
     # Of another device than the one that is here only its kind is asked.
     here: Any = replace(choose_device("cpu", "float32"), torch_device=torch.device(device))
-    rate = rate or recorded_rate(setting)
-    return forecast(shape, _WORK, settings, setting, host=here.is_host, held=held, rate=rate)
+    setup = StageSetup(
+        name="dpo", device=here, processes=3, engine="ddp", config=config, seed=0, budget=60,
+        settings=DpoSettings(data=(DataSource(path="x"),), lora=LoraSettings(rank=4, alpha=8)),
+        padded=False, quantized=False, baseline=50,
+    )  # fmt: skip
+    return setup.estimate(shape, _WORK, 0, recorded_rate(setup.rate_key(shape)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -72,7 +73,7 @@ def test_a_repeat_of_a_run_is_expected_to_take_its_own_seconds(device: str) -> N
         "tokens": 400, "steps": 5, "peak_memory_bytes": 77, "train_seconds": 12.5,
         "reference_computed": 10, "reference_seconds": 3.5,
     }  # fmt: skip
-    keep(made, compared(made, summary), summary)
+    remember_run(made, compare(made, summary), summary)
     again = _forecast(device)
     assert again.seconds == pytest.approx(12.5)
     assert again.reference_seconds == pytest.approx(3.5)
@@ -84,14 +85,15 @@ def test_a_run_without_a_record_has_no_estimate_of_its_time() -> None:
         "tokens": 400, "steps": 5, "peak_memory_bytes": 77, "train_seconds": 12.5,
         "reference_computed": 0, "reference_seconds": 0.0,
     }  # fmt: skip
-    found = compared(made, summary)
+    found = compare(made, summary)
     assert found["rate_from"] is None
     assert found["seconds"] == {"estimated": None, "actual": 12.5}
-    keep(made, found, summary)
-    known = recall(made.setting)
+    remember_run(made, found, summary)
+    known = recorded_rate(made.setting)
     assert known is not None
-    assert "seconds" not in known.ratios
-    assert known.ratios["tokens"] == 1.0
+    assert known.last_run is not None
+    assert "seconds" not in known.last_run.ratios
+    assert known.last_run.ratios["tokens"] == 1.0
 
 
 def _run(folder: Path, **runtime: Any) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
     def strange(*_: Any, **__: Any) -> Any:
         raise AttributeError("'StrangeConfig' object has no attribute 'hidden_size'")
 
-    monkeypatch.setattr(train_stage, "forecast_run", strange)
+    monkeypatch.setattr(train_stage, "estimate_run", strange)
     monkeypatch.setattr(context, "log", lambda _, text, **__: told.append(text))
     summary = _run(tmp_path)
     assert "estimate" not in summary
@@ -159,6 +161,5 @@ def test_copies_in_a_faster_order_are_those_that_a_run_makes(
     if to_come == 0:
         pytest.skip("no oneDNN here")
     assert ordered_bytes(adapted) == to_come
-    lora: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": "all-linear"}
-    shape = described(config, **lora, attention="auto").shape
+    shape = described(config, LoraSettings(rank=4, alpha=8), attention="auto").shape
     assert copied_bytes(shape, quantized=quantization is not None) == to_come

@@ -111,14 +111,14 @@ def test_a_line_says_what_was_set_and_only_where_something_was(made: tuple[Path,
 def test_an_adapter_of_a_relative_base_is_found_from_another_folder(
     made: tuple[Path, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.evaluate.eval_model import find_contestant
+    from tandem.evaluate.eval_model import find_eval_model
     from tandem.model.load_model import load_for_inference
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made[0] / "2-merged", tmp_path / "models" / "tiny")  # of the same name
     sft = made[0] / "1-sft"
     assert read_json(sft / "adapter_config.json")["base_model_name_or_path"] == str(base)
-    assert find_contestant("it", str(sft)).folder == base
+    assert find_eval_model("it", str(sft)).folder == base
     model, _ = load_for_inference(str(sft), "cpu")
     own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     name = "layers.0.mlp.up_proj.base_layer.weight"

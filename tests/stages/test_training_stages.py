@@ -25,8 +25,7 @@ from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
-from tandem.report.report_warnings import find
-from tandem.report.run_facts import read_run
+from tandem.report.run_facts import read_run, run_warnings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -417,4 +416,4 @@ def test_settings_that_nobody_means_are_said_before_the_first_step_and_kept(
     first_step = next(i for i, line in enumerate(lines) if "step 1/2" in line)
     for text in warnings:
         assert lines.index(f"sft: {text}") < first_step
-    assert [f.text for f in find(read_run(tmp_path / "out"))] == warnings
+    assert [f.text for f in run_warnings(read_run(tmp_path / "out"))] == warnings

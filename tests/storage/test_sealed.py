@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tandem.errors import UserError
-from tandem.evaluate.measurement_store import Kept
+from tandem.evaluate.scores import MeasurementStore
 from tandem.storage.atomic_files import aside_of, atomic_write_json, read_json, remove_left_behind
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.journal import Journal
@@ -131,7 +131,7 @@ def test_a_changed_unit_of_a_journal_is_refused_and_old_journals_go_on(tmp_path:
 
 def test_a_changed_measurement_is_told_and_made_again(tmp_path: Path) -> None:
     told: list[str] = []
-    kept = Kept(tmp_path, told.append)
+    kept = MeasurementStore(tmp_path, told.append)
     kept.keep("own", {"k": 1}, {"score": 0.25})
     assert kept.find("own", {"k": 1}) == {"score": 0.25}
     (path,) = tmp_path.iterdir()

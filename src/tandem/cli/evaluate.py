@@ -69,13 +69,13 @@ def evaluate(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     job = _job(arguments)
     from tandem.evaluate.evaluate_models import check_something, evaluate_models
-    from tandem.report.report_warnings import evaluation_findings
     from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
-        finding_lines,
         samples_table,
+        warning_lines,
     )
+    from tandem.result_warnings import evaluation_warnings
     from tandem.runtime.console import notice_console, result_console
 
     check_something(job.settings)
@@ -90,7 +90,7 @@ def evaluate(argv: list[str]) -> int:
         console.print(note, markup=False, soft_wrap=True)
     if measured["samples"]:
         console.print(samples_table(measured, job.settings.samples))
-    for line in finding_lines(evaluation_findings(measured)):
+    for line in warning_lines(evaluation_warnings(measured)):
         console.print(line, soft_wrap=True)
     console.print(f"all figures: {job.folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0

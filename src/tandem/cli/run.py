@@ -77,13 +77,13 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
 def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
     """Print the result table, sample answers side by side, and where the page is."""
     from tandem.report.html import write_report
-    from tandem.report.report_warnings import findings_of_run
+    from tandem.report.run_facts import warnings_of_run
     from tandem.report.terminal_tables import (
         comparison_notes,
         comparison_table,
-        finding_lines,
         result_table,
         samples_table,
+        warning_lines,
     )
     from tandem.runtime.console import result_console
 
@@ -97,7 +97,7 @@ def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
                 console.print(note, markup=False, soft_wrap=True)
         if found.get("samples"):
             console.print(samples_table(found))
-    for line in finding_lines(findings_of_run(run_dir)):
+    for line in warning_lines(warnings_of_run(run_dir)):
         console.print(line, soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 

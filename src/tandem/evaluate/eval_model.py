@@ -21,20 +21,14 @@ from tandem.storage.hashing import hash_file, hash_json, hash_weights
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A model and what it is called in results.
+class EvalModel:
+    """A model and what it is called in results."""
 
-    Attributes:
-        label: in tables.
-        folder: the model, or the adapter's base.
-        adapter: the adapter's folder, None for a whole model.
-        added_tokens: special tokens of the template for models that have none of their own. A base
-            is asked as training asked it first: their embeddings are the mean of all others.
-    """
-
-    label: str
-    folder: Path
-    adapter: Path | None
+    label: str  # in tables
+    folder: Path  # the model, or the adapter's base
+    adapter: Path | None  # the adapter's folder, None for a whole model
+    # special tokens of the template for models that have none of their own. A base is asked as
+    # training asked it first: their embeddings are the mean of all others.
     added_tokens: tuple[str, ...] = ()
 
     @property
@@ -94,7 +88,7 @@ class Contestant:
         return base if self.adapter is None else load_adapter(base, self.adapter)
 
 
-def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> Contestant:
+def find_eval_model(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> EvalModel:
     """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
 
     Raises UserError for a folder that is neither, and for an adapter whose base is not there or
@@ -103,8 +97,8 @@ def find_contestant(label: str, path: str, added_tokens: tuple[str, ...] = ()) -
     folder = model_folder(path)
     if not is_adapter(folder):
         require_model(folder)
-        return Contestant(label, folder, None, added_tokens)
-    return Contestant(label, find_base(folder), folder)
+        return EvalModel(label, folder, None, added_tokens)
+    return EvalModel(label, find_base(folder), folder)
 
 
 def tokenizer_identity(tokenizer: Any, template: ChatTemplate | None) -> str:

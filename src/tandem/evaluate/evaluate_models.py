@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,32 @@ from tandem.data.read_records import read_questions
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
-from tandem.evaluate.eval_model import Contestant, find_contestant, tokenizer_identity
+from tandem.evaluate.eval_model import EvalModel, find_eval_model, tokenizer_identity
 from tandem.evaluate.harness import TaskScores
 from tandem.evaluate.harness_tasks import (
     TaskSettings,
     check_harness,
     describe_tasks,
     measure_tasks,
+    selected_tasks,
     task_facts,
-    tasks_of,
 )
-from tandem.evaluate.measurement_store import Kept
-from tandem.evaluate.own_measures import Examined, Examiner, Material, examined_of
-from tandem.evaluate.scores import Score, compared, items_of
-from tandem.evaluate.suites import Plan, TaskPlan
+from tandem.evaluate.own_measures import Material, OwnMeasures
+from tandem.evaluate.scores import (
+    MeasurementStore,
+    ModelScores,
+    Score,
+    compared,
+    items_of,
+    model_scores_of,
+)
+from tandem.evaluate.suites import Task, TaskSelection
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
 from tandem.integrations.choose import device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.jobs import EvaluationJob
 from tandem.recipe.run_settings import RunSettings
-from tandem.report.report_warnings import evaluation_findings, in_words
+from tandem.result_warnings import evaluation_warnings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.storage.atomic_files import atomic_write_json, read_json
@@ -60,45 +67,46 @@ def evaluate_models(
     call asks for them again.
     """
     models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
-    chat_template, added_tokens = run.chat_template, run.added_tokens
-    plan = tasks_of(settings)
-    check_harness(plan)
+    tasks = selected_tasks(settings)
+    check_harness(tasks)
     if judge is None and settings.judge is not None:
         judge = server_judge(settings.judge, console)
-    contestants = [find_contestant(label, path, added_tokens) for label, path in models.items()]
-    for one in contestants:
-        for folder in (one.folder, *([one.adapter] if one.adapter else [])):
-            check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
+    if judge is not None and (not settings.questions or len(models) < 2):
+        raise UserError(
+            "judge: it compares answers to questions with the first model's; name questions, and "
+            "two models or more"
+        )
+    eval_models = [find_eval_model(label, path, run.added_tokens) for label, path in models.items()]
+    for folder in [f for model in eval_models for f in (model.folder, model.adapter) if f]:
+        check_made(folder, lambda text: log(console, f"evaluate: {text}", style="yellow"))
     sources = {
         name: resolve_sources(getattr(settings, name), output_dir.parent, run.seed) for name in _OWN
     }
-    data = {name: data_identity(specs) for name, specs in sources.items()}
+    data = {name: data_identity(named) for name, named in sources.items()}
     device = device_of(run)
     inputs = {
-        "models": {c.label: c.identity for c in contestants},
+        "models": {model.label: model.identity for model in eval_models},
         **data,
-        "tasks": [_identity(task) for task in plan.tasks],
+        "tasks": [_identity(task) for task in tasks.tasks],
         "settings": settings.model_dump(mode="json", exclude={*_OWN, "task_data", "judge"}),
-        "chat_template": chat_template,
-        "added_tokens": list(added_tokens),
+        "chat_template": run.chat_template,
+        "added_tokens": list(run.added_tokens),
         "dtype": device.dtype_name,
         "device": device.kind,
         "attention": run.attention,
+        **({} if judge is None else {"judge": judge.name}),
     }
-    if judge is not None:
-        _check_judged(models, settings)
-        inputs["judge"] = judge.name
     with folder_lock(output_dir, lambda text: log(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
         if not (job.replace and _holds_another(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
         ):
-            found: dict[str, Any] = read_json(path)
-            return found
+            finished: dict[str, Any] = read_json(path)
+            return finished
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
-        for line in not_read([spec for specs in sources.values() for spec in specs]):
+        for line in not_read([source for named in sources.values() for source in named]):
             log(console, line)
-        for title, why in plan.left_out:
+        for title, why in tasks.left_out:
             log(console, f"{title} is not measured: {why}")
         questions = sources["questions"]
         material = Material(
@@ -108,8 +116,8 @@ def evaluate_models(
             settings.max_new_tokens,
             settings.limit,
         )
-        desk = _Desk(output_dir, material, data, chat_template, device, run, console)
-        evaluation = desk.evaluate(models, contestants, plan, settings, judge)
+        evaluator = Evaluator(output_dir, settings, material, data, device, run, console)
+        evaluation = evaluator.evaluate(models, eval_models, tasks, judge)
         atomic_write_json(path, evaluation)
         # What has no verdict is asked again, so that there is more to do.
         if not any(one["unread"] for one in evaluation.get("judge", {}).get("models", {}).values()):
@@ -117,7 +125,7 @@ def evaluate_models(
     return evaluation
 
 
-def _identity(task: TaskPlan) -> dict[str, Any]:
+def _identity(task: Task) -> dict[str, Any]:
     data = "hub" if task.data is None else task.data.identity
     return {"task": task.name, "shots": task.shots, "data": data}
 
@@ -130,62 +138,68 @@ def _holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
     return hash_json(manifest["inputs"]) != hash_json(dict(inputs))
 
 
-class _Desk:
-    """Where models are examined, one after the other."""
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures models one after the other."""
 
-    def __init__(
-        self,
-        folder: Path,
-        material: Material,
-        data: Mapping[str, Any],
-        chat_template: str | None,
-        device: Device,
-        runtime: RunSettings,
-        console: Console,
-    ) -> None:
-        self.folder = folder
-        self.material = material
-        self.data = data
-        self.chat_template = chat_template
-        self.device = device
-        self.runtime = runtime
-        self.console = console
-        self.kept = Kept(folder / _SCORES, lambda text: log(console, f"evaluate: {text}"))
+    folder: Path  # the stage's
+    settings: EvaluationSettings  # of the stage
+    material: Material  # what models are asked and scored on
+    data: Mapping[str, Any]  # hashes of the user's own data
+    # where models go, and where progress is shown
+    device: Device
+    run: RunSettings
+    console: Console
+
+    @property
+    def store(self) -> MeasurementStore:
+        """Finished measurements."""
+        return MeasurementStore(
+            self.folder / _SCORES, lambda text: log(self.console, f"evaluate: {text}")
+        )
 
     def evaluate(
         self,
-        models: Mapping[str, str],
-        contestants: Sequence[Contestant],
-        plan: Plan,
-        settings: EvaluationSettings,
+        paths: Mapping[str, str],
+        models: Sequence[EvalModel],
+        tasks: TaskSelection,
         judge: Judge | None,
     ) -> dict[str, Any]:
         """All that is measured, as evaluation.json says it."""
-        own = {c.label: self.examine(c) for c in contestants}
+        settings, definitions = self.settings, self.folder / _TASKS
+        own = {model.label: self.own_scores(model) for model in models}
         how = TaskSettings(
-            settings.limit, settings.chat, str(settings.batch_size), self.chat_template
+            settings.limit, settings.chat, str(settings.batch_size), self.run.chat_template
         )
-        tasks = self.measure(contestants, plan, how)
+        describe_tasks(tasks, definitions)
+        task_scores = {
+            model.label: measure_tasks(
+                model, tasks, how,
+                store=self.store, definitions=definitions, device=self.device,
+                console=self.console,
+            )
+            for model in models
+        }  # fmt: skip
         verdicts = self.judge(judge, own) if judge is not None else {}
-        evaluation = _evaluation(models, self.material, own, tasks, verdicts, settings)
+        evaluation = self._summary(paths, own, task_scores, verdicts)
         if judge is not None:
             evaluation["judge"] = {
                 "name": judge.name,
-                "against": next(iter(models)),
+                "against": next(iter(paths)),
                 "models": {label: one.as_json() for label, one in verdicts.items()},
             }
-        evaluation["tasks"] = task_facts(plan, tasks, how)
-        evaluation["left_out"] = [list(one) for one in plan.left_out]
+        evaluation["tasks"] = task_facts(tasks, task_scores, how)
+        evaluation["left_out"] = [list(one) for one in tasks.left_out]
         return evaluation
 
-    def examine(self, contestant: Contestant) -> Examined:
-        """A model's own measures."""
+    def own_scores(self, model: EvalModel) -> ModelScores:
+        """A model's own measures, kept ones where they are."""
         if not self.material:
-            return Examined({}, [])
-        tokenizer, template = contestant.tokenizer(self.chat_template)
-        completions = contestant.label == "base"
+            return ModelScores({}, [])
+        tokenizer, template = model.tokenizer(self.run.chat_template)
+        completions = model.label == "base"
         key = {
-            "model": contestant.identity,
+            "model": model.identity,
             "tokenizer": tokenizer_identity(tokenizer, template),
             **self.data,
             "completions": completions,
@@ -193,41 +207,20 @@ class _Desk:
             "limit": self.material.limit,
             "dtype": self.device.dtype_name,
             "device": self.device.kind,
-            "attention": self.runtime.attention,
+            "attention": self.run.attention,
         }
-        if (before := self.kept.find("own", key)) is not None:
-            return examined_of(before)
-        examiner = Examiner(
-            contestant, tokenizer, template, self.device, self.runtime, self.console
-        )
-        found = examiner.examine(self.material, completions=completions)
-        self.kept.keep("own", key, found.as_json())
-        return found
+        if (before := self.store.find("own", key)) is not None:
+            return model_scores_of(before)
+        measures = OwnMeasures(model, tokenizer, template, self.device, self.run, self.console)
+        scores = measures.take(self.material, completions=completions)
+        self.store.keep("own", key, scores.as_json())
+        return scores
 
-    def measure(
-        self, contestants: Sequence[Contestant], plan: Plan, settings: TaskSettings
-    ) -> dict[str, dict[str, TaskScores]]:
-        """The tasks' scores of all models."""
-        definitions = self.folder / _TASKS
-        describe_tasks(plan, definitions)
-        return {
-            contestant.label: measure_tasks(
-                contestant,
-                plan,
-                settings,
-                kept=self.kept,
-                definitions=definitions,
-                device=self.device,
-                console=self.console,
-            )
-            for contestant in contestants
-        }
-
-    def judge(self, judge: Judge, own: Mapping[str, Examined]) -> dict[str, Verdicts]:
-        """What a judge finds of all models but the first, against whom they are compared."""
+    def judge(self, judge: Judge, own: Mapping[str, ModelScores]) -> dict[str, Verdicts]:
+        """A judge's verdicts on all models but the first, against which they are compared."""
         questions = self.material.questions
         first, *others = own
-        found = {}
+        verdicts = {}
         for label in others:
             duels = [
                 Duel(str(i), question.turns[-1].content, answer, against)
@@ -236,69 +229,60 @@ class _Desk:
                 )
             ]
             with phase(self.console, f"{label}: {judge.name} judges", 2 * len(duels)) as advance:
-                found[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
-            if unread := found[label].unread:
+                verdicts[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
+            if unread := verdicts[label].unread:
                 log(
                     self.console,
                     f"{label}: {unread} of {len(duels)} questions have no verdict of {judge.name}; "
                     "they are left out, and asked again when the evaluation is repeated",
                 )
-        return found
+        return verdicts
 
-
-def _evaluation(
-    models: Mapping[str, str],
-    material: Material,
-    own: Mapping[str, Examined],
-    tasks: Mapping[str, Mapping[str, TaskScores]],
-    verdicts: Mapping[str, Verdicts],
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    scores: dict[str, dict[str, Score]] = {
-        label: {
-            **one.scores,
-            **{f"task:{name}": t.metrics[t.metric] for name, t in tasks[label].items()},
-            **({"win_rate": verdicts[label].score} if label in verdicts else {}),
+    def _summary(
+        self,
+        paths: Mapping[str, str],
+        own: Mapping[str, ModelScores],
+        tasks: Mapping[str, Mapping[str, TaskScores]],
+        verdicts: Mapping[str, Verdicts],
+    ) -> dict[str, Any]:
+        scores: dict[str, dict[str, Score]] = {
+            label: {
+                **one.scores,
+                **{f"task:{name}": t.metrics[t.metric] for name, t in tasks[label].items()},
+                **({"win_rate": verdicts[label].score} if label in verdicts else {}),
+            }
+            for label, one in own.items()
         }
-        for label, one in own.items()
-    }
-    figures = compared(scores)
-    counts = {
-        "questions": len(material.questions),
-        "pairs": items_of([one.scores for one in own.values()], "preference_accuracy"),
-    }
-    if material.heldout:
-        counts["conversations"] = items_of([one.scores for one in own.values()], "heldout_loss")
-    evaluation: dict[str, Any] = {
-        "models": {label: {"path": models[label], **figures[label]} for label in own},
-        "counts": counts,
-        "samples": _samples(material.questions, own, settings.samples),
-    }
-    found = evaluation_findings(evaluation)
-    evaluation["warnings"] = [in_words(one) for one in found if one.level == "warning"]
-    return evaluation
+        figures = compared(scores)
+        questions, measured = self.material.questions, [one.scores for one in own.values()]
+        counts = {
+            "questions": len(questions),
+            "pairs": items_of(measured, "preference_accuracy"),
+        }
+        if self.material.heldout:
+            counts["conversations"] = items_of(measured, "heldout_loss")
+        evaluation: dict[str, Any] = {
+            "models": {label: {"path": paths[label], **figures[label]} for label in own},
+            "counts": counts,
+            "samples": _samples(questions, own, self.settings.samples),
+        }
+        seen = evaluation_warnings(evaluation)
+        evaluation["warnings"] = [one.line for one in seen if one.level == "warning"]
+        return evaluation
 
 
 def _samples(
-    questions: Sequence[Question], asked: Mapping[str, Examined], count: int
+    questions: Sequence[Question], own: Mapping[str, ModelScores], count: int
 ) -> list[dict[str, Any]]:
     stride = max(1, len(questions) // max(1, count))
     return [
         {
             "prompt": questions[i].turns[-1].content,
             "expected": questions[i].answer,
-            "answers": {label: one.answers[i] for label, one in asked.items()},
+            "answers": {label: one.answers[i] for label, one in own.items()},
         }
         for i in range(0, len(questions), stride)[:count]
     ]
-
-
-def _check_judged(models: Mapping[str, str], settings: EvaluationSettings) -> None:
-    if not settings.questions or len(models) < 2:
-        raise UserError(
-            "judge: it compares answers to questions with the first model's; name questions, and "
-            "two models or more"
-        )
 
 
 def check_something(settings: EvaluationSettings) -> None:

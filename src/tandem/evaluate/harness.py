@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import Score, score_of
-from tandem.evaluate.suites import TaskPlan
+from tandem.evaluate.suites import Task
 
 # Told how many requests there are, and then how many more are done.
 Advance = Callable[[int, int | None], None]
@@ -29,48 +29,31 @@ _PREFERRED = ("acc_norm,none", "acc,none")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model to measure, as the harness is to load it.
+class HarnessModel:
+    """The model to measure, as the harness is to load it."""
 
-    Attributes:
-        pretrained: a model folder, or a loaded model where the harness cannot load it as it was
-            trained (an adapter on a quantised base).
-        adapter: an adapter's folder on top of the model folder, or None.
-        tokenizer: loaded, with its chat template.
-        dtype: of the weights, by name.
-        device: by torch's name.
-        batch_size: as the harness takes it: a number, or `auto`.
-        look: shown the token ids of each text; it raises UserError for those that cannot be fed.
-    """
-
+    # a model folder, or a loaded model where the harness cannot load it as it was trained (an
+    # adapter on a quantised base)
     pretrained: Any
-    adapter: Path | None
-    tokenizer: Any
-    dtype: str
-    device: str
-    batch_size: str
+    adapter: Path | None  # an adapter's folder on top of the model folder, or None
+    tokenizer: Any  # loaded, with its chat template
+    dtype: str  # of the weights, by name
+    device: str  # by torch's name
+    batch_size: str  # as the harness takes it: a number, or `auto`
+    # shown the token ids of each text; it raises UserError for those that cannot be fed
     look: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a task gave.
+    """What a task gave."""
 
-    Attributes:
-        metrics: by `metric,filter`.
-        metric: the one that tables show.
-        shots: few-shot examples.
-        cut: requests that were longer than the model's context; their beginning was cut off.
-        version: of the task's definition.
-        seconds: how long it took.
-    """
-
-    metrics: dict[str, Score]
-    metric: str
-    shots: int
-    cut: int
-    version: str
-    seconds: float
+    metrics: dict[str, Score]  # by `metric,filter`
+    metric: str  # the one that tables show
+    shots: int  # few-shot examples
+    cut: int  # requests that were longer than the model's context; their beginning was cut off
+    version: str  # of the task's definition
+    seconds: float  # how long it took
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file; see `task_scores_of`."""
@@ -121,15 +104,9 @@ def _unknown(name: str, there: Sequence[str]) -> UserError:
 class Harness:
     """A model that the harness has loaded, as a context manager."""
 
-    def __init__(self, subject: Subject, tasks: Path, *, hub: bool) -> None:
-        """Get ready; the model is loaded by the first task.
-
-        Args:
-            subject: the model.
-            tasks: folder of our own task definitions.
-            hub: whether the harness's own tasks are wanted, whose data the Hub has.
-        """
-        self.subject = subject
+    def __init__(self, model: HarnessModel, tasks: Path, *, hub: bool) -> None:
+        """The model is loaded by the first task; `hub`: whether tasks with data on the Hub come."""
+        self.model = model
         self.hub = hub
         self._tasks = tasks
         self._model: Any = None
@@ -143,32 +120,25 @@ class Harness:
         """Let go of the model."""
         self._model = None
 
-    def measure(
-        self, plan: TaskPlan, *, limit: int | None, chat: bool, advance: Advance
-    ) -> TaskScores:
-        """Measure a task.
+    def measure(self, task: Task, *, limit: int | None, chat: bool, advance: Advance) -> TaskScores:
+        """Measure a task; `limit`: its first items only, `chat`: prompts through the chat template.
 
-        Args:
-            plan: the task.
-            limit: only its first items; None: all.
-            chat: whether prompts go through the chat template, few-shot examples as turns.
-            advance: told about requests.
-
-        Raises UserError for a task that does not exist, or whose data cannot be had.
+        Few-shot examples are turns then. Raises UserError for a task that does not exist, or whose
+        data cannot be had.
         """
         started = time.monotonic()
-        with _quietly(advance, offline=plan.data is not None) as cut:
-            self._load(plan)
-            name = plan.harness_name
+        with _quietly(advance, offline=task.data is not None) as cut:
+            self._load(task)
+            name = task.harness_name
             from lm_eval import simple_evaluate
 
             try:
-                found = simple_evaluate(
+                results = simple_evaluate(
                     model=self._model,
                     tasks=[name],
-                    num_fewshot=None if plan.data is not None else plan.shots,
-                    batch_size=self.subject.batch_size,
-                    device=self.subject.device,
+                    num_fewshot=None if task.data is not None else task.shots,
+                    batch_size=self.model.batch_size,
+                    device=self.model.device,
                     limit=limit,
                     apply_chat_template=chat,
                     fewshot_as_multiturn=chat,
@@ -177,27 +147,27 @@ class Harness:
             except UserError:
                 raise
             except (OSError, ImportError, LookupError, ValueError, AssertionError) as error:
-                raise UserError(_why(plan, error)) from error
-        return _scores(plan, name, found, len(cut), time.monotonic() - started)
+                raise UserError(_why(task, error)) from error
+        return _scores(task, name, results, len(cut), time.monotonic() - started)
 
-    def _load(self, plan: TaskPlan) -> None:
+    def _load(self, task: Task) -> None:
         from lm_eval.models.huggingface import HFLM
 
         if self._index is None:
             self._index = _own_manager() if self.hub else _manager(self._tasks)
-        if plan.harness_name not in self._index.all_tasks:
-            raise _unknown(plan.name, self._index.all_tasks)
+        if task.harness_name not in self._index.all_tasks:
+            raise _unknown(task.name, self._index.all_tasks)
         if self._model is None:
             self._model = HFLM(
-                pretrained=self.subject.pretrained,
-                tokenizer=self.subject.tokenizer,
-                dtype=self.subject.dtype,
-                device=self.subject.device,
-                batch_size=self.subject.batch_size,
-                **({} if self.subject.adapter is None else {"peft": str(self.subject.adapter)}),
+                pretrained=self.model.pretrained,
+                tokenizer=self.model.tokenizer,
+                dtype=self.model.dtype,
+                device=self.model.device,
+                batch_size=self.model.batch_size,
+                **({} if self.model.adapter is None else {"peft": str(self.model.adapter)}),
             )
-            if self.subject.look is not None:
-                _look_at_tokens(self._model, self.subject.look)
+            if self.model.look is not None:
+                _look_at_tokens(self._model, self.model.look)
 
 
 def _look_at_tokens(model: Any, look: Callable[[Sequence[int]], None]) -> None:
@@ -217,26 +187,26 @@ def _look_at_tokens(model: Any, look: Callable[[Sequence[int]], None]) -> None:
     model.tok_encode, model.tok_batch_encode = encode, encode_batch
 
 
-def _why(plan: TaskPlan, error: Exception) -> str:
+def _why(task: Task, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     hint = (
         "Its data comes from the Hub: check the network, or name local data."
-        if plan.data is None
+        if task.data is None
         else "Check the task's files, and that there are more items than few-shot examples."
     )
-    return f"tasks: {plan.name} cannot be measured: {lines[0]}. {hint}"
+    return f"tasks: {task.name} cannot be measured: {lines[0]}. {hint}"
 
 
-def _scores(plan: TaskPlan, name: str, found: Any, cut: int, seconds: float) -> TaskScores:
+def _scores(task: Task, name: str, results: Any, cut: int, seconds: float) -> TaskScores:
     """The harness's figures, with the items of each metric that has one value an item."""
     # A group's figures are under its own name, its items under its members'.
-    figures = found["results"].get(name) or found.get("groups", {}).get(name)
+    figures = results["results"].get(name) or results.get("groups", {}).get(name)
     if figures is None:
         raise UserError(
-            f"tasks: {plan.name} is a set of tasks without a score of its own; name its tasks"
+            f"tasks: {task.name} is a set of tasks without a score of its own; name its tasks"
         )
     samples = [
-        (member, sample) for member, rows in sorted(found["samples"].items()) for sample in rows
+        (member, sample) for member, rows in sorted(results["samples"].items()) for sample in rows
     ]
     metrics = {}
     for key, value in figures.items():
@@ -252,10 +222,10 @@ def _scores(plan: TaskPlan, name: str, found: Any, cut: int, seconds: float) -> 
         stated = (float(value), float(error) if isinstance(error, int | float) else None)
         metrics[key] = Score(tuple(items), tuple(items.values()), (), stated)
     if not metrics:
-        raise UserError(f"tasks: {plan.name} gave no figure")
-    metric = plan.metric or next((m for m in _PREFERRED if m in metrics), next(iter(metrics)))
-    shots = {int(n) for n in found.get("n-shot", {}).values()}
-    version = found.get("versions", {}).get(name)
+        raise UserError(f"tasks: {task.name} gave no figure")
+    metric = task.metric or next((m for m in _PREFERRED if m in metrics), next(iter(metrics)))
+    shots = {int(n) for n in results.get("n-shot", {}).values()}
+    version = results.get("versions", {}).get(name)
     return TaskScores(metrics, metric, max(shots, default=0), cut, str(version), seconds)
 
 
@@ -293,9 +263,9 @@ def _logged(cut: list[str]) -> Iterator[None]:
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said = record.getMessage()
-            if "maximum length" in said or "truncation applied" in said:
-                cut.append(said)
+            text = record.getMessage()
+            if "maximum length" in text or "truncation applied" in text:
+                cut.append(text)
 
     log = logging.getLogger("lm_eval")
     before = log.handlers[:], log.propagate, log.level

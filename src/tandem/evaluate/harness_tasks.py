@@ -13,11 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.tokenize.vocabulary import require_rows, tokens_without_row
-from tandem.evaluate.eval_model import Contestant, tokenizer_identity
-from tandem.evaluate.harness import Harness, Subject, TaskScores, check_names, task_scores_of
-from tandem.evaluate.local_tasks import write_tasks
-from tandem.evaluate.measurement_store import Kept
-from tandem.evaluate.suites import Plan, TaskPlan, plan_tasks
+from tandem.evaluate.eval_model import EvalModel, tokenizer_identity
+from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, check_names, task_scores_of
+from tandem.evaluate.scores import MeasurementStore
+from tandem.evaluate.suites import Task, TaskSelection, select_tasks, write_tasks
 from tandem.evaluate.task_forms import FORMS
 from tandem.model.added_tokens import described_rows, rows_of
 from tandem.model.lora.adapter import added_ids_of_folder
@@ -41,52 +40,45 @@ class TaskSettings:
     chat_template: str | None
 
 
-def tasks_of(settings: EvaluationSettings) -> Plan:
+def selected_tasks(settings: EvaluationSettings) -> TaskSelection:
     """The harness's tasks that the settings ask for; raises UserError for data not there."""
     folder = None if settings.task_data is None else Path(settings.task_data).expanduser()
-    return plan_tasks(settings.tasks, settings.suite, folder, settings.num_fewshot)
+    return select_tasks(settings.tasks, settings.suite, folder, settings.num_fewshot)
 
 
-def check_harness(plan: Plan) -> None:
+def check_harness(selection: TaskSelection) -> None:
     """Raise UserError if there are tasks and no harness, or one that it does not have."""
-    if plan.tasks:
+    if selection.tasks:
         require("lm-eval", "eval", "tasks: lm-evaluation-harness")
-        check_names([t.harness_name for t in plan.tasks if t.data is None and not t.of_suite])
+        check_names([t.harness_name for t in selection.tasks if t.data is None and not t.of_suite])
 
 
-def describe_tasks(plan: Plan, folder: Path) -> None:
+def describe_tasks(selection: TaskSelection, folder: Path) -> None:
     """Write the definitions of local tasks, which the harness's own command reads as well."""
-    for task in plan.tasks:
+    for task in selection.tasks:
         if task.data is not None:
             write_tasks(task.data, task.harness_name, task.shots, folder)
 
 
 def measure_tasks(
-    contestant: Contestant,
-    plan: Plan,
+    model: EvalModel,
+    selection: TaskSelection,
     settings: TaskSettings,
     *,
-    kept: Kept,
+    store: MeasurementStore,
     definitions: Path,
     device: Device,
     console: Console,
 ) -> dict[str, TaskScores]:
-    """Each task's scores by name; those that are kept are not measured again.
+    """Each task's scores by name; those that are in the store are not measured again.
 
-    Args:
-        contestant: the model.
-        plan: the tasks.
-        settings: how they are measured.
-        kept: finished measurements.
-        definitions: folder of local tasks' definitions; see `describe_tasks`.
-        device: where the model goes, and its dtype.
-        console: for progress.
+    `definitions` is the folder of local tasks' definitions, see `describe_tasks`.
     """
-    if not plan.tasks:
+    if not selection.tasks:
         return {}
-    tokenizer, template = contestant.tokenizer(settings.chat_template)
+    tokenizer, template = model.tokenizer(settings.chat_template)
     same = {
-        "model": contestant.identity,
+        "model": model.identity,
         "tokenizer": tokenizer_identity(tokenizer, template if settings.chat else None),
         "limit": settings.limit,
         "chat": settings.chat,
@@ -95,25 +87,24 @@ def measure_tasks(
         "device": device.kind,
         "versions": {name: metadata.version(name) for name in ("lm-eval", "torch", "transformers")},
     }
-    found: dict[str, TaskScores] = {}
+    scores: dict[str, TaskScores] = {}
     with ExitStack() as stack:
         harness: Harness | None = None
-        for task in plan.tasks:
+        for task in selection.tasks:
             key = {**same, **_task_key(task)}
-            if (before := kept.find(task.name, key)) is not None:
-                found[task.name] = task_scores_of(before)
-                log(console, f"{contestant.label}: {task.title} was measured before")
+            if (before := store.find(task.name, key)) is not None:
+                scores[task.name] = task_scores_of(before)
+                log(console, f"{model.label}: {task.title} was measured before")
                 continue
             if harness is None:
-                subject = _subject(contestant, tokenizer, settings, device)
-                harness = stack.enter_context(Harness(subject, definitions, hub=plan.needs_hub))
-            scores = _measure(harness, task, settings, console, contestant.label)
-            kept.keep(task.name, key, scores.as_json())
-            found[task.name] = scores
-    return found
+                loaded = harness_model(model, tokenizer, settings, device)
+                harness = stack.enter_context(Harness(loaded, definitions, hub=selection.needs_hub))
+            scores[task.name] = _measure(harness, task, settings, console, model.label)
+            store.keep(task.name, key, scores[task.name].as_json())
+    return scores
 
 
-def _task_key(task: TaskPlan) -> dict[str, Any]:
+def _task_key(task: Task) -> dict[str, Any]:
     local = task.data
     return {
         "task": task.name,
@@ -124,20 +115,21 @@ def _task_key(task: TaskPlan) -> dict[str, Any]:
     }
 
 
-def _subject(
-    contestant: Contestant, tokenizer: Any, settings: TaskSettings, device: Device
-) -> Subject:
-    if contestant.quantized or contestant.grows or device.kind not in _HARNESS_DEVICES:
-        pretrained = contestant.with_adapter(contestant.load_base(device))
+def harness_model(
+    model: EvalModel, tokenizer: Any, settings: TaskSettings, device: Device
+) -> HarnessModel:
+    """A model as the harness is to load it, or loaded where the harness cannot."""
+    if model.quantized or model.grows or device.kind not in _HARNESS_DEVICES:
+        pretrained = model.with_adapter(model.load_base(device))
         adapter = None
     else:
-        pretrained, adapter = str(contestant.folder), contestant.adapter
+        pretrained, adapter = str(model.folder), model.adapter
     ids = [] if adapter is None else added_ids_of_folder(adapter)
-    rows = max([described_rows(contestant.config), *(index + 1 for index in ids)])
+    rows = max([described_rows(model.config), *(index + 1 for index in ids)])
     if not isinstance(pretrained, str):
         rows = rows_of(pretrained)
     look = partial(require_rows, rows=rows, decode=tokenizer.decode)
-    return Subject(
+    return HarnessModel(
         pretrained,
         adapter,
         tokenizer,
@@ -149,7 +141,7 @@ def _subject(
 
 
 def _measure(
-    harness: Harness, task: TaskPlan, settings: TaskSettings, console: Console, label: str
+    harness: Harness, task: Task, settings: TaskSettings, console: Console, label: str
 ) -> TaskScores:
     with ExitStack() as stack:
         bars: list[Any] = []
@@ -172,17 +164,13 @@ def _measure(
 
 
 def task_facts(
-    plan: Plan, measured: Mapping[str, Mapping[str, TaskScores]], settings: TaskSettings
+    selection: TaskSelection,
+    measured: Mapping[str, Mapping[str, TaskScores]],
+    settings: TaskSettings,
 ) -> list[dict[str, Any]]:
-    """What evaluation.json says of the tasks themselves, those left out among them.
-
-    Args:
-        plan: the tasks.
-        measured: by model, then by task.
-        settings: how they were measured.
-    """
-    facts: list[dict[str, Any]] = []
-    for task in plan.tasks:
+    """What evaluation.json says of the tasks themselves; `measured` by model, then by task."""
+    facts = []
+    for task in selection.tasks:
         first = next(iter(measured.values()))[task.name]
         facts.append(
             {

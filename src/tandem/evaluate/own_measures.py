@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from tandem.data.tokenize.template_omissions import check_asked, way_out
 from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
-from tandem.evaluate.eval_model import Contestant
-from tandem.evaluate.scores import Score, per_item, score_of
+from tandem.evaluate.eval_model import EvalModel
+from tandem.evaluate.scores import ModelScores, Score, per_item
 from tandem.model.added_tokens import rows_of
 from tandem.model.attention.select import choose_backend
 from tandem.model.companion_files import all_stop_ids
@@ -48,106 +48,96 @@ _NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Material:
-    """What models are asked and scored on.
+    """What models are asked and scored on."""
 
-    Attributes:
-        questions: with known answers.
-        pairs: held-out preference pairs.
-        heldout: held-out conversations.
-        max_new_tokens: of an answer.
-        limit: only the first so many of each; None: all.
-    """
-
-    questions: Sequence[Question]
-    pairs: Sequence[DataSource]
-    heldout: Sequence[DataSource]
-    max_new_tokens: int
-    limit: int | None
+    questions: Sequence[Question]  # with known answers
+    pairs: Sequence[DataSource]  # held-out preference pairs
+    heldout: Sequence[DataSource]  # held-out conversations
+    max_new_tokens: int  # of an answer
+    limit: int | None  # only the first so many of each; None: all
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
         return bool(self.questions or self.pairs or self.heldout)
 
 
-@dataclass(frozen=True)
-class Examined:
-    """One model's scores by measure, and its answers to the questions."""
-
-    scores: Mapping[str, Score]
-    answers: Sequence[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for a file; see `examined_of`."""
-        scores = {key: score.as_json() for key, score in self.scores.items()}
-        return {"scores": scores, "answers": list(self.answers)}
-
-
-def examined_of(plain: Mapping[str, Any]) -> Examined:
-    """What `Examined.as_json` gave."""
-    scores = {key: score_of(score) for key, score in plain["scores"].items()}
-    return Examined(scores, plain["answers"])
-
-
-class Examiner:
+class OwnMeasures:
     """One model, loaded."""
 
     def __init__(
         self,
-        contestant: Contestant,
+        model: EvalModel,
         tokenizer: Any,
         template: ChatTemplate,
         device: Device,
         runtime: RunSettings,
         console: Console,
     ) -> None:
-        self.label = contestant.label
-        self._folder = contestant.folder
+        self.label = model.label
+        self._folder = model.folder
         self.console = console
         self.tokenizer = tokenizer
         self.template = template
         self.device = device
-        config = contestant.config
-        self._base = contestant.load_base(device)
+        config = model.config
+        self._base = model.load_base(device)
         own = device.attention(runtime.attention, self._base)
         self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":
             log(console, f"{self.label}: attention padded ({why})")
         prepare_model(self._base, FOR_ANSWERS, Preparation())
-        self.model = contestant.with_adapter(self._base)
-        if contestant.adapter is not None and not scores_head(self.model):
+        self.model = model.with_adapter(self._base)
+        if model.adapter is not None and not scores_head(self.model):
             raise UserError(
-                f"{contestant.adapter} changes the output head, which evaluation scores without an "
+                f"{model.adapter} changes the output head, which evaluation scores without an "
                 "adapter. Merge it with tandem merge, and evaluate the merged model."
             )
         self.budget = token_budget(runtime.tokens_per_microbatch, device, config)
         self.context = context_length(config)
         self._rows = rows_of(self.model)
 
-    def examine(self, material: Material, *, completions: bool) -> Examined:
+    def take(self, material: Material, *, completions: bool) -> ModelScores:
         """Generation first, with transformers' own attention, then log-probs over trees.
 
-        Args:
-            material: what to ask.
-            completions: whether questions are put as the beginning of a text as well, which a
-                base model goes on with.
+        `completions`: whether questions are put as the beginning of a text as well, which a base
+        model goes on with.
         """
         scores: dict[str, Score] = {}
-        answers: list[str] = []
-        check_asked(self.tokenizer, self.template, material.questions, self.label)
-        if material.questions:
-            answers = self._answer(material, scores)
-            if completions:
-                self._complete(material, scores)
+        texts: list[str] = []
+        questions = material.questions
+        check_asked(self.tokenizer, self.template, questions, self.label)
+        if questions:
+            prompts = [prompt_ids(self.tokenizer, self.template, q.turns) for q in questions]
+            answers = self._generate(prompts, questions, material.max_new_tokens, "answers")
+            texts = self._decode(answers)
+            scores |= _answer_scores(questions, answers, texts)
+        if completions and (asked := [q for q in questions if q.completion]):
+            prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
+            answers = self._generate(prompts, asked, material.max_new_tokens, "completions")
+            scores["completion_accuracy"] = per_item(
+                [
+                    float(contains_accepted(first_sentence(text), question.accepted))
+                    for text, question in zip(self._decode(answers), asked, strict=True)
+                ]
+            )
         prepare_model(self._base, FOR_SCORING, Preparation(attention=self.backend))
-        if material.questions:
-            scores["loss"] = self._loss(self._conversations(material.questions))
+        if questions:
+            scores["loss"] = self._loss(self._conversations(questions))
         if material.heldout:
-            scores["heldout_loss"] = self._loss(self._heldout(material))
+            scores["heldout_loss"] = self._loss(self._heldout(material, "conversations", "scored"))
         if material.pairs:
-            self._prefer(material, scores)
-        return Examined(scores, answers)
+            scores |= self._preferences(self._heldout(material, "preference pairs", "compared"))
+        return ModelScores(scores, texts)
 
-    def _generate(self, prompts: list[list[int]], most: int, what: str) -> list[GeneratedAnswer]:
+    def _generate(
+        self, prompts: list[list[int]], questions: Sequence[Question], most: int, what: str
+    ) -> list[GeneratedAnswer]:
+        for ids, question in zip(prompts, questions, strict=True):
+            try:
+                require_rows(ids, self._rows, self.tokenizer.decode)
+            except NoRow as error:
+                raise UserError(f"{question.origin}: {error}") from None
+            self._check_room(question, len(ids), most)
         with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
             return generate_answers(
                 self.model,
@@ -163,51 +153,11 @@ class Examiner:
         )
         return [text.strip() for text in texts]
 
-    def _answer(self, material: Material, scores: dict[str, Score]) -> list[str]:
-        questions = material.questions
-        prompts = [prompt_ids(self.tokenizer, self.template, q.turns) for q in questions]
-        for ids, question in zip(prompts, questions, strict=True):
-            self._check_rows(question, ids)
-            self._check_room(question, len(ids), material.max_new_tokens)
-        answers = self._generate(prompts, material.max_new_tokens, "answers")
-        texts = self._decode(answers)
-        has_it = [
-            contains_accepted(text, question.accepted)
-            for text, question in zip(texts, questions, strict=True)
-        ]
-        ends = [answer.stopped for answer in answers]
-        # What goes on after the right text may take it back, so that only an end makes it right.
-        right = [has and end for has, end in zip(has_it, ends, strict=True)]
-        cut = [has and not end for has, end in zip(has_it, ends, strict=True)]
-        scores["answer_accuracy"] = per_item([float(r) for r in right])
-        scores["right_cut"] = per_item([float(c) for c in cut])
-        scores["stop_rate"] = per_item([float(answer.stopped) for answer in answers])
-        scores["mean_answer_tokens"] = per_item([float(len(a.ids)) for a in answers])
-        return texts
-
-    def _complete(self, material: Material, scores: dict[str, Score]) -> None:
-        asked = [q for q in material.questions if q.completion]
-        if not asked:
-            return
-        prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
-        for ids, question in zip(prompts, asked, strict=True):
-            self._check_rows(question, ids)
-            self._check_room(question, len(ids), material.max_new_tokens)
-        texts = self._decode(self._generate(prompts, material.max_new_tokens, "completions"))
-        scores["completion_accuracy"] = per_item(
-            [
-                float(contains_accepted(first_sentence(text), question.accepted))
-                for text, question in zip(texts, asked, strict=True)
-            ]
-        )
-
     def _conversations(self, questions: Sequence[Question]) -> list[Example]:
         exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
-        trees = []
-        encoded = encode_exchanges(
-            ChatTokenizer.of(self.tokenizer, self.template, self._rows), exchanges
-        )
-        for one, question in zip(encoded, questions, strict=True):
+        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
+        examples = []
+        for one, question in zip(encode_exchanges(chat, exchanges), questions, strict=True):
             if not isinstance(one, Encoded):
                 why = f"{one.reason} ({one.detail})" if one.detail else one.reason
                 raise UserError(
@@ -215,14 +165,8 @@ class Examiner:
                     f"{way_out(one.reason)}"
                 )
             self._check_room(question, len(one.ids), 0)
-            trees.append(conversation_example([one], question.origin))
-        return trees
-
-    def _check_rows(self, question: Question, ids: Sequence[int]) -> None:
-        try:
-            require_rows(ids, self._rows, self.tokenizer.decode)
-        except NoRow as error:
-            raise UserError(f"{question.origin}: {error}") from None
+            examples.append(conversation_example([one], question.origin))
+        return examples
 
     def _check_room(self, question: Question, tokens: int, answer: int) -> None:
         if self.context is not None and tokens + answer > self.context:
@@ -233,39 +177,15 @@ class Examiner:
                 + (", or lower evaluate.max_new_tokens." if answer else ".")
             )
 
-    def _heldout(self, material: Material) -> Sequence[Example]:
-        trees, ledger = self._encoded("conversations", material.heldout, material.limit)
-        self._log(ledger, "conversations", "scored")
-        return trees
-
-    def _encoded(
-        self, kind: Kind, sources: Sequence[DataSource], limit: int | None
-    ) -> tuple[EncodedDataset, Ledger]:
-        """Records of a kind within the model's context, and what became of each."""
+    def _heldout(self, material: Material, kind: Kind, done: str) -> EncodedDataset:
+        """The user's own records within the model's context; what cannot be used is logged."""
         ledger = Ledger(None)
+        what = "pairs" if kind == "preference pairs" else kind
+        sources = material.pairs if kind == "preference pairs" else material.heldout
         chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
         options = EncodingOptions(kind, Limits(self.context or _NO_LIMIT, None), "stop")
-        return build_dataset(sources, chat, options, ledger, EncodingWork(limit=limit)), ledger
-
-    def _loss(self, trees: Sequence[Example]) -> Score:
-        logps = self._score(trees)
-        return Score(
-            _items(trees),
-            tuple((-logps.sum(1)).tolist()),
-            tuple(float(trained_tokens(tree)) for tree in trees),
-        )
-
-    def _prefer(self, material: Material, scores: dict[str, Score]) -> None:
-        chosen, ledger = self._encoded("preference pairs", material.pairs, material.limit)
-        self._log(ledger, "pairs", "compared")
-        # Per token: summed log-probs would prefer the shorter answer whatever it says.
-        lengths = torch.tensor([sequence_tokens(tree) for tree in chosen])
-        margins = (self._score(chosen) / lengths).diff(dim=1).neg()[:, 0]
-        items = _items(chosen)
-        scores["preference_accuracy"] = Score(items, tuple((margins > 0).double().tolist()))
-        scores["preference_margin"] = Score(items, tuple(margins.tolist()))
-
-    def _log(self, ledger: Ledger, what: str, done: str) -> None:
+        work = EncodingWork(limit=material.limit)
+        dataset = build_dataset(sources, chat, options, ledger, work)
         counts = ledger.counts
         if counts["truncated"] or counts["dropped"]:
             dropped = Counter(e.reason for e in ledger.entries if e.outcome == "dropped")
@@ -276,23 +196,58 @@ class Examiner:
                 f"model's context of {self.context} and {counts['dropped']} cannot be {done}"
                 + (f" ({why})" if why else ""),
             )
+        return dataset
 
-    def _score(self, trees: Sequence[Example]) -> torch.Tensor:
-        """Log-probs of each tree's sequences [trees, sequences of a tree]."""
-        wide = max(len(tree.branches) for tree in trees)
-        found = torch.zeros(len(trees), wide, dtype=torch.float64)
+    def _loss(self, examples: Sequence[Example]) -> Score:
+        logps = self._score(examples)
+        return Score(
+            _items(examples),
+            tuple((-logps.sum(1)).tolist()),
+            tuple(float(trained_tokens(example)) for example in examples),
+        )
+
+    def _preferences(self, pairs: Sequence[Example]) -> dict[str, Score]:
+        # Per token: summed log-probs would prefer the shorter answer whatever it says.
+        lengths = torch.tensor([sequence_tokens(pair) for pair in pairs])
+        margins = (self._score(pairs) / lengths).diff(dim=1).neg()[:, 0]
+        items = _items(pairs)
+        return {
+            "preference_accuracy": Score(items, tuple((margins > 0).double().tolist())),
+            "preference_margin": Score(items, tuple(margins.tolist())),
+        }
+
+    def _score(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Log-probs of each example's sequences [examples, sequences of an example]."""
+        wide = max(len(example.branches) for example in examples)
+        scores = torch.zeros(len(examples), wide, dtype=torch.float64)
         with torch.no_grad():
-            for members in micro_batches(self.model, trees, self.budget):
-                chosen = [trees[i] for i in members]
-                batch = collate(chosen).to(self.device.torch_device)
+            for members in micro_batches(self.model, examples, self.budget):
+                batch = collate([examples[i] for i in members]).to(self.device.torch_device)
                 logps = sequence_logps(self.model, batch, self.device.sums).cpu().double()
                 row = 0
                 for i in members:
-                    count = len(trees[i].branches)
-                    found[i, :count] = logps[row : row + count]
+                    count = len(examples[i].branches)
+                    scores[i, :count] = logps[row : row + count]
                     row += count
-        return found
+        return scores
 
 
-def _items(trees: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(f"{tree.origin.file}:{tree.origin.row}" for tree in trees)
+def _answer_scores(
+    questions: Sequence[Question], answers: Sequence[GeneratedAnswer], texts: Sequence[str]
+) -> dict[str, Score]:
+    right, cut = [], []
+    for question, answer, text in zip(questions, answers, texts, strict=True):
+        # What goes on after the right text may take it back, so that only an end makes it right.
+        has_it = contains_accepted(text, question.accepted)
+        right.append(float(has_it and answer.stopped))
+        cut.append(float(has_it and not answer.stopped))
+    return {
+        "answer_accuracy": per_item(right),
+        "right_cut": per_item(cut),
+        "stop_rate": per_item([float(answer.stopped) for answer in answers]),
+        "mean_answer_tokens": per_item([float(len(answer.ids)) for answer in answers]),
+    }
+
+
+def _items(examples: Sequence[Example]) -> tuple[str, ...]:
+    return tuple(f"{example.origin.file}:{example.origin.row}" for example in examples)

@@ -1,27 +1,28 @@
-"""A measure item by item, so that means get standard errors and models are compared in pairs."""
+"""Measures item by item: their errors, comparisons in pairs, and what is kept of them on disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tandem.storage.atomic_files import atomic_write_json
+from tandem.storage.hashing import Damaged, hash_json, read_object, sealed
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of one model over some items.
+    """One measure of one model over some items."""
 
-    Attributes:
-        items: what each value belongs to; models are compared on the same items alone.
-        values: of each item; their sum over the sum of the weights is the measure.
-        weights: of each item, its number of tokens for instance; empty: every item counts once.
-        stated: value and standard error as the harness gives them, in place of our own.
-    """
-
+    # what each value belongs to; models are compared on the same items alone
     items: tuple[str, ...]
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # of each item; their sum over the sum of the weights is the measure
+    # of each item, its number of tokens for instance; empty: every item counts once
     weights: tuple[float, ...] = ()
+    # value and standard error as the harness gives them, in place of our own
     stated: tuple[float, float | None] | None = None
 
     @property
@@ -70,6 +71,25 @@ def score_of(plain: Mapping[str, Any]) -> Score:
         tuple(plain["weights"]),
         None if stated is None else (stated[0], stated[1]),
     )
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's scores by measure, and its answers to the questions."""
+
+    scores: Mapping[str, Score]
+    answers: Sequence[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for a file; see `model_scores_of`."""
+        scores = {key: score.as_json() for key, score in self.scores.items()}
+        return {"scores": scores, "answers": list(self.answers)}
+
+
+def model_scores_of(plain: Mapping[str, Any]) -> ModelScores:
+    """What `ModelScores.as_json` gave."""
+    scores = {key: score_of(score) for key, score in plain["scores"].items()}
+    return ModelScores(scores, plain["answers"])
 
 
 def per_item(values: Sequence[float], weights: Sequence[float] = ()) -> Score:
@@ -146,3 +166,48 @@ def items_of(scores: Sequence[Mapping[str, Score]], key: str) -> int:
 
 def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
+
+
+@dataclass(frozen=True)
+class MeasurementStore:
+    """A folder of measurements: what is finished is not measured again after a kill.
+
+    `log` is told of a damaged file, whose measurement is made again.
+    """
+
+    folder: Path
+    log: Callable[[str], None] = lambda _: None
+
+    def find(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was kept under a key, None if nothing was.
+
+        A file that is damaged, or was kept under another key, counts as nothing.
+
+        Raises Damaged for a folder in the file's place.
+        """
+        path = self._path(name, key)
+        if not path.exists():
+            return None
+        try:
+            kept = read_object(path, {"key": dict, "result": dict}, "It is measured again.")
+        except Damaged as error:
+            if path.is_dir():
+                raise Damaged(f"{path} is a folder, and a file belongs there. Remove it.") from None
+            self.log(str(error))
+            return None
+        result: dict[str, Any] = kept["result"]
+        return result if kept["key"] == _plain(key) else None
+
+    def keep(self, name: str, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Write a finished measurement; a reader sees all of it or nothing."""
+        value = {"name": name, "key": _plain(key), "result": dict(result)}
+        atomic_write_json(self._path(name, key), sealed(value))
+
+    def _path(self, name: str, key: Mapping[str, Any]) -> Path:
+        readable = re.sub(r"[^\w.-]+", "-", name)[:80]
+        return self.folder / f"{readable}-{hash_json(_plain(key))[:16]}.json"
+
+
+def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
+    # Tuples are lists in a file.
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in key.items()}

@@ -1,16 +1,28 @@
-"""Which tasks an evaluation has: the leaderboard's suite, others by name, data from where."""
+"""Which tasks an evaluation has: the leaderboard's suite, others by name, data from where.
+
+Local files of task data are found here and described to the harness as tasks of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bz2
+import csv
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tandem.errors import UserError
-from tandem.evaluate.local_tasks import LocalData, find_data
-from tandem.evaluate.task_forms import FORMS
+from tandem.evaluate import task_forms
+from tandem.evaluate.task_forms import FIRST_PLACE, FORMS, Rows, TaskForm
 from tandem.recipe.choices import SUITES
+from tandem.storage.atomic_files import atomic_write_text
+from tandem.storage.hashing import hash_files
 
+_OPENERS: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": gzip.decompress}
 NOT_COMPARABLE = (
     "few-shot examples are drawn from the evaluated file itself, the item that is asked left out: "
     "not comparable with the leaderboard's scores"
@@ -18,7 +30,7 @@ NOT_COMPARABLE = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class TaskInfo:
     """A task of the suite: title, few-shot examples, the harness's metric and filter."""
 
     name: str
@@ -29,37 +41,61 @@ class Measured:
 
 # The Open LLM Leaderboard's first version, as its page described it.
 LEADERBOARD = (
-    Measured("arc_challenge", "ARC-challenge", 25, "acc_norm,none"),
-    Measured("hellaswag", "HellaSwag", 10, "acc_norm,none"),
-    Measured("mmlu", "MMLU", 5, "acc,none"),
-    Measured("truthfulqa_mc2", "TruthfulQA mc2", 0, "acc,none"),
-    Measured("winogrande", "Winogrande", 5, "acc,none"),
-    Measured("gsm8k", "GSM8K", 5, "exact_match,strict-match"),
+    TaskInfo("arc_challenge", "ARC-challenge", 25, "acc_norm,none"),
+    TaskInfo("hellaswag", "HellaSwag", 10, "acc_norm,none"),
+    TaskInfo("mmlu", "MMLU", 5, "acc,none"),
+    TaskInfo("truthfulqa_mc2", "TruthfulQA mc2", 0, "acc,none"),
+    TaskInfo("winogrande", "Winogrande", 5, "acc,none"),
+    TaskInfo("gsm8k", "GSM8K", 5, "exact_match,strict-match"),
 )
 _SUITE = {task.name: task for task in LEADERBOARD}
 # What is no part of the suite, and has a title and a main metric all the same.
-_OTHERS = {"arc_easy": Measured("arc_easy", "ARC-easy", 0, "acc_norm,none")}
+_OTHERS = {"arc_easy": TaskInfo("arc_easy", "ARC-easy", 0, "acc_norm,none")}
 
 
 @dataclass(frozen=True)
-class TaskPlan:
-    """One task to be measured.
+class LocalData:
+    """A task's files: (subject, evaluated file, file of few-shot examples or None).
 
-    Attributes:
-        name: as it was asked for; the name in results.
-        title: for tables.
-        metric: the harness's `metric,filter` that the tables show; empty: the task's first.
-        shots: few-shot examples; None: what the task itself says.
-        data: local data; None: the harness's own definition, with data from the Hub.
-        notes: what a reader of the score must know.
+    Only MMLU has subjects; elsewhere the one entry's is empty.
     """
 
-    name: str
-    title: str
-    metric: str
-    shots: int | None
-    data: LocalData | None
-    notes: tuple[str, ...] = ()
+    form: str
+    parts: tuple[tuple[str, Path, Path | None], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The files' names, for people."""
+        if len(self.parts) > 1:
+            return [f"{len(self.parts)} files in {self.parts[0][1].parent}"]
+        return [path.name for path in self.files]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files."""
+        return [path for _, *paths in self.parts for path in paths if path is not None]
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether few-shot examples have files of their own."""
+        return all(examples is not None for _, _, examples in self.parts)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the files' names and contents."""
+        return hash_files(self.files)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task to be measured."""
+
+    name: str  # as it was asked for; the name in results
+    title: str  # for tables
+    metric: str  # the harness's `metric,filter` that the tables show; empty: the task's first
+    shots: int | None  # few-shot examples; None: what the task itself says
+    data: LocalData | None  # local data; None: the harness's own definition, with data from the Hub
+    notes: tuple[str, ...] = ()  # what a reader of the score must know
 
     @property
     def of_suite(self) -> bool:
@@ -73,10 +109,10 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskSelection:
     """The tasks, and the suite's tasks that cannot be measured, each with the reason."""
 
-    tasks: tuple[TaskPlan, ...]
+    tasks: tuple[Task, ...]
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -85,9 +121,9 @@ class Plan:
         return any(task.data is None for task in self.tasks)
 
 
-def plan_tasks(
+def select_tasks(
     names: Sequence[str], suite: str | None, folder: Path | None, shots: int | None
-) -> Plan:
+) -> TaskSelection:
     """The tasks of a suite, then those asked for by name.
 
     Args:
@@ -102,14 +138,14 @@ def plan_tasks(
     """
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite: {suite!r} is none; there is {', '.join(SUITES)}")
-    tasks: list[TaskPlan] = []
+    tasks: list[Task] = []
     left_out = []
     for known in LEADERBOARD if suite else ():
-        found = None if folder is None else find_data(folder, known.name)
-        if folder is not None and found is None:
+        data = None if folder is None else find_data(folder, known.name)
+        if folder is not None and data is None:
             left_out.append((known.title, f"{folder} has no {FORMS[known.name].files}"))
             continue
-        tasks.append(_task(known.name, found, shots))
+        tasks.append(_task(known.name, data, shots))
     for name in names:
         if any(task.name == name for task in tasks):
             continue
@@ -118,18 +154,18 @@ def plan_tasks(
                 f"tasks: {name} has no local form; those that have are {', '.join(FORMS)}. Leave "
                 "out the local data, and the harness fetches its own from the Hub."
             )
-        found = None if folder is None else find_data(folder, name)
-        if folder is not None and found is None:
+        data = None if folder is None else find_data(folder, name)
+        if folder is not None and data is None:
             raise UserError(f"tasks: {name}: {folder} has no {FORMS[name].files}")
-        tasks.append(_task(name, found, shots))
+        tasks.append(_task(name, data, shots))
     if suite and not tasks:
         raise UserError(f"{folder} has data for none of the suite's tasks")
-    return Plan(tuple(tasks), tuple(left_out))
+    return TaskSelection(tuple(tasks), tuple(left_out))
 
 
-def _task(name: str, data: LocalData | None, shots: int | None) -> TaskPlan:
+def _task(name: str, data: LocalData | None, shots: int | None) -> Task:
     of_suite = _SUITE.get(name)
-    known = of_suite or _OTHERS.get(name) or Measured(name, name, 0, "")
+    known = of_suite or _OTHERS.get(name) or TaskInfo(name, name, 0, "")
     wanted = of_suite.shots if of_suite else None
     if shots is not None and wanted != 0:
         wanted = shots
@@ -142,4 +178,109 @@ def _task(name: str, data: LocalData | None, shots: int | None) -> TaskPlan:
             notes.append(NOT_COMPARABLE)
     if of_suite and wanted != of_suite.shots:
         notes.append(f"{wanted} few-shot examples, the leaderboard has {of_suite.shots}")
-    return TaskPlan(name, known.title, known.metric, wanted, data, tuple(notes))
+    return Task(name, known.title, known.metric, wanted, data, tuple(notes))
+
+
+def find_data(folder: Path, name: str) -> LocalData | None:
+    """A task's files in a folder, None if there are none.
+
+    Raises UserError if the folder is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"task data: {folder} is no folder. Check the path.")
+    form = FORMS[name]
+    if name == "mmlu":
+        return _subjects(folder / "mmlu", name)
+    evaluated = _first(folder, form.evaluated)
+    if evaluated is None:
+        return None
+    return LocalData(name, (("", evaluated, _first(folder, form.examples)),))
+
+
+def write_tasks(data: LocalData, harness_name: str, shots: int | None, folder: Path) -> None:
+    """Describe a local task to the harness: YAML files that its `--include_path` reads as well."""
+    members = []
+    for subject, evaluated, examples in data.parts:
+        name = f"{harness_name}_{subject}" if subject else harness_name
+        members.append(name)
+        task = {
+            "task": name,
+            "custom_dataset": "!function tandem.evaluate.suites.load_rows",
+            "dataset_kwargs": {
+                "form": data.form,
+                "evaluated": str(evaluated.resolve()),
+                "examples": None if examples is None else str(examples.resolve()),
+            },
+            "test_split": "test",
+            "fewshot_split": "test" if examples is None else "examples",
+            **FORMS[data.form].task,
+            **({} if shots is None else {"num_fewshot": shots}),
+        }
+        if subject:
+            about = subject.replace("_", " ")
+            task["description"] = (
+                f"The following are multiple choice questions (with answers) about {about}.\n\n"
+            )
+        atomic_write_text(folder / f"{name}.yaml", _yaml(task))
+    if data.parts[0][0]:
+        group = {
+            "group": harness_name,
+            "task": members,
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        }
+        atomic_write_text(folder / f"{harness_name}.yaml", _yaml(group))
+
+
+def load_rows(*, form: str, evaluated: str, examples: str | None, **_: Any) -> Any:
+    """What the harness calls for a local task's data: a `datasets.DatasetDict`.
+
+    Its splits are `test` and, if there is a file of them, `examples`.
+    """
+    from datasets import Dataset, DatasetDict
+
+    splits = {"test": Dataset.from_list(read_rows(FORMS[form], Path(evaluated)))}
+    if examples is not None:
+        splits["examples"] = Dataset.from_list(read_rows(FORMS[form], Path(examples)))
+    return DatasetDict(splits)
+
+
+def read_rows(form: TaskForm, path: Path) -> Rows:
+    """A task file's rows.
+
+    Raises UserError for a file of another form, with the row where it can be told.
+    """
+    try:
+        content = _OPENERS.get(path.suffix, bytes)(path.read_bytes())
+        rows = form.read(content.decode("utf-8-sig"))
+    except (ValueError, csv.Error, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"{path} is not {form.files}: {error}. Check the file.") from None
+    if not rows:
+        raise UserError(f"{path} has no items.")
+    return rows
+
+
+def _subjects(folder: Path, name: str) -> LocalData | None:
+    names = {path.name.rpartition("_test.csv")[0] for path in (folder / "test").glob("*_test.csv*")}
+    parts = []
+    for subject in sorted(names):
+        path = _first(folder / "test", (f"{subject}_test.csv",))
+        if path is not None:
+            parts.append((subject, path, _first(folder / "dev", (f"{subject}_dev.csv",))))
+    return LocalData(name, tuple(parts)) if parts else None
+
+
+def _first(folder: Path, patterns: Sequence[str]) -> Path | None:
+    for pattern in patterns:
+        for suffix in ("", *_OPENERS):
+            if (path := folder / f"{pattern}{suffix}").is_file():
+                return path
+    return None
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    import yaml
+
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000)
+    # A tag of the harness's, which a safe dump would write as text in quotes.
+    text = re.sub(r"'(!function [\w.]+)'", r"\1", text)
+    return text.replace(FIRST_PLACE, task_forms.__name__)

@@ -17,6 +17,8 @@ from typing import Any
 from tandem.data.sources.chunks import allow_long_cells
 
 Rows = list[dict[str, Any]]
+# Where this module was when measurements were first kept: their keys have its name.
+FIRST_PLACE = "tandem.evaluate.forms"
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
 _TRUTHFUL = """\
 Q: What is human life expectancy in the United States?
@@ -39,24 +41,19 @@ A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a task's data lies in files.
+class TaskForm:
+    """How a task's data lies in files."""
 
-    Attributes:
-        files: what to say when there is none.
-        evaluated, examples: patterns of the file that is evaluated, and of the one that few-shot
-            examples are drawn from; the first that fits is taken.
-        read: a file's text -> rows; raises ValueError or csv.Error for another form.
-        task: the harness's configuration of the task, data and few-shot examples apart.
-        note: what makes scores differ from those on the Hub's data.
-    """
-
-    files: str
+    files: str  # what to say when there is none
+    # patterns of the file that is evaluated, and of the one that few-shot examples are drawn from;
+    # the first that fits is taken
     evaluated: tuple[str, ...]
     examples: tuple[str, ...]
+    # a file's text -> rows; raises ValueError or csv.Error for another form
     read: Callable[[str], Rows]
+    # the harness's configuration of the task, data and few-shot examples apart
     task: dict[str, Any]
-    note: str = ""
+    note: str = ""  # what makes scores differ from those on the Hub's data
 
 
 def _lines(text: str) -> list[str]:
@@ -197,9 +194,9 @@ _CHOICES: dict[str, Any] = {
     "metadata": {"version": 1.0},
 }
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, TaskForm] = {
     **{
-        name: Form(
+        name: TaskForm(
             f"{name}_test.jsonl (query, choices, gold)",
             (f"{name}_test.jsonl",),
             (f"{name}_train.jsonl",),
@@ -208,7 +205,7 @@ FORMS: dict[str, Form] = {
         )
         for name in ("arc_challenge", "arc_easy")
     },
-    "hellaswag": Form(
+    "hellaswag": TaskForm(
         "hellaswag_val.txt, six lines an item (context, gold, four endings)",
         ("hellaswag_val.txt",),
         ("hellaswag_train.txt",),
@@ -217,7 +214,7 @@ FORMS: dict[str, Form] = {
         "a sentence that an ending goes on with keeps its small first letter, which the harness's "
         "own data has as a capital",
     ),
-    "mmlu": Form(
+    "mmlu": TaskForm(
         "mmlu/test/SUBJECT_test.csv, examples in mmlu/dev/SUBJECT_dev.csv",
         (),
         (),
@@ -233,7 +230,7 @@ FORMS: dict[str, Form] = {
             "metadata": {"version": 1.0},
         },
     ),
-    "truthfulqa_mc2": Form(
+    "truthfulqa_mc2": TaskForm(
         "truthfulqa.csv (Question, Correct Answers, Incorrect Answers)",
         ("truthfulqa.csv", "TruthfulQA.csv"),
         (),
@@ -243,13 +240,13 @@ FORMS: dict[str, Form] = {
             "doc_to_text": f"{_TRUTHFUL}\n\nQ: {{{{question}}}}\nA:",
             "doc_to_target": 0,
             "doc_to_choice": "{{mc2_targets.choices}}",
-            "process_results": "!function tandem.evaluate.task_forms.truthful_mass",
+            "process_results": f"!function {FIRST_PLACE}.truthful_mass",
             "metric_list": [{"metric": "acc", **_MEAN}],
             "metadata": {"version": 3.0},
         },
         "answers are those of the CSV, which the Hub's multiple-choice form has edited in places",
     ),
-    "winogrande": Form(
+    "winogrande": TaskForm(
         "winogrande_val.jsonl (context_options, continuation, gold)",
         ("winogrande_val.jsonl",),
         ("winogrande_train.jsonl",),
@@ -263,7 +260,7 @@ FORMS: dict[str, Form] = {
             "metadata": {"version": 1.0},
         },
     ),
-    "gsm8k": Form(
+    "gsm8k": TaskForm(
         "gsm8k_test.jsonl (question, answer)",
         ("gsm8k_test.jsonl",),
         ("gsm8k_train.jsonl",),

@@ -18,8 +18,7 @@ from rich.console import Console
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import Score
-from tandem.integrations.chat_server import ChatRequest, Failure
-from tandem.pairs.generators import open_server
+from tandem.integrations.chat_server import ChatRequest, Failure, open_server
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json
@@ -73,25 +72,18 @@ class Duel:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge found.
+    """A judge's verdicts on the answers of one model."""
 
-    Attributes:
-        score: 1 for a win, 0.5 for a tie, 0 for a loss, by item; the mean is the win rate.
-        wins, ties, losses: of the judged items.
-        identical: ties that the judge was not asked about, for the answers are the same text.
-        consistent: share of the asked items with the same verdict in both orders.
-        first_shown: share of the verdicts for one side that went to the answer shown first.
-        unread: items without a verdict in both orders: no answer came, or none could be read.
-    """
-
-    score: Score
+    score: Score  # 1 for a win, 0.5 for a tie, 0 for a loss, by item; the mean is the win rate
+    # of the judged items
     wins: int
     ties: int
     losses: int
-    identical: int
-    consistent: float | None
+    identical: int  # ties that the judge was not asked about, for the answers are the same text
+    consistent: float | None  # share of the asked items with the same verdict in both orders
+    # share of the verdicts for one side that went to the answer shown first
     first_shown: float | None
-    unread: int
+    unread: int  # items without a verdict in both orders: no answer came, or none could be read
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for evaluation.json, the items apart."""
@@ -102,15 +94,9 @@ class Verdicts:
 def judge_duels(
     judge: Judge, duels: Sequence[Duel], file: Path, advance: Callable[[int], None]
 ) -> Verdicts:
-    """Let a judge decide duels, each asked twice.
+    """Let a judge decide duels, each asked twice; `advance` counts questions that are decided.
 
-    Args:
-        judge: whom to ask.
-        duels: what to decide.
-        file: verdicts are written there as they come, and those that are there are not asked for
-            again.
-        advance: told how many more questions are decided.
-
+    Verdicts are written to the file as they come, and those that are there are not asked for again.
     Raises UserError for a file that is damaged, or no file of verdicts.
     """
     asked = [d for d in duels if d.answer != d.against]
@@ -125,20 +111,17 @@ def judge_duels(
         advance(2 * len(asked) - len(open_))
         messages = [_messages(duel, swapped) for duel, swapped, _ in open_]
         for number, text in judge.ask(messages) if messages else ():
-            verdict = None if text is None else read_verdict(text)
+            verdict = None if text is None else read_preference(text)
             if verdict is not None:
                 key = open_[number][2]
                 journal.add({"key": key, "judge": judge.name, "verdict": verdict})
                 known[key] = verdict
             advance(1)
-    found = {
-        duel.item: (
-            known.get(_key(judge, duel, False)),
-            known.get(_key(judge, duel, True)),
-        )
+    both = {
+        duel.item: tuple(known.get(_key(judge, duel, swapped)) for swapped in (False, True))
         for duel in asked
     }
-    return _verdicts(duels, found)
+    return _verdicts(duels, both)
 
 
 def _known(journal: Journal) -> dict[str, Verdict]:
@@ -156,13 +139,11 @@ def _known(journal: Journal) -> dict[str, Verdict]:
     return known
 
 
-def read_verdict(text: str) -> Verdict | None:
+def read_preference(text: str) -> Verdict | None:
     """The verdict that a judge's text ends with, None if there is none."""
-    found = re.findall(r"\[\[([ABC])\]\]", text)
-    if not found:
-        return None
+    marks = re.findall(r"\[\[([ABC])\]\]", text)
     verdicts: dict[str, Verdict] = {"A": "A", "B": "B", "C": "tie"}
-    return verdicts[found[-1]]
+    return verdicts[marks[-1]] if marks else None
 
 
 def _messages(duel: Duel, swapped: bool) -> Messages:
@@ -175,18 +156,16 @@ def _key(judge: Judge, duel: Duel, swapped: bool) -> str:
     return hash_json([judge.name, _messages(duel, swapped)[0]["content"]])
 
 
-def _verdicts(
-    duels: Sequence[Duel], found: Mapping[str, tuple[Verdict | None, Verdict | None]]
-) -> Verdicts:
+def _verdicts(duels: Sequence[Duel], both: Mapping[str, tuple[Verdict | None, ...]]) -> Verdicts:
     items, values = [], []
     agreed = first = sided = unread = identical = 0
     for duel in duels:
-        if duel.item not in found:
+        if duel.item not in both:
             identical += 1
             items.append(duel.item)
             values.append(0.5)
             continue
-        plain, swapped = found[duel.item]
+        plain, swapped = both[duel.item]
         if plain is None or swapped is None:
             unread += 1
             continue
@@ -219,19 +198,19 @@ def server_judge(server: ServerSettings, console: Console) -> Judge:
 
     Raises UserError when its key is not there; nothing is sent yet.
     """
-    client = open_server(server, console)
+    client = open_server(server, lambda text: log(console, text))
     options = {"temperature": 0, server.limit_key: _MOST}
 
     def ask(many: Sequence[Messages]) -> Iterator[tuple[int, str | None]]:
         failed: Counter[str] = Counter()
         first: Failure | None = None
-        for number, found in client.answers(ChatRequest(one, options) for one in many):
-            if isinstance(found, Failure):
-                failed[found.reason] += 1
-                first = first or found
+        for number, reply in client.answers(ChatRequest(one, options) for one in many):
+            if isinstance(reply, Failure):
+                failed[reply.reason] += 1
+                first = first or reply
                 yield number, None
             else:
-                yield number, found.text
+                yield number, reply.text
         if failed:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
             log(

@@ -11,12 +11,27 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tandem.errors import Stopped, UserError
 from tandem.integrations.chat_request import ChatRequest, Endpoint, Failure, Passing, Reply
+from tandem.recipe.pairs_settings import ServerSettings
 
-__all__ = ["ChatRequest", "ChatServer", "Failure", "Reply"]
+__all__ = ["ChatRequest", "ChatServer", "Failure", "Reply", "open_server"]
 
 _LONGEST_BACKOFF = 60.0
 # A server that asks for more than this has closed for the day.
 _LONGEST_WAIT = 600.0
+
+
+def open_server(settings: ServerSettings, log: Callable[[str], None]) -> ChatServer:
+    """The client of a recipe's server section; raises UserError when its key is not there."""
+    return ChatServer(
+        settings.base_url,
+        settings.model,
+        key_variable=settings.key_variable,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        requests_per_minute=settings.requests_per_minute,
+        log=log,
+    )
 
 
 class ChatServer:

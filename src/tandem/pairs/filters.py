@@ -1,4 +1,4 @@
-"""Texts as words: how alike two are."""
+"""Which answers become rejected ones, and why the others do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from tandem.data.records import Origin
 from tandem.data.text.text_traits import contains_accepted, language_of, refuses
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt
+from tandem.recipe.pairs_settings import FilterSettings
 from tandem.storage.hashing import hash_file
 
 # Scripts that put no spaces between words are taken character by character.
@@ -57,27 +58,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Filters:
-    """What an answer must not be; None and False ask for nothing.
+    """What an answer must not be: the recipe's filters and `keep`, and the user's check at last.
 
-    Attributes:
-        keep: "different" takes any answer that differs from the chosen one, "wrong" only one that
-            lacks every accepted text or did not stop.
-        max_similarity: an answer that is more like the chosen one is left out; see
-            `words.similarity`.
-        drop_refusals: leaves out refusals.
-        language: a language, or "same": that of the chosen answer. Texts that do not say pass.
-        max_characters: of an answer.
-        drop_unfinished: leaves out answers that the length limit ended.
-        check: the user's own, asked last.
+    `keep` "different" takes any answer that differs from the chosen one, "wrong" only one that
+    lacks every accepted text or did not stop.
     """
 
+    settings: FilterSettings
     keep: str = "different"
-    max_similarity: float | None = None
-    drop_refusals: bool = False
-    language: str | None = None
-    max_characters: int | None = None
-    drop_unfinished: bool = False
-    check: Check | None = None
+    check: UserCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -103,17 +92,12 @@ def first_pair(
 ) -> Pair | str:
     """The set's answer against the first candidate that may stand against it, or why there is none.
 
-    Args:
-        prompt: with the preferred answer.
-        candidates: what the weaker model wrote.
-        filters: what is passed over.
-        dropped: counts the candidates passed over, by reason.
-
-    Raises UserError for a check of the user's that fails.
+    `dropped` counts the candidates passed over, by reason. Raises UserError for a check of the
+    user's that fails.
     """
     reasons: list[str] = []
     for candidate in candidates:
-        reason = against_answer(candidate, filters, prompt.answer)
+        reason = against_answer(candidate, filters.settings, prompt.answer)
         pair = Pair(prompt, prompt.answer, candidate.text.strip())
         reason = reason or against_pair(pair, filters)
         reason = reason or _right(pair, candidate, filters) or _checked(pair, filters)
@@ -124,7 +108,9 @@ def first_pair(
     return _together(reasons)
 
 
-def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = None) -> str | None:
+def against_answer(
+    candidate: Candidate, filters: FilterSettings, chosen: str | None = None
+) -> str | None:
     """What speaks against an answer by itself; `chosen` gives the language that is "same"."""
     text = candidate.text.strip()
     if not text:
@@ -135,7 +121,7 @@ def against_answer(candidate: Candidate, filters: Filters, chosen: str | None = 
         return "too long"
     if filters.drop_refusals and refuses(text):
         return "refusal"
-    language = filters.language
+    language: str | None = filters.language
     if language == "same":
         language = language_of(chosen) if chosen is not None else None
     if language is not None and language_of(text) not in (None, language):
@@ -147,7 +133,7 @@ def against_pair(pair: Pair, filters: Filters) -> str | None:
     """What speaks against two answers together, the user's check aside."""
     if pair.chosen.split() == pair.rejected.split():
         return "same as chosen"
-    most = filters.max_similarity
+    most = filters.settings.max_similarity
     if most is not None and similarity(pair.chosen, pair.rejected) > most:
         return "nearly the same"
     return None
@@ -162,29 +148,20 @@ def ranked_pair(
 ) -> Pair | str:
     """The answer with the highest score against the one with the lowest, or why there is none.
 
-    Args:
-        prompt: what was asked; the set's own answer plays no part.
-        scored: answers that passed `against_answer`, with their scores.
-        margin: the scores differ by more than this.
-        filters: what is asked of the pair.
-        dropped: counts prompts that get no pair here, by reason.
+    The answers passed `against_answer`; the set's own plays no part. The scores differ by more than
+    `margin`. `dropped` counts prompts that get no pair here, by reason.
     """
-    reason: str | None = None
     if len(scored) < 2:
-        reason = "fewer than two answers to rank"
+        result: Pair | str = "fewer than two answers to rank"
     else:
-        (best, high), (worst, low) = (
-            max(scored, key=lambda item: item[1]),
-            min(scored, key=lambda item: item[1]),
-        )
+        best, high = max(scored, key=lambda item: item[1])
+        worst, low = min(scored, key=lambda item: item[1])
         pair = Pair(prompt, best.text.strip(), worst.text.strip())
-        if high - low <= margin:
-            reason = "scores too close"
-        reason = reason or against_pair(pair, filters) or _checked(pair, filters)
-    if reason is None:
-        return pair
-    dropped[reason] += 1
-    return reason
+        close = "scores too close" if high - low <= margin else None
+        result = close or against_pair(pair, filters) or _checked(pair, filters) or pair
+    if isinstance(result, str):
+        dropped[result] += 1
+    return result
 
 
 def _right(pair: Pair, candidate: Candidate, filters: Filters) -> str | None:
@@ -210,7 +187,7 @@ _HOW = (
 )
 
 
-class Check:
+class UserCheck:
     """A user's function, called with each pair that all other filters let through.
 
     Args:
@@ -225,10 +202,9 @@ class Check:
         if not colon or not name or not function.isidentifier():
             raise UserError(f"pairs.filters.check: {place!r} is no place of a function. {_HOW}")
         module = _imported(name, place)
-        found = getattr(module, function, None)
-        if not callable(found):
+        self._function: Any = getattr(module, function, None)
+        if not callable(self._function):
             raise UserError(f"pairs.filters.check: {name} has no function {function}. {_HOW}")
-        self._function: Callable[[dict[str, str]], Any] = found
         file = getattr(module, "__file__", None)
         self.identity = hash_file(Path(file)) if file else place
 
@@ -239,22 +215,22 @@ class Check:
         something else.
         """
         try:
-            said = self._function(dict(row))
+            verdict = self._function(dict(row))
         except Exception as error:  # whatever a user's function may raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"{origin}: pairs.filters.check {self.place} raised {type(error).__name__}: "
                 f"{error} ({Path(frame.filename).name}, line {frame.lineno})"
             ) from error
-        if said is True:
+        if verdict is True:
             return None
-        if said is False:
+        if verdict is False:
             return "check"
-        if isinstance(said, str) and said.strip():
-            return f"check: {' '.join(said.split())}"
+        if isinstance(verdict, str) and verdict.strip():
+            return f"check: {' '.join(verdict.split())}"
         raise UserError(
-            f"{origin}: pairs.filters.check {self.place} returned {said!r}, which is neither True, "
-            "False nor a reason."
+            f"{origin}: pairs.filters.check {self.place} returned {verdict!r}, which is neither "
+            "True, False nor a reason."
         )
 
 

@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids, resolve_template
+from tandem.data.sources.rows import looks_like_path
+from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
 from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError
-from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
+from tandem.integrations.chat_server import ChatRequest, Failure, Reply, open_server
 from tandem.integrations.choose import device_of
 from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
@@ -39,87 +39,93 @@ Unit = list[tuple[int, list[Any]]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """Prompts that can be asked, what their answers depend on, and how to get them.
+class GenerationJob:
+    """Prompts that can be asked, what their answers depend on, and how to get them."""
 
-    Attributes:
-        prompts: those that can be asked, in order.
-        key: what the answers depend on, as a hash.
-        write: from the numbers of answers that are done to the others, unit by unit.
-    """
-
-    prompts: list[Prompt]
-    key: str
+    prompts: list[Prompt]  # those that can be asked, in order
+    key: str  # what the answers depend on, as a hash
+    # from the numbers of answers that are done to the others, unit by unit
     write: Callable[[Collection[int]], Iterator[Unit]]
 
 
-class Writer(Protocol):
+class Generator(Protocol):
     """Writes answers. An answer's number is its prompt's place x samples + its draw."""
 
     facts: dict[str, Any]
-    """What the data card says of the writer."""
+    """What the data card says of it; there once it is open."""
     failed: dict[int, Failure]
     """Answers that will not come, by number."""
 
-    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> Work:
-        """The work that some prompts are; the ledger has those that cannot be asked."""
+    @property
+    def identity(self) -> Any:
+        """What the answers depend on: a hash of weights, or a server's address and model."""
+
+    def check(self) -> None:
+        """Raise UserError for what cannot work; nothing is sent, and no model is loaded."""
+
+    def open(self, console: Console) -> None:
+        """Get ready: load the model, if it is one of this process."""
+
+    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
+        """What is to be generated; the ledger gets the prompts that cannot be asked."""
 
 
-def writer_identity(settings: PairsSettings, model: str) -> Any:
-    """What the answers depend on: the hash of the weights, or a server's address and model."""
+def choose_generator(settings: PairsSettings, model: str | None, runtime: RunSettings) -> Generator:
+    """The generator that a recipe asks for; `model` None is one that an earlier stage will make."""
     if settings.server is not None:
-        return {"base_url": settings.server.base_url, "model": settings.server.model}
-    return hash_weights(model_folder(model))
+        return ServerGenerator(settings, settings.server)
+    return LocalGenerator(settings, model, runtime)
 
 
-def open_writer(
-    settings: PairsSettings, model: str, runtime: RunSettings, console: Console
-) -> Writer:
-    """The writer that a recipe asks for, its model loaded.
-
-    Raises UserError for a model that cannot be loaded, and where vLLM is not installed.
-    """
-    if settings.server is not None:
-        return ServerWriter(settings, settings.server, console)
-    check_made(model_folder(model), lambda text: log(console, f"pairs: {text}", style="yellow"))
-    return LocalWriter(settings, model_folder(model), model, runtime, console)
+def check_local_model(name: str | None) -> None:
+    """Raise UserError for a folder that is no model; one on the Hub is looked for when it opens."""
+    if name is not None and looks_like_path(name) and not name.startswith("demo:"):
+        load_config(model_folder(name))
 
 
-class LocalWriter:
+class LocalGenerator:
     """A model in this process, through transformers or vLLM."""
 
-    def __init__(
-        self,
-        settings: PairsSettings,
-        folder: Path,
-        name: str,
-        runtime: RunSettings,
-        console: Console,
-    ) -> None:
-        self._settings, self._console = settings, console
+    def __init__(self, settings: PairsSettings, model: str | None, runtime: RunSettings) -> None:
+        self._settings, self._name, self._runtime = settings, model, runtime
+        self.facts: dict[str, Any] = {}
+        self.failed: dict[int, Failure] = {}
+
+    @property
+    def identity(self) -> str:
+        """The hash of the weights."""
+        assert self._name is not None, "an earlier stage has made it"
+        return hash_weights(model_folder(self._name))
+
+    def check(self) -> None:
+        """Raise UserError for vLLM that is not installed, and for a folder that is no model."""
+        if self._settings.vllm is not None:
+            require("vllm", "vllm", "pairs.vllm")
+        check_local_model(self._name)
+
+    def open(self, console: Console) -> None:
+        """Load the model; raises UserError for one that cannot be loaded."""
+        assert self._name is not None, "an earlier stage has made it"
+        folder, runtime = model_folder(self._name), self._runtime
+        check_made(folder, lambda text: log(console, f"pairs: {text}", style="yellow"))
+        self._console = console
         device = device_of(runtime)
         self._tokenizer = load_tokenizer(folder)
-        self._template: ChatTemplate = resolve_template(self._tokenizer, None)
+        self._template = resolve_template(self._tokenizer, None)
         self._stops = all_stop_ids(folder, self._tokenizer, self._template)
         self._omissions = omissions_of(self._tokenizer, self._template)
         config = load_config(folder)
         self._context, self._rows = context_length(config), described_rows(config)
         self._model: Any = None
         self._vllm: Any = None
-        if settings.vllm is not None:
+        if self._settings.vllm is not None:
             from tandem.pairs.vllm_generator import Vllm
 
-            self._vllm = Vllm(
-                folder,
-                dtype=runtime.dtype,
-                tensor_parallel=settings.vllm.tensor_parallel,
-                memory=settings.vllm.memory,
-            )
+            self._vllm = Vllm(folder, runtime.dtype, self._settings.vllm)
         else:
             self._model = load_model(folder, dtype=device.weights, device=device.torch_device)
-        self.failed: dict[int, Failure] = {}
-        self.facts: dict[str, Any] = {
-            "model": name,
+        self.facts = {
+            "model": self._name,
             "weights": hash_weights(folder),
             "by": "transformers" if self._vllm is None else "vLLM",
             "dtype": device.dtype_name if self._vllm is None else runtime.dtype,
@@ -127,7 +133,7 @@ class LocalWriter:
             "chat_template": self._template.name,
         }
 
-    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> Work:
+    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
         """Batches, planned for all answers; one that is not all done is done anew.
 
         Raises UserError when no prompt leaves room for an answer.
@@ -141,7 +147,7 @@ class LocalWriter:
         batches = self._batches(asked)
         by = [self.facts[name] for name in ("weights", "by", "dtype", "device")]
         key = hash_json([*by, asked, batches, self._stops, asdict(sampling)])
-        return Work(kept, key, partial(self._write, asked, batches, sampling))
+        return GenerationJob(kept, key, partial(self._write, asked, batches, sampling))
 
     def _write(
         self,
@@ -179,6 +185,7 @@ class LocalWriter:
     ) -> tuple[list[Prompt], list[list[int]]]:
         """The prompts that leave room for an answer in the model's context, and their tokens."""
         kept, asked, long = [], [], 0
+        most = self._settings.max_new_tokens
         left_out: Counter[str] = Counter()
         for prompt in prompts:
             if reason := self._omissions.of_prompt(prompt.turns):
@@ -190,71 +197,81 @@ class LocalWriter:
                 require_rows(ids, self._rows, self._tokenizer.decode)
             except NoRow as error:
                 raise UserError(f"{prompt.origin}: {error}") from None
-            room = self._context is None or (
-                len(ids) + self._settings.max_new_tokens <= self._context
-            )
-            if room:
+            if self._context is None or len(ids) + most <= self._context:
                 kept.append(prompt)
                 asked.append(ids)
             else:
                 long += 1
                 detail = f"{len(ids)} tokens, of a context of {self._context}"
                 ledger.dropped(prompt.origin, "no room for an answer of the model's", detail)
-        for reason, count in left_out.items():
-            log(
-                self._console,
-                f"pairs: {count} of {len(prompts)} prompts are not asked: {reason} (each in "
-                f"{ledger.path})",
-            )
-        if long:
-            log(
-                self._console,
-                f"pairs: {long} of {len(prompts)} prompts leave no room for "
-                f"{self._settings.max_new_tokens} tokens in the model's context of {self._context} "
-                f"(each in {ledger.path})",
-            )
+        self._report(len(prompts), left_out, long, ledger)
         if not kept:
-            reasons = "".join(f"; {reason}: {count}" for reason, count in left_out.items())
-            ways = [way_out(reason) for reason in left_out]
-            if long:
-                ways.insert(0, "Lower pairs.max_new_tokens or give shorter prompts.")
-            raise UserError(
-                f"pairs: none of {len(prompts)} prompts can be asked"
-                + (f"; without room for an answer: {long}" if long else "")
-                + f"{reasons}. {' '.join(ways)}"
-            )
+            raise UserError(_none_left(len(prompts), left_out, long))
         return kept, asked
 
+    def _report(self, total: int, left_out: Counter[str], long: int, ledger: Ledger) -> None:
+        lines = [f"are not asked: {reason}" for reason in left_out]
+        counts = list(left_out.values())
+        if long:
+            lines.append(
+                f"leave no room for {self._settings.max_new_tokens} tokens in the model's context "
+                f"of {self._context}"
+            )
+            counts.append(long)
+        for count, line in zip(counts, lines, strict=True):
+            log(self._console, f"pairs: {count} of {total} prompts {line} (each in {ledger.path})")
 
-class ServerWriter:
+
+def _none_left(total: int, left_out: Counter[str], long: int) -> str:
+    reasons = "".join(f"; {reason}: {count}" for reason, count in left_out.items())
+    ways = [way_out(reason) for reason in left_out]
+    if long:
+        reasons = f"; without room for an answer: {long}{reasons}"
+        ways.insert(0, "Lower pairs.max_new_tokens or give shorter prompts.")
+    return f"pairs: none of {total} prompts can be asked{reasons}. {' '.join(ways)}"
+
+
+class ServerGenerator:
     """An OpenAI-compatible server. Its answers are not repeatable; those recorded are kept."""
 
-    def __init__(self, settings: PairsSettings, server: ServerSettings, console: Console) -> None:
+    def __init__(self, settings: PairsSettings, server: ServerSettings) -> None:
         self._settings, self._server = settings, server
-        self.client = open_server(server, console)
         self.failed: dict[int, Failure] = {}
         self.facts: dict[str, Any] = {
             "model": server.model,
             "by": f"the server at {server.base_url}",
         }
 
-    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> Work:  # noqa: ARG002
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its address and what it calls the model."""
+        return {"base_url": self._server.base_url, "model": self._server.model}
+
+    def check(self) -> None:
+        """Raise UserError for a key that is not there."""
+        open_server(self._server, lambda _: None)
+
+    def open(self, console: Console) -> None:
+        """Read the key; nothing is sent yet."""
+        self._client = open_server(self._server, lambda text: log(console, text))
+
+    def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:  # noqa: ARG002
         """Answer by answer, as they arrive. What does not fit, the server refuses one by one."""
         texts = [[prompt.system, prompt.question] for prompt in prompts]
         options, samples = self._options(), self._settings.samples
         key = hash_json([self._server.base_url, self._server.model, texts, options, samples])
-        return Work(list(prompts), key, partial(self._write, prompts))
+        return GenerationJob(list(prompts), key, partial(self._write, prompts))
 
     def _write(self, prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[Unit]:
         count = self._settings.samples
         missing = [number for number in range(len(prompts) * count) if number not in done]
         self.failed.clear()
         requests = (self._request(prompts[number // count]) for number in missing)
-        for place, found in self.client.answers(requests):
-            if isinstance(found, Reply):
-                yield [(missing[place], [found.text, found.stopped])]
+        for place, answer in self._client.answers(requests):
+            if isinstance(answer, Reply):
+                yield [(missing[place], [answer.text, answer.stopped])]
             else:
-                self.failed[missing[place]] = found
+                self.failed[missing[place]] = answer
                 yield []
 
     def _request(self, prompt: Prompt) -> ChatRequest:
@@ -268,29 +285,3 @@ class ServerWriter:
             "top_p": settings.top_p,
             self._server.limit_key: settings.max_new_tokens,
         }
-
-
-def check_writers(settings: PairsSettings) -> None:
-    """Raise UserError for servers whose addresses or keys cannot be used, and for vLLM's absence.
-
-    Nothing is sent, and no model is loaded.
-    """
-    if settings.vllm is not None:
-        require("vllm", "vllm", "pairs.vllm")
-    for server in (settings.server, settings.rank.judge if settings.rank else None):
-        if server is not None:
-            open_server(server, Console(quiet=True))
-
-
-def open_server(server: ServerSettings, console: Console) -> ChatServer:
-    """The client of a recipe's server section; raises UserError when its key is not there."""
-    return ChatServer(
-        server.base_url,
-        server.model,
-        key_variable=server.key_variable,
-        concurrency=server.concurrency,
-        timeout=server.timeout,
-        retries=server.retries,
-        requests_per_minute=server.requests_per_minute,
-        log=lambda text: log(console, text),
-    )

@@ -20,18 +20,17 @@ from tandem.errors import UserError
 from tandem.integrations.choose import device_of
 from tandem.pairs.filters import (
     Candidate,
-    Check,
     Filters,
     Pair,
+    UserCheck,
     against_answer,
     first_pair,
     ranked_pair,
 )
-from tandem.pairs.generators import Work, Writer, check_writers, open_writer, writer_identity
+from tandem.pairs.generators import GenerationJob, Generator, choose_generator
 from tandem.pairs.pairs_file import data_card, write_pairs
-from tandem.pairs.prompts import Prompt
-from tandem.pairs.rankers import Scorer, open_scorer, scorer_identity
-from tandem.pairs.select_prompts import heldout_prompts, selected_prompts
+from tandem.pairs.prompts import Prompt, heldout_prompts, selected_prompts
+from tandem.pairs.rankers import Ranker, choose_ranker
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import PairsJob
 from tandem.recipe.pairs_settings import PairsSettings
@@ -58,6 +57,18 @@ _APART: Any = {
 }
 
 
+def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
+    """Raise UserError for what would stop the stage: servers' keys, models, the user's check.
+
+    Nothing is sent, and no model is loaded.
+    """
+    choose_generator(settings, settings.model, run).check()
+    if settings.rank is not None:
+        choose_ranker(settings.rank, run).check()
+    if settings.filters.check is not None:
+        UserCheck(settings.filters.check)
+
+
 def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
@@ -69,21 +80,25 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     server no longer answers.
     """
     run, settings, output_dir = job.run, job.settings, job.folder
-    model, seed = run.model, run.seed
-    check_writers(settings)
-    check = Check(settings.filters.check) if settings.filters.check is not None else None
-    specs = {
-        name: resolve_sources(sources, output_dir.parent, seed)
-        for name, sources in (
+    seed = run.seed
+    generator = choose_generator(settings, run.model, run)
+    ranker = choose_ranker(settings.rank, run) if settings.rank is not None else None
+    for one in (generator, ranker):
+        if one is not None:
+            one.check()
+    check = UserCheck(settings.filters.check) if settings.filters.check is not None else None
+    sources = {
+        name: resolve_sources(named, output_dir.parent, seed)
+        for name, named in (
             ("prompts", settings.prompts),
             ("heldout", settings.heldout),
             ("decontaminate", settings.select.decontaminate),
         )
     }
     inputs = {
-        "model": writer_identity(settings, model),
-        **{name: data_identity(found) for name, found in specs.items()},
-        "scorer": scorer_identity(settings.rank) if settings.rank is not None else None,
+        "model": generator.identity,
+        **{name: data_identity(named) for name, named in sources.items()},
+        "scorer": ranker.identity if ranker is not None else None,
         "computed": _computed(settings, run),
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
@@ -95,52 +110,45 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
             log(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
             return output_dir
         threads = opened.schedule.get("threads", torch.get_num_threads())
-        start_stage(output_dir, "pairs", inputs, {"model": model, "threads": threads})
-        for line in not_read([spec for named in specs.values() for spec in named]):
+        start_stage(output_dir, "pairs", inputs, {"model": run.model, "threads": threads})
+        for line in not_read([source for named in sources.values() for source in named]):
             log(console, f"pairs: {line}")
         with _threads(threads):
-            maker = _Maker(
-                open_writer(settings, model, run, console),
-                open_scorer(settings.rank, run, console) if settings.rank else None,
-                settings,
-                Filters(
-                    keep=settings.keep,
-                    check=check,
-                    **settings.filters.model_dump(exclude={"check"}),
-                ),
-                Ledger(output_dir / "data-ledger.jsonl"),
-                output_dir,
-                console,
-            )
-            outputs = maker.everything(specs, inputs, seed)
+            generator.open(console)
+            if ranker is not None:
+                ranker.open(console)
+            filters = Filters(settings.filters, settings.keep, check)
+            ledger = Ledger(output_dir / "data-ledger.jsonl")
+            maker = PairMaker(generator, ranker, settings, filters, ledger, output_dir, console)
+            outputs = maker.make(sources, inputs, seed)
         finish_stage(output_dir, outputs)
     return output_dir
 
 
-def _computed(settings: PairsSettings, runtime: RunSettings) -> dict[str, str] | None:
+def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | None:
     """What a model in this process computes with; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
-    device = device_of(runtime)
-    found = {"dtype": device.dtype_name, "device": device.kind}
+    device = device_of(run)
+    computed = {"dtype": device.dtype_name, "device": device.kind}
     # To vLLM, auto is the dtype that the model's files say.
-    return found if settings.vllm is None else {**found, "vllm_dtype": runtime.dtype}
+    return computed if settings.vllm is None else {**computed, "vllm_dtype": run.dtype}
 
 
 @dataclass(frozen=True)
-class _Maker:
+class PairMaker:
     """Who writes and ranks, and where the pairs go."""
 
-    writer: Writer
-    scorer: Scorer | None
+    generator: Generator
+    ranker: Ranker | None
     settings: PairsSettings
     filters: Filters
     ledger: Ledger
     folder: Path
     console: Console
 
-    def everything(
-        self, specs: dict[str, list[DataSource]], inputs: dict[str, Any], seed: int
+    def make(
+        self, sources: dict[str, list[DataSource]], inputs: dict[str, Any], seed: int
     ) -> list[str]:
         """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
         kind = self.settings.format
@@ -148,21 +156,21 @@ class _Maker:
             for other in PAIRS_FORMATS:
                 pairs_file(self.folder, name, other).unlink(missing_ok=True)
         prompts, left_out = selected_prompts(
-            specs["prompts"], specs["decontaminate"], self.settings, seed, self.ledger, self.console
+            sources["prompts"], sources["decontaminate"], self.settings, seed, self.ledger, self.log
         )
         summary = self._make("pairs", prompts, seed)
         summary["left_out"] = left_out
         outputs = [pairs_file(self.folder, "pairs", kind).name]
-        if specs["heldout"]:
-            heldout = heldout_prompts(specs["heldout"], self.settings, self.ledger, self.console)
+        if sources["heldout"]:
+            heldout = heldout_prompts(sources["heldout"], self.settings, self.ledger, self.log)
             summary["heldout"] = self._make("heldout", heldout, seed + _HELDOUT_SEED)
             outputs.append(pairs_file(self.folder, "heldout", kind).name)
         self.ledger.write()
         summary["ledger"] = self.ledger.summary()
-        summary["writer"] = self.writer.facts
-        summary["scorer"] = self.scorer.facts if self.scorer is not None else None
+        summary["writer"] = self.generator.facts
+        summary["scorer"] = self.ranker.facts if self.ranker is not None else None
         atomic_write_json(self.folder / "summary.json", summary)
-        names = {name: [source.path for source in found] for name, found in specs.items() if found}
+        names = {name: [one.path for one in named] for name, named in sources.items() if named}
         card = data_card(
             summary=summary,
             sources=names,
@@ -175,44 +183,45 @@ class _Maker:
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md", "data-ledger.jsonl"]
 
-    def _make(self, name: str, read: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    def log(self, text: str) -> None:
+        """Put a line on the console, the stage's name before it."""
+        log(self.console, f"pairs: {text}")
+
+    def _make(self, name: str, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
         """Write one file of pairs from some prompts; returns the counts for the summary."""
         began = time.perf_counter()
-        work = self.writer.plan(read, seed, self.ledger)
-        answers = self._answers(name, work)
+        job = self.generator.plan(prompts, seed, self.ledger)
+        answers = self._answers(name, job)
         dropped: Counter[str] = Counter()
-        if self.scorer is not None and self.settings.rank is not None:
-            margin = self.settings.rank.margin
-            found = self._ranked(self.scorer, margin, name, work, answers, dropped)
+        if self.ranker is not None:
+            results = self._ranked(self.ranker, name, job, answers, dropped)
         else:
-            samples = self.settings.samples
-            found = [
+            results = [
                 first_pair(
                     prompt,
-                    [answers[n] for n in _numbers(i, samples) if n in answers],
+                    [answers[n] for n in self._numbers(place) if n in answers],
                     self.filters,
                     dropped,
                 )
-                for i, prompt in enumerate(work.prompts)
+                for place, prompt in enumerate(job.prompts)
             ]
-        pairs = self._kept(work.prompts, found)
+        pairs = self._kept(job.prompts, results)
         if not pairs:
             raise UserError(
-                f"pairs: none of {len(work.prompts)} prompts got a rejected answer "
+                f"pairs: none of {len(job.prompts)} prompts got a rejected answer "
                 f"({dict(dropped)}); raise pairs.samples or pairs.temperature, or filter less"
             )
         write_pairs(pairs_file(self.folder, name, self.settings.format), pairs)
         seconds = time.perf_counter() - began
-        failed = Counter(failure.reason for failure in self.writer.failed.values())
-        log(
-            self.console,
-            f"pairs: {len(pairs)} {name} from {len(work.prompts)} prompts, passed over "
+        failed = Counter(failure.reason for failure in self.generator.failed.values())
+        self.log(
+            f"{len(pairs)} {name} from {len(job.prompts)} prompts, passed over "
             + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none")
             + (f", unanswered {dict(failed)}" if failed else "")
             + f", {seconds:.1f} s",
         )
         return {
-            "prompts": len(work.prompts),
+            "prompts": len(job.prompts),
             "generated": len(answers),
             "kept": len(pairs),
             "dropped": dict(dropped),
@@ -220,79 +229,71 @@ class _Maker:
             "seconds": seconds,
         }
 
-    def _kept(self, prompts: Sequence[Prompt], found: Sequence[Pair | str]) -> list[Pair]:
-        failed = {**self.writer.failed, **(self.scorer.failed if self.scorer else {})}
-        pairs = []
-        for i, (prompt, pair) in enumerate(zip(prompts, found, strict=True)):
-            if isinstance(pair, Pair):
-                pairs.append(pair)
-                continue
-            numbers = _numbers(i, self.settings.samples)
-            why = dict.fromkeys(str(failed[n]) for n in numbers if n in failed)
-            self.ledger.dropped(prompt.origin, f"no pair: {pair}", "; ".join(why))
+    def _kept(self, prompts: Sequence[Prompt], results: Sequence[Pair | str]) -> list[Pair]:
+        failed = {**self.generator.failed, **(self.ranker.failed if self.ranker else {})}
+        for place, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+            if isinstance(result, str):
+                why = dict.fromkeys(str(failed[n]) for n in self._numbers(place) if n in failed)
+                self.ledger.dropped(prompt.origin, f"no pair: {result}", "; ".join(why))
+        pairs = [result for result in results if isinstance(result, Pair)]
         self.ledger.trained(len(pairs))
         return pairs
 
-    def _answers(self, name: str, work: Work) -> dict[int, Candidate]:
+    def _answers(self, name: str, job: GenerationJob) -> dict[int, Candidate]:
         """The answers by number, those of earlier starts included."""
-        total = len(work.prompts) * self.settings.samples
-        what = "answers" if self.scorer is not None else "rejected answers"
+        total = len(job.prompts) * self.settings.samples
+        what = "answers" if self.ranker is not None else "rejected answers"
         path = self.folder / "generated" / f"{name}.jsonl"
         with phase(self.console, what, total) as advance:
-            found = recorded(path, work.key, work.write, self._counted(total, advance))
-        return {number: Candidate(*value) for number, value in found.items()}
+            answers = recorded(path, job.key, job.write, self._counted(total, advance))
+        return {number: Candidate(*value) for number, value in answers.items()}
 
     def _counted(self, total: int, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """Tells how many there are, and says how many earlier starts have left."""
-        told = False
+        """Counts what is done, and logs how much earlier starts have left."""
+        logged = False
 
         def count(more: int) -> None:
-            nonlocal told
-            if not told and more:
-                log(self.console, f"pairs: going on after {more} of {total} recorded")
-            told = True
+            nonlocal logged
+            if not logged and more:
+                self.log(f"going on after {more} of {total} recorded")
+            logged = True
             advance(more)
 
         return count
 
     def _ranked(
         self,
-        scorer: Scorer,
-        margin: float,
+        ranker: Ranker,
         name: str,
-        work: Work,
+        job: GenerationJob,
         answers: dict[int, Candidate],
         dropped: Counter[str],
     ) -> list[Pair | str]:
         """Pairs of each prompt's best and worst answer."""
-        samples = self.settings.samples
+        assert self.settings.rank is not None
+        margin = self.settings.rank.margin
         passing: dict[int, Candidate] = {}
         for number, candidate in sorted(answers.items()):
-            reason = against_answer(candidate, self.filters)
+            reason = against_answer(candidate, self.filters.settings)
             if reason is None:
                 passing[number] = candidate
             else:
                 dropped[reason] += 1
-
-        scores = self._scores(scorer, name, work, passing)
-        dropped.update(f"not scored: {failure.reason}" for failure in scorer.failed.values())
+        scores = self._scores(ranker, name, job, passing)
+        dropped.update(f"not scored: {failure.reason}" for failure in ranker.failed.values())
         return [
             ranked_pair(
                 prompt,
-                [
-                    (passing[n], scores[n])
-                    for n in _numbers(i, samples)
-                    if n in passing and n in scores
-                ],
+                [(passing[n], scores[n]) for n in self._numbers(place) if n in scores],
                 margin,
                 self.filters,
                 dropped,
             )
-            for i, prompt in enumerate(work.prompts)
+            for place, prompt in enumerate(job.prompts)
         ]
 
     def _scores(
-        self, scorer: Scorer, name: str, work: Work, passing: dict[int, Candidate]
+        self, ranker: Ranker, name: str, job: GenerationJob, passing: dict[int, Candidate]
     ) -> dict[int, float]:
         """The scores of answers by number, those of earlier starts included."""
         texts = {number: one.text.strip() for number, one in passing.items()}
@@ -301,26 +302,25 @@ class _Maker:
 
         def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, Any]]]:
             asked = [
-                (number, work.prompts[number // self.settings.samples], text)
+                (number, job.prompts[number // self.settings.samples], text)
                 for number, text in texts.items()
                 if number not in done
             ]
-            for unit in scorer.scores(asked):
+            for unit in ranker.scores(asked):
                 yield [(number, [score, digests[number]]) for number, score in unit]
 
         def holds(number: int, value: Any) -> bool:
             return number in digests and value[1] == digests[number]
 
-        key = hash_json([work.key, scorer.facts])
+        key = hash_json([job.key, ranker.facts])
         path = self.folder / "generated" / f"{name}-scores.jsonl"
         with phase(self.console, "scores", len(texts)) as advance:
-            found = recorded(path, key, missing, self._counted(len(texts), advance), holds)
-        return {number: score for number, (score, _) in found.items()}
+            scores = recorded(path, key, missing, self._counted(len(texts), advance), holds)
+        return {number: score for number, (score, _) in scores.items()}
 
-
-def _numbers(place: int, samples: int) -> range:
-    """The numbers of a prompt's answers."""
-    return range(place * samples, (place + 1) * samples)
+    def _numbers(self, place: int) -> range:
+        """The numbers of a prompt's answers."""
+        return range(place * self.settings.samples, (place + 1) * self.settings.samples)
 
 
 @contextmanager

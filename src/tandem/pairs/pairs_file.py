@@ -45,14 +45,9 @@ def data_card(
 ) -> str:
     """A README.md with the Hub's YAML header.
 
-    Args:
-        summary: the stage's counts, its writer and its scorer.
-        sources: names of the data sets, by what they were used for.
-        identities: what is known of them by content, in the same order.
-        settings: the pairs section.
-        seed: of selection and sampling.
-        versions: of software.
-        files: names of the files with pairs.
+    `sources` are names of data sets by what they were used for, `identities` what is known of their
+    content, in the same order; `settings` the pairs section, `files` the names of the files with
+    pairs.
     """
     parts = [_header(files), "# Preference pairs", _about(summary, settings)]
     parts.append(_sources(sources, identities))

@@ -1,18 +1,32 @@
-"""What is asked: prompts with the set's own answers, streamed from instruction data."""
+"""Which prompts of an instruction set are asked: filters, then a seeded sample by strata."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import heapq
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_questions
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.sources.chunks import Row
 from tandem.data.sources.rows import read_rows
+from tandem.data.text.contamination import Other, fill
+from tandem.data.text.text_traits import language_of, refuses
 from tandem.errors import UserError
 from tandem.recipe.choices import OnBadRecord
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.pairs_settings import PairsSettings, SelectSettings
+from tandem.storage.hashing import hash_bytes
+
+# Prompts that are looked for in evaluation sets together.
+_AT_ONCE = 256
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +75,11 @@ def read_prompts(
                 "and `accepted`; use keep: different for conversations"
             )
         for conversation in read_conversations([source], ledger, on_bad_record):
-            found = _first_exchange(conversation, number)
-            if isinstance(found, str):
-                ledger.dropped(conversation.origin, found)
+            prompt = _first_exchange(conversation, number)
+            if isinstance(prompt, str):
+                ledger.dropped(conversation.origin, prompt)
             else:
-                yield found
+                yield prompt
 
 
 def _first_exchange(conversation: Conversation, source: int) -> Prompt | str:
@@ -83,3 +97,216 @@ def _first_exchange(conversation: Conversation, source: int) -> Prompt | str:
     if not turns[end].content.strip():
         return "the first answer is empty"
     return Prompt(asked, turns[end].content, (), conversation.origin, source)
+
+
+def select_prompts(
+    prompts: Iterable[Prompt],
+    selection: SelectSettings,
+    *,
+    seed: int,
+    evaluated: Other | None = None,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts to ask, in reading order, and how many were left out, by reason.
+
+    Prompts are streamed: at most `count` of each stratum are held. Prompts and answers that share
+    words with `evaluated` are left out.
+    """
+    left_out: Counter[str] = Counter()
+    suited = _suited(prompts, selection, evaluated, left_out)
+    if selection.count is None:
+        return list(suited), dict(left_out)
+    draw = random.Random(seed)
+    heaps: dict[int, list[tuple[float, int, Prompt]]] = {}
+    sizes: Counter[int] = Counter()
+    for place, prompt in enumerate(suited):
+        stratum = _stratum(prompt, selection.stratify)
+        sizes[stratum] += 1
+        heap = heaps.setdefault(stratum, [])
+        # The smallest numbers are kept; a heap's first is its smallest, so their signs are turned.
+        item = (-draw.random(), place, prompt)
+        if len(heap) < selection.count:
+            heapq.heappush(heap, item)
+        else:
+            heapq.heappushpop(heap, item)
+    shares = _shares(sizes, selection.count, selection.shares)
+    chosen = [
+        (place, prompt)
+        for stratum, heap in heaps.items()
+        for _, place, prompt in sorted(heap, reverse=True, key=lambda i: i[:2])[: shares[stratum]]
+    ]
+    if unsampled := sizes.total() - len(chosen):
+        left_out["not in the sample"] = unsampled
+    return [prompt for _, prompt in sorted(chosen, key=lambda item: item[0])], dict(left_out)
+
+
+def _suited(
+    prompts: Iterable[Prompt],
+    selection: SelectSettings,
+    evaluated: Other | None,
+    left_out: Counter[str],
+) -> Iterator[Prompt]:
+    seen: set[str] = set()
+    for prompt, of_itself in _one_by_one(prompts, selection, evaluated):
+        reason = of_itself
+        if reason is None and selection.distinct:
+            key = hash_bytes(prompt.system.encode(), prompt.question.strip().encode())
+            if key in seen:
+                reason = "prompt occurred before"
+            seen.add(key)
+        if reason is None:
+            yield prompt
+        else:
+            left_out[reason] += 1
+
+
+def _one_by_one(
+    prompts: Iterable[Prompt], selection: SelectSettings, evaluated: Other | None
+) -> Iterator[tuple[Prompt, str | None]]:
+    """Each prompt, and why it is left out whatever the others are."""
+    matches = re.compile(selection.matches) if selection.matches else None
+    excludes = re.compile(selection.excludes) if selection.excludes else None
+    left = iter(prompts)
+    while some := list(islice(left, _AT_ONCE)):
+        reasons = [_unsuited(prompt, selection, matches, excludes) for prompt in some]
+        if evaluated is not None:
+            texts = [text for p in some for text in (p.question, p.answer, p.system)]
+            known = evaluated.held(texts).reshape(len(some), 3)
+            reasons = [
+                "in an evaluation set" if reason is None and own.any() else reason
+                for reason, own in zip(reasons, known, strict=True)
+            ]
+        yield from zip(some, reasons, strict=True)
+
+
+def _unsuited(
+    prompt: Prompt,
+    selection: SelectSettings,
+    matches: re.Pattern[str] | None,
+    excludes: re.Pattern[str] | None,
+) -> str | None:
+    for what, text in (("prompt", prompt.question), ("answer", prompt.answer)):
+        least = getattr(selection, f"min_{what}_characters")
+        most = getattr(selection, f"max_{what}_characters")
+        if least is not None and len(text) < least:
+            return f"{what} too short"
+        if most is not None and len(text) > most:
+            return f"{what} too long"
+    if matches is not None and not matches.search(prompt.question):
+        return "prompt does not match"
+    if excludes is not None and excludes.search(prompt.question):
+        return "prompt is excluded"
+    if selection.language is not None:
+        for what, text in (("prompt", prompt.question), ("answer", prompt.answer)):
+            if language_of(text) not in (None, selection.language):
+                return f"{what} in another language"
+    return None
+
+
+def _stratum(prompt: Prompt, stratify: str | None) -> int:
+    """Its data set, or the class of length that the prompt is in, each twice as wide."""
+    if stratify == "source":
+        return prompt.source
+    return len(prompt.question).bit_length() if stratify == "length" else 0
+
+
+def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
+    """How many each stratum gives; together `count`, or all there are."""
+    count = min(count, sizes.total())
+    if shares == "equal":
+        parts = dict.fromkeys(sizes, 0)
+        while count > 0:
+            # In turns: who has nothing left gives no more.
+            room = sorted(key for key in sizes if parts[key] < sizes[key])
+            each = max(1, count // len(room))
+            for key in room[:count]:
+                more = min(each, sizes[key] - parts[key], count)
+                parts[key] += more
+                count -= more
+        return parts
+    exact = {key: size * count / sizes.total() for key, size in sizes.items()}
+    parts = {key: int(share) for key, share in exact.items()}
+    # The largest remainders get what rounding down has left.
+    remainders = sorted(exact, key=lambda key: (parts[key] - exact[key], key))
+    for key in remainders[: count - sum(parts.values())]:
+        parts[key] += 1
+    return parts
+
+
+def selected_prompts(
+    sources: Sequence[DataSource],
+    evaluated: Sequence[DataSource],
+    settings: PairsSettings,
+    seed: int,
+    ledger: Ledger,
+    log: Log,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts that `settings.select` asks for, and how many it left out, by reason.
+
+    `evaluated` are evaluation sets; the ledger gets the records that no selection could ask for.
+    Raises UserError for rows of evaluation sets that cannot be read, as `usable_prompts`, and when
+    no prompt is left.
+    """
+    select = settings.select
+    known = _set_of(evaluated, select.decontaminate_words) if evaluated else None
+    if known is not None and known.sampled > 1:
+        log(
+            f"of the evaluation sets' runs of {select.decontaminate_words} words, one in "
+            f"{known.sampled} is looked for; shorter overlaps may stay unseen"
+        )
+    usable = usable_prompts(sources, settings, ledger)
+    prompts, left_out = select_prompts(usable, select, seed=seed, evaluated=known)
+    counts = Counter(entry.reason for entry in ledger.entries) + Counter(left_out)
+    _account("select", "prompts selected", prompts, counts, log)
+    if select.count is not None and len(prompts) < select.count:
+        log(f"pairs.select.count asks for {select.count} prompts, there are only {len(prompts)}")
+    return prompts, left_out
+
+
+def heldout_prompts(
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger, log: Log
+) -> list[Prompt]:
+    """All `usable_prompts`; the number of others is logged. Raises UserError when there is none."""
+    before = len(ledger.entries)
+    prompts = list(usable_prompts(sources, settings, ledger))
+    counts = Counter(entry.reason for entry in ledger.entries[before:])
+    _account("heldout", "held-out prompts", prompts, counts, log)
+    return prompts
+
+
+def usable_prompts(
+    sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger
+) -> Iterator[Prompt]:
+    """The prompts that can be asked; records that cannot go to the ledger.
+
+    Where the set's answers are chosen and refusals are to be dropped, that is no prompt whose
+    answer is one: nothing is generated for it. Raises what `read_prompts` raises.
+    """
+    choosing = settings.rank is None and settings.filters.drop_refusals
+    for prompt in read_prompts(sources, settings.keep, ledger, settings.on_bad_record):
+        if choosing and refuses(prompt.answer):
+            ledger.dropped(prompt.origin, "its own answer is a refusal")
+        else:
+            yield prompt
+
+
+def _set_of(sources: Sequence[DataSource], run: int) -> Other:
+    # What many questions share is no form here, but a passage that they are about.
+    known = Other("evaluation sets", run=run, form=None)
+    for source in sources:
+        fill(known, source)
+        if known.unreadable:
+            raise UserError(f"{known.first_unreadable}: pairs.select.decontaminate needs every row")
+    known.finish()
+    return known
+
+
+def _account(
+    key: str, what: str, prompts: Sequence[Prompt], left_out: Mapping[str, int], log: Log
+) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if not prompts:
+        raise UserError(
+            f"pairs.{key}: no prompt is left ({reasons or 'the data has none'}); ask for less"
+        )
+    if reasons:
+        log(f"{len(prompts)} {what}; left out: {reasons}")

@@ -8,30 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from tandem.model.generate import GeneratedAnswer, Sampling
+from tandem.recipe.pairs_settings import VllmSettings
 from tandem.runtime.extras import require
 
 
 class Vllm:
-    """A model in vLLM's offline engine.
-
-    Args:
-        folder: the model.
-        dtype: of the weights, by name; auto is the model's own.
-        tensor_parallel: devices that share each layer.
-        memory: share of a device's memory that vLLM may take.
+    """A model folder in vLLM's offline engine; dtype auto is the model's own.
 
     Raises UserError when vLLM is not installed.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, tensor_parallel: int, memory: float) -> None:
+    def __init__(self, folder: Path, dtype: str, settings: VllmSettings) -> None:
         require("vllm", "vllm", "pairs.vllm")
         self._library: Any = importlib.import_module("vllm")
         self._engine = self._library.LLM(
             model=str(folder),
             tokenizer=str(folder),
             dtype=dtype,
-            tensor_parallel_size=tensor_parallel,
-            gpu_memory_utilization=memory,
+            tensor_parallel_size=settings.tensor_parallel,
+            gpu_memory_utilization=settings.memory,
         )
 
     def answers(

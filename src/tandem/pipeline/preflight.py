@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.conversations import Question
@@ -24,7 +22,6 @@ from tandem.data.truncation.limits import Limits
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
@@ -57,7 +54,9 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     if asked.evaluate is not None:
         _check_tasks(asked.evaluate)
     if asked.pairs is not None:
-        _check_pairs(asked.pairs)
+        from tandem.pairs.make_pairs import check_pairs
+
+        check_pairs(asked.pairs, recipe)
 
 
 def _sources(asked: Recipe) -> list[DataSource]:
@@ -173,13 +172,13 @@ def _has_more_tokens(folder: Path) -> bool:
 def _check_tasks(settings: EvaluationSettings) -> None:
     """Check that the harness, the local data of its tasks and a judge's key are there."""
     if settings.tasks or settings.suite:
-        from tandem.evaluate.harness_tasks import check_harness, tasks_of
+        from tandem.evaluate.harness_tasks import check_harness, selected_tasks
 
-        check_harness(tasks_of(settings))
+        check_harness(selected_tasks(settings))
     if settings.judge is not None:
-        from tandem.pairs.generators import open_server
+        from tandem.integrations.chat_server import open_server
 
-        open_server(settings.judge, Console(quiet=True))
+        open_server(settings.judge, lambda _: None)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:
@@ -191,20 +190,6 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
 
 def _is_local(name: str) -> bool:
     return not name.startswith("demo:") and looks_like_path(name)
-
-
-def _check_pairs(settings: PairsSettings) -> None:
-    """Check the models that write and rank, the servers' keys, and the user's own check."""
-    from tandem.model.model_folder import load_config, model_folder
-    from tandem.pairs.filters import Check
-    from tandem.pairs.generators import check_writers
-
-    for name in (settings.model, settings.rank.reward_model if settings.rank else None):
-        if name is not None and _is_local(name):
-            load_config(model_folder(name))
-    check_writers(settings)
-    if settings.filters.check is not None:
-        Check(settings.filters.check)
 
 
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,79 +26,53 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that operations and memory follow from.
+    """Sizes that operations and memory follow from."""
 
-    Attributes:
-        parameters: of the base, tied ones once.
-        trained: of the adapter.
-        linear: multiplications of a token in the decoder's frozen linear layers; of a mixture's
-            experts those that a token reaches.
-        adapter: the same in the adapter.
-        attention: multiplications of a visible (query, key) pair, all layers together.
-        head: multiplications of a token in the output head.
-        in_linear: parameters in linear layers other than the head, which quantization packs.
-        plain: those of them in torch's own linear layers, whose weights a CPU may order.
-        largest_layer: parameters of the largest layer, which sharded engines gather at once.
-        hidden, layers: of the decoder.
-    """
-
-    parameters: int
-    trained: int
+    parameters: int  # of the base, tied ones once
+    trained: int  # of the adapter
+    # multiplications of a token in the decoder's frozen linear layers; of a mixture's experts those
+    # that a token reaches
     linear: int
-    adapter: int
-    attention: int
-    head: int
-    in_linear: int
-    plain: int
-    largest_layer: int
+    adapter: int  # the same in the adapter
+    attention: int  # multiplications of a visible (query, key) pair, all layers together
+    head: int  # multiplications of a token in the output head
+    in_linear: int  # parameters in linear layers other than the head, which quantization packs
+    plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
+    largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
+    # of the decoder
     hidden: int
     layers: int
 
 
 @dataclass(frozen=True)
 class Described:
-    """A described model, as far as its configuration says.
+    """A described model, as far as its configuration says."""
 
-    Attributes:
-        shape: with its adapter.
-        padded: whether it will be fed padded rows, as far as its class says.
-        reached: whether it could be told which layers an adapter can act on.
-    """
-
-    shape: ModelShape
-    padded: bool
-    reached: bool
+    shape: ModelShape  # with its adapter
+    padded: bool  # whether it will be fed padded rows, as far as its class says
+    reached: bool  # whether it could be told which layers an adapter can act on
 
 
 def described(
     config: Any,
+    lora: LoraSettings,
     *,
-    rank: int,
-    alpha: float,
-    target_modules: tuple[str, ...] | Literal["all-linear"],
     attention: str,
     added: AddedTokens | None = None,
     trains_added: bool = True,
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
-    Args:
-        config: the model's transformers configuration.
-        rank, alpha, target_modules: the adapter, see `LoraSettings`.
-        attention: what the recipe asks for.
-        added: tokens whose embeddings are trained, see `model.added_tokens.make_rows`.
-        trains_added: whether the adapter trains their rows.
-
-    Raises UserError for a configuration that describes no model, for one whose sizes have other
-    names, and for an adapter that fits none of its modules.
+    `attention` is what the recipe asks for, `added` tokens whose embeddings are trained, by the
+    adapter if `trains_added`. Raises UserError for a configuration that describes no model, for one
+    whose sizes have other names, and for an adapter that fits none of its modules.
     """
     model = model_without_weights(config)
     if added:
         make_rows(model, added)
-    listed = target_modules != "all-linear"
+    listed = lora.target_modules != "all-linear"
     unread = refused_modules(model) if listed else _out_of_reach(model)
     padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
-    lora = LoraSettings(rank=rank, alpha=alpha, target_modules=target_modules)
     adapted = LoraWeights(lora).attach(
         model,
         unreached=refused_modules(model) if unread is None else unread,

@@ -4,69 +4,84 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.formats.format import Kind
-from tandem.errors import TandemError
+from tandem.data.resolve_sources import held_out_of, resolve_sources
+from tandem.data.sources.rows import looks_like_path, not_read
+from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
 from tandem.model.added_tokens import check_added
-from tandem.model.base_model import BaseModelInfo, check_base, load_base_info
+from tandem.model.base_model import check_base, load_base_info
 from tandem.model.model_folder import model_folder
-from tandem.plan.available_data import DataHere, Guess, PlannedData, check_guesses, guess_for
-from tandem.plan.history import Setting
-from tandem.plan.memory_estimate import Disk, Memory, disk_of, memory_of
 from tandem.plan.model_shape import Described, ModelShape, described
-from tandem.plan.rate import Rate, product_rate, recorded_rate
-from tandem.plan.stage_estimate import Forecast, asked_of, copied_bytes, forecast, held_by
-from tandem.plan.trial import Trial, made_up
-from tandem.plan.workload import Asked, Work, count_work, guess_work
+from tandem.plan.rate import product_rate, recorded_rate
+from tandem.plan.stage_estimate import (
+    Disk,
+    Memory,
+    StageEstimate,
+    StageSetup,
+    copied_bytes,
+    disk_of,
+    memory_of,
+)
+from tandem.plan.workload import Workload, count_work, guess_work
 from tandem.recipe.choices import SHARDS
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings, unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
+from tandem.storage.run_folder import made_pairs, stage_folder
 from tandem.train.token_budget import token_budget
 
 # Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
 _ANSWERS = 0.5
-# Seconds that a pass of a trial may be expected to take at a product's rate.
-_PASS = 3.0
 _KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """What one training stage would do and take.
+class PlannedData:
+    """A stage's data as far as it is here."""
 
-    Attributes:
-        name, folder: the stage and where it writes.
-        ledger: counts of its records, None where they were not read.
-        budget: tokens of a micro-batch.
-        shape: of the model with its adapter.
-        forecast: work, operations, memory and time; None where nothing is known of the data.
-        memory: of one process by engine, where the work is known.
-        disk: what it and its merge leave, where the work is known.
-        notes: what is missing, guessed or left out, or has failed.
-    """
+    sources: Sequence[DataSource]  # none where they are not here
+    # data sets that are held out as a whole; None where they are not here
+    held_out: Sequence[DataSource] | None = ()
+    notes: tuple[str, ...] = ()  # what is missing, and what to do about it
 
+
+@dataclass(frozen=True)
+class Guess:
+    """What is assumed of data that is not here: how many records, and tokens of each."""
+
+    records: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What one training stage would do and take."""
+
+    # the stage and where it writes
     name: str
     folder: Path
-    ledger: dict[str, Any] | None
-    budget: int
-    shape: ModelShape
-    forecast: Forecast | None
-    memory: dict[str, Memory]
-    disk: Disk | None
-    notes: tuple[str, ...]
+    ledger: dict[str, Any] | None  # counts of its records, None where they were not read
+    budget: int  # tokens of a micro-batch
+    shape: ModelShape  # of the model with its adapter
+    # work, operations, memory and time; None where nothing is known of the data
+    estimate: StageEstimate | None
+    memory: dict[str, Memory]  # of one process by engine, where the work is known
+    disk: Disk | None  # what it and its merge leave, where the work is known
+    notes: tuple[str, ...]  # what is missing, guessed or left out
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Plan:
     dtype: str
     processes: int
     stages: tuple[PipelineStage, ...]
-    trained: tuple[StagePlan, ...]
+    trained: tuple[TrainingPlan, ...]
 
 
 def plan_recipe(
@@ -94,85 +109,115 @@ def plan_recipe(
         recipe: the resolved recipe; of its model only configuration and tokenizer are needed.
         processes: in how many it would run.
         download: whether data sets of the Hub may be fetched.
-        guesses: what is taken for data that is not here, by training stage; the last is for all
+        guesses: what is assumed of data that is not here, by training stage; the last is for all
             that follow.
         console: for progress.
 
     Raises UserError for a model without configuration or tokenizer, an adapter or limits that do
-    not fit it, data that training would refuse, and guesses that nothing would come of.
+    not fit it, data that training would refuse, and guesses that no stage would use.
     """
     device = choose_device(recipe.device, recipe.dtype)
     planned = stages_of(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
         wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
-        here = DataHere(recipe, download, Path(scratch))
-        data = [here.of(settings) for _, settings in wanted]
+        data = [available_data(recipe, s, download, Path(scratch)) for _, s in wanted]
         longest = {str(stage.name): settings.max_length for stage, settings in wanted}
         check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
-        check_base(base, {stage.name: settings for stage, settings in wanted}, weights=False)
-        baseline = device.held_memory()
-        planner = _Planner(recipe, processes, console, device, base, baseline)
+        check_base(base, {str(stage.name): settings for stage, settings in wanted}, weights=False)
+        planner = _Planner(recipe, processes, console, device, base, device.held_memory())
         trained = [
-            planner.stage(stage, settings, found, guess_for(guesses, number))
-            for number, ((stage, settings), found) in enumerate(zip(wanted, data, strict=True))
+            planner.stage(stage, settings, here, guess_for(guesses, number))
+            for number, ((stage, settings), here) in enumerate(zip(wanted, data, strict=True))
         ]
     return Plan(device.kind, device.dtype_name, processes, tuple(planned), tuple(trained))
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Records and the work that they make.
+def available_data(
+    recipe: Recipe, settings: TrainingSettings, download: bool, scratch: Path
+) -> PlannedData:
+    """The data of one training stage; that of the Hub is only read where `download` allows it.
 
-    Attributes:
-        asked: how the stage goes through them.
-        trees: encoded; a few made-up ones where they are guessed.
-        work: counted.
-        ledger: counts of what was read, None where they are guessed.
+    Files that are only needed meanwhile go into the folder `scratch`.
     """
+    notes: list[str] = []
 
-    asked: Asked
-    dataset: EncodedDataset
-    work: Work
-    ledger: dict[str, Any] | None
+    def here(wanted: Sequence[DataSource]) -> list[DataSource]:
+        """Sources for the readers; none of them when one is on the Hub, which is noted."""
+        away = [
+            s.path for s in wanted if not (s.path.startswith("demo:") or looks_like_path(s.path))
+        ]
+        if away and not download:
+            notes.append(f"{', '.join(away)}: on the Hub, and not read")
+            return []
+        return resolve_sources(wanted, scratch, recipe.seed)
 
-
-def _read(records: TrainingData, asked: Asked) -> _Known:
-    asked = replace(asked, parts=records.parts)
-    work = count_work(records.dataset, asked)
-    return _Known(asked, records.dataset, work, records.ledger.summary())
-
-
-def _taken(guess: Guess, asked: Asked, vocabulary: int) -> _Known:
-    work = guess_work(guess.records, guess.tokens, asked, answers=_ANSWERS)
-    dataset = made_up(guess.records, guess.tokens, _ANSWERS, vocabulary)
-    return _Known(asked, dataset, work, None)
-
-
-def _notes(data: PlannedData, guess: Guess | None, model: Described) -> tuple[str, ...]:
-    """What is missing, guessed or left out."""
-    notes = list(data.notes)
-    if not data.sources and guess is not None:
+    if settings.data:
+        way = "add --download to fetch and read it"
+        sources = here(settings.data)
+    else:
+        way = "make the pairs with `tandem run --until pairs`"
+        made = made_pairs(stage_folder(recipe.output_dir, "pairs"))
+        sources = [] if made is None else [DataSource(path=str(made))]
+        notes.append("the pairs are not made yet" if made is None else f"pairs: those of {made}")
+    if not sources:
         notes.append(
-            f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
-            "trained, no prompt shared"
+            f"steps, time and memory depend on this data: {way}, or add --records N "
+            "--tokens-per-record M to plan without it"
         )
-    elif not data.sources:
-        notes.append(
-            "steps, time and memory follow from it: --download fetches and reads it, --records "
-            "N --tokens-per-record M plans without it"
+        return PlannedData((), (), tuple(notes))
+    before = len(notes)
+    held_out = held_out_of(settings, sources, here)
+    if len(notes) > before:
+        notes[-1] += ", so nothing is said of the held-out records"
+        return PlannedData(sources, None, tuple(notes))
+    return PlannedData(sources, held_out, (*notes, *not_read([*sources, *held_out])))
+
+
+def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:
+    """What is assumed of the data of a stage, counted from 0; the last is for all that follow."""
+    return guesses[min(number, len(guesses) - 1)] if guesses else None
+
+
+def check_guesses(
+    guesses: Sequence[Guess], longest: Mapping[str, int], data: Sequence[PlannedData]
+) -> None:
+    """Raise UserError for guesses that no stage would use, or whose records it would not train.
+
+    `longest` is the max_length of each training stage by name, `data` that of each.
+    """
+    stages = list(longest)
+    away = [number for number, here in enumerate(data, start=1) if not here.sources]
+    if guesses and not away:
+        raise UserError(
+            "tandem plan: --records and --tokens-per-record are for data that is not here, and "
+            f"that of {' and '.join(stages) or 'this recipe'} is; leave them out"
         )
-    if not model.reached:
-        notes.append("which layers all-linear reaches is only known with weights: all are counted")
-    if model.padded:
-        notes.append("this model reads padded rows: nothing is shared")
-    return tuple(notes)
+    if guesses and len(guesses) > away[-1]:
+        raise UserError(
+            f"tandem plan: --records has {len(guesses)} numbers, one for each of "
+            f"{', '.join(stages)} or one for all, and after {stages[away[-1] - 1]} no data is "
+            f"missing; leave the last {len(guesses) - away[-1]} out"
+        )
+    for number in away:
+        guess, stage = guess_for(guesses, number - 1), stages[number - 1]
+        if guess is not None and guess.tokens < 2:
+            raise UserError(
+                f"tandem plan: --tokens-per-record {guess.tokens} leaves none to train after a "
+                "first one; give at least 2"
+            )
+        if guess is not None and guess.tokens > longest[stage]:
+            raise UserError(
+                f"tandem plan: --tokens-per-record {guess.tokens} is above {stage}.max_length "
+                f"{longest[stage]}: no record that is trained is longer; give at most "
+                f"{longest[stage]}, or raise it"
+            )
 
 
 @dataclass(frozen=True)
 class _Planner:
-    """One recipe on this machine, and what the process holds before any model."""
+    """One recipe on this machine, and the bytes that the process holds before any model."""
 
     recipe: Recipe
     processes: int
@@ -187,24 +232,22 @@ class _Planner:
         settings: TrainingSettings,
         data: PlannedData,
         guess: Guess | None,
-    ) -> StagePlan:
+    ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        base = load_base_info(recipe, self.base, settings.max_length, weights=False)
-        config, added = base.config, base.added
         # An SFT before it leaves them in the merged model.
         trains_added = stage.name == "sft" or recipe.sft is None
+        base = load_base_info(recipe, self.base, settings.max_length, weights=False)
+        config, added = base.config, base.added
+        notes, engine = list(data.notes), self._engine()
         if trains_added:
-            engine = self._engine()
             check_added(
                 {*added.new, *added.known}, engine=engine, sharded="weights" in SHARDS[engine]
             )
-        lora = settings.lora
+            notes = [*base.warnings(), *notes]
         model = described(
             config,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
+            settings.lora,
             attention=recipe.attention,
             added=added,
             trains_added=trains_added,
@@ -212,129 +255,55 @@ class _Planner:
         # Where the run will ask, the model is loaded; on CPU processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
-        budget = token_budget(recipe.tokens_per_microbatch, device, config, free)
-        asked = asked_of(
-            settings,
-            seed=recipe.seed,
-            budget=budget,
+        setup = StageSetup(
+            name=stage.name,
+            settings=settings,
+            device=device,
             processes=self.processes,
+            engine=engine,
             config=config,
+            seed=recipe.seed,
+            budget=token_budget(recipe.tokens_per_microbatch, device, config, free),
             padded=model.padded,
+            quantized=recipe.quantization is not None,
+            baseline=self.baseline,
         )
-        known = None
-        if data.sources:
-            known = _read(
-                self._records(stage, settings, data, base),
-                asked,
-            )
-        elif guess is not None:
-            known = _taken(guess, asked, int(config.get_text_config().vocab_size))
-        if trains_added:
-            data = replace(data, notes=(*base.warnings(), *data.notes))
-        made, disk = None, None
+        work = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
-        notes = _notes(data, guess, model)
-        if known is not None:
-            trial = Trial(
-                config=config,
-                shape=model.shape,
-                settings=settings,
-                device=device,
-                attention=recipe.attention,
-                dropout=stage.name == "sft",
-                copies=self._copies(model.shape, free),
-                added=added,
-                trains_added=trains_added,
+        if data.sources:
+            records = self._read(stage, settings, data, base.chat)
+            ledger = records.ledger.summary()
+            work = count_work(records.dataset, setup.pacing(records.parts))
+        elif guess is not None:
+            work = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
+            notes[-1] = (  # in place of what to do about it
+                f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
+                "trained, no prompt shared"
             )
-            made, memory, failed = self._forecast(stage, trial, known)
-            count = guess.records if guess is not None else len(known.dataset)
-            count = len(known.dataset) if known.ledger is not None else count
-            doubts = unmeant(
-                settings, steps=known.work.steps, records=count, processes=self.processes
+        notes += _model_notes(model)
+        if work is not None:
+            spread = not (trains_added and added)
+            estimate, memory = _estimate(setup, model.shape, work, free, spread=spread)
+            notes += unmeant(
+                settings, steps=work.steps, records=work.records, processes=self.processes
             )
-            notes += (*failed, *doubts)
-            disk = self._disk(settings, config, model.shape, known.work)
-        ledger = None if known is None else known.ledger
-        return StagePlan(
-            stage.name, stage.folder, ledger, budget, model.shape, made, memory, disk,
-            notes,
+            disk = self._disk(settings, config, model.shape, work)
+        return TrainingPlan(
+            stage.name, stage.folder, ledger, setup.budget, model.shape, estimate, memory, disk,
+            tuple(notes),
         )  # fmt: skip
 
-    def _records(
+    def _read(
         self,
         stage: PipelineStage,
         settings: TrainingSettings,
         data: PlannedData,
-        base: BaseModelInfo,
+        chat: ChatTokenizer,
     ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        reader = StageReader(
-            stage.name, _KINDS[stage.name], settings, base.chat, None, self.console
-        )
+        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
-
-    def _copies(self, shape: ModelShape, free: int) -> int:
-        """What a run here would take for copies of the weights in a faster order."""
-        device = self.device
-        copies = copied_bytes(shape, quantized=self.recipe.quantization is not None)
-        fits = device.weights == torch.float32 and copies_fit(copies, device, free)
-        return copies if fits else 0
-
-    def _forecast(
-        self, stage: PipelineStage, trial: Trial, known: _Known
-    ) -> tuple[Forecast, dict[str, Memory], tuple[str, ...]]:
-        """Estimates, memory by engine, and notes."""
-        device, shape, settings = self.device, trial.shape, trial.settings
-        engine = self._engine()
-        held = held_by(
-            settings,
-            known.work,
-            device=device,
-            config=trial.config,
-            quantization=self.recipe.quantization,
-            copies=trial.copies,
-            baseline=self.baseline,
-        )
-        setting = Setting(
-            stage.name, device.kind, device.dtype_name, shape.parameters, self.processes, engine
-        )
-        rate, failed = self._rate(setting, trial, known)
-        made = forecast(
-            shape, known.work, settings, setting, host=device.is_host, held=held, rate=rate
-        )
-        # A single process has but one way.
-        every = tuple(SHARDS)
-        engines = every[1:] if self.processes > 1 else every[:1]
-        if trial.added and trial.trains_added:
-            engines = tuple(name for name in engines if "weights" not in SHARDS[name])
-        memory = {
-            name: memory_of(shape, held, name, self.processes)
-            for name in dict.fromkeys((engine, *engines))
-        }
-        return made, memory, failed
-
-    def _rate(self, setting: Setting, trial: Trial, known: _Known) -> tuple[Rate, tuple[str, ...]]:
-        """From the last run that is alike; a trial says more than a brief one. And notes."""
-        device, recorded = self.device, recorded_rate(setting)
-        last = recorded.measured if recorded else None
-        if recorded and last and not last.brief:
-            return recorded, ()
-        product = product_rate(device.torch_device, device.weights, device.synchronize)
-        tried = None
-        failed: tuple[str, ...] = ()
-        if self.recipe.quantization is None:
-            try:
-                tried = trial.rate(known.dataset, known.asked, most=_PASS * product.operations)
-            except TandemError:
-                raise
-            except Exception as error:  # whatever a strange model leads to, a plan can do without
-                failed = (
-                    f"the trial that tells its time failed ({type(error).__name__}: {error})",
-                )
-        if tried is not None:
-            return replace(tried, measured=last), ()
-        return recorded or product, failed
 
     def _engine(self) -> str:
         engine = self.recipe.engine
@@ -345,7 +314,9 @@ class _Planner:
             return engine
         return "ddp" if self.processes > 1 else "single"
 
-    def _disk(self, settings: TrainingSettings, config: Any, shape: ModelShape, work: Work) -> Disk:
+    def _disk(
+        self, settings: TrainingSettings, config: Any, shape: ModelShape, work: Workload
+    ) -> Disk:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)
@@ -356,3 +327,31 @@ class _Planner:
             keep=settings.save_total_limit,
             merged_bytes=merged.itemsize,
         )
+
+
+def _estimate(
+    setup: StageSetup, shape: ModelShape, work: Workload, free: int, *, spread: bool
+) -> tuple[StageEstimate, dict[str, Memory]]:
+    """Estimates, and memory by engine, the chosen one first; `spread`: whether weights may be."""
+    device, processes = setup.device, setup.processes
+    # What a run here would take for copies of the weights in a faster order.
+    copies = copied_bytes(shape, quantized=setup.quantized)
+    if device.weights != torch.float32 or not copies_fit(copies, device, free):
+        copies = 0
+    rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
+    # A single process has but one way.
+    others = tuple(SHARDS)[1:] if processes > 1 else tuple(SHARDS)[:1]
+    engines = (setup.engine, *(one for one in others if spread or "weights" not in SHARDS[one]))
+    use = setup.memory_use(work, copies)
+    return setup.estimate(shape, work, copies, rate), {
+        engine: memory_of(shape, use, engine, processes) for engine in dict.fromkeys(engines)
+    }
+
+
+def _model_notes(model: Described) -> list[str]:
+    notes = []
+    if not model.reached:
+        notes.append("which layers all-linear reaches is only known with weights: all are counted")
+    if model.padded:
+        notes.append("this model reads padded rows: nothing is shared")
+    return notes

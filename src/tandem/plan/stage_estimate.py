@@ -1,4 +1,4 @@
-"""What a training stage will take, estimated before it begins, and compared when it is done."""
+"""What a training stage will take (memory by engine, disk, time), and what it took."""
 
 from __future__ import annotations
 
@@ -8,239 +8,251 @@ from typing import Any
 
 from tandem.data.batching.sampler import WeightedSource
 from tandem.data.encoded.dataset import EncodedDataset
-from tandem.model.attention.select import is_padded
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
-from tandem.plan.history import FIGURES, Measured, Setting, remember
-from tandem.plan.memory_estimate import Held, Memory, memory_of
 from tandem.plan.model_shape import ModelShape, shape_of
-from tandem.plan.rate import Rate, recorded_rate
-from tandem.plan.workload import Asked, Operations, Work, count_operations, count_work
+from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
+from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
+from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
-from tandem.train.engines.engine import Engine
 from tandem.train.token_budget import activation_bytes, attention_weight
+
+# Adapters, their gradients and AdamW's moments are float32.
+_TRAINED_BYTES = 4
+# nf4 with its blocks' scales, which are quantised as well.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Blocks of logits and their running sums, see `model.logprobs.output_head`.
+_HEAD_BLOCKS = 3
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Estimates of one stage.
+class MemoryUse:
+    """How a process of a stage uses memory."""
 
-    Attributes:
-        setting: where it runs, and of what size it is.
-        work, operations, memory: see `estimate`.
-        rate: what time follows from; None where nobody knows.
-        seconds, reference_seconds: of training, and of DPO's pass before it; None without a rate.
-    """
+    weight_bytes: int  # of a frozen weight
+    quantized: bool  # whether the linear layers are in 4 bits
+    copies: int  # bytes of copies of the frozen weights in a faster order (on CPU)
+    checkpointing: bool  # whether activations are computed once more
+    tokens: int  # of the largest micro-batch
+    activation_bytes: float  # what a token keeps for the backward, without checkpointing
+    head_bytes: int  # a block of logits, see `model.logprobs.output_head`
+    baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
 
-    setting: Setting
-    work: Work
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int  # frozen ones, copies in a faster order included
+    # of what is trained
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the largest micro-batch
+    head: int  # the output head's blocks
+    baseline: int  # the process without a model
+
+    @property
+    def peak(self) -> int:
+        """All at once."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk: the adapter's file, all checkpoints that are kept, and the merged model."""
+
+    adapter: int
+    checkpoints: int
+    kept: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """Estimates of one stage."""
+
+    setting: RateKey  # where it runs, and of what size it is
+    # what it does and holds
+    work: Workload
     operations: Operations
     memory: Memory
-    rate: Rate | None
+    rate: Rate | None  # what time follows from; None where no run has shown one and none was timed
+    # of training, and of DPO's pass before it; None without a rate
     seconds: float | None
     reference_seconds: float | None
 
 
-def forecast(
-    shape: ModelShape,
-    work: Work,
-    settings: TrainingSettings,
-    setting: Setting,
-    *,
-    host: bool,
-    held: Held,
-    rate: Rate | None,
-) -> Forecast:
-    """The estimates that follow from a model's shape and the work.
+def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
+    """What one process holds under an engine.
 
-    Args:
-        shape: of the model with its adapter.
-        work: what is fed.
-        settings: of the stage.
-        setting: where it runs.
-        host: whether processes share the machine's processor.
-        held: how memory is used.
-        rate: of one process, if it is known.
+    ZeRO-2 spreads gradients and moments over the processes; ZeRO-3 and FSDP2 spread the weights as
+    well, and gather a layer at a time.
     """
-    operations = count_operations(
-        shape,
-        work,
-        reference=setting.stage == "dpo",
-        checkpointing=settings.gradient_checkpointing,
-    )
-    memory = memory_of(shape, held, setting.engine, setting.processes)
-    if rate is None:
-        return Forecast(setting, work, operations, memory, None, None, None)
-    # On CPU processes share the machine that was timed.
-    together = rate.operations * (setting.processes if not host else 1)
-    before = together
-    if rate.measured is not None and not rate.basis:
-        if host:
-            together = before = rate.measured.rate
-        if rate.measured.reference_seconds > 0:
-            before = rate.measured.reference_operations / rate.measured.reference_seconds
-    return Forecast(
-        setting,
-        work,
-        operations,
-        memory,
-        rate,
-        operations.training * work.imbalance / together,
-        operations.reference / before,
+    sharded = "weights" in SHARDS[engine]
+    frozen = float(shape.parameters * use.weight_bytes)
+    if use.quantized:
+        frozen -= shape.in_linear * (use.weight_bytes - _NF4_BYTES)
+    weights = frozen + (0 if sharded else use.copies)
+    if sharded and processes > 1:
+        weights = frozen / processes + 2 * shape.largest_layer * use.weight_bytes
+    per_token = use.activation_bytes
+    if use.checkpointing:
+        # Each layer's input stays, and one layer at a time is there whole.
+        per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers
+    trained = shape.trained * _TRAINED_BYTES
+    share = processes if SHARDS[engine] else 1
+    return Memory(
+        weights=int(weights),
+        adapter=trained // (processes if sharded else 1),
+        gradients=trained // share,
+        optimizer=2 * trained // share,
+        activations=int(use.tokens * per_token),
+        head=use.head_bytes * _HEAD_BLOCKS + use.tokens * shape.hidden * (4 + use.weight_bytes),
+        baseline=use.baseline,
     )
 
 
-def asked_of(
-    settings: TrainingSettings,
-    *,
-    seed: int,
-    budget: int,
-    processes: int,
-    config: Any,
-    padded: bool,
-    parts: tuple[WeightedSource, ...] = (),
-) -> Asked:
-    """How a stage goes through its records."""
-    return Asked(
-        settings.batch_size,
-        settings.epochs,
-        settings.max_steps,
-        seed,
-        budget,
-        processes,
-        attention_weight(config),
-        padded,
-        parts,
-    )
+def disk_of(
+    shape: ModelShape, *, steps: int, save_steps: int, keep: int | None, merged_bytes: int
+) -> Disk:
+    """What a stage and its merge leave on disk; `merged_bytes` of a weight of the merged model.
 
-
-def held_by(
-    settings: TrainingSettings,
-    work: Work,
-    *,
-    device: Device,
-    config: Any,
-    quantization: str | None,
-    copies: int,
-    baseline: int,
-) -> Held:
-    """How a process of a stage on this kind of device uses memory.
-
-    Args:
-        settings: of the stage.
-        work: what it feeds.
-        device: where.
-        config: the model's configuration.
-        quantization: of the base.
-        copies: bytes of copies of the weights in a faster order.
-        baseline: what the process holds without a model.
+    A checkpoint is written every `save_steps` and at the end; `keep` of them stay, None for all.
     """
-    width = device.weights.itemsize
-    vocabulary = int(config.get_text_config().vocab_size)
-    return Held(
-        weight_bytes=width,
-        quantized=quantization is not None,
-        copies=copies,
-        checkpointing=settings.gradient_checkpointing,
-        tokens=work.largest,
-        activation_bytes=activation_bytes(config) * width / 4,
-        head_bytes=min(block_bytes(device.kind), work.largest * vocabulary * 4),
-        baseline=baseline,
-    )
+    adapter = shape.trained * _TRAINED_BYTES
+    kept = -(-steps // save_steps)
+    kept = kept if keep is None else min(kept, keep)
+    return Disk(adapter, kept * 3 * adapter, kept, shape.parameters * merged_bytes)
 
 
-def forecast_run(
-    name: str,
-    dataset: EncodedDataset,
-    model: Any,
-    settings: TrainingSettings,
-    *,
-    engine: Engine,
-    config: Any,
-    schedule: Mapping[str, Any],
-    parts: tuple[WeightedSource, ...],
-    quantization: str | None,
-    seed: int,
-    baseline: int,
-) -> Forecast:
+@dataclass(frozen=True)
+class StageSetup:
+    """How a stage is run, as far as its estimates depend on it."""
+
+    name: str  # sft or dpo
+    settings: TrainingSettings  # its section of the recipe
+    # where, in how many processes, and how they share the work
+    device: Device
+    processes: int
+    engine: str
+    config: Any  # of the model
+    seed: int  # of the order of records
+    budget: int  # tokens of a micro-batch
+    padded: bool  # whether the model reads padded rows
+    quantized: bool  # whether the base is in 4 bits
+    baseline: int  # bytes that the process holds without a model
+
+    def pacing(self, parts: tuple[WeightedSource, ...] = ()) -> Pacing:
+        """How it goes through its records, whose weights are `parts`."""
+        settings = self.settings
+        return Pacing(
+            settings.batch_size,
+            settings.epochs,
+            settings.max_steps,
+            self.seed,
+            self.budget,
+            self.processes,
+            attention_weight(self.config),
+            self.padded,
+            parts,
+        )
+
+    def memory_use(self, work: Workload, copies: int) -> MemoryUse:
+        """How a process uses memory; `copies`: bytes of weights in a faster order."""
+        width = self.device.weights.itemsize
+        vocabulary = int(self.config.get_text_config().vocab_size)
+        return MemoryUse(
+            weight_bytes=width,
+            quantized=self.quantized,
+            copies=copies,
+            checkpointing=self.settings.gradient_checkpointing,
+            tokens=work.largest,
+            activation_bytes=activation_bytes(self.config) * width / 4,
+            head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
+            baseline=self.baseline,
+        )
+
+    def rate_key(self, shape: ModelShape) -> RateKey:
+        """What its rate depends on."""
+        device = self.device
+        return RateKey(
+            self.name, device.kind, device.dtype_name, shape.parameters, self.processes, self.engine
+        )
+
+    def estimate(
+        self, shape: ModelShape, work: Workload, copies: int, rate: Rate | None
+    ) -> StageEstimate:
+        """The estimates that follow from the model's shape and the work."""
+        operations = count_operations(
+            shape,
+            work,
+            reference=self.name == "dpo",
+            checkpointing=self.settings.gradient_checkpointing,
+        )
+        memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
+        seconds = reference_seconds = None
+        if rate is not None:
+            last = rate.last_run
+            # Processes on a CPU share the machine that was timed.
+            alone = self.device.is_host and last is None
+            together = rate.operations * (1 if alone else self.processes)
+            seconds = operations.training * work.imbalance / together
+            if last is not None and last.reference_seconds > 0:
+                together = last.reference_operations / last.reference_seconds
+            reference_seconds = operations.reference / together
+        return StageEstimate(
+            self.rate_key(shape), work, operations, memory, rate, seconds, reference_seconds
+        )
+
+
+def estimate_run(
+    setup: StageSetup, model: Any, dataset: EncodedDataset, parts: tuple[WeightedSource, ...]
+) -> StageEstimate:
     """The estimates of a run that is about to begin, with its model loaded and adapted.
 
-    Args:
-        name: sft or dpo.
-        trees, model, settings, engine, config, parts, quantization, seed: the run's.
-        schedule: resolved.
-        baseline: what the process held before the model was loaded.
+    The records have the weights of `parts`.
     """
-    device, processes = engine.device, engine.processes.count
     shape = shape_of(model)
-    asked = asked_of(
-        settings,
-        seed=seed,
-        budget=schedule["tokens_per_microbatch"],
-        processes=processes,
-        config=config,
-        padded=is_padded(model),
-        parts=parts,
-    )
-    work = count_work(dataset, asked)
-    setting = Setting(
-        name, device.kind, device.dtype_name, shape.parameters, processes, schedule["engine"]
-    )
-    held = held_by(
-        settings,
-        work,
-        device=device,
-        config=config,
-        quantization=quantization,
-        copies=ordered_bytes(model),
-        baseline=baseline,
-    )
+    work = count_work(dataset, setup.pacing(parts))
     # Nothing is timed here, where other processes wait.
-    rate = recorded_rate(setting)
-    return forecast(shape, work, settings, setting, host=device.is_host, held=held, rate=rate)
+    rate = recorded_rate(setup.rate_key(shape))
+    return setup.estimate(shape, work, ordered_bytes(model), rate)
 
 
 def copied_bytes(shape: ModelShape, *, quantized: bool) -> int:
-    """What `model.products.ordered_bytes` will find in a model; 4-bit layers have no copies."""
+    """What `onednn_linear.ordered_bytes` will find in a model; 4-bit layers have no copies."""
     return 2 * 4 * (shape.head + (0 if quantized else shape.plain))
 
 
-def compared(made: Forecast, summary: Mapping[str, Any]) -> dict[str, Any]:
+def compare(estimate: StageEstimate, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Estimates against what a finished stage's summary says, for that summary."""
-    estimated = {
-        "tokens": made.work.tokens,
-        "steps": made.work.steps,
-        "memory": made.memory.peak,
-        "seconds": made.seconds,
-    }
-    actual = {
-        "tokens": summary["tokens"],
-        "steps": summary["steps"],
-        "memory": summary["peak_memory_bytes"],
-        "seconds": summary["train_seconds"],
-    }
+    work = estimate.work
+    estimated = (work.tokens, work.steps, estimate.memory.peak, estimate.seconds)
+    keys = ("tokens", "steps", "peak_memory_bytes", "train_seconds")
     return {
-        "rate_from": None if made.rate is None else made.rate.source,
-        **{name: {"estimated": estimated[name], "actual": actual[name]} for name in FIGURES},
+        "rate_from": None if estimate.rate is None else estimate.rate.source,
+        **{
+            figure: {"estimated": value, "actual": summary[key]}
+            for figure, value, key in zip(FIGURES, estimated, keys, strict=True)
+        },
     }
 
 
-def keep(made: Forecast, comparison: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Remember a finished stage for the next plan; raises OSError where that cannot be."""
+def remember_run(
+    estimate: StageEstimate, comparison: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """Record a finished stage for the next plan; raises OSError where that cannot be."""
     figures = {name: comparison[name] for name in FIGURES}
-    whole = summary["reference_computed"] == made.work.records
+    whole = summary["reference_computed"] == estimate.work.records
     remember(
         Measured(
-            made.setting,
-            made.operations.training * made.work.imbalance,
-            {
-                name: figure["estimated"]
-                for name, figure in figures.items()
-                if figure["estimated"] is not None
-            },
-            {name: figure["actual"] for name, figure in figures.items()},
-            made.operations.reference if whole else 0.0,
+            estimate.setting,
+            estimate.operations.training * estimate.work.imbalance,
+            {k: v["estimated"] for k, v in figures.items() if v["estimated"] is not None},
+            {k: v["actual"] for k, v in figures.items()},
+            estimate.operations.reference if whole else 0.0,
             summary["reference_seconds"] if whole else 0.0,
         )
     )

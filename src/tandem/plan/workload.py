@@ -22,18 +22,12 @@ class Operations:
 
     With T tokens fed, P multiplications of a token in frozen linear layers, L in the adapter, A
     visible pairs of a attention multiplications, and N trained tokens under a head of V x H:
-
-    Attributes:
-        forward: 2(P + L)T + 2aA + 2NVH.
-        backward: 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH.
-        recomputed: with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA.
-        reference: DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH.
     """
 
-    forward: float
-    backward: float
-    recomputed: float
-    reference: float
+    forward: float  # 2(P + L)T + 2aA + 2NVH
+    backward: float  # 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH
+    recomputed: float  # with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA
+    reference: float  # DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH
 
     @property
     def training(self) -> float:
@@ -52,16 +46,9 @@ class Operations:
 
 
 def count_operations(
-    shape: ModelShape, work: Work, *, reference: bool, checkpointing: bool
+    shape: ModelShape, work: Workload, *, reference: bool, checkpointing: bool
 ) -> Operations:
-    """The operations of a stage.
-
-    Args:
-        shape: of the model with its adapter.
-        work: what is fed.
-        reference: whether there is a reference pass.
-        checkpointing: whether activations are computed once more in the backward.
-    """
+    """The operations of a stage; `checkpointing` computes activations once more in the backward."""
     linear, adapter = 2.0 * shape.linear * work.tokens, 2.0 * shape.adapter * work.tokens
     attention = 2.0 * shape.attention * work.visible
     head = 2.0 * shape.head * work.targets
@@ -82,75 +69,54 @@ _PACKED = 256
 
 
 @dataclass(frozen=True)
-class Work:
-    """Counts of a whole training stage, and of DPO's reference pass over the same records.
+class Workload:
+    """Counts of a whole training stage, and of DPO's reference pass over the same records."""
 
-    Attributes:
-        records: trained on.
-        steps, examples: optimizer steps, and records they take.
-        tokens, tokens_per_epoch: fed, shared prefixes once.
-        padded_tokens: what padded batches would feed for the same sequences; 0 on the padded path.
-        shared_tokens: what sharing prefixes saves; 0 on the padded path.
-        targets: trained tokens that meet the output head.
-        visible: (query, key) pairs that see each other.
-        longest: rows of the longest record.
-        packed_steps: the steps that the figures below are means over: all, or evenly spaced ones.
-        micro_batches: of all steps and processes (scaled up where not all were packed).
-        fill: mean share of the token budget that micro-batches fill.
-        imbalance: the costliest process's share of a step by the mean one.
-        largest: tokens of the largest micro-batch.
-        reference_tokens, reference_targets, reference_visible: of one pass over all records.
-    """
-
-    records: int
+    records: int  # trained on
+    # optimizer steps, and records they take
     steps: int
     examples: int
+    # fed, shared prefixes once
     tokens: int
     tokens_per_epoch: int
+    # what padded batches would feed for the same sequences; 0 on the padded path
     padded_tokens: int
-    shared_tokens: int
-    targets: int
-    visible: float
-    longest: int
-    packed_steps: int
-    micro_batches: int
-    fill: float
-    imbalance: float
-    largest: int
+    shared_tokens: int  # what sharing prefixes saves; 0 on the padded path
+    targets: int  # trained tokens that meet the output head
+    visible: float  # (query, key) pairs that see each other
+    longest: int  # rows of the longest record
+    packed_steps: int  # the steps that the figures below are means over: all, or evenly spaced ones
+    micro_batches: int  # of all steps and processes (scaled up where not all were packed)
+    fill: float  # mean share of the token budget that micro-batches fill
+    imbalance: float  # the costliest process's share of a step by the mean one
+    largest: int  # tokens of the largest micro-batch
+    # of one pass over all records
     reference_tokens: int
     reference_targets: int
     reference_visible: float
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a stage goes through its records.
+class Pacing:
+    """How a stage goes through its records."""
 
-    Attributes:
-        batch_size, epochs, max_steps, seed: of the recipe.
-        budget: tokens of a micro-batch.
-        processes: how many share a step.
-        attention_weight: for balance, see `data.packing.example_cost`.
-        padded: whether the model reads one row a sequence, with nothing shared.
-        parts: the weights of the records, see `StepSampler`.
-    """
-
+    # of the recipe
     batch_size: int
     epochs: float | None
     max_steps: int | None
     seed: int
-    budget: int
-    processes: int
-    attention_weight: float
-    padded: bool = False
-    parts: tuple[WeightedSource, ...] = ()
+    budget: int  # tokens of a micro-batch
+    processes: int  # how many share a step
+    attention_weight: float  # for balance, see `data.packing.example_cost`
+    padded: bool = False  # whether the model reads one row a sequence, with nothing shared
+    parts: tuple[WeightedSource, ...] = ()  # the weights of the records, see `StepSampler`
 
 
-def count_work(dataset: EncodedDataset, asked: Asked) -> Work:
+def count_work(dataset: EncodedDataset, pacing: Pacing) -> Workload:
     """The work of a stage over its encoded records; no tree is made for it."""
-    records = _Records.of(dataset, asked)
-    sampler = StepSampler(len(dataset), asked.batch_size, asked.seed, asked.parts)
-    count = sampler.total_steps(asked)
+    records = _Records.of(dataset, pacing)
+    sampler = StepSampler(len(dataset), pacing.batch_size, pacing.seed, pacing.parts)
+    count = sampler.total_steps(pacing)
     every = max(1, math.ceil(count / _PACKED))
     times = np.zeros(len(dataset), dtype=np.int64)
     padded = 0
@@ -158,16 +124,16 @@ def count_work(dataset: EncodedDataset, asked: Asked) -> Work:
     for step in sampler.steps(0, count):
         examples = np.asarray(step.examples)
         np.add.at(times, examples, 1)  # a step may show a record twice
-        if not asked.padded:
+        if not pacing.padded:
             padded += padded_tokens(records.sequences(examples))
         if step.number % every == 0:
-            packing.add(records, examples, asked)
-    return Work(
+            packing.add(records, examples, pacing)
+    return Workload(
         records=len(dataset),
         steps=count,
         examples=int(times.sum()),
         tokens=int(times @ records.fed),
-        tokens_per_epoch=_an_epoch(records.fed, asked.parts),
+        tokens_per_epoch=_an_epoch(records.fed, pacing.parts),
         padded_tokens=padded,
         shared_tokens=int(times @ records.shared),
         targets=int(times @ records.targets),
@@ -192,22 +158,16 @@ def _an_epoch(fed: NDArray[np.int64], parts: Sequence[WeightedSource]) -> int:
     return round(float(fed @ weights))
 
 
-def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Work:
-    """The work of records that nobody has seen, all equally long, with nothing shared.
-
-    Args:
-        records, tokens: how many, and tokens of each.
-        asked: how the stage goes through them.
-        answers: share of the tokens that is trained.
-    """
-    sampler = StepSampler(records, asked.batch_size)
-    count, per_epoch = sampler.total_steps(asked), sampler.steps_per_epoch()
+def guess_work(records: int, tokens: int, pacing: Pacing, *, answers: float) -> Workload:
+    """The work of records that nobody has seen: equally long, a share of `answers` trained."""
+    sampler = StepSampler(records, pacing.batch_size)
+    count, per_epoch = sampler.total_steps(pacing), sampler.steps_per_epoch()
     whole, rest = divmod(count, per_epoch)
-    examples = whole * records + min(records, rest * asked.batch_size)
+    examples = whole * records + min(records, rest * pacing.batch_size)
     targets, visible = round(tokens * answers), tokens * (tokens + 1) / 2
-    in_one = max(1, asked.budget // tokens)
-    a_share = math.ceil(min(asked.batch_size, records) / asked.processes)
-    return Work(
+    in_one = max(1, pacing.budget // tokens)
+    a_share = math.ceil(min(pacing.batch_size, records) / pacing.processes)
+    return Workload(
         records=records,
         steps=count,
         examples=examples,
@@ -219,8 +179,8 @@ def guess_work(records: int, tokens: int, asked: Asked, *, answers: float) -> Wo
         visible=examples * visible,
         longest=tokens,
         packed_steps=0,
-        micro_batches=count * asked.processes * math.ceil(a_share / in_one),
-        fill=min(1.0, min(in_one, a_share) * tokens / asked.budget),
+        micro_batches=count * pacing.processes * math.ceil(a_share / in_one),
+        fill=min(1.0, min(in_one, a_share) * tokens / pacing.budget),
         imbalance=1.0,
         largest=min(in_one, a_share) * tokens,
         reference_tokens=records * tokens,
@@ -244,7 +204,7 @@ class _Records:
     first: NDArray[np.int64]
 
     @classmethod
-    def of(cls, dataset: EncodedDataset, asked: Asked) -> _Records:
+    def of(cls, dataset: EncodedDataset, pacing: Pacing) -> _Records:
         """From the lengths that the encoded records keep; no tree is made for it."""
         branches = dataset.branches.astype(np.int64)
         prefix = dataset.prefix_lengths.astype(np.int64)
@@ -265,13 +225,13 @@ class _Records:
         seen = added(rows * before + rows * (rows + 1) / 2)
         shared = (branches - 1) * prefix
         half = prefix * prefix / 2
-        cost = tokens + asked.attention_weight * (half + added(own * before + own * own / 2))
+        cost = tokens + pacing.attention_weight * (half + added(own * before + own * own / 2))
         whole = prefix * (prefix + 1) / 2
         return cls(
-            fed=fed + shared if asked.padded else fed,
-            shared=np.zeros_like(shared) if asked.padded else shared,
+            fed=fed + shared if pacing.padded else fed,
+            shared=np.zeros_like(shared) if pacing.padded else shared,
             targets=added(dataset.sequence_targets.astype(np.int64)),
-            visible=seen + (whole * branches if asked.padded else whole),
+            visible=seen + (whole * branches if pacing.padded else whole),
             costs=cost,
             branches=branches,
             rows=np.ceil(np.maximum.reduceat(before + rows, first[:-1])).astype(np.int64),
@@ -296,20 +256,20 @@ class _Packing:
         self.imbalance = 0.0
         self.largest = 0
 
-    def add(self, records: _Records, examples: NDArray[np.int64], asked: Asked) -> None:
+    def add(self, records: _Records, examples: NDArray[np.int64], pacing: Pacing) -> None:
         """Pack one step as training does."""
         tokens = records.fed[examples].tolist()
         sequences, rows = records.branches[examples].tolist(), records.rows[examples].tolist()
 
         def in_rows(share: Sequence[int]) -> list[tuple[int, ...]]:
-            return pack_padded([(sequences[i], rows[i]) for i in share], asked.budget)
+            return pack_padded([(sequences[i], rows[i]) for i in share], pacing.budget)
 
         plan = plan_step(
             tokens,
             records.costs[examples].tolist(),
-            asked.budget,
-            asked.processes,
-            pack_share=in_rows if asked.padded else None,
+            pacing.budget,
+            pacing.processes,
+            pack_share=in_rows if pacing.padded else None,
         )
         self.steps += 1
         self.micro_batches += sum(map(len, plan.ranks))

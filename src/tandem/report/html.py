@@ -13,20 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tandem.report import training_section
-from tandem.report.report_warnings import find
-from tandem.report.result_rows import (
-    ROW_LABELS,
-    compared_rows,
-    mapping,
-    model_names,
-    result_rows,
-    sampling_error,
-    shown_measures,
-    task_notes,
+from tandem.report.result_rows import compared_rows, result_rows, shown_measures, task_notes
+from tandem.report.run_facts import (
+    STAGE_FOLDERS,
+    RunFacts,
+    StageFacts,
+    read_run,
+    run_warnings,
 )
-from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run
+from tandem.result_warnings import MODEL_LABELS, mapping, model_names, sampling_error
 from tandem.storage.atomic_files import atomic_write_text
-from tandem.storage.run_folder import TRAINING_STAGES
 from tandem.wording import count, duration, is_number, percent, short_count
 
 PAGE = "report.html"
@@ -40,10 +36,10 @@ class _Step:
     name: str
     title: str
     status: str
-    time: str
-    inputs_hash: str
-    outputs: tuple[tuple[str, str], ...]
-    inputs: str
+    time: str = ""
+    inputs_hash: str = ""
+    outputs: tuple[tuple[str, str], ...] = ()
+    inputs: str = ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -70,15 +66,15 @@ def render(facts: RunFacts) -> str:
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
     return environment.get_template("page.html.jinja").render(
         facts=facts,
-        base_model=_base_model(facts),
+        base_model=facts.base_model,
         description=str(facts.recipe.get("description") or ""),
-        findings=find(facts),
+        findings=run_warnings(facts),
         steps=_steps(facts),
         measures=shown_measures(facts.evaluation),
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
         compared=compared_rows(facts.evaluation, "previous") if _has_errors(facts) else [],
-        compared_names=[ROW_LABELS.get(n, n) for n in model_names(facts.evaluation)],
+        compared_names=[MODEL_LABELS.get(n, n) for n in model_names(facts.evaluation)],
         task_notes=task_notes(facts.evaluation),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
         others=[(s.title, s.name, _flat(s.summary)) for s in facts.stages if s.kind == "merge"],
@@ -88,14 +84,10 @@ def render(facts: RunFacts) -> str:
 
 
 def _section(stage: StageFacts) -> dict[str, Any]:
-    return _pairs(stage) if stage.kind == "pairs" else _training(stage)
-
-
-def _training(stage: StageFacts) -> dict[str, Any]:
-    return {
-        "kind": stage.kind,
-        "name": stage.name,
-        "title": stage.title,
+    head = {"kind": stage.kind, "name": stage.name, "title": stage.title}
+    if stage.kind == "pairs":
+        return head | _pairs(stage)
+    return head | {
         "tiles": training_section.tiles(stage),
         "curves": training_section.curves(stage),
         "smoothing": training_section.smoothing_note(stage),
@@ -108,28 +100,19 @@ def _training(stage: StageFacts) -> dict[str, Any]:
 
 
 def _steps(facts: RunFacts) -> list[_Step]:
-    there = {s.name: s for s in facts.stages}
-    names = sorted({*there, *facts.missing})
-    return [_step(there[n]) if n in there else _absent(n) for n in names]
-
-
-def _absent(name: str) -> _Step:
-    return _Step(name, STAGE_FOLDERS[name].title, "missing", "", "", (), "")
-
-
-def _step(stage: StageFacts) -> _Step:
-    m = stage.manifest
-    outputs = tuple((str(k), str(v)) for k, v in mapping(m.get("outputs")).items())
-    inputs = json.dumps(m.get("inputs", {}), indent=2, ensure_ascii=False)
-    return _Step(
-        stage.name,
-        stage.title,
-        stage.status,
-        _took(m.get("started_at"), m.get("finished_at")),
-        str(m.get("inputs_hash") or ""),
-        outputs,
-        inputs,
-    )
+    steps = {name: _Step(name, STAGE_FOLDERS[name].title, "missing") for name in facts.missing}
+    for stage in facts.stages:
+        manifest = stage.manifest
+        steps[stage.name] = _Step(
+            stage.name,
+            stage.title,
+            stage.status,
+            _took(manifest.get("started_at"), manifest.get("finished_at")),
+            str(manifest.get("inputs_hash") or ""),
+            tuple((str(k), str(v)) for k, v in mapping(manifest.get("outputs")).items()),
+            json.dumps(manifest.get("inputs", {}), indent=2, ensure_ascii=False),
+        )
+    return [steps[name] for name in sorted(steps)]
 
 
 def _took(start: object, end: object) -> str:
@@ -141,31 +124,21 @@ def _took(start: object, end: object) -> str:
     return duration(span.total_seconds()) if span.total_seconds() >= 1 else "< 1 s"
 
 
-def _base_model(facts: RunFacts) -> str:
-    from_recipe = facts.recipe.get("model")
-    if from_recipe:
-        return str(from_recipe)
-    trained = [s for s in facts.stages if s.kind in TRAINING_STAGES]
-    return training_section.base_model(trained[0]) if trained else ""
-
-
 def _result_note(evaluation: Mapping[str, Any]) -> str:
     counts = mapping(evaluation.get("counts"))
     questions, pairs = counts.get("questions"), counts.get("pairs")
-    parts = []
-    if is_number(questions) or is_number(pairs):
-        parts.append(
-            f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
-        )
+    if not (is_number(questions) or is_number(pairs)):
+        return ""
+    note = f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
     shares = [mapping(m).get("answer_accuracy") for m in mapping(evaluation.get("models")).values()]
-    known = [s for s in shares if is_number(s)]
+    known = [share for share in shares if is_number(share)]
     if known and is_number(questions) and questions:
-        error = max(sampling_error(s, int(questions)) for s in known)
-        parts.append(
-            f"The standard error of an answer accuracy is at most {100 * error:.1f} points: "
-            f"changes of that size are noise."
+        error = max(sampling_error(share, int(questions)) for share in known)
+        note += (
+            f" The standard error of an answer accuracy is at most {100 * error:.1f} points: "
+            "changes of that size are noise."
         )
-    return " ".join(parts)
+    return note
 
 
 def _has_errors(facts: RunFacts) -> bool:
@@ -189,9 +162,6 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
     ]
     left_out = [(str(k), count(n)) for k, n in mapping(s.get("left_out")).items() if is_number(n)]
     return {
-        "kind": stage.kind,
-        "name": stage.name,
-        "title": stage.title,
         "tiles": figures,
         "dropped": dropped,
         "left_out": left_out,
@@ -224,30 +194,28 @@ def _first_pairs(folder: Path) -> list[Mapping[str, Any]]:
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     raw = evaluation.get("samples")
-    found = []
+    samples = []
     for sample in raw if isinstance(raw, list) else []:
         answers = mapping(mapping(sample).get("answers"))
         names = [n for n in model_names(evaluation) if n in answers]
         names += [n for n in answers if n not in names]
-        found.append(
+        samples.append(
             {
                 "prompt": str(sample.get("prompt", "")),
                 "expected": str(sample.get("expected") or ""),
-                "answers": [(n, ROW_LABELS.get(n, n), str(answers[n])) for n in names],
+                "answers": [(n, MODEL_LABELS.get(n, n), str(answers[n])) for n in names],
             }
         )
-    return found
+    return samples
 
 
 def _versions(facts: RunFacts) -> list[tuple[str, str]]:
     """Each package once, with all versions that the stages were run with."""
-    found: dict[str, list[str]] = {}
+    versions: dict[str, dict[str, None]] = {}
     for manifest in [facts.manifest, *(s.manifest for s in facts.stages)]:
         for package, version in mapping(manifest.get("versions")).items():
-            known = found.setdefault(str(package), [])
-            if str(version) not in known:
-                known.append(str(version))
-    return [(package, ", ".join(versions)) for package, versions in found.items()]
+            versions.setdefault(str(package), {})[str(version)] = None
+    return [(package, ", ".join(each)) for package, each in versions.items()]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

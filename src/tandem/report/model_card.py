@@ -9,21 +9,23 @@ from typing import Any
 
 import yaml
 
-from tandem.report.report_warnings import find
 from tandem.report.result_rows import (
-    ROW_LABELS,
     compared_rows,
-    mapping,
-    model_names,
     result_rows,
     shown_measures,
     task_measures,
     task_notes,
 )
-from tandem.report.run_facts import RunFacts, StageFacts, read_run
-from tandem.report.training_section import base_model, find_key
+from tandem.report.run_facts import (
+    RunFacts,
+    StageFacts,
+    find_key,
+    read_run,
+    run_warnings,
+)
+from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.storage.atomic_files import atomic_write_text
-from tandem.storage.run_folder import KIND_TITLES, TRAINING_STAGES
+from tandem.storage.run_folder import KIND_TITLES
 from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,20 +50,18 @@ def write_card(run_dir: Path, model_dir: Path) -> Path:
 
 def card_facts(run: RunFacts) -> dict[str, Any]:
     """The plain values that `model_card` prints, taken from a run's files."""
-    trained = [s for s in run.stages if s.kind in TRAINING_STAGES]
-    base = run.recipe.get("model") or (base_model(trained[0]) if trained else "")
     versions: dict[str, str] = {}
     for stage in run.stages:
         versions |= {str(k): str(v) for k, v in mapping(stage.manifest.get("versions")).items()}
     return {
         "name": run.name,
         "description": str(run.recipe.get("description") or ""),
-        "base_model": _shown_path(str(base)),
+        "base_model": _shown_path(run.base_model),
         "chat_template": str(run.recipe.get("chat_template") or ""),
         "seed": run.recipe.get("seed"),
-        "stages": [_stage(run, s) for s in trained],
+        "stages": [_stage(run, s) for s in run.trained],
         "evaluation": run.evaluation,
-        "warnings": [f"{f.name}: {f.text}" for f in find(run) if f.level == "warning"],
+        "warnings": [one.line for one in run_warnings(run) if one.level == "warning"],
         "versions": versions,
     }
 
@@ -74,11 +74,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     base = facts.get("base_model")
     kinds = " and then ".join(KIND_TITLES[s["kind"]] for s in facts["stages"])
     if base and kinds:
-        parts.append(
-            f"Made by [tandem]: {kinds}, starting from `{_code(base)}`.".replace(
-                "[tandem]", "tandem"
-            )
-        )
+        parts.append(f"Made by tandem: {kinds}, starting from `{_code(base)}`.")
     parts.append(_use(facts))
     parts += [_stage_text(s) for s in facts["stages"]]
     parts.append(_evaluation_text(mapping(facts.get("evaluation"))))
@@ -189,12 +185,12 @@ def _tasks_text(evaluation: Mapping[str, Any]) -> str:
     rows = [r for r in compared_rows(evaluation, "previous") if r.measure.key in keys]
     if not rows:
         return ""
-    names = [ROW_LABELS.get(n, n) for n in model_names(evaluation)]
+    names = [MODEL_LABELS.get(n, n) for n in model_names(evaluation)]
     body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
     notes = "\n".join(f"- {_line(note)}." for note in task_notes(evaluation))
-    said = "Tasks of lm-evaluation-harness; ± is one standard error."
     table = "\n".join(_table(("task", *names), body))
-    return f"{said}\n\n{table}" + (f"\n\n{notes}" if notes else "")
+    text = f"Tasks of lm-evaluation-harness; ± is one standard error.\n\n{table}"
+    return text + (f"\n\n{notes}" if notes else "")
 
 
 def _limits(facts: Mapping[str, Any]) -> str:

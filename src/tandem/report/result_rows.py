@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.wording import is_number, number, percent
-
-ROW_LABELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 
 
 @dataclass(frozen=True)
@@ -24,64 +22,27 @@ class Measure:
 
 
 MEASURES = (
-    Measure(
-        "answer_accuracy",
-        "answer accuracy",
-        "share",
-        "higher",
-        "held-out questions, asked through the chat template, whose answer is right",
-    ),
-    Measure(
-        "right_cut",
-        "right text, cut",
-        "share",
-        "lower",
-        "answers with the right text that did not end by themselves; they do not count as right",
-    ),
-    Measure(
-        "loss",
-        "held-out loss",
-        "number",
-        "lower",
-        "mean negative log-prob of a right answer's token",
-    ),
-    Measure(
-        "heldout_loss",
-        "conversation loss",
-        "number",
-        "lower",
-        "mean negative log-prob of an answer's token in held-out conversations",
-    ),
-    Measure(
-        "preference_accuracy",
-        "preference accuracy",
-        "share",
-        "higher",
-        "held-out pairs whose chosen answer has the higher log-prob per token",
-    ),
-    Measure(
-        "preference_margin",
-        "margin",
-        "number",
-        "higher",
-        "log-prob per token of the chosen answer minus the rejected one's, mean, in nats",
-    ),
-    Measure(
-        "stop_rate",
-        "stops by itself",
-        "share",
-        "higher",
-        "answers that end with the end-of-turn token and not at the length limit",
-    ),
-    Measure(
-        "win_rate",
-        "win rate",
-        "share",
-        "higher",
-        "a judge's verdicts against the first model's answers, in both orders; ties count half",
-    ),
-    Measure("mean_answer_tokens", "answer tokens", "tokens", "neither", "mean length of an answer"),
-)
+    Measure("answer_accuracy", "answer accuracy", "share", "higher",
+            "held-out questions, asked through the chat template, whose answer is right"),
+    Measure("right_cut", "right text, cut", "share", "lower",
+            "answers with the right text that did not end by themselves; they do not count as "
+            "right"),
+    Measure("loss", "held-out loss", "number", "lower",
+            "mean negative log-prob of a right answer's token"),
+    Measure("heldout_loss", "conversation loss", "number", "lower",
+            "mean negative log-prob of an answer's token in held-out conversations"),
+    Measure("preference_accuracy", "preference accuracy", "share", "higher",
+            "held-out pairs whose chosen answer has the higher log-prob per token"),
+    Measure("preference_margin", "margin", "number", "higher",
+            "log-prob per token of the chosen answer minus the rejected one's, mean, in nats"),
+    Measure("stop_rate", "stops by itself", "share", "higher",
+            "answers that end with the end-of-turn token and not at the length limit"),
+    Measure("win_rate", "win rate", "share", "higher",
+            "a judge's verdicts against the first model's answers, in both orders; ties count "
+            "half"),
+    Measure("mean_answer_tokens", "answer tokens", "tokens", "neither",
+            "mean length of an answer"),
+)  # fmt: skip
 
 
 # Measures that say nothing where every model has 0.
@@ -123,13 +84,6 @@ class ResultRow:
     cells: tuple[Cell, ...]
 
 
-def model_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The evaluated models, base first, then SFT, DPO and whatever else was measured."""
-    models = mapping(evaluation.get("models"))
-    known = [name for name in ROW_LABELS if name in models]
-    return known + [str(name) for name in models if name not in ROW_LABELS]
-
-
 def shown_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
     """The measures that at least one model has a value for, or a case of where cases are few."""
     models = [mapping(m) for m in mapping(evaluation.get("models")).values()]
@@ -147,20 +101,22 @@ def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
         values = mapping(models[name])
         cells = tuple(_cell(m, values, before) for m in measures)
         before |= {m.key: values[m.key] for m in measures if is_number(values.get(m.key))}
-        rows.append(ResultRow(name, ROW_LABELS.get(name, name), str(values.get("path", "")), cells))
+        rows.append(
+            ResultRow(name, MODEL_LABELS.get(name, name), str(values.get("path", "")), cells)
+        )
     return rows
 
 
 def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
     """The harness's tasks as measures; their keys begin with `task:`."""
-    found = []
+    measures = []
     raw = evaluation.get("tasks")
     for task in map(mapping, raw if isinstance(raw, list) else []):
         metric = str(task.get("metric", "")).partition(",")[0]
         shots = task.get("shots")
         meaning = f"{metric}, {shots}-shot, {task.get('items')} items"
         meaning += ", chat template" if task.get("chat") else ""
-        found.append(
+        measures.append(
             Measure(
                 f"task:{task.get('task')}",
                 str(task.get("title", task.get("task"))),
@@ -169,17 +125,13 @@ def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
                 meaning,
             )
         )
-    return found
+    return measures
 
 
 def compared_rows(
     evaluation: Mapping[str, Any], against: Literal["first", "previous"]
 ) -> list[ComparedRow]:
-    """One row a measure: values with standard errors, and changes with those of the pairs.
-
-    Args:
-        evaluation: the content of evaluation.json.
-        against: which model changes are from.
+    """One row a measure: values with standard errors, and changes `against` a model with theirs.
 
     A change is good or bad from two standard errors on; a smaller one says nothing.
     """
@@ -200,14 +152,14 @@ def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
     notes: dict[str, list[str]] = {}
     raw = evaluation.get("tasks")
     for task in map(mapping, raw if isinstance(raw, list) else []):
-        said = [str(note) for note in task.get("notes") or []]
+        own = [str(note) for note in task.get("notes") or []]
         cut = {k: n for k, n in mapping(task.get("cut")).items() if is_number(n) and n}
         if cut:
             counts = ", ".join(f"{name} {n}" for name, n in cut.items())
-            said.append(f"requests cut to the model's context at their beginning ({counts})")
+            own.append(f"requests cut to the model's context at their beginning ({counts})")
         if is_number(task.get("limit")):
-            said.append(f"only the first {task['limit']} items")
-        for note in said:
+            own.append(f"only the first {task['limit']} items")
+        for note in own:
             notes.setdefault(note, []).append(str(task.get("title")))
     lines = [f"{', '.join(titles)}: {note}" for note, titles in notes.items()]
     lines += _judge_notes(mapping(evaluation.get("judge")))
@@ -220,53 +172,37 @@ def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
 def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, one in mapping(judge.get("models")).items():
-        found = mapping(one)
-        label, first = (ROW_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
+        verdicts = mapping(one)
+        label, first = (MODEL_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
         line = (
-            f"{judge.get('name')} on {label} against {first}: {found.get('wins')} won, "
-            f"{found.get('ties')} tied, {found.get('losses')} lost"
+            f"{judge.get('name')} on {label} against {first}: {verdicts.get('wins')} won, "
+            f"{verdicts.get('ties')} tied, {verdicts.get('losses')} lost"
         )
-        if is_number(found.get("consistent")):
+        if is_number(verdicts.get("consistent")):
             line += (
-                f"; the same verdict in both orders {percent(found['consistent'])}, for the answer "
-                f"shown first {percent(found.get('first_shown'))}"
+                f"; the same verdict in both orders {percent(verdicts['consistent'])}, for the "
+                f"answer shown first {percent(verdicts.get('first_shown'))}"
             )
-        if found.get("unread"):
-            line += f"; {found['unread']} without a verdict"
+        if verdicts.get("unread"):
+            line += f"; {verdicts['unread']} without a verdict"
         lines.append(line)
     return lines
-
-
-def sampling_error(share: float, n: float) -> float:
-    """Standard error of a share measured on `n` independent examples: sqrt(p (1 - p) / n)."""
-    return math.sqrt(max(share * (1 - share), 0.0) / n) if n > 0 else math.nan
-
-
-def mapping(value: object) -> Mapping[str, Any]:
-    """The value if it is a JSON object, an empty one otherwise."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, float]) -> Cell:
     value = values.get(measure.key)
     if not is_number(value):
         return Cell("–")
-    shown = _shown(measure, value)
     note = ""
     if measure.key == "answer_accuracy" and is_number(values.get("completion_accuracy")):
         note = f"as completion {percent(values['completion_accuracy'])}"
     if measure.key not in before:
-        return Cell(shown, note=note)
+        return Cell(_shown(measure, value), note=note)
     step = value - before[measure.key]
     change = _change(measure, step)
     if float(change) == 0:
-        return Cell(shown, "±0", note=note)
-    change = change.replace("-", "−")
-    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
-    if measure.better == "neither":
-        return Cell(shown, change, arrow, "", note)
-    good = (step > 0) == (measure.better == "higher")
-    return Cell(shown, change, arrow, "good" if good else "bad", note)
+        return Cell(_shown(measure, value), "±0", note=note)
+    return Cell(_shown(measure, value), change.replace("-", "−"), *_marks(measure, step), note)
 
 
 def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
@@ -279,15 +215,20 @@ def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell
     if not isinstance(gap, list):
         return Cell(text)
     step, doubt = gap
-    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
     if step == 0:
         return Cell(text, "±0" + _plus_minus(measure, doubt))
-    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    change = _change(measure, step).replace("-", "−") + _plus_minus(measure, doubt)
+    arrow, verdict = _marks(measure, step)
     clear = is_number(doubt) and abs(step) > _CLEAR * doubt
-    if measure.better == "neither" or not clear:
-        return Cell(text, change, arrow)
-    good = (step > 0) == (measure.better == "higher")
-    return Cell(text, change, arrow, "good" if good else "bad")
+    return Cell(text, change, arrow, verdict if clear else "")
+
+
+def _marks(measure: Measure, step: float) -> tuple[Literal["▲", "▼"], Literal["good", "bad", ""]]:
+    """Which way a measure went, and whether that is for the better."""
+    arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
+    if measure.better == "neither":
+        return arrow, ""
+    return arrow, "good" if (step > 0) == (measure.better == "higher") else "bad"
 
 
 def _plus_minus(measure: Measure, error: object) -> str:

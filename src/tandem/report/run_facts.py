@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tandem.errors import UserError
-from tandem.report.result_rows import mapping
+from tandem.result_warnings import (
+    ReportWarning,
+    evaluation_warnings,
+    mapping,
+)
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
-from tandem.storage.run_folder import FOLDERS, KIND_TITLES, StageName
+from tandem.storage.run_folder import FOLDERS, KIND_TITLES, TRAINING_STAGES, StageName
+from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows something of.
 _SHOWN = (
-    "summary.json",
-    "metrics.jsonl",
-    "validation.jsonl",
-    "data-ledger.jsonl",
-    "pairs.jsonl",
-    "pairs.parquet",
-    "evaluation.json",
-)
+    "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
+    "pairs.parquet", "evaluation.json",
+)  # fmt: skip
 # Which section of a recipe makes which stages; what is asked for and absent is named as missing.
 _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
     "sft": ("sft", "sft-merge"),
@@ -71,11 +71,17 @@ class RunFacts:
     stages: tuple[StageFacts, ...]
     missing: tuple[str, ...]
     evaluation: Mapping[str, Any]
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
-    def stage(self, name: str) -> StageFacts | None:
-        """The stage in the folder of that name, if it is there."""
-        return next((s for s in self.stages if s.name == name), None)
+    @property
+    def trained(self) -> list[StageFacts]:
+        """Its training stages."""
+        return [stage for stage in self.stages if stage.kind in TRAINING_STAGES]
+
+    @property
+    def base_model(self) -> str:
+        """The model that it began with: the recipe's, else what its first training stage names."""
+        return str(self.recipe.get("model") or next(map(_base_model, self.trained), ""))
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -103,7 +109,9 @@ def read_run(folder: Path) -> RunFacts:
         )
     if names and not recipe_file.exists():
         problems.append("recipe.yaml is missing")
-    elif manifest.get("recipe") not in (None, _hash(recipe_file)):
+    elif (recorded := manifest.get("recipe")) is not None and (
+        not recipe_file.is_file() or hash_file(recipe_file) != recorded
+    ):
         problems.append("recipe.yaml is not as the run left it: it was changed")
     recipe_text, recipe = _recipe(recipe_file, problems)
     wanted = [
@@ -124,6 +132,60 @@ def read_run(folder: Path) -> RunFacts:
         evaluation=_object(evaluations[0], problems) if evaluations else {},
         problems=tuple(problems + [p for s in stages for p in s.problems]),
     )
+
+
+def warnings_of_run(run_dir: Path) -> list[ReportWarning]:
+    """As `run_warnings`, of a folder; raises UserError if it holds nothing of tandem's."""
+    return run_warnings(read_run(run_dir))
+
+
+def run_warnings(facts: RunFacts) -> list[ReportWarning]:
+    """All warnings and notes of a run, warnings first."""
+    seen = [ReportWarning("warning", "unreadable file", text) for text in facts.problems]
+    for stage in facts.stages:
+        warnings = stage.summary.get("warnings")
+        texts = list(warnings) if isinstance(warnings, list) else []
+        if stage.kind == "dpo" and not any("collapse" in str(text).lower() for text in texts):
+            beta = find_key(stage.manifest.get("inputs"), "beta")
+            if (collapse := chosen_collapse(stage.metrics, beta)) is not None:
+                texts.append(collapse)
+        seen += [ReportWarning("warning", stage.title, str(text)) for text in texts]
+        if stage.status == "running":
+            text = (
+                "It is running, or it was interrupted; the same command goes on from its last "
+                "checkpoint. The figures below are those so far."
+            )
+            seen.append(ReportWarning("note", f"{stage.title} is not finished", text))
+    seen += evaluation_warnings(facts.evaluation)
+    if facts.missing:
+        names = ", ".join(f"{STAGE_FOLDERS[name].title} ({name})" for name in facts.missing)
+        text = f"The recipe also asks for: {names}. Not there yet."
+        seen.append(ReportWarning("note", "partial run", text))
+    return sorted(seen, key=lambda one: one.level != "warning")
+
+
+def _base_model(stage: StageFacts) -> str:
+    """The model that a training stage started from, as the manifest names it."""
+    for part in ("schedule", "inputs"):
+        for key in ("base", "model"):
+            name = mapping(stage.manifest.get(part)).get(key)
+            if isinstance(name, str):
+                return name
+    return ""
+
+
+def find_key(value: object, key: str) -> Any:
+    """The first value under `key` anywhere in nested plain data, None if there is none."""
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            inner_value = find_key(inner, key)
+            if inner_value is not None:
+                return inner_value
+    return None
 
 
 def _read_stage(folder: Path, name: str) -> StageFacts:
@@ -164,15 +226,16 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
     """The outputs shown on the page that changed after their stage finished."""
-    found = []
-    for name in _SHOWN:
-        path = folder / name
-        if name in outputs and (not path.is_file() or hash_file(path) != outputs[name]):
-            found.append(
-                f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was "
-                "changed"
-            )
-    return found
+    changed = [
+        name
+        for name in _SHOWN
+        if name in outputs
+        and (not (folder / name).is_file() or hash_file(folder / name) != outputs[name])
+    ]
+    return [
+        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
+        for name in changed
+    ]
 
 
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
@@ -194,10 +257,10 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
         if path.exists() or path.is_symlink():
             problems.append(f"{path.parent.name}/{path.name} is no file")
         return ()
-    found: list[Mapping[str, Any]] = []
+    lines: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for row, line in enumerate(file, start=1):
-            if limit is not None and len(found) >= limit:
+            if limit is not None and len(lines) >= limit:
                 break
             if not line.strip():
                 continue
@@ -207,14 +270,10 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
                 continue
             if isinstance(value, Mapping):
-                found.append(value)
+                lines.append(value)
             else:
                 problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
-    return tuple(found)
-
-
-def _hash(path: Path) -> str | None:
-    return hash_file(path) if path.is_file() else None
+    return tuple(lines)
 
 
 def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:

@@ -9,17 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tandem.report.report_warnings import Finding, in_words
-from tandem.report.result_rows import (
-    ROW_LABELS,
-    Cell,
-    compared_rows,
-    mapping,
-    model_names,
-    result_rows,
-    shown_measures,
-    task_notes,
-)
+from tandem.report.result_rows import Cell, compared_rows, result_rows, shown_measures, task_notes
+from tandem.result_warnings import MODEL_LABELS, ReportWarning, mapping, model_names
 
 _STYLES = {"good": "green", "bad": "red", "": "dim"}
 _LEFT_OUT = {"mean_answer_tokens"}
@@ -54,7 +45,7 @@ def comparison_table(evaluation: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("measure", overflow="fold")
     for name in names:
-        table.add_column(Text(ROW_LABELS.get(name, name)), justify="right", overflow="fold")
+        table.add_column(Text(MODEL_LABELS.get(name, name)), justify="right", overflow="fold")
     for row in compared_rows(evaluation, "first"):
         title = Text(row.measure.title, "bold")
         if row.details:
@@ -66,11 +57,11 @@ def comparison_table(evaluation: Mapping[str, Any]) -> Table:
 def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
     """What to know when reading `comparison_table`, a line each."""
     names = model_names(evaluation)
-    said = ["± is one standard error."]
+    notes = ["± is one standard error."]
     if len(names) > 1:
-        first = ROW_LABELS.get(names[0], names[0])
-        said.append(f"Changes are from {first}, item by item, shares in percentage points.")
-    return [" ".join(said), *task_notes(evaluation)]
+        first = MODEL_LABELS.get(names[0], names[0])
+        notes.append(f"Changes are from {first}, item by item, shares in percentage points.")
+    return [" ".join(notes), *task_notes(evaluation)]
 
 
 def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
@@ -81,7 +72,7 @@ def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
         n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
     ]
     table = Table(box=box.ROUNDED, header_style="bold", show_lines=True, expand=True)
-    for title in ("question", "expected", *(ROW_LABELS.get(n, n) for n in names)):
+    for title in ("question", "expected", *(MODEL_LABELS.get(n, n) for n in names)):
         table.add_column(Text(title), ratio=1, overflow="fold")
     for sample in samples:
         answers = mapping(sample.get("answers"))
@@ -93,11 +84,11 @@ def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
     return table
 
 
-def finding_lines(findings: Sequence[Finding]) -> list[Text]:
+def warning_lines(warnings: Sequence[ReportWarning]) -> list[Text]:
     """What a reader must not overlook, as the page has it: a line each, warnings in yellow."""
     return [
-        Text(f"{one.level}: {in_words(one)}", "yellow" if one.level == "warning" else "dim")
-        for one in findings
+        Text(f"{one.level}: {one.line}", "yellow" if one.level == "warning" else "dim")
+        for one in warnings
     ]
 
 

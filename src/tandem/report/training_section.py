@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.report.plots import Bar, Series, bar_chart, histogram, line_chart, smoothing_window
-from tandem.report.result_rows import mapping
-from tandem.report.run_facts import StageFacts
+from tandem.report.run_facts import StageFacts, find_key
+from tandem.result_warnings import mapping
 from tandem.storage.run_folder import TRAINING_STAGES
 from tandem.wording import count, duration, is_number, number, percent, short_count, size
 
@@ -23,7 +23,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Chart:
     """A chart to draw when one of its metrics was logged: (key, name, colour) each."""
 
     title: str
@@ -36,49 +36,25 @@ class _Plan:
 
 
 _CHARTS = (
-    _Plan(
-        "Loss", "negative log-prob per trained token", (("loss", "loss", "blue"),), stages=("sft",)
-    ),
-    _Plan("Loss", "ln 2 = 0.693 at step 0", (("loss", "loss", "blue"),), stages=("dpo",)),
-    _Plan(
-        "Reward margin",
-        "beta × (policy − reference), chosen minus rejected",
-        (("rewards/margins", "margin", "violet"),),
-    ),
-    _Plan(
-        "Reward accuracy",
-        "pairs of the step whose chosen answer gained more",
-        (("rewards/accuracies", "accuracy", "teal"),),
-        percent,
-    ),
-    _Plan(
-        "Log-probs of the answers",
-        "summed over an answer; a falling chosen line is a warning sign",
-        (("logps/chosen", "chosen", "teal"), ("logps/rejected", "rejected", "rose")),
-    ),
-    _Plan(
-        "Rewards",
-        "beta × log-prob gained over the reference",
-        (("rewards/chosen", "chosen", "teal"), ("rewards/rejected", "rejected", "rose")),
-    ),
-    _Plan("Learning rate", "as applied at the step", (("learning_rate", "rate", "amber"),)),
-    _Plan("Gradient norm", "before clipping", (("grad_norm", "norm", "amber"),)),
-    _Plan(
-        "Throughput",
-        "tokens fed per second",
-        (("tokens_per_second", "tokens/s", "blue"),),
-        short_count,
-        from_zero=True,
-    ),
-    _Plan(
-        "Memory",
-        "highest so far, GiB",
-        (("memory_bytes", "memory", "blue"),),
-        lambda x: number(x, 3),
-        unit=2.0**30,
-        from_zero=True,
-    ),
-)
+    _Chart("Loss", "negative log-prob per trained token", (("loss", "loss", "blue"),),
+           stages=("sft",)),
+    _Chart("Loss", "ln 2 = 0.693 at step 0", (("loss", "loss", "blue"),), stages=("dpo",)),
+    _Chart("Reward margin", "beta × (policy − reference), chosen minus rejected",
+           (("rewards/margins", "margin", "violet"),)),
+    _Chart("Reward accuracy", "pairs of the step whose chosen answer gained more",
+           (("rewards/accuracies", "accuracy", "teal"),), percent),
+    _Chart("Log-probs of the answers",
+           "summed over an answer; a falling chosen line is a warning sign",
+           (("logps/chosen", "chosen", "teal"), ("logps/rejected", "rejected", "rose"))),
+    _Chart("Rewards", "beta × log-prob gained over the reference",
+           (("rewards/chosen", "chosen", "teal"), ("rewards/rejected", "rejected", "rose"))),
+    _Chart("Learning rate", "as applied at the step", (("learning_rate", "rate", "amber"),)),
+    _Chart("Gradient norm", "before clipping", (("grad_norm", "norm", "amber"),)),
+    _Chart("Throughput", "tokens fed per second",
+           (("tokens_per_second", "tokens/s", "blue"),), short_count, from_zero=True),
+    _Chart("Memory", "highest so far, GiB", (("memory_bytes", "memory", "blue"),),
+           lambda x: number(x, 3), unit=2.0**30, from_zero=True),
+)  # fmt: skip
 
 
 # The colour of a held-out curve beside a training curve's.
@@ -90,7 +66,7 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
     s = stage.summary
     seconds, tokens = s.get("train_seconds"), s.get("tokens")
     rate = tokens / seconds if is_number(tokens) and is_number(seconds) and seconds else None
-    found = [
+    figures = [
         ("steps", count(s.get("steps"))),
         ("examples", count(s.get("examples"))),
         ("tokens fed", short_count(tokens) if is_number(tokens) else ""),
@@ -105,18 +81,18 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
         *_held_out(s),
         *_against_estimates(s),
     ]
-    return [(title, value) for title, value in found if value and value != "–"]
+    return [(title, value) for title, value in figures if value and value != "–"]
 
 
 def _against_estimates(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Time and memory by what was estimated before the stage began."""
-    found = []
+    figures = []
     for name, title in (("seconds", "time by its estimate"), ("memory", "memory by its estimate")):
         figure = mapping(mapping(summary.get("estimate")).get(name))
         estimated, actual = figure.get("estimated"), figure.get("actual")
         if is_number(estimated) and is_number(actual) and estimated > 0:
-            found.append((title, f"{actual / estimated:.2f}x"))
-    return found
+            figures.append((title, f"{actual / estimated:.2f}x"))
+    return figures
 
 
 def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -124,52 +100,48 @@ def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     processes, imbalance = summary.get("processes"), summary.get("imbalance")
     if not is_number(processes) or processes < 2:
         return []
-    found = [("engine", f"{summary.get('engine', 'ddp')}, {processes} processes")]
+    figures = [("engine", f"{summary.get('engine', 'ddp')}, {processes} processes")]
     if is_number(imbalance):
-        found.append(("busiest process", f"{imbalance - 1:.1%} above the mean"))
-    return found
+        figures.append(("busiest process", f"{imbalance - 1:.1%} above the mean"))
+    return figures
 
 
 def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How held-out records scored first and last, and which step's adapter was kept."""
     validation = mapping(summary.get("validation"))
     first, last = (mapping(validation.get(key)) for key in ("first", "last"))
-    found = [("held-out records", count(validation.get("records")))]
+    figures = [("held-out records", count(validation.get("records")))]
     for key, title, show in (
         ("eval_loss", "held-out loss", lambda x: number(x, 3)),
         ("eval_rewards/accuracies", "held-out accuracy", percent),
     ):
         if is_number(first.get(key)) and is_number(last.get(key)):
-            found.append((title, f"{show(first[key])} → {show(last[key])}"))
+            figures.append((title, f"{show(first[key])} → {show(last[key])}"))
     if summary.get("best_metric"):
-        found.append(("kept", f"step {summary.get('kept_step')}, best {summary['best_metric']}"))
-    return found
+        figures.append(("kept", f"step {summary.get('kept_step')}, best {summary['best_metric']}"))
+    return figures
 
 
 def curves(stage: StageFacts) -> list[Figure]:
     """A chart for everything the stage logged that the page knows how to draw."""
     figures = []
-    for plan in _CHARTS:
-        if stage.kind not in plan.stages:
+    for chart in _CHARTS:
+        if stage.kind not in chart.stages:
             continue
-        series = [_series(stage.metrics, *line, unit=plan.unit) for line in plan.lines]
+        series = [_series(stage.metrics, *line, unit=chart.unit) for line in chart.lines]
         if len(series) == 1:
-            key, name, tone = plan.lines[0]
-            held_out = _HELD_OUT_TONES.get(tone, tone)
-            series.append(
-                _series(
-                    stage.validation, f"eval_{key}", f"held-out {name}", held_out, unit=plan.unit
-                )
-            )
-        present = [s for s in series if s.ys and any(s.ys)]
+            key, name, tone = chart.lines[0]
+            tone = _HELD_OUT_TONES.get(tone, tone)
+            held_out = (f"eval_{key}", f"held-out {name}", tone)
+            series.append(_series(stage.validation, *held_out, unit=chart.unit))
         svg = line_chart(
-            present,
-            label=f"{plan.title} by step",
-            y_format=plan.y_format,
-            from_zero=plan.from_zero,
+            [one for one in series if one.ys and any(one.ys)],
+            label=f"{chart.title} by step",
+            y_format=chart.y_format,
+            from_zero=chart.from_zero,
         )
         if svg:
-            figures.append(Figure(plan.title, plan.caption, svg))
+            figures.append(Figure(chart.title, chart.caption, svg))
     return figures
 
 
@@ -186,32 +158,27 @@ def smoothing_note(stage: StageFacts) -> str:
 
 def lengths(stage: StageFacts) -> list[Figure]:
     """Histograms of sequence and prompt lengths, with the length limits where they are near."""
-    found = []
+    inputs, figures = stage.manifest.get("inputs"), []
     for key, title, limit_key, tone in (
         ("sequence", "Sequence lengths", "max_length", "blue"),
         ("prompt", "Prompt lengths", "max_prompt_length", "violet"),
     ):
         # Of a text that is trained whole, no part is a prompt.
-        if key == "prompt" and find_key(stage.manifest.get("inputs"), "loss_on") == "text":
+        if key == "prompt" and find_key(inputs, "loss_on") == "text":
             continue
         raw = mapping(stage.summary.get("lengths")).get(key)
         values = [float(v) for v in raw if is_number(v)] if isinstance(raw, list) else []
-        limit = find_key(stage.manifest.get("inputs"), limit_key)
-        svg = histogram(
-            values,
-            label=title,
-            x_label="tokens",
-            tone=tone,
-            limit=float(limit) if is_number(limit) else None,
-        )
+        limit = find_key(inputs, limit_key)
+        limit = float(limit) if is_number(limit) else None
+        svg = histogram(values, label=title, x_label="tokens", tone=tone, limit=limit)
         if svg:
             middle = sorted(values)[len(values) // 2]
             caption = (
                 f"{count(len(values))} of them: median {count(middle)}, "
                 f"mean {count(sum(values) / len(values))}, longest {count(max(values))} tokens"
             )
-            found.append(Figure(title, caption, svg))
-    return found
+            figures.append(Figure(title, caption, svg))
+    return figures
 
 
 def savings(stage: StageFacts) -> Figure | None:
@@ -223,25 +190,18 @@ def savings(stage: StageFacts) -> Figure | None:
     bars = [Bar("fed", fed, f"{short_count(fed)} tokens", "teal")]
     if is_number(shared) and shared:
         apart = fed + shared
-        bars.append(
-            Bar(
-                "without sharing prompts",
-                apart,
-                f"{short_count(apart)}, {apart / fed:.2f}×",
-                "blue",
-            )
-        )
+        note = f"{short_count(apart)}, {apart / fed:.2f}×"
+        bars.append(Bar("without sharing prompts", apart, note, "blue"))
     if is_number(padded) and padded:
-        bars.append(
-            Bar("padded batches", padded, f"{short_count(padded)}, {padded / fed:.2f}×", "rose")
-        )
+        note = f"{short_count(padded)}, {padded / fed:.2f}×"
+        bars.append(Bar("padded batches", padded, note, "rose"))
     if len(bars) == 1:
         return None
+    others = "padded batches" if bars[-1].label == "padded batches" else "separate sequences"
     return Figure(
         "What packing and sharing saved",
-        f"the model computed {percent(fed / bars[-1].value, 0)} of the tokens that "
-        f"{'padded batches' if bars[-1].label.startswith('padded') else 'separate sequences'} "
-        f"of the same examples hold",
+        f"the model computed {percent(fed / bars[-1].value, 0)} of the tokens that {others} "
+        "of the same examples hold",
         bar_chart(bars, label="Tokens fed, without sharing, and padded"),
     )
 
@@ -260,30 +220,6 @@ def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
     reasons = mapping(mapping(stage.summary.get("ledger")).get("reasons"))
     counted = [(str(reason), n) for reason, n in reasons.items() if is_number(n)]
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]
-
-
-def base_model(stage: StageFacts) -> str:
-    """The model that a training stage started from, as the manifest names it."""
-    for part in ("schedule", "inputs"):
-        for key in ("base", "model"):
-            name = mapping(stage.manifest.get(part)).get(key)
-            if isinstance(name, str):
-                return name
-    return ""
-
-
-def find_key(value: object, key: str) -> Any:
-    """The first value under `key` anywhere in nested plain data, None if there is none."""
-    if isinstance(value, Mapping):
-        if key in value:
-            return value[key]
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            found = find_key(inner, key)
-            if found is not None:
-                return found
-    return None
 
 
 def _series(

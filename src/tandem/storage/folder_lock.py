@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tandem.errors import UserError
 
 NAME = ".lock"
+# Seconds in which a run that is ending may remove the file that another one has just opened.
+_HANDING_OVER = 0.2
 # What file systems without locks answer.
 _NO_LOCKS = frozenset(
     (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
@@ -23,69 +26,46 @@ def folder_lock(folder: Path, log: Callable[[str], None] = lambda _: None) -> It
     """Hold `folder` for this process; it and its parents are made if need be.
 
     The kernel releases the lock when its holder dies, so a lock file left behind by a killed run
-    blocks nobody. Folders made here that end up with nothing in them are removed again, and the
-    lock file always is: a run that is refused leaves no trace. Where the file system has no
-    locks, `log` is told and the work goes on without one.
+    blocks nobody. Folders made here that end up empty are removed again, and the lock file always
+    is: a run that is refused leaves no trace. Where the file system has no locks, `log` is told
+    and the work goes on without one.
 
     Raises UserError when a live process holds it.
     """
-    made = _make(folder)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
+    lock = FileLock(path, fallback_to_soft=False, timeout=_HANDING_OVER, poll_interval=0.02)
     try:
-        descriptor = _acquire(path)
-        if descriptor is None:
-            log(
-                f"{folder} is on a file system without locks: see to it that no second run writes "
-                "to this folder"
-            )
+        _acquire(lock, path, log)
         try:
             yield
         finally:
-            if descriptor is not None:
+            if lock.is_locked:
                 path.unlink(missing_ok=True)
-                os.close(descriptor)
+                lock.release()
     finally:
-        for place in made:
+        for place in missing:
             with suppress(OSError):  # it holds something by now
                 place.rmdir()
 
 
-def _make(folder: Path) -> list[Path]:
-    """Make a folder and its parents; returns those that were not there, the deepest first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _acquire(path: Path) -> int | None:
-    """Lock a file, made if need be; its descriptor, or None where there are no locks."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BlockingIOError:
-            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise UserError(
-                f"{path.parent} is in use by another tandem process (pid {holder}). "
-                "Wait for it, stop it, or choose another output folder."
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-            if error.errno in _NO_LOCKS:
-                return None
-            raise
-        # Its last holder removed the file between our opening and locking it.
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
+def _acquire(lock: FileLock, path: Path, log: Callable[[str], None]) -> None:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() if path.exists() else ""
+        raise UserError(
+            f"{path.parent} is in use by another tandem process (pid {holder or 'unknown'}). "
+            "Wait for it, stop it, or choose another output folder."
+        ) from None
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in _NO_LOCKS:
+            raise
+        log(
+            f"{path.parent} is on a file system without locks: see to it that no second run writes "
+            "to this folder"
+        )
+        return
+    path.write_text(str(os.getpid()))

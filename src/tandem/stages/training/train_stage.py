@@ -17,10 +17,17 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added
+from tandem.model.attention.select import is_padded
 from tandem.model.base_model import BaseModelInfo, load_base_info
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
-from tandem.plan.stage_estimate import Forecast, compared, forecast_run, keep
+from tandem.plan.stage_estimate import (
+    StageEstimate,
+    StageSetup,
+    compare,
+    estimate_run,
+    remember_run,
+)
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import unmeant
 from tandem.runtime.console import StageProgress, log
@@ -135,7 +142,7 @@ def _run(context: TrainContext, recorded: dict[str, Any], inputs: dict[str, Any]
     processes.on_rank0(records.write_ledgers)
     sampler = StepSampler(len(records.dataset), settings.batch_size, sources=records.parts)
     total = sampler.total_steps(settings)
-    expected = processes.on_rank0(lambda: _forecast(context, records, model, schedule, held))
+    expected = processes.on_rank0(lambda: _estimate(context, records, model, schedule, held))
     compiled = compile_model(context, model, records.dataset, schedule)
     progress, state = _begin(context, model, total)
     context = context.warned(
@@ -165,17 +172,25 @@ def _records(context: TrainContext) -> TrainingData:
     return reader.read(context.sources, context.held_out, job.run.seed)
 
 
-def _forecast(
+def _estimate(
     context: TrainContext, records: TrainingData, model: Any, schedule: dict[str, Any], held: int
-) -> Forecast | None:
+) -> StageEstimate | None:
     job = context.job
     try:
-        return forecast_run(
-            context.stage.name, records.dataset, model, job.settings,
-            engine=context.engine, config=context.base.config, schedule=schedule,
-            parts=records.parts, quantization=job.run.quantization, seed=job.run.seed,
+        setup = StageSetup(
+            name=context.stage.name,
+            settings=job.settings,
+            device=context.engine.device,
+            processes=context.engine.processes.count,
+            engine=schedule["engine"],
+            config=context.base.config,
+            seed=job.run.seed,
+            budget=schedule["tokens_per_microbatch"],
+            padded=is_padded(model),
+            quantized=job.run.quantization is not None,
             baseline=held,
-        )  # fmt: skip
+        )
+        return estimate_run(setup, model, records.dataset, records.parts)
     except Exception as error:  # whatever a strange model leads to, training can do without
         context.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
         return None
@@ -237,7 +252,7 @@ class _Done:
     compiled: Compiling
 
 
-def _finish(context: TrainContext, done: _Done, expected: Forecast | None) -> None:
+def _finish(context: TrainContext, done: _Done, expected: StageEstimate | None) -> None:
     """Write the adapter and summary.json, and mark the stage as finished."""
     settings, folder = context.job.settings, context.job.folder
     progress, records = done.progress, done.records
@@ -250,9 +265,9 @@ def _finish(context: TrainContext, done: _Done, expected: Forecast | None) -> No
     )
     summary = _summary(context, done)
     if expected is not None:
-        summary["estimate"] = compared(expected, summary)
+        summary["estimate"] = compare(expected, summary)
         try:
-            keep(expected, summary["estimate"], summary)
+            remember_run(expected, summary["estimate"], summary)
         except OSError as error:
             context.log(f"how fast this was cannot be kept for the next plan ({error})")
     atomic_write_json(folder / "summary.json", summary)
