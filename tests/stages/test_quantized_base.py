@@ -27,7 +27,7 @@ from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
 from tests.jobs import merge_job, training_job
 
-from ..invariants.orders import ROOT, TORCHRUN
+from ..invariants.orders import ROOT, torchrun
 from .made_inputs import QUIET, make_conversations, make_model_folder, make_pairs
 from .test_training_stages import distance, settings
 
@@ -241,7 +241,7 @@ def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> 
     assert data.exists()
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "script.py")],
+        [*torchrun(2), str(tmp_path / "script.py")],
         capture_output=True,
         text=True,
         env={

@@ -174,8 +174,7 @@ def vocabulary_grown(output: Path, updates: dict[str, Update]) -> None:
 
 def _tensor(shard: Path, name: str) -> Tensor:
     with opened(shard) as file:
-        found: Tensor = file.get_tensor(name)
-        return found
+        return file.get_tensor(name)
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:

@@ -45,8 +45,7 @@ class Quantized:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch has it."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        return getattr(torch, self.dtype)
 
     def rounded(self, name: str, weight: Tensor, device: torch.device) -> Tensor:
         """A stored weight as the adapter saw it, in float32 on the CPU, in its stored layout.
@@ -127,14 +126,12 @@ def quantize(
 def dequantized(layer: Any) -> Tensor:
     """The weight [out, in] that a 4-bit layer multiplies with, in what it was rounded from."""
     functional = _bitsandbytes().functional
-    found: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return found
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def quantized_of(model: Any) -> Quantized | None:
     """What `quantize` did to a model, adapters around it or not."""
-    found: Quantized | None = getattr(plain_model(model), "tandem_quantized", None)
-    return found
+    return getattr(plain_model(model), "tandem_quantized", None)
 
 
 def write_record(model: Any, folder: Path) -> None:
@@ -210,5 +207,4 @@ def _layer(
     # bfloat16 kernel, for good: the reference would be rounded in another way than the policy,
     # and later gradients would be lost.
     layer.support_avx512bf16_for_cpu = False
-    made: nn.Linear = layer.eval()
-    return made
+    return layer.eval()
