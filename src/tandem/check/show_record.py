@@ -116,7 +116,7 @@ def _pair_with(wanted: Row, source: DataSource, kind: Kind) -> str:
     """In which pair of its source a row's answer is, which comes after the row."""
     side = "chosen" if label_of(wanted.fields) else "rejected"
     for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):
-        apart = format_with(known).labelled
+        apart = format_with(known).to_unpaired
         assert apart is not None
         own = apart(wanted.fields)
         answer = [own.get(key) or None for key in (*BEFORE, "completion")]
