@@ -87,7 +87,7 @@ def quantize(
     device: torch.device,
     kept: Collection[str] = (),
 ) -> None:
-    """Put a model's linear layers on `device` in 4 bits, in place; `model.tandem_quantized` tells.
+    """Put a model's linear layers on `device` in 4 bits, in place; `tandem_quantized` notes it.
 
     The output head, embeddings and norms stay as they are; so do layers that are more than a linear
     one, the experts that transformers keeps in one tensor, and the modules that `kept` names. One
@@ -160,10 +160,10 @@ def read_record(folder: Path) -> Quantized | None:
 
 
 def load_bitsandbytes() -> Any:
-    """The package, None where it is not installed; its import neither speaks nor fetches anything.
+    """The package, None where it is not installed, imported without its messages and downloads.
 
-    It looks for kernels on the Hub when it is imported, and says so when it finds none. As peft
-    imports it wherever it is installed, this comes before any import of peft.
+    It looks for kernels on the Hub when it is imported, and prints a line when it finds none. peft
+    imports it wherever it is installed, so call this before peft is imported.
     """
     if find_spec("bitsandbytes") is None:
         return None

@@ -15,7 +15,7 @@ from tandem.model.cpu.onednn_linear import low_rank_product, takes_frozen
 from tandem.model.quantize import load_bitsandbytes
 from tandem.model.unwrap import plain_model
 
-load_bitsandbytes()  # peft would import it less quietly
+load_bitsandbytes()  # before peft does, which would print its messages
 
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
