@@ -149,6 +149,31 @@ def test_gaudi_is_named_where_it_is_chosen_and_asked_for_alone() -> None:
     assert found == others
 
 
+# In `model` what stands later may import what stands before it, and not the other way round.
+MODEL_ORDER = (
+    {"cpu", "unwrap", "trained_weights", "weight_files"},
+    {"model_folder", "added_tokens", "elementwise", "generate"},
+    {"quantize", "companion_files"},
+    {"attention", "lora"},
+    {"logprobs"},
+    {"prepare_model"},
+    {"base_model"},
+    {"load_model"},
+    {"merge_weights"},
+)
+
+
+def test_models_are_built_from_the_ground_up() -> None:
+    def level(name: str) -> int:
+        return next(i for i, names in enumerate(MODEL_ORDER) if name in names)
+
+    for path in (PACKAGE / "model").rglob("*.py"):
+        parts = path.relative_to(PACKAGE / "model").with_suffix("").parts
+        used = [name.split(".")[2] for name in imports(path) if name.startswith("tandem.model.")]
+        if parts[0] != "__init__":
+            assert all(level(name) <= level(parts[0]) for name in used), path
+
+
 def test_stages_do_not_import_each_other() -> None:
     stages = {"sft", "dpo", "merge"}
     for name in stages:

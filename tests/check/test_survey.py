@@ -362,7 +362,7 @@ def test_bars_beyond_max_length_are_marked(
     edges: tuple[int, ...], marks: list[str], mistral_tokenizer: Any, tmp_path: Path
 ) -> None:
     found = _with_chat(mistral_tokenizer, True, write(tmp_path / "a.jsonl", [conversation(1)]))
-    assert found.target.plan.limits.sequence == 400
+    assert found.target.options.limits.sequence == 400
     found = replace(found, histogram=Histogram(edges, (2,) * len(marks)))
     out = StringIO()
     print_survey(Console(file=out, width=100), found, "some")

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_conversation
+from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.tokenize.vocabulary import longest_token
 from tandem.data.truncation.limits import Limits, TooLong
 from tests.data.test_truncate import POLICIES, fit, fit_two

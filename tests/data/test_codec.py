@@ -175,6 +175,7 @@ def test_a_template_that_writes_the_date_has_another_identity_every_day(
     assert again is not None
     assert again.identity == before
     monkeypatch.setattr(theirs, "datetime", Tomorrow)
+    monkeypatch.setattr("tandem.data.tokenize.light_tokenizer.datetime", Tomorrow)
     other = ChatTokenizer.of(mistral_tokenizer, dated).parts
     assert other is not None
     assert other.identity != before

@@ -10,7 +10,6 @@ import pytest
 
 from tandem.data.encoded.example import Branch, Example, conversation_example, pair_example
 from tandem.data.records import Conversation, Origin, Turn
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
     ChatTokenizer,
@@ -19,6 +18,7 @@ from tandem.data.tokenize.encode import (
     encode_exchanges,
     trained_exchanges,
 )
+from tandem.data.tokenize.template_capabilities import Refused
 
 ORIGIN = Origin("made.jsonl", 1)
 

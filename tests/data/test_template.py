@@ -137,7 +137,7 @@ def test_every_packaged_template_ends_answers(name: str, byte_tokenizer: Any) ->
     ],
 )
 def test_what_named_templates_render(name: str, text: str, mistral_tokenizer: Any) -> None:
-    source = (files("tandem.data") / "templates" / f"{name}.jinja").read_text()
+    source = (files("tandem.data.tokenize") / "chat_templates" / f"{name}.jinja").read_text()
     turns = [Turn("system", "Be brief."), Turn("user", "Why?")]
     turns += [Turn("assistant", "So."), Turn("user", "And?")]
     template = ChatTemplate(name, source)

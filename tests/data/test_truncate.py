@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
     ChatTokenizer,
@@ -19,6 +18,7 @@ from tandem.data.tokenize.encode import (
     encode_exchanges,
     pair_exchanges,
 )
+from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.truncation import conversation
 from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
 from tandem.data.truncation.limits import Fitted, Limits, TooLong

@@ -145,7 +145,7 @@ PADDED: dict[str, tuple[Family, str]] = {
         Family("MiniMaxConfig", {**EXPERTS, "num_local_experts": 4, "head_dim": 8}),
         "outside of its attention layers",
     ),
-    "nemotron": (Family("NemotronConfig"), "hand keywords on"),
+    "nemotron": (Family("NemotronConfig"), "pass keyword arguments on"),
     "stablelm": (Family("StableLmConfig"), "attention interface"),
     "bloom": (
         Family("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2,

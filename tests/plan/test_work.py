@@ -47,11 +47,11 @@ def _first_lines(source: Path, count: int, target: Path) -> Path:
 
 
 def _settings(
-    kind: str, some_data: Path, folder: Path, **changes: Any
+    kind: str, shared_data: Path, folder: Path, **changes: Any
 ) -> SftSettings | DpoSettings:
     source = {
-        "sft": some_data / "conversations" / "slimorca_format.jsonl",
-        "dpo": some_data / "pairs" / "orca_dpo_pairs.jsonl",
+        "sft": shared_data / "conversations" / "slimorca_format.jsonl",
+        "dpo": shared_data / "pairs" / "orca_dpo_pairs.jsonl",
     }[kind]
     data = _first_lines(source, RECORDS, folder / f"{kind}.jsonl")
     values: dict[str, Any] = {
@@ -100,9 +100,9 @@ def _setup(settings: SftSettings | DpoSettings, config: Any, **others: Any) -> S
     ],
 )
 def test_a_plan_counts_what_a_run_reports(
-    kind: str, attention: str, mixed: bool, some_model: Path, some_data: Path, tmp_path: Path
+    kind: str, attention: str, mixed: bool, stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    settings: Any = _settings(kind, some_data, tmp_path)
+    settings: Any = _settings(kind, shared_data, tmp_path)
     if mixed:
         (source,) = settings.data
         twice = source.model_copy(update={"weight": 2.5})
@@ -112,7 +112,7 @@ def test_a_plan_counts_what_a_run_reports(
     folder = stage(
         training_job(
             settings,
-            some_model,
+            stories_path,
             tmp_path / "out",
             seed=3,
             attention=attention,
@@ -122,7 +122,7 @@ def test_a_plan_counts_what_a_run_reports(
         default_callbacks(),
     )
     summary = read_json(folder / "summary.json")
-    work = _counted(kind, some_model, settings, padded=attention == "padded")
+    work = _counted(kind, stories_path, settings, padded=attention == "padded")
     for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):
         assert getattr(work, name) == summary[name], name
     assert work.fill == pytest.approx(summary["fill"], rel=1e-12)
@@ -137,15 +137,15 @@ def test_a_plan_counts_what_a_run_reports(
 
 
 def test_a_plan_for_processes_deals_as_they_do(
-    some_model: Path, some_data: Path, tmp_path: Path
+    stories_path: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     """Against dealing every step's trees, one by one."""
     from tandem.data.batching.packing import example_cost, plan_step
     from tandem.data.batching.sampler import StepSampler
     from tandem.train.token_budget import attention_weight
 
-    settings = _settings("dpo", some_data, tmp_path)
-    base = load_base_info(run_settings("", Path()), some_model, settings.max_length)
+    settings = _settings("dpo", shared_data, tmp_path)
+    base = load_base_info(run_settings("", Path()), stories_path, settings.max_length)
     config, reader = base.config, _reader(settings, base.chat)
     _, trees = reader.encode([DataSource(path=settings.data[0].path)])
     setup = _setup(settings, config, processes=3, budget=900, padded=False)
@@ -173,12 +173,12 @@ def _visible(tree: Example) -> int:
 
 
 def test_many_steps_are_packed_in_part(
-    some_model: Path, some_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_path: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _settings("sft", some_data, tmp_path, batch_size=2, epochs=4)
-    whole = _counted("sft", some_model, settings)
+    settings = _settings("sft", shared_data, tmp_path, batch_size=2, epochs=4)
+    whole = _counted("sft", stories_path, settings)
     monkeypatch.setattr("tandem.plan.workload._PACKED", 7)
-    part = _counted("sft", some_model, settings)
+    part = _counted("sft", stories_path, settings)
     assert part.packed_steps < whole.packed_steps == whole.steps
     assert (part.tokens, part.padded_tokens) == (whole.tokens, whole.padded_tokens)
     assert part.micro_batches == pytest.approx(whole.micro_batches, rel=0.2)

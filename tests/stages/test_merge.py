@@ -99,7 +99,7 @@ def test_a_corrupted_merge_is_refused_and_leaves_nothing(
         return exact * {"forgotten": 0, "doubled": 2}[fault]
 
     monkeypatch.setattr(LowRankUpdate, "delta", delta)
-    with pytest.raises(UserError, match="does not say what base and adapter say"):
+    with pytest.raises(UserError, match="does not compute what base and adapter do"):
         merged(tiny_model, trained, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not (tmp_path / "out" / "config.json").exists()

@@ -210,7 +210,7 @@ def test_another_merge_is_noticed(
         return whole.get(name, original(name, weight, *rest))
 
     monkeypatch.setattr(module, "_add", add)
-    with pytest.raises(UserError, match="does not say what base and adapter say"):
+    with pytest.raises(UserError, match="does not compute what base and adapter do"):
         merge(tiny_model, trained, tmp_path / "refused")
 
 

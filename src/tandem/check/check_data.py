@@ -25,8 +25,7 @@ class CheckJob:
 
     Attributes:
         targets: the data of each stage.
-        chat: tokenizer and template, None without.
-        recipe: whose limits and evaluation sets count, None without.
+        chat, recipe: None where none is named.
         against: names of sets with which nothing should be shared.
         limit: rows of each target to look at, None for all.
         shown: rows shown of each finding.

@@ -62,10 +62,12 @@ _SHORT = 3
 
 def verdict_sign(column: str, known: Format) -> Sign:
     """The sign that a column which is not read calls an answer bad."""
-    labelled = next((one.name for one in FORMATS if one.labelled and one.keys == known.keys), None)
+    labelled = next(
+        (one.name for one in FORMATS if one.to_unpaired and one.keys == known.keys), None
+    )
     if known.keys == {"prompt", "completion"}:
         labelled = "unpaired preference"
-    if known.labelled and column != "label":
+    if known.to_unpaired and column != "label":
         way = f"say --fields label={column}"
     elif labelled is None:
         way = "name `prompt`, `completion` and `label` with --fields, which makes the set labelled"
@@ -129,9 +131,7 @@ class _Layout:
 class Columns:
     """Looks at the columns of a pass, chunk by chunk, and gathers the keys that no reader takes.
 
-    Attributes:
-        kind: what the rows become.
-        cut: whether there are more such keys than are kept.
+    `kind` is what the rows become; `cut` says that there are more such keys than are kept.
     """
 
     kind: Kind

@@ -159,10 +159,8 @@ def _differing(a: Words, b: Words) -> tuple[Words, Words]:
 class SideColumns:
     """Which columns say something about the two answers, by their names alone.
 
-    Attributes:
-        scores: a number of chosen and one of rejected; whether the names say that it is a score.
-        verdicts: a truth value of chosen and one of rejected.
-        labels: the name of an answer, and whether a number is one.
+    `scores` are a number of chosen and one of rejected, and whether their names say `score`;
+    `verdicts` a truth value of each; `labels` the name of an answer, and whether a number is one.
     """
 
     scores: tuple[tuple[str, str, bool], ...]

@@ -81,13 +81,8 @@ class NotMade(UserError):  # noqa: N818 - named as Stopped is
 class StageChat:
     """A model's tokenizer and template as a stage would use them.
 
-    Attributes:
-        model: its name.
-        folder: where it is.
-        template: the template's name.
-        chat: both, ready to encode.
-        special: the tokenizer's special tokens.
-        notices: what a user should hear.
+    `model` and `template` are names, `folder` is where the model is, `chat` both ready to encode,
+    `special` the tokenizer's special tokens; `notices` are for the user.
     """
 
     model: str

@@ -116,7 +116,7 @@ def _pair_with(wanted: Row, source: DataSource, kind: Kind) -> str:
     """In which pair of its source a row's answer is, which comes after the row."""
     side = "chosen" if label_of(wanted.fields) else "rejected"
     for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):
-        apart = format_with(known).labelled
+        apart = format_with(known).to_unpaired
         assert apart is not None
         own = apart(wanted.fields)
         answer = [own.get(key) or None for key in (*BEFORE, "completion")]
@@ -171,17 +171,17 @@ def _why(entry: Entry) -> str:
     return f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
 
 
-def encode_row(chat: ChatTokenizer, plan: EncodingOptions, place: Place) -> Encodings:
+def encode_row(chat: ChatTokenizer, options: EncodingOptions, place: Place) -> Encodings:
     """What a run makes of a row.
 
     Raises UserError for rows or turns that stop a run.
     """
-    batch = encode_chunk(chat, plan, place.chunk, place.format)
+    batch = encode_chunk(chat, options, place.chunk, place.format)
     writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
     writer.finish({}, [len(batch.arrays.parts)])
-    examples = tuple(_sections(one, plan.kind, chat.codec.decode) for one in writer.dataset())
-    return Encodings(plan.kind, examples, batch.entries)
+    examples = tuple(_sections(one, options.kind, chat.codec.decode) for one in writer.dataset())
+    return Encodings(options.kind, examples, batch.entries)
 
 
 def _sections(

@@ -27,15 +27,7 @@ WARMUP = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and on what batches to train.
-
-    Attributes:
-        steps: Optimizer steps, or None when `minutes` decides.
-        minutes: Wall-clock budget, or None when `steps` decides.
-        rows: Rows of a batch.
-        row_length: Tokens of a row.
-        seed: Of corpus, weights and order.
-    """
+    """How long to train (`steps`, or else `minutes`), on `rows` of `row_length` tokens."""
 
     steps: int | None
     minutes: float | None
@@ -69,8 +61,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 def batches(tokenizer: Any, plan: Plan) -> Iterator[Tensor]:
     """Endless batches of packed documents, each between BOS and EOS.
 
-    Returns:
-        int64 tensors of shape (rows, row_length + 1): inputs and, shifted by one, targets.
+    They are int64 [rows, row_length + 1]: inputs and, shifted by one, targets.
     """
     stream: list[int] = []
     size = plan.rows * (plan.row_length + 1)

@@ -184,7 +184,7 @@ def untrained_tokens(
     wanted = {token: index for token, index in tokens.items() if index not in trained}
     try:
         weight_files(folder)
-    except UserError:  # said by who loads them
+    except UserError:  # reported when they are loaded
         return []
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     rows = int(config.get_text_config().vocab_size)

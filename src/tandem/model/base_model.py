@@ -221,7 +221,8 @@ def _places(adapter: Path, named: str, *, moved: bool) -> Iterator[Path]:
     if moved:
         # The last parts of the name, beside the adapter's own folders.
         parts = [part for part in PurePath(named).parts if part not in ("/", "..", "~")]
-        candidates += [folder.joinpath(*parts[-n:]) for folder in above for n in _counts(parts)]
+        counts = range(len(parts), 0, -1)
+        candidates += [folder.joinpath(*parts[-n:]) for folder in above for n in counts]
     seen = set()
     for place in candidates:
         try:
@@ -238,10 +239,6 @@ def _weights(place: Path) -> str | None:
         return hash_weights(place)
     except UserError:
         return None
-
-
-def _counts(parts: list[str]) -> range:
-    return range(len(parts), 0, -1)
 
 
 def _expanded(path: Path) -> Path:

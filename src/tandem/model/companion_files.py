@@ -49,7 +49,9 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
     for file in sorted(base.iterdir()):
         wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
         wanted = wanted and not file.name.endswith(_INDICES)
-        if file.is_file() and wanted and not _of_a_tokenizer(file.name):
+        patterns = (*_VOCABULARY, *_SETTINGS, *_TEMPLATES)
+        wanted = wanted and not any(fnmatch(file.name, pattern) for pattern in patterns)
+        if file.is_file() and wanted:
             shutil.copyfile(file, output / file.name)
     combine_tokenizers(base, adapter, output)
     if dtype is not None:
@@ -73,8 +75,9 @@ def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
         # Settings without a vocabulary, as trainers leave them that save in parts.
         for file in _matching(adapter, _SETTINGS):
             shutil.copyfile(file, output / file.name)
-        if (adapter / "tokenizer_config.json").exists():
-            _remove_unless(adapter, output, "special_tokens_map.json")
+        older = "special_tokens_map.json"
+        if (adapter / "tokenizer_config.json").exists() and not (adapter / older).exists():
+            (output / older).unlink(missing_ok=True)
     else:
         _keep_pieces(base, output)
     _combine_templates(base, adapter, output)
@@ -98,22 +101,12 @@ def load_combined_tokenizer(base: Path, adapter: Path) -> Any:
         return load_tokenizer(folder)
 
 
-def _of_a_tokenizer(name: str) -> bool:
-    patterns = (*_VOCABULARY, *_SETTINGS, *_TEMPLATES)
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns)
     )
-
-
-def _remove_unless(source: Path, output: Path, name: str) -> None:
-    if not (source / name).exists():
-        (output / name).unlink(missing_ok=True)
 
 
 def _keep_pieces(base: Path, output: Path) -> None:
@@ -147,7 +140,7 @@ def write_templates(folder: Path, templates: str | Mapping[str, str]) -> None:
 def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
     """The adapter's chat templates if it has any, else the base's; no other place has one."""
     for source in (adapter, base):
-        inside = _settings(source).get("chat_template")
+        inside = _values(source / "tokenizer_config.json").get("chat_template")
         jinja, folder = source / "chat_template.jinja", source / _TEMPLATE_FOLDER
         of_processor = source / "chat_template.json"
         if jinja.is_file() or folder.is_dir() or inside:
@@ -165,7 +158,8 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
 
 def _write_inside(folder: Path, template: Any) -> None:
     """Put chat templates into tokenizer_config.json; None takes out what is there."""
-    path, settings = folder / "tokenizer_config.json", _settings(folder)
+    path = folder / "tokenizer_config.json"
+    settings = _values(path)
     if settings.get("chat_template") == template:
         return
     if template is None:
@@ -173,11 +167,6 @@ def _write_inside(folder: Path, template: Any) -> None:
     else:
         settings["chat_template"] = template
     atomic_write_json(path, settings)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json_object(path) if path.exists() else {}
 
 
 _GENERATION = "generation_config.json"

@@ -65,20 +65,16 @@ def _kernel_forward(module: nn.Module) -> Any:
 def _kernel_norm(module: Any, plain: Any, hidden: Tensor) -> Tensor:
     weight, library = module.weight, kernels()
     if weight.requires_grad or not usable(library, hidden, weight):
-        result: Tensor = plain(hidden)
-        return result
-    normed: Tensor = RmsNorm.apply(library, hidden, weight, _epsilon(module))
-    return normed
+        return plain(hidden)
+    return RmsNorm.apply(library, hidden, weight, _epsilon(module))
 
 
 def _kernel_mlp(module: Any, plain: Any, hidden: Tensor) -> Tensor:
     library = kernels()
     if not usable(library, hidden):
-        result: Tensor = plain(hidden)
-        return result
+        return plain(hidden)
     gated = SwiGlu.apply(library, module.gate_proj(hidden), module.up_proj(hidden))
-    down: Tensor = module.down_proj(gated)
-    return down
+    return module.down_proj(gated)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -92,8 +88,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight if hasattr(module, "weight") else module.gate_proj.weight
-    return weight
+    return module.weight if hasattr(module, "weight") else module.gate_proj.weight
 
 
 def _probe_rows(width: int) -> Tensor:
@@ -270,8 +265,7 @@ def _compiled_mlp(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Ten
     gate, up = module.gate_proj(hidden), module.up_proj(hidden)
     rows = gate.reshape(-1, gate.shape[-1])
     gated = _by_rows(compiled, plain, rows)(rows, _marked(up.reshape(rows.shape)))
-    down: Tensor = module.down_proj(gated.view(gate.shape))
-    return down
+    return module.down_proj(gated.view(gate.shape))
 
 
 def _by_rows(compiled: Any, plain: Any, rows: Tensor) -> Any:

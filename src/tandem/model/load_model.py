@@ -38,8 +38,8 @@ def load_model(
         folder: a model folder.
         dtype: of the weights, and of the products with quantised ones.
         device: where the weights go.
-        quantization: nf4 puts its linear layers in 4 bits, see `quantization.quantize`.
-        rounded_from: what they are rounded from, if not from `dtype`.
+        quantization: nf4 puts its linear layers in 4 bits, see `quantize.quantize`.
+        rounded_from: number format that those are rounded from; None: `dtype`.
 
     Raises UserError for files that cannot be read, and for a model whose files lack a weight:
     transformers would fill it with random numbers.
@@ -77,13 +77,8 @@ def load_base(
     record = read_record(adapter)
     if record is None:
         return load_model(base, dtype=dtype, device=device)
-    return load_model(
-        base,
-        dtype=dtype,
-        device=device,
-        quantization=record.format,
-        rounded_from=record.torch_dtype,
-    )
+    rounded: dict[str, Any] = {"quantization": record.format, "rounded_from": record.torch_dtype}
+    return load_model(base, dtype=dtype, device=device, **rounded)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

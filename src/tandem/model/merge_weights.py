@@ -174,8 +174,7 @@ def vocabulary_grown(output: Path, updates: dict[str, Update]) -> None:
 
 def _tensor(shard: Path, name: str) -> Tensor:
     with opened(shard) as file:
-        found: Tensor = file.get_tensor(name)
-        return found
+        return file.get_tensor(name)
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
@@ -296,8 +295,8 @@ def verify_merge(
     allowed = max(min(max(_ALLOWED[d] for d in formats), 0.8 * effect), 1e-4)
     if not difference <= allowed:
         raise UserError(
-            f"the merged model does not say what base and adapter say: token log-probs differ by "
-            f"{difference:.4g} nats on average over {after.numel()} probe tokens (allowed "
+            f"the merged model does not compute what base and adapter do: token log-probs differ "
+            f"by {difference:.4g} nats on average over {after.numel()} probe tokens (allowed "
             f"{allowed:.2g}; the adapter itself changes them by {effect:.4g}). The merge was "
             "discarded. If the dtype is narrow, merge with --dtype float32; otherwise the "
             "adapter belongs to another base or a file is damaged."

@@ -162,7 +162,7 @@ def switch_off_base_dropout(model: Any, _: Preparation, log: Log) -> Any:
     if count := switch_dropout_off(model):
         log(
             f"the base model's own dropout ({count} modules) is off; only lora.dropout acts, "
-            "with masks that do not depend on the schedule"
+            "with masks that do not depend on how the work is packed"
         )
     return model
 

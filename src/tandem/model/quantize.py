@@ -44,8 +44,7 @@ class Quantized:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch has it."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        return getattr(torch, self.dtype)
 
     def rounded(self, name: str, weight: Tensor, device: torch.device) -> Tensor:
         """A stored weight as the adapter saw it, in float32 on the CPU, in its stored layout.
@@ -87,7 +86,7 @@ def quantize(
     device: torch.device,
     kept: Collection[str] = (),
 ) -> None:
-    """Put a model's linear layers on `device` in 4 bits, in place; `model.tandem_quantized` tells.
+    """Put a model's linear layers on `device` in 4 bits, in place; `tandem_quantized` notes it.
 
     The output head, embeddings and norms stay as they are; so do layers that are more than a linear
     one, the experts that transformers keeps in one tensor, and the modules that `kept` names. One
@@ -126,14 +125,12 @@ def quantize(
 def dequantized(layer: Any) -> Tensor:
     """The weight [out, in] that a 4-bit layer multiplies with, in what it was rounded from."""
     functional = _bitsandbytes().functional
-    found: Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return found
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def quantized_of(model: Any) -> Quantized | None:
     """What `quantize` did to a model, adapters around it or not."""
-    found: Quantized | None = getattr(plain_model(model), "tandem_quantized", None)
-    return found
+    return getattr(plain_model(model), "tandem_quantized", None)
 
 
 def write_record(model: Any, folder: Path) -> None:
@@ -162,10 +159,10 @@ def read_record(folder: Path) -> Quantized | None:
 
 
 def load_bitsandbytes() -> Any:
-    """The package, None where it is not installed; its import neither speaks nor fetches anything.
+    """The package, None where it is not installed, imported without its messages and downloads.
 
-    It looks for kernels on the Hub when it is imported, and says so when it finds none. As peft
-    imports it wherever it is installed, this comes before any import of peft.
+    It looks for kernels on the Hub when it is imported, and prints a line when it finds none. peft
+    imports it wherever it is installed, so call this before peft is imported.
     """
     if find_spec("bitsandbytes") is None:
         return None
@@ -209,5 +206,4 @@ def _layer(
     # bfloat16 kernel, for good: the reference would be rounded in another way than the policy,
     # and later gradients would be lost.
     layer.support_avx512bf16_for_cpu = False
-    made: nn.Linear = layer.eval()
-    return made
+    return layer.eval()

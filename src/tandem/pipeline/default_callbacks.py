@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tandem.plan.stage_estimate import StageEstimate, compare, estimate_run, remember_run
+from tandem.model.attention.select import is_padded
+from tandem.plan.stage_estimate import (
+    StageEstimate,
+    StageSetup,
+    compare,
+    estimate_run,
+    remember_run,
+)
 from tandem.train.callbacks.callback import Callback, TrainingRun
 
 
@@ -24,7 +31,20 @@ class EstimateRun(Callback):
         if not run.engine.processes.is_rank0:
             return
         try:
-            self._estimate = estimate_run(run, model)
+            setup = StageSetup(
+                name=run.stage,
+                settings=run.job.settings,
+                device=run.engine.device,
+                processes=run.engine.processes.count,
+                engine=run.execution["engine"],
+                config=run.config,
+                seed=run.job.run.seed,
+                budget=run.execution["tokens_per_microbatch"],
+                padded=is_padded(model),
+                quantized=run.job.run.quantization is not None,
+                baseline=run.baseline_memory,
+            )
+            self._estimate = estimate_run(setup, model, run.dataset, run.sampler.sources)
         except Exception as error:
             run.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
 

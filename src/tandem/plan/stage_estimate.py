@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.batching.sampler import WeightedSource
-from tandem.model.attention.select import is_padded
+from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.cpu.onednn_linear import ordered_bytes
 from tandem.model.logprobs.output_head import block_bytes
 from tandem.plan.model_shape import ModelShape, shape_of
@@ -16,7 +16,6 @@ from tandem.plan.workload import Operations, Pacing, Workload, count_operations,
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
-from tandem.train.callbacks.callback import TrainingRun
 from tandem.train.token_budget import activation_bytes, attention_weight
 
 # Adapters, their gradients and AdamW's moments are float32.
@@ -208,23 +207,15 @@ class StageSetup:
         )
 
 
-def estimate_run(run: TrainingRun, model: Any) -> StageEstimate:
-    """The estimates of a run that is about to begin, with its model loaded and adapted."""
-    setup = StageSetup(
-        name=run.stage,
-        settings=run.job.settings,
-        device=run.engine.device,
-        processes=run.engine.processes.count,
-        engine=run.execution["engine"],
-        config=run.config,
-        seed=run.job.run.seed,
-        budget=run.execution["tokens_per_microbatch"],
-        padded=is_padded(model),
-        quantized=run.job.run.quantization is not None,
-        baseline=run.baseline_memory,
-    )
+def estimate_run(
+    setup: StageSetup, model: Any, dataset: EncodedDataset, parts: tuple[WeightedSource, ...]
+) -> StageEstimate:
+    """The estimates of a run that is about to begin, with its model loaded and adapted.
+
+    The records have the weights of `parts`.
+    """
     shape = shape_of(model)
-    work = count_work(run.dataset, setup.pacing(run.sampler.sources))
+    work = count_work(dataset, setup.pacing(parts))
     # Nothing is timed here, where other processes wait.
     rate = recorded_rate(setup.rate_key(shape))
     return setup.estimate(shape, work, ordered_bytes(model), rate)

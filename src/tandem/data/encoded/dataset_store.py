@@ -34,9 +34,9 @@ _ENCODER = 7
 
 
 def encoding_key(
-    sources: Sequence[DataSource], parts: CodecParts, plan: EncodingOptions
+    sources: Sequence[DataSource], parts: CodecParts, options: EncodingOptions
 ) -> str | None:
-    """The key of what a plan makes of some sources, or None when a source cannot be identified.
+    """The key of what options make of some sources, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
     of them, and both by what the recipe says of their formats and names.
@@ -49,10 +49,10 @@ def encoding_key(
         {
             "encoder": _ENCODER,
             "codec": parts.identity,
-            "kind": plan.kind,
-            "limits": [plan.limits.sequence, plan.limits.prompt, plan.limits.too_long],
-            "loss_on": plan.loss_on,
-            "on_bad_record": plan.on_bad_record,
+            "kind": options.kind,
+            "limits": [options.limits.sequence, options.limits.prompt, options.limits.too_long],
+            "loss_on": options.loss_on,
+            "on_bad_record": options.on_bad_record,
             "sources": contents,
             "meanings": [source.meaning for source in sources],
         }

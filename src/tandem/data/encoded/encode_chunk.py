@@ -14,7 +14,6 @@ from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
@@ -25,7 +24,12 @@ from tandem.data.tokenize.encode import (
     pair_exchanges,
     trained_exchanges,
 )
-from tandem.data.tokenize.template_capabilities import NO_REASONING, in_form, reason_unsupported
+from tandem.data.tokenize.template_capabilities import (
+    NO_REASONING,
+    Refused,
+    in_form,
+    reason_unsupported,
+)
 from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
 from tandem.data.truncation.limits import Fitted, Limits
 from tandem.data.truncation.pair import fit_pair

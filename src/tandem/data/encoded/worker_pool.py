@@ -43,7 +43,7 @@ class Setup:
     """The first message: what all tasks have in common."""
 
     parts: CodecParts
-    plan: EncodingOptions
+    options: EncodingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def main() -> None:
         for number in range(sys.maxsize):
             chunk, known = receive(tasks)
             try:
-                answer: Any = encode_chunk(chat, setup.plan, chunk, known)
+                answer: Any = encode_chunk(chat, setup.options, chunk, known)
             except UserError as error:
                 answer = error
             except Exception:

@@ -46,7 +46,7 @@ class Format:
         turns: whether turns, with roles and contents, are somewhere in it.
         suits: whether a row that has the keys can be of this format; None: any can.
         completions: what a recipe's `completions` must be for it, where formats differ in that.
-        labelled: for rows that say whether their answer is a good one, those as KTO has them.
+        to_unpaired: for rows that say whether their answer is a good one, those as KTO has them.
         joins: whether its records are made of two rows each.
         stated: whether a recipe says that rows are of it, whatever else they hold.
     """
@@ -59,7 +59,7 @@ class Format:
     turns: bool = False
     suits: Callable[[Fields], bool] | None = None
     completions: str | None = None
-    labelled: ToUnpaired | None = None
+    to_unpaired: ToUnpaired | None = None
     joins: bool = False
     stated: bool = False
 

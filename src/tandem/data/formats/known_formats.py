@@ -68,9 +68,17 @@ def _labelled(
     more = frozenset(f"system label kto_tag {optional}".split()) - needed
     good, pairs = good_answers(apart), joined_pairs(apart)
     return (
-        Format(name, "conversations", needed, good, more, True, suits, labelled=apart),
+        Format(name, "conversations", needed, good, more, True, suits, to_unpaired=apart),
         Format(
-            name, "preference pairs", needed, pairs, more, True, suits, labelled=apart, joins=True
+            name,
+            "preference pairs",
+            needed,
+            pairs,
+            more,
+            True,
+            suits,
+            to_unpaired=apart,
+            joins=True,
         ),
     )
 
@@ -192,7 +200,7 @@ def overlooked(keys: Sequence[str], known: Format) -> tuple[Format, ...]:
     return tuple(
         one
         for one in before
-        if one.keys <= names and (one.labelled is not None or one.kind != known.kind)
+        if one.keys <= names and (one.to_unpaired is not None or one.kind != known.kind)
     )
 
 
@@ -234,9 +242,9 @@ def _plain(name: str) -> str:
 
 def describe_formats(kind: Kind) -> str:
     """The known formats of a kind and their keys, for messages."""
-    told = (
-        f"{known.name} ({', '.join(sorted(known.keys | ({'label'} if known.labelled else set())))})"
+    keys = {
+        (known.name, *sorted(known.keys | ({"label"} if known.to_unpaired else set()))): None
         for known in FORMATS
         if known.kind == kind
-    )
-    return "; ".join(dict.fromkeys(told))
+    }
+    return "; ".join(f"{name} ({', '.join(some)})" for name, *some in keys)

@@ -148,8 +148,8 @@ class _Waiting:
     """Rows without a partner, as a context manager; its file ends with it."""
 
     def __init__(self, known: Format) -> None:
-        assert known.labelled is not None
-        self._apart, self._keys = known.labelled, known.read_keys
+        assert known.to_unpaired is not None
+        self._apart, self._keys = known.to_unpaired, known.read_keys
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  (closed by exit)
         # By prompt and label, places in the file, the first come first. Lists, for an empty deque
         # takes more than all else of an answer, and most prompts have few.

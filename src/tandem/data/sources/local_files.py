@@ -44,12 +44,9 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """What lies in a folder.
+    """What lies in a folder: the data files of each split, in name order, and what no split has.
 
-    Attributes:
-        root: the folder.
-        splits: the data files of each split, in name order.
-        passed_over: what no split has, each with the reason.
+    Each path that is passed over has the reason beside it.
     """
 
     root: Path

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
-from tandem.data.tokenize.behind_prompt import Refused, Thought, open_thought, text_behind
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
 from tandem.data.tokenize.template_capabilities import (
     PROBE_TOOLS,
+    Refused,
     TemplateCapabilities,
+    Thought,
+    open_thought,
     probe_template,
+    text_behind,
 )
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.tokenize.vocabulary import NoRow

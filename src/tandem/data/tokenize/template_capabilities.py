@@ -1,18 +1,24 @@
-"""Tools, tool calls and reasoning: in which form a chat template takes them, found by a probe.
+"""What a chat template does with tools, calls, reasoning, and an answer behind its prompt.
 
-Templates that do not know them render the turns without them and say nothing; a record that has
-some is then refused, never trained without them.
+In which form it takes them is found by a probe. Templates that do not know them render the turns
+without them and report nothing; a record that has some is then refused, never trained without them.
+
+An answer is trained as a model that is fed the prompt has to write it. That is what the template
+renders behind the prompt, if the two renderings agree. Templates of reasoning models may open the
+reasoning in the prompt, or take it out of every answer.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from tandem.data.formats.tool_calls import REASONING_KEYS
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+from tandem.data.tokenize.chat_template import Ending
 
 # Words that no template contains.
 _TOOL, _CALLED, _KEY, _VALUE, _RESULT, _THOUGHT = (
@@ -148,3 +154,125 @@ def _call(form: ToolCallForm) -> Turn:
     # Mistral's templates refuse ids of another length.
     call = {"type": "function", "id": "probe0000", "function": function}
     return _formed(Turn("assistant", "", extra=json.dumps({"tool_calls": [call]})), form)
+
+
+PARTED = "the chat template does not continue its own prompt with the answer"
+UNCLOSED = "the chat template opens the answer with reasoning, which the answer does not close"
+CHANGED = "the chat template changes the answer's text"
+# Characters that a message quotes of a text.
+_SHOWN = 30
+# How models mark it: DeepSeek-R1 and Qwen, Magistral, and others.
+_NAMES = "think|thinking|thought|thoughts|reason|reasoning|THINK"
+_OPENED = re.compile(rf"(?:<({_NAMES})>|\[({_NAMES})\])\s*$")
+_CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why an answer cannot be encoded."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The tag that opens reasoning at a prompt's end, from `start`, and the one that closes it."""
+
+    start: int
+    opener: str
+    closer: str
+    blanks: str
+
+    def behind(self, answer: Turn) -> str | None:
+        """What a model writes behind the opened reasoning; None where nothing would close it.
+
+        Reasoning that stands beside the answer is put in front of it.
+        """
+        said = answer.content
+        if answer.reasoned:
+            reasoning = str(answer.more()[REASONING]).strip("\n")
+            said = f"{reasoning}\n{self.closer}\n\n{said}"
+        elif said.lstrip().startswith(self.opener):
+            said = said.lstrip()[len(self.opener) :].removeprefix(self.blanks)
+        return said if self.closer in said else None
+
+
+def open_thought(prompt: str) -> Thought | None:
+    """The reasoning that a prompt opens at its end, if it does."""
+    found = _OPENED.search(prompt)
+    if found is None:
+        return None
+    opener = found[0].rstrip()
+    return Thought(found.start(), opener, opener[0] + "/" + opener[1:], found[0][len(opener) :])
+
+
+def closed_thought(answer: str) -> str | None:
+    """The last tag in an answer that closes reasoning, if there is one."""
+    found = _CLOSED.findall(answer)
+    return found[-1] if found else None
+
+
+def text_behind(
+    answered: Turn, prompt: str, text: str, ending: Ending, *, reasoned: bool
+) -> str | Refused:
+    """What follows a prompt, up to the end token: the answer as the template renders it.
+
+    Where the template renders it otherwise than a model has to write it behind that prompt, because
+    it takes reasoning out of answers, it is the answer itself.
+
+    Args:
+        answered: the answer's turn.
+        prompt: as inference feeds it.
+        text: prompt and answer as the template renders them together.
+        ending: how the template closes answers.
+        reasoned: whether the template renders reasoning that stands beside an answer.
+    """
+    # What stands between a text and its end token may stand elsewhere in a call.
+    closing = (ending.token if answered.calls else ending.closing) + ending.trailer
+    rendered = text[len(prompt) :]
+    follows = text.startswith(prompt) and rendered.endswith(closing)
+    beside = answered.reasoned and not reasoned
+    if follows and not beside and _has(rendered, answered.content):
+        return rendered[: len(rendered) - len(ending.trailer)]
+    thought = open_thought(prompt)
+    if thought is not None and not answered.calls and text.startswith(prompt[: thought.start]):
+        said = thought.behind(answered)
+        if said is None:
+            return Refused(
+                UNCLOSED,
+                f"its prompt ends with {prompt[thought.start :]!r}; write the reasoning and "
+                f"`{thought.closer}` in front of the answer, or take `{thought.opener}` out of the "
+                "template's prompt",
+            )
+        return said + ending.closing
+    if not follows:
+        return Refused(PARTED, _parting(prompt, text, closing))
+    if (closer := closed_thought(answered.content)) is not None:
+        rest = answered.content.rpartition(closer)[2]
+        # A prompt that closes the reasoning itself wants answers without.
+        if _has(rest + closing, rendered) and not prompt.rstrip().endswith(closer):
+            return answered.content + ending.closing
+        return Refused(NO_REASONING, f"it takes what stands before `{closer}` out of the answer")
+    return Refused(CHANGED, f"it renders {_start(rendered)!r} of {_start(answered.content)!r}")
+
+
+def _has(text: str, part: str) -> bool:
+    """Whether a text has another in it, whatever blanks and line breaks there are."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())
+
+
+def _parting(prompt: str, text: str, closing: str) -> str:
+    """Where a prompt and the text with its answer part, for a message."""
+    if text.startswith(prompt):
+        return f"the text with the answer ends with {text[-_SHOWN:]!r}, not with {closing!r}"
+    pairs = enumerate(zip(prompt, text, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(text)))
+    return (
+        f"behind {prompt[max(0, at - _SHOWN) : at]!r} the prompt goes on with "
+        f"{_start(prompt[at:])!r}, the text with the answer with {_start(text[at:])!r}"
+    )
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -12,12 +12,7 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Tokens whose embeddings are trained, with their ids.
-
-    Attributes:
-        new: those that the tokenizer lacked.
-        known: those that it had.
-    """
+    """Tokens whose embeddings are trained, by id: `new` to the tokenizer, or `known` before."""
 
     new: Mapping[str, int] = field(default_factory=dict)
     known: Mapping[str, int] = field(default_factory=dict)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tandem.data.records import Conversation
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import (
     END_INSIDE,
     UNTRAINED,
@@ -24,6 +23,7 @@ from tandem.data.tokenize.encode import (
     room_for,
     until_last_trained,
 )
+from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.truncation.limits import (
     ANSWER_BEYOND,
     BEYOND,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import Encoded
+from tandem.data.tokenize.template_capabilities import Refused
 from tandem.recipe.choices import TooLong
 
 NOTHING_LEFT = "nothing left to train"

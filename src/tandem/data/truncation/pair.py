@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tandem.data.records import PreferencePair
-from tandem.data.tokenize.behind_prompt import Refused
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_exchanges, pair_exchanges
+from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.truncation.limits import (
     ANSWER_BEYOND,
     BEYOND,

@@ -140,15 +140,15 @@ def _key_paths(segments: tuple[Segment, ...], device: torch.device) -> KeyPaths:
 
 
 def _add_to_a_round(rounds: list[list[tuple[Segment, int]]], segment: Segment, place: int) -> None:
+    def overlaps(other: Segment) -> bool:
+        one = segment
+        return one.prefix_start < other.prefix_stop and other.prefix_start < one.prefix_stop
+
     for members in rounds:
-        if not any(_overlap(segment, other) for other, _ in members):
+        if not any(overlaps(other) for other, _ in members):
             members.append((segment, place))
             return
     rounds.append([(segment, place)])
-
-
-def _overlap(one: Segment, other: Segment) -> bool:
-    return one.prefix_start < other.prefix_stop and other.prefix_start < one.prefix_stop
 
 
 def _round(members: list[tuple[Segment, int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from tandem.model.unwrap import decoder_of
 
 _NAME = "tandem_examination"
 _TOKENS = 4
-# What attention layers hand to transformers' interface that changes nothing about their scores,
+# What attention layers pass to transformers' interface that changes nothing about their scores,
 # or that every backend of tandem heeds.
 _KNOWN = {
     "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "cache_position", "dropout",
@@ -41,7 +41,7 @@ class PackingProbe:
 
 
 def probe_packing(model: Any) -> PackingProbe:
-    """Look whether tokens meet only in attention layers that trees can serve.
+    """Find out whether tokens influence each other only in attention that packed trees can replace.
 
     Two sequences that differ in their first token go through the model with a stand-in for
     attention under which every row sees itself alone. Where later rows still differ, the model
@@ -131,7 +131,7 @@ class _Seen:
         """Stands for attention: every row gets its own value."""
         window = asked.get("sliding_window")
         if asked.get(LAYOUT_KEYWORD) is not self:
-            self.obstacles.append("its layers do not hand keywords on to attention")
+            self.obstacles.append("its layers do not pass keyword arguments on to attention")
         if asked.get("s_aux") is not None:
             self.obstacles.append("its attention has sinks")
         if not getattr(module, "is_causal", True) or asked.get("is_causal") is False:

@@ -39,8 +39,7 @@ def segments_attention(
     if library is not None and usable(library, query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         call = TreeAttentionCall(library, *layout.table(), scale, window)
-        attended: Tensor = TreeAttention.apply(call, query, key, value)
-        return attended
+        return TreeAttention.apply(call, query, key, value)
     if query.device.type == "cpu" and window is None:
         output = _FlashSegments.apply(query, key, value, layout.segments, scaling)
     else:

@@ -90,15 +90,13 @@ def varlen_attention(
         window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    attended: Tensor = output[None].to(query.dtype)
-    return attended
+    return output[None].to(query.dtype)
 
 
 def _gathered(packed: Tensor, paths: KeyPaths) -> Tensor:
     if not paths.shared:
         return packed  # nothing is shared: the paths are the rows as they stand
-    gathered: Tensor = _Gather.apply(packed, paths)
-    return gathered
+    return _Gather.apply(packed, paths)
 
 
 class _Gather(torch.autograd.Function):

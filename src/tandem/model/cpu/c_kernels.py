@@ -39,6 +39,17 @@ class Kernels:
     functions: ctypes.CDLL
     lanes: int
 
+    def call(self, name: str, *arguments: Tensor | int | float) -> None:
+        """Call a function by its name; the number of threads comes after all others."""
+        values = [_c_value(argument) for argument in (*arguments, torch.get_num_threads())]
+        getattr(self.functions, name)(*values)
+
+
+def _c_value(argument: Tensor | int | float) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
 
 def kernels() -> Kernels | None:
     """The library, or None where it cannot be had; `unavailable_reason` says why."""
@@ -254,10 +265,7 @@ def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor)
     Returns [n], what sums over earlier blocks are to be multiplied by.
     """
     shrink = torch.empty_like(peak)
-    kernels.functions.tandem_softmax_block(
-        *map(_pointer, (scores, peak, total, shrink)),
-        *map(ctypes.c_int64, (*scores.shape, torch.get_num_threads())),
-    )
+    kernels.call("tandem_softmax_block", scores, peak, total, shrink, *scores.shape)
     return shrink
 
 
@@ -270,10 +278,7 @@ class SwiGlu(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        kernels.functions.tandem_swiglu_forward(
-            *map(_pointer, (gate, up, out)),
-            *map(ctypes.c_int64, (gate.numel(), torch.get_num_threads())),
-        )
+        kernels.call("tandem_swiglu_forward", gate, up, out, gate.numel())
         return out
 
     @staticmethod
@@ -281,10 +286,8 @@ class SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         d_out = grad_outputs[0].contiguous()
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        ctx.kernels.functions.tandem_swiglu_backward(
-            *map(_pointer, (d_out, gate, up, d_gate, d_up)),
-            *map(ctypes.c_int64, (gate.numel(), torch.get_num_threads())),
-        )
+        numbers = gate.numel()
+        ctx.kernels.call("tandem_swiglu_backward", d_out, gate, up, d_gate, d_up, numbers)
         return None, d_gate, d_up
 
 
@@ -299,24 +302,13 @@ class RmsNorm(torch.autograd.Function):
         out, inverse = torch.empty_like(x), x.new_empty(rows)
         ctx.kernels = kernels
         ctx.save_for_backward(x, weight, inverse)
-        kernels.functions.tandem_rms_norm_forward(
-            *map(_pointer, (x, weight, out, inverse)),
-            *map(ctypes.c_int64, (rows, width)),
-            ctypes.c_float(epsilon),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        kernels.call("tandem_rms_norm_forward", x, weight, out, inverse, rows, width, epsilon)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         d_out, d_x = grad_outputs[0].contiguous(), torch.empty_like(x)
-        ctx.kernels.functions.tandem_rms_norm_backward(
-            *map(_pointer, (d_out, x, weight, inverse, d_x)),
-            *map(ctypes.c_int64, (inverse.shape[0], x.shape[-1], torch.get_num_threads())),
-        )
+        sizes = inverse.shape[0], x.shape[-1]
+        ctx.kernels.call("tandem_rms_norm_backward", d_out, x, weight, inverse, d_x, *sizes)
         return None, d_x, None, None
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -26,8 +26,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
     """
     if _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return result
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
@@ -96,8 +95,9 @@ def order_weights(model: nn.Module) -> None:
     For training, where each weight is used again and again and never changes: whoever changes one
     afterwards must call this again.
     """
-    for layer in _orderable(model):
-        layer.tandem_ordered = Ordered(layer.weight)  # type: ignore[assignment]
+    for layer in model.modules():
+        if type(layer) is nn.Linear and can_order(layer):
+            layer.tandem_ordered = Ordered(layer.weight)  # type: ignore[assignment]
 
 
 def ordered_bytes(model: nn.Module) -> int:
@@ -138,17 +138,11 @@ def low_rank_product(
         scale: alpha / r.
     """
     fixed = weights_of(frozen), frozen.bias, scale
-    result: Tensor = _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)
-    return result
+    return _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)
 
 
 def _multiplied(weight: Tensor) -> bool:
     return _AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def _orderable(model: nn.Module) -> list[nn.Linear]:
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
-    return [layer for layer in layers if can_order(layer)]
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -157,8 +151,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weights = weights_of(layer)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, weights.forward, layer.bias)
-    result: Tensor = _FrozenProduct.apply(x, weights, layer.bias)
-    return result
+    return _FrozenProduct.apply(x, weights, layer.bias)
 
 
 class _FrozenProduct(torch.autograd.Function):

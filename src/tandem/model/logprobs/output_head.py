@@ -130,8 +130,7 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     _require_rows(head, target)
     if head.rows is not None:
         return _with_trained_rows(hidden, head, head.rows, target)
-    logp: Tensor = _LinearLogprob.apply(hidden, head, target)
-    return logp
+    return _LinearLogprob.apply(hidden, head, target)
 
 
 def _require_rows(head: Head, target: Tensor) -> None:

@@ -65,17 +65,6 @@ def padded_rows(batch: MicroBatch) -> PaddedRows:
     )
 
 
-def padded_hidden(decoder: Any, batch: MicroBatch, padded: PaddedRows) -> Tensor:
-    """The hidden states that predict the micro-batch's targets, in their order [N, H].
-
-    `decoder` maps ids to hidden states under its own causal attention or recurrence.
-    """
-    hidden: Tensor = decoder(
-        input_ids=batch.input_ids[padded.rows], use_cache=False
-    ).last_hidden_state  # [S, L, H]
-    return hidden[padded.target_sequence, padded.target_position]
-
-
 def _last_rows(batch: MicroBatch) -> list[int]:
     """The row that predicts each sequence's last target, -1 for a sequence without any."""
     last = torch.full((batch.sequences,), -1, device=batch.target_row.device)
@@ -214,13 +203,17 @@ def _packed(causal: Any, batch: MicroBatch) -> Tensor:
         use_cache=False,
         **{LAYOUT_KEYWORD: layout},
     ).last_hidden_state[0]  # [T, H]
-    picked: Tensor = hidden.index_select(0, batch.target_row)
-    return picked
+    return hidden.index_select(0, batch.target_row)
 
 
 def _padded(causal: Any, batch: MicroBatch) -> Tensor:
-    """The hidden states that predict, from one row a sequence [N, H]."""
+    """The hidden states that predict, in the order of the targets, from one row a sequence [N, H].
+
+    The decoder maps ids to hidden states under its own causal attention or recurrence.
+    """
     padded = padded_rows(batch)
     keys = batch.dropout_keys
     set_dropout_keys(causal, None if keys is None else keys[padded.rows])
-    return padded_hidden(decoder_of(causal), batch, padded)
+    decoder: Any = decoder_of(causal)
+    hidden = decoder(input_ids=batch.input_ids[padded.rows], use_cache=False).last_hidden_state
+    return hidden[padded.target_sequence, padded.target_position]

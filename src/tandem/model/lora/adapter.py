@@ -22,7 +22,7 @@ from tandem.model.quantize import load_bitsandbytes, write_record
 from tandem.model.trained_weights import Log
 from tandem.recipe.training_settings import LoraSettings
 
-load_bitsandbytes()  # peft would import it less quietly
+load_bitsandbytes()  # before peft does, which would print its messages
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
@@ -191,7 +191,7 @@ def unreached_layers(model: Any) -> list[str]:
 
 
 def refused_modules(model: Any) -> list[str]:
-    """Those of `unreached_layers` that peft would not adapt; told by their names."""
+    """Those of `unreached_layers` that peft would not adapt; by their names."""
     if model.config.model_type not in _FUSED:
         return []
     return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]

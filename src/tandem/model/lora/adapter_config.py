@@ -14,7 +14,7 @@ from tandem.model.model_folder import adapters_inside
 from tandem.model.quantize import load_bitsandbytes
 from tandem.storage.atomic_files import read_json_object, require_spelled
 
-load_bitsandbytes()  # peft would import it less quietly
+load_bitsandbytes()  # before peft does, which would print its messages
 
 from peft import LoraConfig, PeftConfig  # noqa: E402
 

@@ -288,8 +288,7 @@ class _Tensors:
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
         read = getattr(self._source, "get_tensor", None)
-        found: Tensor = self._source[name] if read is None else read(name)
-        return found
+        return self._source[name] if read is None else read(name)
 
 
 @contextmanager

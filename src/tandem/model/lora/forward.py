@@ -15,7 +15,7 @@ from tandem.model.cpu.onednn_linear import low_rank_product, takes_frozen
 from tandem.model.quantize import load_bitsandbytes
 from tandem.model.unwrap import plain_model
 
-load_bitsandbytes()  # peft would import it less quietly
+load_bitsandbytes()  # before peft does, which would print its messages
 
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
@@ -130,8 +130,7 @@ def _as_it_is(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """An adapter's input without peft's cast to its float32, which autocast would take back."""
     if torch.is_autocast_enabled(x.device.type):
         return x
-    result: Tensor = cast(x, dtype)
-    return result
+    return cast(x, dtype)
 
 
 def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
@@ -142,8 +141,7 @@ def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
         or not simple
         or not takes_frozen(x, layer.base_layer)
     ):
-        result: Tensor = plain(x)
-        return result
+        return plain(x)
     return low_rank_product(
         x,
         layer.lora_dropout["default"](x),
@@ -169,8 +167,7 @@ def look_up_trained_rows(model: Any) -> None:
 
 def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
     if layer.disable_adapters or layer.merged or list(layer.active_adapters) != ["default"]:
-        result: Tensor = plain(ids)
-        return result
+        return plain(ids)
     frozen = F.embedding(ids, layer.base_layer.weight)
     trained = layer.trainable_tokens_delta["default"].to(frozen.dtype)
     same = ids[..., None] == torch.tensor(layer.token_indices["default"], device=ids.device)
