@@ -34,8 +34,8 @@ class Call(NamedTuple):
         return self.job.settings
 
 
-def _call(stage: Stage, devices: int = 1, *, gaudi: bool = False, **values: Any) -> Call:
-    return Call(*job_from_flags(stage, {**REQUIRED, **values}, devices=devices, gaudi=gaudi))
+def _call(stage: Stage, devices: int = 1, *, cards: bool = False, **values: Any) -> Call:
+    return Call(*job_from_flags(stage, {**REQUIRED, **values}, devices=devices, cards=cards))
 
 
 def _message(stage: Stage, devices: int = 1, **values: Any) -> str:

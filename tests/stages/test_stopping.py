@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(str(folder))
-    template = files("tandem.data") / "templates" / "chatml.jinja"
+    template = files("tandem.data") / "tokenize" / "chat_templates" / "chatml.jinja"
     (folder / "chat_template.jinja").write_text(template.read_text())
     return folder
 
