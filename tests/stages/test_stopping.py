@@ -6,7 +6,6 @@ import shutil
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,18 +41,15 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
     """A run's four folders, and what the console said; trained from a relative path."""
     home, heard = base.parent.parent, StringIO()
     console = Console(file=heard, width=1000)
-    options: dict[str, Any] = {
-        "dtype": "auto", "force": False, "device": "cpu", "console": console,
-    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         sft, dpo = home / "1-sft", home / "4-dpo"
         steps = {"max_steps": 1, "batch_size": 4, "max_length": 200}
         run("sft", Path("models/tiny"), sft, console=console, **steps)
-        middle = run_merge(merge_job(base, sft, home / "2-merged", **options), "MISSING")
+        middle = run_merge(merge_job(base, sft, home / "2-merged"), console)
         run("dpo", middle, dpo, console=console, **steps)
-        run_merge(merge_job(middle, dpo, home / "5-final", **options), "MISSING")
+        run_merge(merge_job(middle, dpo, home / "5-final"), console)
     return home, heard.getvalue()
 
 
