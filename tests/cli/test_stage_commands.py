@@ -87,7 +87,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         (tandem.stages.merge, "run_merge"),
     ):
 
-        def stage(job: Any, console: Console) -> Path:
+        def stage(job: Any, console: Console, callbacks: Any = ()) -> Path:
             made.append(job)
             return Path("o")
 
