@@ -400,7 +400,7 @@ def read_by(home: Path, *folders: str) -> tuple[str, ...]:
 
 def interrupted_scenes(root: Path, base: Path, *, others: bool = True) -> list[Scene]:
     """An interrupted stage of each kind, which the same command goes on with."""
-    from tandem.evaluate import evaluate_models
+    from tandem.evaluate.evaluate_models import Evaluator
     from tandem.storage.journal import Journal
     from tandem.train.checkpoint import CheckpointStore
 
@@ -422,7 +422,7 @@ def interrupted_scenes(root: Path, base: Path, *, others: bool = True) -> list[S
     add("killed sft", _SFT, CheckpointStore, "save", 6, [f"1-sft/{one}" for one in _TRAINED])
     add("killed dpo", _DPO, CheckpointStore, "save", 6, [f"4-dpo/{one}" for one in _TRAINED])
     add("killed pairs", _PAIRS, Journal, "add", 2, ("pairs.jsonl",))
-    add("killed evaluate", _EVAL, evaluate_models, "_evaluation", 0, ("evaluation.json",))
+    add("killed evaluate", _EVAL, Evaluator, "_summary", 0, ("evaluation.json",))
     return scenes
 
 

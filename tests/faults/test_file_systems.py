@@ -131,7 +131,7 @@ def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_che
 ) -> None:
     command = desk.train(save_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.model.lora.adapter.LoraWeights.save", _full(errno.ENOSPC))
+        patch.setattr("tandem.stages.training.train_stage.save_adapter_folder", _full(errno.ENOSPC))
         desk.stopped(command, "make room there and run again")
     assert "going on from" in desk.accepted(command)
     assert (desk.home / "out" / _ADAPTER).exists()
