@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from tandem.cli.main import main
 from tandem.data.encoded.dataset_store import EncodedStore
+from tandem.model.lora.adapter import LoraWeights
 from tandem.stages.training.execution import token_budget_of
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.storage.cache_folder import cache_folder, clear_cache
@@ -129,9 +130,15 @@ def test_a_disk_that_is_full_when_weights_are_written(
 def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_checkpoint(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = desk.train(save_steps=1)
+    command, plain = desk.train(save_steps=1), LoraWeights.save
+
+    def save(self: LoraWeights, model: Any, folder: Path, tensors: Any) -> None:
+        if "saving" in folder.name:
+            _full(errno.ENOSPC)()
+        plain(self, model, folder, tensors)
+
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.stages.training.train_stage.save_adapter_folder", _full(errno.ENOSPC))
+        patch.setattr(LoraWeights, "save", save)
         desk.stopped(command, "make room there and run again")
     assert "going on from" in desk.accepted(command)
     assert (desk.home / "out" / _ADAPTER).exists()
@@ -308,7 +315,7 @@ def test_a_damaged_record_of_estimates_costs_no_training(desk: Desk, content: by
 def _budget(folder: Path, said: list[str], *, sharded: bool = False) -> Any:
     """The token budget of a stage in a folder, whose schedule says 64."""
     engine: Any = SimpleNamespace(
-        processes=SimpleNamespace(main=lambda work: work(), count=1),
+        processes=SimpleNamespace(on_rank0=lambda work: work(), count=1),
         device=SimpleNamespace(release_memory=lambda: None),
         sharded=sharded,
     )
@@ -344,11 +351,13 @@ def test_a_smaller_budget_that_cannot_be_kept_ends_only_runs_that_must_begin_ane
     (tmp_path / "memory.json").mkdir()
     said: list[str] = []
     budget = _budget(tmp_path, said)
-    budget.settle([8], SimpleNamespace(main=lambda work: work()))
+    budget.settle([8], SimpleNamespace(on_rank0=lambda work: work()))
     assert budget.tokens == 8
     assert "cannot be kept for the next start" in said[1]
     with pytest.raises(OSError, match="directory"):
-        _budget(tmp_path, said, sharded=True).settle([8], SimpleNamespace(main=lambda work: work()))
+        _budget(tmp_path, said, sharded=True).settle(
+            [8], SimpleNamespace(on_rank0=lambda work: work())
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
 
 

@@ -59,7 +59,7 @@ def test_a_run_writes_over_nobodys_recipe_or_report(desk: Desk, name: str) -> No
     (desk.home / "project").mkdir()
     desk.text("mine", f"project/{name}")
     recipe = desk.recipe(output_dir=str(desk.home / "project"))
-    desk.refused(["run", recipe], f"has a {name}", "another output_dir")
+    desk.refused(["run", recipe], f"would overwrite its {name}", "another output_dir")
 
 
 def test_a_damaged_manifest(desk: Desk) -> None:
