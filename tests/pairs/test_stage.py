@@ -26,7 +26,6 @@ from tandem.pairs import make_pairs as pairs_stage
 from tandem.pairs.make_pairs import make_pairs
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings
-from tandem.runtime import extras
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tests.jobs import pairs_job
 
@@ -464,7 +463,7 @@ def test_vllm_is_asked_for_when_it_is_named(
     library.LLM = LLM  # type: ignore[attr-defined]
     library.SamplingParams = lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", library)
-    monkeypatch.setattr(extras, "version", lambda name: "0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
     monkeypatch.setattr(generators, "_VLLM_PROMPTS", 10)
     rows = make(conversations, tmp_path / "out", tiny_model, vllm={"memory": 0.5}, top_k=3)
     assert len(rows) == COUNT
