@@ -251,7 +251,7 @@ def test_the_command(
         (["--tasks", "piqa", "--data", "DATA"], "piqa has no local form"),
         (["--suite", "leaderboard-v1", "--data", "gone"], "task data: gone is no folder"),
         (["--suite", "v9"], "invalid choice: 'v9'"),
-        (["--limit", "0"], "0 is not above 0"),
+        (["--limit", "0"], "it must be greater than 0"),
         (["--questions", "gone.jsonl"], "gone.jsonl"),
     ],
 )
