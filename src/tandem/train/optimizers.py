@@ -18,19 +18,12 @@ from tandem.runtime.device import Device
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer that settings can name.
+    """One optimizer that settings can name."""
 
-    Attributes:
-        kind: its class, or what makes one, called with parameters and `options`.
-        options: its keyword arguments, read from a stage's settings.
-        state_tensors: how many tensors of a parameter's size it keeps for each.
-        extra: the extra of tandem, and the package, that it needs.
-    """
-
-    kind: Callable[..., torch.optim.Optimizer]
-    options: Callable[[TrainingSettings], dict[str, Any]]
-    state_tensors: int
-    extra: str | None = None
+    kind: Callable[..., torch.optim.Optimizer]  # called with parameters and `options`
+    options: Callable[[TrainingSettings], dict[str, Any]]  # its keyword arguments
+    state_tensors: int  # how many tensors of a parameter's size it keeps for each
+    extra: str | None = None  # the extra of tandem, and the package, that it needs
 
 
 def _adam_options(settings: TrainingSettings) -> dict[str, Any]:
@@ -68,8 +61,7 @@ def clip_and_step(
 ) -> float:
     """Clip, apply and clear gradients; returns their norm before clipping.
 
-    A norm that is not finite is returned without touching the parameters. Spread parameters make
-    it collective.
+    Where the norm is not finite, the parameters stay. Collective if parameters are sharded.
     """
     limit = math.inf if max_norm is None else max_norm
     total = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -109,10 +101,9 @@ LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
 
 
 def make_schedule(settings: TrainingSettings, total_steps: int) -> Callable[[int], float]:
-    """A stage's learning rate as a function of a step's number, from 0.
+    """A stage's learning rate as a function of a step's number, from 0, without any state.
 
-    Warm-up is linear from 0, over a count of steps or a share of all (rounded up). A function of
-    the number alone has no state to save, and a resumed run cannot be off by one.
+    Warm-up is linear from 0, over a count of steps or a share of all (rounded up).
     """
     shape = LR_SCHEDULES[settings.lr_scheduler]
     warmup = settings.warmup_steps
@@ -143,10 +134,7 @@ def load_state(
     parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put the state back to where `state_of` found it.
-
-    Raises UserError for the state of a parameter that there is not.
-    """
+    """Load what `state_of` returned; raises UserError for a parameter that is not there."""
     numbers = {name: number for number, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, key, tensor in by_parameter(tensors, parameters):
@@ -163,7 +151,7 @@ def by_parameter(
 ) -> list[tuple[str, str, Tensor]]:
     """Parameter, key and tensor of each `parameter|key`, in the order of the parameters.
 
-    Raises UserError for the state of a parameter that there is not.
+    Raises UserError for a parameter that is not there.
     """
     split = []
     for name, tensor in tensors.items():

@@ -25,21 +25,13 @@ _SAME_REQUEST = 5.0
 _OWN_SUMS = ("steps", "grad_norm", "tokens", "examples", "seconds")
 
 
+@dataclass(frozen=True)
 class Trainer:
-    """Takes the steps of a run.
+    """Takes the steps of a run, whose engine is prepared with the model and its optimizer."""
 
-    Args:
-        run: its engine prepared with the model and its optimizer.
-        runner: computes a step's micro-batches.
-        learning_rate: a step's rate by its number from 0.
-    """
-
-    def __init__(
-        self, run: TrainingRun, runner: StepRunner, learning_rate: Callable[[int], float]
-    ) -> None:
-        self.training = run
-        self.runner = runner
-        self.learning_rate = learning_rate
+    training: TrainingRun
+    runner: StepRunner
+    learning_rate: Callable[[int], float]  # a step's rate by its number from 0
 
     def run(self) -> None:
         """Take all remaining steps.
@@ -60,7 +52,7 @@ class Trainer:
         model.eval()
 
     def _end_step(self, requested: bool, *, last: bool) -> None:
-        """Let callbacks do what they do before the next step; raise Stopped where it ends here."""
+        """Call the callbacks' `before_next_step`; raise Stopped where the run ends here."""
         run, processes = self.training, self.training.engine.processes
         run.stopping = processes.any_rank(requested or bool(run.stop_reason))
         for callback in run.callbacks:
