@@ -160,8 +160,8 @@ def _converted(first: str, members: list[tuple[str, str]], rule: Any) -> list[Pa
         experts[place[1]].append((name, place))
     parts = []
     for number, tensors in sorted(experts.items()):
-        own, fitting = zip(*tensors, strict=True)
-        parts.append(Part(own, weights, number, rule, fitting))
+        stacked, fitting = zip(*tensors, strict=True)
+        parts.append(Part(stacked, weights, number, rule, fitting))
     return parts
 
 

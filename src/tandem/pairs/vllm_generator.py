@@ -22,24 +22,17 @@ class Vllm:
         require("vllm", "vllm", "pairs.vllm")
         self._library: Any = importlib.import_module("vllm")
         self._engine = self._library.LLM(
-            model=str(folder),
-            tokenizer=str(folder),
-            dtype=dtype,
-            tensor_parallel_size=settings.tensor_parallel,
-            gpu_memory_utilization=settings.memory,
-        )
+            model=str(folder), tokenizer=str(folder), dtype=dtype,
+            tensor_parallel_size=settings.tensor_parallel, gpu_memory_utilization=settings.memory,
+        )  # fmt: skip
 
     def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        *,
-        stop_ids: Sequence[int],
-        sampling: Sampling,
-    ) -> list[GeneratedAnswer]:
-        """An answer to each prompt; arguments as those of `generate.generate_batch`.
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], *,
+        stop_ids: Sequence[int], sampling: Sampling,
+    ) -> list[GeneratedAnswer]:  # fmt: skip
+        """Answer each prompt, with a seed of its own; arguments as those of `generate_batch`.
 
-        Each request has a seed of its own. vLLM does not promise the same tokens in other batches.
+        vLLM does not promise the same tokens in other batches.
         """
         settings = [
             self._library.SamplingParams(
@@ -53,9 +46,8 @@ class Vllm:
             )
             for number in numbers
         ]
-        outputs = self._engine.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False
-        )
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._engine.generate(asked, settings, use_tqdm=False)
         return [_answer(output.outputs[0], stop_ids) for output in outputs]
 
 

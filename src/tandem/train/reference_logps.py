@@ -267,5 +267,9 @@ def _keys(identity: str, trees: Sequence[Example], block: range) -> list[list[by
     else:
         block_trees = (trees[i] for i in block)
         digests = [[sequence_digest(t.prefix, b) for b in t.branches] for t in block_trees]
-    prefix = identity.encode()
-    return [[hashlib.sha256(prefix + digest).digest() for digest in row] for row in digests]
+    return [[_key(identity, digest) for digest in row] for row in digests]
+
+
+def _key(identity: str, sequence: bytes) -> bytes:
+    """The key of a sequence, given as its digest."""
+    return hashlib.sha256(identity.encode() + sequence).digest()
