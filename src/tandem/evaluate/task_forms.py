@@ -49,10 +49,8 @@ class TaskForm:
     # the first that fits is taken
     evaluated: tuple[str, ...]
     examples: tuple[str, ...]
-    # a file's text -> rows; raises ValueError or csv.Error for another form
-    read: Callable[[str], Rows]
-    # the harness's configuration of the task, data and few-shot examples apart
-    task: dict[str, Any]
+    read: Callable[[str], Rows]  # a file's text -> rows; ValueError or csv.Error for another form
+    task: dict[str, Any]  # the harness's configuration, data and few-shot examples apart
     note: str = ""  # what makes scores differ from those on the Hub's data
 
 
@@ -100,13 +98,8 @@ def _read_choices(text: str) -> Rows:
     rows = []
     for number, row in _objects(text):
         choices = _texts(row, "choices", number)
-        rows.append(
-            {
-                "query": str(_value(row, "query", number)),
-                "choices": choices,
-                "gold": _gold(row, choices, number),
-            }
-        )
+        query = str(_value(row, "query", number))
+        rows.append({"query": query, "choices": choices, "gold": _gold(row, choices, number)})
     return rows
 
 
@@ -114,13 +107,9 @@ def _read_schema(text: str) -> Rows:
     rows = []
     for number, row in _objects(text):
         options = _texts(row, "context_options", number)
-        rows.append(
-            {
-                "options": options,
-                "continuation": str(_value(row, "continuation", number)).strip(),
-                "gold": _gold(row, options, number),
-            }
-        )
+        end = str(_value(row, "continuation", number)).strip()
+        gold = _gold(row, options, number)
+        rows.append({"options": options, "continuation": end, "gold": gold})
     return rows
 
 
@@ -146,7 +135,7 @@ def _read_hellaswag(text: str) -> Rows:
 
 
 def _without_brackets(text: str) -> str:
-    """As the harness does: marks of the WikiHow part go."""
+    """Remove the marks of the WikiHow part, as the harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
