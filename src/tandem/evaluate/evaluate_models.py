@@ -155,9 +155,12 @@ class Evaluator:
         )
 
     def evaluate(
-        self, paths: Mapping[str, str], models: Sequence[EvalModel], tasks: TaskSelection,
+        self,
+        paths: Mapping[str, str],
+        models: Sequence[EvalModel],
+        tasks: TaskSelection,
         judge: Judge | None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """All that is measured, as evaluation.json says it."""
         settings, definitions = self.settings, self.folder / _TASKS
         own = {model.label: self.own_scores(model) for model in models}
@@ -224,9 +227,12 @@ class Evaluator:
         return verdicts
 
     def _summary(
-        self, paths: Mapping[str, str], own: Mapping[str, ModelScores],
-        tasks: Mapping[str, Mapping[str, TaskScores]], verdicts: Mapping[str, Verdicts],
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        paths: Mapping[str, str],
+        own: Mapping[str, ModelScores],
+        tasks: Mapping[str, Mapping[str, TaskScores]],
+        verdicts: Mapping[str, Verdicts],
+    ) -> dict[str, Any]:
         scores: dict[str, dict[str, Score]] = {
             label: {
                 **one.scores,

@@ -61,9 +61,15 @@ def describe_tasks(selection: TaskSelection, folder: Path) -> None:
 
 
 def measure_tasks(
-    model: EvalModel, selection: TaskSelection, settings: TaskSettings, *,
-    store: MeasurementStore, definitions: Path, device: Device, console: Console,
-) -> dict[str, TaskScores]:  # fmt: skip
+    model: EvalModel,
+    selection: TaskSelection,
+    settings: TaskSettings,
+    *,
+    store: MeasurementStore,
+    definitions: Path,
+    device: Device,
+    console: Console,
+) -> dict[str, TaskScores]:
     """Each task's scores by name; those that are in the store are not measured again.
 
     `definitions` is the folder of local tasks' definitions, see `describe_tasks`.

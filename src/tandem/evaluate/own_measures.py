@@ -65,9 +65,14 @@ class OwnMeasures:
     """One model, loaded, that is asked and scored."""
 
     def __init__(
-        self, model: EvalModel, tokenizer: Any, template: ChatTemplate, device: Device,
-        runtime: RunSettings, console: Console,
-    ) -> None:  # fmt: skip
+        self,
+        model: EvalModel,
+        tokenizer: Any,
+        template: ChatTemplate,
+        device: Device,
+        runtime: RunSettings,
+        console: Console,
+    ) -> None:
         self.label, self._folder, config = model.label, model.folder, model.config
         self.console, self.device = console, device
         self.tokenizer, self.template = tokenizer, template

@@ -160,8 +160,8 @@ def _read_truthful(text: str) -> Rows:
 
 def _answers(text: str) -> list[str]:
     """Answers with a full stop each, as the multiple-choice form of the set has them."""
-    found = (answer.strip() for answer in text.split(";"))
-    return [answer if answer.endswith(".") else f"{answer}." for answer in found if answer]
+    answers = (answer.strip() for answer in text.split(";"))
+    return [answer if answer.endswith(".") else f"{answer}." for answer in answers if answer]
 
 
 def _read_mmlu(text: str) -> Rows:

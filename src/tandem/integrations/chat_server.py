@@ -35,9 +35,13 @@ class ChatServer:
     """
 
     def __init__(
-        self, server: ServerSettings, *, backoff: float = 1.0, patience: int = 10,
+        self,
+        server: ServerSettings,
+        *,
+        backoff: float = 1.0,
+        patience: int = 10,
         log: Callable[[str], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._endpoint = Endpoint(server)
         self.url, self.model = self._endpoint.url, server.model
         self.retried: Counter[str] = Counter()  # retries of the last requests by reason

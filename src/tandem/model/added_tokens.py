@@ -197,31 +197,31 @@ def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
         ids = prompt_ids(tokenizer, template, (question,))
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
-    found = {
+    tokens_by_id = {
         index: str(tokenizer.convert_ids_to_tokens(index))
         for index in [*first, *ids]
         if index in special
     }
     # Some tokenizers have runs of blanks as added tokens.
-    return {token: index for index, token in found.items() if token.strip()}
+    return {token: index for index, token in tokens_by_id.items() if token.strip()}
 
 
-def in_words(found: Collection[Untrained]) -> str | None:
+def in_words(untrained: Collection[Untrained]) -> str | None:
     """What such rows mean, and the way out; None if there are none."""
-    if not found:
+    if not untrained:
         return None
-    parts = [_end(one) for one in found if one.ends]
-    if fed := [one for one in found if not one.ends]:
+    parts = [_end(one) for one in untrained if one.ends]
+    if fed := [one for one in untrained if not one.ends]:
         names = ", ".join(repr(one.token) for one in fed)
         parts.append(
             f"the template writes {names}, which this model has never read: "
             f"{'its row' if len(fed) == 1 else 'their rows'} in the input embedding "
             f"{'says' if len(fed) == 1 else 'say'} nothing (nearly equal to others, or 0)"
         )
-    listing = ", ".join(f'"{one.token}"' for one in found)
-    flags = " ".join(f"'{one.token}'" for one in found)
+    listing = ", ".join(f'"{one.token}"' for one in untrained)
+    flags = " ".join(f"'{one.token}'" for one in untrained)
     return (
-        f"{'; '.join(parts)}. Train {'this row' if len(found) == 1 else 'these rows'}: "
+        f"{'; '.join(parts)}. Train {'this row' if len(untrained) == 1 else 'these rows'}: "
         f"`added_tokens: [{listing}]` in the recipe, `--added_tokens {flags}` for a stage."
     )
 
@@ -260,14 +260,14 @@ def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -
             alike += (cosines > _ALIKE).sum(dim=0)
             same += (cosines > _SAME).sum(dim=0)
     short = _EMPTY * float(torch.cat(lengths).median())
-    found = []
+    untrained = []
     for number, token in enumerate(tokens):
         length = float(own[number].norm())
         # The row itself is among those that are counted, unless its length is 0.
         others = int(alike[number]) - 1 if length else 0
         if length < short or others >= _FEWEST or (length and int(same[number]) > 1):
-            found.append(Untrained(token, others, length < short, ends))
-    return found
+            untrained.append(Untrained(token, others, length < short, ends))
+    return untrained
 
 
 def _blocks(part: Any) -> Iterator[Tensor]:

@@ -79,9 +79,14 @@ class _Sums:
     """
 
     def __init__(
-        self, base: Path, updates: dict[str, Update], model: Any, dtype: torch.dtype | None,
-        quantized: Quantized | None, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        base: Path,
+        updates: dict[str, Update],
+        model: Any,
+        dtype: torch.dtype | None,
+        quantized: Quantized | None,
+        device: torch.device,
+    ) -> None:
         self._base, self._updates, self._model = base, updates, model
         self._dtype, self._quantized, self._device = dtype, quantized, device
         self._tied = _tied_rows(base, updates)

@@ -92,10 +92,10 @@ def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
 def _local_folder(name: str) -> Path:
     try:
         folder = Path(name).expanduser()
-        found, is_folder = folder.exists(), folder.is_dir()
+        exists, is_folder = folder.exists(), folder.is_dir()
     except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
         raise UserError(f"model folder {name} cannot be reached: {first_line(error)}") from None
-    if not found:
+    if not exists:
         raise UserError(
             f"model folder {name} does not exist. Check the path (a Hub id is written owner/name)."
         )

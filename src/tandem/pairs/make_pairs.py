@@ -249,9 +249,13 @@ class PairMaker:
         return count
 
     def _ranked(
-        self, ranker: Ranker, name: str, job: GenerationJob, answers: dict[int, Candidate],
+        self,
+        ranker: Ranker,
+        name: str,
+        job: GenerationJob,
+        answers: dict[int, Candidate],
         dropped: Counter[str],
-    ) -> list[Pair | str]:  # fmt: skip
+    ) -> list[Pair | str]:
         """Pairs of each prompt's best and worst answer."""
         assert self.settings.rank is not None
         margin = self.settings.rank.margin

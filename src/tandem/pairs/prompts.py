@@ -96,9 +96,12 @@ def _first_exchange(conversation: Conversation, source: int) -> Prompt | str:
 
 
 def select_prompts(
-    prompts: Iterable[Prompt], selection: SelectSettings, *, seed: int,
+    prompts: Iterable[Prompt],
+    selection: SelectSettings,
+    *,
+    seed: int,
     evaluated: Other | None = None,
-) -> tuple[list[Prompt], dict[str, int]]:  # fmt: skip
+) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts to ask, in reading order, and how many were left out, by reason.
 
     Prompts are streamed: at most `count` of each stratum are in memory. Prompts and answers that

@@ -27,9 +27,13 @@ class Vllm:
         )  # fmt: skip
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], *,
-        stop_ids: Sequence[int], sampling: Sampling,
-    ) -> list[GeneratedAnswer]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        *,
+        stop_ids: Sequence[int],
+        sampling: Sampling,
+    ) -> list[GeneratedAnswer]:
         """Answer each prompt, with a seed of its own; arguments as those of `generate_batch`.
 
         vLLM does not promise the same tokens in other batches.

@@ -54,9 +54,13 @@ class Described:
 
 
 def described(
-    config: Any, lora: LoraSettings, *, attention: str, added: AddedTokens | None = None,
+    config: Any,
+    lora: LoraSettings,
+    *,
+    attention: str,
+    added: AddedTokens | None = None,
     trains_added: bool = True,
-) -> Described:  # fmt: skip
+) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
     `attention` is the recipe's, `added` tokens whose embeddings are trained, by the adapter if

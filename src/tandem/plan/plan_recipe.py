@@ -93,9 +93,13 @@ class Plan:
 
 
 def plan_recipe(
-    recipe: Recipe, *, processes: int, download: bool, guesses: Sequence[Guess] = (),
+    recipe: Recipe,
+    *,
+    processes: int,
+    download: bool,
+    guesses: Sequence[Guess] = (),
     console: Console,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Plan every training stage of a resolved recipe; its model needs no weights.
 
     Args:
@@ -219,9 +223,12 @@ class _Planner:
     baseline: int
 
     def stage(
-        self, stage: PipelineStage, settings: TrainingSettings, data: PlannedData,
+        self,
+        stage: PipelineStage,
+        settings: TrainingSettings,
+        data: PlannedData,
         guess: Guess | None,
-    ) -> TrainingPlan:  # fmt: skip
+    ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
         # After an SFT, the merged model has the added tokens.
@@ -278,9 +285,12 @@ class _Planner:
         )  # fmt: skip
 
     def _read(
-        self, stage: PipelineStage, settings: TrainingSettings, data: PlannedData,
+        self,
+        stage: PipelineStage,
+        settings: TrainingSettings,
+        data: PlannedData,
         chat: ChatTokenizer,
-    ) -> TrainingData:  # fmt: skip
+    ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
         reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)

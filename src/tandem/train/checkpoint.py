@@ -56,9 +56,12 @@ class CheckpointStore:
     lines: Sequence[Path] = ()  # files of JSON lines; a checkpoint knows what was in them
 
     def save(
-        self, model: Any, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
+        self,
+        model: Any,
+        trained: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
         state: RunState,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """Write one checkpoint aside, sync it, move it into place, remove the oldest.
 
         `trained` and `optimizer` are the trained weights and the optimizer's tensors, whole.

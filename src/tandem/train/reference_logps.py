@@ -205,9 +205,9 @@ def reference_logps(
     for first in range(0, len(trees), _BLOCK):
         block = range(first, min(first + _BLOCK, len(trees)))
         keys = _keys(identity, trees, block)
-        found = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
+        known = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
         units = [range(i, min(i + _UNIT, block.stop)) for i in range(first, block.stop, _UNIT)]
-        missing = [u for u in units if any(key not in found for i in u for key in keys[i - first])]
+        missing = [u for u in units if any(key not in known for i in u for key in keys[i - first])]
         advance(len(block) - sum(map(len, missing)))
         for start in range(0, len(missing), processes.count):
             part = missing[start : start + processes.count]
@@ -215,10 +215,10 @@ def reference_logps(
             budget.settle(processes.gather(lambda: budget.tokens), processes)
             fresh = [result for unit in results for result in unit]
             part_keys = [key for unit in part for i in unit for key in keys[i - first]]
-            found.update(processes.on_rank0(partial(keep, part_keys, fresh)))
+            known.update(processes.on_rank0(partial(keep, part_keys, fresh)))
             computed += sum(map(len, part))
             advance(sum(map(len, part)))
-        logps.append(np.array([[found[key] for key in row] for row in keys], dtype=np.float64))
+        logps.append(np.array([[known[key] for key in row] for row in keys], dtype=np.float64))
     return np.concatenate(logps), computed
 
 

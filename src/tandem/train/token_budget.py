@@ -82,9 +82,13 @@ class TokenBudget:
     """
 
     def __init__(
-        self, tokens: int, release: Callable[[], None], remember: Callable[[int], None],
-        *, alone: bool,
-    ) -> None:  # fmt: skip
+        self,
+        tokens: int,
+        release: Callable[[], None],
+        remember: Callable[[int], None],
+        *,
+        alone: bool,
+    ) -> None:
         self.tokens = self._settled = tokens
         self._release, self._remember, self._alone = release, remember, alone
 

@@ -30,9 +30,15 @@ def attention_backend(
 
     def register(attention: Callable[..., Tensor]) -> Callable[..., Any]:
         def called(
-            _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None,
-            *, tandem_layout: TreeLayout, **asked: Any,
-        ) -> tuple[Tensor, None]:  # fmt: skip
+            _module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            _mask: Tensor | None,
+            *,
+            tandem_layout: TreeLayout,
+            **asked: Any,
+        ) -> tuple[Tensor, None]:
             if asked.get("s_aux") is not None:
                 raise UserError(
                     "models with attention sinks (such as gpt-oss) cannot be trained yet"

@@ -99,9 +99,13 @@ class _Seen:
     head_sizes: set[tuple[int, int]] = field(default_factory=set)
 
     def mask(
-        self, *_: Any, mask_function: Callable[..., Tensor], local_size: int | None = None,
-        device: torch.device | None = None, **__: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        *_: Any,
+        mask_function: Callable[..., Tensor],
+        local_size: int | None = None,
+        device: torch.device | None = None,
+        **__: Any,
+    ) -> Tensor:
         """Stand for a mask: return a tensor whose number tells the layer's mask from others."""
         self.masks.append((mask_function, local_size))
         number = float(len(self.masks) - 1)
@@ -151,5 +155,5 @@ class _Seen:
         expected = keys <= queries
         if window is not None:
             expected = expected & (queries - keys < window)
-        found = function(torch.tensor(0), torch.tensor(0), queries, keys)
-        return torch.equal(torch.broadcast_to(found, expected.shape), expected)
+        visible = function(torch.tensor(0), torch.tensor(0), queries, keys)
+        return torch.equal(torch.broadcast_to(visible, expected.shape), expected)

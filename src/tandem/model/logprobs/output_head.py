@@ -213,8 +213,8 @@ def block_bytes(device: str) -> int:
 
 
 def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
-    held = block_bytes(device)
-    return max(_FEWEST_COLUMNS, held // (max(1, rows) * accumulate.itemsize) // 64 * 64)
+    held_bytes = block_bytes(device)
+    return max(_FEWEST_COLUMNS, held_bytes // (max(1, rows) * accumulate.itemsize) // 64 * 64)
 
 
 def _logits(
@@ -238,8 +238,8 @@ def _logits(
 def _pick(picked: Tensor, logits: Tensor, target: Tensor) -> None:
     """Keep the targets' logits where the block holds them."""
     inside = (target >= 0) & (target < logits.shape[1])
-    found = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    torch.where(inside, found, picked, out=picked)
+    own = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, own, picked, out=picked)
 
 
 def _leave_out(logits: Tensor, columns: Tensor) -> None:

@@ -45,9 +45,13 @@ class LoraWeights:
     leaves: ClassVar[Literal["adapter", "model"]] = "adapter"
 
     def attach(
-        self, model: Any, *, unreached: Sequence[str] = (), added_ids: Sequence[int] = (),
+        self,
+        model: Any,
+        *,
+        unreached: Sequence[str] = (),
+        added_ids: Sequence[int] = (),
         log: Log = lambda _: None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Wrap a model with the adapter; see `TrainedWeights.attach`.
 
         Raises UserError if a target fits no module of the model, or one that it does not call.

@@ -118,12 +118,12 @@ class StageReader:
         for line in not_read([*sources, *held_out]):
             self.log(line)
         ledger, whole = self.encode(sources)
-        dataset, held = hold_out(
+        dataset, scored = hold_out(
             self.settings, whole, ledger,
             seed=seed, prepare=lambda: self.encode(held_out, held_out=True), log=self.log,
         )  # fmt: skip
         parts = parts_of(dataset, sources)
-        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), held)
+        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), scored)
         for warning in data.warnings():
             log(self.console, f"{self.name}: {warning}", style="yellow")
         if line := in_one_line(data.mixture):
