@@ -133,7 +133,7 @@ def select_tasks(
     tasks without data there are in `left_out`.
     """
     if suite is not None and suite not in SUITES:
-        raise UserError(f"suite: {suite!r} is none; there is {', '.join(SUITES)}")
+        raise UserError(f"there is no suite {suite!r}; it may be {', '.join(SUITES)}")
     tasks: list[Task] = []
     left_out = []
     for known in LEADERBOARD if suite else ():

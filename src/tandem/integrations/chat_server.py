@@ -158,7 +158,7 @@ class _Silence:
         if self._unanswered >= self._patience:
             raise Stopped(
                 f"{self._url} left {self._unanswered} requests in a row unanswered ({answer}). "
-                "What was answered before is kept; the same command goes on from there."
+                "Earlier answers are kept; the same command resumes after them."
             )
 
 

@@ -169,7 +169,7 @@ def _checked(pair: Pair, filters: Filters) -> str | None:
 
 
 _HOW = (
-    "It is a function's place, `module:function` or `path/to/file.py:function`; the function takes "
+    "Write `module:function` or `path/to/file.py:function`; the function takes "
     "a pair as a dict of system, question, chosen and rejected, and returns True to keep it, or "
     "False or a reason (a text) to leave it out."
 )
@@ -186,7 +186,7 @@ class UserCheck:
         self.place = place
         name, colon, function = place.rpartition(":")
         if not colon or not name or not function.isidentifier():
-            raise UserError(f"pairs.filters.check: {place!r} is no place of a function. {_HOW}")
+            raise UserError(f"pairs.filters.check: {place!r} does not name a function. {_HOW}")
         module = _imported(name, place)
         self._function: Any = getattr(module, function, None)
         if not callable(self._function):

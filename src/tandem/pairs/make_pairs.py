@@ -69,7 +69,7 @@ def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
 def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
-    Finished answers are recorded in `generated/`, where an interrupted stage goes on.
+    Finished answers are recorded in `generated/`, from which an interrupted stage resumes.
     `job.run.model` is the weaker model, asked in its own chat template unless a server writes.
 
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
@@ -242,7 +242,7 @@ class PairMaker:
         def count(more: int) -> None:
             nonlocal logged
             if not logged and more:
-                self.log(f"going on after {more} of {total} recorded")
+                self.log(f"resuming after {more} of {total} recorded")
             logged = True
             advance(more)
 

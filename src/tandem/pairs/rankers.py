@@ -116,8 +116,8 @@ class RewardModel:
         self._tokenizer = load_tokenizer(folder)
         if not getattr(self._tokenizer, "chat_template", None):
             raise UserError(
-                f"pairs.rank.reward_model: {folder} has no chat template, so nobody can say how it "
-                "wants to read an answer. Put the one it was trained with into its folder."
+                f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how "
+                "it reads an answer. Put the one it was trained with into its folder."
             )
         own = resolve_template(self._tokenizer, None)
         self._template = replace(own, name="the reward model's own")

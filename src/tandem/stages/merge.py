@@ -165,7 +165,7 @@ class _Merge:
 def _report_result(log: Log, work: _Merge, verified: Verified) -> None:
     """Log which weights of the adapter were not merged, and how much rounding lost."""
     for name in whole_weights(work.adapter):
-        log(f"{name} in {work.adapter} is passed over: it is the base's own")
+        log(f"{name} in {work.adapter} is skipped: it equals the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
         log(

@@ -20,7 +20,7 @@ from tandem.storage.hashing import Damaged, hash_bytes, hash_file, read_object, 
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"
-_WAY_OUT = "Restore it, or remove its folder to go on from an earlier step."
+_WAY_OUT = "Restore it, or remove its folder to resume from an earlier step."
 _KINDS = {"progress": dict, "files": dict}
 
 
@@ -88,7 +88,7 @@ class CheckpointStore:
     ) -> Path | None:
         """The newest checkpoint whose files are all there and unchanged.
 
-        `usable` says why a run cannot go on from one, or nothing; newer ones are logged as skipped.
+        `usable` says why a run cannot resume from one, or nothing; `log` names skipped ones.
         """
         for path in reversed(self._all()):
             try:
@@ -97,7 +97,7 @@ class CheckpointStore:
                 why = str(error)
             if not why:
                 return path
-            log(f"{path.name} is passed over: {why}")
+            log(f"{path.name} is skipped: {why}")
         return None
 
     def load(self, path: Path, model: Any) -> tuple[RunState, dict[str, Tensor]]:

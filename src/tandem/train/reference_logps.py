@@ -113,7 +113,7 @@ class ReferenceStore:
 
     def _begin_anew(self, error: Exception) -> None:
         path = self._path()
-        self._log(f"the store of reference log-probs {path} is damaged ({error}): it begins anew")
+        self._log(f"the store of reference log-probs {path} is damaged ({error}) and begins empty")
         try:
             for tail in ("", "-journal", "-wal", "-shm"):
                 path.with_name(path.name + tail).unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class ReferenceStore:
 
     def _do_without(self, error: Exception) -> None:
         self._usable = False
-        self._log(f"reference log-probs are not kept for other runs: {error}")
+        self._log(f"reference log-probs are not stored for other runs: {error}")
 
 
 def _get(keys: Sequence[bytes], connection: sqlite3.Connection) -> tuple[dict[bytes, float], int]:

@@ -159,7 +159,7 @@ class TokenBudget:
         if not self._alone:
             self._remember(self.tokens)
             reason = (
-                f"out of memory with {failed} tokens at once; the run goes on from its last "
+                f"out of memory with {failed} tokens at once; the run resumes from its last "
                 f"checkpoint with {self.tokens} tokens a micro-batch"
             )
             if not ask_for_restart(reason):

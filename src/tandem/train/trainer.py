@@ -62,7 +62,7 @@ class Trainer:
             processes.raise_on_all(
                 Stopped(
                     f"stopped after step {run.state.step} of {run.total_steps}{why}; a "
-                    "checkpoint is written. The same command goes on from there."
+                    "checkpoint is written. The same command resumes from it."
                 )
             )
 

@@ -68,7 +68,7 @@ def decide_execution(
     if changes:
         listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
         context.log(
-            f"going on with another schedule ({listing}): the same steps, equal up to rounding "
+            f"resuming with another schedule ({listing}): the same steps, equal up to rounding "
             "instead of bit for bit"
         )
     return now
@@ -133,10 +133,12 @@ def token_budget_of(
         try:
             atomic_write_json(path, sealed({key: tokens}))
         except OSError as error:
-            if engine.sharded:  # the start that goes on would run out of memory again
+            if engine.sharded:  # the next start would run out of memory again
                 raise
-            log(f"what fits in memory cannot be kept for the next start ({error})")
-        log(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
+            log(f"the smaller budget cannot be recorded for the next start ({error})")
+        log(
+            f"out of memory; continuing with {tokens} tokens a micro-batch, the steps stay the same"
+        )
 
     tokens = execution[key] if fitting is None else min(execution[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)

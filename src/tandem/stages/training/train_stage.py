@@ -185,7 +185,7 @@ def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Ten
         return {}
     run.state, optimizer = processes.on_all(partial(checkpoints.load, newest, model))
     processes.on_rank0(lambda: _clean_lines(context, checkpoints, newest, run.state.step))
-    context.log(f"going on from {newest} (step {run.state.step} of {run.total_steps})")
+    context.log(f"resuming from {newest} (step {run.state.step} of {run.total_steps})")
     return optimizer
 
 
@@ -197,8 +197,8 @@ def _clean_lines(
         forget_after(path, step)
     for path in checkpoints.changed_lines(newest):
         context.log(
-            f"{path} is not as it was at step {step}: it was damaged or changed, lines that cannot "
-            "be read are left out of it. What is trained does not depend on it"
+            f"{path} is not what it was at step {step}: it was damaged or changed; lines that "
+            "cannot be read are removed from it. Training does not depend on it"
         )
 
 

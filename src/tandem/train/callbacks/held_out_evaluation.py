@@ -35,8 +35,8 @@ class Best:
 class HeldOutEvaluation(Callback):
     """Scores the held-out records before the first step, on the way and at the end.
 
-    It draws nothing at random and leaves gradients and optimizer alone, so that training goes on
-    as it would have. Every line of validation.jsonl is one score.
+    It draws nothing at random and leaves gradients and optimizer alone, so that training does not
+    depend on it. Every line of validation.jsonl is one score.
     """
 
     runner: StepRunner  # of the held-out records, without a backward
@@ -46,7 +46,7 @@ class HeldOutEvaluation(Callback):
     checkpoints: CheckpointStore  # the run's; a best adapter stays while one of them remembers it
 
     def on_train_begin(self, run: TrainingRun) -> None:
-        """Forget scores beyond the step that the run goes on from; score before the first one."""
+        """Forget scores beyond the step that the run resumes from; score before the first one."""
         # Scores come before the step's checkpoint, so that none is missing up to there.
         first = run.state.step == 0
         known = -1 if first else run.state.step
