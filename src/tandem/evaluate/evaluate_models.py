@@ -185,7 +185,7 @@ class Evaluator:
         return evaluation
 
     def own_scores(self, model: EvalModel) -> ModelScores:
-        """A model's own measures, from the store where they are there."""
+        """A model's own measures; finished ones come from the store."""
         if not self.material:
             return ModelScores({}, [])
         tokenizer, template = model.tokenizer(self.run.chat_template)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import Score, score_of
@@ -234,16 +235,19 @@ def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
         # All that runs in here is the harness's and its libraries'.
         warnings.simplefilter("ignore")
         stack.enter_context(_logged(cut))
-        for module in ("lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.api.model"):
-            stack.enter_context(_swapped(module, "tqdm", _bar(advance)))
-        for name in ("get_git_commit_hash", "add_env_info"):
-            stack.enter_context(_swapped("lm_eval.evaluator", name, lambda *_: None))
-        from lm_eval.models.huggingface import HFLM
-
-        stack.enter_context(_replaced(HFLM, "get_model_info", lambda _: {}))
+        stand_ins: dict[str, Any] = {
+            "lm_eval.api.task.tqdm": _bar(advance),
+            "lm_eval.models.huggingface.tqdm": _bar(advance),
+            "lm_eval.api.model.tqdm": _bar(advance),
+            "lm_eval.evaluator.get_git_commit_hash": lambda *_: None,
+            "lm_eval.evaluator.add_env_info": lambda *_: None,
+            "lm_eval.models.huggingface.HFLM.get_model_info": lambda _: {},
+        }
         if offline:
-            stack.enter_context(_swapped("huggingface_hub.constants", "HF_HUB_OFFLINE", True))
-            stack.enter_context(_swapped("datasets.config", "HF_HUB_OFFLINE", True))
+            stand_ins["huggingface_hub.constants.HF_HUB_OFFLINE"] = True
+            stand_ins["datasets.config.HF_HUB_OFFLINE"] = True
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch(name, stand_in))
         for library in ("transformers.utils.logging", "datasets"):
             import_module(library).disable_progress_bar()
         yield cut
@@ -268,20 +272,6 @@ def _logged(cut: list[str]) -> Iterator[None]:
     finally:
         log.handlers, log.propagate = before[0], before[1]
         log.setLevel(before[2])
-
-
-def _swapped(module: str, name: str, value: Any) -> Any:
-    return _replaced(import_module(module), name, value)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _bar(advance: Advance) -> type:

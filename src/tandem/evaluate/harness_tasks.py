@@ -70,10 +70,7 @@ def measure_tasks(
     device: Device,
     console: Console,
 ) -> dict[str, TaskScores]:
-    """Each task's scores by name; those that are in the store are not measured again.
-
-    `definitions` is the folder of local tasks' definitions, see `describe_tasks`.
-    """
+    """Each task's scores by name, from the store where they are; `definitions` has local tasks."""
     if not selection.tasks:
         return {}
     tokenizer, template = model.tokenizer(settings.chat_template)

@@ -54,23 +54,13 @@ class Score:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file; see `score_of`."""
-        return {
-            "items": list(self.items),
-            "values": list(self.values),
-            "weights": list(self.weights),
-            "stated": None if self.stated is None else list(self.stated),
-        }
+        return {key: value and list(value) for key, value in vars(self).items()}
 
 
 def score_of(plain: Mapping[str, Any]) -> Score:
     """A score from what `Score.as_json` gave."""
-    stated = plain["stated"]
-    return Score(
-        tuple(plain["items"]),
-        tuple(plain["values"]),
-        tuple(plain["weights"]),
-        None if stated is None else (stated[0], stated[1]),
-    )
+    values: dict[str, Any] = {k: v if v is None else tuple(v) for k, v in plain.items()}
+    return Score(**values)
 
 
 @dataclass(frozen=True)
@@ -170,10 +160,7 @@ class MeasurementStore:
     log: Callable[[str], None] = lambda _: None
 
     def find(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was kept under a key; None where nothing was, or the file is damaged.
-
-        Raises Damaged for a folder in the file's place.
-        """
+        """What was kept under a key, None for nothing or a damaged file; Damaged for a folder."""
         path = self._path(name, key)
         if not path.exists():
             return None

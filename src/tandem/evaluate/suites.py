@@ -55,10 +55,7 @@ _OTHERS = {"arc_easy": TaskInfo("arc_easy", "ARC-easy", 0, "acc_norm,none")}
 
 @dataclass(frozen=True)
 class LocalData:
-    """A task's files: (subject, evaluated file, file of few-shot examples or None).
-
-    Only MMLU has subjects; elsewhere the one entry's is empty.
-    """
+    """A task's files: (MMLU's subject or "", evaluated file, file of few-shot examples or None)."""
 
     form: str
     parts: tuple[tuple[str, Path, Path | None], ...]

@@ -174,6 +174,10 @@ def _read_mmlu(text: str) -> Rows:
     return rows
 
 
+def _first_match(name: str, **regex: Any) -> dict[str, Any]:
+    return {"name": name, "filter": [{"function": "regex", **regex}, {"function": "take_first"}]}
+
+
 _CHOICES: dict[str, Any] = {
     "output_type": "multiple_choice",
     "doc_to_text": "{{query}}\nAnswer:",
@@ -241,12 +245,11 @@ FORMS: dict[str, TaskForm] = {
         ("winogrande_train.jsonl",),
         _read_schema,
         {
-            "output_type": "multiple_choice",
+            **_CHOICES,
             "doc_to_text": "gold",
             "doc_to_target": "continuation",
             "doc_to_choice": "options",
             "metric_list": [{"metric": "acc", **_MEAN}],
-            "metadata": {"version": 1.0},
         },
     ),
     "gsm8k": TaskForm(
@@ -273,24 +276,10 @@ FORMS: dict[str, TaskForm] = {
                 "temperature": 0.0,
             },
             "filter_list": [
-                {
-                    "name": "strict-match",
-                    "filter": [
-                        {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"},
-                        {"function": "take_first"},
-                    ],
-                },
-                {
-                    "name": "flexible-extract",
-                    "filter": [
-                        {
-                            "function": "regex",
-                            "group_select": -1,
-                            "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)",
-                        },
-                        {"function": "take_first"},
-                    ],
-                },
+                _first_match("strict-match", regex_pattern="#### (\\-?[0-9\\.\\,]+)"),
+                _first_match(
+                    "flexible-extract", group_select=-1, regex_pattern="(-?[$0-9.,]{2,})|(-?[0-9]+)"
+                ),
             ],
             "metadata": {"version": 3.0},
         },

@@ -166,10 +166,7 @@ _GENERATION = "generation_config.json"
 
 
 def end_ids(folder: Path) -> list[int]:
-    """The tokens at which a model folder's own configuration ends an answer.
-
-    transformers asks generation_config.json first, and config.json where there is none.
-    """
+    """The end tokens of generation_config.json, else of config.json, as transformers has them."""
     for path in (folder / _GENERATION, folder / "config.json"):
         values = _values(path)
         inner = values.get("text_config")

@@ -121,10 +121,7 @@ def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
 
 
 def settle_compile_caches(log: Callable[[str], None]) -> None:
-    """Replace a compiler's cache that cannot be written by a temporary folder, and log it.
-
-    torch.compile and Triton would end the run there.
-    """
+    """Replace a compiler's cache that cannot be written, which would end the run, and log it."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         folder = os.environ.get(name)
         if not folder:

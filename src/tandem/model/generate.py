@@ -92,10 +92,7 @@ def generate_batch(
     stop_ids: Sequence[int],
     sampling: Sampling,
 ) -> list[GeneratedAnswer]:
-    """Answer prompts that are asked together, padded on the left.
-
-    Each prompt's random numbers follow from the seed and its number in `numbers`.
-    """
+    """Answer prompts together, padded on the left; `numbers` and the seed decide what is drawn."""
     uniforms = _uniforms(numbers, sampling) if sampling.temperature > 0 else None
     decode = _by_transformers if _keeps_state(model) else _decode
     # No inference mode: what a model caches on the way, training may meet again.

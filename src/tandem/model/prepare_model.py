@@ -170,10 +170,7 @@ def speed_up_adapter(model: Any, _: Preparation, __: Log) -> Any:
 
 
 def recompute_activations(model: Any, preparation: Preparation, _: Log) -> Any:
-    """Recompute each layer's activations in the backward instead of keeping them.
-
-    Raises UserError for models that cannot.
-    """
+    """Recompute activations in the backward instead of keeping them; UserError where it cannot."""
     if not preparation.recomputed:
         return model
     base = plain_model(model)

@@ -57,10 +57,7 @@ class Part:
     places: tuple[tuple[int, int], ...] = ()
 
     def assembled(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The weights, by their names in memory, that the files' tensors make.
-
-        The rules may ask for the configuration of `model`.
-        """
+        """The weights by their names in memory; rules may ask for the configuration of `model`."""
         if self.converter is None:
             return dict.fromkeys(self.weights, tensors[self.names[0]])
         sources: dict[str, Any] = defaultdict(list)

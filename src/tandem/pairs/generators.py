@@ -140,10 +140,7 @@ class LocalGenerator:
         }
 
     def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
-        """Plan batches of all answers, of which an unfinished one is generated anew as a whole.
-
-        Raises UserError when no prompt leaves room for an answer.
-        """
+        """Plan batches; an unfinished one is generated anew. UserError when no prompt fits."""
         settings = self._settings
         kept, ids = self._fitting(prompts, ledger)
         asked = [one for one in ids for _ in range(settings.samples)]

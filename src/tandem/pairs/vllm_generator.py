@@ -13,10 +13,7 @@ from tandem.recipe.pairs_settings import VllmSettings
 
 
 class Vllm:
-    """A model folder in vLLM's offline engine; dtype auto is the model's own.
-
-    Raises UserError when vLLM is not installed.
-    """
+    """A model folder in vLLM's offline engine; dtype auto is the model's own."""
 
     def __init__(self, folder: Path, dtype: str, settings: VllmSettings) -> None:
         require("vllm", "vllm", "pairs.vllm")
@@ -34,10 +31,7 @@ class Vllm:
         stop_ids: Sequence[int],
         sampling: Sampling,
     ) -> list[GeneratedAnswer]:
-        """Answer each prompt, with a seed of its own; arguments as those of `generate_batch`.
-
-        vLLM does not promise the same tokens in other batches.
-        """
+        """See `generate_batch`; each request has its own seed, and batches may change tokens."""
         settings = [
             self._library.SamplingParams(
                 max_tokens=sampling.max_new_tokens,

@@ -136,10 +136,7 @@ class CheckpointStore:
 
 
 def read_checkpoint(path: Path) -> tuple[RunState, dict[str, str]]:
-    """Where a run stood at a checkpoint, and its files by their hashes.
-
-    Raises Damaged for one that is not whole, or is another step's.
-    """
+    """Where a run stood, and its files' hashes; raises Damaged for an incomplete checkpoint."""
     mark = _mark(path)
     files = mark["files"]
     if _OPTIMIZER not in files or len(files) < 2:
@@ -152,10 +149,7 @@ def read_checkpoint(path: Path) -> tuple[RunState, dict[str, str]]:
 
 
 def copy_adapter(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's adapter, and nothing else of it, into a folder.
-
-    Raises Damaged when the checkpoint is not whole.
-    """
+    """Copy a checkpoint's adapter alone into a folder; raises Damaged where it is not whole."""
     _, files = read_checkpoint(checkpoint)
     for name in sorted(files):
         if name != _OPTIMIZER:

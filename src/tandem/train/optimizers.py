@@ -42,10 +42,7 @@ OPTIMIZERS = {"adamw": OptimizerSpec(torch.optim.AdamW, _adam_options, state_ten
 def make_optimizer(
     parameters: Iterable[Tensor], settings: TrainingSettings, device: Device
 ) -> torch.optim.Optimizer:
-    """The optimizer that settings name, in the device's own form if it has one.
-
-    Raises UserError where a package that it needs is missing.
-    """
+    """The optimizer of the settings, in the device's form if any; UserError without its package."""
     spec = OPTIMIZERS[settings.optimizer]
     if spec.extra:
         require(spec.extra, spec.extra, f"optimizer: {settings.optimizer}")
@@ -79,24 +76,16 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def _linear(done: int, steps: int) -> float:
-    return max(0.0, (steps - done) / max(1, steps))
-
-
 def _cosine(done: int, steps: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
 
 
-def _constant(_done: int, _steps: int) -> float:
-    return 1.0
-
-
 # The share of the peak rate, by the steps after warm-up that are done, and all of these.
 LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "linear": _linear,
+    "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
     "cosine": _cosine,
-    "constant": _constant,
-    "constant_with_warmup": _constant,
+    "constant": lambda _done, _steps: 1.0,
+    "constant_with_warmup": lambda _done, _steps: 1.0,
 }
 
 
@@ -149,10 +138,7 @@ def load_state(
 def by_parameter(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> list[tuple[str, str, Tensor]]:
-    """Parameter, key and tensor of each `parameter|key`, in the order of the parameters.
-
-    Raises UserError for a parameter that is not there.
-    """
+    """Parameter, key and tensor of each `parameter|key`, by parameter; UserError for others."""
     split = []
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("|", 1)

@@ -75,10 +75,7 @@ class StepRunner:
     learns: bool = True  # whether there is a backward; without one, losses are only added up
 
     def run(self, step: Step) -> StepResult:
-        """Forward, and backward, of a step in all processes; see `TokenBudget.run`.
-
-        Raises TandemError naming the records of a loss that is not finite.
-        """
+        """Compute a step in all processes; TandemError, with records, if a loss is not finite."""
         engine, processes = self.engine, self.engine.processes
         examples = [self.examples[i] for i in step.examples]
         tokens = [tokens_fed(engine.model, example) for example in examples]

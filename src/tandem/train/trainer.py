@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.batching.sampler import Step
-from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.train.callbacks.callback import StepReport, TrainingRun
@@ -124,21 +123,15 @@ def _account(state: RunState, result: StepResult, seconds: float, *, padded: boo
     state.micro_batches += sum(len(own) for own in plan.ranks)
     state.fill += plan.fill
     state.imbalance += plan.imbalance
-    if not padded:
-        _account_savings(state, work.examples)
-
-
-def _account_savings(state: RunState, examples: Sequence[Example]) -> None:
-    lengths = [
-        len(example.prefix.input_ids) + len(branch.input_ids)
-        for example in examples
-        for branch in example.branches
-    ]
+    if padded:
+        return
+    lengths = []
+    for example in work.examples:
+        prefix = len(example.prefix.input_ids)
+        lengths += [prefix + len(branch.input_ids) for branch in example.branches]
+        # What every branch after the first would have fed again.
+        state.shared_tokens += (len(example.branches) - 1) * prefix
     state.padded_tokens += padded_tokens(lengths)
-    # What every branch after an example's first would have fed again.
-    state.shared_tokens += sum(
-        (len(example.branches) - 1) * len(example.prefix.input_ids) for example in examples
-    )
 
 
 @dataclass

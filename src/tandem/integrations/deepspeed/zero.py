@@ -115,10 +115,7 @@ class Zero3Engine(_ZeroEngine):
 
 
 class HandOver(nn.Module):
-    """The trained parameters as a module, whose backward gives them known gradients.
-
-    So DeepSpeed sees one forward and one backward a step, after all micro-batches.
-    """
+    """The trained parameters as a module, for one forward and backward a step, after all others."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()

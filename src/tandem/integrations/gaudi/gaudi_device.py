@@ -78,10 +78,7 @@ class GaudiDevice(Device):
 
 
 def open_gaudi(weights: torch.dtype, settings: HpuSettings) -> GaudiDevice:
-    """The card of this process: the bridge gives each its own, which is always the current one.
-
-    Raises UserError for a kernel that is asked for and missing.
-    """
+    """The card that the bridge gives this process; UserError for a kernel that is missing."""
     if settings.fused_optimizer:
         bridge.fused_adamw()
     if settings.fused_attention:

@@ -51,10 +51,7 @@ class TreeLayout:
         return max(s.stop - s.start + s.prefix_stop - s.prefix_start for s in self.segments)
 
     def mask(self, window: int | None) -> Tensor:
-        """[T, T] bool: which keys (columns) each query (row) sees.
-
-        A sliding window counts positions on the path, not rows of the micro-batch.
-        """
+        """[T, T] bool: which keys (columns) a query (row) sees; windows count path positions."""
         # In a declared shape the shape alone decides, never what the micro-batch holds.
         longest = self.longest_path() if self.spans is None else self.position_ids.shape[0]
         if window is not None and window >= longest:

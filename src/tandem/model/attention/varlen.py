@@ -27,10 +27,7 @@ _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 
 
 def unavailable_reason(probe: PackingProbe, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernel from computing a model's attention, None if nothing does.
-
-    `device` and `dtype` are of the model's weights; its activations follow them under autocast.
-    """
+    """What keeps the kernel from a model with weights of this device and dtype, or None."""
     if device.type != "cuda":
         return "its kernel runs on CUDA devices alone"
     if _varlen_attn is None or not set(inspect.signature(_varlen_attn).parameters) >= _KEYWORDS:

@@ -61,11 +61,7 @@ def scores_head(model: nn.Module) -> bool:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers causal language model.
-
-    Raises UserError if more of it is trained than the rows of added tokens, for instance by an
-    adapter on it.
-    """
+    """The head of a causal language model; UserError if more is trained than added tokens' rows."""
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     layer: Any = plain_head(output)

@@ -52,10 +52,7 @@ class LoraWeights:
         added_ids: Sequence[int] = (),
         log: Log = lambda _: None,
     ) -> Any:
-        """Wrap a model with the adapter; see `TrainedWeights.attach`.
-
-        Raises UserError if a target fits no module of the model, or one that it does not call.
-        """
+        """Wrap a model with the adapter; UserError if a target fits no module that is called."""
         wanted = self.settings
         if wanted.dropout > 0 and not self.dropout:
             log(
@@ -186,10 +183,7 @@ def refused_modules(model: Any) -> list[str]:
 
 
 def wrap_with_saved(model: Any, folder: Path) -> Any:
-    """Wrap a model, which has rows for the adapter's added tokens, with a saved adapter.
-
-    Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
-    """
+    """Wrap a model, with rows for added tokens, with a saved adapter; UserError if unfit."""
     check_copies(folder, model)
     try:
         with _quiet():

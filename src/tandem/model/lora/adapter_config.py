@@ -47,10 +47,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_config(adapter: Path) -> Any:
-    """The peft configuration of an adapter folder.
-
-    Raises UserError for adapters that are no plain low-rank update, and for an unusable file.
-    """
+    """The peft configuration of an adapter folder; UserError unless it is a plain low-rank one."""
     path = adapter / CONFIG
     values = read_config_values(adapter)
     _refuse(adapter, values)

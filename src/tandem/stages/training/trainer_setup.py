@@ -29,10 +29,7 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
 
 
 def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
-    """Hand a stage's model to its engine, with the optimizer that the settings ask for.
-
-    `state` has the optimizer's tensors of a resumed run; it is empty in a new one.
-    """
+    """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
     optimizer = partial(make_optimizer, settings=settings, device=engine.device)
     engine.prepare(model, optimizer, settings.max_grad_norm)
@@ -48,10 +45,7 @@ def build_trainer(
     budget: TokenBudget,
     display: StageProgress,
 ) -> Trainer:
-    """The loop of a stage; its own callbacks are added before those that the run has already.
-
-    `objectives` are of the records to train on, and of held-out ones if there are any.
-    """
+    """The loop of a stage, its callbacks before the run's; an objective for each data set."""
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
     weight = attention_weight(context.base.config)
     runner = partial(StepRunner, context.engine, attention_weight=weight)

@@ -72,10 +72,7 @@ class Engine(ABC):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
     ) -> None:
-        """Take over a model with its adapter, on the CPU if `sharded`, else on the device.
-
-        Gradients are clipped to `max_grad_norm`; None leaves them alone.
-        """
+        """Take over a model, on the CPU if `sharded`; clip gradients to `max_grad_norm` if set."""
         self.model = model
         self.parameters = trainable_parameters(model)
         self.max_grad_norm = max_grad_norm

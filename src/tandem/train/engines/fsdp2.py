@@ -15,10 +15,7 @@ from tandem.train.engines.engine import Engine, MakeOptimizer
 
 
 class Fsdp2Engine(Engine):
-    """torch's fully_shard, one group a decoder layer and one for the rest.
-
-    accelerate's plugin silently becomes DDP on a CPU, so this calls torch itself.
-    """
+    """torch's fully_shard by decoder layer; accelerate's plugin would silently be DDP on a CPU."""
 
     name = "fsdp2"
     sharded = True
