@@ -241,7 +241,7 @@ class _Planner:
             config, settings.lora, attention=recipe.attention, added=added,
             trains_added=trains_added,
         )  # fmt: skip
-        # Where the run will ask, the model is loaded; on CPU processes share what is free.
+        # The run measures this with its model loaded; on CPU the processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
         setup = StageSetup(
@@ -265,7 +265,7 @@ class _Planner:
             work = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:
             work = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
-            notes[-1] = (  # in place of what to do about it
+            notes[-1] = (  # replaces the advice
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
             )

@@ -109,7 +109,7 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
     collapse = chosen_collapse(metrics, beta)
     warnings = [] if collapse is None else [collapse]
     accuracy = mean.get("rewards/accuracies", 1.0)  # a loss may have no rewards
-    if accuracy < 0.5 and mean["rewards/margins"] < 0:
+    if accuracy < 0.5 and mean.get("rewards/margins", 0.0) < 0:
         warnings.append(
             f"the policy prefers the chosen answer in only {accuracy:.0%} of pairs at the end: are "
             "chosen and rejected swapped?"
