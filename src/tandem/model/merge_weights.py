@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,11 @@ def merge_shards(
     written = []
     for shard in weight_files(base):
         tensors: dict[str, Tensor] = {}
-        for name, weight in _tensors(shard):
-            tensors[name] = sums.of(name, weight)
-            index[name] = shard.name
-            total_bytes += tensors[name].nbytes
+        with opened(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                tensors[name] = sums.of(name, file.get_tensor(name))
+                index[name] = shard.name
+                total_bytes += tensors[name].nbytes
         save_file(tensors, output / shard.name, metadata={"format": "pt"})
         written.append(shard.name)
     sums.check_all_found()
@@ -173,12 +174,6 @@ def vocabulary_grown(output: Path, updates: dict[str, Update]) -> None:
 def _tensor(shard: Path, name: str) -> Tensor:
     with opened(shard) as file:
         return file.get_tensor(name)
-
-
-def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    with opened(shard) as file:
-        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            yield name, file.get_tensor(name)
 
 
 def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
