@@ -116,7 +116,7 @@ def make_data(home: Path) -> None:
             file.write(json.dumps({"system": "", **row}) + "\n")
     for kind in KINDS:
         records = (home / f"{kind}.jsonl").read_text().splitlines(keepends=True)
-        (home / f"{kind}-held-out.jsonl").write_text("".join(records[:7]))
+        (home / f"{kind}-held-out.jsonl").write_text("".join(records[:13]))
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (home / "other.jsonl").write_text("".join(lines[1:]))
 
