@@ -73,8 +73,8 @@ def data_of(
     """
     from tandem.check.inputs import left_out
 
-    found, notices = _asked(arguments, recipe, folder)
-    return found, [*notices, *left_out(found)]
+    targets, notices = _asked(arguments, recipe, folder)
+    return targets, [*notices, *left_out(targets)]
 
 
 def _asked(
@@ -84,17 +84,17 @@ def _asked(
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
     from tandem.recipe.flags import data_settings
 
-    said = data_settings(vars(arguments))
+    settings = data_settings(vars(arguments))
     if not arguments.data:
-        if said:
+        if settings:
             raise UserError(
-                f"--{min(said)} is about data that is named; name some, or leave it out"
+                f"--{min(settings)} is about data that is named; name some, or leave it out"
             )
         assert recipe is not None
         if arguments.stage is None:
             return recipe_data(recipe, folder)
         return [stage_data(arguments.stage, recipe, None, folder)], []
-    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, said)
+    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, settings)
     if arguments.stage is not None:
         return [stage_data(arguments.stage, recipe, sources, folder)], []
     parts, unknown = by_kind(sources)
@@ -103,5 +103,5 @@ def _asked(
         f"{KINDS['dpo']}, give --stage dpo"
         for source in unknown
     ]
-    found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
-    return found, notices
+    targets = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+    return targets, notices

@@ -33,7 +33,7 @@ def pairs(argv: list[str]) -> int:
     given = {".".join(flag.field): getattr(arguments, flag.name) for flag in _FLAGS}
     given["pairs.prompts"] = arguments.prompts
     overrides = [
-        # Overrides are read as YAML; a flag's text is what it is.
+        # Quoted, because overrides are read as YAML.
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in given.items()
         if value is not None

@@ -45,18 +45,18 @@ class DataSource(Section):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What is said about the rows' meaning; hashes of data depend on it."""
-        said = {
+        """The settings of the rows' meaning; hashes of data depend on it."""
+        settings = {
             "format": self.format,
             "fields": [list(one) for one in sorted(self.fields.items())],
             "roles": [list(one) for one in sorted(self.roles.items())],
             "completions": self.completions,
         }
-        return {name: value for name, value in said.items() if value}
+        return {name: value for name, value in settings.items() if value}
 
 
 def _as_sources(value: object) -> object:
-    """A data set may be written as its path alone, and a single one without a list."""
+    """Accept a data set that is written as its path alone, or without a list."""
     items = value if isinstance(value, list | tuple) else [value]
     if value is None or not all(isinstance(item, str | dict | BaseModel) for item in items):
         return value

@@ -22,7 +22,7 @@ from tandem.recipe.section import PathText, Positive, Section
 
 
 def checked_address(base_url: str) -> str:
-    """A server's address; raises ValueError, without saying it, for one with a secret in it."""
+    """Return a server's address; raise ValueError, without quoting it, for one with a secret."""
     try:
         parts = urlsplit(base_url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -39,7 +39,7 @@ def checked_address(base_url: str) -> str:
 
 
 def checked_variable(name: str) -> str:
-    """An environment variable's name; raises ValueError, without saying it, for another text."""
+    """Return an environment variable's name; raise ValueError, without quoting it, for no name."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(
             "this is no name of an environment variable; if it is the key itself, put that into a "
@@ -49,7 +49,7 @@ def checked_variable(name: str) -> str:
 
 
 def checked_regex(pattern: str) -> str:
-    """A regular expression; raises ValueError for a text that is none."""
+    """Return a regular expression; raise ValueError for a text that is none."""
     try:
         re.compile(pattern)
     except re.error as error:

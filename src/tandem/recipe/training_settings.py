@@ -1,4 +1,4 @@
-"""What a recipe says of the training stages and of merging, and what of it would do nothing."""
+"""Settings of the training stages and of merging, and warnings of those without effect."""
 
 from __future__ import annotations
 
@@ -41,15 +41,12 @@ class ValidationSettings(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ValidationSettings:
-        ways = {"data": bool(self.data), "split": self.split is not None}
-        ways["fraction"] = self.fraction is not None
-        given = [name for name, is_given in ways.items() if is_given]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given)} are set; keep one"
-                if given
-                else "set one of data, split and fraction, which say what is held out"
-            )
+        ways = {"data": self.data or None, "split": self.split, "fraction": self.fraction}
+        names = [name for name, value in ways.items() if value is not None]
+        if not names:
+            raise ValueError("set one of data, split and fraction, which say what is held out")
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} are set; keep one")
         return self
 
 
@@ -240,61 +237,57 @@ _HUGE_RATE = 0.1
 def unmeant(
     settings: TrainingSettings, *, steps: int | None, records: int | None, processes: int = 1
 ) -> list[str]:
-    """A sentence on each setting that will not do what it is there for.
+    """Return a sentence on each setting that has no sensible effect.
 
-    Args:
-        settings: of a training stage.
-        steps: optimizer steps of the whole run; None where they are not known yet.
-        records: that are trained on; None where they are not known yet.
-        processes: that share the work.
+    `steps` are those of the whole run and `records` those that are trained on, None while unknown.
     """
-    found = []
+    warnings = []
     if settings.learning_rate >= _HUGE_RATE:
-        found.append(
+        warnings.append(
             f"learning_rate {settings.learning_rate:g} is more than the weights are large; usual "
             "ones are between 1e-6 and 1e-3"
         )
     if records is not None and settings.batch_size > records:
-        found.append(
+        warnings.append(
             f"batch_size {settings.batch_size} is more than the {records} records that there are: "
             f"each step takes these {records}, and is an epoch"
         )
     if settings.batch_size < processes:
-        found.append(
+        warnings.append(
             f"batch_size {settings.batch_size} is less than the {processes} processes: some have "
             "nothing to do in a step"
         )
-    return found if steps is None else [*found, *_beyond(settings, steps)]
+    return warnings if steps is None else [*warnings, *_beyond(settings, steps)]
 
 
 def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
-    """What is to happen after so many steps, in a run that has fewer."""
+    """Return a sentence on each setting whose number of steps the run does not reach."""
     run = f"the run's {steps} step{'s' if steps != 1 else ''}"
-    found = []
+    warnings = []
     warm_up = settings.warmup_steps
     if warm_up is None:
         warm_up = math.ceil(steps * (settings.warmup_ratio or 0.0))
     if warm_up and warm_up >= steps:
         reached = settings.learning_rate * (steps - 1) / warm_up
         named = "warmup_ratio" if settings.warmup_steps is None else f"warmup_steps {warm_up}"
-        found.append(
+        warnings.append(
             f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
             f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
         )
     if settings.logging_steps > steps:
-        found.append(
+        warnings.append(
             f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "
             "at the end, and there is no curve"
         )
     if settings.save_steps is not None and settings.save_steps > steps:
-        found.append(
+        warnings.append(
             f"save_steps {settings.save_steps} is more than {run}: there is no checkpoint before "
             "the end, and a stopped run begins anew"
         )
     scored = None if settings.validation is None else settings.validation.steps
     if scored is not None and scored > steps:
-        found.append(
+        warnings.append(
             f"validation.steps {scored} is more than {run}: held-out records are scored only "
             "before the first step and at the end"
         )
-    return found
+    return warnings
