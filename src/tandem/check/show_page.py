@@ -9,18 +9,10 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from tandem.check import show_record
 from tandem.check.findings import visible as escaped
 from tandem.check.inputs import StageChat, require_context
-from tandem.check.show_record import (
-    Encodings,
-    Place,
-    TokenSection,
-    TokenUse,
-    encode_row,
-    outcome,
-    records_in,
-    would_be_dropped,
-)
+from tandem.check.show_record import Encodings, Place, TokenSection, TokenUse
 from tandem.check.survey_result import CheckTarget
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.runtime.console import notice_console
@@ -82,9 +74,9 @@ def _print_text(console: Console, head: str, text: str) -> None:
 
 def show_turns(console: Console, place: Place) -> None:
     """Print the turns of a row's records, and what a run would drop."""
-    records, entries = records_in(place)
+    records, entries = show_record.records_in(place)
     for entry in entries:
-        console.print(outcome(entry), markup=False, soft_wrap=True)
+        console.print(show_record.outcome(entry), markup=False, soft_wrap=True)
     for number, record in enumerate(records, start=1):
         if len(records) > 1:
             console.print(f"\nrecord {number} of {len(records)}", highlight=False)
@@ -98,20 +90,20 @@ def show_tokens(
     require_context(chat, target)
     for notice in chat.notices:
         notice_console().print(notice, markup=False, soft_wrap=True)
-    found = encode_row(chat.chat, target.options, place)
+    found = show_record.encode_row(chat.chat, target.options, place)
     limits = target.options.limits
     bounds = "no limits; give --recipe to see what a run would cut"
     if target.limited:
         prompt = "" if limits.prompt is None else f", max_prompt_length {limits.prompt}"
         bounds = f"max_length {limits.sequence}{prompt}"
     lines = [f"tokenizer {chat.model}, template {chat.template}, {bounds}"]
-    lines += map(outcome, found.entries)
+    lines += map(show_record.outcome, found.entries)
     if not found.entries:
         lines.append("trained whole")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if not found.examples:
-        raise would_be_dropped(found.entries)
+        raise show_record.would_be_dropped(found.entries)
     print_encodings(console, found, ids=ids)
 
 

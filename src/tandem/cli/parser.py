@@ -20,9 +20,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, unknown_hint: str = "", **options: Any) -> None:
         self.unknown_hint = unknown_hint
         super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

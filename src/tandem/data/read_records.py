@@ -185,14 +185,14 @@ def _other_format(other: Format, known: Format, detail: str) -> InvalidRecord:
 
 def _another_format(fields: Fields, known: Format) -> InvalidRecord | None:
     """Return the reason for a row that lacks its source's keys but has another format's."""
-    given = {key: value for key, value in fields.items() if value is not None}
+    present = {key: value for key, value in fields.items() if value is not None}
     # Joined rows are not as they were.
-    if known.joins or known.keys <= given.keys():
+    if known.joins or known.keys <= present.keys():
         return None
-    other = detect(given)
+    other = detect(present)
     if other is None or other.keys == known.keys:
         return None
-    return _other_format(other, known, f"without {', '.join(sorted(known.keys - given.keys()))}")
+    return _other_format(other, known, f"without {', '.join(sorted(known.keys - present.keys()))}")
 
 
 def names_of(sources: Sequence[DataSource]) -> str:

@@ -7,15 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tandem.recipe.choices import (
-    BestMetric,
-    DtypeName,
-    KeptAdapter,
-    LossOn,
-    OnBadRecord,
-    Scheduler,
-    TooLong,
-)
+from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.section import Positive, Section
 
@@ -32,8 +24,7 @@ class ValidationSettings(Section):
         default=None, description="Another split of the data sets that are trained on."
     )
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="A share of the training records; no prompt is in both parts.",
+        default=None, description="A share of the training records; no prompt is in both parts."
     )
     steps: Positive | None = Field(
         default=None, description="Scored every so many steps; null: ten times a run."
@@ -82,14 +73,13 @@ class TrainingSettings(Section):
         "depend on it.",
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="Passes over the data; 1 if neither this nor `max_steps` is set.",
+        default=None, description="Passes over the data; 1 if neither this nor `max_steps` is set."
     )
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
-    lr_scheduler: Scheduler = Field(
+    lr_scheduler: choices.Scheduler = Field(
         default="cosine", description="How the learning rate falls after warm-up."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
@@ -118,7 +108,7 @@ class TrainingSettings(Section):
         default=2048,
         description="Tokens of a whole sequence; an answer is cut there, without an end token.",
     )
-    too_long: TooLong = Field(
+    too_long: choices.TooLong = Field(
         default="drop_old_turns",
         description="What a record beyond `max_length` loses: everything, its end, its beginning "
         "after the system turn, or its oldest turns first.",
@@ -148,16 +138,16 @@ class TrainingSettings(Section):
     validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
     )
-    keep: KeptAdapter = Field(
+    keep: choices.KeptAdapter = Field(
         default="last",
         description="Which adapter becomes the stage's: the last, or the one that scored best on "
         "held-out records.",
     )
-    best_metric: BestMetric = Field(
+    best_metric: choices.BestMetric = Field(
         default="loss",
         description="What decides under `keep: best`: held-out loss, reward accuracy or margin.",
     )
-    on_bad_record: OnBadRecord = Field(
+    on_bad_record: choices.OnBadRecord = Field(
         default="stop",
         description="At a line that cannot be parsed, stop the run, or drop the line and note it "
         "in the ledger.",
@@ -191,7 +181,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
-    loss_on: LossOn = Field(
+    loss_on: choices.LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
@@ -223,7 +213,7 @@ class DpoSettings(TrainingSettings):
 class MergeSettings(Section):
     """Merging an adapter into its base."""
 
-    dtype: DtypeName = Field(
+    dtype: choices.DtypeName = Field(
         default="auto",
         description="Number format of the merged weights; auto: the base weights' own.",
     )

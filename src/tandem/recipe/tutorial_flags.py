@@ -16,27 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from tandem.errors import UserError
+from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.explain_errors import explain
-from tandem.recipe.flags import (
-    DATA_FLAGS,
-    REVISION,
-    Flag,
-    boolean,
-    data_settings,
-    flag_of,
-    flags_of_section,
-    named_data,
-)
+from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    SftSettings,
-    TrainingSettings,
-)
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location
@@ -83,8 +70,8 @@ _WITHOUT = ("name", "description", "keep", "best_metric")
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
          many=True),
-    *DATA_FLAGS,
-    Flag("dataset_revision", str, REVISION.help),
+    *flags.DATA_FLAGS,
+    Flag("dataset_revision", str, flags.REVISION.help),
 )  # fmt: skip
 _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
@@ -106,19 +93,19 @@ _GAUDI = (
 def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
     """Return the flags of a stage with such settings."""
 
-    def flags(section: type[BaseModel], *at: str, prefix: str = "") -> list[Flag]:
+    def made_from(section: type[BaseModel], *at: str, prefix: str = "") -> list[Flag]:
         return flags_of_section(
             section, names=_NAMES, helps=_HELP, without=_WITHOUT, at=at, prefix=prefix
         )
 
     second_name = Flag("max_seq_length", int, "Another name of --max_length.")
     return [
-        *flags(RunSettings, "run"),
+        *made_from(RunSettings, "run"),
         *_DATA,
         *_BATCH_FLAGS,
-        *flags(settings, "settings"),
+        *made_from(settings, "settings"),
         *([second_name] if issubclass(settings, SftSettings) else []),
-        *flags(LoraSettings, "settings", "lora", prefix="lora_"),
+        *made_from(LoraSettings, "settings", "lora", prefix="lora_"),
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
         Flag("bf16", boolean, "Train in bfloat16; a CPU trains in float32 instead and says so."),
         *_GAUDI,
@@ -150,16 +137,16 @@ def job_from_flags(
     from tandem.recipe.load_recipe import load_recipe
 
     section = settings or SETTINGS[stage]
-    given = [flag for flag in stage_flags(section) if flag.name in values]
+    present = [flag for flag in stage_flags(section) if flag.name in values]
     usual = getattr(load_recipe(_TUTORIAL), stage).model_dump(exclude_unset=True)
     asked: dict[str, Any] = {"run": {"hpu": {}}, "settings": deepcopy(usual)}
-    for flag in given:
+    for flag in present:
         if flag.field:
             *above, key = flag.field
             reduce(getitem, above, asked)[key] = values[flag.name]
     run, parts = asked["run"], asked["settings"]
-    of_data = data_settings({**values, "revision": values.get("dataset_revision")})
-    parts["data"] = named_data(values["dataset_name"], of_data)
+    of_data = flags.data_settings({**values, "revision": values.get("dataset_revision")})
+    parts["data"] = flags.named_data(values["dataset_name"], of_data)
     parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
@@ -169,7 +156,7 @@ def job_from_flags(
     run |= {"device": _device(values, cards), "dtype": _dtype(values)}
     on_gaudi = run["device"] == "hpu" or (run["device"] == "auto" and cards)
     run["hpu"] = {**run["hpu"], "buckets": _buckets(values)} if on_gaudi else {}
-    names = {flag.field: f"--{flag.name}" for flag in given}
+    names = {flag.field: f"--{flag.name}" for flag in present}
     job = TrainingJob(
         _validated(RunSettings, "run", asked, names, stage),
         _validated(section, "settings", asked, names, stage),
@@ -181,11 +168,11 @@ def _global_batch(
     stage: TrainingStageName, values: Values, devices: int
 ) -> tuple[int, tuple[str, ...]]:
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    given = [name for name in factors if name in values]
+    named = [name for name in factors if name in values]
     if "batch_size" in values:
-        if given:
+        if named:
             raise UserError(
-                f"--batch_size and --{given[0]} are both given. --batch_size is the global batch, "
+                f"--batch_size and --{named[0]} are both given. --batch_size is the global batch, "
                 "the other one a factor of it; keep one way"
             )
         return _positive("batch_size", values["batch_size"]), ()
@@ -214,15 +201,15 @@ def _settle_duration(settings: dict[str, Any], values: Values) -> None:
 
 def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
     """Keep one of `warmup_steps` and `warmup_ratio`: the one that is given and not 0."""
-    given = {name: values[name] for name in ("warmup_steps", "warmup_ratio") if name in values}
-    if len(given) == 2:
-        if all(given.values()):
+    warmup = {name: values[name] for name in ("warmup_steps", "warmup_ratio") if name in values}
+    if len(warmup) == 2:
+        if all(warmup.values()):
             raise UserError("--warmup_steps and --warmup_ratio are both given; keep one")
-        given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
-    if not given and values.get("lr_scheduler_type") == "constant":
-        given = {"warmup_steps": 0}
-    if given:
-        settings |= {"warmup_steps": None, "warmup_ratio": None, **given}
+        warmup = {name: value for name, value in warmup.items() if value} or {"warmup_steps": 0}
+    if not warmup and values.get("lr_scheduler_type") == "constant":
+        warmup = {"warmup_steps": 0}
+    if warmup:
+        settings |= {"warmup_steps": None, "warmup_ratio": None, **warmup}
 
 
 def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:
@@ -242,13 +229,13 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
 
 def _settle_lengths(settings: dict[str, Any], usual: int, values: Values) -> tuple[str, ...]:
     """Read both names of the length; return a notice if the usual prompt's had to change."""
-    given = [values[name] for name in ("max_length", "max_seq_length") if name in values]
-    if len(set(given)) > 1:
+    both = [values[name] for name in ("max_length", "max_seq_length") if name in values]
+    if len(set(both)) > 1:
         raise UserError(
-            f"--max_length {given[0]} and --max_seq_length {given[1]} are two names of one thing; "
+            f"--max_length {both[0]} and --max_seq_length {both[1]} are two names of one thing; "
             "keep one"
         )
-    length = settings["max_length"] = given[0] if given else settings["max_length"]
+    length = settings["max_length"] = both[0] if both else settings["max_length"]
     if "max_prompt_length" in values or usual < length:
         return ()
     half = settings["max_prompt_length"] = max(1, length // 2)
@@ -326,8 +313,8 @@ def _validated(
 
     def place(location: Location) -> str:
         keys = (part, *(str(key) for key in location))
-        flags = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
-        return next(filter(None, flags), f"tandem {stage}")
+        own = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
+        return next(filter(None, own), f"tandem {stage}")
 
     try:
         return model.model_validate(asked[part])

@@ -9,16 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from tandem import __version__
@@ -53,7 +45,7 @@ class StageProgress:
         self._scores: dict[str, float] = {}
         self._began = time.monotonic()
         self._bar = _progress(console) if console.is_terminal else None
-        self._task = TaskID(0)
+        self._task = progress.TaskID(0)
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -143,14 +135,14 @@ def phase(console: Console, text: str, total: int | None) -> Iterator[Callable[[
         log(console, f"{text}: {_of(done, total)} in {seconds:.1f} s")
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[metrics]}", markup=False),
+def _progress(console: Console) -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}", style="bold", markup=False),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=False),
+        progress.TextColumn("{task.fields[metrics]}", markup=False),
         console=console,
         expand=True,
         refresh_per_second=4,

@@ -13,14 +13,8 @@ from itertools import chain
 from typing import Any, Protocol
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.chat_template import (
-    ChatTemplate,
-    Ending,
-    cannot_render,
-    refusals,
-    render,
-    tokenize,
-)
+from tandem.data.tokenize import chat_template
+from tandem.data.tokenize.chat_template import ChatTemplate, Ending
 from tandem.data.tokenize.light_tokenizer import compile_template
 from tandem.data.tokenize.vocabulary import longest_token, require_rows, tokens_without_row
 from tandem.errors import UserError
@@ -71,10 +65,12 @@ class TransformersCodec:
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
-        return render(self._tokenizer, self._template, turns, prompt=prompt, tools=tools)
+        return chat_template.render(
+            self._tokenizer, self._template, turns, prompt=prompt, tools=tools
+        )
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = tokenize(self._tokenizer, texts)
+        encoded = chat_template.tokenize(self._tokenizer, texts)
         for ids in encoded:
             require_rows(ids, self._rows, self.decode)
         return encoded
@@ -163,8 +159,8 @@ class FastCodec:
                 add_generation_prompt=prompt,
                 **self._special,
             )
-        except refusals() as error:
-            raise cannot_render(self._template, turns, error) from error
+        except chat_template.refusals() as error:
+            raise chat_template.cannot_render(self._template, turns, error) from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize each piece between end-of-turn tokens once; see `Codec.tokenize`.

@@ -8,17 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.tokenize import template_capabilities
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
-from tandem.data.tokenize.template_capabilities import (
-    PROBE_TOOLS,
-    Refused,
-    TemplateCapabilities,
-    Thought,
-    open_thought,
-    probe_template,
-    text_behind,
-)
+from tandem.data.tokenize.template_capabilities import Refused, TemplateCapabilities, Thought
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.tokenize.vocabulary import NoRow
 from tandem.errors import UserError
@@ -110,7 +103,7 @@ class ChatTokenizer:
         tool_ending = None
         if template.for_tools is not None:
             with suppress(UserError):  # the first record with tools, if there is one, reports it
-                tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
+                tool_ending = find_ending(tokenizer, template, template_capabilities.PROBE_TOOLS)
         codec, parts = make_codec(tokenizer, template, ending, tool_ending, rows)
         return cls._probed(codec, template, ending, tool_ending, parts)
 
@@ -131,7 +124,7 @@ class ChatTokenizer:
         def render(turns: Sequence[Turn], tools: str) -> str:
             return codec.render(turns, prompt=False, tools=tools)
 
-        with_tools = probe_template(render)
+        with_tools = template_capabilities.probe_template(render)
         own = template.for_tools is not None
         return cls(
             codec,
@@ -139,9 +132,9 @@ class ChatTokenizer:
             ending,
             tool_ending,
             with_tools,
-            probe_template(render, given="") if own else with_tools,
+            template_capabilities.probe_template(render, given="") if own else with_tools,
             Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools)),
-            open_thought(codec.render([Turn("user", "Which?")], prompt=True)),
+            template_capabilities.open_thought(codec.render([Turn("user", "Which?")], prompt=True)),
             parts,
         )
 
@@ -306,7 +299,7 @@ def _delimit(
     text = render(chat, exchange, turns, prompt=False)
     ending = chat.ending_for(exchange.tools)
     reasoned = bool(chat.capabilities(exchange.tools).reasoning)
-    answer = text_behind(answered, prompt, text, ending, reasoned=reasoned)
+    answer = template_capabilities.text_behind(answered, prompt, text, ending, reasoned=reasoned)
     if isinstance(answer, Refused):
         return answer
     if ending.token in answer[: -len(ending.token)]:
