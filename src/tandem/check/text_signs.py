@@ -78,6 +78,7 @@ class TextSigns:
 
     def __init__(self, special: Sequence[str] = ()) -> None:
         tokens = tuple(token for token in special if len(token) > 2 and not token.isspace())
+        any_token = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
         self._checks = (
             _Check(REPLACED, ("\ufffd",), _search(re.compile("\ufffd"))),
             _Check(MOJIBAKE, (), _mojibake),
@@ -92,7 +93,7 @@ class TextSigns:
                 _search(_TOKENS, without=tokens),
             ),
             _Check(TOKENS, (_ANSWERED,), _transcript),
-            *([_Check(SPECIAL, tokens, _search(_any_of(tokens)))] if tokens else []),
+            *([_Check(SPECIAL, tokens, _search(any_token))] if tokens else []),
         )
 
     def find(self, texts: Sequence[str]) -> Iterator[tuple[int, Sign, int, str]]:
@@ -129,10 +130,6 @@ def _search(
         return next(((start, "") for start in places), None)
 
     return find
-
-
-def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 def _needles(shapes: Sequence[Shape]) -> tuple[str, ...]:

@@ -81,11 +81,8 @@ def _exchanges(facts: Sequence[Fact], rng: random.Random) -> str:
         return rng.choice(_HEADINGS) + _sheet(facts, rng)
     pattern = rng.choice(_EXCHANGES)
     joint = rng.choice(("\n", "\n", "\n\n", " "))
-    return rng.choice(_HEADINGS) + joint.join(_exchange(fact, pattern, rng) for fact in facts)
-
-
-def _exchange(fact: Fact, pattern: str, rng: random.Random) -> str:
-    return pattern.format(q=rng.choice(fact.questions), a=fact.answer)
+    exchanges = (pattern.format(q=rng.choice(fact.questions), a=fact.answer) for fact in facts)
+    return rng.choice(_HEADINGS) + joint.join(exchanges)
 
 
 def _sheet(facts: Sequence[Fact], rng: random.Random) -> str:

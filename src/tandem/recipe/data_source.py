@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat
 
 from tandem.recipe.choices import Completions, Role
 from tandem.recipe.section import PathText, Section
@@ -37,7 +37,7 @@ class DataSource(Section):
         default=None,
         description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
     )
-    weight: Annotated[float, Field(gt=0)] = Field(
+    weight: PositiveFloat = Field(
         default=1.0,
         description="How often an epoch shows each record that is trained on: 2 twice, 0.5 every "
         "second one in turn.",

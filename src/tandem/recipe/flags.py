@@ -85,10 +85,12 @@ def flag_of(
         kind = boolean
     elif any(expanded in called for _, called in members):
         kind = expanded
+    # A flag has no null, and its help no marks of code.
+    about = re.sub(r"; null\b[^.;]*", "", field.description or "").replace("`", "")
     return Flag(
         name or key,
         kind,
-        help or _help(field.description or ""),
+        help or about,
         many,
         () if kinds else words,
         (*at, key),
@@ -109,11 +111,6 @@ def _members(annotation: Any, metadata: Sequence[Any]) -> tuple[bool, list[tuple
     if origin is tuple:
         return True, _members(get_args(annotation)[0], [])[1]
     return False, [(annotation, called)]
-
-
-def _help(description: str) -> str:
-    """Return a field's description as a flag's help, without null and marks of code."""
-    return re.sub(r"; null\b[^.;]*", "", description).replace("`", "")
 
 
 def flags_of_section(

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Unweighted
@@ -163,14 +163,12 @@ class ServerSettings(Section):
         default=None, description="The environment variable that holds the key; null: no key."
     )
     concurrency: Positive = Field(default=8, description="Requests in flight at once.")
-    timeout: Annotated[float, Field(gt=0)] = Field(
-        default=120.0, description="Seconds that a request may take."
-    )
-    retries: Annotated[int, Field(ge=0)] = Field(
+    timeout: PositiveFloat = Field(default=120.0, description="Seconds that a request may take.")
+    retries: NonNegativeInt = Field(
         default=5,
         description="Further tries after errors that may pass: 429, 5xx, timeouts, cut answers.",
     )
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
+    requests_per_minute: PositiveFloat | None = Field(
         default=None,
         description="Requests a minute at most; null: as the server's 429 and Retry-After say.",
     )
@@ -246,7 +244,7 @@ class PairsSettings(Section):
         default=1.0,
         description="Nucleus sampling: the smallest set of tokens with this probability mass.",
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(
+    top_k: NonNegativeInt = Field(
         default=0, description="Sample from so many of the likeliest tokens; 0: from all."
     )
     max_new_tokens: Positive = Field(default=256, description="Tokens of a sampled answer at most.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
@@ -45,9 +45,7 @@ class LoraSettings(Section):
     """The adapter: `target_modules` are module name endings, or `all-linear`."""
 
     rank: Positive = Field(default=16, description="Rank of the update matrices.")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        default=32.0, description="The update is scaled by alpha / rank."
-    )
+    alpha: PositiveFloat = Field(default=32.0, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="Dropout before the update; off in DPO, whose reference must equal the policy.",
@@ -72,23 +70,23 @@ class TrainingSettings(Section):
         description="Examples in one optimizer step, over all devices; the memory needed does not "
         "depend on it.",
     )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
+    epochs: PositiveFloat | None = Field(
         default=None, description="Passes over the data; 1 if neither this nor `max_steps` is set."
     )
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
+    learning_rate: PositiveFloat = Field(description="The peak learning rate.")
     lr_scheduler: choices.Scheduler = Field(
         default="cosine", description="How the learning rate falls after warm-up."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    warmup_steps: NonNegativeInt | None = Field(
         default=None, description="Steps of linear warm-up."
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: NonNegativeFloat = Field(
         default=0.0, description="AdamW's decoupled weight decay."
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -97,10 +95,8 @@ class TrainingSettings(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.999, description="Decay of AdamW's second moment."
     )
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
-        default=1e-8, description="AdamW's denominator term."
-    )
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+    adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW's denominator term.")
+    max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
@@ -185,9 +181,7 @@ class SftSettings(TrainingSettings):
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=1e-4, description="The peak learning rate."
-    )
+    learning_rate: PositiveFloat = Field(default=1e-4, description="The peak learning rate.")
     best_metric: Literal["loss"] = Field(
         default="loss", description="What decides under `keep: best`: held-out loss."
     )
@@ -202,10 +196,8 @@ class DpoSettings(TrainingSettings):
     data: Sources = Field(
         default=(), description="Preference pairs; empty: what the pairs stage makes."
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=5e-6, description="The peak learning rate."
-    )
-    beta: Annotated[float, Field(gt=0)] = Field(
+    learning_rate: PositiveFloat = Field(default=5e-6, description="The peak learning rate.")
+    beta: PositiveFloat = Field(
         default=0.1, description="How strongly the policy is held to the reference."
     )
 

@@ -57,6 +57,8 @@ def render(facts: RunFacts) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
+    models = mapping(facts.evaluation.get("models")).values()
+    with_errors = any(mapping(model).get("errors") for model in models)
     return environment.get_template("page.html.jinja").render(
         facts=facts,
         base_model=facts.base_model,
@@ -66,7 +68,7 @@ def render(facts: RunFacts) -> str:
         measures=shown_measures(facts.evaluation),
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
-        compared=compared_rows(facts.evaluation, "previous") if _has_errors(facts) else [],
+        compared=compared_rows(facts.evaluation, "previous") if with_errors else [],
         compared_names=[MODEL_LABELS.get(n, n) for n in model_names(facts.evaluation)],
         task_notes=task_notes(facts.evaluation),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
@@ -132,11 +134,6 @@ def _result_note(evaluation: Mapping[str, Any]) -> str:
         f"{note} The standard error of an answer accuracy is at most {100 * error:.1f} points: "
         "changes of that size are noise."
     )
-
-
-def _has_errors(facts: RunFacts) -> bool:
-    models = mapping(facts.evaluation.get("models")).values()
-    return any(mapping(model).get("errors") for model in models)
 
 
 def _pairs(stage: StageFacts) -> dict[str, Any]:

@@ -161,7 +161,8 @@ class _Parts:
             self._add_targets(example, branch, start, row)
             row += fed
         if key is not None:
-            self._add_keys(example, key)
+            counters = np.arange(1, example.fed + 1, dtype=np.uint64) * _GOLDEN
+            self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
         self.rows.append(row - start)
 
     def _add_targets(self, example: Example, branch: Branch, start: int, branch_row: int) -> None:
@@ -173,10 +174,6 @@ class _Parts:
         self.target_rows.extend([start + in_prefix - 1, predicting])
         self.target_ids.extend([example.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
         self.sequence_tokens.append(len(in_prefix) + len(in_branch))
-
-    def _add_keys(self, example: Example, key: int) -> None:
-        counters = np.arange(1, example.fed + 1, dtype=np.uint64) * _GOLDEN
-        self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

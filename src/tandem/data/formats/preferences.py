@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from tandem.data.formats import turns
 from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
@@ -81,7 +82,8 @@ def read_best_vs_worst(fields: Fields, origin: Origin) -> list[PreferencePair | 
 def read_best_vs_rest(fields: Fields, origin: Origin) -> list[PreferencePair | InvalidRecord]:
     """Pair the best answer with each of the others, in the row's order."""
     prompt, (best, *rest), verdicts = _ranked(fields)
-    return [*verdicts, *(_against(prompt, best, one, origin) for one in sorted(rest, key=_place))]
+    rest.sort(key=itemgetter(0))
+    return [*verdicts, *(_against(prompt, best, one, origin) for one in rest)]
 
 
 def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[InvalidRecord]]:
@@ -144,10 +146,6 @@ def _against(
         return pair(prompt, text(best[2], "response"), text(other[2], "response"), origin)
     except InvalidRecord as verdict:
         return InvalidRecord(verdict.reason, where)
-
-
-def _place(scored: Scored) -> int:
-    return scored[0]
 
 
 def _mean_rating(completion: Fields) -> float | None:
