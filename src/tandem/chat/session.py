@@ -332,7 +332,7 @@ def _load(path: str, label: str, options: ChatOptions) -> _Speaker:
     model, tokenizer = load_for_inference(path, options.device)
     if options.chat_template is None and not tokenizer.chat_template:
         raise UserError(
-            f"{path} has no chat template, so nobody knows how to put a question to it. Name one: "
+            f"{path} has no chat template, so it cannot be asked a question. Name one: "
             f"--chat_template {'|'.join(chat_template.template_names())}, or a .jinja file."
         )
     template = chat_template.resolve_template(tokenizer, options.chat_template)

@@ -132,7 +132,7 @@ def _file_named(file: str | None, names: Sequence[str]) -> str:
     listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     if file is None:
         if len(names) > 1:
-            raise UserError(f"--row needs --file, for there are {len(names)}: {listing}.")
+            raise UserError(f"--row needs --file, because there are {len(names)}: {listing}.")
         return names[0]
     same = [name for name in names if file in (name, Path(name).name) or name.endswith(f"/{file}")]
     if len(same) == 1:

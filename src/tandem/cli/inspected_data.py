@@ -52,7 +52,9 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
     """Load the tokenizer and template that were named, or the recipe's; None without either."""
     if arguments.model is None and recipe is None:
         if arguments.chat_template is not None:
-            raise UserError("--chat_template needs --model or --recipe, for a tokenizer renders it")
+            raise UserError(
+                "--chat_template needs --model or --recipe, because a tokenizer renders it"
+            )
         return None
     from tandem.check.inputs import stage_chat
 

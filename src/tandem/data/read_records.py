@@ -259,7 +259,7 @@ def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
     if source.format is not None:
         known = format_called(source.format)
         return UserError(
-            f"{row.origin}: {source.path} is said to be {known.name}, which needs "
+            f"{row.origin}: `format` states {known.name} for {source.path}, which needs "
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
             f"{_SAYING}, or correct `format`."
         )

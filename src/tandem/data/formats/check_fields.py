@@ -36,7 +36,7 @@ def check_meaning(source: DataSource, known: Format) -> None:
     for name, role in sorted(source.roles.items()):
         if known_role(name) == role:
             raise UserError(
-                f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
+                f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, because "
                 f"{name!r} means that anyway. Remove it."
             )
 

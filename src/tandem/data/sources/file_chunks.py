@@ -51,9 +51,7 @@ def file_chunks(file: Path) -> Iterator[Plain]:
     """Yield a file's chunks; raise `UserError` for an unknown kind or an unreadable file."""
     try:
         if not is_data(file):
-            raise UserError(
-                f"data: {file} is no kind of file that can be read here. Use one of {KINDS}."
-            )
+            raise UserError(f"data: {file} is not of a kind that can be read. Use one of {KINDS}.")
         check_signature(file)
         kind = kind_of(file)
         if kind in _TABLES:

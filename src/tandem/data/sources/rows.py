@@ -184,7 +184,7 @@ def _saved_folder(root: Path, split: str) -> Path | None:
         try:
             names = json.loads(about.read_text(encoding="utf-8"))["splits"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"data: {about} is not sound: {error}.") from error
+            raise UserError(f"data: {about} is damaged: {error}.") from error
         name = same_split(split, names)
         if name is None:
             raise UserError(f"data: {root} has the splits {', '.join(names)}, not {split!r}.")
@@ -202,7 +202,7 @@ def _load_saved(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"data: {folder} is no sound saved data set: {error}.") from error
+        raise UserError(f"data: {folder} is a damaged saved data set: {error}.") from error
 
 
 def load_hub(source: DataSource) -> Any:

@@ -130,7 +130,7 @@ def table_file_chunks(file: Path) -> Iterator[ArrowChunk]:
             row += chunk.count
     except pyarrow.ArrowException as error:
         reason = str(error).strip().rstrip(".")
-        fault = f"no sound {what} file (after row {row}: {reason})."
+        fault = f"a damaged {what} file (after row {row}: {reason})."
         if "encrypt" in reason.lower():
             fault = f"an encrypted {what} file ({reason}). Write it without encryption."
         raise UserError(f"data: {file} is {fault}") from error
