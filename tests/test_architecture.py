@@ -152,7 +152,7 @@ def test_gaudi_is_named_where_it_is_chosen_and_asked_for_alone() -> None:
 # In `model` what stands later may import what stands before it, and not the other way round.
 MODEL_ORDER = (
     {"cpu", "unwrap", "trained_weights", "weight_files"},
-    {"model_folder", "added_tokens", "elementwise", "generate"},
+    {"model_folder", "added_tokens", "untrained_rows", "elementwise", "generate"},
     {"quantize", "companion_files"},
     {"attention", "lora"},
     {"logprobs"},

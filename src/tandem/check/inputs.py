@@ -216,9 +216,15 @@ def stage_chat(
     The model is a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do. Raises
     UserError as a training stage would.
     """
-    # Here, for it loads torch, which looking at texts alone does without.
-    from tandem.model.added_tokens import described_rows, in_words, untrained_tokens
-    from tandem.model.model_folder import load_tokenizer, model_folder, read_config
+    # Here, for looking at texts alone does without.
+    from tandem.model.model_folder import (
+        described_rows,
+        load_tokenizer,
+        model_folder,
+        read_config,
+        stated_config,
+    )
+    from tandem.model.untrained_rows import in_words, untrained_tokens
 
     folder = model_folder(model, revision, weights=False)
     tokenizer = read_light_tokenizer(folder) or load_tokenizer(folder)
@@ -226,7 +232,7 @@ def stage_chat(
     template = resolve_template(tokenizer, chat_template)
     rows, notices = None, template.notices
     if (folder / "config.json").is_file():
-        config = read_config(folder)
+        config = stated_config(folder) or read_config(folder)
         rows = described_rows(config, added)
         notices += row_notices(tokenizer, rows)
         untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
@@ -238,10 +244,11 @@ def stage_chat(
 
 def require_context(chat: StageChat, target: CheckTarget) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
-    from tandem.model.model_folder import check_context, read_config
+    from tandem.model.model_folder import check_context, read_config, stated_config
 
     if target.limited and (chat.folder / "config.json").is_file():
-        check_context(read_config(chat.folder), target.options.limits.sequence, chat.folder)
+        config = stated_config(chat.folder) or read_config(chat.folder)
+        check_context(config, target.options.limits.sequence, chat.folder)
 
 
 def other_sets(

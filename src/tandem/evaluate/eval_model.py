@@ -8,12 +8,17 @@ from typing import Any
 
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
-from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import find_base
 from tandem.model.companion_files import load_combined_tokenizer
 from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.lora.adapter_config import is_adapter
-from tandem.model.model_folder import load_config, load_tokenizer, model_folder, require_model
+from tandem.model.model_folder import (
+    described_rows,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    require_model,
+)
 from tandem.model.prepare_model import WITH_ADDED_TOKENS, Preparation, prepare_model
 from tandem.model.quantize import read_record
 from tandem.runtime.device import Device

@@ -19,8 +19,9 @@ from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, check_nam
 from tandem.evaluate.scores import MeasurementStore
 from tandem.evaluate.suites import Task, TaskSelection, select_tasks, write_tasks
 from tandem.evaluate.task_forms import FORMS
-from tandem.model.added_tokens import described_rows, rows_of
+from tandem.model.added_tokens import rows_of
 from tandem.model.lora.adapter import added_ids_of_folder
+from tandem.model.model_folder import described_rows
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device

@@ -15,19 +15,21 @@ from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
 from tandem.errors import UserError
-from tandem.model.added_tokens import described_rows, embedding_names, in_words, untrained_tokens
+from tandem.model.added_tokens import embedding_names
 from tandem.model.lora.adapter import LoraWeights, adapted_weights, check_targets, refused_modules
 from tandem.model.lora.adapter_config import CONFIG, read_config_values
 from tandem.model.lora.adapter_folder import require_plain
 from tandem.model.model_folder import (
     check_context,
     check_unquantized,
+    described_rows,
     load_config,
     load_tokenizer,
     model_folder,
     model_without_weights,
     require_model,
 )
+from tandem.model.untrained_rows import in_words, untrained_tokens
 from tandem.model.weight_files import check_sums
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import TrainingSettings

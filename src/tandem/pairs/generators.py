@@ -18,11 +18,16 @@ from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError, require
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 from tandem.integrations.choose import device_of
-from tandem.model.added_tokens import described_rows
 from tandem.model.companion_files import all_stop_ids
 from tandem.model.generate import GeneratedAnswer, Sampling, generate_batch, plan_batches
 from tandem.model.load_model import load_model
-from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
+from tandem.model.model_folder import (
+    context_length,
+    described_rows,
+    load_config,
+    load_tokenizer,
+    model_folder,
+)
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings

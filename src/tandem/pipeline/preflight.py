@@ -124,8 +124,7 @@ def check_tokens(recipe: Recipe) -> None:
     """
     if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
-    from tandem.model.added_tokens import described_rows
-    from tandem.model.model_folder import load_config, load_tokenizer, model_folder
+    from tandem.model.model_folder import described_rows, load_config, load_tokenizer, model_folder
 
     folder = model_folder(recipe.model)
     tokenizer = load_tokenizer(folder)

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
-from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
 from tandem.model.lora.adapter_config import read_config
@@ -24,6 +23,7 @@ from tandem.model.merge_weights import Verified, added, merge_shards, verify_mer
 from tandem.model.model_folder import (
     QUANTIZATION,
     check_unquantized,
+    described_rows,
     load_config,
     load_tokenizer,
     model_folder,
