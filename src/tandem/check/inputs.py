@@ -20,7 +20,6 @@ from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
-from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -219,15 +218,15 @@ def stage_chat(
     # Here, for looking at texts alone does without.
     from tandem.model.model_folder import (
         described_rows,
-        load_tokenizer,
         model_folder,
         read_config,
+        read_tokenizer,
         stated_config,
     )
     from tandem.model.untrained_rows import in_words, untrained_tokens
 
     folder = model_folder(model, revision, weights=False)
-    tokenizer = read_light_tokenizer(folder) or load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
     rows, notices = None, template.notices

@@ -1,6 +1,7 @@
 """A base model before its weights are loaded: what a stage learns of it, and an adapter's base.
 
-A stage looks its base up once. An adapter says which model it was trained on.
+A stage looks its base up once. An adapter says which model it was trained on. The functions that
+need torch or peft import them, so that mistakes are told at once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,7 @@ from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
 from tandem.errors import UserError
-from tandem.model.added_tokens import embedding_names
-from tandem.model.lora.adapter import LoraWeights, adapted_weights, check_targets, refused_modules
 from tandem.model.lora.adapter_config import CONFIG, read_config_values
-from tandem.model.lora.adapter_folder import require_plain
 from tandem.model.model_folder import (
     check_context,
     check_unquantized,
@@ -120,6 +118,8 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     for name, section in sections.items():
         targets = section.lora.target_modules
         if not isinstance(targets, str):
+            from tandem.model.lora.adapter import check_targets, refused_modules
+
             model = model_without_weights(config)
             key = f"{name}.lora.target_modules"
             check_targets(model, targets, refused_modules(model), key)
@@ -129,6 +129,9 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
 
 def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     """Raise UserError if a stage's adapter could not be merged into the base's files."""
+    from tandem.model.added_tokens import embedding_names
+    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
+
     model, plain = model_without_weights(config), model_without_weights(config)
     adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
     rows = [f"{name}.weight" for name in embedding_names(plain)]
@@ -171,6 +174,8 @@ def find_base(adapter: Path) -> Path:
     Raises UserError when it is nowhere, has other weights, or cannot be told from another one of
     the same name, and for an adapter that is no plain LoRA.
     """
+    from tandem.model.lora.adapter_folder import require_plain
+
     require_plain(adapter)
     named, revision = _named(adapter)
     trained_on = trained_weights(adapter)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.data.sources.rows import looks_like_path
+from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.errors import UserError
 from tandem.storage.atomic_files import read_json, require_spelled
 from tandem.storage.hashing import weight_files
@@ -201,6 +203,15 @@ def described_rows(config: Any, added: AddedTokens | None = None) -> int:
     return max([rows, *(index + 1 for index in (added.ids if added else ()))])
 
 
+def known_config(folder: Path, *, weights: bool = True) -> Any:
+    """What is known of a local model's configuration, by transformers where it must; see there.
+
+    Raises UserError as `load_config` does.
+    """
+    require_model(folder, weights=weights)
+    return stated_config(folder) or read_config(folder)
+
+
 def model_without_weights(config: Any, folder: Path | None = None) -> Any:
     """The causal language model that a configuration describes, on torch's meta device.
 
@@ -282,6 +293,14 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder for encoding alone, of transformers only where it must be.
+
+    Raises UserError as `load_tokenizer` does.
+    """
+    return read_light_tokenizer(folder) or load_tokenizer(folder)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local folder.
 
@@ -308,6 +327,17 @@ def context_length(config: Any) -> int | None:
 def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
     """Raise UserError when `max_length`, called `key`, exceeds the positions of the model."""
     require_context(context_length(config), max_length, folder, key)
+
+
+def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = True) -> None:
+    """Raise UserError for a folder that is no model, and lengths beyond a context that it states.
+
+    `lengths` are in tokens, by what messages call them; see `require_model` for `weights`.
+    """
+    require_model(folder, weights=weights)
+    config = stated_config(folder)
+    for key, length in lengths.items() if config is not None else ():
+        check_context(config, length, folder, key)
 
 
 def require_context(context: int | None, max_length: int, folder: Path, key: str) -> None:

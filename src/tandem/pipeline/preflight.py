@@ -13,12 +13,20 @@ from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
-from tandem.data.sources.rows import count_sources, local_files, looks_like_path
+from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
 from tandem.data.truncation.limits import Limits
+from tandem.model.model_folder import (
+    check_fetchable,
+    check_lengths,
+    described_rows,
+    known_config,
+    model_folder,
+    read_tokenizer,
+)
 from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
@@ -30,7 +38,23 @@ from tandem.storage.atomic_files import read_json
 _NO_LIMIT = 2**31 - 1
 
 
-def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
+def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
+    """Look for the data and the base model that a recipe names on this machine.
+
+    Neither torch nor transformers is needed. `weights` says whether the model must have any.
+
+    Raises UserError for data that is not there, a folder that is no model, and lengths beyond the
+    context that its configuration states.
+    """
+    for source in _local(_sources(recipe)):
+        local_files(source.path, source.split)
+    named = {"sft": recipe.sft, "dpo": recipe.dpo}
+    lengths = {f"{name}.max_length": each.max_length for name, each in named.items() if each}
+    if lengths and is_local(recipe.model):
+        check_lengths(model_folder(recipe.model), lengths, weights=weights)
+
+
+def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozenset()) -> None:
     """Look for the data and models that a run will need.
 
     Data on the Hub, and the embedded demo's, is looked for when its stage comes.
@@ -38,15 +62,15 @@ def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
     Args:
         recipe: the resolved recipe.
         wanted: names of the stages that are to run.
+        finished: those whose results are there, whose data is not read again.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
     does not have, and what `check_tokens` raises.
     """
-    unwanted = {name for name in ("sft", "pairs", "dpo", "evaluate") if name not in wanted}
-    asked = recipe.model_copy(update=dict.fromkeys(unwanted))
-    for source in _local(_sources(asked)):
-        local_files(source.path, source.split)
+    sections = {"sft", "pairs", "dpo", "evaluate"}
+    check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
+    asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -101,11 +125,9 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
 
     Only a local model is looked at.
     """
-    if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
+    if not is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
-    from tandem.model.model_folder import load_tokenizer, model_folder
-
-    tokenizer = load_tokenizer(model_folder(recipe.model))
+    tokenizer = read_tokenizer(model_folder(recipe.model))
     add_tokens(tokenizer, recipe.added_tokens)
     # The base is asked in its own template, if it has one, and the others in the run's.
     own = tokenizer.chat_template
@@ -122,13 +144,11 @@ def check_tokens(recipe: Recipe) -> None:
     Only a local model and local data are looked at, and only where the model's tokenizer has more
     tokens than the model has rows.
     """
-    if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
+    if not is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
-    from tandem.model.model_folder import described_rows, load_config, load_tokenizer, model_folder
-
     folder = model_folder(recipe.model)
-    tokenizer = load_tokenizer(folder)
-    rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
+    tokenizer = read_tokenizer(folder)
+    rows = described_rows(known_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
@@ -184,11 +204,7 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
     """The sources on this machine; raises UserError for a stated format that does not exist."""
     for source in sources:
         check_format(source)
-    return [source for source in sources if _is_local(source.path)]
-
-
-def _is_local(name: str) -> bool:
-    return not name.startswith("demo:") and looks_like_path(name)
+    return [source for source in sources if is_local(source.path)]
 
 
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
@@ -198,11 +214,10 @@ def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
     for.
     """
     from tandem.model.base_model import check_base
-    from tandem.model.model_folder import check_fetchable, model_folder
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}
-    local = _is_local(asked.model)
+    local = is_local(asked.model)
     if not sections or not (local or begins in sections.values()):
         return
     folder = model_folder(asked.model, asked.model_revision, weights=False)
