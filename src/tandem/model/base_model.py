@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from tandem.data.sources.rows import looks_like_path
+from tandem.data.sources.rows import is_local, looks_like_path
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
 from tandem.errors import UserError
-from tandem.model.lora.adapter_config import CONFIG, read_config_values
+from tandem.model.lora.adapter_config import CONFIG, is_adapter, read_config_values
 from tandem.model.model_folder import (
     check_context,
     check_unquantized,
@@ -27,7 +27,6 @@ from tandem.model.model_folder import (
     model_without_weights,
     require_model,
 )
-from tandem.model.untrained_rows import in_words, untrained_tokens
 from tandem.model.weight_files import check_sums
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import TrainingSettings
@@ -69,6 +68,8 @@ class BaseModelInfo:
 
     def warnings(self) -> tuple[str, ...]:
         """A line on the template's tokens whose rows were never trained; reads these weights."""
+        from tandem.model.untrained_rows import in_words, untrained_tokens
+
         words = in_words(
             untrained_tokens(
                 self.folder, self.config, self.tokenizer, self.template, self.added.ids
@@ -136,6 +137,14 @@ def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
     rows = [f"{name}.weight" for name in embedding_names(plain)]
     check_sums(folder, plain, [*adapted_weights(adapted), *rows])
+
+
+def check_model(name: str) -> None:
+    """Raise UserError for a path that is there neither as a model nor as an adapter's folder."""
+    if is_local(name):
+        folder = model_folder(name)
+        if not is_adapter(folder):
+            require_model(folder)
 
 
 def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:

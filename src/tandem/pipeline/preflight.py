@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
@@ -15,10 +13,7 @@ from tandem.data.read_records import formatted_chunks, read_pairs, read_question
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import ChatTokenizer
-from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
-from tandem.data.truncation.limits import Limits
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -27,7 +22,6 @@ from tandem.model.model_folder import (
     model_folder,
     read_tokenizer,
 )
-from tandem.pairs.prompts import read_prompts
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.recipe import Recipe
@@ -109,6 +103,8 @@ def _check_rows(asked: Recipe) -> None:
         ):
             pass
     if asked.pairs is not None:
+        from tandem.pairs.prompts import read_prompts
+
         making = asked.pairs
         for source in _local([*making.prompts, *making.heldout]):
             # The first one tells what kind of records they are.
@@ -127,6 +123,8 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
     """
     if not is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
+    from tandem.data.tokenize.template_omissions import check_asked
+
     tokenizer = read_tokenizer(model_folder(recipe.model))
     add_tokens(tokenizer, recipe.added_tokens)
     # The base is asked in its own template, if it has one, and the others in the run's.
@@ -151,6 +149,11 @@ def check_tokens(recipe: Recipe) -> None:
     rows = described_rows(known_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
+    from tandem.data.encoded.encode_chunk import EncodingOptions
+    from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
+    from tandem.data.tokenize.encode import ChatTokenizer
+    from tandem.data.truncation.limits import Limits
+
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
     for kind, named in _encoded(recipe):
         sources = _local(named)
