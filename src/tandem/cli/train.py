@@ -91,8 +91,9 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
     devices = nproc or launched().count
     job, notices = job_from_flags(stage, values, devices=devices, cards=has_bridge())
-    if nproc is not None and not dry_run:
+    if not dry_run:
         announce(f"{stage} of {job.run.model} -> {job.folder}")
+    if nproc is not None and not dry_run:
         return in_processes(nproc, stage, argv, device=job.run.device)
     from tandem.runtime.console import notice_console
 
@@ -106,7 +107,6 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
             print(dry_run_text(job, half=half), end="")
         return 0
     output_folder(job.folder, "--output_dir")
-    announce(f"{stage} of {job.run.model} -> {job.folder}")
     if half:
         job = _in_half(job, console)
     from tandem.pipeline.run_pipeline import run_training
