@@ -33,9 +33,9 @@ def _rows(table: str) -> dict[str, list[str]]:
 def test_every_side_of_both_stages_does_the_same_mathematics(
     files: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """`take_turns` ends the run unless first steps agree, so that tables there are prove it."""
+    """`take_turns` ends the run unless first steps agree, so that pages there are prove it."""
     few = ["--default-pairs=2", "--default-conversations=2", "--save"]
-    tables = training.main([*files, *_SMALL, *_BATCHES, *few], apart=Here)
+    pages = training.main([*files, *_SMALL, *_BATCHES, *few], apart=Here)
     printed = capsys.readouterr().out
     for stage, sides_of_stage in {
         "dpo": [
@@ -47,7 +47,7 @@ def test_every_side_of_both_stages_does_the_same_mathematics(
             "TRL, 3 conversations padded", "TRL, packed to 512 tokens", "TRL, its defaults",
         ],
     }.items():  # fmt: skip
-        table = tables[stage]
+        table = pages[stage]
         assert table in printed
         kept = record.load(tmp_path / "results" / f"training-{stage}-1m.json")
         assert list(kept.settings["sides"]) == sides_of_stage
@@ -63,7 +63,7 @@ def test_every_side_of_both_stages_does_the_same_mathematics(
         assert f"torch {torch.__version__}" in table
         assert tables.markdown(kept) == table
         assert (tmp_path / "results" / f"training-{stage}-1m.svg").read_text().startswith("<svg")
-    assert "0 reference log-probs computed" in tables["dpo"]
+    assert "0 reference log-probs computed" in pages["dpo"]
     losses = record.load(tmp_path / "results" / "training-sft-1m.json").measured
     assert len({round(ones[0].first_loss, 4) for ones in losses.values()}) == 2
 

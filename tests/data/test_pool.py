@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ from .built import prepare_conversations, prepare_pairs
 from .test_prepare import pair, talk, write
 
 NEW = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+
+
+@pytest.fixture
+def started() -> Callable[[], list[psutil.Process]]:
+    """This process's children that were started since; tests may share a server of processes."""
+    before = set(psutil.Process().children())
+    return lambda: [one for one in psutil.Process().children() if one not in before]
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +134,9 @@ def test_conversations_too(shared_data: Path, byte_tokenizer: Any, tmp_path: Pat
     )  # fmt: skip
 
 
-def test_the_first_error_in_reading_order_is_raised(mistral_tokenizer: Any, tmp_path: Path) -> None:
+def test_the_first_error_in_reading_order_is_raised(
+    mistral_tokenizer: Any, tmp_path: Path, started: Callable[[], list[psutil.Process]]
+) -> None:
     good = [pair(f"What is {n}?", "It.", "Not.") for n in range(200)]
     broken = write(tmp_path / "p.jsonl", [*good[:150], "{", *good, "["])
     wrong = write(tmp_path / "c.jsonl", [talk("Hi", "Hello")])
@@ -140,7 +150,7 @@ def test_the_first_error_in_reading_order_is_raised(mistral_tokenizer: Any, tmp_
                 ledger=Ledger(None),
                 workers=workers,
             )
-    assert not psutil.Process().children()
+    assert not started()
 
 
 def test_a_wrong_second_source_is_raised_after_the_first_is_done(
@@ -195,13 +205,15 @@ def setup_of(tokenizer: Any) -> Setup:
     )
 
 
-def test_a_worker_that_dies_is_an_error_not_a_wait(mistral_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_an_error_not_a_wait(
+    mistral_tokenizer: Any, tmp_path: Path, started: Callable[[], list[psutil.Process]]
+) -> None:
     source = write(tmp_path / "p.jsonl", [pair(f"{n}?", "It.", "No.") for n in range(64)])
     tasks = [(chunk, "orca_dpo_pairs") for chunk in file_chunks(Path(source.path))]
     with worker_pool.Pool(setup_of(mistral_tokenizer), 1) as workers:
         results = workers.map(tasks)
         next(results)
-        psutil.Process().children()[0].kill()
+        started()[0].kill()
         with pytest.raises(TandemError, match="ended by itself"):
             list(results)
 
