@@ -26,6 +26,7 @@ from .record import Environment, log
 from .tables import RESULTS
 
 COMMAND = "python -m benchmarks.first_contact"
+_YARDSTICK = "import torch; print()"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _RECIPE = """\
 name: contact
@@ -72,7 +73,7 @@ CASES = (
     Case("plan of a file that is not there", ("plan", "none.yaml"), 2, _MISTAKE),
     Case("show, one record", ("show", *_SHOW, "--row", "1"), 0, _SHOWN, _SHOWN),
     Case("check --model, 20 records", ("check", *_SHOW), 0, _SHOWN, _SHOWN),
-    Case("--help", ("--help",), limit=_FIRST),
+    Case("the help text", ("--help",), limit=_FIRST),
 )
 
 
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         torch: list[float] = []
         contacts: dict[str, list[Contact]] = {case.name: [] for case in chosen}
         for repeat in range(options.repeats + 1):
-            seconds = _run(["-c", "import torch; print()"], 0, scratch).whole
+            seconds = _run(["-c", _YARDSTICK], 0, scratch).whole
             # In the first round compiled files are written, and read into memory.
             torch += [seconds] if repeat else []
             for case in chosen:
@@ -152,7 +153,7 @@ def _run(argv: Sequence[str], code: int, folder: Path) -> Contact:
             for key, _ in selector.select():
                 part = os.read(key.fd, 2**16)
                 if part:
-                    moments.append(_cpu_seconds(process.pid))
+                    moments.append(cpu_seconds(process.pid))
                     said += part
                 else:
                     selector.unregister(key.fileobj)
@@ -166,7 +167,7 @@ def _run(argv: Sequence[str], code: int, folder: Path) -> Contact:
     return Contact(moments[0], whole, max(0.0, whole - moments[-1]))
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """CPU seconds that a process has used, all its threads together."""
     # Behind the program's name, which may have blanks in it.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
