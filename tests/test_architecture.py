@@ -149,6 +149,42 @@ def test_gaudi_is_named_where_it_is_chosen_and_asked_for_alone() -> None:
     assert found == others
 
 
+def test_deepspeed_and_gaudi_stand_behind_engine_and_device_alone() -> None:
+    """Only the file that chooses imports them, and they bring no method that others could call."""
+    from tandem.integrations.deepspeed.zero import Zero2Engine, Zero3Engine
+    from tandem.integrations.gaudi.gaudi_device import GaudiDevice
+    from tandem.runtime.device import Device
+    from tandem.train.engines.engine import Engine
+
+    vendors = ("tandem.integrations.deepspeed", "tandem.integrations.gaudi")
+    importers = {
+        _name(path)
+        for path in modules()
+        if any(name.startswith(vendors) for name in imports(path))
+        and not _name(path).startswith(("integrations/deepspeed/", "integrations/gaudi/"))
+    }
+    assert importers == {"integrations/choose.py", "cli/environment.py"}
+    for ours, theirs, own in (
+        (Engine, Zero2Engine, {"name"}),
+        (Engine, Zero3Engine, {"name"}),
+        (Device, GaudiDevice, {"settings", "lazy"}),
+    ):
+        added = {name for name in dir(theirs) if not name.startswith("_")} - set(dir(ours))
+        assert added <= own, theirs
+
+
+def test_code_decides_by_an_engines_name_where_it_is_chosen_alone() -> None:
+    """Elsewhere the names stand in messages, and in the table of what each engine shards."""
+    found = set()
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            compared = ast.walk(node) if isinstance(node, ast.Compare) else ()
+            constants = {one.value for one in compared if isinstance(one, ast.Constant)}
+            if any(isinstance(one, str) and "deepspeed" in one for one in constants):
+                found.add(_name(path))
+    assert found <= {"integrations/choose.py"}
+
+
 # In `model` what stands later may import what stands before it, and not the other way round.
 MODEL_ORDER = (
     {"cpu", "unwrap", "trained_weights", "weight_files"},

@@ -69,7 +69,7 @@ def test_all_processes_begin_again_with_less(
         done.stderr.count(f"attention segments (the fastest that computes this model), {less} ")
         == 1
     )
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 9))
     found, like = (load_file(f / "adapter_model.safetensors") for f in (out, tmp_path / "alone"))
     assert distance(found, like) < LIMITS["float32"][1]

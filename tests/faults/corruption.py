@@ -225,7 +225,7 @@ def judged(scene: Scene, sound: Outcome, file: str, damaged: Outcome) -> str:
     # A refusal may name the stage's or the checkpoint's folder instead.
     names |= str(Path(file).parent) in damaged.said.partition("error: ")[2]
     step = Path(file).parent.name
-    names |= step.startswith("step-") and f"{step} is passed over" in damaged.said
+    names |= step.startswith("step-") and f"{step} is skipped" in damaged.said
     if damaged.code:
         return "refused" if names else "unnamed"
     if damaged.results == sound.results:

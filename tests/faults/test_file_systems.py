@@ -85,7 +85,7 @@ def test_an_account_without_a_home(desk: Desk, monkeypatch: pytest.MonkeyPatch) 
     assert "set XDG_CACHE_HOME" in said
     desk.accepted(desk.merge(desk.model, desk.home / "out"))
     said = desk.accepted(desk.train("dpo", output_dir=desk.home / "dpo"))
-    assert "reference log-probs are not kept for other runs" in said
+    assert "reference log-probs are not stored for other runs" in said
     assert "9 and 0" not in said
     desk.refused(["cache"], "no home folder", "XDG_CACHE_HOME")
 
@@ -140,7 +140,7 @@ def test_after_a_disk_was_full_at_the_very_end_the_run_goes_on_from_its_last_che
     with monkeypatch.context() as patch:
         patch.setattr(LoraWeights, "save", save)
         desk.stopped(command, "make room there and run again")
-    assert "going on from" in desk.accepted(command)
+    assert "resuming from" in desk.accepted(command)
     assert (desk.home / "out" / _ADAPTER).exists()
 
 
@@ -209,7 +209,7 @@ def _cut(store: Path) -> None:
         (_written(b"SQLite format 3\0" + bytes(4096)), "is damaged"),
         (_written(b""), ""),
         (_cut, "is damaged"),
-        (_folder, "are not kept for other runs"),
+        (_folder, "are not stored for other runs"),
         (_changed("UPDATE checked SET logp = logp + 1e-9"), "are damaged: they are computed again"),
         (_changed("UPDATE checked SET logp = -1.5, used = 0"), "are computed again"),
         (_changed("UPDATE checked SET logp = NULL"), "are computed again"),
@@ -249,7 +249,7 @@ def test_a_cache_in_the_place_of_which_a_file_lies(
     monkeypatch.setenv("XDG_CACHE_HOME", str(desk.home / "in the way"))
     said, adapter = _dpo(desk, "second")
     assert "the encoded data cannot be kept" in said
-    assert "are not kept for other runs" in said
+    assert "are not stored for other runs" in said
     assert adapter == expected
     assert main(["cache"]) == 0
 
@@ -263,7 +263,7 @@ def test_a_store_that_another_program_holds_is_done_without(
     holder.execute("BEGIN EXCLUSIVE")
     said, adapter = _dpo(desk, "second")
     holder.close()
-    assert "are not kept for other runs: database is locked" in said
+    assert "are not stored for other runs: database is locked" in said
     assert adapter == expected
 
 
@@ -353,7 +353,7 @@ def test_a_smaller_budget_that_cannot_be_kept_ends_only_runs_that_must_begin_ane
     budget = _budget(tmp_path, said)
     budget.settle([8], SimpleNamespace(on_rank0=lambda work: work()))
     assert budget.tokens == 8
-    assert "cannot be kept for the next start" in said[1]
+    assert "cannot be recorded for the next start" in said[1]
     with pytest.raises(OSError, match="directory"):
         _budget(tmp_path, said, sharded=True).settle(
             [8], SimpleNamespace(on_rank0=lambda work: work())

@@ -166,8 +166,8 @@ def test_the_harness_refuses_texts_with_the_token(desk: Desk, rows: int) -> None
     tokenizer, _ = model.tokenizer(None)
     settings = TaskSettings(limit=None, chat=False, batch_size="1", chat_template=None)
     subject = harness_model(model, tokenizer, settings, choose_device("cpu", "float32"))
-    assert subject.look is not None
-    harness._look_at_tokens(theirs, subject.look)
+    assert subject.check is not None
+    harness._check_tokens(theirs, subject.check)
     assert theirs.tok_encode("say red")
     with pytest.raises(UserError, match=f"has the id {rows}"):
         theirs.tok_encode(f"say {END}")

@@ -159,7 +159,7 @@ def test_a_step_that_runs_out_of_memory_is_done_finer(done: Done, order: Order) 
     said = done.outcomes[order][0].said
     tokens = read_json(done.home / order.folder / "memory.json")["tokens_per_microbatch"]
     assert tokens < order.budget
-    assert said.count(f"out of memory; going on with {tokens} tokens a micro-batch") == 1
+    assert said.count(f"out of memory; continuing with {tokens} tokens a micro-batch") == 1
     assert [outcome.said for outcome in done.outcomes[order][1:]] == [""] * (
         len(done.outcomes[order]) - 1
     )

@@ -175,7 +175,7 @@ def test_it_goes_on_in_another_number_of_processes_and_says_so(done: Done) -> No
     ):
         first = done.outcomes[order][0]
         assert not first.error, first.message
-        assert f"going on with another schedule ({change})" in first.said
+        assert f"resuming with another schedule ({change})" in first.said
         assert "(step 2 of 4)" in first.said
         like = adapter(done.home, f"{order.kind}-float32-whole")
         assert distance(adapter(done.home, order.folder), like) < LIMITS["float32"][1]

@@ -233,7 +233,7 @@ def test_a_merge_and_a_chat_answer_alike(
         merge_job(base, tmp_path / "adapter", tmp_path / "merged"), Console(file=heard, width=1000)
     )
     assert "model.embed_tokens.weight in " in heard.getvalue()
-    assert "is passed over: it is the base's own" in heard.getvalue()
+    assert "is skipped: it equals the base's own" in heard.getvalue()
     ids = torch.arange(10)[None]
     with torch.no_grad():
         chat = load_for_inference(str(tmp_path / "adapter"), "cpu")[0](input_ids=ids).logits

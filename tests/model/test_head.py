@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.model.added_tokens import TrainedRows
 from tandem.model.logprobs import output_head as head_module
-from tandem.model.logprobs.output_head import Head, HeadBlocks, linear_logprob
+from tandem.model.logprobs.output_head import Head, linear_logprob, ordered_blocks
 
 
 def oracle(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def test_blocks_of_the_vocabulary_add_up(
     torch.manual_seed(0)
     weight, bias = torch.randn(950, 32), torch.randn(950)
     weight[700] *= 20  # where a late block's peak leaves nothing of the earlier ones
-    blocks = HeadBlocks.of(weight) if ordered else None
+    blocks = ordered_blocks(weight) if ordered else None
     head = Head(weight, bias, 0.7, softcap, blocks)
     hidden = torch.randn(90, 32, requires_grad=True)
     target = torch.randint(0, 950, (90,))

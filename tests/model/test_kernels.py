@@ -66,7 +66,7 @@ def projections(heads: int, key_heads: int, depth: int) -> list[Tensor]:
 def attend(library: Kernels, inputs: list[Tensor], window: int | None = None) -> list[Tensor]:
     """Output [1, T, heads, D] and the gradients of query, key and value."""
     query, key, value = (t.detach().clone().requires_grad_() for t in inputs[:3])
-    table = TreeLayout(SEGMENTS, positions(SEGMENTS)).table()
+    table = TreeLayout(SEGMENTS, positions(SEGMENTS)).table
     call = TreeAttentionCall(library, *table, 0.3, window)
     output = TreeAttention.apply(call, query, key, value)
     output.backward(inputs[3].transpose(1, 2))

@@ -144,8 +144,8 @@ def test_equals_plain_transformers(family: str) -> None:
 def test_keys_are_found_once_a_micro_batch_and_gathered_by_path() -> None:
     layout = _layout([(3, (3, 2, 2)), (2, (2, 3))])
     assert layout.segments[1:3] == (Segment(5, 6, 0, 3), Segment(6, 7, 0, 3))
-    paths = layout.key_paths()
-    assert layout.key_paths() is paths
+    paths = layout.key_paths
+    assert layout.key_paths is paths
     assert paths.rows.tolist() == [
         0, 1, 2, 3, 4,  0, 1, 2, 5,  0, 1, 2, 6,  7, 8, 9,  7, 8, 10, 11,
     ]  # fmt: skip
@@ -167,7 +167,7 @@ def test_torchs_own_function_takes_the_call() -> None:
     layout = _layout([(5, (4, 3)), (3, (2, 6, 5))])
     rows = len(layout.position_ids)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layout.key_paths()
+        _ = layout.key_paths
 
         def heads(count: int) -> Tensor:
             return torch.randn(1, count, rows, 16, dtype=torch.bfloat16, requires_grad=True)

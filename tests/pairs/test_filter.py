@@ -120,9 +120,9 @@ def test_a_check_that_fails_names_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("mine.py", "no place of a function"),
-        (":f", "no place of a function"),
-        ("a.py:not a name", "no place of a function"),
+        ("mine.py", "does not name a function"),
+        (":f", "does not name a function"),
+        ("a.py:not a name", "does not name a function"),
         ("nowhere.py:f", "there is no file nowhere.py"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
         ("json:no_such", "json has no function no_such"),

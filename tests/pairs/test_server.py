@@ -194,7 +194,7 @@ def test_a_dead_server_stops_the_run_and_a_wrong_model_refuses_it(desk: Desk) ->
     desk.plan = {"*": [500] * 1000}
     with pytest.raises(Stopped, match="3 requests in a row unanswered") as stop:
         found(server(desk, patience=3, retries=1), *"abcdefgh")
-    assert "the same command goes on" in str(stop.value)
+    assert "the same command resumes" in str(stop.value)
     desk.plan = {"*": [400] * 1000}
     with pytest.raises(UserError, match="refused the first 3 requests"):
         found(server(desk, patience=3), *"abcdefgh")

@@ -170,7 +170,7 @@ def test_the_installed_command_is_killed_from_outside(home: Path, launcher: Laun
         process.wait()
     assert not finished(run / "1-sft")
     said = launcher.run(*command, "--until", "sft", root=run, cache="cache-out").said
-    assert "going on from" in said
+    assert "resuming from" in said
     changed = launcher.run(*command[:3], "sft.max_steps=59", root=run, cache="cache-out")
     assert changed.code == 2
     assert "settings.max_steps: 60 -> 59" in changed.said

@@ -124,7 +124,7 @@ def test_what_cannot_be_estimated_does_not_end_a_run(
     assert "estimate" not in summary
     assert summary["steps"] == 2
     assert [text for text in told if "no attribute 'hidden_size'" in text] == [
-        "sft: nothing is estimated of this run (AttributeError: 'StrangeConfig' object has no "
+        "sft: this run is not estimated (AttributeError: 'StrangeConfig' object has no "
         "attribute 'hidden_size')"
     ]
 

@@ -149,7 +149,7 @@ def test_a_fraction_is_held_out_by_prompt_and_accounted_for(
 
     def watch(self: Any, step: Any) -> Any:
         rows = (self.examples[i].origin.row for i in step.examples)
-        (trained_on if self._learns else scored).extend(rows)
+        (trained_on if self.learns else scored).extend(rows)
         return plain(self, step)
 
     monkeypatch.setattr(StepRunner, "run", watch)

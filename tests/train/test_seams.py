@@ -1,9 +1,12 @@
-"""Losses, optimizers, schedules and callbacks that come from outside, each in a dozen lines."""
+"""What comes from outside, each in a dozen lines: losses, optimizers, schedules, callbacks, changes
+to a model, engines and devices. Kinds of trained weights: `stages/test_trained_weights.py`.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +19,15 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from tandem.errors import Stopped, UserError
+from tandem.model.prepare_model import FOR_TRAINING, Preparation
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.runtime.device import Device
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
+from tandem.train.engines.engine import Engine, MakeOptimizer
 from tandem.train.losses.objectives import find_loss
 from tandem.train.losses.registry import (
     PREFERENCE_LOSSES,
@@ -200,6 +206,85 @@ def test_a_callback_from_outside_is_told_and_adds_to_the_summary(
         ("checkpoint", 6),
     ]  # fmt: skip
     assert read_json(folder / "summary.json")["told"] == len(callback.told)
+
+
+def _sft(model: Path, folder: Path) -> Path:
+    talks = DataSource(path=str(make_conversations(folder.parent / "talks.jsonl", 12)))
+    return run_sft(training_job(SftSettings(data=(talks,), **COMMON), model, folder), QUIET)
+
+
+def test_a_change_to_a_model_from_outside_takes_its_place_in_the_list(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def freeze_a(model: Any, _: Preparation, log: Any) -> Any:
+        """Train B alone (LoRA-FA, arXiv 2308.03303)."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        log("A is frozen")
+        return model
+
+    changes = "tandem.stages.training.model_setup.FOR_TRAINING"
+    monkeypatch.setattr(changes, (*FOR_TRAINING, freeze_a))
+    folder = _sft(model, tmp_path / "out")
+    assert all("lora_B" in name for name in adapter(folder))
+
+
+class PlainEngine(Engine):
+    """Keeps gradients where torch puts them, for one process."""
+
+    name = "plain"
+
+    def _share(self, make_optimizer: MakeOptimizer) -> None:
+        self.optimizer = make_optimizer(self.parameters.values())
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+
+def test_an_engine_from_outside_trains_the_same_adapter(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = _sft(model, tmp_path / "ours")
+    monkeypatch.setattr(
+        "tandem.stages.training.execution.choose_engine",
+        lambda _name, device, processes, _settings: PlainEngine(device, processes),
+    )
+    theirs = _sft(model, tmp_path / "theirs")
+    assert same(theirs, ours)
+    assert read_json(theirs / "summary.json")["engine"] == "plain"
+
+
+@dataclass(frozen=True)
+class CarefulDevice(Device):
+    """A CPU with an optimizer, an attention, a budget and graphs of its own."""
+
+    boundaries: list[int] = field(default_factory=list)
+
+    def attention(self, requested: str, model: Any) -> tuple[str, str]:
+        return "dense", f"not {requested}"
+
+    def optimizer(self, name: str) -> type[torch.optim.Optimizer] | None:
+        return torch.optim.NAdam if name == "adamw" else None
+
+    def batch_shapes(self, request: Any) -> tuple[None, int]:
+        return None, 64
+
+    def step_boundary(self) -> None:
+        self.boundaries.append(1)
+
+
+def test_a_device_from_outside_trains_in_its_own_way(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = _sft(model, tmp_path / "ours")
+    device = CarefulDevice(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("tandem.stages.training.train_stage.device_of", lambda _: device)
+    folder = _sft(model, tmp_path / "theirs")
+    summary, manifest = (read_json(folder / f"{name}.json") for name in ("summary", "manifest"))
+    assert summary["attention"] == "dense"
+    assert manifest["schedule"]["tokens_per_microbatch"] == 64
+    assert len(device.boundaries) == summary["micro_batches"] + summary["steps"]
+    assert not same(folder, ours)  # the optimizer is another one
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)

@@ -30,8 +30,8 @@ class EvalModel:
     label: str  # in tables
     folder: Path  # the model, or the adapter's base
     adapter: Path | None  # the adapter's folder, None for a whole model
-    # special tokens of the template for models that have none of their own. A base is asked as
-    # training asked it first: their embeddings are the mean of all others.
+    # of the run's template, for a base without one: their embeddings are the mean of all others, as
+    # when training begins
     added_tokens: tuple[str, ...] = ()
 
     @property
@@ -49,11 +49,11 @@ class EvalModel:
     @property
     def identity(self) -> dict[str, str]:
         """Hashes of its weights."""
-        found = {"weights": hash_weights(self.folder)}
+        hashes = {"weights": hash_weights(self.folder)}
         if self.adapter is not None:
-            found["adapter"] = hash_weights(self.adapter)
-            found["adapter_config"] = hash_file(self.adapter / "adapter_config.json")
-        return found
+            hashes["adapter"] = hash_weights(self.adapter)
+            hashes["adapter_config"] = hash_file(self.adapter / "adapter_config.json")
+        return hashes
 
     def tokenizer(self, chat_template: str | None) -> tuple[Any, ChatTemplate]:
         """The tokenizer and the template: its own, an adapter's first, else `chat_template`."""
@@ -103,8 +103,7 @@ class EvalModel:
 def find_eval_model(label: str, path: str, added_tokens: tuple[str, ...] = ()) -> EvalModel:
     """Look a model up: a model folder, an adapter's folder, or a Hub id, which is fetched.
 
-    Raises UserError for a folder that is neither, and for an adapter whose base is not there or
-    has other weights than those it was trained on.
+    Raises UserError for other folders, and for an adapter without the base that it was trained on.
     """
     folder = model_folder(path)
     if not is_adapter(folder):

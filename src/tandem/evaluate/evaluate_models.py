@@ -62,11 +62,9 @@ def evaluate_models(
     """Ask every model, write evaluation.json, and return what it says.
 
     `judge` compares each model's answers with the first model's; None: the settings' own, if they
-    name one.
-
-    A finished measurement (a model's own measures, a task of a model) is kept in the folder, and
-    not made again after a kill. While verdicts are missing the stage stays unfinished: the same
-    call asks for them again. A finished stage is found without torch.
+    name one. Finished measurements (a model's own measures, a task of a model) stay in the folder.
+    While verdicts are missing the stage stays unfinished: the same call asks for them again. A
+    finished stage is found without torch.
     """
     models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
     tasks = selected_tasks(settings)
@@ -147,10 +145,9 @@ class Evaluator:
     """Measures models one after the other."""
 
     folder: Path  # the stage's
-    settings: EvaluationSettings  # of the stage
+    settings: EvaluationSettings
     material: Material  # what models are asked and scored on
     data: Mapping[str, Any]  # hashes of the user's own data
-    # where models go, and where progress is shown
     device: Device
     run: RunSettings
     console: Console
@@ -172,18 +169,14 @@ class Evaluator:
         """All that is measured, as evaluation.json says it."""
         settings, definitions = self.settings, self.folder / _TASKS
         own = {model.label: self.own_scores(model) for model in models}
-        how = TaskSettings(
-            settings.limit, settings.chat, str(settings.batch_size), self.run.chat_template
-        )
+        size, template = str(settings.batch_size), self.run.chat_template
+        how = TaskSettings(settings.limit, settings.chat, size, template)
         describe_tasks(tasks, definitions)
-        task_scores = {
-            model.label: measure_tasks(
-                model, tasks, how,
-                store=self.store, definitions=definitions, device=self.device,
-                console=self.console,
-            )
-            for model in models
+        places: dict[str, Any] = {
+            "store": self.store, "definitions": definitions,
+            "device": self.device, "console": self.console,
         }  # fmt: skip
+        task_scores = {m.label: measure_tasks(m, tasks, how, **places) for m in models}
         verdicts = self.judge(judge, own) if judge is not None else {}
         evaluation = self._summary(paths, own, task_scores, verdicts)
         if judge is not None:
@@ -197,7 +190,7 @@ class Evaluator:
         return evaluation
 
     def own_scores(self, model: EvalModel) -> ModelScores:
-        """A model's own measures, kept ones where they are."""
+        """A model's own measures; finished ones come from the store."""
         if not self.material:
             return ModelScores({}, [])
         tokenizer, template = model.tokenizer(self.run.chat_template)
@@ -224,16 +217,12 @@ class Evaluator:
 
     def judge(self, judge: Judge, own: Mapping[str, ModelScores]) -> dict[str, Verdicts]:
         """A judge's verdicts on all models but the first, against which they are compared."""
-        questions = self.material.questions
+        questions = [question.turns[-1].content for question in self.material.questions]
         first, *others = own
         verdicts = {}
         for label in others:
-            duels = [
-                Duel(str(i), question.turns[-1].content, answer, against)
-                for i, (question, answer, against) in enumerate(
-                    zip(questions, own[label].answers, own[first].answers, strict=True)
-                )
-            ]
+            texts = zip(questions, own[label].answers, own[first].answers, strict=True)
+            duels = [Duel(str(i), *each) for i, each in enumerate(texts)]
             with phase(self.console, f"{label}: {judge.name} judges", 2 * len(duels)) as advance:
                 verdicts[label] = judge_duels(judge, duels, self.folder / _JUDGMENTS, advance)
             if unread := verdicts[label].unread:
@@ -261,10 +250,8 @@ class Evaluator:
         }
         figures = compared(scores)
         questions, measured = self.material.questions, [one.scores for one in own.values()]
-        counts = {
-            "questions": len(questions),
-            "pairs": items_of(measured, "preference_accuracy"),
-        }
+        pairs = items_of(measured, "preference_accuracy")
+        counts = {"questions": len(questions), "pairs": pairs}
         if self.material.heldout:
             counts["conversations"] = items_of(measured, "heldout_loss")
         evaluation: dict[str, Any] = {
@@ -293,9 +280,7 @@ def _samples(
 
 def check_something(settings: EvaluationSettings) -> None:
     """Raise UserError for settings that measure nothing."""
-    if not (
-        settings.questions or settings.pairs or settings.heldout or settings.tasks or settings.suite
-    ):
+    if not any(getattr(settings, name) for name in (*_OWN, "tasks", "suite")):
         raise UserError(
             "nothing to measure: name tasks (--tasks, --suite) or data of your own (--questions, "
             "--pairs, --heldout)"

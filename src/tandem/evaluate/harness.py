@@ -1,7 +1,6 @@
-"""lm-evaluation-harness: one task at a time on one model, quietly; its one home.
+"""lm-evaluation-harness: one task at a time on one model, without its output.
 
-The harness loads the model and computes the scores; nothing of ours takes part in them. A test
-holds them equal to what the harness's own command line says, to the last digit.
+The harness loads the model and computes the scores, as its own command line does.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import Score, score_of
 from tandem.evaluate.suites import Task
+from tandem.model.model_folder import first_line
 
 # Told how many requests there are, and then how many more are done.
 Advance = Callable[[int, int | None], None]
@@ -40,8 +41,8 @@ class HarnessModel:
     dtype: str  # of the weights, by name
     device: str  # by torch's name
     batch_size: str  # as the harness takes it: a number, or `auto`
-    # shown the token ids of each text; it raises UserError for those that cannot be fed
-    look: Callable[[Sequence[int]], None] | None = None
+    # called with the token ids of each text; raises UserError for those that cannot be fed
+    check: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,11 @@ def _unknown(name: str, there: Sequence[str]) -> UserError:
 
 
 class Harness:
-    """A model that the harness has loaded, as a context manager."""
+    """A model that the harness loads with the first task, as a context manager."""
 
     def __init__(self, model: HarnessModel, tasks: Path, *, hub: bool) -> None:
-        """The model is loaded by the first task; `hub`: whether tasks with data on the Hub come."""
-        self.model = model
-        self.hub = hub
-        self._tasks = tasks
+        """Take a folder of local tasks; `hub`: whether tasks with data on the Hub follow."""
+        self.model, self.hub, self._tasks = model, hub, tasks
         self._model: Any = None
         self._index: Any = None
 
@@ -123,8 +122,8 @@ class Harness:
     def measure(self, task: Task, *, limit: int | None, chat: bool, advance: Advance) -> TaskScores:
         """Measure a task; `limit`: its first items only, `chat`: prompts through the chat template.
 
-        Few-shot examples are turns then. Raises UserError for a task that does not exist, or whose
-        data cannot be had.
+        Few-shot examples are turns then. Raises UserError for an unknown task, and for data that
+        cannot be read.
         """
         started = time.monotonic()
         with _quietly(advance, offline=task.data is not None) as cut:
@@ -134,16 +133,11 @@ class Harness:
 
             try:
                 results = simple_evaluate(
-                    model=self._model,
-                    tasks=[name],
+                    model=self._model, tasks=[name], limit=limit, task_manager=self._index,
                     num_fewshot=None if task.data is not None else task.shots,
-                    batch_size=self.model.batch_size,
-                    device=self.model.device,
-                    limit=limit,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                    task_manager=self._index,
-                )
+                    batch_size=self.model.batch_size, device=self.model.device,
+                    apply_chat_template=chat, fewshot_as_multiturn=chat,
+                )  # fmt: skip
             except UserError:
                 raise
             except (OSError, ImportError, LookupError, ValueError, AssertionError) as error:
@@ -166,35 +160,34 @@ class Harness:
                 batch_size=self.model.batch_size,
                 **({} if self.model.adapter is None else {"peft": str(self.model.adapter)}),
             )
-            if self.model.look is not None:
-                _look_at_tokens(self._model, self.model.look)
+            if self.model.check is not None:
+                _check_tokens(self._model, self.model.check)
 
 
-def _look_at_tokens(model: Any, look: Callable[[Sequence[int]], None]) -> None:
-    """Have the harness's model show the token ids of each text to `look`, which may raise."""
+def _check_tokens(model: Any, check: Callable[[Sequence[int]], None]) -> None:
+    """Have the harness's model pass the token ids of each text to `check`, which may raise."""
     one, several = model.tok_encode, model.tok_batch_encode
 
     def encode(*args: Any, **settings: Any) -> Any:
         ids = one(*args, **settings)
-        look(ids)
+        check(ids)
         return ids
 
     def encode_batch(*args: Any, **settings: Any) -> Any:
         ids, mask = several(*args, **settings)
-        look(ids.flatten().tolist())
+        check(ids.flatten().tolist())
         return ids, mask
 
     model.tok_encode, model.tok_batch_encode = encode, encode_batch
 
 
 def _why(task: Task, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     hint = (
         "Its data comes from the Hub: check the network, or name local data."
         if task.data is None
         else "Check the task's files, and that there are more items than few-shot examples."
     )
-    return f"tasks: {task.name} cannot be measured: {lines[0]}. {hint}"
+    return f"tasks: {task.name} cannot be measured: {first_line(error)}. {hint}"
 
 
 def _scores(task: Task, name: str, results: Any, cut: int, seconds: float) -> TaskScores:
@@ -231,10 +224,10 @@ def _scores(task: Task, name: str, results: Any, cut: int, seconds: float) -> Ta
 
 @contextmanager
 def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
-    """The harness without what it prints, warns and looks up; yields its words about cut requests.
+    """The harness without its output, warnings and look-ups; yields its lines about cut requests.
 
-    Its bars become ours. Of a run it also notes its source's commit and the machine's packages,
-    for which it starts other programs, and asks the Hub about the model: none of it is used here.
+    Its bars become ours. It would also start programs to note its commit and the machine's
+    packages, and ask the Hub about the model.
     """
     cut: list[str] = []
     with ExitStack() as stack:
@@ -242,16 +235,19 @@ def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
         # All that runs in here is the harness's and its libraries'.
         warnings.simplefilter("ignore")
         stack.enter_context(_logged(cut))
-        for module in ("lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.api.model"):
-            stack.enter_context(_swapped(module, "tqdm", _bar(advance)))
-        for name in ("get_git_commit_hash", "add_env_info"):
-            stack.enter_context(_swapped("lm_eval.evaluator", name, lambda *_: None))
-        from lm_eval.models.huggingface import HFLM
-
-        stack.enter_context(_replaced(HFLM, "get_model_info", lambda _: {}))
+        stand_ins: dict[str, Any] = {
+            "lm_eval.api.task.tqdm": _bar(advance),
+            "lm_eval.models.huggingface.tqdm": _bar(advance),
+            "lm_eval.api.model.tqdm": _bar(advance),
+            "lm_eval.evaluator.get_git_commit_hash": lambda *_: None,
+            "lm_eval.evaluator.add_env_info": lambda *_: None,
+            "lm_eval.models.huggingface.HFLM.get_model_info": lambda _: {},
+        }
         if offline:
-            stack.enter_context(_swapped("huggingface_hub.constants", "HF_HUB_OFFLINE", True))
-            stack.enter_context(_swapped("datasets.config", "HF_HUB_OFFLINE", True))
+            stand_ins["huggingface_hub.constants.HF_HUB_OFFLINE"] = True
+            stand_ins["datasets.config.HF_HUB_OFFLINE"] = True
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch(name, stand_in))
         for library in ("transformers.utils.logging", "datasets"):
             import_module(library).disable_progress_bar()
         yield cut
@@ -259,7 +255,7 @@ def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
 
 @contextmanager
 def _logged(cut: list[str]) -> Iterator[None]:
-    """Its log goes nowhere but for what it says about requests that it cuts."""
+    """Drop the harness's log but for lines about requests that it cuts."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -278,30 +274,12 @@ def _logged(cut: list[str]) -> Iterator[None]:
         log.setLevel(before[2])
 
 
-def _swapped(module: str, name: str, value: Any) -> Any:
-    return _replaced(import_module(module), name, value)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def _bar(advance: Advance) -> type:
     """What stands in for tqdm: it tells `advance` about requests, and draws nothing."""
 
     class Bar:
         def __init__(
-            self,
-            iterable: Iterable[Any] | None = None,
-            total: int | None = None,
-            desc: str = "",
-            **_: Any,
+            self, iterable: Iterable[Any] = (), total: int | None = None, desc: str = "", **_: Any
         ) -> None:
             self.iterable = iterable
             self.counts = desc.startswith("Running")
@@ -309,7 +287,7 @@ def _bar(advance: Advance) -> type:
                 advance(0, total)
 
         def __iter__(self) -> Iterator[Any]:
-            return iter(self.iterable or ())
+            return iter(self.iterable)
 
         def update(self, count: int = 1) -> None:
             if self.counts:

@@ -71,10 +71,7 @@ def measure_tasks(
     device: Device,
     console: Console,
 ) -> dict[str, TaskScores]:
-    """Each task's scores by name; those that are in the store are not measured again.
-
-    `definitions` is the folder of local tasks' definitions, see `describe_tasks`.
-    """
+    """Each task's scores by name, from the store where they are; `definitions` has local tasks."""
     if not selection.tasks:
         return {}
     tokenizer, template = model.tokenizer(settings.chat_template)
@@ -132,16 +129,11 @@ def harness_model(
     rows = max([described_rows(model.config), *(index + 1 for index in ids)])
     if not isinstance(pretrained, str):
         rows = rows_of(pretrained)
-    look = partial(require_rows, rows=rows, decode=tokenizer.decode)
+    check = partial(require_rows, rows=rows, decode=tokenizer.decode)
     return HarnessModel(
-        pretrained,
-        adapter,
-        tokenizer,
-        device.dtype_name,
-        str(device.torch_device),
-        settings.batch_size,
-        look if tokens_without_row(tokenizer, rows) else None,
-    )
+        pretrained, adapter, tokenizer, device.dtype_name, str(device.torch_device),
+        settings.batch_size, check if tokens_without_row(tokenizer, rows) else None,
+    )  # fmt: skip
 
 
 def _measure(
@@ -151,7 +143,7 @@ def _measure(
         bars: list[Any] = []
 
         def advance(count: int, total: int | None) -> None:
-            # How many requests there are, the harness says when it has made them.
+            # The harness says how many requests there are when it has made them.
             if total is not None:
                 bars.append(stack.enter_context(phase(console, f"{label}: {task.title}", total)))
             elif bars:

@@ -62,7 +62,7 @@ class Material:
 
 
 class OwnMeasures:
-    """One model, loaded."""
+    """One model, loaded, that is asked and scored."""
 
     def __init__(
         self,
@@ -73,13 +73,9 @@ class OwnMeasures:
         runtime: RunSettings,
         console: Console,
     ) -> None:
-        self.label = model.label
-        self._folder = model.folder
-        self.console = console
-        self.tokenizer = tokenizer
-        self.template = template
-        self.device = device
-        config = model.config
+        self.label, self._folder, config = model.label, model.folder, model.config
+        self.console, self.device = console, device
+        self.tokenizer, self.template = tokenizer, template
         self._base = model.load_base(device)
         own = device.attention(runtime.attention, self._base)
         self.backend, why = own or choose_backend(runtime.attention, self._base)
@@ -97,10 +93,9 @@ class OwnMeasures:
         self._rows = rows_of(self.model)
 
     def take(self, material: Material, *, completions: bool) -> ModelScores:
-        """Generation first, with transformers' own attention, then log-probs over trees.
+        """Generate first, with transformers' own attention, then score log-probs over trees.
 
-        `completions`: whether questions are put as the beginning of a text as well, which a base
-        model goes on with.
+        `completions`: whether a base model also completes questions as the beginning of a text.
         """
         scores: dict[str, Score] = {}
         texts: list[str] = []
@@ -114,12 +109,9 @@ class OwnMeasures:
         if completions and (asked := [q for q in questions if q.completion]):
             prompts = self.tokenizer([q.completion for q in asked])["input_ids"]
             answers = self._generate(prompts, asked, material.max_new_tokens, "completions")
-            scores["completion_accuracy"] = per_item(
-                [
-                    float(contains_accepted(first_sentence(text), question.accepted))
-                    for text, question in zip(self._decode(answers), asked, strict=True)
-                ]
-            )
+            answered = zip(self._decode(answers), asked, strict=True)
+            right = [contains_accepted(first_sentence(text), q.accepted) for text, q in answered]
+            scores["completion_accuracy"] = per_item([float(one) for one in right])
         prepare_model(self._base, FOR_SCORING, Preparation(attention=self.backend))
         if questions:
             scores["loss"] = self._loss(self._conversations(questions))
@@ -139,25 +131,24 @@ class OwnMeasures:
                 raise UserError(f"{question.origin}: {error}") from None
             self._check_room(question, len(ids), most)
         with phase(self.console, f"{self.label}: {what}", len(prompts)) as advance:
+            stops = all_stop_ids(self._folder, self.tokenizer, self.template)
             return generate_answers(
-                self.model,
-                prompts,
-                stop_ids=all_stop_ids(self._folder, self.tokenizer, self.template),
-                sampling=Sampling(most),
-                advance=advance,
+                self.model, prompts, stop_ids=stops, sampling=Sampling(most), advance=advance
             )
 
     def _decode(self, answers: Sequence[GeneratedAnswer]) -> list[str]:
-        texts: list[str] = self.tokenizer.batch_decode(
-            [list(answer.ids) for answer in answers], skip_special_tokens=True
-        )
+        ids = [list(answer.ids) for answer in answers]
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _chat(self) -> ChatTokenizer:
+        return ChatTokenizer.of(self.tokenizer, self.template, self._rows)
 
     def _conversations(self, questions: Sequence[Question]) -> list[Example]:
         exchanges = [Exchange(q.turns, q.answer, q.origin) for q in questions]
-        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
         examples = []
-        for one, question in zip(encode_exchanges(chat, exchanges), questions, strict=True):
+        encoded = encode_exchanges(self._chat(), exchanges)
+        for one, question in zip(encoded, questions, strict=True):
             if not isinstance(one, Encoded):
                 why = f"{one.reason} ({one.detail})" if one.detail else one.reason
                 raise UserError(
@@ -179,13 +170,11 @@ class OwnMeasures:
 
     def _heldout(self, material: Material, kind: Kind, done: str) -> EncodedDataset:
         """The user's own records within the model's context; what cannot be used is logged."""
-        ledger = Ledger(None)
-        what = "pairs" if kind == "preference pairs" else kind
-        sources = material.pairs if kind == "preference pairs" else material.heldout
-        chat = ChatTokenizer.of(self.tokenizer, self.template, self._rows)
+        ledger, paired = Ledger(None), kind == "preference pairs"
+        what, sources = ("pairs", material.pairs) if paired else (kind, material.heldout)
         options = EncodingOptions(kind, Limits(self.context or _NO_LIMIT, None), "stop")
         work = EncodingWork(limit=material.limit)
-        dataset = build_dataset(sources, chat, options, ledger, work)
+        dataset = build_dataset(sources, self._chat(), options, ledger, work)
         counts = ledger.counts
         if counts["truncated"] or counts["dropped"]:
             dropped = Counter(e.reason for e in ledger.entries if e.outcome == "dropped")
@@ -199,12 +188,9 @@ class OwnMeasures:
         return dataset
 
     def _loss(self, examples: Sequence[Example]) -> Score:
-        logps = self._score(examples)
-        return Score(
-            _items(examples),
-            tuple((-logps.sum(1)).tolist()),
-            tuple(float(trained_tokens(example)) for example in examples),
-        )
+        losses = (-self._score(examples).sum(1)).tolist()
+        tokens = tuple(float(trained_tokens(example)) for example in examples)
+        return Score(_items(examples), tuple(losses), tokens)
 
     def _preferences(self, pairs: Sequence[Example]) -> dict[str, Score]:
         # Per token: summed log-probs would prefer the shorter answer whatever it says.

@@ -54,23 +54,13 @@ class Score:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file; see `score_of`."""
-        return {
-            "items": list(self.items),
-            "values": list(self.values),
-            "weights": list(self.weights),
-            "stated": None if self.stated is None else list(self.stated),
-        }
+        return {key: value and list(value) for key, value in vars(self).items()}
 
 
 def score_of(plain: Mapping[str, Any]) -> Score:
     """A score from what `Score.as_json` gave."""
-    stated = plain["stated"]
-    return Score(
-        tuple(plain["items"]),
-        tuple(plain["values"]),
-        tuple(plain["weights"]),
-        None if stated is None else (stated[0], stated[1]),
-    )
+    values: dict[str, Any] = {k: v if v is None else tuple(v) for k, v in plain.items()}
+    return Score(**values)
 
 
 @dataclass(frozen=True)
@@ -100,12 +90,10 @@ def per_item(values: Sequence[float], weights: Sequence[float] = ()) -> Score:
 def difference(one: Score, other: Score) -> tuple[float, float | None] | None:
     """How much larger `one` is than `other`, with the standard error of that difference.
 
-    Both are measured on the same items, whose difficulty they share: the error is that of the
-    items' differences, sqrt(n / (n - 1) * sum(d^2)) with d an item's share of the difference less
-    the mean one. It is smaller than what two separate errors would give.
-
-    Returns:
-        None where the items are not the same, and where a measure is no mean of its items.
+    Both share the items and their difficulty: the error is that of the items' differences,
+    sqrt(n / (n - 1) * sum(d^2)) with d an item's share of the difference less the mean one. It is
+    smaller than what two separate errors would give. Returns None where the items are not the same,
+    and where a measure is no mean of its items.
     """
     if one.items != other.items or not one.items:
         return None
@@ -127,18 +115,14 @@ def _error(residuals: Sequence[float]) -> float | None:
 
 
 def compared(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, Any]]:
-    """What evaluation.json says of each model's figures.
+    """What evaluation.json says of each model's figures; `scores` are by model, then by measure.
 
-    Args:
-        scores: by model, then by measure; models in the order of the table.
-
-    Returns:
-        By model: each measure's value under its name; `errors`, their standard errors; and
-        `differences`, by measure: from the first model and from the nearest one before that has
-        the measure, each as [difference, its standard error].
+    Returns by model: each measure's value under its name; `errors`, their standard errors; and
+    `differences`, by measure: from the first model and from the nearest one before that has the
+    measure, each as [difference, its standard error].
     """
     names = list(scores)
-    found: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):
         before = [scores[other] for other in names[:number]]
         own = scores[name]
@@ -151,12 +135,12 @@ def compared(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, A
                     against[which] = [gap[0], _finite(gap[1])]
             if against:
                 differences[key] = against
-        found[name] = {
+        figures[name] = {
             **{key: score.value for key, score in own.items()},
             "errors": {k: e for k, s in own.items() if (e := _finite(s.error)) is not None},
             "differences": differences,
         }
-    return found
+    return figures
 
 
 def items_of(scores: Sequence[Mapping[str, Score]], key: str) -> int:
@@ -170,21 +154,13 @@ def _finite(error: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class MeasurementStore:
-    """A folder of measurements: what is finished is not measured again after a kill.
-
-    `log` is told of a damaged file, whose measurement is made again.
-    """
+    """A folder of finished measurements; `log` is told of a damaged file, measured again."""
 
     folder: Path
     log: Callable[[str], None] = lambda _: None
 
     def find(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was kept under a key, None if nothing was.
-
-        A file that is damaged, or was kept under another key, counts as nothing.
-
-        Raises Damaged for a folder in the file's place.
-        """
+        """What was kept under a key, None for nothing or a damaged file; Damaged for a folder."""
         path = self._path(name, key)
         if not path.exists():
             return None

@@ -55,10 +55,7 @@ _OTHERS = {"arc_easy": TaskInfo("arc_easy", "ARC-easy", 0, "acc_norm,none")}
 
 @dataclass(frozen=True)
 class LocalData:
-    """A task's files: (subject, evaluated file, file of few-shot examples or None).
-
-    Only MMLU has subjects; elsewhere the one entry's is empty.
-    """
+    """A task's files: (MMLU's subject or "", evaluated file, file of few-shot examples or None)."""
 
     form: str
     parts: tuple[tuple[str, Path, Path | None], ...]
@@ -124,20 +121,16 @@ class TaskSelection:
 def select_tasks(
     names: Sequence[str], suite: str | None, folder: Path | None, shots: int | None
 ) -> TaskSelection:
-    """The tasks of a suite, then those asked for by name.
+    """The tasks of a suite, then the harness's tasks and groups of these names.
 
-    Args:
-        names: harness tasks and groups.
-        suite: `leaderboard-v1`, or None.
-        folder: local task data; None takes all from the Hub.
-        shots: few-shot examples of every task, in place of the suite's or the task's own. Tasks
-            that have none by definition keep none.
+    `folder` has local task data; None takes all from the Hub. `shots` are few-shot examples of each
+    task, in place of the suite's or the task's own; tasks that have none by definition keep none.
 
-    Raises UserError for an unknown suite, and for a task that has no data in `folder`. The
-    suite's own tasks without data there are left out, and said.
+    Raises UserError for an unknown suite, and for a named task without data in `folder`; a suite's
+    tasks without data there are in `left_out`.
     """
     if suite is not None and suite not in SUITES:
-        raise UserError(f"suite: {suite!r} is none; there is {', '.join(SUITES)}")
+        raise UserError(f"there is no suite {suite!r}; it may be {', '.join(SUITES)}")
     tasks: list[Task] = []
     left_out = []
     for known in LEADERBOARD if suite else ():
@@ -182,10 +175,7 @@ def _task(name: str, data: LocalData | None, shots: int | None) -> Task:
 
 
 def find_data(folder: Path, name: str) -> LocalData | None:
-    """A task's files in a folder, None if there are none.
-
-    Raises UserError if the folder is not there.
-    """
+    """A task's files in a folder, None if there are none; UserError if the folder is not there."""
     if not folder.is_dir():
         raise UserError(f"task data: {folder} is no folder. Check the path.")
     form = FORMS[name]
@@ -232,10 +222,7 @@ def write_tasks(data: LocalData, harness_name: str, shots: int | None, folder: P
 
 
 def load_rows(*, form: str, evaluated: str, examples: str | None, **_: Any) -> Any:
-    """What the harness calls for a local task's data: a `datasets.DatasetDict`.
-
-    Its splits are `test` and, if there is a file of them, `examples`.
-    """
+    """The harness calls this for a local task's data: splits `test` and maybe `examples`."""
     from datasets import Dataset, DatasetDict
 
     splits = {"test": Dataset.from_list(read_rows(FORMS[form], Path(evaluated)))}
@@ -245,10 +232,7 @@ def load_rows(*, form: str, evaluated: str, examples: str | None, **_: Any) -> A
 
 
 def read_rows(form: TaskForm, path: Path) -> Rows:
-    """A task file's rows.
-
-    Raises UserError for a file of another form, with the row where it can be told.
-    """
+    """A task file's rows; UserError, with the row where it is known, for a file of another form."""
     try:
         content = _OPENERS.get(path.suffix, bytes)(path.read_bytes())
         rows = form.read(content.decode("utf-8-sig"))

@@ -49,10 +49,8 @@ class TaskForm:
     # the first that fits is taken
     evaluated: tuple[str, ...]
     examples: tuple[str, ...]
-    # a file's text -> rows; raises ValueError or csv.Error for another form
-    read: Callable[[str], Rows]
-    # the harness's configuration of the task, data and few-shot examples apart
-    task: dict[str, Any]
+    read: Callable[[str], Rows]  # a file's text -> rows; ValueError or csv.Error for another form
+    task: dict[str, Any]  # the harness's configuration, data and few-shot examples apart
     note: str = ""  # what makes scores differ from those on the Hub's data
 
 
@@ -100,13 +98,8 @@ def _read_choices(text: str) -> Rows:
     rows = []
     for number, row in _objects(text):
         choices = _texts(row, "choices", number)
-        rows.append(
-            {
-                "query": str(_value(row, "query", number)),
-                "choices": choices,
-                "gold": _gold(row, choices, number),
-            }
-        )
+        query = str(_value(row, "query", number))
+        rows.append({"query": query, "choices": choices, "gold": _gold(row, choices, number)})
     return rows
 
 
@@ -114,13 +107,9 @@ def _read_schema(text: str) -> Rows:
     rows = []
     for number, row in _objects(text):
         options = _texts(row, "context_options", number)
-        rows.append(
-            {
-                "options": options,
-                "continuation": str(_value(row, "continuation", number)).strip(),
-                "gold": _gold(row, options, number),
-            }
-        )
+        end = str(_value(row, "continuation", number)).strip()
+        gold = _gold(row, options, number)
+        rows.append({"options": options, "continuation": end, "gold": gold})
     return rows
 
 
@@ -146,7 +135,7 @@ def _read_hellaswag(text: str) -> Rows:
 
 
 def _without_brackets(text: str) -> str:
-    """As the harness does: marks of the WikiHow part go."""
+    """Remove the marks of the WikiHow part, as the harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -171,8 +160,8 @@ def _read_truthful(text: str) -> Rows:
 
 def _answers(text: str) -> list[str]:
     """Answers with a full stop each, as the multiple-choice form of the set has them."""
-    found = (answer.strip() for answer in text.split(";"))
-    return [answer if answer.endswith(".") else f"{answer}." for answer in found if answer]
+    answers = (answer.strip() for answer in text.split(";"))
+    return [answer if answer.endswith(".") else f"{answer}." for answer in answers if answer]
 
 
 def _read_mmlu(text: str) -> Rows:
@@ -183,6 +172,10 @@ def _read_mmlu(text: str) -> Rows:
             raise ValueError(f"row {number} is not question, A, B, C, D, answer")
         rows.append({"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])})
     return rows
+
+
+def _first_match(name: str, **regex: Any) -> dict[str, Any]:
+    return {"name": name, "filter": [{"function": "regex", **regex}, {"function": "take_first"}]}
 
 
 _CHOICES: dict[str, Any] = {
@@ -252,12 +245,11 @@ FORMS: dict[str, TaskForm] = {
         ("winogrande_train.jsonl",),
         _read_schema,
         {
-            "output_type": "multiple_choice",
+            **_CHOICES,
             "doc_to_text": "gold",
             "doc_to_target": "continuation",
             "doc_to_choice": "options",
             "metric_list": [{"metric": "acc", **_MEAN}],
-            "metadata": {"version": 1.0},
         },
     ),
     "gsm8k": TaskForm(
@@ -284,24 +276,10 @@ FORMS: dict[str, TaskForm] = {
                 "temperature": 0.0,
             },
             "filter_list": [
-                {
-                    "name": "strict-match",
-                    "filter": [
-                        {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"},
-                        {"function": "take_first"},
-                    ],
-                },
-                {
-                    "name": "flexible-extract",
-                    "filter": [
-                        {
-                            "function": "regex",
-                            "group_select": -1,
-                            "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)",
-                        },
-                        {"function": "take_first"},
-                    ],
-                },
+                _first_match("strict-match", regex_pattern="#### (\\-?[0-9\\.\\,]+)"),
+                _first_match(
+                    "flexible-extract", group_select=-1, regex_pattern="(-?[$0-9.,]{2,})|(-?[0-9]+)"
+                ),
             ],
             "metadata": {"version": 3.0},
         },

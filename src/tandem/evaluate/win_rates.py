@@ -1,8 +1,7 @@
 """Side by side: a judge says which of two answers is better, asked in both orders.
 
-The judge is a language model that somebody serves; this module knows a function that asks it, and
-no server. After MT-Bench's pairwise judge (arXiv 2306.05685): an answer wins where it is preferred
-in both orders; otherwise the pair is a tie.
+After MT-Bench's pairwise judge (arXiv 2306.05685): an answer wins where it is preferred in both
+orders; otherwise the pair is a tie.
 """
 
 from __future__ import annotations
@@ -96,24 +95,20 @@ def judge_duels(
 ) -> Verdicts:
     """Let a judge decide duels, each asked twice; `advance` counts questions that are decided.
 
-    Verdicts are written to the file as they come, and those that are there are not asked for again.
-    Raises UserError for a file that is damaged, or no file of verdicts.
+    Verdicts are written to the file as they come; only missing ones are asked for. Raises UserError
+    for a file that is damaged, or has other contents.
     """
     asked = [d for d in duels if d.answer != d.against]
     with Journal(file, _JOURNAL) as journal:
         known = _known(journal)
-        open_ = [
-            (duel, swapped, key)
-            for duel in asked
-            for swapped in (False, True)
-            if (key := _key(judge, duel, swapped)) not in known
-        ]
-        advance(2 * len(asked) - len(open_))
-        messages = [_messages(duel, swapped) for duel, swapped, _ in open_]
+        orders = [(duel, swapped) for duel in asked for swapped in (False, True)]
+        missing = [one for one in orders if _key(judge, *one) not in known]
+        advance(len(orders) - len(missing))
+        messages = [_messages(*one) for one in missing]
         for number, text in judge.ask(messages) if messages else ():
             verdict = None if text is None else read_preference(text)
             if verdict is not None:
-                key = open_[number][2]
+                key = _key(judge, *missing[number])
                 journal.add({"key": key, "judge": judge.name, "verdict": verdict})
                 known[key] = verdict
             advance(1)
@@ -194,10 +189,7 @@ _MOST = 1024
 
 
 def server_judge(server: ServerSettings, console: Console) -> Judge:
-    """A judge from a recipe's server section.
-
-    Raises UserError when its key is not there; nothing is sent yet.
-    """
+    """A judge from a recipe's server section; raises UserError when its key is not there."""
     client = ChatServer(server, log=lambda text: log(console, text))
     options = {"temperature": 0, server.limit_key: _MOST}
 
@@ -213,10 +205,7 @@ def server_judge(server: ServerSettings, console: Console) -> Judge:
                 yield number, reply.text
         if failed:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.most_common())
-            log(
-                console,
-                f"{server.model} gave no answer to {failed.total()} requests ({reasons}); the "
-                f"first: {first}",
-            )
+            lost = f"gave no answer to {failed.total()} requests ({reasons}); the first: {first}"
+            log(console, f"{server.model} {lost}")
 
     return Judge(server.model, ask)

@@ -1,7 +1,4 @@
-"""One request to an OpenAI-compatible server, and what its answer means.
-
-Of the protocol, `POST {base_url}/chat/completions` is used, without streaming.
-"""
+"""One `POST {base_url}/chat/completions` to an OpenAI-compatible server, and what it answers."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,10 +30,10 @@ _SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One question: `role` and `content` of each message, and what else the body says."""
+    """One question."""
 
-    messages: tuple[Mapping[str, str], ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, str], ...]  # `role` and `content` of each
+    options: Mapping[str, Any] = field(default_factory=dict)  # what else the body says
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +46,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request has no answer, in a word that can be counted, and in the server's own."""
+    """Why a request has no answer."""
 
-    reason: str
-    detail: str
+    reason: str  # in a word that can be counted
+    detail: str  # in the server's words
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class RetryableError(Exception):
-    """What another try may cure; `wait` is what the server asks for, in seconds."""
+    """A failure that another try may cure; the server asks to `wait` so many seconds."""
 
     def __init__(self, reason: str, detail: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -66,11 +64,7 @@ class RetryableError(Exception):
 
 
 class Endpoint:
-    """A model's address: asks it once, and says what came of it.
-
-    Raises UserError for a variable that is not set. `ServerSettings` has checked address and
-    variable.
-    """
+    """A model's address: sends one request at a time. Raises UserError for a variable not set."""
 
     def __init__(self, server: ServerSettings) -> None:
         begins = server.base_url.rstrip("/").removesuffix("/chat/completions")
@@ -84,22 +78,17 @@ class Endpoint:
         headers |= {"Accept-Encoding": "identity", "Connection": "close"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
+        # A redirected POST would lose its body, and take the key elsewhere.
         self._client = httpx2.Client(
-            headers=headers,
-            proxy=self._proxy,
-            timeout=server.timeout,
-            # A redirected POST would lose its body, and take the key elsewhere.
-            follow_redirects=False,
-            trust_env=False,
-            verify=ssl.create_default_context(),
+            headers=headers, proxy=self._proxy, timeout=server.timeout, follow_redirects=False,
+            trust_env=False, verify=ssl.create_default_context(),
             limits=httpx2.Limits(max_keepalive_connections=0),
-        )
+        )  # fmt: skip
 
     def ask(self, request: ChatRequest) -> Reply | Failure:
-        """The answer, or a failure that another try cannot help.
+        """The answer, or a failure that another try cannot cure.
 
-        Raises RetryableError for what another try may cure, UserError for what no request gets
-        past.
+        Raises RetryableError for one that it may, UserError for one that would meet every request.
         """
         body = {"model": self.model, "messages": list(request.messages), **request.options}
         deadline = time.monotonic() + self._timeout
@@ -117,10 +106,11 @@ class Endpoint:
             raise RetryableError("no connection", self._plain(str(error)) + self._way()) from None
         except (httpx2.TransportError, httpx2.StreamError) as error:
             if begun and isinstance(error, httpx2.RemoteProtocolError):
-                detail = "the connection ended within an answer"
-                raise RetryableError("cut answer", detail) from None
-            detail = f"{type(error).__name__}: {error}"
-            raise RetryableError("broken connection", self._plain(detail) + self._way()) from None
+                raise RetryableError(
+                    "cut answer", "the connection ended within an answer"
+                ) from None
+            detail = self._plain(f"{type(error).__name__}: {error}") + self._way()
+            raise RetryableError("broken connection", detail) from None
 
     def _read(self, body: bytes) -> Reply:
         try:
@@ -134,24 +124,23 @@ class Endpoint:
                 raise TypeError
             return Reply(_writable(text), choice.get("finish_reason") == "stop")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            said = self._plain(body.decode("utf-8", "replace"))
-            raise RetryableError(
-                "malformed answer", f"no chat completion, but {said!r}{self._way()}"
-            ) from None
+            text = self._plain(body.decode("utf-8", "replace"))
+            detail = f"no chat completion, but {text!r}{self._way()}"
+            raise RetryableError("malformed answer", detail) from None
 
     def _status(self, response: httpx2.Response, deadline: float) -> Failure:
         code, reason = response.status_code, f"HTTP {response.status_code}"
         try:
-            said = self._plain(_message(_whole(response, deadline)))
+            detail = self._plain(_message(_whole(response, deadline)))
         except httpx2.TransportError:
-            said = ""
-        said = (said or self._plain(response.reason_phrase)) + self._way()
+            detail = ""
+        detail = (detail or self._plain(response.reason_phrase)) + self._way()
         if code in _MAY_PASS or code >= 500:
-            raise RetryableError(reason, said, _retry_after(response.headers.get("Retry-After")))
+            raise RetryableError(reason, detail, _retry_after(response.headers.get("Retry-After")))
         if code in _WHOLE_RUN or code < 400:
             place = self._plain(response.headers.get("Location") or "elsewhere")
-            raise UserError(f"{self.url}: {reason}: {said}. {self._way_out(code, place)}")
-        return Failure(reason, said)
+            raise UserError(f"{self.url}: {reason}: {detail}. {self._way_out(code, place)}")
+        return Failure(reason, detail)
 
     def _way_out(self, code: int, place: str) -> str:
         if code in (401, 403):
@@ -171,11 +160,9 @@ class Endpoint:
         address = urlsplit(self.url)
         names = (f"{address.scheme}_proxy", f"{address.scheme.upper()}_PROXY")
         variable = next((name for name in names if os.environ.get(name)), "the system's settings")
-        # Leave out the user name and the password.
-        place = self._proxy.rpartition("@")[2]
-        return (
-            f" (through the proxy {place} of {variable}; no_proxy={address.hostname} goes without)"
-        )
+        place = self._proxy.rpartition("@")[2]  # without user name and password
+        host = address.hostname
+        return f" (through the proxy {place} of {variable}; no_proxy={host} goes without)"
 
     def _plain(self, text: str) -> str:
         """A server's words on one short line, without the key."""
@@ -192,11 +179,7 @@ def is_here(host: str) -> bool:
     """
     name = host.rstrip(".").lower()
     own = socket.gethostname().lower()
-    if (
-        name == "localhost"
-        or name.endswith(".localhost")
-        or name in {own, own.split(".")[0]} - {""}
-    ):
+    if name.endswith(".localhost") or name in {"localhost", own, own.split(".")[0]} - {""}:
         return True
     try:
         address = ipaddress.ip_address(name.partition("%")[0])
@@ -220,20 +203,18 @@ def _proxy_to(url: str) -> str | None:
 
 def _whole(response: httpx2.Response, deadline: float) -> bytes:
     """A body to its end; raises ReadTimeout for one that trickles past the deadline."""
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()
     for part in response.iter_raw():
-        parts.append(part)
-        size += len(part)
+        body += part
         if time.monotonic() > deadline:
             raise httpx2.ReadTimeout("the deadline is past")
-        if size > _MAX_BYTES:
+        if len(body) > _MAX_BYTES:
             raise httpx2.ReadError(f"an answer of more than {_MAX_BYTES} bytes")
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _writable(text: str) -> str:
-    """A text without halves of characters, which JSON can spell and no file can hold: U+FFFD."""
+    """Replace lone surrogates, which JSON can spell and no file can hold, by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -241,8 +222,8 @@ def _message(body: bytes) -> str:
     """What an error's body says: OpenAI's `error.message`, or all of it."""
     text = body.decode("utf-8", "replace")
     try:
-        said = json.loads(text)
-        error = said.get("error", said)
+        values = json.loads(text)
+        error = values.get("error", values)
         return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, AttributeError):
         return text
@@ -252,15 +233,11 @@ def _retry_after(text: str | None) -> float | None:
     """Seconds that a Retry-After header asks for, as a number or a date; None for none."""
     if text is None:
         return None
-    try:
+    with suppress(ValueError):
         return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        at = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, at.timestamp() - time.time())
+    with suppress(ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return None
 
 
 def _key(variable: str | None) -> str | None:

@@ -10,13 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from tandem.errors import Stopped, UserError
-from tandem.integrations.chat_request import (
-    ChatRequest,
-    Endpoint,
-    Failure,
-    Reply,
-    RetryableError,
-)
+from tandem.integrations.chat_request import ChatRequest, Endpoint, Failure, Reply, RetryableError
 from tandem.recipe.pairs_settings import ServerSettings
 
 __all__ = ["ChatRequest", "ChatServer", "Failure", "Reply"]
@@ -31,13 +25,11 @@ class ChatServer:
 
     Args:
         server: where it is, and how fast it may be asked. The key is read from the environment
-            here, sent in the header, and taken out of everything that a server says.
+            here, sent in the header, and removed from everything that a server says.
         backoff: seconds before the first retry at most; doubled with each, and drawn at random
             below that, so that requests that failed together do not come back together.
-        patience: so many requests without an answer in a row, tries included, end it.
+        patience: so many requests in a row without an answer, tries included, end the run.
         log: called when the server asks for a pause, and at the end with the number of retries.
-
-    `retried` counts the retries of the last requests by reason.
 
     Raises UserError for a variable that is not set.
     """
@@ -52,13 +44,10 @@ class ChatServer:
     ) -> None:
         self._endpoint = Endpoint(server)
         self.url, self.model = self._endpoint.url, server.model
-        self.retried: Counter[str] = Counter()
+        self.retried: Counter[str] = Counter()  # retries of the last requests by reason
         self._counting = threading.Lock()
-        self._concurrency = server.concurrency
-        self._retries = server.retries
-        self._backoff = backoff
-        self._patience = patience
-        self._log = log
+        self._concurrency, self._retries = server.concurrency, server.retries
+        self._backoff, self._patience, self._log = backoff, patience, log
         rate = server.requests_per_minute
         self._pace = _Pace(60.0 / rate if rate else 0.0)
 
@@ -68,12 +57,10 @@ class ChatServer:
     def answers(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Reply | Failure]]:
         """Each request's number, counted from 0, and its answer, as they arrive.
 
-        Requests are taken from the iterable as there is room for them. A failure comes after all
-        retries, or at once where another try cannot help. Closing the iterator ends the rest.
-
-        Raises UserError for what no request can get past: a key that is refused, an address that
-        is not there, or a first `patience` requests that are all refused. Raises Stopped when as
-        many in a row got no answer.
+        A failure comes after all retries, or at once where another try cannot cure it. Closing the
+        iterator ends the rest. Raises UserError for what would meet every request (a refused key, a
+        wrong address, the first `patience` requests refused), Stopped when as many in a row got no
+        answer.
         """
         self.retried.clear()
         stop = threading.Event()
@@ -93,12 +80,12 @@ class ChatServer:
                     waiting += 1
                 if not waiting:
                     return
-                number, found = done.get()
+                number, answer = done.get()
                 waiting -= 1
-                if isinstance(found, BaseException):
-                    raise found
-                silence.heard(found)
-                yield number, found
+                if isinstance(answer, BaseException):
+                    raise answer
+                silence.heard(answer)
+                yield number, answer
         finally:
             stop.set()
             for _ in workers:
@@ -147,31 +134,31 @@ class ChatServer:
 
 
 class _Silence:
-    """Notices a server that answers nothing any more, or nothing at all."""
+    """Notices a server that no longer answers, or refuses everything."""
 
     def __init__(self, patience: int, url: str) -> None:
         self._patience, self._url = patience, url
         self._unanswered = self._refused = 0
         self._answered = False
 
-    def heard(self, found: Reply | Failure) -> None:
-        """Note one result; raises what ends it all."""
-        if isinstance(found, Reply):
+    def heard(self, answer: Reply | Failure) -> None:
+        """Count one result; raises what ends the run."""
+        if isinstance(answer, Reply):
             self._answered, self._unanswered = True, 0
             return
-        if found.reason.startswith("HTTP 4") and found.reason != "HTTP 429":
+        if answer.reason.startswith("HTTP 4") and answer.reason != "HTTP 429":
             self._refused += 1
             if not self._answered and self._refused >= self._patience:
                 raise UserError(
-                    f"{self._url} refused the first {self._refused} requests ({found}). Check the "
+                    f"{self._url} refused the first {self._refused} requests ({answer}). Check the "
                     "model's name and the settings that are sent."
                 )
             return
         self._unanswered += 1
         if self._unanswered >= self._patience:
             raise Stopped(
-                f"{self._url} left {self._unanswered} requests in a row unanswered ({found}). "
-                "What was answered before is kept; the same command goes on from there."
+                f"{self._url} left {self._unanswered} requests in a row unanswered ({answer}). "
+                "Earlier answers are kept; the same command resumes after them."
             )
 
 
@@ -196,7 +183,7 @@ class _Pace:
             stop.wait(left)
 
     def hold(self, seconds: float) -> bool:
-        """Let nobody begin for so long; whether that is news."""
+        """Let no request begin for so long; return whether that is longer than before."""
         until = time.monotonic() + seconds
         with self._lock:
             news = until > self._open + 1

@@ -30,13 +30,9 @@ _ZERO = {"deepspeed-zero2": 2, "deepspeed-zero3": 3}
 
 
 def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> Device:
-    """Resolve `auto`; an explicit choice wins and fails when it is not there.
+    """Resolve the recipe's device and dtype (float64 for tests), `auto` or explicit.
 
-    Args:
-        device: auto, cpu, cuda, hpu, xpu or mps.
-        dtype: auto, float32, bfloat16, float16 (float64 for tests).
-        hpu: the mode that Gaudi cards run in, and the kernels of Habana's that are asked for; None
-            takes the mode that is set, and none of the kernels.
+    `hpu` None takes the mode that Gaudi cards are set to, and none of Habana's kernels.
 
     Raises UserError with the reason for a device this machine lacks, for a dtype that it lacks,
     and for more processes than it has.
@@ -129,12 +125,7 @@ def choose_engine(
 ) -> Engine:
     """The engine of a name, which holds no model yet; `auto`: `single`, or `ddp` for several.
 
-    Args:
-        engine: auto, single, ddp, deepspeed-zero2, deepspeed-zero3, fsdp2, or a DeepSpeed
-            configuration's path.
-        device: of this process.
-        processes: that train together.
-        settings: what such a configuration must agree with.
+    `engine` may be the path of a DeepSpeed configuration, which must agree with `settings`.
 
     Raises UserError for an engine that does not fit the number of processes, a package that is not
     there, and a configuration that does not agree.

@@ -26,13 +26,7 @@ class TrainedRows:
 
 
 def check_added(added: Collection[str], *, engine: str, sharded: bool) -> None:
-    """Raise UserError where rows of the embeddings cannot be trained.
-
-    Args:
-        added: the tokens of these rows.
-        engine: its name.
-        sharded: whether processes keep parts of the base.
-    """
+    """Raise UserError where an engine that shards the base cannot train rows of added tokens."""
     if added and sharded:
         raise UserError(
             f"added_tokens: the engine {engine} spreads the embeddings over the processes, and "
@@ -48,10 +42,10 @@ def rows_of(model: Any) -> int:
 
 
 def make_rows(model: Any, added: AddedTokens) -> None:
-    """Give those of the tokens a row that have none to start from; see `grow_vocabulary`.
+    """Make rows for the tokens that have none; see `grow_vocabulary`.
 
     Tokens that the tokenizer already had start from their own rows, so that the adapter changes
-    nothing before its first step. That step already moves a row away from others that equal it.
+    nothing before its first step.
     """
     rows = rows_of(model)
     without = sorted({*added.new.values(), *(i for i in added.known.values() if i >= rows)})
@@ -69,12 +63,9 @@ def make_missing_rows(model: Any, ids: Sequence[int]) -> None:
 def grow_vocabulary(model: Any, ids: Sequence[int]) -> None:
     """Give new tokens rows in the input and output embeddings: the mean of all rows before them.
 
-    Rows that a padded vocabulary has already are used; only what is missing is appended. The mean
-    is plain, in float64, so that everyone who grows a model gets the same bits. The ids are all
-    behind those that the model knows.
-
-    Raises UserError if the model has no rows for tokens that its tokenizer had before, or a head
-    with a bias.
+    Rows of a padded vocabulary are used first. The mean is plain, in float64, so that every process
+    gets the same bits. The ids follow those that the model knows. Raises UserError if the model
+    lacks rows for tokens that its tokenizer had before, or has a head with a bias.
     """
     rows, first = model.get_input_embeddings().weight.shape[0], min(ids)
     if rows < first:

@@ -36,21 +36,14 @@ from tandem.storage.manifest import read_manifest
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """A base model as a stage uses it, without its weights.
+    """A base model as a stage uses it, without its weights."""
 
-    Attributes:
-        name, folder: as the run calls it, and where its files are.
-        config: its transformers configuration.
-        tokenizer, template: with the added tokens, and the chat template in force.
-        added: tokens whose embeddings are trained.
-    """
-
-    name: str
+    name: str  # as the run calls it
     folder: Path
-    config: Any
-    tokenizer: Any
+    config: Any  # of transformers
+    tokenizer: Any  # with the added tokens
     template: ChatTemplate
-    added: AddedTokens
+    added: AddedTokens  # tokens whose embeddings are trained
 
     @property
     def rows(self) -> int:
@@ -81,16 +74,10 @@ class BaseModelInfo:
 def load_base_info(
     run: RunSettings, folder: Path, max_length: int, *, weights: bool = True
 ) -> BaseModelInfo:
-    """Look at a base model that a stage will train.
+    """Look at a base model that a stage will train, with sequences of `max_length` tokens.
 
-    Args:
-        run: names the model, the chat template and the added tokens.
-        folder: where the model is, see `model_folder`.
-        max_length: of the stage's sequences, in tokens.
-        weights: whether the folder must hold weights.
-
-    Raises UserError for a folder that is no model, one that is quantised already, a context that is
-    too short, and a tokenizer or template that cannot be used.
+    Raises UserError for a folder that is no model (one without weights, if `weights`), one that is
+    quantised already, a context that is too short, and an unusable tokenizer or template.
     """
     config = load_config(folder, weights=weights)
     check_unquantized(folder, config)
@@ -102,15 +89,10 @@ def load_base_info(
 
 
 def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
-    """Raise UserError if a base model lacks context, or layers for adapters, for a training stage.
+    """Raise UserError for a base model on which one of the training stages could not run.
 
-    So it is for a base that is quantised already, and for one into whose files no adapter could be
-    merged.
-
-    Args:
-        folder: the base model's.
-        sections: the training stages by name, all of them on models of the base's architecture.
-        weights: whether the folder must hold weights.
+    It may lack weights (if `weights`), context or layers for adapters, be quantised already, or
+    have files into which no adapter could be merged. `sections` are the stages by name.
     """
     config = load_config(folder, weights=weights)
     check_unquantized(folder, config)
@@ -150,11 +132,7 @@ def check_model(name: str) -> None:
 def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:
     """What an adapter says of its base, so that it is found from any working folder.
 
-    Args:
-        name: as the base was asked for: a path, `demo:base`, or a Hub id.
-        folder: where its files are.
-
-    Returns a whole path or the Hub id, and the id's revision, None for a path.
+    Returns an absolute path or the Hub id of `name`, and the id's revision, None for a path.
     """
     if name.startswith("demo:"):
         return str(folder), None
@@ -176,12 +154,11 @@ def trained_weights(adapter: Path) -> str | None:
 def find_base(adapter: Path) -> Path:
     """The folder of the model that an adapter was trained on; one on the Hub is fetched.
 
-    A relative path is looked for from the working folder, and from all folders above the adapter;
-    where the manifest has the hash of the weights, a run that was moved as a whole is found, too,
-    and a folder with other weights is none.
+    A relative path is tried from the working folder, and from all folders above the adapter; where
+    the manifest has the hash of the weights, a run that was moved as a whole is found, too.
 
-    Raises UserError when it is nowhere, has other weights, or cannot be told from another one of
-    the same name, and for an adapter that is no plain LoRA.
+    Raises UserError for a base that is missing, has other weights or is ambiguous, and for an
+    adapter that is no plain LoRA.
     """
     from tandem.model.lora.adapter_folder import require_plain
 

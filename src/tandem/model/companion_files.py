@@ -42,16 +42,14 @@ _INDICES = (".safetensors.index.json", ".bin.index.json")
 def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None) -> None:
     """Put everything but the weights of base and adapter together into an existing folder.
 
-    Of the adapter, tokenizer, special tokens and chat templates go along and nothing else; of the
-    base its configuration, and what the adapter lacks. `dtype` is of the merged weights, for the
-    configuration; None keeps the base's.
+    The adapter gives tokenizer, special tokens and chat templates and nothing else; the base its
+    configuration, and what the adapter lacks. The configuration names `dtype`, of the merged
+    weights; None keeps the base's.
     """
-    for file in sorted(base.iterdir()):
+    of_tokenizer = set(_matching(base, (*_VOCABULARY, *_SETTINGS, *_TEMPLATES)))
+    for file in sorted(set(base.iterdir()) - of_tokenizer):
         wanted = file.suffix in _OF_THE_BASE and file.name not in _NOT_OF_THE_MODEL
-        wanted = wanted and not file.name.endswith(_INDICES)
-        patterns = (*_VOCABULARY, *_SETTINGS, *_TEMPLATES)
-        wanted = wanted and not any(fnmatch(file.name, pattern) for pattern in patterns)
-        if file.is_file() and wanted:
+        if file.is_file() and wanted and not file.name.endswith(_INDICES):
             shutil.copyfile(file, output / file.name)
     combine_tokenizers(base, adapter, output)
     if dtype is not None:
@@ -64,9 +62,8 @@ def copy_surroundings(base: Path, adapter: Path, output: Path, dtype: torch.dtyp
 def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
     """Put the adapter's tokenizer and chat templates into `output`; the base's where it has none.
 
-    Vocabulary and settings go together: no file of another tokenizer stays beside them, but for a
-    SentencePiece model of the base whose pieces the adapter has, too, as converters read it. Chat
-    templates are taken from one folder, whatever place they are in.
+    Vocabulary and settings come from one tokenizer. Only a SentencePiece model of the base stays,
+    for converters, if the adapter has its pieces. Chat templates come from one folder.
     """
     source = adapter if has_tokenizer(adapter) else base
     for file in _matching(source, _VOCABULARY + _SETTINGS):
@@ -84,10 +81,7 @@ def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
 
 
 def load_combined_tokenizer(base: Path, adapter: Path) -> Any:
-    """The tokenizer of base and adapter together, as `combine_tokenizers` has it.
-
-    Raises UserError when there is none.
-    """
+    """The tokenizer that `combine_tokenizers` makes; raises UserError when there is none."""
     with TemporaryDirectory(prefix="tandem-") as name:
         folder = Path(name)
         combine_tokenizers(base, adapter, folder)
@@ -143,11 +137,11 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
         inside = _values(source / "tokenizer_config.json").get("chat_template")
         jinja, folder = source / "chat_template.jinja", source / _TEMPLATE_FOLDER
         of_processor = source / "chat_template.json"
+        if jinja.is_file():
+            shutil.copyfile(jinja, output / jinja.name)
+        if folder.is_dir():
+            shutil.copytree(folder, output / _TEMPLATE_FOLDER)
         if jinja.is_file() or folder.is_dir() or inside:
-            if jinja.is_file():
-                shutil.copyfile(jinja, output / jinja.name)
-            if folder.is_dir():
-                shutil.copytree(folder, output / _TEMPLATE_FOLDER)
             _write_inside(output, inside)
             return
         # Where older processors keep theirs; tokenizers do not look there.
@@ -162,10 +156,9 @@ def _write_inside(folder: Path, template: Any) -> None:
     settings = _values(path)
     if settings.get("chat_template") == template:
         return
+    settings["chat_template"] = template
     if template is None:
-        settings.pop("chat_template")
-    else:
-        settings["chat_template"] = template
+        del settings["chat_template"]
     atomic_write_json(path, settings)
 
 
@@ -173,16 +166,13 @@ _GENERATION = "generation_config.json"
 
 
 def end_ids(folder: Path) -> list[int]:
-    """The tokens at which a model folder's own configuration ends an answer.
-
-    transformers asks generation_config.json first, and config.json where there is none.
-    """
+    """The end tokens of generation_config.json, else of config.json, as transformers has them."""
     for path in (folder / _GENERATION, folder / "config.json"):
         values = _values(path)
         inner = values.get("text_config")
         for place in (values, inner if isinstance(inner, dict) else {}):
-            if (found := _ends_in(path, place)) is not None:
-                return found
+            if (ends := _ends_in(path, place)) is not None:
+                return ends
     return []
 
 
@@ -194,7 +184,7 @@ def all_stop_ids(folder: Path, tokenizer: Any, template: ChatTemplate) -> list[i
 def write_ends(
     folder: Path, base: Path, tokenizer: Any, template: ChatTemplate, ending: Ending
 ) -> str | None:
-    """Let a folder's files say that an answer ends with the template's end token, too.
+    """Make a folder's files end an answer at the template's end token, too.
 
     generation_config.json stops at all that ended an answer before, and at this token. config.json,
     where there is one, and the tokenizer's eos_token name this token, as converters read one token
@@ -203,7 +193,7 @@ def write_ends(
 
     Args:
         folder: a merged model's, or an adapter's; has its tokenizer.
-        base: the model folder whose ends hold so far.
+        base: the model folder that has named the end tokens so far.
         tokenizer: the base's, or the folder's as it is.
         template, ending: the chat template in force, and how it closes an answer.
 
@@ -228,7 +218,7 @@ def write_ends(
         named.append("config.json")
     before = tokenizer.eos_token
     if before != token:
-        if _renders_eos(template):
+        if any("eos_token" in text for text in (template.source, *dict(template.named).values())):
             parts.append(
                 f"the tokenizer's eos_token stays {before}, which the chat template writes"
             )
@@ -240,13 +230,8 @@ def write_ends(
     return f"answers end with {token} ({ending.token_id}): {'; '.join(parts)}" if parts else None
 
 
-def _renders_eos(template: ChatTemplate) -> bool:
-    texts = (template.source, *(text for _, text in template.named))
-    return any("eos_token" in text for text in texts)
-
-
 def _name_in_config(folder: Path, token_id: int) -> bool:
-    """Whether config.json had to be changed to name a token; lists get it beside their own."""
+    """Name an end token in config.json, beside those of a list; return whether it was missing."""
     path = folder / "config.json"
     config = read_json_object(path)
     places = [config]
@@ -278,12 +263,12 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _ends_in(path: Path, values: Mapping[str, Any]) -> list[int] | None:
     """The ids of end tokens that a file's values name, None if they name none."""
-    found = values.get("eos_token_id")
-    if found is None:
+    value = values.get("eos_token_id")
+    if value is None:
         return None
-    listed = found if isinstance(found, list) else [found]
-    if not all(type(index) is int for index in listed):
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(index) is int for index in ids):
         raise UserError(
-            f"{path}: eos_token_id is {found!r}, and should be a token's id or a list of them"
+            f"{path}: eos_token_id is {value!r}, and should be a token's id or a list of them"
         )
-    return listed
+    return ids

@@ -3,9 +3,7 @@
 On CPU by the C kernels, or on any device by torch.compile. Modules stay in place under their names;
 only their forward is replaced, after one of the same class and width gave on random rows what the
 function gives: names and attributes alone would take Gemma's norm, which multiplies by 1 + weight,
-for Llama's. What is compiled are functions of tensors, one for each kind of norm and gate, so that
-all layers share them and any number of rows takes the same code. Whole layers were tried, too: see
-docs/internals/engine.md.
+for Llama's. All layers share one compiled function for each kind of norm and gate.
 """
 
 from __future__ import annotations
@@ -36,10 +34,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def fuse_elementwise(model: nn.Module) -> None:
-    """Send RMS norms and SiLU-gated MLPs through the C kernels where these can take them.
-
-    What the kernels do not take (other devices and number formats) goes the old way.
-    """
+    """Send RMS norms and SiLU-gated MLPs through the C kernels, where device and dtype fit them."""
     agreed: dict[tuple[type, int], bool] = {}
     for module in model.modules():
         fused = _kernel_forward(module)
@@ -82,9 +77,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """A norm's epsilon; None for a module that is no norm with a weight and one."""
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return float(found) if isinstance(found, float) and hasattr(module, "weight") else None
+    """The epsilon of a norm with a weight; None for other modules."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return epsilon if isinstance(epsilon, float) and hasattr(module, "weight") else None
 
 
 def _weight(module: Any) -> Tensor:
@@ -97,10 +92,7 @@ def _probe_rows(width: int) -> Tensor:
 
 
 def _agree(module: nn.Module, fused: Any) -> bool:
-    """Whether a module and its fused form give the same for a few random rows.
-
-    Only where the fused form takes the kernel: on the old way a module would agree with itself.
-    """
+    """Whether the kernel takes a few random rows, and gives what the module gives."""
     weight = _weight(module)
     rows = _probe_rows(weight.shape[-1])
     if not usable(kernels(), rows, weight):
@@ -108,10 +100,10 @@ def _agree(module: nn.Module, fused: Any) -> bool:
     trained = weight.requires_grad
     weight.requires_grad_(False)
     with torch.no_grad():
-        wanted, found = module(rows), fused(rows)
+        wanted, ours = module(rows), fused(rows)
     weight.requires_grad_(trained)
     tolerance = _TOLERANCE[torch.float32]
-    return bool(torch.allclose(found, wanted, rtol=tolerance, atol=tolerance))
+    return bool(torch.allclose(ours, wanted, rtol=tolerance, atol=tolerance))
 
 
 def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
@@ -129,10 +121,7 @@ def check_compile(wanted: bool, *, device: str, sharded: bool) -> None:
 
 
 def settle_compile_caches(log: Callable[[str], None]) -> None:
-    """Put a temporary folder in the place of a compiler's cache that cannot be written.
-
-    torch.compile and Triton would end the run there. `log` is told of each.
-    """
+    """Replace a compiler's cache that cannot be written, which would end the run, and log it."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         folder = os.environ.get(name)
         if not folder:
@@ -148,11 +137,9 @@ def settle_compile_caches(log: Callable[[str], None]) -> None:
 
 
 def compile_elementwise(model: nn.Module) -> int:
-    """Send RMS norms and gated MLPs through compiled functions; returns how many modules.
+    """Send RMS norms and gated MLPs through compiled functions, not through the C kernels.
 
-    A forward of the C kernels is replaced as well.
-
-    Raises UserError for a model without any such module.
+    Returns how many modules. Raises UserError for a model without any such module.
     """
     compiled: dict[Any, Any] = {}
     count = 0
@@ -190,9 +177,7 @@ class Compiling:
     ) -> None:
         """Compile all that a run needs, by scoring micro-batches with and without gradients.
 
-        Two suffice, if they have several rows each. Gradients are thrown away.
-
-        Raises UserError if there is no compiler for this device, or it fails.
+        Two of several rows each suffice. Raises UserError where no compiler works on this device.
         """
         from torch._dynamo.exc import TorchDynamoException
 
@@ -257,8 +242,8 @@ def _choose(module: nn.Module) -> Any:
 
 def _compiled_norm(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, _epsilon(module))
-    return found.view(hidden.shape)
+    normed: Tensor = _by_rows(compiled, plain, rows)(rows, module.weight, _epsilon(module))
+    return normed.view(hidden.shape)
 
 
 def _compiled_mlp(module: Any, compiled: Any, plain: Any, hidden: Tensor) -> Tensor:

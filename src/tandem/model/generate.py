@@ -33,21 +33,13 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token; otherwise samples.
-        top_p: share of the probability mass sampled from, the likeliest tokens first.
-        top_k: how many of the likeliest tokens are sampled from; 0: all.
-        seed: of the random numbers; each prompt has its own.
-    """
+    """How tokens are chosen."""
 
     max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # share of the probability mass sampled from, the likeliest tokens first
+    top_k: int = 0  # how many of the likeliest tokens are sampled from; 0: all
+    seed: int = 0  # of the random numbers; each prompt has its own
 
 
 def generate_answers(
@@ -58,22 +50,18 @@ def generate_answers(
     sampling: Sampling,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[GeneratedAnswer]:
-    """One answer to each prompt, in the prompts' order; see `generate_batch`.
+    """Answer each prompt (token ids), in the prompts' order; see `generate_batch`.
 
-    Args:
-        model: a causal language model in evaluation mode with transformers' own attention.
-        prompts: token ids.
-        stop_ids: tokens that end an answer.
-        sampling: how tokens are chosen.
-        advance: told how many more answers there are.
+    The model is in evaluation mode and attends by transformers' own attention. `stop_ids` end an
+    answer; `advance` is told how many more answers there are.
     """
     answers: dict[int, GeneratedAnswer] = {}
     lengths = [len(prompt) for prompt in prompts]
     for members in plan_batches(model, lengths, sampling.max_new_tokens):
-        found = generate_batch(
+        batch = generate_batch(
             model, [prompts[i] for i in members], members, stop_ids=stop_ids, sampling=sampling
         )
-        answers.update(zip(members, found, strict=True))
+        answers.update(zip(members, batch, strict=True))
         advance(len(members))
     return [answers[i] for i in range(len(prompts))]
 
@@ -81,8 +69,8 @@ def generate_answers(
 def plan_batches(model: Any, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
     """Which prompts are asked together, by their lengths in tokens alone; shortest first.
 
-    Models that keep state across tokens answer one prompt at a time: not all of them keep padding,
-    or each other's prompts, out of their state.
+    Models that keep state across tokens answer one prompt at a time: padding, or another prompt,
+    may leak into their state.
     """
     rows = 1 if _keeps_state(model) else _BATCH_ROWS
     batches: list[list[int]] = []
@@ -104,11 +92,7 @@ def generate_batch(
     stop_ids: Sequence[int],
     sampling: Sampling,
 ) -> list[GeneratedAnswer]:
-    """Answers to prompts that are asked together, padded on the left.
-
-    `numbers` are what each prompt's random numbers follow from besides the seed; the rest is as in
-    `generate_answers`.
-    """
+    """Answer prompts together, padded on the left; `numbers` and the seed decide what is drawn."""
     uniforms = _uniforms(numbers, sampling) if sampling.temperature > 0 else None
     decode = _by_transformers if _keeps_state(model) else _decode
     # No inference mode: what a model caches on the way, training may meet again.
@@ -152,13 +136,9 @@ def _keeps_state(model: Any) -> bool:
 
 def _uniforms(numbers: Sequence[int], sampling: Sampling) -> torch.Tensor:
     """Random numbers [R, max_new_tokens] in [0, 1), each row's from its own generator."""
-    rows = []
-    for number in numbers:
-        seed = int(hash_json([sampling.seed, number])[:15], 16)
-        rows.append(
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-        )
-    return torch.stack(rows)
+    seeds = (int(hash_json([sampling.seed, number])[:15], 16) for number in numbers)
+    own = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.rand(sampling.max_new_tokens, generator=one) for one in own])
 
 
 def _padded(
@@ -205,12 +185,9 @@ def _decode(
         tokens = choose_tokens(output.logits[:, -1], drawn, sampling)
         ended = torch.isin(tokens, endings).tolist()
         for row, token, end in zip(active, tokens.tolist(), ended, strict=True):
-            if stopped[row]:
-                continue
-            if end:
-                stopped[row] = True
-            else:
+            if not stopped[row] and not end:
                 written[row].append(token)
+            stopped[row] |= end
         over = [stopped[row] for row in active]
         if all(over):
             break
@@ -243,22 +220,13 @@ def _by_transformers(
         return torch.full_like(logits, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
     output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(stops) or None,
-        pad_token_id=padding,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        logits_processor=LogitsProcessorList([choose]),
-    )
+        input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(stops) or None, pad_token_id=padding, do_sample=False,
+        temperature=None, top_p=None, top_k=None, logits_processor=LogitsProcessorList([choose]),
+    )  # fmt: skip
     return [_cut(row, stops) for row in output[:, length:].tolist()]
 
 
 def _cut(row: Sequence[int], stops: Sequence[int]) -> GeneratedAnswer:
-    for position, token in enumerate(row):
-        if token in stops:
-            return GeneratedAnswer(tuple(row[:position]), True)
-    return GeneratedAnswer(tuple(row), False)
+    end = next((place for place, token in enumerate(row) if token in stops), None)
+    return GeneratedAnswer(tuple(row[:end]), end is not None)

@@ -32,14 +32,7 @@ def load_model(
     quantization: str | None = None,
     rounded_from: torch.dtype | None = None,
 ) -> Any:
-    """A causal language model in evaluation mode, its weights in `dtype` on `device`.
-
-    Args:
-        folder: a model folder.
-        dtype: of the weights, and of the products with quantised ones.
-        device: where the weights go.
-        quantization: nf4 puts its linear layers in 4 bits, see `quantize.quantize`.
-        rounded_from: number format that those are rounded from; None: `dtype`.
+    """A causal language model in evaluation mode; see `Preparation` for the arguments.
 
     Raises UserError for files that cannot be read, and for a model whose files lack a weight:
     transformers would fill it with random numbers.
@@ -53,13 +46,13 @@ def load_model(
     # tandem draws its own progress.
     transformers_logging.disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
     # Quantised ones ask for packages; damaged files lead a library anywhere.
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded as a model: {first_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loaded["missing_keys"]):
         raise UserError(
             f"{folder} is not a whole model: {len(missing)} of its weights are in none of its "
             f"files ({', '.join(missing[:3])}). Copy or download it again, or correct config.json."
@@ -75,10 +68,8 @@ def load_base(
 ) -> Any:
     """The base as a saved adapter saw it: quantised, if it was."""
     record = read_record(adapter)
-    if record is None:
-        return load_model(base, dtype=dtype, device=device)
-    rounded: dict[str, Any] = {"quantization": record.format, "rounded_from": record.torch_dtype}
-    return load_model(base, dtype=dtype, device=device, **rounded)
+    form, source = (record.format, record.torch_dtype) if record else (None, None)
+    return load_model(base, dtype=dtype, device=device, quantization=form, rounded_from=source)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.lora.adapter import added_ids_of_folder
 from tandem.model.lora.adapter_folder import ExpertsUpdate, LowRankUpdate, NewRows, Update
 from tandem.model.quantize import Quantized, read_record
-from tandem.model.weight_files import HEADS, Part, opened, parts_of, read_heads
+from tandem.model.weight_files import HEADS, Part, opened, parts_of, read_headers
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.hashing import weight_files, weight_index
 
@@ -41,11 +41,10 @@ def merge_shards(
     Args:
         base: model folder with safetensors weights.
         updates: from `read_updates`, by the weights' names in memory or in the files.
-        output: an existing folder; gets the shards under the base's names, and their index.
+        output: an existing folder; gets the shards, and their index.
         model: the base, its weights on the meta device.
         dtype: of the floating-point weights written; None keeps each weight's own.
-        quantized: the weights that the adapter saw in 4 bits; all of them are written as it saw
-            them.
+        quantized: the weights that the adapter saw in 4 bits, all written as it saw them.
         device: where they are rounded.
 
     Returns the names of the files written. Raises UserError if an update finds no weight, shapes
@@ -57,11 +56,11 @@ def merge_shards(
     written = []
     for shard in weight_files(base):
         tensors: dict[str, Tensor] = {}
-        for name, weight in _tensors(shard):
-            merged = sums.of(name, weight)
-            tensors[name] = merged
-            index[name] = shard.name
-            total_bytes += merged.numel() * merged.element_size()
+        with opened(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                tensors[name] = sums.of(name, file.get_tensor(name))
+                index[name] = shard.name
+                total_bytes += tensors[name].nbytes
         save_file(tensors, output / shard.name, metadata={"format": "pt"})
         written.append(shard.name)
     sums.check_all_found()
@@ -76,8 +75,8 @@ def merge_shards(
 class _Sums:
     """The sums of a base's tensors and an adapter's updates, asked for in the files' order.
 
-    Tensors that only together are a weight that changes, an expert's, are added up together; those
-    whose turn has not come wait.
+    Tensors that form one changed weight, such as an expert's, are summed together; those whose turn
+    has not come wait.
     """
 
     def __init__(
@@ -92,11 +91,11 @@ class _Sums:
         self._base, self._updates, self._model = base, updates, model
         self._dtype, self._quantized, self._device = dtype, quantized, device
         self._tied = _tied_rows(base, updates)
-        self._heads = read_heads(base)
-        self._parts = {name: part for part in parts_of(self._heads, model) for name in part.names}
+        self._headers = read_headers(base)
+        self._parts = {name: part for part in parts_of(self._headers, model) for name in part.names}
         self._waiting: dict[str, Tensor] = {}
         self._changed = updates.keys() | set(quantized.weights if quantized else ())
-        self._found: set[str] = set()
+        self._summed: set[str] = set()
 
     def of(self, name: str, weight: Tensor) -> Tensor:
         """A tensor of the files, by its name there, as it is written."""
@@ -114,15 +113,15 @@ class _Sums:
 
     def check_all_found(self) -> None:
         """Raise UserError unless the files had every weight that was to be changed."""
-        if missing := sorted(self._changed - self._found):
+        if missing := sorted(self._changed - self._summed):
             raise UserError(
                 f"{self._base} has no weight named {missing[0]} (and {len(missing) - 1} more "
                 "that the adapter changes): is this the model it was trained on?"
             )
 
     def _sum(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
-        """A weight and its update, by its name in memory; of one expert, if only its is given."""
-        self._found.add(name)
+        """A weight and its update, by its name in memory; `expert` where it is of one alone."""
+        self._summed.add(name)
         kept = self._dtype or weight.dtype
         seen = self._quantized.rounded(name, weight, self._device) if self._quantized else weight
         update = self._updates.get(name)
@@ -142,15 +141,15 @@ class _Sums:
 
     def _together(self, part: Part) -> dict[str, Tensor]:
         """A part's tensors as they are written, by their names in the files."""
-        tensors = {name: _tensor(self._heads[name].file, name) for name in part.names}
+        tensors = {name: _tensor(self._headers[name].file, name) for name in part.names}
         weights = part.assembled(tensors, self._model)
         back = part.cut(weights, self._model)
         if any(not torch.equal(back[name], tensor) for name, tensor in tensors.items()):
             raise UserError(f"{part.names[0]} of {self._base} cannot be taken out of its weight")
         sums = {name: self._sum(name, weight, part.expert) for name, weight in weights.items()}
-        made = part.cut(sums, self._model)
+        merged = part.cut(sums, self._model)
         return {
-            name: made[name].to(self._dtype or tensor.dtype).contiguous()
+            name: merged[name].to(self._dtype or tensor.dtype).contiguous()
             for name, tensor in tensors.items()
         }
 
@@ -177,12 +176,6 @@ def _tensor(shard: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    with opened(shard) as file:
-        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            yield name, file.get_tensor(name)
-
-
 def _tied_rows(base: Path, updates: dict[str, Update]) -> NewRows | None:
     """The rows of the one embedding that input and output share, or None if they are two."""
     rows = [update for update in updates.values() if isinstance(update, NewRows)]
@@ -195,7 +188,7 @@ def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Te
     """A matrix with some rows replaced, longer by what it lacks."""
     first, last = min(rows.ids), max(rows.ids)
     behind = [index for index in rows.ids if index >= weight.shape[0]]
-    gap = bool(behind) and min(behind) > weight.shape[0]
+    gap = min(behind, default=0) > weight.shape[0]
     if gap or weight.shape[1] != rows.values.shape[1]:
         raise UserError(
             f"{name} has shape {tuple(weight.shape)} in the base, and the adapter has rows "
@@ -241,14 +234,10 @@ _MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Verified:
-    """Mean absolute differences of token log-probs on the probe texts, in nats.
+    """Mean absolute differences of token log-probs on the probe texts, in nats."""
 
-    `difference` is between the merged model and base + adapter, `effect` between base + adapter and
-    the base alone.
-    """
-
-    difference: float
-    effect: float
+    difference: float  # between the merged model and base + adapter
+    effect: float  # between base + adapter and the base alone
     tokens: int
 
     @property
@@ -268,15 +257,9 @@ def verify_merge(
 ) -> Verified:
     """Compare token log-probs of the merged model with base + adapter; one is loaded at a time.
 
-    The base is quantised here where it was in training.
-
-    Args:
-        base, adapter, merged: model folders.
-        probes: token ids of the probe texts.
-        dtype: the merged weights' own; it bounds the difference allowed.
-        device: where to compute, in float32 on CPU.
-
-    Raises UserError when they differ by more than `dtype` explains.
+    The base is quantised here where it was in training; a CPU computes in float32. `probes` are
+    token ids, `dtype` the merged weights' own. Raises UserError when log-probs differ by more than
+    `dtype` explains.
     """
     compute = torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
     record = read_record(adapter)
@@ -305,10 +288,10 @@ def verify_merge(
 
 
 def _token_logps(model: Any, probes: Sequence[Sequence[int]]) -> Tensor:
-    found = []
+    parts = []
     with torch.no_grad():
         for probe in probes:
             ids = torch.tensor([list(probe[:_MAX_TOKENS])], device=model.device)
             logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-            found.append(logps[:-1].gather(1, ids[0, 1:, None])[:, 0].cpu().double())
-    return torch.cat(found)
+            parts.append(logps[:-1].gather(1, ids[0, 1:, None])[:, 0].cpu().double())
+    return torch.cat(parts)

@@ -100,10 +100,10 @@ def check_fetchable(name: str, folder: Path, revision: str | None) -> None:
 def _local_folder(name: str) -> Path:
     try:
         folder = Path(name).expanduser()
-        found, is_folder = folder.exists(), folder.is_dir()
+        exists, is_folder = folder.exists(), folder.is_dir()
     except (OSError, RuntimeError) as error:  # no permission, a name too long, no such home
         raise UserError(f"model folder {name} cannot be reached: {first_line(error)}") from None
-    if not found:
+    if not exists:
         raise UserError(
             f"model folder {name} does not exist. Check the path (a Hub id is written owner/name)."
         )
@@ -243,20 +243,20 @@ def check_whole(folder: Path, config: Any) -> None:
     is missing with random numbers. Only the files' headers are read. Quantised weights are packed,
     so they are not counted.
     """
-    from tandem.model.weight_files import parts_of, read_heads
+    from tandem.model.weight_files import parts_of, read_headers
 
-    heads = read_heads(folder)
+    headers = read_headers(folder)
     if getattr(config, "quantization_config", None) is not None:
         return
     described = model_without_weights(config, folder)
     wanted = {name: parameter.numel() for name, parameter in described.named_parameters()}
-    held = sum(math.prod(head.shape) for head in heads.values())
-    if held < sum(wanted.values()):
-        there = {weight for part in parts_of(heads, described) for weight in part.weights}
-        missing = sorted(wanted.keys() - there)
+    there = sum(math.prod(header.shape) for header in headers.values())
+    if there < sum(wanted.values()):
+        filled = {weight for part in parts_of(headers, described) for weight in part.weights}
+        missing = sorted(wanted.keys() - filled)
         raise UserError(
             f"{folder} is not a whole model: its config.json describes "
-            f"{sum(wanted.values()):,} parameters, its files hold {held:,}"
+            f"{sum(wanted.values()):,} parameters, its files hold {there:,}"
             + (f" (without {', '.join(missing[:3])})" if missing else "")
             + ". Copy or download it again, or correct config.json."
         )
@@ -264,10 +264,9 @@ def check_whole(folder: Path, config: Any) -> None:
 
 def check_unquantized(folder: Path, config: Any) -> None:
     """Raise UserError for a model that is quantised already: nothing is merged into that."""
-    found = (
-        getattr(one, "quantization_config", None) for one in (config, config.get_text_config())
-    )
-    settings = next((each for each in found if each is not None), None)
+    places = (config, config.get_text_config())
+    stated = (getattr(place, "quantization_config", None) for place in places)
+    settings = next((each for each in stated if each is not None), None)
     if settings is None:
         return
     values = settings if isinstance(settings, dict) else settings.to_dict()
@@ -302,10 +301,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder.
-
-    Raises UserError when there is none, or none that can be loaded.
-    """
+    """The tokenizer of a local folder; raises UserError when none is there or can be loaded."""
     require_tokenizer(folder)
     from transformers import AutoTokenizer
 

@@ -1,8 +1,7 @@
-"""Everything that is done to a model, in order.
+"""Everything that is done to a model; the lists at the end have the order and its reasons.
 
-The order, and the reason for each place, stand in the lists at the end of this file and nowhere
-else. A change is one function; only the functions that it calls by name replace a module's forward
-or set a `tandem_...` attribute of a model that is not ours.
+A change is one function; only the functions that it calls by name replace a module's forward or set
+a `tandem_...` attribute of a model that is not ours.
 """
 
 from __future__ import annotations
@@ -36,33 +35,19 @@ from tandem.model.unwrap import plain_model
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the changes need to know; a list reads only some of it.
+    """What the changes need to know; a list reads only some of it."""
 
-    Attributes:
-        dtype: number format of the weights, and of products with quantised ones.
-        device: where the weights go.
-        quantization: nf4 puts the linear layers in 4 bits.
-        rounded_from: number format that those are rounded from; None: `dtype`.
-        added: tokens whose embeddings are trained, and made where the model has none.
-        adapter: folder of a saved adapter.
-        attention: the backend.
-        weights: what is trained.
-        compiled: whether torch.compile takes norms and gated MLPs.
-        recomputed: whether activations are computed again in the backward, not kept.
-        reordered: whether frozen weights are kept in oneDNN's order as well.
-    """
-
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the weights, and of products with quantised ones
     device: torch.device | str = "cpu"
-    quantization: str | None = None
-    rounded_from: torch.dtype | None = None
-    added: AddedTokens | None = None
-    adapter: Path | None = None
-    attention: str = "padded"
-    weights: TrainedWeights | None = None
-    compiled: bool = False
-    recomputed: bool = False
-    reordered: bool = False
+    quantization: str | None = None  # nf4 puts the linear layers in 4 bits
+    rounded_from: torch.dtype | None = None  # number format that those had; None: `dtype`
+    added: AddedTokens | None = None  # trained embeddings, made where the model has none
+    adapter: Path | None = None  # folder of a saved adapter
+    attention: str = "padded"  # the backend
+    weights: TrainedWeights | None = None  # what is trained
+    compiled: bool = False  # whether torch.compile takes norms and gated MLPs
+    recomputed: bool = False  # whether activations are computed again in the backward, not kept
+    reordered: bool = False  # whether frozen weights are kept in oneDNN's order as well
 
 
 Change = Callable[[Any, Preparation, Log], Any]
@@ -71,14 +56,9 @@ Change = Callable[[Any, Preparation, Log], Any]
 def prepare_model(
     model: Any, changes: Sequence[Change], preparation: Preparation, log: Log = lambda _: None
 ) -> Any:
-    """Apply changes in order; returns the model, or a wrapper around it.
+    """Apply one of the lists below to a causal language model in evaluation mode.
 
-    Args:
-        model: a transformers causal language model in evaluation mode.
-        changes: one of the lists below.
-        preparation: what they need to know.
-        log: told what is left out or switched off.
-
+    Returns the model, or a wrapper around it; `log` is told what is left out or switched off.
     Raises UserError for a model that a change cannot be made to.
     """
     for change in changes:
@@ -190,10 +170,7 @@ def speed_up_adapter(model: Any, _: Preparation, __: Log) -> Any:
 
 
 def recompute_activations(model: Any, preparation: Preparation, _: Log) -> Any:
-    """Recompute each layer's activations in the backward instead of keeping them.
-
-    Raises UserError for models that cannot.
-    """
+    """Recompute activations in the backward instead of keeping them; UserError where it cannot."""
     if not preparation.recomputed:
         return model
     base = plain_model(model)
@@ -203,11 +180,9 @@ def recompute_activations(model: Any, preparation: Preparation, _: Log) -> Any:
             "set it to false and lower tokens_per_microbatch instead"
         )
     base.enable_input_require_grads()
-    kwargs = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(kwargs)
-    else:  # its name in earlier transformers
-        base.gradient_checkpointing_enable(kwargs)
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    # The second is its name in earlier transformers.
+    (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 

@@ -30,16 +30,12 @@ _LOGGER = "bitsandbytes.backends.cpu.ops"
 
 @dataclass(frozen=True)
 class Quantized:
-    """Which weights of a base are 4-bit, and the number format that they were rounded from.
+    """Which weights of a base are 4-bit, and the number format that they were rounded from."""
 
-    `format` is nf4, with the blocks' scales quantised as well; `transposed` are those weights that
-    are stored [in, out].
-    """
-
-    format: str
+    format: str  # nf4, with the blocks' scales quantised as well
     dtype: str
     weights: tuple[str, ...]
-    transposed: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()  # those of them that are stored [in, out]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,8 +45,7 @@ class Quantized:
     def rounded(self, name: str, weight: Tensor, device: torch.device) -> Tensor:
         """A stored weight as the adapter saw it, in float32 on the CPU, in its stored layout.
 
-        One that stayed whole is returned as it is. Rounding gives the same bits on the same kind of
-        device.
+        Rounding gives the same bits on the same kind of device.
         """
         if name not in self.weights:
             return weight
@@ -95,8 +90,6 @@ def quantize(
     Args:
         model: loaded, without an adapter, on the CPU.
         source, compute: number formats that weights are rounded from, and of products.
-        device: where the layers go.
-        kept: see `adapter.unreached_layers`.
 
     Raises UserError without bitsandbytes, or when there is nothing to quantise.
     """
@@ -135,15 +128,12 @@ def quantized_of(model: Any) -> Quantized | None:
 
 def write_record(model: Any, folder: Path) -> None:
     """Note in an adapter's folder that its base is quantised, if it is."""
-    if (found := quantized_of(model)) is not None:
-        atomic_write_json(folder / QUANTIZATION, asdict(found))
+    if (record := quantized_of(model)) is not None:
+        atomic_write_json(folder / QUANTIZATION, asdict(record))
 
 
 def read_record(folder: Path) -> Quantized | None:
-    """What `write_record` noted; None for an adapter whose base was not quantised.
-
-    Raises UserError for a file that cannot be read.
-    """
+    """What `write_record` noted, None for an unquantised base; UserError for a damaged file."""
     path = folder / QUANTIZATION
     if not path.exists():
         return None
@@ -159,10 +149,10 @@ def read_record(folder: Path) -> Quantized | None:
 
 
 def load_bitsandbytes() -> Any:
-    """The package, None where it is not installed, imported without its messages and downloads.
+    """Import the package without its messages and downloads; None where it is not installed.
 
-    It looks for kernels on the Hub when it is imported, and prints a line when it finds none. peft
-    imports it wherever it is installed, so call this before peft is imported.
+    On import it looks for kernels on the Hub, and prints a line when it finds none. peft imports it
+    wherever it is installed, so call this before peft is imported.
     """
     if find_spec("bitsandbytes") is None:
         return None

@@ -23,10 +23,9 @@ class TrainedWeights(Protocol):
     def attach(
         self, model: Any, *, unreached: Sequence[str], added_ids: Sequence[int], log: Log
     ) -> Any:
-        """Make a loaded model trainable: afterwards exactly what is trained requires a gradient.
+        """Make a model whose attention is set trainable: all that is trained requires a gradient.
 
         Args:
-            model: a transformers causal language model; its attention is set.
             unreached: linear layers that the model does not call, see `adapter.unreached_layers`.
             added_ids: tokens whose embeddings are trained as well; their rows are there.
             log: told what is left out.
@@ -36,10 +35,8 @@ class TrainedWeights(Protocol):
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write what is trained into an existing folder.
 
-        Args:
-            model: as `attach` returned it; its own weights may be spread over processes.
-            folder: gets the files.
-            tensors: the trained weights, whole, by the names of `trainable_parameters`.
+        `tensors` are the trained weights, whole, by the names of `trainable_parameters`; those of
+        `model`, as `attach` returned it, may be sharded.
         """
         ...
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tandem.data.records import Turn
 from tandem.data.tokenize.chat_template import ChatTemplate, find_ending, prompt_ids, stop_ids
 from tandem.errors import UserError
-from tandem.model.weight_files import FLOATS, HEADS, read_heads
+from tandem.model.weight_files import FLOATS, HEADS, read_headers
 from tandem.storage.hashing import weight_files
 
 # Rows whose cosine is above this are nearly one direction. Of two small models (the embedded demo's
@@ -40,18 +40,12 @@ _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed
 
 @dataclass(frozen=True)
 class Untrained:
-    """A token, as the template writes it, whose row was never trained.
-
-    Attributes:
-        alike: how many other rows are nearly equal to it.
-        empty: whether it is nearly 0.
-        ends: whether it ends answers, and the row is of the output head; else it is fed, and the
-            row is of the input embedding.
-    """
+    """A token, as the template writes it, whose row was never trained."""
 
     token: str
-    alike: int
-    empty: bool
+    alike: int  # how many other rows are nearly equal to it
+    empty: bool  # whether it is nearly 0
+    # whether it ends answers, and the row is of the output head; else of the input embedding
     ends: bool
 
 
@@ -61,15 +55,9 @@ def untrained_tokens(
     """The template's control tokens whose rows were never trained, those that end answers first.
 
     A token that ends answers is looked at in the output head, where it is predicted; the others in
-    the input embedding, where they are fed. Nothing is found without weights, nor in a matrix under
-    a name that no known family has.
-
-    Args:
-        folder, config: the model's, and its transformers configuration.
-        tokenizer, template: of the model, as the stage uses them.
-        trained: ids whose rows the stage trains.
-
-    Raises UserError for a damaged file.
+    the input embedding, where they are fed. Rows of `trained` ids, which the stage trains, are left
+    out. Nothing is found without weights, nor in a matrix under an unknown family's name. Raises
+    UserError for a damaged file.
     """
     tokens = control_tokens(tokenizer, template)
     ends = set(stop_ids(tokenizer, template)[:1])
@@ -81,26 +69,23 @@ def untrained_tokens(
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     rows = int(config.get_text_config().vocab_size)
     matrices = {
-        name: head.file
-        for name, head in read_heads(folder).items()
-        if len(head.shape) == 2 and head.shape[0] >= rows and head.dtype in FLOATS
+        name: header.file
+        for name, header in read_headers(folder).items()
+        if len(header.shape) == 2 and header.shape[0] >= rows and header.dtype in FLOATS
     }
     inputs, head = _first(matrices, _INPUTS), _first(matrices, HEADS)
     if head is None and tied:
         head = inputs
-    found: list[Untrained] = []
+    untrained: list[Untrained] = []
     for place, predicted in ((head, True), (inputs, False)):
         some = {token: i for token, i in wanted.items() if (i in ends) == predicted and i < rows}
         if place is not None and some:
-            found += _compared(*place, some, ends=predicted)
-    return found
+            untrained += _compared(*place, some, ends=predicted)
+    return untrained
 
 
 def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
-    """The single tokens that a template writes around turns with their ids, the ending first.
-
-    Those are special and other added tokens; what is written as text, in several tokens, is none.
-    """
+    """The special and added tokens that a template writes around turns, the ending first, by id."""
     question, answer = Turn("user", "Which?"), Turn("assistant", "That.")
     system = (Turn("system", "Answer."),)
     for before in (system, ()):  # templates may refuse a system turn, or a second question
@@ -113,31 +98,31 @@ def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
         ids = prompt_ids(tokenizer, template, (question,))
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
-    found = {
+    tokens_by_id = {
         index: str(tokenizer.convert_ids_to_tokens(index))
         for index in [*first, *ids]
         if index in special
     }
     # Some tokenizers have runs of blanks as added tokens.
-    return {token: index for index, token in found.items() if token.strip()}
+    return {token: index for index, token in tokens_by_id.items() if token.strip()}
 
 
-def in_words(found: Collection[Untrained]) -> str | None:
+def in_words(untrained: Collection[Untrained]) -> str | None:
     """What such rows mean, and the way out; None if there are none."""
-    if not found:
+    if not untrained:
         return None
-    parts = [_end(one) for one in found if one.ends]
-    if fed := [one for one in found if not one.ends]:
+    parts = [_end(one) for one in untrained if one.ends]
+    if fed := [one for one in untrained if not one.ends]:
         names = ", ".join(repr(one.token) for one in fed)
         parts.append(
             f"the template writes {names}, which this model has never read: "
             f"{'its row' if len(fed) == 1 else 'their rows'} in the input embedding "
             f"{'says' if len(fed) == 1 else 'say'} nothing (nearly equal to others, or 0)"
         )
-    listing = ", ".join(f'"{one.token}"' for one in found)
-    flags = " ".join(f"'{one.token}'" for one in found)
+    listing = ", ".join(f'"{one.token}"' for one in untrained)
+    flags = " ".join(f"'{one.token}'" for one in untrained)
     return (
-        f"{'; '.join(parts)}. Train {'this row' if len(found) == 1 else 'these rows'}: "
+        f"{'; '.join(parts)}. Train {'this row' if len(untrained) == 1 else 'these rows'}: "
         f"`added_tokens: [{listing}]` in the recipe, `--added_tokens {flags}` for a stage."
     )
 
@@ -180,14 +165,14 @@ def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -
         same += (cosines > _SAME).sum(axis=0)
     ascending = np.sort(np.concatenate(lengths))
     short = _EMPTY * float(ascending[(len(ascending) - 1) // 2])
-    found = []
+    untrained = []
     for number, token in enumerate(tokens):
         length = float(own_lengths[number])
         # The row itself is among those that are counted, unless its length is 0.
         others = int(alike[number]) - 1 if length else 0
         if length < short or others >= _FEWEST or (length and int(same[number]) > 1):
-            found.append(Untrained(token, others, length < short, ends))
-    return found
+            untrained.append(Untrained(token, others, length < short, ends))
+    return untrained
 
 
 def _matrix(path: Path, name: str) -> NDArray[Any]:

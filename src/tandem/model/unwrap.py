@@ -1,7 +1,4 @@
-"""What lies inside a causal language model: the plain model in its wrappers, decoder, head.
-
-peft puts its layers into a model in place and wraps it; a wrapped layer keeps the plain one inside.
-"""
+"""What lies inside a causal language model: the plain model in its wrappers, decoder, head."""
 
 from __future__ import annotations
 

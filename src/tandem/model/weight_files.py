@@ -1,9 +1,9 @@
 """How a model's files name and cut its weights, and how transformers puts them together in memory.
 
-On the Hub names lack a prefix that the model has in memory, or have another one, and the experts
-of a mixture are one matrix each there and one tensor here. transformers has rules for that, by
-which it loads; this file reads them in both directions, so that what an adapter changed is written
-under the files' own names. Headers are read without torch and transformers.
+In files, names may have another prefix than in memory, and the experts of a mixture are one matrix
+each instead of one tensor. transformers loads by rules; this file reads them in both directions, so
+that what an adapter changed is written under the files' own names. Headers are read without torch
+and transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
-class Head:
+class Header:
     """What a file's header says of a tensor: its sizes, and its number format's name."""
 
     file: Path
@@ -40,68 +40,50 @@ class Head:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of the files that belong together, because a weight in memory is made of them.
+    """Tensors of the files that belong together, because a weight in memory is made of them."""
 
-    Attributes:
-        names: theirs, in the order in which they are put together.
-        weights: the names in memory of what they make; empty where the model has no use for them.
-        expert: which entry of the weights' first axis they make, None for all of it.
-        converter: transformers' rule, None where they are only renamed.
-        places: for each name, which of the rule's patterns it fits, and as which of those that do.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # theirs, in the order in which they are put together
+    # the names in memory of what they make; empty where the model has no use for them
     weights: tuple[str, ...]
-    expert: int | None = None
-    converter: Any = None
+    expert: int | None = None  # which entry of the weights' first axis they make, None for all
+    converter: Any = None  # transformers' rule, None where they are only renamed
+    # for each name, which of the rule's patterns it fits, and as which of those that do
     places: tuple[tuple[int, int], ...] = ()
 
     def assembled(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The weights, by their names in memory, that the files' tensors make.
-
-        The rules may ask for the configuration of `model`.
-        """
+        """The weights by their names in memory; rules may ask for the configuration of `model`."""
         if self.converter is None:
             return dict.fromkeys(self.weights, tensors[self.names[0]])
-        given: dict[str, Any] = defaultdict(list)
+        sources: dict[str, Any] = defaultdict(list)
         for name, (pattern, _) in zip(self.names, self.places, strict=True):
-            given[self.converter.source_patterns[pattern]].append(tensors[name])
-        made = self._run(self.converter, dict(given), model)
+            sources[self.converter.source_patterns[pattern]].append(tensors[name])
+        merged = self._run(self.converter, dict(sources), model)
         if len(self.weights) == 1:
-            return dict.fromkeys(self.weights, *made.values())
+            return dict.fromkeys(self.weights, *merged.values())
         patterns = zip(self.converter.target_patterns, self.weights, strict=True)
-        return {weight: made[pattern] for pattern, weight in patterns}
+        return {weight: merged[pattern] for pattern, weight in patterns}
 
     def cut(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """`assembled` the other way round."""
         if self.converter is None:
             return {self.names[0]: weights[self.weights[0]]}
         back = self.converter.reverse_transform()
-        given = {
-            pattern: [weights[name]]
-            for pattern, name in zip(back.source_patterns, self.weights, strict=True)
-        }
-        made = self._run(back, given, model)
-        found = {}
+        pairs = zip(back.source_patterns, self.weights, strict=True)
+        pieces = self._run(back, {pattern: [weights[name]] for pattern, name in pairs}, model)
+        tensors = {}
         for name, (pattern, number) in zip(self.names, self.places, strict=True):
             number = 0 if self.expert is not None else number
-            found[name] = made[back.target_patterns[pattern].replace("*", str(number))]
-        return found
+            tensors[name] = pieces[back.target_patterns[pattern].replace("*", str(number))]
+        return tensors
 
     def _run(self, rule: Any, values: dict[str, Any], model: Any) -> dict[str, Tensor]:
         for operation in rule.operations:
             values = operation.convert(
-                values,
-                source_patterns=rule.source_patterns,
-                target_patterns=rule.target_patterns,
-                full_layer_name=self.weights[0],
-                model=model,
-                config=model.config,
+                values, source_patterns=rule.source_patterns, target_patterns=rule.target_patterns,
+                full_layer_name=self.weights[0], model=model, config=model.config,
                 missing_keys=None,
-            )
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in values.items()
-        }
+            )  # fmt: skip
+        return {k: v[0] if isinstance(v, list) else v for k, v in values.items()}
 
 
 @contextmanager
@@ -114,15 +96,15 @@ def opened(path: Path, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
         raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
 
 
-def read_heads(folder: Path) -> dict[str, Head]:
+def read_headers(folder: Path) -> dict[str, Header]:
     """The headers of a model folder's weight files, by the tensors' names in them."""
-    found: dict[str, Head] = {}
+    headers: dict[str, Header] = {}
     for shard in weight_files(folder):
         with opened(shard, "np") as file:
             for name in list(file.keys()):
                 part = file.get_slice(name)
-                found[name] = Head(shard, tuple(part.get_shape()), part.get_dtype())
-    return found
+                headers[name] = Header(shard, tuple(part.get_shape()), part.get_dtype())
+    return headers
 
 
 def parts_of(names: Iterable[str], model: Any) -> list[Part]:
@@ -174,31 +156,25 @@ def _converted(first: str, members: list[tuple[str, str]], rule: Any) -> list[Pa
     stacks = isinstance(rule.operations[0], MergeModulelist) and rule.operations[0].dim == 0
     if not stacks or len(set(seen.values())) > 1:
         return [Part(names, weights, None, rule, tuple(places))]
-    experts: dict[int, list[int]] = defaultdict(list)
-    for position, (_, number) in enumerate(places):
-        experts[number].append(position)
-    return [
-        Part(
-            tuple(names[p] for p in positions), weights, number, rule,
-            tuple(places[p] for p in positions),
-        )
-        for number, positions in sorted(experts.items())
-    ]  # fmt: skip
+    experts: dict[int, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
+    for name, place in zip(names, places, strict=True):
+        experts[place[1]].append((name, place))
+    parts = []
+    for number, tensors in sorted(experts.items()):
+        stacked, fitting = zip(*tensors, strict=True)
+        parts.append(Part(stacked, weights, number, rule, fitting))
+    return parts
 
 
 def check_sums(folder: Path, model: Any, changed: Iterable[str]) -> None:
-    """Raise UserError, with the reason, for a weight that an adapter would change in vain.
+    """Raise UserError, with the reason, for a weight whose change could not be merged.
 
-    Only the files' headers are read.
-
-    Args:
-        folder: the base's.
-        model: it, with or without weights.
-        changed: names in memory of the weights that the adapter will change.
+    `model` is the base of `folder`, with or without weights; `changed` are names in memory. Only
+    the files' headers are read.
     """
-    heads = read_heads(folder)
+    headers = read_headers(folder)
     parts: dict[str, list[Part]] = defaultdict(list)
-    for part in parts_of(heads, model):
+    for part in parts_of(headers, model):
         for name in part.weights:
             parts[name].append(part)
     sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -214,41 +190,41 @@ def check_sums(folder: Path, model: Any, changed: Iterable[str]) -> None:
                 "merged. Copy or download the folder again, or correct config.json."
             )
         for part in parts[name]:
-            if why := _trouble(part, heads, sizes, model):
+            if why := _trouble(part, headers, sizes, model):
                 raise UserError(
                     f"an adapter of {name} could not be merged into the files of {folder}: {why}"
                 )
 
 
 def _trouble(
-    part: Part, heads: Mapping[str, Head], sizes: Mapping[str, tuple[int, ...]], model: Any
+    part: Part, headers: Mapping[str, Header], sizes: Mapping[str, tuple[int, ...]], model: Any
 ) -> str | None:
     """Why an update cannot be added to a part's tensors; None when it can."""
     import torch
 
     for name in part.names:
-        if heads[name].dtype not in FLOATS:
+        if headers[name].dtype not in FLOATS:
             return (
-                f"{name} is stored as {heads[name].dtype}, which is quantised. Take the model's "
+                f"{name} is stored as {headers[name].dtype}, which is quantised. Take the model's "
                 "16-bit edition."
             )
     way_out = (
         "Leave its layers out with lora.target_modules, or load the model with transformers and "
         "save it with save_pretrained(FOLDER, save_original_format=False)."
     )
-    given = {name: torch.empty(heads[name].shape, device="meta") for name in part.names}
+    tensors = {name: torch.empty(headers[name].shape, device="meta") for name in part.names}
     try:
-        made = part.assembled(given, model)
-        back = part.cut(made, model)
+        weights = part.assembled(tensors, model)
+        back = part.cut(weights, model)
     except Exception as error:  # rules are as many as models
         return f"{part.names[0]} cannot be taken out of it again ({error!r}). {way_out}"
-    for name, tensor in made.items():
+    for name, tensor in weights.items():
         wanted = sizes[name] if part.expert is None else (1, *sizes[name][1:])
         if tuple(tensor.shape) != wanted:
             return (
                 f"{part.names[0]} makes a weight of shape {tuple(tensor.shape)}, config.json asks "
                 f"for {sizes[name]}. Copy or download the folder again, or correct config.json."
             )
-    if any(tuple(back[name].shape) != heads[name].shape for name in part.names):
+    if any(tuple(back[name].shape) != headers[name].shape for name in part.names):
         return f"{part.names[0]} cannot be taken out of it again. {way_out}"
     return None

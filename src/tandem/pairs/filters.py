@@ -33,11 +33,10 @@ def words_of(text: str) -> list[str]:
 
 
 def similarity(one: str, other: str) -> float:
-    """How alike two texts are, 0 to 1: the share of neighbouring word pairs they have in common.
+    """How alike two texts are, 0 to 1, case and punctuation aside.
 
-    That is the Dice coefficient of their multisets of pairs of neighbouring words, case and
-    punctuation aside; of single words where one text has fewer than two. Two texts without any
-    word are alike when they are equal.
+    That is the Dice coefficient of their multisets of pairs of neighbouring words; of single words
+    where one text has fewer than two. Texts without any word are compared as a whole.
     """
     a, b = words_of(one), words_of(other)
     if not a or not b:
@@ -58,13 +57,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Filters:
-    """What an answer must not be: the recipe's filters and `keep`, and the user's check at last.
-
-    `keep` "different" takes any answer that differs from the chosen one, "wrong" only one that
-    lacks every accepted text or did not stop.
-    """
+    """What rejected answers must pass; the user's check comes last."""
 
     settings: FilterSettings
+    # different: any answer that differs from the chosen one; wrong: only one that lacks every
+    # accepted text or did not stop
     keep: str = "different"
     check: UserCheck | None = None
 
@@ -79,21 +76,17 @@ class Pair:
 
     def row(self) -> dict[str, str]:
         """The pair in the orca_dpo_pairs form."""
-        return {
-            "system": self.prompt.system,
-            "question": self.prompt.question,
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-        }
+        prompt = {"system": self.prompt.system, "question": self.prompt.question}
+        return {**prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
 def first_pair(
     prompt: Prompt, candidates: Sequence[Candidate], filters: Filters, dropped: Counter[str]
 ) -> Pair | str:
-    """The set's answer against the first candidate that may stand against it, or why there is none.
+    """The set's answer against the first candidate that passes the filters, or why there is none.
 
-    `dropped` counts the candidates passed over, by reason. Raises UserError for a check of the
-    user's that fails.
+    `dropped` counts the candidates passed over, by reason. Raises UserError for a user's check that
+    fails.
     """
     reasons: list[str] = []
     for candidate in candidates:
@@ -105,13 +98,15 @@ def first_pair(
             return pair
         dropped[reason] += 1
         reasons.append(reason)
-    return _together(reasons)
+    if not reasons:
+        return "no answer"
+    return reasons[0] if len(set(reasons)) == 1 else "no answer passes"
 
 
 def against_answer(
     candidate: Candidate, filters: FilterSettings, chosen: str | None = None
 ) -> str | None:
-    """What speaks against an answer by itself; `chosen` gives the language that is "same"."""
+    """Why an answer by itself is left out, or None; the language "same" is that of `chosen`."""
     text = candidate.text.strip()
     if not text:
         return "empty"
@@ -130,7 +125,7 @@ def against_answer(
 
 
 def against_pair(pair: Pair, filters: Filters) -> str | None:
-    """What speaks against two answers together, the user's check aside."""
+    """Why two answers together are left out, or None, the user's check aside."""
     if pair.chosen.split() == pair.rejected.split():
         return "same as chosen"
     most = filters.settings.max_similarity
@@ -148,8 +143,7 @@ def ranked_pair(
 ) -> Pair | str:
     """The answer with the highest score against the one with the lowest, or why there is none.
 
-    The answers passed `against_answer`; the set's own plays no part. The scores differ by more than
-    `margin`. `dropped` counts prompts that get no pair here, by reason.
+    Their scores differ by more than `margin`. `dropped` counts prompts without a pair, by reason.
     """
     if len(scored) < 2:
         result: Pair | str = "fewer than two answers to rank"
@@ -174,14 +168,8 @@ def _checked(pair: Pair, filters: Filters) -> str | None:
     return filters.check(pair.row(), pair.prompt.origin) if filters.check is not None else None
 
 
-def _together(reasons: Sequence[str]) -> str:
-    if not reasons:
-        return "no answer"
-    return reasons[0] if len(set(reasons)) == 1 else "no answer passes"
-
-
 _HOW = (
-    "It is a function's place, `module:function` or `path/to/file.py:function`; the function takes "
+    "Write `module:function` or `path/to/file.py:function`; the function takes "
     "a pair as a dict of system, question, chosen and rejected, and returns True to keep it, or "
     "False or a reason (a text) to leave it out."
 )
@@ -190,17 +178,15 @@ _HOW = (
 class UserCheck:
     """A user's function, called with each pair that all other filters let through.
 
-    Args:
-        place: `module:function` or `file.py:function`.
-
-    `identity` is the hash of its file. Raises UserError for one that cannot be imported.
+    `place` is `module:function` or `file.py:function`, `identity` the hash of its file. Raises
+    UserError for one that cannot be imported.
     """
 
     def __init__(self, place: str) -> None:
         self.place = place
         name, colon, function = place.rpartition(":")
         if not colon or not name or not function.isidentifier():
-            raise UserError(f"pairs.filters.check: {place!r} is no place of a function. {_HOW}")
+            raise UserError(f"pairs.filters.check: {place!r} does not name a function. {_HOW}")
         module = _imported(name, place)
         self._function: Any = getattr(module, function, None)
         if not callable(self._function):
@@ -209,11 +195,7 @@ class UserCheck:
         self.identity = hash_file(Path(file)) if file else place
 
     def __call__(self, row: dict[str, str], origin: Origin) -> str | None:
-        """None to keep a pair, else the reason to leave it out.
-
-        Raises UserError, with the prompt's file and row, when the function raises or returns
-        something else.
-        """
+        """None to keep a pair, else the reason to drop it; UserError where the function fails."""
         try:
             verdict = self._function(dict(row))
         except Exception as error:  # whatever a user's function may raise

@@ -45,31 +45,38 @@ Unit = list[tuple[int, list[Any]]]
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Prompts that can be asked, what their answers depend on, and how to get them."""
+    """What is to be generated, and how."""
 
     prompts: list[Prompt]  # those that can be asked, in order
     key: str  # what the answers depend on, as a hash
-    # from the numbers of answers that are done to the others, unit by unit
+    # takes the numbers of answers that are done, and yields the others, unit by unit
     write: Callable[[Collection[int]], Iterator[Unit]]
 
 
-class Generator(Protocol):
-    """Writes answers. An answer's number is its prompt's place x samples + its draw."""
+class PairsModel(Protocol):
+    """A model that is asked, in this process or by a server: it writes answers or scores them.
+
+    An answer's number is its prompt's place x samples + its draw.
+    """
 
     facts: dict[str, Any]
     """What the data card says of it; there once it is open."""
     failed: dict[int, Failure]
-    """Answers that will not come, by number."""
+    """Answers, or scores of answers, that will not come, by number."""
 
     @property
     def identity(self) -> Any:
-        """What the answers depend on: a hash of weights, or a server's address and model."""
+        """What its results depend on: a hash of weights, or a server's address and model."""
 
     def check(self) -> None:
         """Raise UserError for what cannot work; nothing is sent, and no model is loaded."""
 
     def open(self, console: Console) -> None:
         """Get ready: load the model, if it is one of this process."""
+
+
+class Generator(PairsModel, Protocol):
+    """Writes answers."""
 
     def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
         """What is to be generated; the ledger gets the prompts that cannot be asked."""
@@ -142,10 +149,7 @@ class LocalGenerator:
         }
 
     def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
-        """Batches, planned for all answers; one that is not all done is done anew.
-
-        Raises UserError when no prompt leaves room for an answer.
-        """
+        """Plan batches; an unfinished one is generated anew. UserError when no prompt fits."""
         from tandem.model.generate import Sampling
 
         settings = self._settings
@@ -174,16 +178,12 @@ class LocalGenerator:
         for members in batches:
             if all(number in done for number in members):
                 continue
-            answers = ask(
-                [asked[i] for i in members], members, stop_ids=self._stops, sampling=sampling
-            )
-            texts = self._tokenizer.batch_decode(
-                [list(answer.ids) for answer in answers], skip_special_tokens=True
-            )
-            yield [
-                (number, [text, answer.stopped])
-                for number, text, answer in zip(members, texts, answers, strict=True)
-            ]
+            prompts = [asked[i] for i in members]
+            answers = ask(prompts, members, stop_ids=self._stops, sampling=sampling)
+            ids = [list(answer.ids) for answer in answers]
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            done_now = zip(members, texts, answers, strict=True)
+            yield [(number, [text, answer.stopped]) for number, text, answer in done_now]
 
     def _batches(self, asked: Sequence[Sequence[int]]) -> list[list[int]]:
         if self._vllm is None:
@@ -252,9 +252,8 @@ class ServerGenerator:
         self._settings, self._server = settings, server
         self.failed: dict[int, Failure] = {}
         self.facts: dict[str, Any] = {
-            "model": server.model,
-            "by": f"the server at {server.base_url}",
-        }
+            "model": server.model, "by": f"the server at {server.base_url}"
+        }  # fmt: skip
 
     @property
     def identity(self) -> dict[str, str]:
@@ -270,7 +269,7 @@ class ServerGenerator:
         self._client = ChatServer(self._server, log=lambda text: log(console, text))
 
     def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:  # noqa: ARG002
-        """Answer by answer, as they arrive. What does not fit, the server refuses one by one."""
+        """Plan all prompts; those that are too long, the server refuses one by one."""
         texts = [[prompt.system, prompt.question] for prompt in prompts]
         options, samples = self._options(), self._settings.samples
         key = hash_json([self._server.base_url, self._server.model, texts, options, samples])

@@ -57,10 +57,7 @@ _APART: Any = {
 
 
 def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
-    """Raise UserError for what would stop the stage: servers' keys, models, the user's check.
-
-    Nothing is sent, and no model is loaded.
-    """
+    """Raise UserError for missing keys, models or a user's check; nothing is sent."""
     choose_generator(settings, settings.model, run).check()
     if settings.rank is not None:
         choose_ranker(settings.rank, run).check()
@@ -71,9 +68,8 @@ def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
 def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
-    Answers are recorded as they are finished, in `generated/`: an interrupted stage goes on after
-    them. `job.run.model` is the weaker model, asked in its own chat template; it is not read where
-    a server writes.
+    Finished answers are recorded in `generated/`, from which an interrupted stage resumes.
+    `job.run.model` is the weaker model, asked in its own chat template unless a server writes.
 
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
     server no longer answers. A finished stage is found without torch.
@@ -82,9 +78,9 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     seed = run.seed
     generator = choose_generator(settings, run.model, run)
     ranker = choose_ranker(settings.rank, run) if settings.rank is not None else None
-    for one in (generator, ranker):
-        if one is not None:
-            one.check()
+    generator.check()
+    if ranker is not None:
+        ranker.check()
     check = UserCheck(settings.filters.check) if settings.filters.check is not None else None
     sources = {
         name: resolve_sources(named, output_dir.parent, seed)
@@ -121,13 +117,13 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
             filters = Filters(settings.filters, settings.keep, check)
             ledger = Ledger(output_dir / "data-ledger.jsonl")
             maker = PairMaker(generator, ranker, settings, filters, ledger, output_dir, console)
-            outputs = maker.make(sources, inputs, seed)
+            outputs = maker.write(sources, inputs, seed)
         finish_stage(output_dir, outputs)
     return output_dir
 
 
 def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | None:
-    """What a model in this process computes with; None where servers do it all."""
+    """The device and dtype of models in this process; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
     device = device_names(run)
@@ -148,10 +144,10 @@ class PairMaker:
     folder: Path
     console: Console
 
-    def make(
+    def write(
         self, sources: dict[str, list[DataSource]], inputs: dict[str, Any], seed: int
     ) -> list[str]:
-        """Pairs, held-out pairs, ledger, summary and card; returns the files' names."""
+        """Write pairs, held-out pairs, ledger, summary and card; returns the files' names."""
         kind = self.settings.format
         for name in ("pairs", "heldout"):  # an earlier start may have had others
             for other in PAIRS_FORMATS:
@@ -173,14 +169,10 @@ class PairMaker:
         atomic_write_json(self.folder / "summary.json", summary)
         names = {name: [one.path for one in named] for name, named in sources.items() if named}
         card = data_card(
-            summary=summary,
-            sources=names,
-            identities={name: inputs[name] for name in names},
+            summary=summary, sources=names, identities={name: inputs[name] for name in names},
             settings=self.settings.model_dump(mode="json", exclude={"prompts", "heldout"}),
-            seed=seed,
-            versions=versions(),
-            files=outputs,
-        )
+            seed=seed, versions=versions(), files=outputs,
+        )  # fmt: skip
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md", "data-ledger.jsonl"]
 
@@ -197,15 +189,10 @@ class PairMaker:
         if self.ranker is not None:
             results = self._ranked(self.ranker, name, job, answers, dropped)
         else:
-            results = [
-                first_pair(
-                    prompt,
-                    [answers[n] for n in self._numbers(place) if n in answers],
-                    self.filters,
-                    dropped,
-                )
-                for place, prompt in enumerate(job.prompts)
-            ]
+            results = []
+            for place, prompt in enumerate(job.prompts):
+                own = [answers[n] for n in self._numbers(place) if n in answers]
+                results.append(first_pair(prompt, own, self.filters, dropped))
         pairs = self._kept(job.prompts, results)
         if not pairs:
             raise UserError(
@@ -250,13 +237,13 @@ class PairMaker:
         return {number: Candidate(*value) for number, value in answers.items()}
 
     def _counted(self, total: int, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """Counts what is done, and logs how much earlier starts have left."""
+        """Count what is done, and log how much earlier starts have recorded."""
         logged = False
 
         def count(more: int) -> None:
             nonlocal logged
             if not logged and more:
-                self.log(f"going on after {more} of {total} recorded")
+                self.log(f"resuming after {more} of {total} recorded")
             logged = True
             advance(more)
 
@@ -282,16 +269,11 @@ class PairMaker:
                 dropped[reason] += 1
         scores = self._scores(ranker, name, job, passing)
         dropped.update(f"not scored: {failure.reason}" for failure in ranker.failed.values())
-        return [
-            ranked_pair(
-                prompt,
-                [(passing[n], scores[n]) for n in self._numbers(place) if n in scores],
-                margin,
-                self.filters,
-                dropped,
-            )
-            for place, prompt in enumerate(job.prompts)
-        ]
+        pairs = []
+        for place, prompt in enumerate(job.prompts):
+            scored = [(passing[n], scores[n]) for n in self._numbers(place) if n in scores]
+            pairs.append(ranked_pair(prompt, scored, margin, self.filters, dropped))
+        return pairs
 
     def _scores(
         self, ranker: Ranker, name: str, job: GenerationJob, passing: dict[int, Candidate]
@@ -302,12 +284,8 @@ class PairMaker:
         digests = {number: hash_bytes(text.encode()) for number, text in texts.items()}
 
         def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, Any]]]:
-            asked = [
-                (number, job.prompts[number // self.settings.samples], text)
-                for number, text in texts.items()
-                if number not in done
-            ]
-            for unit in ranker.scores(asked):
+            count, left = self.settings.samples, [n for n in texts if n not in done]
+            for unit in ranker.scores([(n, job.prompts[n // count], texts[n]) for n in left]):
                 yield [(number, [score, digests[number]]) for number, score in unit]
 
         def holds(number: int, value: Any) -> bool:
@@ -326,7 +304,7 @@ class PairMaker:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """As many threads as the first start had, for sums are rounded as they are shared out."""
+    """Compute with as many threads as the first start had: their number rounds sums."""
     import torch
 
     before = torch.get_num_threads()

@@ -45,22 +45,24 @@ def data_card(
 ) -> str:
     """A README.md with the Hub's YAML header.
 
-    `sources` are names of data sets by what they were used for, `identities` what is known of their
-    content, in the same order; `settings` the pairs section, `files` the names of the files with
-    pairs.
+    `sources` are names of data sets by use, `identities` what is known of their content, in the
+    same order; `settings` the pairs section, `files` the names of the files with pairs.
     """
-    parts = [_header(files), "# Preference pairs", _about(summary, settings)]
-    parts.append(_sources(sources, identities))
-    parts.append(_writer(summary, settings, seed))
-    if settings["rank"] is not None:
-        parts.append(_ranking(summary, settings["rank"]))
-    parts.append(_counts(summary))
     asked = _asked("select", settings["select"]) + _asked("filters", settings["filters"])
     asked.append(("keep", settings["keep"]))
-    parts.append("## What was asked for\n\n" + _table(("key", "value"), asked))
-    parts.append(_limits(summary))
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts.append(f"## Versions\n\n{listed}")
+    parts = [
+        _header(files),
+        "# Preference pairs",
+        _about(summary, settings),
+        _sources(sources, identities),
+        _writer(summary, settings, seed),
+        *([_ranking(summary, settings["rank"])] if settings["rank"] is not None else []),
+        _counts(summary),
+        "## What was asked for\n\n" + _table(("key", "value"), asked),
+        _limits(summary),
+        f"## Versions\n\n{listed}",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,9 +108,8 @@ def _sources(
 
 
 def _writer(summary: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> str:
-    rows = [*_model_rows(summary["writer"])]
-    rows += [(key.replace("_", " "), settings[key]) for key in _DRAWN]
-    rows.append(("seed", seed))
+    drawn = [(key.replace("_", " "), settings[key]) for key in _DRAWN]
+    rows = [*_model_rows(summary["writer"]), *drawn, ("seed", seed)]
     repeatable = (
         "The server's answers cannot be had again; they are recorded in `generated/`."
         if str(summary["writer"]["by"]).startswith("the server")
@@ -132,23 +133,20 @@ def _counts(summary: Mapping[str, Any]) -> str:
     parts = ["## Counts"]
     if left_out := summary.get("left_out"):
         parts += ["Prompts left out by the selection:", _table(("reason", "prompts"), left_out)]
-    for name, found in (("Pairs", summary), ("Held out", summary.get("heldout"))):
-        if not found:
+    for name, counts in (("Pairs", summary), ("Held out", summary.get("heldout"))):
+        if not counts:
             continue
         rows = [
-            ("prompts asked", found["prompts"]),
-            ("answers generated", found["generated"]),
-            *((f"passed over: {why}", count) for why, count in found["dropped"].items()),
-            *((f"not answered: {why}", count) for why, count in found["failed"].items()),
-            ("pairs", found["kept"]),
+            ("prompts asked", counts["prompts"]),
+            ("answers generated", counts["generated"]),
+            *((f"passed over: {why}", count) for why, count in counts["dropped"].items()),
+            *((f"not answered: {why}", count) for why, count in counts["failed"].items()),
+            ("pairs", counts["kept"]),
         ]
         parts += [f"{name}:", _table(("what", "how many"), rows)]
-    ledger = summary["ledger"]
-    if reasons := ledger.get("reasons"):
-        parts += [
-            "Records without a pair, each with file and row in `data-ledger.jsonl`:",
-            _table(("reason", "records"), reasons),
-        ]
+    if reasons := summary["ledger"].get("reasons"):
+        parts.append("Records without a pair, each with file and row in `data-ledger.jsonl`:")
+        parts.append(_table(("reason", "records"), reasons))
     return "\n\n".join(parts)
 
 
@@ -169,18 +167,12 @@ def _model_rows(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("model", f"`{_shown(facts['model'])}`"), ("by", facts["by"])]
     if "weights" in facts:
         rows.append(("weights, SHA-256", f"`{facts['weights']}`"))
-    rows += [(key.replace("_", " "), facts[key]) for key in ("dtype", "chat_template")
-             if key in facts]  # fmt: skip
-    return rows
+    known = [key for key in ("dtype", "chat_template") if key in facts]
+    return rows + [(key.replace("_", " "), facts[key]) for key in known]
 
 
 def _asked(section: str, values: Mapping[str, Any]) -> list[tuple[str, object]]:
-    unset: tuple[object, ...] = ([], ())
-    shown = [
-        (key, value)
-        for key, value in values.items()
-        if value is not None and value is not False and value not in unset
-    ]
+    shown = [(k, v) for k, v in values.items() if v not in (None, [], ()) and v is not False]
     return [(f"{section}.{key}", _plain(value)) for key, value in shown]
 
 
@@ -191,8 +183,8 @@ def _plain(value: object) -> str:
 
 
 def _table(head: Sequence[str], rows: Mapping[str, Any] | Sequence[Sequence[object]]) -> str:
-    found = rows.items() if isinstance(rows, Mapping) else rows
-    lines = [head, ["---"] * len(head), *found]
+    listed = rows.items() if isinstance(rows, Mapping) else rows
+    lines = [head, ["---"] * len(head), *listed]
     cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 

@@ -31,16 +31,13 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, the set's own answer, and the texts a right answer contains, if known.
+    """A question of an instruction set, with its answer."""
 
-    `turns` are a system turn, if there is one, and a user's; `source` counts the data sets.
-    """
-
-    turns: tuple[Turn, ...]
-    answer: str
-    accepted: tuple[str, ...]
+    turns: tuple[Turn, ...]  # a system turn, if there is one, and a user's
+    answer: str  # the set's own
+    accepted: tuple[str, ...]  # the texts that a right answer contains, if known
     origin: Origin
-    source: int = 0
+    source: int = 0  # counts the data sets
 
     @property
     def system(self) -> str:
@@ -58,10 +55,9 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """Prompts with their answers, from questions or from conversations' first exchanges.
 
-    Conversations that cannot be used go to the ledger, and so do unparsable lines when they are to
-    be dropped; a bad question stops it.
-
-    Raises UserError when keep is "wrong" and a source does not say what is right.
+    Conversations that cannot be used go to the ledger, and unparsable lines if they are dropped.
+    Raises UserError for a bad question, and when keep is "wrong" and a source does not say what is
+    right.
     """
     for number, source in enumerate(sources):
         first = next((row for row in read_rows(source) if isinstance(row, Row)), None)
@@ -108,8 +104,8 @@ def select_prompts(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts to ask, in reading order, and how many were left out, by reason.
 
-    Prompts are streamed: at most `count` of each stratum are held. Prompts and answers that share
-    words with `evaluated` are left out.
+    Prompts are streamed: at most `count` of each stratum are in memory. Prompts and answers that
+    share words with `evaluated` are left out.
     """
     left_out: Counter[str] = Counter()
     suited = _suited(prompts, selection, evaluated, left_out)
@@ -122,7 +118,7 @@ def select_prompts(
         stratum = _stratum(prompt, selection.stratify)
         sizes[stratum] += 1
         heap = heaps.setdefault(stratum, [])
-        # The smallest numbers are kept; a heap's first is its smallest, so their signs are turned.
+        # The smallest numbers are kept; a heap pops its smallest, so their signs are turned.
         item = (-draw.random(), place, prompt)
         if len(heap) < selection.count:
             heapq.heappush(heap, item)
@@ -162,7 +158,7 @@ def _suited(
 def _one_by_one(
     prompts: Iterable[Prompt], selection: SelectSettings, evaluated: Other | None
 ) -> Iterator[tuple[Prompt, str | None]]:
-    """Each prompt, and why it is left out whatever the others are."""
+    """Each prompt, and the reason in itself to leave it out."""
     matches = re.compile(selection.matches) if selection.matches else None
     excludes = re.compile(selection.excludes) if selection.excludes else None
     left = iter(prompts)
@@ -203,7 +199,7 @@ def _unsuited(
 
 
 def _stratum(prompt: Prompt, stratify: str | None) -> int:
-    """Its data set, or the class of length that the prompt is in, each twice as wide."""
+    """A prompt's data set, or its class of length, each twice as wide as the one before."""
     if stratify == "source":
         return prompt.source
     return len(prompt.question).bit_length() if stratify == "length" else 0
@@ -225,7 +221,7 @@ def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
         return parts
     exact = {key: size * count / sizes.total() for key, size in sizes.items()}
     parts = {key: int(share) for key, share in exact.items()}
-    # The largest remainders get what rounding down has left.
+    # The largest remainders get the rest.
     remainders = sorted(exact, key=lambda key: (parts[key] - exact[key], key))
     for key in remainders[: count - sum(parts.values())]:
         parts[key] += 1
@@ -278,8 +274,8 @@ def usable_prompts(
 ) -> Iterator[Prompt]:
     """The prompts that can be asked; records that cannot go to the ledger.
 
-    Where the set's answers are chosen and refusals are to be dropped, that is no prompt whose
-    answer is one: nothing is generated for it. Raises what `read_prompts` raises.
+    A prompt whose own answer is a refusal is none where these answers are chosen and refusals are
+    dropped. Raises what `read_prompts` raises.
     """
     choosing = settings.rank is None and settings.filters.drop_refusals
     for prompt in read_prompts(sources, settings.keep, ledger, settings.on_bad_record):
@@ -290,7 +286,7 @@ def usable_prompts(
 
 
 def _set_of(sources: Sequence[DataSource], run: int) -> Other:
-    # What many questions share is no form here, but a passage that they are about.
+    # Words that many questions share may be a passage that they are about, not a form to ignore.
     known = Other("evaluation sets", run=run, form=None)
     for source in sources:
         fill(known, source)

@@ -17,8 +17,14 @@ from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure
 from tandem.integrations.choose import device_of
-from tandem.model.model_folder import context_length, load_tokenizer, model_folder, require_model
-from tandem.pairs.generators import check_local_model
+from tandem.model.model_folder import (
+    context_length,
+    first_line,
+    load_tokenizer,
+    model_folder,
+    require_model,
+)
+from tandem.pairs.generators import PairsModel, check_local_model
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
@@ -51,9 +57,8 @@ def score_request(prompt: Prompt, answer: str, limit_key: str) -> ChatRequest:
 
 def read_score(text: str) -> float | None:
     """The number from 1 to 10 that a verdict says; None when it says none, or several."""
-    numbers = set(
-        re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)", re.sub(r"/\s*10\b", "", text))
-    )
+    alone = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)")
+    numbers = set(alone.findall(re.sub(r"/\s*10\b", "", text)))
     if len(numbers) != 1:
         return None
     number = float(numbers.pop())
@@ -66,31 +71,16 @@ _BATCH_ROWS = 16
 # Characters of a verdict that cannot be read.
 _SHOWN = 200
 
-Asked = tuple[int, Prompt, str]
+Answer = tuple[int, Prompt, str]
 """An answer's number, its prompt, and its text."""
 Scored = list[tuple[int, float]]
 
 
-class Ranker(Protocol):
-    """Gives answers numbers."""
+class Ranker(PairsModel, Protocol):
+    """Scores answers."""
 
-    facts: dict[str, Any]
-    """What scores depend on, and the data card says of it; there once it is open."""
-    failed: dict[int, Failure]
-    """Those of the last answers that got no score, by number."""
-
-    @property
-    def identity(self) -> Any:
-        """What scores depend on: a hash of weights, or a server's address, model and question."""
-
-    def check(self) -> None:
-        """Raise UserError for what cannot work; nothing is sent, and no model is loaded."""
-
-    def open(self, console: Console) -> None:
-        """Get ready: load the model, if it is one of this process."""
-
-    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
-        """The scores that could be had, unit by unit."""
+    def scores(self, answers: Sequence[Answer]) -> Iterator[Scored]:
+        """The scores of answers, unit by unit; those that fail are in `failed`."""
 
 
 def choose_ranker(settings: RankSettings, runtime: RunSettings) -> Ranker:
@@ -126,8 +116,8 @@ class RewardModel:
         self._tokenizer = load_tokenizer(folder)
         if not getattr(self._tokenizer, "chat_template", None):
             raise UserError(
-                f"pairs.rank.reward_model: {folder} has no chat template, so nobody can say how it "
-                "wants to read an answer. Put the one it was trained with into its folder."
+                f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how "
+                "it reads an answer. Put the one it was trained with into its folder."
             )
         own = resolve_template(self._tokenizer, None)
         self._template = replace(own, name="the reward model's own")
@@ -139,22 +129,22 @@ class RewardModel:
             "dtype": device.dtype_name, "device": device.kind,
         }  # fmt: skip
 
-    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
+    def scores(self, answers: Sequence[Answer]) -> Iterator[Scored]:
         """Deterministic, a few at a time."""
         self.failed.clear()
-        for at in range(0, len(asked), _AT_ONCE):
-            yield self._scored(asked[at : at + _AT_ONCE])
+        for at in range(0, len(answers), _AT_ONCE):
+            yield self._scored(answers[at : at + _AT_ONCE])
 
-    def _scored(self, asked: Sequence[Asked]) -> Scored:
-        """The scores of answers that the model reads whole.
+    def _scored(self, answers: Sequence[Answer]) -> Scored:
+        """The scores of answers that fit into the model's context.
 
-        Texts of equal length share a batch, and nothing is padded: which position of a padded row
-        counts differs between models.
+        Texts of equal length share a batch, and nothing is padded: models differ in the position of
+        a padded row that they score.
         """
         from tandem.model.added_tokens import rows_of
 
         numbers, texts = [], []
-        for number, prompt, answer in asked:
+        for number, prompt, answer in answers:
             turns = [*prompt.turns, Turn("assistant", "That.")]
             reason = self._omissions.of_answers(turns, [len(prompt.turns)], reasoned=False)
             if reason:
@@ -198,16 +188,15 @@ def _load_classifier(folder: Path, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, output_loading_info=True
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder} cannot be loaded as a reward model: {line}") from None
+        why = first_line(error)
+        raise UserError(f"{folder} cannot be loaded as a reward model: {why}") from None
     labels = model.config.get_text_config().num_labels
-    if labels == 1 and not loaded["missing_keys"]:
+    if labels != 1:
+        what = f"it has {labels} labels, not one"
+    elif loaded["missing_keys"]:
+        what = f"its files lack {sorted(loaded['missing_keys'])[0]}"
+    else:
         return model
-    what = (
-        f"it has {labels} labels, not one"
-        if labels != 1
-        else f"its files lack {sorted(loaded['missing_keys'])[0]}"
-    )
     raise UserError(
         f"pairs.rank.reward_model: {folder} is no reward model: {what}. Name a sequence "
         "classifier that was trained to score answers."
@@ -240,22 +229,16 @@ class Judge:
         """Read the key; nothing is sent yet."""
         self._client = ChatServer(self._server, log=lambda text: log(console, text))
 
-    def scores(self, asked: Sequence[Asked]) -> Iterator[Scored]:
+    def scores(self, answers: Sequence[Answer]) -> Iterator[Scored]:
         """Verdict by verdict, as they arrive."""
         self.failed.clear()
-        requests = (
-            score_request(prompt, text, self._server.limit_key) for _, prompt, text in asked
-        )
+        limit = self._server.limit_key
+        requests = (score_request(prompt, text, limit) for _, prompt, text in answers)
         for place, reply in self._client.answers(requests):
-            number = asked[place][0]
+            number, score = answers[place][0], None
             if isinstance(reply, Failure):
                 self.failed[number] = reply
-                yield []
-                continue
-            score = read_score(reply.text)
-            if score is None:
+            elif (score := read_score(reply.text)) is None:
                 shown = " ".join(reply.text.split())[:_SHOWN]
                 self.failed[number] = Failure("unreadable verdict", shown)
-                yield []
-            else:
-                yield [(number, score)]
+            yield [] if score is None else [(number, score)]

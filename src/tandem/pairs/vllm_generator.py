@@ -13,21 +13,15 @@ from tandem.recipe.pairs_settings import VllmSettings
 
 
 class Vllm:
-    """A model folder in vLLM's offline engine; dtype auto is the model's own.
-
-    Raises UserError when vLLM is not installed.
-    """
+    """A model folder in vLLM's offline engine; dtype auto is the model's own."""
 
     def __init__(self, folder: Path, dtype: str, settings: VllmSettings) -> None:
         require("vllm", "vllm", "pairs.vllm")
         self._library: Any = importlib.import_module("vllm")
         self._engine = self._library.LLM(
-            model=str(folder),
-            tokenizer=str(folder),
-            dtype=dtype,
-            tensor_parallel_size=settings.tensor_parallel,
-            gpu_memory_utilization=settings.memory,
-        )
+            model=str(folder), tokenizer=str(folder), dtype=dtype,
+            tensor_parallel_size=settings.tensor_parallel, gpu_memory_utilization=settings.memory,
+        )  # fmt: skip
 
     def answers(
         self,
@@ -37,10 +31,7 @@ class Vllm:
         stop_ids: Sequence[int],
         sampling: Sampling,
     ) -> list[GeneratedAnswer]:
-        """An answer to each prompt; arguments as those of `generate.generate_batch`.
-
-        Each request has a seed of its own. vLLM does not promise the same tokens in other batches.
-        """
+        """See `generate_batch`; each request has its own seed, and batches may change tokens."""
         settings = [
             self._library.SamplingParams(
                 max_tokens=sampling.max_new_tokens,
@@ -53,9 +44,8 @@ class Vllm:
             )
             for number in numbers
         ]
-        outputs = self._engine.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False
-        )
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._engine.generate(asked, settings, use_tqdm=False)
         return [_answer(output.outputs[0], stop_ids) for output in outputs]
 
 

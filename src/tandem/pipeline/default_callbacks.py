@@ -46,7 +46,7 @@ class EstimateRun(Callback):
             )
             self._estimate = estimate_run(setup, model, run.dataset, run.sampler.sources)
         except Exception as error:
-            run.log(f"nothing is estimated of this run ({type(error).__name__}: {error})")
+            run.log(f"this run is not estimated ({type(error).__name__}: {error})")
 
     def on_train_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """Add the comparison to the summary, and keep this run's rate for the next plan."""
@@ -56,4 +56,4 @@ class EstimateRun(Callback):
         try:
             remember_run(self._estimate, summary["estimate"], summary)
         except OSError as error:
-            run.log(f"how fast this was cannot be kept for the next plan ({error})")
+            run.log(f"the speed of this run cannot be recorded for the next plan ({error})")

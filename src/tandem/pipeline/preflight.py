@@ -33,12 +33,10 @@ _NO_LIMIT = 2**31 - 1
 
 
 def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
-    """Look for the data and the base model that a recipe names on this machine.
+    """Look for the local data and the local base model of a recipe, without torch or transformers.
 
-    Neither torch nor transformers is needed. `weights` says whether the model must have any.
-
-    Raises UserError for data that is not there, a folder that is no model, and lengths beyond the
-    context that its configuration states.
+    `weights` says whether the model must have any. Raises UserError for data that is not there, a
+    folder that is no model, and lengths beyond the context that its configuration states.
     """
     for source in _local(_sources(recipe)):
         local_files(source.path, source.split)
@@ -49,14 +47,9 @@ def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozenset()) -> None:
-    """Look for the data and models that a run will need.
+    """Look for the local data and models that the `wanted` stages of a resolved recipe need.
 
-    Data on the Hub, and the embedded demo's, is looked for when its stage comes.
-
-    Args:
-        recipe: the resolved recipe.
-        wanted: names of the stages that are to run.
-        finished: those whose results are there, whose data is not read again.
+    The data of those that are `finished` is not read again.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
@@ -98,9 +91,8 @@ def _check_rows(asked: Recipe) -> None:
         for _ in read_pairs(_local(dpo.data), ledger, dpo.on_bad_record):
             ledger.trained()
         ledger.check_share(dpo.max_dropped)
-        for _ in read_pairs(
-            held_out_of(dpo, _local(dpo.data), _local), Ledger(None), dpo.on_bad_record
-        ):
+        held_out = held_out_of(dpo, _local(dpo.data), _local)
+        for _ in read_pairs(held_out, Ledger(None), dpo.on_bad_record):
             pass
     if asked.pairs is not None:
         from tandem.pairs.prompts import read_prompts
@@ -117,10 +109,7 @@ def _check_rows(asked: Recipe) -> None:
 
 
 def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
-    """Raise UserError for a question that a template of the run does not render whole.
-
-    Only a local model is looked at.
-    """
+    """Raise UserError for a question that a template of a local model does not render whole."""
     if not is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
     from tandem.data.tokenize.template_omissions import check_asked
@@ -137,11 +126,7 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
 
 
 def check_tokens(recipe: Recipe) -> None:
-    """Raise UserError for records with a token that the base model has no row for.
-
-    Only a local model and local data are looked at, and only where the model's tokenizer has more
-    tokens than the model has rows.
-    """
+    """Raise UserError for local records with a token that a local base model has no row for."""
     if not is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
     folder = model_folder(recipe.model)
@@ -211,11 +196,7 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
 
 
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
-    """Check the base model of the training stages.
-
-    The configuration of a model on the Hub is fetched if the stage that begins with it is asked
-    for.
-    """
+    """Check the base model of the training stages; one on the Hub only if it `begins` the run."""
     from tandem.model.base_model import check_base
 
     named = {"sft": asked.sft, "dpo": asked.dpo}

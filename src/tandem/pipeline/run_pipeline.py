@@ -34,21 +34,13 @@ _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 def run_pipeline(
     recipe: Recipe, *, until: str | None, start: str | None, console: Console
 ) -> dict[str, Any] | None:
-    """Run a recipe's stages; finished ones are recognised, an interrupted one is resumed.
+    """Run a recipe's stages from `start` to `until`; finished ones are recognised, others resumed.
 
-    Args:
-        recipe: the resolved recipe.
-        until: the last stage to run.
-        start: the first stage to run; the ones before it must be finished.
-        console: where progress is drawn.
+    The stages before `start` must be finished. All processes of a launcher call it: they train
+    together, and rank 0 alone does the rest.
 
-    Returns:
-        What the evaluation found, if the recipe has one and it was reached.
-
-    Where a launcher started several processes, all of them call it. They train together; rank 0
-    alone does the rest, and is alone in having a result.
-
-    Raises UserError for stages that the recipe lacks, and what the stages raise.
+    Returns what the evaluation found, in rank 0. Raises UserError for stages that the recipe lacks,
+    and what the stages raise.
     """
     processes = _joined(recipe)
     if not processes.is_rank0:
@@ -90,7 +82,7 @@ def _record(recipe: Recipe, planned: list[PipelineStage], *, new: bool) -> None:
     root = Path(recipe.output_dir)
     # Only a stage that really ran makes this recipe the folder's own.
     text = recipe_to_yaml(recipe) if new else None
-    # The chain first: it marks the folder as a run's, whose recipe may be replaced.
+    # First the manifest: it marks the folder as a run's, whose recipe may be replaced.
     _write_chain(planned, root, text)
     if text is not None:
         atomic_write_text(root / "recipe.yaml", text)
@@ -139,10 +131,7 @@ def _check_root(root: Path) -> None:
 
 
 def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
-    """Run one stage of a recipe; its modules are imported when it runs.
-
-    Returns what was measured, of the evaluation.
-    """
+    """Run one stage of a recipe, importing its modules; returns what an evaluation measured."""
     if stage.name in ("sft", "dpo"):
         training = jobs.sft_job(recipe) if stage.name == "sft" else jobs.dpo_job(recipe)
         return run_training(stage.name, training, console)

@@ -68,7 +68,7 @@ def _run(recipe: Recipe, stage: StageName, **changes: Any) -> RunSettings:
 
 
 def _base(recipe: Recipe) -> str:
-    """The model that the run begins with; a revision of the Hub's as the folder it is in."""
+    """The model that the run begins with; a revision on the Hub as its local folder."""
     from tandem.model.model_folder import model_folder
 
     if recipe.model_revision is None:

@@ -46,11 +46,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Described:
-    """A described model, as far as its configuration says."""
+    """A model as far as its configuration says."""
 
     shape: ModelShape  # with its adapter
-    padded: bool  # whether it will be fed padded rows, as far as its class says
-    reached: bool  # whether it could be told which layers an adapter can act on
+    padded: bool  # whether it will be fed padded rows
+    reached: bool  # whether it is known which layers an adapter can act on
 
 
 def described(
@@ -63,9 +63,9 @@ def described(
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
-    `attention` is what the recipe asks for, `added` tokens whose embeddings are trained, by the
-    adapter if `trains_added`. Raises UserError for a configuration that describes no model, for one
-    whose sizes have other names, and for an adapter that fits none of its modules.
+    `attention` is the recipe's, `added` tokens whose embeddings are trained, by the adapter if
+    `trains_added`. Raises UserError for a configuration that describes no model, for one whose
+    sizes have other names, and for an adapter that fits none of its modules.
     """
     model = model_without_weights(config)
     if added:
@@ -115,8 +115,8 @@ def shape_of(model: Any) -> ModelShape:
             trained += size
             continue
         parameters += size
-        found = _LAYER.match(name)
-        layers[found.group(1) if found else name] += size
+        layer = _LAYER.match(name)
+        layers[layer.group(1) if layer else name] += size
         if parameter.dim() == 3 and "experts" in name:
             linear += size * share
     return ModelShape(
@@ -135,11 +135,11 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def _out_of_reach(model: Any) -> list[str] | None:
-    """See `adapter.unreached_layers`; None for a forward that needs numbers to go through."""
+    """See `adapter.unreached_layers`; None for a forward that needs the numbers of its tensors."""
     try:
         return unreached_layers(model)
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None  # as many types as there are ways to ask a tensor without numbers for one
+        return None
 
 
 def _size(layer: Any) -> int:

@@ -119,13 +119,10 @@ def _rows(stage: TrainingPlan) -> list[Row]:
 
 
 def _work_rows(work: Workload) -> list[Row]:
+    each = f"{work.tokens_per_epoch:,} an epoch, {work.tokens / work.steps:,.0f} a step"
     rows = [
         ("steps", f"{work.steps:,}, {work.examples:,} examples"),
-        (
-            "tokens",
-            f"{work.tokens:,} fed, {work.tokens_per_epoch:,} an epoch, "
-            f"{work.tokens / work.steps:,.0f} a step",
-        ),
+        ("tokens", f"{work.tokens:,} fed, {each}"),
     ]
     if not work.padded_tokens or not work.packed_steps:
         return rows

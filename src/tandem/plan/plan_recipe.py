@@ -53,9 +53,8 @@ _KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 class PlannedData:
     """A stage's data as far as it is here."""
 
-    sources: Sequence[DataSource]  # none where they are not here
-    # data sets that are held out as a whole; None where they are not here
-    held_out: Sequence[DataSource] | None = ()
+    sources: Sequence[DataSource]  # empty where they are not here
+    held_out: Sequence[DataSource] | None = ()  # whole data sets; None where they are not here
     notes: tuple[str, ...] = ()  # what is missing, and what to do about it
 
 
@@ -69,18 +68,16 @@ class Guess:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What one training stage would do and take."""
+    """What one training stage would do and take; estimates where its work is known."""
 
-    # the stage and where it writes
     name: str
     folder: Path
     ledger: dict[str, Any] | None  # counts of its records, None where they were not read
     budget: int  # tokens of a micro-batch
     shape: ModelShape  # of the model with its adapter
-    # work, operations, memory and time; None where nothing is known of the data
     estimate: StageEstimate | None
-    memory: dict[str, Memory]  # of one process by engine, where the work is known
-    disk: Disk | None  # what it and its merge leave, where the work is known
+    memory: dict[str, Memory]  # of one process by engine
+    disk: Disk | None  # what it and its merge leave
     notes: tuple[str, ...]  # what is missing, guessed or left out
 
 
@@ -103,15 +100,13 @@ def plan_recipe(
     guesses: Sequence[Guess] = (),
     console: Console,
 ) -> Plan:
-    """Plan every training stage of a recipe.
+    """Plan every training stage of a resolved recipe; its model needs no weights.
 
     Args:
-        recipe: the resolved recipe; of its model only configuration and tokenizer are needed.
         processes: in how many it would run.
         download: whether data sets of the Hub may be fetched.
-        guesses: what is assumed of data that is not here, by training stage; the last is for all
-            that follow.
-        console: for progress.
+        guesses: assumptions on data that is not here, by training stage; the last is for all that
+            follow.
 
     Raises UserError for a model without configuration or tokenizer, an adapter or limits that do
     not fit it, data that training would refuse, and guesses that no stage would use.
@@ -139,13 +134,14 @@ def available_data(
 ) -> PlannedData:
     """The data of one training stage; that of the Hub is only read where `download` allows it.
 
-    Files that are only needed meanwhile go into the folder `scratch`.
+    Temporary files go into the folder `scratch`.
     """
     notes: list[str] = []
 
     def here(wanted: Sequence[DataSource]) -> list[DataSource]:
         """Sources for the readers; none of them when one is on the Hub, which is noted."""
-        away = [s.path for s in wanted if not (s.path.startswith("demo:") or is_local(s.path))]
+        paths = (source.path for source in wanted)
+        away = [path for path in paths if not path.startswith("demo:") and not is_local(path)]
         if away and not download:
             notes.append(f"{', '.join(away)}: on the Hub, and not read")
             return []
@@ -174,17 +170,14 @@ def available_data(
 
 
 def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:
-    """What is assumed of the data of a stage, counted from 0; the last is for all that follow."""
+    """The guess for the data of a stage, counted from 0; the last is for all that follow."""
     return guesses[min(number, len(guesses) - 1)] if guesses else None
 
 
 def check_guesses(
     guesses: Sequence[Guess], longest: Mapping[str, int], data: Sequence[PlannedData]
 ) -> None:
-    """Raise UserError for guesses that no stage would use, or whose records it would not train.
-
-    `longest` is the max_length of each training stage by name, `data` that of each.
-    """
+    """Raise UserError for guesses that no stage would use, or whose records it would not train."""
     stages = list(longest)
     away = [number for number, here in enumerate(data, start=1) if not here.sources]
     if guesses and not away:
@@ -233,24 +226,20 @@ class _Planner:
     ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        # An SFT before it leaves them in the merged model.
+        # After an SFT, the merged model has the added tokens.
         trains_added = stage.name == "sft" or recipe.sft is None
         base = load_base_info(recipe, self.base, settings.max_length, weights=False)
         config, added = base.config, base.added
         notes, engine = list(data.notes), self._engine()
         if trains_added:
-            check_added(
-                {*added.new, *added.known}, engine=engine, sharded="weights" in SHARDS[engine]
-            )
+            tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
+            check_added(tokens, engine=engine, sharded=sharded)
             notes = [*base.warnings(), *notes]
         model = described(
-            config,
-            settings.lora,
-            attention=recipe.attention,
-            added=added,
+            config, settings.lora, attention=recipe.attention, added=added,
             trains_added=trains_added,
-        )
-        # Where the run will ask, the model is loaded; on CPU processes share what is free.
+        )  # fmt: skip
+        # The run measures this with its model loaded; on CPU the processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
         setup = StageSetup(
@@ -274,7 +263,7 @@ class _Planner:
             work = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:
             work = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
-            notes[-1] = (  # in place of what to do about it
+            notes[-1] = (  # replaces the advice
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
             )
@@ -282,9 +271,8 @@ class _Planner:
         if work is not None:
             spread = not (trains_added and added)
             estimate, memory = _estimate(setup, model.shape, work, free, spread=spread)
-            notes += unmeant(
-                settings, steps=work.steps, records=work.records, processes=self.processes
-            )
+            sizes = {"steps": work.steps, "records": work.records}
+            notes += unmeant(settings, **sizes, processes=self.processes)
             disk = self._disk(settings, config, model.shape, work)
         return TrainingPlan(
             stage.name, stage.folder, ledger, setup.budget, model.shape, estimate, memory, disk,
@@ -318,12 +306,9 @@ class _Planner:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)
+        every, keep = saved_every(settings, work.steps), settings.save_total_limit
         return disk_of(
-            shape,
-            steps=work.steps,
-            save_steps=saved_every(settings, work.steps),
-            keep=settings.save_total_limit,
-            merged_bytes=merged.itemsize,
+            shape, steps=work.steps, save_steps=every, keep=keep, merged_bytes=merged.itemsize
         )
 
 
@@ -337,7 +322,7 @@ def _estimate(
     if device.weights != torch.float32 or not copies_fit(copies, device, free):
         copies = 0
     rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
-    # A single process has but one way.
+    # The first is for a single process, the others for several.
     others = tuple(SHARDS)[1:] if processes > 1 else tuple(SHARDS)[:1]
     engines = (setup.engine, *(one for one in others if spread or "weights" not in SHARDS[one]))
     use = setup.memory_use(work, copies)

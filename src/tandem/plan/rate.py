@@ -1,7 +1,6 @@
 """How many operations a second this machine does: the last run's figure, else a timed product.
 
-Each finished training stage leaves a line in the cache folder: what was estimated before it began,
-and what it took. The lines hold nothing but speed and memory.
+Each finished training stage leaves a line in the cache folder: the estimates, and what it took.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ class RateKey:
     device: str  # its kind
     dtype: str  # of the weights
     size: int  # parameters of the model
-    processes: int  # how many there are
-    engine: str  # how they share the work
+    processes: int
+    engine: str
 
     def is_like(self, other: RateKey) -> bool:
-        """Whether the rate of one says something of the other: all is equal but stage and size."""
+        """Whether a rate holds for the other: all is equal but the stage, and sizes are similar."""
         one, two = ((key.device, key.dtype, key.processes, key.engine) for key in (self, other))
         small, large = sorted((max(1, self.size), max(1, other.size)))
         return one == two and large <= _ALIKE * small
@@ -61,14 +60,14 @@ class RateKey:
 class Measured:
     """A finished stage: what was estimated before it began, and what it took."""
 
-    setting: RateKey  # where and how it ran
+    setting: RateKey
     # of training, as `workload.count_operations` counts them, if all processes had as many as the
     # busiest one
     operations: float
     # `FIGURES` each; seconds are only estimated where a rate was known
     estimated: Mapping[str, float]
     actual: Mapping[str, float]
-    # of the pass before it, 0 where there was none, or its results were found in the store
+    # of the reference pass, 0 where there was none, or its results were found in the store
     reference_operations: float = 0.0
     reference_seconds: float = 0.0
 
@@ -113,10 +112,7 @@ def remember(measured: Measured, path: Path | None = None) -> None:
 
 
 def recorded_rate(key: RateKey, path: Path | None = None) -> Rate | None:
-    """The rate of the last run that `RateKey.is_like` finds alike; None where there is none.
-
-    Lines that cannot be read, whatever wrote them, are passed over.
-    """
+    """The rate of the last run that `RateKey.is_like` finds alike, in lines that can be read."""
     with suppress(OSError):
         content = (path or cache_folder() / NAME).read_text(encoding="utf-8", errors="replace")
         for line in reversed(content.splitlines()):
@@ -128,7 +124,7 @@ def recorded_rate(key: RateKey, path: Path | None = None) -> Rate | None:
 
 
 def product_rate(device: Device) -> Rate:
-    """The rate that a timed matrix product lets one expect."""
+    """The rate expected from a timed matrix product."""
     return Rate(_SHARE * timed_product(device), None)
 
 

@@ -73,15 +73,13 @@ class Disk:
 class StageEstimate:
     """Estimates of one stage."""
 
-    setting: RateKey  # where it runs, and of what size it is
-    # what it does and holds
+    setting: RateKey
     work: Workload
     operations: Operations
     memory: Memory
-    rate: Rate | None  # what time follows from; None where no run has shown one and none was timed
-    # of training, and of DPO's pass before it; None without a rate
-    seconds: float | None
-    reference_seconds: float | None
+    rate: Rate | None  # None where no run has shown one and none was timed
+    seconds: float | None  # of training; None without a rate
+    reference_seconds: float | None  # of DPO's pass before it
 
 
 def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
@@ -132,8 +130,7 @@ class StageSetup:
     """How a stage is run, as far as its estimates depend on it."""
 
     name: str  # sft or dpo
-    settings: TrainingSettings  # its section of the recipe
-    # where, in how many processes, and how they share the work
+    settings: TrainingSettings
     device: Device
     processes: int
     engine: str
@@ -146,18 +143,11 @@ class StageSetup:
 
     def pacing(self, parts: tuple[WeightedSource, ...] = ()) -> Pacing:
         """How it goes through its records, whose weights are `parts`."""
-        settings = self.settings
+        settings, weight = self.settings, attention_weight(self.config)
         return Pacing(
-            settings.batch_size,
-            settings.epochs,
-            settings.max_steps,
-            self.seed,
-            self.budget,
-            self.processes,
-            attention_weight(self.config),
-            self.padded,
-            parts,
-        )
+            settings.batch_size, settings.epochs, settings.max_steps, self.seed, self.budget,
+            self.processes, weight, self.padded, parts,
+        )  # fmt: skip
 
     def memory_use(self, work: Workload, copies: int) -> MemoryUse:
         """How a process uses memory; `copies`: bytes of weights in a faster order."""
@@ -185,11 +175,9 @@ class StageSetup:
         self, shape: ModelShape, work: Workload, copies: int, rate: Rate | None
     ) -> StageEstimate:
         """The estimates that follow from the model's shape and the work."""
+        again = self.settings.gradient_checkpointing
         operations = count_operations(
-            shape,
-            work,
-            reference=self.name == "dpo",
-            checkpointing=self.settings.gradient_checkpointing,
+            shape, work, reference=self.name == "dpo", checkpointing=again
         )
         memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
         seconds = reference_seconds = None
@@ -210,10 +198,7 @@ class StageSetup:
 def estimate_run(
     setup: StageSetup, model: Any, dataset: EncodedDataset, parts: tuple[WeightedSource, ...]
 ) -> StageEstimate:
-    """The estimates of a run that is about to begin, with its model loaded and adapted.
-
-    The records have the weights of `parts`.
-    """
+    """The estimates of a run about to begin; the records have the weights of `parts`."""
     shape = shape_of(model)
     work = count_work(dataset, setup.pacing(parts))
     # Nothing is timed here, where other processes wait.

@@ -64,7 +64,7 @@ def count_operations(
     )
 
 
-# Steps that are packed and dealt at most: beyond, evenly spaced ones stand for all.
+# Steps that are packed at most: of more, evenly spaced ones stand for all.
 _PACKED = 256
 
 
@@ -73,9 +73,8 @@ class Workload:
     """Counts of a whole training stage, and of DPO's reference pass over the same records."""
 
     records: int  # trained on
-    # optimizer steps, and records they take
     steps: int
-    examples: int
+    examples: int  # records that the steps take
     # fed, shared prefixes once
     tokens: int
     tokens_per_epoch: int
@@ -246,15 +245,15 @@ class _Records:
         return self.lengths[np.repeat(self.first[examples], counts) + within]
 
 
+@dataclass
 class _Packing:
-    """Sums over the steps that were packed and dealt."""
+    """Sums over the steps that were packed."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.micro_batches = 0
-        self.fill = 0.0
-        self.imbalance = 0.0
-        self.largest = 0
+    steps: int = 0
+    micro_batches: int = 0
+    fill: float = 0.0
+    imbalance: float = 0.0
+    largest: int = 0
 
     def add(self, records: _Records, examples: NDArray[np.int64], pacing: Pacing) -> None:
         """Pack one step as training does."""
@@ -264,13 +263,8 @@ class _Packing:
         def in_rows(share: Sequence[int]) -> list[tuple[int, ...]]:
             return pack_padded([(sequences[i], rows[i]) for i in share], pacing.budget)
 
-        plan = plan_step(
-            tokens,
-            records.costs[examples].tolist(),
-            pacing.budget,
-            pacing.processes,
-            pack_share=in_rows if pacing.padded else None,
-        )
+        costs, share = records.costs[examples].tolist(), in_rows if pacing.padded else None
+        plan = plan_step(tokens, costs, pacing.budget, pacing.processes, pack_share=share)
         self.steps += 1
         self.micro_batches += sum(map(len, plan.ranks))
         self.fill += plan.fill

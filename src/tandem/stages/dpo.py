@@ -63,8 +63,7 @@ def _objective(
         return BuiltObjective(build(reference=None))
     began = time.perf_counter()
     reference, computed = _reference(inputs)
-    seconds = time.perf_counter() - began
-    count = len(inputs.dataset)
+    seconds, count = time.perf_counter() - began, len(inputs.dataset)
     log(
         inputs.console,
         f"dpo: reference log-probs of {count} {inputs.what}pairs, {computed} computed and "
@@ -93,20 +92,13 @@ def _reference(inputs: ObjectiveInputs) -> tuple[NDArray[np.float64], int]:
             "dpo: the model that is trained cannot be its own reference with these weights, and a "
             "second model is not supported"
         )
-    with (
-        without,
-        phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance,
-    ):
-        found = reference_logps(
-            inputs.engine,
-            inputs.dataset,
-            store=store,
-            identity=identity,
-            budget=inputs.budget,
-            advance=advance,
-        )
+    with without, phase(inputs.console, "reference log-probs", len(inputs.dataset)) as advance:
+        logps = reference_logps(
+            inputs.engine, inputs.dataset,
+            store=store, identity=identity, budget=inputs.budget, advance=advance,
+        )  # fmt: skip
     inputs.engine.processes.on_rank0(store.prune)
-    return found
+    return logps
 
 
 def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
@@ -115,12 +107,11 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
     last = metrics[-max(1, math.ceil(len(metrics) / 4)) :]
     mean = {key: sum(line[key] for line in last) / len(last) for key in metrics[0]}
     collapse = chosen_collapse(metrics, beta)
-    found = [] if collapse is None else [collapse]
-    if "rewards/margins" not in mean:  # a loss without rewards
-        return found
-    if mean["rewards/accuracies"] < 0.5 and mean["rewards/margins"] < 0:
-        found.append(
-            f"the policy prefers the chosen answer in only {mean['rewards/accuracies']:.0%} of "
-            "pairs at the end: are chosen and rejected swapped?"
+    warnings = [] if collapse is None else [collapse]
+    accuracy = mean.get("rewards/accuracies", 1.0)  # a loss may have no rewards
+    if accuracy < 0.5 and mean.get("rewards/margins", 0.0) < 0:
+        warnings.append(
+            f"the policy prefers the chosen answer in only {accuracy:.0%} of pairs at the end: are "
+            "chosen and rejected swapped?"
         )
-    return found
+    return warnings

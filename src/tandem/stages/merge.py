@@ -42,8 +42,8 @@ from tandem.storage.hashing import hash_weights, weight_files
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
-# Puts a line on the console, in a style.
-Tell = Callable[..., None]
+Log = Callable[..., None]
+"""Puts a line on the console, in a style."""
 
 _PROBES = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps for seven hours.",
@@ -62,19 +62,19 @@ def run_merge(job: MergeJob, console: Console) -> Path:
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
 
-    def tell(text: str, style: str = "") -> None:
+    def report(text: str, style: str = "") -> None:
         log(console, f"merge: {text}", style=style)
 
-    work, inputs = _look_up(job, tell)
+    work, inputs = _look_up(job, report)
     folder, quantized = job.folder, work.quantized
-    with folder_lock(folder, tell):
+    with folder_lock(folder, report):
         opened = open_stage(folder, "merge", inputs)
         if opened.state == "finished":
             say_finished(console, "merge", folder)
             return folder
         start_stage(folder, "merge", inputs, {"base": job.run.model, "adapter": str(job.adapter)})
         if quantized is not None:
-            tell(
+            report(
                 f"the adapter was trained on {len(quantized.weights)} weights in 4 bits "
                 f"({quantized.format}); it is added to what these rounded to"
             )
@@ -82,7 +82,7 @@ def run_merge(job: MergeJob, console: Console) -> Path:
         device = choose_device(job.run.device, "auto").torch_device
         try:
             with atomic_folder(folder / "saving") as aside:
-                verified = work.into(aside, job.run.chat_template, device, tell)
+                verified = work.into(aside, job.run.chat_template, device, report)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (folder / MANIFEST).unlink()
@@ -91,8 +91,8 @@ def run_merge(job: MergeJob, console: Console) -> Path:
         seconds = time.perf_counter() - began
         _write_summary(folder, len(work.updates), verified, seconds, quantized)
         finish_stage(folder, [*outputs, "summary.json"])
-        _tell_result(tell, work, verified)
-        tell(
+        _report_result(report, work, verified)
+        report(
             f"{len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
             f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
             f"-> {folder}"
@@ -100,7 +100,7 @@ def run_merge(job: MergeJob, console: Console) -> Path:
     return folder
 
 
-def _look_up(job: MergeJob, tell: Tell) -> tuple[_Merge, dict[str, Any]]:
+def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
     """Read base and adapter, and check that they belong together; returns the inputs as well."""
     adapter, base = job.adapter, model_folder(job.run.model)
     config = load_config(base)
@@ -110,7 +110,7 @@ def _look_up(job: MergeJob, tell: Tell) -> tuple[_Merge, dict[str, Any]]:
     dtype = torch_dtype(job.settings.dtype)
     work = _Merge(base, adapter, model, read_updates(adapter, model), read_record(adapter), dtype)
     for folder in (base, adapter):
-        check_made(folder, lambda text: tell(text, "yellow"))
+        check_made(folder, lambda text: log(text, "yellow"))
     _check_head(adapter, base, work.updates)
     _check_base(adapter, job.run.model, hash_weights(base), force=job.force)
     return work, merge_inputs(job, base)
@@ -118,39 +118,27 @@ def _look_up(job: MergeJob, tell: Tell) -> tuple[_Merge, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Merge:
-    """A base, an adapter, and the weights that change.
+    """A base, an adapter, and the weights that change."""
 
-    Attributes:
-        base, adapter: folders.
-        model: the base without weights.
-        updates: what the adapter adds, by the weights' names.
-        quantized: what the base was rounded to in training, if it was.
-        dtype: of the merged weights; None keeps the base's own.
-    """
-
+    # folders
     base: Path
     adapter: Path
-    model: Any
-    updates: dict[str, Update]
-    quantized: Quantized | None
-    dtype: torch.dtype | None
+    model: Any  # the base without weights
+    updates: dict[str, Update]  # what the adapter adds, by the weights' names
+    quantized: Quantized | None  # what the base was rounded to in training, if it was
+    dtype: torch.dtype | None  # of the merged weights; None keeps the base's own
 
     def into(
-        self, folder: Path, chat_template: str | None, device: torch.device, tell: Tell
+        self, folder: Path, chat_template: str | None, device: torch.device, log: Log
     ) -> Verified:
         """Write the merged model into a folder, and compare it with base and adapter together."""
         merge_shards(
-            self.base,
-            self.updates,
-            folder,
-            model=self.model,
-            dtype=self.dtype,
-            quantized=self.quantized,
-            device=device,
-        )
+            self.base, self.updates, folder,
+            model=self.model, dtype=self.dtype, quantized=self.quantized, device=device,
+        )  # fmt: skip
         copy_surroundings(self.base, self.adapter, folder, self.dtype)
         vocabulary_grown(folder, self.updates)
-        _settle_template(self.base, folder, chat_template, tell)
+        _settle_template(self.base, folder, chat_template, log)
         return self._verify(folder, device)
 
     def _verify(self, merged: Path, device: torch.device) -> Verified:
@@ -167,13 +155,13 @@ class _Merge:
         return verify_merge(self.base, self.adapter, merged, probes, dtype=dtype, device=device)
 
 
-def _tell_result(tell: Tell, work: _Merge, verified: Verified) -> None:
-    """Say which weights of the adapter were not merged, and how much rounding lost."""
+def _report_result(log: Log, work: _Merge, verified: Verified) -> None:
+    """Log which weights of the adapter were not merged, and how much rounding lost."""
     for name in whole_weights(work.adapter):
-        tell(f"{name} in {work.adapter} is passed over: it is the base's own")
+        log(f"{name} in {work.adapter} is skipped: it equals the base's own")
     if verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
-        tell(
+        log(
             f"rounding to {dtype} took a part of the adapter's effect "
             f"({verified.difference:.2g} of {verified.effect:.2g} nats a token); merge in float32 "
             "to keep it",
@@ -181,27 +169,24 @@ def _tell_result(tell: Tell, work: _Merge, verified: Verified) -> None:
         )
 
 
-def _settle_template(base: Path, folder: Path, choice: str | None, tell: Tell) -> None:
+def _settle_template(base: Path, folder: Path, choice: str | None, log: Log) -> None:
     """Choose the merged folder's chat template, and make its files end answers as it does."""
     tokenizer = load_tokenizer(folder)
     own = tokenizer.chat_template
     template = resolve_template(tokenizer, choice)
     for notice in template.notices:
-        tell(notice)
+        log(notice)
     if own != template.saved:
         write_templates(folder, template.saved)
     ending = find_ending(tokenizer, template)
-    if ending and (said := write_ends(folder, base, tokenizer, template, ending)):
-        tell(said)
+    if ending and (change := write_ends(folder, base, tokenizer, template, ending)):
+        log(change)
 
 
 def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:
     """Raise UserError for an adapter on a head that shares its weights with the input embedding."""
-    adapted = [
-        name
-        for name, update in updates.items()
-        if name.endswith(HEADS) and not isinstance(update, NewRows)
-    ]
+    heads = (name for name in updates if name.endswith(HEADS))
+    adapted = [name for name in heads if not isinstance(updates[name], NewRows)]
     if adapted and load_config(base).get_text_config().tie_word_embeddings:
         raise UserError(
             f"{adapter} changes the output head ({adapted[0]}), whose weights {base} shares with "
@@ -227,21 +212,18 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     shard = weight_files(folder)[0]
     with safe_open(shard, framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
-    narrow = [d for d in (torch.bfloat16, torch.float16, torch.float32) if d in dtypes]
-    return narrow[0] if narrow else torch.float32
+    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
 
 
 def _write_summary(
     folder: Path, weights: int, verified: Verified, seconds: float, quantized: Quantized | None
 ) -> None:
-    atomic_write_json(
-        folder / "summary.json",
-        {
-            "merged_weights": weights,
-            "quantization": quantized.format if quantized else None,
-            "logp_difference": verified.difference,
-            "adapter_effect": verified.effect,
-            "probe_tokens": verified.tokens,
-            "seconds": seconds,
-        },
-    )
+    summary = {
+        "merged_weights": weights,
+        "quantization": quantized.format if quantized else None,
+        "logp_difference": verified.difference,
+        "adapter_effect": verified.effect,
+        "probe_tokens": verified.tokens,
+        "seconds": seconds,
+    }
+    atomic_write_json(folder / "summary.json", summary)

@@ -16,10 +16,7 @@ from tandem.train.losses.objectives import SupervisedObjective
 
 
 def run_sft(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
-    """Fine-tune the job's model on conversations; the folder is a peft adapter at its root.
-
-    See `train_stage` for what is resumed, recognised and refused.
-    """
+    """Fine-tune the job's model on conversations, into a peft adapter folder; see `train_stage`."""
     stage = TrainingStage("sft", "conversations", _objective, dropout=True, warnings=_warnings)
     return train_stage(stage, job, console, callbacks)
 

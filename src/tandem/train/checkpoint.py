@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,59 +20,40 @@ from tandem.storage.hashing import Damaged, hash_bytes, hash_file, read_object, 
 
 _MARK = "checkpoint.json"
 _OPTIMIZER = "optimizer.safetensors"
-_WAY_OUT = "Restore it, or remove its folder to go on from an earlier step."
+_WAY_OUT = "Restore it, or remove its folder to resume from an earlier step."
 _KINDS = {"progress": dict, "files": dict}
 
 
 @dataclass
 class RunState:
-    """Where a training run stands; everything beside the tensors that a resume needs.
+    """Where a training run stands: what a resume needs beside tensors, and the final figures."""
 
-    `step` is the number of finished optimizer steps, `sums` runs since the last logged step; the
-    rest is what the summary reports at the end. `padded_tokens` counts what padded batches of a
-    usual size would have fed, `shared_tokens` what sharing prefixes saved; `fill` and `imbalance`
-    sum up each step's, see `data.packing.StepPlan`. `best_step` is the step whose adapter scored
-    best on held-out records so far, `best` its score.
-    """
-
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # finished optimizer steps
+    sums: dict[str, float] = field(default_factory=dict)  # since the last logged step
     seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
-    padded_tokens: int = 0
-    shared_tokens: int = 0
+    padded_tokens: int = 0  # what padded batches of a usual size would have fed
+    shared_tokens: int = 0  # what sharing prefixes saved
     micro_batches: int = 0
+    # sums over the steps, see `data.packing.StepPlan`
     fill: float = 0.0
     imbalance: float = 0.0
     validation_seconds: float = 0.0
+    # the step whose adapter scored best on held-out records so far, and its score
     best_step: int | None = None
     best: float | None = None
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
-    """A folder of checkpoints: step-000100, step-000200, ...
+    """A folder of checkpoints: step-000100, step-000200, ..."""
 
-    Args:
-        folder: of a stage.
-        weights: what is trained, which knows how it is saved.
-        keep: how many of the newest stay, all when None.
-        lines: files of JSON lines that grow along with the run. A checkpoint knows what was in
-            them.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        weights: TrainedWeights,
-        *,
-        keep: int | None,
-        lines: Sequence[Path] = (),
-    ) -> None:
-        self.folder = folder
-        self.weights = weights
-        self.keep = keep
-        self.lines = lines
+    folder: Path
+    weights: TrainedWeights  # know how they are saved
+    _: KW_ONLY
+    keep: int | None  # how many of the newest stay, all when None
+    lines: Sequence[Path] = ()  # files of JSON lines; a checkpoint knows what was in them
 
     def save(
         self,
@@ -107,8 +88,7 @@ class CheckpointStore:
     ) -> Path | None:
         """The newest checkpoint whose files are all there and unchanged.
 
-        `usable` says why a run cannot go on from one, or nothing; `log` takes a line for each newer
-        one that is skipped.
+        `usable` says why a run cannot resume from one, or nothing; `log` names skipped ones.
         """
         for path in reversed(self._all()):
             try:
@@ -117,24 +97,21 @@ class CheckpointStore:
                 why = str(error)
             if not why:
                 return path
-            log(f"{path.name} is passed over: {why}")
+            log(f"{path.name} is skipped: {why}")
         return None
 
     def load(self, path: Path, model: Any) -> tuple[RunState, dict[str, Tensor]]:
-        """Put the adapter's weights back to where `save` found them, bit for bit.
-
-        Returns the progress and the optimizer's tensors.
-        """
+        """Load the trained weights, bit for bit; returns progress and optimizer tensors."""
         self.weights.load(model, path)
         return read_checkpoint(path)[0], load_file(path / _OPTIMIZER)
 
     def steps(self) -> list[RunState]:
         """Where the run stood at each checkpoint that is whole, the oldest first."""
-        found = []
+        states = []
         for path in self._all():
             with suppress(Damaged):
-                found.append(_progress(path, _mark(path)))
-        return found
+                states.append(_progress(path, _mark(path)))
+        return states
 
     def changed_lines(self, path: Path) -> list[Path]:
         """The files of lines that do not hold what they held at a checkpoint."""
@@ -155,15 +132,11 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         """The checkpoints' folders, the oldest first."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted((p for p in found if _step_of(p) >= 0), key=_step_of)
+        return sorted((p for p in self.folder.glob("step-*") if _step_of(p) >= 0), key=_step_of)
 
 
 def read_checkpoint(path: Path) -> tuple[RunState, dict[str, str]]:
-    """Where a run stood at a checkpoint, and its files by their hashes.
-
-    Raises Damaged for one that is not whole, or is another step's.
-    """
+    """Where a run stood, and its files' hashes; raises Damaged for an incomplete checkpoint."""
     mark = _mark(path)
     files = mark["files"]
     if _OPTIMIZER not in files or len(files) < 2:
@@ -176,10 +149,7 @@ def read_checkpoint(path: Path) -> tuple[RunState, dict[str, str]]:
 
 
 def copy_adapter(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's adapter, and nothing else of it, into a folder.
-
-    Raises Damaged when the checkpoint is not whole.
-    """
+    """Copy a checkpoint's adapter alone into a folder; raises Damaged where it is not whole."""
     _, files = read_checkpoint(checkpoint)
     for name in sorted(files):
         if name != _OPTIMIZER:
@@ -192,13 +162,13 @@ def _mark(path: Path) -> dict[str, Any]:
 
 def _progress(path: Path, mark: Mapping[str, Any]) -> RunState:
     known = {one.name for one in fields(RunState)}
-    said = mark["progress"]
-    figures = [value for key, value in said.items() if key != "sums"]
-    fits = said.keys() <= known and isinstance(said.get("sums", {}), dict)
+    values = mark["progress"]
+    figures = [value for key, value in values.items() if key != "sums"]
+    fits = values.keys() <= known and isinstance(values.get("sums", {}), dict)
     fits &= all(one is None or type(one) in (int, float) for one in figures)
-    if not fits or said.get("step") != _step_of(path):
+    if not fits or values.get("step") != _step_of(path):
         raise Damaged(f"{path / _MARK} is not of {path.name}. {_WAY_OUT}")
-    return RunState(**said)
+    return RunState(**values)
 
 
 def _step_of(path: Path) -> int:

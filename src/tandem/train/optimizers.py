@@ -18,19 +18,12 @@ from tandem.runtime.device import Device
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer that settings can name.
+    """One optimizer that settings can name."""
 
-    Attributes:
-        kind: its class, or what makes one, called with parameters and `options`.
-        options: its keyword arguments, read from a stage's settings.
-        state_tensors: how many tensors of a parameter's size it keeps for each.
-        extra: the extra of tandem, and the package, that it needs.
-    """
-
-    kind: Callable[..., torch.optim.Optimizer]
-    options: Callable[[TrainingSettings], dict[str, Any]]
-    state_tensors: int
-    extra: str | None = None
+    kind: Callable[..., torch.optim.Optimizer]  # called with parameters and `options`
+    options: Callable[[TrainingSettings], dict[str, Any]]  # its keyword arguments
+    state_tensors: int  # how many tensors of a parameter's size it keeps for each
+    extra: str | None = None  # the extra of tandem, and the package, that it needs
 
 
 def _adam_options(settings: TrainingSettings) -> dict[str, Any]:
@@ -49,10 +42,7 @@ OPTIMIZERS = {"adamw": OptimizerSpec(torch.optim.AdamW, _adam_options, state_ten
 def make_optimizer(
     parameters: Iterable[Tensor], settings: TrainingSettings, device: Device
 ) -> torch.optim.Optimizer:
-    """The optimizer that settings name, in the device's own form if it has one.
-
-    Raises UserError where a package that it needs is missing.
-    """
+    """The optimizer of the settings, in the device's form if any; UserError without its package."""
     spec = OPTIMIZERS[settings.optimizer]
     if spec.extra:
         require(spec.extra, spec.extra, f"optimizer: {settings.optimizer}")
@@ -68,8 +58,7 @@ def clip_and_step(
 ) -> float:
     """Clip, apply and clear gradients; returns their norm before clipping.
 
-    A norm that is not finite is returned without touching the parameters. Spread parameters make
-    it collective.
+    Where the norm is not finite, the parameters stay. Collective if parameters are sharded.
     """
     limit = math.inf if max_norm is None else max_norm
     total = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -87,32 +76,23 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def _linear(done: int, steps: int) -> float:
-    return max(0.0, (steps - done) / max(1, steps))
-
-
 def _cosine(done: int, steps: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
 
 
-def _constant(_done: int, _steps: int) -> float:
-    return 1.0
-
-
 # The share of the peak rate, by the steps after warm-up that are done, and all of these.
 LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "linear": _linear,
+    "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
     "cosine": _cosine,
-    "constant": _constant,
-    "constant_with_warmup": _constant,
+    "constant": lambda _done, _steps: 1.0,
+    "constant_with_warmup": lambda _done, _steps: 1.0,
 }
 
 
 def make_schedule(settings: TrainingSettings, total_steps: int) -> Callable[[int], float]:
-    """A stage's learning rate as a function of a step's number, from 0.
+    """A stage's learning rate as a function of a step's number, from 0, without any state.
 
-    Warm-up is linear from 0, over a count of steps or a share of all (rounded up). A function of
-    the number alone has no state to save, and a resumed run cannot be off by one.
+    Warm-up is linear from 0, over a count of steps or a share of all (rounded up).
     """
     shape = LR_SCHEDULES[settings.lr_scheduler]
     warmup = settings.warmup_steps
@@ -143,10 +123,7 @@ def load_state(
     parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put the state back to where `state_of` found it.
-
-    Raises UserError for the state of a parameter that there is not.
-    """
+    """Load what `state_of` returned; raises UserError for a parameter that is not there."""
     numbers = {name: number for number, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, key, tensor in by_parameter(tensors, parameters):
@@ -161,10 +138,7 @@ def load_state(
 def by_parameter(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> list[tuple[str, str, Tensor]]:
-    """Parameter, key and tensor of each `parameter|key`, in the order of the parameters.
-
-    Raises UserError for the state of a parameter that there is not.
-    """
+    """Parameter, key and tensor of each `parameter|key`, by parameter; UserError for others."""
     split = []
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("|", 1)

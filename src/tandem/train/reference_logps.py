@@ -52,41 +52,35 @@ class ReferenceStore:
     def __init__(
         self, log: Callable[[str], None] = lambda _: None, folder: Path | None = None
     ) -> None:
-        self._log = log
-        self._folder = folder
-        self._usable = True
-        self._damage_is_told = False
+        self._log, self._folder = log, folder
+        self._usable, self._damage_is_told = True, False
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, float]:
         """The log-probs that are there and sound."""
-        none: tuple[dict[bytes, float], int] = ({}, 0)
-        found, damaged = self._try(partial(_get, keys), none)
+        nothing: tuple[dict[bytes, float], int] = ({}, 0)
+        logps, damaged = self._try(partial(_get, keys), nothing)
         if damaged and not self._damage_is_told:
             self._damage_is_told = True
             self._log(
                 f"{damaged} of the stored reference log-probs are damaged: they are computed again"
             )
-        return found
+        return logps
 
     def put(self, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]) -> None:
         """Store log-probs in one transaction; what is there already stays as it is."""
-        used = time.time()
+        used, query = time.time(), "INSERT OR IGNORE INTO checked VALUES (?, ?, ?, ?, ?)"
         rows = [
             (key, logp, count, used, _checksum(key, logp, count))
             for key, logp, count in zip(keys, logps, tokens, strict=True)
         ]
-
-        def insert(connection: sqlite3.Connection) -> None:
-            connection.executemany("INSERT OR IGNORE INTO checked VALUES (?, ?, ?, ?, ?)", rows)
-
-        self._try(insert, None)
+        self._try(lambda connection: connection.executemany(query, rows), None)
 
     def prune(self, limit_bytes: int = _BYTES_LIMIT) -> int:
         """Forget the longest unused log-probs beyond the limit; returns how many."""
         return self._try(partial(_prune, limit_bytes), 0)
 
     def _try(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """What `work` gives; `otherwise` where the store cannot be used, now and from now on."""
+        """Return what `work` returns, `otherwise` where the store cannot be used from now on."""
         for attempt in range(2):
             if not self._usable:
                 break
@@ -119,7 +113,7 @@ class ReferenceStore:
 
     def _begin_anew(self, error: Exception) -> None:
         path = self._path()
-        self._log(f"the store of reference log-probs {path} is damaged ({error}): it begins anew")
+        self._log(f"the store of reference log-probs {path} is damaged ({error}) and begins empty")
         try:
             for tail in ("", "-journal", "-wal", "-shm"):
                 path.with_name(path.name + tail).unlink(missing_ok=True)
@@ -128,12 +122,12 @@ class ReferenceStore:
 
     def _do_without(self, error: Exception) -> None:
         self._usable = False
-        self._log(f"reference log-probs are not kept for other runs: {error}")
+        self._log(f"reference log-probs are not stored for other runs: {error}")
 
 
 def _get(keys: Sequence[bytes], connection: sqlite3.Connection) -> tuple[dict[bytes, float], int]:
     """The sound log-probs of some keys, and how many damaged ones were removed."""
-    found: dict[bytes, float] = {}
+    logps: dict[bytes, float] = {}
     damaged = 0
     for start in range(0, len(keys), 500):
         part = keys[start : start + 500]
@@ -141,24 +135,21 @@ def _get(keys: Sequence[bytes], connection: sqlite3.Connection) -> tuple[dict[by
         query = f"SELECT key, logp, tokens, checksum FROM checked WHERE key IN ({marks})"
         for key, logp, tokens, checksum in connection.execute(query, part).fetchall():
             if _sound(key, logp, tokens, checksum):
-                found[key] = logp
+                logps[key] = logp
             else:  # or it would stay in the place of the one that is computed now
                 connection.execute("DELETE FROM checked WHERE key = ?", [key])
                 damaged += 1
-        connection.execute(
-            f"UPDATE checked SET used = ? WHERE key IN ({marks})", [time.time(), *part]
-        )
-    return found, damaged
+        touch = f"UPDATE checked SET used = ? WHERE key IN ({marks})"
+        connection.execute(touch, [time.time(), *part])
+    return logps, damaged
 
 
 def _prune(limit_bytes: int, connection: sqlite3.Connection) -> int:
     (count,) = connection.execute("SELECT COUNT(*) FROM checked").fetchone()
     excess = max(0, count - limit_bytes // _ROW_BYTES)
+    oldest = "SELECT key FROM checked ORDER BY used LIMIT ?"
     if excess:
-        connection.execute(
-            "DELETE FROM checked WHERE key IN (SELECT key FROM checked ORDER BY used LIMIT ?)",
-            [excess],
-        )
+        connection.execute(f"DELETE FROM checked WHERE key IN ({oldest})", [excess])
     return int(excess)
 
 
@@ -190,7 +181,6 @@ def reference_logps(
     Args:
         engine: holds the reference (the policy with its adapter off).
         trees: all records, each with the same number of branches B.
-        store: where log-probs are looked up and kept; rank 0's is used.
         identity: hash of the reference weights and of what the numerics depend on.
         budget: lowered when memory runs out.
         advance: called with the number of records that were done.
@@ -215,20 +205,20 @@ def reference_logps(
     for first in range(0, len(trees), _BLOCK):
         block = range(first, min(first + _BLOCK, len(trees)))
         keys = _keys(identity, trees, block)
-        found = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
+        known = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
         units = [range(i, min(i + _UNIT, block.stop)) for i in range(first, block.stop, _UNIT)]
-        missing = [u for u in units if any(key not in found for i in u for key in keys[i - first])]
+        missing = [u for u in units if any(key not in known for i in u for key in keys[i - first])]
         advance(len(block) - sum(map(len, missing)))
         for start in range(0, len(missing), processes.count):
             part = missing[start : start + processes.count]
-            results = engine.gather(partial(compute, part), lambda found: found)
+            results = engine.gather(partial(compute, part), lambda unit: unit)
             budget.settle(processes.gather(lambda: budget.tokens), processes)
             fresh = [result for unit in results for result in unit]
             part_keys = [key for unit in part for i in unit for key in keys[i - first]]
-            found.update(processes.on_rank0(partial(keep, part_keys, fresh)))
+            known.update(processes.on_rank0(partial(keep, part_keys, fresh)))
             computed += sum(map(len, part))
             advance(sum(map(len, part)))
-        logps.append(np.array([[found[key] for key in row] for row in keys], dtype=np.float64))
+        logps.append(np.array([[known[key] for key in row] for row in keys], dtype=np.float64))
     return np.concatenate(logps), computed
 
 
@@ -237,27 +227,27 @@ def _compute_unit(
 ) -> list[tuple[float, int]]:
     """Log-probs and trained tokens of a unit's sequences, in order.
 
-    Where every forward waits for the other processes, `filler` is scored until all have done.
+    Where every forward waits for the other processes, `filler` is scored until all are done.
     """
-    pieces = micro_batches(engine.model, trees, budget.tokens) if trees else []
-    rounds = len(pieces)
+    batches = micro_batches(engine.model, trees, budget.tokens) if trees else []
+    rounds = len(batches)
     if engine.sharded:
-        rounds = max(engine.processes.gather(lambda: len(pieces)))
+        rounds = max(engine.processes.gather(lambda: len(batches)))
     tokens = [tokens_fed(engine.model, tree) for tree in trees]
     done = budget.run(
-        pieces,
+        batches,
         tokens,
         lambda members, _: _scored(engine, [trees[i] for i in members]),
         lambda i: no_room(trees[i], tokens[i]),
     )
-    for _ in range(rounds - len(pieces)):
+    for _ in range(rounds - len(batches)):
         _scored(engine, [filler])
-    results: list[list[tuple[float, int]]] = [[] for _ in trees]
+    results: dict[int, list[tuple[float, int]]] = {}
     for members, scored in done:
         each = iter(scored)
         for i in members:
             results[i] = [next(each) for _ in trees[i].branches]
-    return [pair for row in results for pair in row]
+    return [pair for i in range(len(trees)) for pair in results[i]]
 
 
 def _scored(engine: Engine, trees: list[Example]) -> list[tuple[float, int]]:
@@ -271,13 +261,13 @@ def _scored(engine: Engine, trees: list[Example]) -> list[tuple[float, int]]:
 def _keys(identity: str, trees: Sequence[Example], block: range) -> list[list[bytes]]:
     """The keys of each tree's sequences in a block of `trees`."""
     if isinstance(trees, EncodedDataset):
-        digests = iter(trees.digests(block.start, block.stop))
+        stored = iter(trees.digests(block.start, block.stop))
         counts = trees.branches[block.start : block.stop].tolist()
-        return [[_key(identity, next(digests).tobytes()) for _ in range(n)] for n in counts]
-    return [
-        [_key(identity, sequence_digest(tree.prefix, branch)) for branch in tree.branches]
-        for tree in (trees[i] for i in block)
-    ]
+        digests = [[next(stored).tobytes() for _ in range(count)] for count in counts]
+    else:
+        block_trees = (trees[i] for i in block)
+        digests = [[sequence_digest(t.prefix, b) for b in t.branches] for t in block_trees]
+    return [[_key(identity, digest) for digest in row] for row in digests]
 
 
 def _key(identity: str, sequence: bytes) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,36 +22,26 @@ from tandem.train.engines.engine import Engine
 from tandem.train.losses.objectives import Objective
 from tandem.train.token_budget import Members, TokenBudget, no_room
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step computes.
+    """What a step computes."""
 
-    Attributes:
-        step: its number, and the indices of its examples.
-        examples, tokens: each example, and the tokens that it feeds.
-        denominator: what the summed loss is divided by.
-    """
-
-    step: Step
+    step: Step  # its number, and the indices of its examples
     examples: Sequence[Example]
-    tokens: Sequence[int]
-    denominator: int
+    tokens: Sequence[int]  # that each example feeds
+    denominator: int  # what the summed loss is divided by
 
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one process computes of a step.
+    """What one process computes of a step."""
 
-    Attributes:
-        micro_batches: its own.
-        fillers: how many more it runs so that all run equally many: each of the `smallest`
-            example, with a weight of 0.
-    """
-
-    micro_batches: Sequence[Members]
-    fillers: int
-    smallest: int
+    micro_batches: Sequence[Members]  # its own
+    fillers: int  # how many more it runs, with a weight of 0, so that all run equally many
+    smallest: int  # the example that fillers consist of
 
 
 @dataclass(frozen=True)
@@ -69,43 +61,21 @@ class StepResult:
     sums: dict[str, float]
 
 
+@dataclass(frozen=True)
 class StepRunner:
-    """Computes any step of some examples; nothing waits for the device before its sums are read.
+    """Computes any step of some examples; nothing waits for the device before its sums are read."""
 
-    Args:
-        engine: prepared.
-        objective: what a step minimises.
-        examples: that steps name by index.
-        budget: lowered when memory runs out.
-        attention_weight: for the balance between processes, see `packing.example_cost`.
-        dropout_seed: of dropout masks; None where there is no dropout.
-        learns: whether there is a backward; without one, losses are only added up.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        objective: Objective,
-        examples: Sequence[Example],
-        budget: TokenBudget,
-        attention_weight: float,
-        *,
-        dropout_seed: int | None = None,
-        learns: bool = True,
-    ) -> None:
-        self.engine = engine
-        self.objective = objective
-        self.examples = examples
-        self.budget = budget
-        self._attention_weight = attention_weight
-        self._dropout_seed = dropout_seed
-        self._learns = learns
+    engine: Engine  # prepared
+    objective: Objective
+    examples: Sequence[Example]  # that steps name by index
+    budget: TokenBudget  # lowered when memory runs out
+    attention_weight: float  # for the balance between processes, see `packing.example_cost`
+    _: KW_ONLY
+    dropout_seed: int | None = None  # of dropout masks; None where there is no dropout
+    learns: bool = True  # whether there is a backward; without one, losses are only added up
 
     def run(self, step: Step) -> StepResult:
-        """Forward, and backward, of a step in all processes; see `TokenBudget.run`.
-
-        Raises TandemError naming the records of a loss that is not finite.
-        """
+        """Compute a step in all processes; TandemError, with records, if a loss is not finite."""
         engine, processes = self.engine, self.engine.processes
         examples = [self.examples[i] for i in step.examples]
         tokens = [tokens_fed(engine.model, example) for example in examples]
@@ -123,38 +93,42 @@ class StepRunner:
 
     def _plan(self, work: StepWork) -> StepPlan:
         model, budget = self.engine.model, self.budget.tokens
-        costs = [example_cost(example, self._attention_weight) for example in work.examples]
-        return plan_step(
-            work.tokens, costs, budget, self.engine.processes.count,
-            pack_share=lambda share: micro_batches(
-                model, [work.examples[i] for i in share], budget
-            ),
-        )  # fmt: skip
+        costs = [example_cost(example, self.attention_weight) for example in work.examples]
+
+        def pack_share(share: Sequence[int]) -> list[Members]:
+            return micro_batches(model, [work.examples[i] for i in share], budget)
+
+        ranks = self.engine.processes.count
+        return plan_step(work.tokens, costs, budget, ranks, pack_share=pack_share)
 
     def _run(self, work: StepWork, mine: RankWork) -> list[MicroBatchResult]:
-        """This process's micro-batches."""
+        """Compute this process's micro-batches."""
         for number in range(mine.fillers):
             last = not mine.micro_batches and number == mine.fillers - 1
             self._one(work, (mine.smallest,), 0.0, last=last)
-        results = self.budget.run(
-            mine.micro_batches,
-            work.tokens,
-            lambda members, last: self._one(work, members, 1.0, last=last),
-            lambda i: no_room(work.examples[i], work.tokens[i]),
+        results = self._by_budget(
+            work, mine, lambda members, last: self._one(work, members, 1.0, last=last)
         )
         return [MicroBatchResult(members, sums) for members, sums in results]
+
+    def _by_budget(
+        self, work: StepWork, mine: RankWork, compute: Callable[[Members, bool], T]
+    ) -> list[tuple[Members, T]]:
+        return self.budget.run(
+            mine.micro_batches, work.tokens, compute,
+            lambda i: no_room(work.examples[i], work.tokens[i]),
+        )  # fmt: skip
 
     def _one(
         self, work: StepWork, members: Members, weight: float, *, last: bool
     ) -> dict[str, Tensor]:
-        number = work.step.number
-        with nullcontext() if self._learns else torch.no_grad():
+        with nullcontext() if self.learns else torch.no_grad():
             logps, weights = self._score(work, members, weight)
             indices = [work.step.examples[i] for i in members]
-            first_step = self._learns and number == 0
+            first_step = self.learns and work.step.number == 0
             result = self.objective.loss(logps, weights, indices, first_step=first_step)
             loss = result.loss / work.denominator
-        if self._learns:
+        if self.learns:
             self.engine.backward(loss, last=last)
         return result.sums
 
@@ -179,10 +153,7 @@ class StepRunner:
         def run() -> list[tuple[int, list[float]]]:
             for _ in range(mine.fillers):
                 logps((mine.smallest,), False)
-            done = self.budget.run(
-                mine.micro_batches, work.tokens, logps,
-                lambda i: no_room(work.examples[i], work.tokens[i]),
-            )  # fmt: skip
+            done = self._by_budget(work, mine, logps)
             return [pair for members, rows in done for pair in zip(members, rows, strict=True)]
 
         parts = self.engine.gather(run, lambda rows: rows)
@@ -193,30 +164,27 @@ class StepRunner:
 
     def _sums(self, work: StepWork, results: Sequence[MicroBatchResult]) -> dict[str, float]:
         """The micro-batches' sums on the host, added up, and the `budget` that is left."""
-        sums: dict[str, float] = {}
+        parts: list[dict[str, float]] = []
         if results:
             names = list(results[0].sums)
             values = [one.sums[name] for one in results for name in names]
             numbers = iter(torch.stack(values).tolist())  # the step's only wait
             for one in results:
-                parts = dict(zip(names, numbers, strict=False))
-                if not math.isfinite(parts["loss"]):
+                parts.append(dict(zip(names, numbers, strict=False)))
+                if not math.isfinite(parts[-1]["loss"]):
                     examples = [work.examples[i] for i in one.members]
                     raise self._not_finite(work.step.number, examples)
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value
-        return {**sums, "budget": self.budget.tokens}
+        return {**added(parts), "budget": self.budget.tokens}
 
     def _dropout_keys(self, step: Step, members: Members) -> list[int] | None:
         """The keys of some positions' dropout masks; two copies of a record have their own."""
-        seed = self._dropout_seed
-        if seed is None:
+        if self.dropout_seed is None:
             return None
-        copies = step.copies
-        return [record_key(seed, step.number, step.examples[i], copies[i]) for i in members]
+        key = partial(record_key, self.dropout_seed, step.number)
+        return [key(step.examples[i], step.copies[i]) for i in members]
 
     def _not_finite(self, step: int, examples: Sequence[Example]) -> TandemError:
-        if self._learns:
+        if self.learns:
             return not_finite("loss", step, examples)
         return TandemError(
             f"the loss of held-out records is not finite after {step} steps. Records: "
@@ -233,7 +201,7 @@ def rank_work(plan: StepPlan, rank: int, tokens: Sequence[int], *, equally_many:
 
 
 def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sums over ranks, in the order of ranks, so that every rank has the same."""
+    """Sums by name, added in the order of `parts`, so that every rank has the same."""
     sums: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
@@ -242,7 +210,7 @@ def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def not_finite(what: str, step: int, examples: Sequence[Example]) -> TandemError:
-    """The error of a step whose loss or gradient is no number, or beyond all bounds."""
+    """The error of a step whose loss or gradient is NaN or infinite."""
     return TandemError(
         f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
         f"{_origins(examples)}. Lower the learning rate, or look at these records."

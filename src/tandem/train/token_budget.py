@@ -24,19 +24,16 @@ Members = tuple[int, ...]
 _ACTIVATION_SHARE = 0.4
 # What devices' allocators say, where they have no error of their own.
 _WORDS = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "allocation failed",
+    "out of memory", "can't allocate memory", "not enough memory", "allocation failed",
     "failed to allocate",
-)
+)  # fmt: skip
 
 
 def attention_weight(config: Any) -> float:
-    """What attention over one visible pair of tokens costs, by all that a token costs elsewhere.
+    """What attention over a visible pair of tokens costs, by what a token costs elsewhere.
 
     Two products of hidden size each, by the multiplications of a layer's projections and gated
-    MLP. Only balance depends on it, never a result.
+    MLP. Only the balance between processes depends on it, never a result.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
@@ -92,11 +89,8 @@ class TokenBudget:
         *,
         alone: bool,
     ) -> None:
-        self.tokens = tokens
-        self._settled = tokens
-        self._release = release
-        self._remember = remember
-        self._alone = alone
+        self.tokens = self._settled = tokens
+        self._release, self._remember, self._alone = release, remember, alone
 
     def run(
         self,
@@ -107,12 +101,11 @@ class TokenBudget:
     ) -> list[tuple[Members, T]]:
         """Compute micro-batches one after the other, in smaller ones where memory runs out.
 
-        One that does not fit is split, and so is all that is still to do and as large. A single
-        tree is tried a second time, when all that can be freed is.
+        One that does not fit is split, and so is every later one of its size. A single tree is
+        tried a second time, after all that can be freed is.
 
         Args:
-            pieces: micro-batches, as positions of trees.
-            tokens: of every tree.
+            pieces: micro-batches, as positions of trees; tokens: of every tree.
             compute: called with a micro-batch and whether it is the last; it must leave nothing
                 behind if it fails.
             no_room: the error of a tree that does not fit even alone.
@@ -161,12 +154,12 @@ class TokenBudget:
         return None
 
     def _lower(self, failed: int) -> None:
-        """Take it that so many tokens at once were too many."""
+        """Lower the budget below the tokens that did not fit; raise Stopped if not `alone`."""
         self.tokens = min(self.tokens, max(1, failed // 2))
         if not self._alone:
             self._remember(self.tokens)
             reason = (
-                f"out of memory with {failed} tokens at once; the run goes on from its last "
+                f"out of memory with {failed} tokens at once; the run resumes from its last "
                 f"checkpoint with {self.tokens} tokens a micro-batch"
             )
             if not ask_for_restart(reason):

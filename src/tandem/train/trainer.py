@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.batching.sampler import Step
-from tandem.data.encoded.example import Example
 from tandem.errors import Stopped
 from tandem.model.attention.select import is_padded
 from tandem.train.callbacks.callback import StepReport, TrainingRun
@@ -25,21 +24,13 @@ _SAME_REQUEST = 5.0
 _OWN_SUMS = ("steps", "grad_norm", "tokens", "examples", "seconds")
 
 
+@dataclass(frozen=True)
 class Trainer:
-    """Takes the steps of a run.
+    """Takes the steps of a run, whose engine is prepared with the model and its optimizer."""
 
-    Args:
-        run: its engine prepared with the model and its optimizer.
-        runner: computes a step's micro-batches.
-        learning_rate: a step's rate by its number from 0.
-    """
-
-    def __init__(
-        self, run: TrainingRun, runner: StepRunner, learning_rate: Callable[[int], float]
-    ) -> None:
-        self.training = run
-        self.runner = runner
-        self.learning_rate = learning_rate
+    training: TrainingRun
+    runner: StepRunner
+    learning_rate: Callable[[int], float]  # a step's rate by its number from 0
 
     def run(self) -> None:
         """Take all remaining steps.
@@ -60,7 +51,7 @@ class Trainer:
         model.eval()
 
     def _end_step(self, requested: bool, *, last: bool) -> None:
-        """Let callbacks do what they do before the next step; raise Stopped where it ends here."""
+        """Call the callbacks' `before_next_step`; raise Stopped where the run ends here."""
         run, processes = self.training, self.training.engine.processes
         run.stopping = processes.any_rank(requested or bool(run.stop_reason))
         for callback in run.callbacks:
@@ -70,7 +61,7 @@ class Trainer:
             processes.raise_on_all(
                 Stopped(
                     f"stopped after step {run.state.step} of {run.total_steps}{why}; a "
-                    "checkpoint is written. The same command goes on from there."
+                    "checkpoint is written. The same command resumes from it."
                 )
             )
 
@@ -132,21 +123,15 @@ def _account(state: RunState, result: StepResult, seconds: float, *, padded: boo
     state.micro_batches += sum(len(own) for own in plan.ranks)
     state.fill += plan.fill
     state.imbalance += plan.imbalance
-    if not padded:
-        _account_savings(state, work.examples)
-
-
-def _account_savings(state: RunState, examples: Sequence[Example]) -> None:
-    lengths = [
-        len(example.prefix.input_ids) + len(branch.input_ids)
-        for example in examples
-        for branch in example.branches
-    ]
+    if padded:
+        return
+    lengths = []
+    for example in work.examples:
+        prefix = len(example.prefix.input_ids)
+        lengths += [prefix + len(branch.input_ids) for branch in example.branches]
+        # What every branch after the first would have fed again.
+        state.shared_tokens += (len(example.branches) - 1) * prefix
     state.padded_tokens += padded_tokens(lengths)
-    # What every branch after an example's first would have fed again.
-    state.shared_tokens += sum(
-        (len(example.branches) - 1) * len(example.prefix.input_ids) for example in examples
-    )
 
 
 @dataclass

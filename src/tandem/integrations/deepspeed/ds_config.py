@@ -13,29 +13,16 @@ from tandem.recipe.training_settings import TrainingSettings
 
 # Keys that go to DeepSpeed as they are. `zero_optimization` has offloading, bucket sizes, overlap.
 _PASSED = {
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
+    "aio", "comms_logger", "communication_data_type", "dump_state", "memory_breakdown",
+    "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
 _SECTIONS = {"bf16", "fp16", "optimizer", "scheduler", "zero_optimization"}
 # Keys that say what the recipe says as well.
 _COMPARED = {
-    "bf16",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-}
+    "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
+    "train_batch_size", "train_micro_batch_size_per_gpu",
+}  # fmt: skip
 _SCHEDULERS = {
     "WarmupCosineLR": ("cosine",),
     "WarmupDecayLR": ("linear",),
@@ -51,13 +38,7 @@ def own_config(stage: int) -> dict[str, Any]:
 def read_config(
     path: Path, settings: TrainingSettings, dtype: str, processes: int
 ) -> dict[str, Any]:
-    """A user's configuration for DeepSpeed, which must agree with the recipe.
-
-    Args:
-        path: a JSON file.
-        settings: of the stage.
-        dtype: of the weights.
-        processes: of the run.
+    """A user's DeepSpeed configuration (a JSON file), which must agree with the recipe.
 
     Batch sizes, clipping, precision, optimizer and schedule are the recipe's; the file may leave
     them out, say `auto`, or say the same.
@@ -102,7 +83,7 @@ def read_config(
 
 def _for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        # Micro-batches are tandem's; DeepSpeed sees whole steps, or sums that are divided already.
+        # tandem makes the micro-batches; DeepSpeed sees steps, or sums that are divided already.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
@@ -126,7 +107,7 @@ def _batch_conflicts(config: Mapping[str, Any], batch_size: int, processes: int)
     product = math.prod(factors.values()) * processes
     fits = product == batch_size if len(factors) == 2 else not batch_size % product
     if factors and not fits:
-        yield (f"{_listed(factors)} x {processes} processes = {product}, batch_size {batch_size}")
+        yield f"{_listed(factors)} x {processes} processes = {product}, batch_size {batch_size}"
 
 
 def _precision_conflicts(

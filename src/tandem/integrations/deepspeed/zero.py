@@ -53,9 +53,9 @@ class _ZeroEngine(Engine):
 class Zero2Engine(_ZeroEngine):
     """ZeRO stage 1 or 2 (arXiv 1910.02054): optimizer and reduced gradients are spread.
 
-    DeepSpeed is given the trained parameters alone, and their gradients once a step: it would
-    otherwise exchange them after every micro-batch, and all processes would have to run equally
-    many. The model stays whole in every process, and is none of DeepSpeed's business.
+    DeepSpeed gets the trained parameters alone, and their gradients once a step: it would otherwise
+    exchange them after every micro-batch, and all processes would have to run equally many. The
+    model stays whole in every process, and DeepSpeed does not see it.
     """
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
@@ -115,11 +115,7 @@ class Zero3Engine(_ZeroEngine):
 
 
 class HandOver(nn.Module):
-    """The trained parameters as a module, whose backward gives them gradients that are known.
-
-    For an engine that wants to see a forward and a backward: it sees one of each a step, after
-    all micro-batches, and knows nothing of the model.
-    """
+    """The trained parameters as a module, for one forward and backward a step, after all others."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -164,10 +160,7 @@ def start_engine(
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
     set_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=dict(config),
-        dist_init_required=False,
+        model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
     )
     asked = config["zero_optimization"]["stage"]
     obtained = (engine.zero_optimization_stage(), engine.world_size)
@@ -186,18 +179,17 @@ def state_of(engine: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The optimizer's tensors, whole, as `parameter|key`; collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    flat = _flat_states(engine)
-    if not flat:
-        return {}
-    found = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in flat[0].items():
+        for key, value in next(iter(_flat_states(engine)), {}).items():
             if torch.is_tensor(value) and value.numel() > 1:
-                tensor = safe_get_full_optimizer_state(parameter, key).view(_shape(parameter))
+                # A parameter that is sharded has no shape of its own.
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                tensor = safe_get_full_optimizer_state(parameter, key).view(shape)
             else:
                 tensor = torch.as_tensor(value).clone()
-            found[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
-    return found
+            tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
+    return tensors
 
 
 def load_state(
@@ -212,12 +204,6 @@ def load_state(
         else:
             for state in _flat_states(engine):
                 state[key] = tensor.clone()
-
-
-def _shape(parameter: Any) -> torch.Size:
-    # A parameter that is spread has none of its own.
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def _flat_states(engine: Any) -> list[dict[str, Any]]:

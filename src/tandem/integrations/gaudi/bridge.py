@@ -20,10 +20,9 @@ def bridge_installed() -> bool:
 
 
 def set_modes(*, lazy: bool) -> str | None:
-    """Tell the bridge how to run, which it reads when torch is imported.
+    """Set the variables that the bridge reads when torch is imported.
 
     Libraries take an unset mode for lazy, and the bridge takes it for eager, so it is always set.
-
     Returns a line about an environment that said otherwise, or None.
     """
     before = os.environ.get(_MODE)
@@ -39,14 +38,11 @@ def set_modes(*, lazy: bool) -> str | None:
 
 
 def load_bridge(*, lazy: bool | None) -> None:
-    """Import the bridge, so that torch has an `hpu` device.
+    """Import the bridge, so that torch has an `hpu` device; `lazy` None takes the mode that is set.
 
     transformers, when it finds the bridge, replaces torch.gather, torch.scatter, torch.compile
-    and others by versions that avoid faults on Gaudi, for the whole process. It is asked here, so
+    and others by versions that avoid faults on Gaudi, for the whole process. It looks here, so
     that this happens before anything is computed and not in the middle of a run.
-
-    Args:
-        lazy: the mode that was asked for; None takes whichever is set.
 
     Raises UserError where the bridge runs in another mode already.
     """

@@ -78,10 +78,7 @@ class GaudiDevice(Device):
 
 
 def open_gaudi(weights: torch.dtype, settings: HpuSettings) -> GaudiDevice:
-    """The card of this process: the bridge gives each its own, which is always the current one.
-
-    Raises UserError for a kernel that is asked for and missing.
-    """
+    """The card that the bridge gives this process; UserError for a kernel that is missing."""
     if settings.fused_optimizer:
         bridge.fused_adamw()
     if settings.fused_attention:
@@ -112,9 +109,7 @@ def fused_attention(
 ) -> Tensor:
     """One kernel call over the whole micro-batch under its additive [1, 1, T, T] mask.
 
-    Keys and values are repeated for the query heads that share them: the kernel was seen to be
-    called in no other way.
-
+    Keys and values are repeated for the query heads that share them, as all known callers do.
     Arguments and result as `backend.dense_attention`.
     """
     groups = query.shape[1] // key.shape[1]
@@ -140,18 +135,10 @@ _WAITING = {
 
 
 def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]:
-    """dense, or fused: one call under a mask, the only forms whose shapes records do not decide.
+    """Choose dense, or Habana's `fused` kernel, whose shapes do not depend on records, and say why.
 
-    Args:
-        requested: the recipe's attention.
-        model: on its device, without an adapter.
-        fused: whether Habana's kernel is asked for.
-
-    Returns:
-        The backend, and the reason for it.
-
-    Raises UserError for another form, and for models whose own layers look at values to decide
-    what to compute, as mixtures of experts do.
+    `model` is on its device, without an adapter. Raises UserError for another requested form, and
+    for models whose layers look at values to decide what to compute, as mixtures of experts do.
     """
     if requested not in ("auto", "dense") or (requested == "dense" and fused):
         other = "hpu.fused_attention: false" if fused else "attention: dense (or auto)"
@@ -177,7 +164,7 @@ def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]
 
 
 def _waits(model: Any) -> list[str]:
-    """Operators of a forward over a few tokens that need their inputs' values on the host."""
+    """Operators of a forward over a few tokens for which the host waits."""
     segments = (Segment(0, _TOKENS),)
     ids = torch.arange(_TOKENS, device=model.device)
     layout = TreeLayout(segments, ids, row_spans(segments).to(model.device))

@@ -37,11 +37,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The declared shapes of a run, by rows; there is nothing else that a device meets.
-
-    How many targets and sequences fit into T rows follows from the run's densest records, so that
-    the rows decide the whole shape.
-    """
+    """All declared shapes of a run; the densest records decide targets and sequences of T rows."""
 
     shapes: tuple[Bucket, ...]
 
@@ -77,8 +73,7 @@ def declare_buckets(
             `auto`: up to four, the largest of which holds the token budget and the longest record,
             each other half of the next, so that filling a micro-batch up never doubles it.
 
-    Raises UserError naming the record and the lengths when a record exceeds the largest that was
-    asked for.
+    Raises UserError, with the record and the lengths, when a record exceeds the largest length.
     """
     everything = [dataset] if held_out is None else [dataset, held_out]
     longest = max((some[int(some.fed.argmax())] for some in everything), key=lambda tree: tree.fed)
@@ -99,16 +94,15 @@ def declare_buckets(
         np.concatenate([getattr(some, name) for some in everything])
         for name in ("fed", "branches", "sequence_targets")
     )
-    targets = _densest(np.add.reduceat(targets_of, _first_sequences(branches)), fed)
-    most_branches = int(branches.max())
+    first = np.concatenate([[0], np.cumsum(branches[:-1], dtype=np.int64)])
+    targets, sequences = _densest(np.add.reduceat(targets_of, first), fed), _densest(branches, fed)
+    grain = math.lcm(_ALIGNED, int(branches.max()))
     return Buckets(
         tuple(
             Bucket(
                 rows,
                 _aligned(math.ceil(targets * rows), _ALIGNED),
-                _aligned(
-                    math.ceil(_densest(branches, fed) * rows), math.lcm(_ALIGNED, most_branches)
-                ),
+                _aligned(math.ceil(sequences * rows), grain),
             )
             for rows in lengths
         )
@@ -116,14 +110,12 @@ def declare_buckets(
 
 
 def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
-    """The same micro-batch in a declared shape; no result depends on what fills it up.
+    """The same micro-batch in a declared shape, on the CPU; no result depends on the filling.
 
     A filler row sees itself alone and nothing reads it. Filler targets are summed into a slot
-    behind the last sequence, which is thrown away, and filler sequences have no targets, so that
-    their log-prob is 0.
-
-    All of this happens on the CPU. The result has T, N and S as declared, `spans` in place of a
-    mask, and every row in `read_rows`: how many are really read would be one more shape.
+    behind the last sequence, which is thrown away; filler sequences have no targets, and a log-prob
+    of 0. The result has `spans` in place of a mask, and every row in `read_rows`, whose real number
+    would be one more shape.
     """
     rows = bucket.rows - batch.tokens
     targets = bucket.targets - len(batch.target_id)
@@ -172,10 +164,6 @@ def _aligned(count: int, grain: int) -> int:
     return -(-count // grain) * grain
 
 
-def _first_sequences(branches: NDArray[np.int32]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(branches[:-1], dtype=np.int64)])
-
-
 def _densest(counts: NDArray[np.int32], fed: NDArray[np.int32]) -> float:
     """The most of something that a row of any record stands for."""
     return float((counts / np.maximum(fed, 1)).max())
@@ -188,12 +176,11 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 def declared_shapes(
     asked: Sequence[int] | Literal["auto", "max"], request: BatchRequest
 ) -> tuple[Buckets, int]:
-    """The shapes that micro-batches are filled up to, and the token budget.
+    """The shapes that micro-batches are filled up to, held-out ones too, and the token budget.
 
-    The budget never exceeds the largest shape; where lengths were declared and no budget, the
-    largest is the budget, since a smaller one would be filled up anyway. A line on the console says
-    what filling up costs, counted over the records' real lengths in an epoch's order, as one
-    process packs them. Held-out records fit into the shapes, too.
+    The budget never exceeds the largest shape; where lengths were declared and no budget, it is the
+    largest, since a smaller one would be filled up anyway. A line on the console says what filling
+    up costs in an epoch, as one process packs it.
 
     Raises UserError for a record, or a budget, that exceeds the declared lengths.
     """

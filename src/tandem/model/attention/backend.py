@@ -22,13 +22,8 @@ def attention_backend(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Any]]:
     """Register `attention(query, key, value, layout, scaling=, window=)` under a name.
 
-    The function takes and returns what `dense_attention` does; what stands in its place is what
-    transformers calls. `select.use_backend` takes any name that was registered,
-    by whichever module.
-
-    Args:
-        name: of the backend.
-        soft_caps: whether it takes `softcap` as well; the others leave such models to `dense`.
+    The function takes and returns what `dense_attention` does, `softcap` only where it `soft_caps`;
+    its place is taken by what transformers calls. `select.use_backend` knows it by `name`.
 
     Calls raise UserError for models whose softmax has learnt sinks: ignoring them would be wrong.
     """
@@ -39,7 +34,7 @@ def attention_backend(
             query: Tensor,
             key: Tensor,
             value: Tensor,
-            _attention_mask: Tensor | None,
+            _mask: Tensor | None,
             *,
             tandem_layout: TreeLayout,
             **asked: Any,
@@ -73,9 +68,7 @@ def dense_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One attention call over the whole micro-batch under its [T, T] mask.
-
-    Slow on CPU, right everywhere, and what the other backends are compared with.
+    """One attention call over the whole micro-batch under its [T, T] mask: slow on CPU.
 
     Args:
         query: [1, heads, T, D]; key, value: [1, key_value_heads, T, D].

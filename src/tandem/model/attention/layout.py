@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -16,22 +17,17 @@ LAYOUT_KEYWORD = "tandem_layout"
 
 @dataclass(frozen=True)
 class KeyPaths:
-    """Keys by path: for each segment, its prefix's rows and its own.
+    """Keys by path: for each segment, its prefix's rows and its own."""
 
-    Attributes:
-        rows: [K] int64; the row of the micro-batch at each of the K places.
-        own: [T] int64; the place where a row stands in its own segment's path.
-        shared: places of prefixes in the paths of other segments, as (rows, places), both [R]
-            int64, so that no row occurs twice in one of them.
-        query_starts, key_starts: [segments + 1] int32; where segments and paths begin.
-        longest_query, longest_path: in tokens.
-    """
-
-    rows: Tensor
-    own: Tensor
+    rows: Tensor  # [K] int64; the row of the micro-batch at each of the K places
+    own: Tensor  # [T] int64; the place where a row stands in its own segment's path
+    # where prefixes stand in the paths of other segments: (rows, places), both [R] int64, so that
+    # no row occurs twice in one pair
     shared: tuple[tuple[Tensor, Tensor], ...]
+    # [segments + 1] int32; where segments and paths begin
     query_starts: Tensor
     key_starts: Tensor
+    # in tokens
     longest_query: int
     longest_path: int
 
@@ -40,9 +36,8 @@ class KeyPaths:
 class TreeLayout:
     """The segments of a micro-batch and, for masks, its position ids [T].
 
-    `spans` are there in micro-batches of a declared shape: masks then come of the same operations
-    for all of them. Masks are built once for each sliding window, key paths once, and kept for the
-    other layers.
+    `spans` are there in micro-batches of a declared shape, whose masks are all made by the same
+    operations. Masks, tables and key paths are made once and kept for the other layers.
     """
 
     segments: tuple[Segment, ...]
@@ -50,19 +45,16 @@ class TreeLayout:
     spans: Tensor | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    _table: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _key_paths: list[KeyPaths] = field(default_factory=list)
 
     def longest_path(self) -> int:
         """The longest sequence of the micro-batch in tokens."""
         return max(s.stop - s.start + s.prefix_stop - s.prefix_start for s in self.segments)
 
     def mask(self, window: int | None) -> Tensor:
-        """[T, T] bool: which keys (columns) each query (row) sees.
-
-        A sliding window counts positions on the path, not rows of the micro-batch.
-        """
-        if window is not None and window >= self._longest():
+        """[T, T] bool: which keys (columns) a query (row) sees; windows count path positions."""
+        # In a declared shape the shape alone decides, never what the micro-batch holds.
+        longest = self.longest_path() if self.spans is None else self.position_ids.shape[0]
+        if window is not None and window >= longest:
             window = None
         if window not in self._masks:
             self._masks[window] = self._build(window)
@@ -77,27 +69,20 @@ class TreeLayout:
             self._biases[window, dtype] = zeros.masked_fill(~mask, least)
         return self._biases[window, dtype]
 
-    def _longest(self) -> int:
-        # What a micro-batch holds decides nothing where its shape alone may.
-        return self.longest_path() if self.spans is None else self.position_ids.shape[0]
-
+    @cached_property
     def table(self) -> tuple[Tensor, Tensor]:
         """The segments as numbers, for kernels: [n, 4] int64, and where each tree begins [t + 1].
 
         A tree is a segment without a prefix and those after it whose prefix lies in it.
         """
-        if not self._table:
-            rows = [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in self.segments]
-            roots = [i for i, (_, _, start, stop) in enumerate(rows) if start == stop]
-            trees = torch.tensor([*roots, len(rows)])
-            self._table.append((torch.tensor(rows, dtype=torch.int64), trees))
-        return self._table[0]
+        rows = [(s.start, s.stop, s.prefix_start, s.prefix_stop) for s in self.segments]
+        roots = [i for i, (_, _, start, stop) in enumerate(rows) if start == stop]
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor([*roots, len(rows)])
 
+    @cached_property
     def key_paths(self) -> KeyPaths:
         """Where each segment finds its keys, on the micro-batch's device."""
-        if not self._key_paths:
-            self._key_paths.append(_key_paths(self.segments, self.position_ids.device))
-        return self._key_paths[0]
+        return _key_paths(self.segments, self.position_ids.device)
 
     def _build(self, window: int | None) -> Tensor:
         device = self.position_ids.device
@@ -140,12 +125,9 @@ def _key_paths(segments: tuple[Segment, ...], device: torch.device) -> KeyPaths:
 
 
 def _add_to_a_round(rounds: list[list[tuple[Segment, int]]], segment: Segment, place: int) -> None:
-    def overlaps(other: Segment) -> bool:
-        one = segment
-        return one.prefix_start < other.prefix_stop and other.prefix_start < one.prefix_stop
-
+    start, stop = segment.prefix_start, segment.prefix_stop
     for members in rounds:
-        if not any(overlaps(other) for other, _ in members):
+        if not any(start < other.prefix_stop and other.prefix_start < stop for other, _ in members):
             members.append((segment, place))
             return
     rounds.append([(segment, place)])

@@ -27,16 +27,11 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class PackingProbe:
-    """What a model's attention layers ask for.
+    """What a model's attention layers ask for."""
 
-    Attributes:
-        obstacle: why the model cannot read packed trees, None if it can.
-        softcap: whether any layer soft-caps its scores.
-        head_sizes: sizes of query and value heads, a pair for each kind of layer.
-    """
-
-    obstacle: str | None
-    softcap: bool = False
+    obstacle: str | None  # why the model cannot read packed trees, None if it can
+    softcap: bool = False  # whether any layer soft-caps its scores
+    # sizes of query and value heads, a pair for each kind of layer
     head_sizes: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -47,11 +42,8 @@ def probe_packing(model: Any) -> PackingProbe:
     attention under which every row sees itself alone. Where later rows still differ, the model
     carries tokens along by other means (a recurrence, a convolution, attention outside of
     transformers' interface), and a packed micro-batch would leak from one record into the next.
-    The stand-in also sees what each layer asks for: masks, windows, soft-caps, sinks.
-
-    Args:
-        model: a loaded transformers causal language model, without an adapter; its attention
-            implementation is the same afterwards.
+    The stand-in also sees what each layer asks for: masks, windows, soft-caps, sinks. The model,
+    loaded and without an adapter, keeps its attention implementation.
     """
     if declared := declared_obstacle(model):
         return PackingProbe(declared)
@@ -114,7 +106,7 @@ class _Seen:
         device: torch.device | None = None,
         **__: Any,
     ) -> Tensor:
-        """Stands for a mask: a tensor whose number tells the layer's mask from the others."""
+        """Stand for a mask: return a tensor whose number tells the layer's mask from others."""
         self.masks.append((mask_function, local_size))
         number = float(len(self.masks) - 1)
         return torch.full((2, 1, _TOKENS, _TOKENS), number, device=device)
@@ -128,7 +120,7 @@ class _Seen:
         attention_mask: Tensor | None,
         **asked: Any,
     ) -> tuple[Tensor, None]:
-        """Stands for attention: every row gets its own value."""
+        """Stand for attention: every row gets its own value."""
         window = asked.get("sliding_window")
         if asked.get(LAYOUT_KEYWORD) is not self:
             self.obstacles.append("its layers do not pass keyword arguments on to attention")
@@ -163,5 +155,5 @@ class _Seen:
         expected = keys <= queries
         if window is not None:
             expected = expected & (queries - keys < window)
-        found = function(torch.tensor(0), torch.tensor(0), queries, keys)
-        return torch.equal(torch.broadcast_to(found, expected.shape), expected)
+        visible = function(torch.tensor(0), torch.tensor(0), queries, keys)
+        return torch.equal(torch.broadcast_to(visible, expected.shape), expected)

@@ -38,7 +38,7 @@ def segments_attention(
     library = kernels()
     if library is not None and usable(library, query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = TreeAttentionCall(library, *layout.table(), scale, window)
+        call = TreeAttentionCall(library, *layout.table, scale, window)
         return TreeAttention.apply(call, query, key, value)
     if query.device.type == "cpu" and window is None:
         output = _FlashSegments.apply(query, key, value, layout.segments, scaling)
@@ -64,7 +64,8 @@ class _FlashSegments(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         output = torch.empty_like(query)
-        sums = torch.empty(query.shape[:3], dtype=_sum_dtype(query))  # log-sum-exp [1, heads, T]
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        sums = torch.empty(query.shape[:3], dtype=wide)  # log-sum-exp [1, heads, T]
         for s in segments:
             own = slice(s.start, s.stop)
             q = query[:, :, own]
@@ -112,10 +113,6 @@ class _FlashSegments(torch.autograd.Function):
                 grad_key[:, :, prefix] += dk
                 grad_value[:, :, prefix] += dv
         return grad_query, grad_key, grad_value, None, None
-
-
-def _sum_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _gathered(

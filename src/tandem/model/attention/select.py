@@ -18,17 +18,11 @@ __all__ = ["choose_backend", "is_padded", "segments_attention", "use_backend", "
 
 
 def choose_backend(requested: str, model: Any) -> tuple[str, str]:
-    """The attention backend for a model where it is, and the reason for it.
+    """Choose the attention backend of a model, loaded on its device without an adapter.
 
-    Args:
-        requested: auto, segments, varlen, dense or padded.
-        model: a loaded transformers causal language model, on its device, without an adapter.
-
-    Returns:
-        segments, varlen or dense, which read packed trees, or padded: one row a sequence under the
-        model's own attention.
-
-    Raises UserError when the requested backend cannot compute this model.
+    Returns the backend and the reason for it: segments, varlen or dense read packed trees; padded
+    feeds one row a sequence to the model's own attention. Raises UserError when the requested
+    backend cannot compute this model.
     """
     if requested == "padded":
         return requested, "asked for"
@@ -62,10 +56,7 @@ def choose_backend(requested: str, model: Any) -> tuple[str, str]:
 
 
 def use_backend(model: nn.Module, backend: str) -> None:
-    """Let a transformers model attend with a registered backend.
-
-    padded leaves the model as it is; `sequence_logps.token_logps` then feeds it rows of one
-    sequence.
+    """Let a transformers model attend with a registered backend; padded leaves it as it is.
 
     Raises UserError for models that do not go through transformers' attention interface.
     """

@@ -27,10 +27,7 @@ _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 
 
 def unavailable_reason(probe: PackingProbe, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernel from computing a model's attention, None if nothing does.
-
-    `device` and `dtype` are of the model's weights; its activations follow them under autocast.
-    """
+    """What keeps the kernel from a model with weights of this device and dtype, or None."""
     if device.type != "cuda":
         return "its kernel runs on CUDA devices alone"
     if _varlen_attn is None or not set(inspect.signature(_varlen_attn).parameters) >= _KEYWORDS:
@@ -74,29 +71,17 @@ def varlen_attention(
     kind = query.device.type
     # Rotary embeddings and norms may leave autocast's dtype, and the kernel is not on its list.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    paths = layout.key_paths()
+    paths = layout.key_paths
     q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))  # [T, heads, D]
     # A window of 1 is the token itself, which the kernel counts as none to the left.
     left = -1 if window is None else window - 1
+    if paths.shared:  # else the paths are the rows as they stand
+        k, v = _Gather.apply(k, paths), _Gather.apply(v, paths)
     output: Any = _varlen_attn(
-        q,
-        _gathered(k, paths),
-        _gathered(v, paths),
-        paths.query_starts,
-        paths.key_starts,
-        paths.longest_query,
-        paths.longest_path,
-        scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        q, k, v, paths.query_starts, paths.key_starts, paths.longest_query, paths.longest_path,
+        scale=scaling, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return output[None].to(query.dtype)
-
-
-def _gathered(packed: Tensor, paths: KeyPaths) -> Tensor:
-    if not paths.shared:
-        return packed  # nothing is shared: the paths are the rows as they stand
-    return _Gather.apply(packed, paths)
 
 
 class _Gather(torch.autograd.Function):

@@ -93,10 +93,7 @@ def _load() -> tuple[Kernels | None, str]:
 
 
 def _loaded(compiler: str) -> ctypes.CDLL:
-    """The library of the cache; where that cannot be kept or loaded, one made for this process.
-
-    A file under the right name may be damaged, or on a disk from which nothing may be executed.
-    """
+    """The library of the cache; one for this process where that cannot be written, or executed."""
     # A linker that finds no room fails as a compiler does.
     with suppress(OSError, AttributeError, subprocess.CalledProcessError):
         kept = ctypes.CDLL(str(_built(compiler, cache_folder() / "kernels")))
@@ -107,10 +104,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
 
 def _built(compiler: str, folder: Path) -> Path:
-    """The library's file in a folder, compiled unless it is there for these sources and processor.
-
-    Raises OSError where it cannot be written, CalledProcessError where it cannot be compiled.
-    """
+    """The library file in a folder, compiled unless it is there for these sources and this CPU."""
     here = Path(__file__).parent / "kernels"
     # ARM's compilers call it -mcpu.
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
@@ -127,14 +121,14 @@ def _built(compiler: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place, for several processes may build at once.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as aside:
-        made = Path(aside) / "made.so"
+        library = Path(aside) / "library.so"
         code = [str(here / source) for source in _SOURCES if source.endswith(".c")]
-        _run([*command, *code, "-o", str(made), "-lm"])
-        return made.replace(folder / _named(name, made))
+        _run([*command, *code, "-o", str(library), "-lm"])
+        return library.replace(folder / _named(name, library))
 
 
 def _named(name: str, library: Path) -> str:
-    """The file name of a library: what it was made of, and a checksum of what it is."""
+    """The file name of a library: `name` says what it was made of; a checksum of itself follows."""
     return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
@@ -153,11 +147,8 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(wanted))
 
 
-_Float = ctypes.c_void_p
-
-
 class _Rows(ctypes.Structure):
-    _fields_ = (("data", _Float), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Rows:
@@ -170,7 +161,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, _Rows) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
-        ("lse", _Float),
+        ("lse", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "key_heads", "depth")),
         ("scale", ctypes.c_float),
         ("window", ctypes.c_int64),
@@ -191,21 +182,13 @@ def usable(kernels: Kernels | None, *tensors: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class TreeAttentionCall:
-    """What a call of `TreeAttention` needs beside the projections.
-
-    Attributes:
-        kernels: the library.
-        segments: [n, 4] int64: start, stop, prefix_start, prefix_stop.
-        trees: [trees + 1] int64: where each tree's segments begin.
-        scale: factor on the scores.
-        window: positions that a query sees back, itself included; None: all.
-    """
+    """What a call of `TreeAttention` needs beside the projections."""
 
     kernels: Kernels
-    segments: Tensor
-    trees: Tensor
-    scale: float
-    window: int | None
+    segments: Tensor  # [n, 4] int64: start, stop, prefix_start, prefix_stop
+    trees: Tensor  # [trees + 1] int64: where each tree's segments begin
+    scale: float  # factor on the scores
+    window: int | None  # positions that a query sees back, itself included; None: all
 
     def struct(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
@@ -258,11 +241,8 @@ class TreeAttention(torch.autograd.Function):
 def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor) -> Tensor:
     """Take one block of columns into a running softmax; see elementwise.c.
 
-    Args:
-        scores: [n, columns], overwritten with exp(scores - peak).
-        peak, total: [n], brought up to date: largest score so far, sum of exp(score - peak).
-
-    Returns [n], what sums over earlier blocks are to be multiplied by.
+    `scores` [n, columns] become exp(scores - peak); `peak` and `total` [n] are the largest score so
+    far and the sum of exp(score - peak). Returns [n], the factor for sums over earlier blocks.
     """
     shrink = torch.empty_like(peak)
     kernels.call("tandem_softmax_block", scores, peak, total, shrink, *scores.shape)

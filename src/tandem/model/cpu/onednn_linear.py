@@ -1,14 +1,13 @@
-"""Products with frozen weights: on CPU through oneDNN, which is faster there than torch's choice.
+"""Products with frozen weights: on CPU through oneDNN, which is faster there than torch's BLAS.
 
-torch sends float32 products to the BLAS it was built with. oneDNN ships inside torch as well and
-is 5 to 15% faster at a training step's shapes; weights in its own order gain another 3 to 5%.
-docs/internals/engine.md has the figures.
+It ships inside torch and is 5 to 15% faster at a training step's shapes; weights in its own order
+gain another 3 to 5% (docs/internals/engine.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,46 +31,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @dataclass
 class Ordered:
-    """A frozen weight [N, K] and its transpose in oneDNN's own order, made when first needed.
-
-    Both are copies: they take the weight's memory once more each.
-    """
+    """Copies of a frozen weight [N, K] and its transpose in oneDNN's order, made when needed."""
 
     weight: Tensor
-    _made: dict[bool, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def forward(self) -> Tensor:
         """For products with the weight."""
-        return self._in_order(transposed=False)
+        return _in_order(self.weight.detach())
 
-    @property
+    @cached_property
     def backward(self) -> Tensor:
         """For products with its transpose [K, N]."""
-        return self._in_order(transposed=True)
+        return _in_order(self.weight.detach().T)
 
-    def _in_order(self, *, transposed: bool) -> Tensor:
-        if transposed not in self._made:
-            source = self.weight.detach().T if transposed else self.weight.detach()
-            self._made[transposed] = torch.ops.mkldnn._reorder_linear_weight(source, _EXPECTED_ROWS)
-        return self._made[transposed]
+
+def _in_order(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A frozen weight as it is, with the attributes of `Ordered`."""
+    """A frozen weight [N, K] as it is, with the attributes of `Ordered`."""
 
-    weight: Tensor
-
-    @property
-    def forward(self) -> Tensor:
-        """The weight [N, K]."""
-        return self.weight
+    forward: Tensor
 
     @property
     def backward(self) -> Tensor:
         """Its transpose [K, N]."""
-        return self.weight.T
+        return self.forward.T
 
 
 def speed_up_frozen_products(model: nn.Module) -> None:
@@ -128,14 +116,12 @@ def low_rank_product(
     """frozen(x) + scale * dropped @ down.T @ up.T with gradients for x, dropped, down and up.
 
     The low-rank part is added inside its product, so nothing of the output's size is written but
-    the output; dropped [..., r] alone is kept beside what the layer's gradient needs.
+    the output. All tensors are float32 on CPU.
 
     Args:
-        x: [..., K], float32 on CPU like all others.
-        dropped: x, or x after dropout [..., K].
+        x: [..., K]; dropped: x, or x after dropout [..., K].
         frozen: the frozen layer, weight [N, K].
-        down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685).
-        scale: alpha / r.
+        down, up: the adapter's A [r, K] and B [N, r] (arXiv 2106.09685); scale: alpha / r.
     """
     fixed = weights_of(frozen), frozen.bias, scale
     return _LowRankProduct.apply(x, None if dropped is x else dropped, down, up, fixed)

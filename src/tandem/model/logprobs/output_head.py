@@ -26,46 +26,33 @@ _GPU_ROWS = 16384
 _FEWEST_COLUMNS = 512
 _ORDERED_COLUMNS = 2048
 
+HeadBlocks = tuple[tuple[int, Ordered], ...]
+
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)), frozen but for `rows`.
+    """A head: logits = softcap(scale * (hidden @ weight.T + bias)), frozen but for `rows`."""
 
-    Attributes:
-        weight, bias: [V, H] and [V] or None.
-        scale: factor on the logits (Cohere, Granite).
-        softcap: c of c * tanh(logits / c) (Gemma 2), or None.
-        ordered: the weight once more, in the order that is fastest on CPU, or None.
-        rows: rows that are trained, in place of the weight's, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    ordered: HeadBlocks | None = None
-    rows: TrainedRows | None = None
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0  # factor on the logits (Cohere, Granite)
+    softcap: float | None = None  # c of c * tanh(logits / c) (Gemma 2)
+    ordered: HeadBlocks | None = None  # the weight once more, in the order that is fastest on CPU
+    rows: TrainedRows | None = None  # trained rows, in place of the weight's
 
     def blocks(self, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, Ordered | Plain]]:
         """The weight's blocks of `columns` tokens in `dtype`, each with its first token."""
         if self.ordered is not None and dtype == self.weight.dtype:
-            yield from self.ordered.blocks
+            yield from self.ordered
             return
         for start in range(0, self.weight.shape[0], columns):
             yield start, Plain(self.weight[start : start + columns].to(dtype))
 
 
-@dataclass(frozen=True)
-class HeadBlocks:
-    """A head's weight by blocks of the vocabulary in oneDNN's order, each with its first token."""
-
-    blocks: tuple[tuple[int, Ordered], ...]
-
-    @classmethod
-    def of(cls, weight: Tensor) -> HeadBlocks:
-        """Blocks of one width, whatever the rows of a chunk."""
-        starts = range(0, weight.shape[0], _ORDERED_COLUMNS)
-        return cls(tuple((i, Ordered(weight[i : i + _ORDERED_COLUMNS])) for i in starts))
+def ordered_blocks(weight: Tensor) -> HeadBlocks:
+    """A head's weight in oneDNN's order: blocks of one width, each with its first token."""
+    starts = range(0, weight.shape[0], _ORDERED_COLUMNS)
+    return tuple((i, Ordered(weight[i : i + _ORDERED_COLUMNS])) for i in starts)
 
 
 def scores_head(model: nn.Module) -> bool:
@@ -74,11 +61,7 @@ def scores_head(model: nn.Module) -> bool:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers causal language model.
-
-    Raises UserError if more of it is trained than the rows of added tokens, for instance by an
-    adapter on it.
-    """
+    """The head of a causal language model; UserError if more is trained than added tokens' rows."""
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     layer: Any = plain_head(output)
@@ -105,7 +88,7 @@ def order_head(model: Any) -> None:
     """Keep a frozen head's weight in oneDNN's order as well; see `onednn_linear.order_weights`."""
     layer = plain_head(model.get_output_embeddings())
     if isinstance(layer, nn.Linear) and can_order(layer):
-        layer.tandem_blocks = HeadBlocks.of(layer.weight)  # type: ignore[assignment]
+        layer.tandem_blocks = ordered_blocks(layer.weight)  # type: ignore[assignment]
 
 
 def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -114,9 +97,9 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     log p_t depends on h_t alone and the head is frozen, so the forward also computes G_t = d log
     p_t / d h_t and the backward only scales it: 4NVH operations instead of the 6NVH of
     recomputation. The vocabulary comes in blocks under a running softmax (arXiv 1805.02867), G_t
-    among the running sums: a block's weights serve all rows of a chunk, and what is held of the
-    logits depends on neither rows nor vocabulary. Trained rows are few: the frozen part leaves them
-    out of its sum, and autograd adds them.
+    among the running sums: a block's weights serve all rows of a chunk, and the memory for logits
+    depends on neither rows nor vocabulary. Trained rows are few: the frozen part leaves them out of
+    its sum, and autograd adds them.
 
     Args:
         hidden: the hidden states that predict [N, H].
@@ -124,19 +107,14 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         target: the tokens predicted [N] int64.
 
     Returns [N] log-probabilities, float32 (float64 for float64 hidden states). On CPU raises
-    IndexError for a target beyond the head's rows; elsewhere, where looking would hold the device
-    up, its log-probability is not a number.
+    IndexError for a target beyond the head's rows; elsewhere the check would wait for the device,
+    and such a log-probability is NaN.
     """
-    _require_rows(head, target)
+    if target.device.type == "cpu":  # torch raises IndexError
+        head.weight.detach()[:, 0].index_select(0, target)
     if head.rows is not None:
         return _with_trained_rows(hidden, head, head.rows, target)
     return _LinearLogprob.apply(hidden, head, target)
-
-
-def _require_rows(head: Head, target: Tensor) -> None:
-    """Let torch look, which on a CPU raises IndexError, and does not wait for a device."""
-    if target.device.type == "cpu":
-        head.weight.detach()[:, 0].index_select(0, target)
 
 
 def _with_trained_rows(hidden: Tensor, head: Head, rows: TrainedRows, target: Tensor) -> Tensor:
@@ -231,8 +209,8 @@ def block_bytes(device: str) -> int:
 
 
 def _block_columns(rows: int, device: str, accumulate: torch.dtype) -> int:
-    held = block_bytes(device)
-    return max(_FEWEST_COLUMNS, held // (max(1, rows) * accumulate.itemsize) // 64 * 64)
+    held_bytes = block_bytes(device)
+    return max(_FEWEST_COLUMNS, held_bytes // (max(1, rows) * accumulate.itemsize) // 64 * 64)
 
 
 def _logits(
@@ -256,8 +234,8 @@ def _logits(
 def _pick(picked: Tensor, logits: Tensor, target: Tensor) -> None:
     """Keep the targets' logits where the block holds them."""
     inside = (target >= 0) & (target < logits.shape[1])
-    found = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    torch.where(inside, found, picked, out=picked)
+    own = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, own, picked, out=picked)
 
 
 def _leave_out(logits: Tensor, columns: Tensor) -> None:

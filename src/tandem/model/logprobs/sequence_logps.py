@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,18 +29,13 @@ class PaddedRows:
 
     tokens     P0 P1 P2 | C0 C1 | R0        rows     P0 P1 P2 C0 C1
                                                      P0 P1 P2 R0  .
-
-    Attributes:
-        rows: [S, L] int64; which row of the micro-batch each place shows, row 0 behind a sequence's
-            end.
-        target_sequence, target_position: [N] int64; the place that predicts each target.
-        tokens: places that are no padding.
     """
 
-    rows: Tensor
+    rows: Tensor  # [S, L] int64; which row of the micro-batch each place shows; padding shows row 0
+    # [N] int64; the place that predicts each target
     target_sequence: Tensor
     target_position: Tensor
-    tokens: int
+    tokens: int  # places that are no padding
 
 
 def padded_rows(batch: MicroBatch) -> PaddedRows:
@@ -85,11 +81,10 @@ def _path(segments: tuple[Segment, ...], row: int) -> Tensor:
 
 
 class Scorer(nn.Module):
-    """A causal language model seen as a function from micro-batches to sequence log-probs.
+    """A causal language model as a function from micro-batches to sequence log-probs.
 
-    A module of its own, so that whatever wraps modules for several devices wraps this one.
-    `precision` makes the context of mixed precision that the model runs in: here, because some
-    wrappers switch off what is around them.
+    A module, so that what wraps modules for several devices wraps this one. `precision` makes the
+    context of mixed precision in here, because some wrappers switch off the one around them.
     """
 
     def __init__(
@@ -99,9 +94,7 @@ class Scorer(nn.Module):
         sums: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.precision = precision
-        self.sums = sums
+        self.model, self.precision, self.sums = model, precision, sums
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probability of the trained tokens of each sequence [S], in `sums`."""
@@ -110,11 +103,7 @@ class Scorer(nn.Module):
 
 
 def micro_batches(model: Any, trees: Sequence[Example], budget: int) -> list[tuple[int, ...]]:
-    """Which trees share a forward of this model under a token budget, as positions in `trees`.
-
-    A packed tree costs the rows it feeds. On the padded path a micro-batch costs its sequences
-    times the longest of them.
-    """
+    """Which trees share a forward of this model under a token budget, as positions in `trees`."""
     if is_padded(model):
         return pack_padded([padded_shape(tree) for tree in trees], budget)
     return pack([fed_tokens(tree) for tree in trees], budget)
@@ -142,10 +131,10 @@ def check_head(model: Any) -> None:
             raise UserError(f"{type(model).__name__} has no decoder that tandem can find")
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
         tokens = exact.argsort(dim=-1)[:, [0, -1]].T.flatten()  # the least and the most likely
-        found = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens.to(model.device)).cpu()
+        ours = linear_logprob(hidden.repeat(2, 1), head_of(model), tokens.to(model.device)).cpu()
         wanted = exact.log_softmax(-1).repeat(2, 1).gather(1, tokens[:, None])[:, 0]
     rounding = 2 * torch.finfo(model.dtype).eps * float(logits.abs().max())
-    off = float((found - wanted).abs().max())
+    off = float((ours - wanted).abs().max())
     if not off <= rounding + 2e-4:
         raise UserError(
             f"{type(model).__name__} does more to its logits than tandem knows of (log-probs "
@@ -170,17 +159,16 @@ def sequence_logps(
     logps = token_logps(model, batch)
     # One slot more than sequences, for targets that only fill a declared shape up.
     empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
+    add = partial(empty.index_add, 0, batch.target_sequence)
     if sums == torch.float64:
-        found = empty.index_add(0, batch.target_sequence, logps.double())
+        total = add(logps.double())
     else:
         # Multiples of 2^-10 add up exactly up to 2^14 nats; what remains of each is too small
         # for its sum's rounding to matter.
         coarse = (logps.detach() * 2**10).round() / 2**10
-        found = empty.index_add(0, batch.target_sequence, coarse) + empty.index_add(
-            0, batch.target_sequence, logps - coarse
-        )
-    # No view: what a module returns may be hooked by who spreads its weights.
-    return found[: batch.sequences].clone()
+        total = add(coarse) + add(logps - coarse)
+    # No view: engines that shard weights hook what a module returns.
+    return total[: batch.sequences].clone()
 
 
 def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -207,10 +195,7 @@ def _packed(causal: Any, batch: MicroBatch) -> Tensor:
 
 
 def _padded(causal: Any, batch: MicroBatch) -> Tensor:
-    """The hidden states that predict, in the order of the targets, from one row a sequence [N, H].
-
-    The decoder maps ids to hidden states under its own causal attention or recurrence.
-    """
+    """The hidden states that predict, in the order of the targets, from a row a sequence [N, H]."""
     padded = padded_rows(batch)
     keys = batch.dropout_keys
     set_dropout_keys(causal, None if keys is None else keys[padded.rows])

@@ -34,20 +34,14 @@ _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A fresh LoRA adapter (arXiv 2106.09685) as `TrainedWeights`; B starts at zero.
-
-    Attributes:
-        settings: rank, alpha, dropout and target modules.
-        seed: of A.
-        base, revision: what the saved adapter names as its base.
-        dropout: whether the settings' dropout acts, by masks that do not depend on packing.
-    """
+    """A fresh LoRA adapter (arXiv 2106.09685) as `TrainedWeights`; B starts at zero."""
 
     settings: LoraSettings
-    seed: int = 0
+    seed: int = 0  # of A
+    # what the saved adapter names as its base
     base: str = ""
     revision: str | None = None
-    dropout: bool = False
+    dropout: bool = False  # whether the settings' dropout acts, by masks independent of packing
     leaves: ClassVar[Literal["adapter", "model"]] = "adapter"
 
     def attach(
@@ -58,10 +52,7 @@ class LoraWeights:
         added_ids: Sequence[int] = (),
         log: Log = lambda _: None,
     ) -> Any:
-        """Wrap a model with the adapter; see `TrainedWeights.attach`.
-
-        Raises UserError if a target fits no module of the model, or one that it does not call.
-        """
+        """Wrap a model with the adapter; UserError if a target fits no module that is called."""
         wanted = self.settings
         if wanted.dropout > 0 and not self.dropout:
             log(
@@ -87,10 +78,7 @@ class LoraWeights:
         return wrapped
 
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write adapter_config.json and adapter_model.safetensors.
-
-        Where the base is quantised, quantization.json says so.
-        """
+        """Write adapter_config.json, adapter_model.safetensors, and how the base is quantised."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         # peft adds a model card made of placeholders.
@@ -141,11 +129,8 @@ class LoraWeights:
 
     def _add_dropout(self, wrapped: Any, log: Log) -> None:
         p, shared = self.settings.dropout, DropoutKeys()
-        layers = [
-            module
-            for module in wrapped.get_base_model().modules()
-            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
-        ]
+        adapted = (m for m in wrapped.get_base_model().modules() if isinstance(m, LoraLayer))
+        layers = (layer for layer in adapted if not isinstance(layer, ParamWrapper))
         for number, layer in enumerate(layers):
             layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
         experts = adapts_experts(wrapped)
@@ -159,12 +144,12 @@ class LoraWeights:
 
 
 def unreached_layers(model: Any) -> list[str]:
-    """Linear layers whose weights a model reads without calling them, or whose kernels may.
+    """Linear layers whose weights a model, or a fused kernel, reads without calling them.
 
     An adapter there would change nothing. State-space mixers have such layers: a projection of the
     time step that is multiplied by hand, and an output projection that their fused kernels take in.
     Routers that are a linear layer and more cannot be adapted, either. Experts are not looked at:
-    a few tokens do not reach them all. The model must still attend by itself.
+    a few tokens do not reach them all. The model must still have its own attention.
     """
     linear = {
         name: module
@@ -198,10 +183,7 @@ def refused_modules(model: Any) -> list[str]:
 
 
 def wrap_with_saved(model: Any, folder: Path) -> Any:
-    """Wrap a model, which has rows for the adapter's added tokens, with a saved adapter.
-
-    Raises UserError if the folder's adapter does not fit the model, or is no plain LoRA.
-    """
+    """Wrap a model, with rows for added tokens, with a saved adapter; UserError if unfit."""
     check_copies(folder, model)
     try:
         with _quiet():
@@ -223,8 +205,8 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
 
 def added_ids_of_folder(folder: Path) -> list[int]:
     """The tokens whose embeddings a saved adapter brings."""
-    found: Any = read_config(folder).trainable_token_indices or []
-    lists = found.values() if isinstance(found, dict) else [found]
+    trained: Any = read_config(folder).trainable_token_indices or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
     return sorted({index for ids in lists for index in ids})
 
 
@@ -239,29 +221,31 @@ def adapts_experts(model: nn.Module) -> bool:
 
 def adapted_weights(model: nn.Module) -> list[str]:
     """The names that a model's weights had before it was wrapped, of those that adapters change."""
-    found = []
+    names = []
     for name, module in model.named_modules():
         own = name.removeprefix("base_model.model.")
         if isinstance(module, ParamWrapper):
-            found.append(f"{own.replace('.base_layer', '')}.{module.parameter_name}")
+            names.append(f"{own.replace('.base_layer', '')}.{module.parameter_name}")
         elif isinstance(module, LoraLayer) or hasattr(module, "token_adapter"):
-            found.append(f"{own}.weight")
-    return found
+            names.append(f"{own}.weight")
+    return names
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without peft's warnings about what peft itself does.
+    """Silence peft's warnings about what peft itself does.
 
     It asks transformers for a property that was renamed, and for mixtures of experts it adds
     patterns of its own, for experts that no target names. Keys of an adapter's configuration that
-    peft does not know were judged before; those of its weights are judged after loading.
+    peft does not know were checked before; those of its weights are checked after loading.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did")
+        for message in (
+            "Unexpected keyword arguments", "Found missing adapter keys",
+            "`is_gradient_checkpointing` is deprecated",
+            "The following (rank|alpha)_pattern keys did",
+        ):  # fmt: skip
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
@@ -273,7 +257,7 @@ def check_targets(
 ) -> None:
     """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
 
-    The output head is none of them: its scores are not computed as a layer's.
+    The output head does not count: `output_head` computes its log-probs without calling it.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     modules, kind = dict(model.named_modules()), type(model).__name__

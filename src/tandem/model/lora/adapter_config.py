@@ -43,11 +43,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_config(adapter: Path) -> Any:
-    """The peft configuration of an adapter folder.
-
-    Raises UserError for adapters whose effect is not a plain low-rank update of weights, by name,
-    and for a file that cannot be used.
-    """
+    """The peft configuration of an adapter folder; UserError unless it is a plain low-rank one."""
     path = adapter / CONFIG
     values = read_config_values(adapter)
     peft = _peft()
@@ -70,10 +66,7 @@ def _peft() -> Any:
 
 
 def read_config_values(adapter: Path) -> dict[str, Any]:
-    """What adapter_config.json says, not judged.
-
-    Raises UserError for a folder without one, and for a file that holds no JSON object.
-    """
+    """The values of adapter_config.json, unchecked; UserError for none, or for no JSON object."""
     path = adapter / CONFIG
     if not path.exists():
         raise UserError(
@@ -107,17 +100,15 @@ def _refuse(adapter: Path, values: Mapping[str, Any]) -> None:
             "that was saved there, with init_lora_weights set to true in "
             f"{CONFIG}"
         )
+    why = ""
     if not (_is_number(values.get("lora_alpha", 8)) and _is_number(values.get("r", 8))):
-        raise UserError(
-            f"{adapter / CONFIG} cannot be used: lora_alpha is {values.get('lora_alpha')!r} and r "
-            f"{values.get('r')!r}. Copy the adapter again."
-        )
+        why = f"lora_alpha is {values.get('lora_alpha')!r} and r {values.get('r')!r}"
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-            raise UserError(
-                f"{adapter / CONFIG} cannot be used: {key} is {pattern!r}. Copy the adapter again."
-            )
+            why = why or f"{key} is {pattern!r}"
+    if why:
+        raise UserError(f"{adapter / CONFIG} cannot be used: {why}. Copy the adapter again.")
     _refuse_unknown(adapter, values)
 
 
@@ -126,12 +117,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
-    """Settings of a newer peft: what is switched on there, this one would ignore."""
-    known = {field.name for field in fields(_peft().LoraConfig)}
+    """Raise UserError for a setting of a newer peft that is on, and that this one would ignore."""
+    names = {field.name for field in fields(_peft().LoraConfig)}
+    known = names | {"peft_version", "runtime_config"}
     for key, value in values.items():
         if key not in known and (value is True or (value and isinstance(value, str | list | dict))):
-            if key in ("peft_version", "runtime_config"):
-                continue
             raise UserError(
                 f"{adapter / CONFIG} has {key} {json.dumps(value)[:60]}, which the installed peft "
                 f"does not know (it was written by peft {values.get('peft_version', 'unknown')}). "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tandem.errors import UserError
 from tandem.model.lora.adapter_config import WITH_PEFT, read_config
+from tandem.model.model_folder import first_line
 from tandem.model.quantize import read_record
 from tandem.model.weight_files import opened
 
@@ -26,22 +27,15 @@ _KNOWN = rf"(\.lora_[AB]\.weight|{re.escape(_ROWS)}|{re.escape(_MAGNITUDE)}(\.we
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """One module's update: scaling * B @ A, transposed for layers that store [in, out].
+    """One module's update: scaling * B @ A, transposed for layers that store [in, out]."""
 
-    Attributes:
-        a, b: [rank, in] and [out, rank].
-        scaling: of their product.
-        transposed: whether the weight is stored [in, out].
-        start: pissa or olora if training took a part out of the base and began from it.
-        magnitude: DoRA's length of each output's row of the sum [out], None for plain LoRA.
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
     scaling: float
-    transposed: bool
+    transposed: bool  # whether the weight is stored [in, out]
+    # set if training took a part out of the base and began from it
     start: Literal["pissa", "olora"] | None = None
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  # DoRA's length of each output's row of the sum [out]
 
     def delta(self) -> Tensor:
         """The dense update in float32, in the layout of the base weight."""
@@ -73,21 +67,13 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class ExpertsUpdate:
-    """The updates of all experts of a mixture, whose weights are one tensor in memory.
+    """The updates of all experts of a mixture, whose weights are one tensor in memory."""
 
-    Attributes:
-        a: [experts * rank, in], one expert after the other.
-        b: [out, rank * experts], the experts within each rank.
-        scaling: of their product.
-        experts: how many there are.
-        transposed: whether each one's weight is stored [in, out].
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [experts * rank, in], one expert after the other
+    b: Tensor  # [out, rank * experts], the experts within each rank
     scaling: float
     experts: int
-    transposed: bool
+    transposed: bool  # whether each one's weight is stored [in, out]
 
     def of(self, expert: int) -> LowRankUpdate:
         """One expert's update."""
@@ -110,9 +96,8 @@ Update = LowRankUpdate | ExpertsUpdate | NewRows
 def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
-    Rows of added tokens are among them, for each embedding that has its own; whole weights, which
-    peft may put beside an adapter, are not. Where experts are adapted, `model` is the base, its
-    weights on any device.
+    Rows of added tokens are among them; whole weights, which peft may put beside an adapter, are
+    not. Where experts are adapted, `model` is the base, its weights on any device.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -131,10 +116,7 @@ def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
             if (wrapped := _wrapped(target, config, model)) is not None:
                 updates[wrapped[0]] = _experts(a, b, config, *wrapped)
                 continue
-            rank = a.shape[0]
-            alpha = _pattern_value(config.alpha_pattern, target, config.lora_alpha)
-            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-            weight = f"{target}.weight"
+            scaling, weight = _scaling(config, target, a.shape[0]), f"{target}.weight"
             # peft sees a quantised layer [out, in] even where its weight is stored turned.
             turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
             length = {f"{module}{_MAGNITUDE}", f"{module}{_MAGNITUDE}.weight"} & names
@@ -153,10 +135,7 @@ def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
 
 
 def require_plain(adapter: Path) -> None:
-    """Raise UserError unless an adapter is a plain low-rank update of weights; see `read_updates`.
-
-    Only the configuration and the tensors' names are read.
-    """
+    """Raise UserError unless an adapter is a plain low-rank update, by its config and names."""
     read_config(adapter)
     with _opened(adapter):
         pass
@@ -177,19 +156,16 @@ def whole_weights(adapter: Path) -> dict[str, Tensor]:
 
 
 def check_copies(adapter: Path, model: Any) -> list[str]:
-    """The names of the whole weights in an adapter's file, which must equal the loaded base's own.
-
-    Raises UserError for one that the base has otherwise.
-    """
-    found = whole_weights(adapter)
-    for name, values in found.items():
+    """The names of the whole weights in an adapter's file; UserError for one unlike the base's."""
+    copies = whole_weights(adapter)
+    for name, values in copies.items():
         own = dict(model.named_parameters(remove_duplicate=False)).get(name)
         if own is None or not _same(own.detach(), values):
             raise UserError(
                 f"{adapter} holds {name} as a whole, and other values than its base: it trained "
                 f"whole modules as well. {WITH_PEFT}."
             )
-    return list(found)
+    return list(copies)
 
 
 def _same(own: Tensor, copy: Tensor) -> bool:
@@ -211,7 +187,7 @@ def _whole(names: list[str]) -> list[str]:
 
 
 def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | None:
-    """A parameter that is adapted by itself, for an entry of an adapter's file.
+    """Find the parameter that an entry of an adapter's file adapts by itself.
 
     peft wraps a module once for each of its parameters, the first one innermost: `target` is the
     wrapper's name, with a `.base_layer` for each wrapper around it.
@@ -239,9 +215,7 @@ def _experts(
     a: Tensor, b: Tensor, config: Any, name: str, weight: Any, transposed: bool
 ) -> LowRankUpdate | ExpertsUpdate:
     experts = weight.shape[0] if weight.dim() == 3 else 1
-    rank = a.shape[0] // experts
-    alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    scaling = _scaling(config, name, a.shape[0] // experts)
     if weight.dim() == 2:
         return LowRankUpdate(a, b, scaling, False)
     return ExpertsUpdate(a, b, scaling, experts, transposed)
@@ -255,18 +229,19 @@ def _start(config: Any) -> Literal["pissa", "olora"] | None:
     return "olora" if isinstance(named, str) and named.lower() == "olora" else None
 
 
-def _pattern_value(pattern: dict[str, float], target: str, default: float) -> float:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", target):
-            return value
-    return default
+def _scaling(config: Any, target: str, rank: int) -> float:
+    """The factor on B @ A of a module or parameter: alpha / rank, or / sqrt(rank) with rsLoRA."""
+    patterns = (config.alpha_pattern or {}).items()
+    own = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", target))
+    alpha = next(own, config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _row_ids(config: Any, module: str) -> tuple[int, ...]:
-    found: Any = config.trainable_token_indices or []
-    if isinstance(found, dict):
-        found = next((ids for name, ids in found.items() if module.endswith(name)), [])
-    return tuple(found)
+    trained: Any = config.trainable_token_indices or []
+    if isinstance(trained, dict):
+        trained = next((ids for name, ids in trained.items() if module.endswith(name)), [])
+    return tuple(trained)
 
 
 class _Tensors:
@@ -310,9 +285,8 @@ def _opened(adapter: Path) -> Iterator[_Tensors]:
             warnings.simplefilter("ignore")  # about how a file that is then refused was pickled
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles lead anywhere
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{path} cannot be read: {said[0]} Convert it where it was made, with peft's "
+            f"{path} cannot be read: {first_line(error)} Convert it where it was made, with peft's "
             "save_pretrained, which writes adapter_model.safetensors."
         ) from None
     if not isinstance(tensors, dict):

@@ -39,9 +39,7 @@ class KeyedDropout(nn.Module):
 
     def __init__(self, p: float, module_number: int, shared: DropoutKeys) -> None:
         super().__init__()
-        self.p = p
-        self.module_number = module_number
-        self.shared = shared
+        self.p, self.module_number, self.shared = p, module_number, shared
         self._channels: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -93,24 +91,24 @@ def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
 
 
 def switch_dropout_off(model: nn.Module) -> int:
-    """Turn off the dropout that a base model brings along; returns how many modules had some.
+    """Turn off a base model's own dropout; returns how many modules had some.
 
     Its masks would come from the device's random state, so they would depend on how the work is
     packed, and DPO's policy would differ from its reference.
     """
-    found = 0
+    count = 0
     for module in model.modules():
         # A module of its own, or a rate that a layer hands to functional dropout or attention.
         names = ["p"] if isinstance(module, nn.Dropout) else _rates(module)
         active = [name for name in names if getattr(module, name) > 0]
         for name in active:
             setattr(module, name, 0.0)
-        found += bool(active)
+        count += bool(active)
         # Some layers look the rate up at every call.
         config = getattr(module, "config", None)
         for name in _rates(config) if config is not None else []:
             setattr(config, name, 0.0)
-    return found
+    return count
 
 
 def _rates(owner: object) -> list[str]:
@@ -121,42 +119,34 @@ def fuse_low_rank(model: nn.Module) -> None:
     """Let adapted linear layers add the low-rank part inside its product where that is faster."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            layer._cast_input_dtype = partial(_as_it_is, layer._cast_input_dtype)
+            layer._cast_input_dtype = partial(_cast_unless_autocast, layer._cast_input_dtype)
         if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
             layer.forward = partial(_adapted, layer, layer.forward)
 
 
-def _as_it_is(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter's input without peft's cast to its float32, which autocast would take back."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    return cast(x, dtype)
+def _cast_unless_autocast(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Leave out peft's cast of an adapter's input to float32 where autocast would undo it."""
+    return x if torch.is_autocast_enabled(x.device.type) else cast(x, dtype)
+
+
+def _alone(layer: Any) -> bool:
+    """Whether a layer's one adapter acts now, unmerged."""
+    active = not layer.disable_adapters and not layer.merged
+    return active and list(layer.active_adapters) == ["default"]
 
 
 def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
-    simple = list(layer.active_adapters) == ["default"] and not layer.lora_variant
-    if (
-        layer.disable_adapters
-        or layer.merged
-        or not simple
-        or not takes_frozen(x, layer.base_layer)
-    ):
+    if not _alone(layer) or layer.lora_variant or not takes_frozen(x, layer.base_layer):
         return plain(x)
-    return low_rank_product(
-        x,
-        layer.lora_dropout["default"](x),
-        layer.base_layer,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        layer.scaling["default"],
-    )
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    dropped, scale = layer.lora_dropout["default"](x), layer.scaling["default"]
+    return low_rank_product(x, dropped, layer.base_layer, down, up, scale)
 
 
 def look_up_trained_rows(model: Any) -> None:
-    """Let an embedding put its trained rows where they are fed.
+    """Let an embedding put its trained rows where they are fed, unless it does more than look up.
 
-    peft puts them into a copy of the whole matrix at each forward, and makes a gradient of its
-    size at each backward. Embeddings that do more than look up stay with that.
+    peft copies the whole matrix at each forward, and makes a gradient of its size at each backward.
     """
     layer = getattr(plain_model(model).get_input_embeddings(), "token_adapter", None)
     if layer is None:
@@ -166,7 +156,7 @@ def look_up_trained_rows(model: Any) -> None:
 
 
 def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
-    if layer.disable_adapters or layer.merged or list(layer.active_adapters) != ["default"]:
+    if not _alone(layer):
         return plain(ids)
     frozen = F.embedding(ids, layer.base_layer.weight)
     trained = layer.trainable_tokens_delta["default"].to(frozen.dtype)

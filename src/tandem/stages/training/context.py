@@ -24,10 +24,7 @@ from tandem.train.token_budget import TokenBudget
 
 @dataclass(frozen=True)
 class ObjectiveInputs:
-    """What an objective may need to be built; the engine holds the untrained policy.
-
-    `what` is a word before the records' name on the console, such as held-out.
-    """
+    """What an objective may need to be built; the engine holds the untrained policy."""
 
     engine: Engine
     model: Any
@@ -38,7 +35,7 @@ class ObjectiveInputs:
     budget: TokenBudget
     console: Console
     weights: TrainedWeights
-    what: str = ""
+    what: str = ""  # a word before the records' name on the console, such as held-out
 
 
 @dataclass(frozen=True)
@@ -59,52 +56,36 @@ def lora_weights(context: TrainContext) -> TrainedWeights:
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """How one training stage differs from the other.
-
-    `records` are what it trains on, `make_objective` says what a step minimises, `dropout`
-    whether the adapter's dropout may be on, `warnings` looks over the finished metrics, `weights`
-    says what is trained.
-    """
+    """How one training stage differs from the other."""
 
     name: str
-    records: Kind
-    make_objective: Callable[[ObjectiveInputs], BuiltObjective]
-    dropout: bool
-    warnings: Callable[[list[dict[str, Any]]], list[str]]
-    weights: Callable[[TrainContext], TrainedWeights] = lora_weights
+    records: Kind  # what it trains on
+    make_objective: Callable[[ObjectiveInputs], BuiltObjective]  # what a step minimises
+    dropout: bool  # whether the adapter's dropout may be on
+    warnings: Callable[[list[dict[str, Any]]], list[str]]  # what the finished metrics show
+    weights: Callable[[TrainContext], TrainedWeights] = lora_weights  # what is trained
 
 
 @dataclass(frozen=True)
 class TrainContext:
-    """A training stage at work: its job, and what was made of it.
-
-    Attributes:
-        stage: how it differs from the other.
-        job: what is asked for.
-        engine: holds no model yet.
-        console: for progress.
-        base: the model that it starts from.
-        sources: the data to train on.
-        held_out: data sets that are scored and not trained on.
-        warnings: what was found of the model and the settings before the first step.
-    """
+    """A running training stage: its job, and what was made of it."""
 
     stage: TrainingStage
     job: TrainingJob
-    engine: Engine
+    engine: Engine  # holds no model yet
     console: Console
-    base: BaseModelInfo
-    sources: list[DataSource]
-    held_out: list[DataSource]
-    warnings: tuple[str, ...] = ()
+    base: BaseModelInfo  # the model that it starts from
+    sources: list[DataSource]  # the data to train on
+    held_out: list[DataSource]  # data sets that are scored and not trained on
+    warnings: tuple[str, ...] = ()  # on the model and the settings
 
     def log(self, text: str, style: str = "") -> None:
         """Put a line on the console, the stage's name before it."""
         log(self.console, f"{self.stage.name}: {text}", style=style)
 
-    def warned(self, *warnings: str, said: bool = False) -> TrainContext:
-        """Add warnings; they are put on the console unless they were `said` before."""
-        for warning in () if said else warnings:
+    def warned(self, *warnings: str, logged: bool = False) -> TrainContext:
+        """Add warnings, and put them on the console unless they were `logged` before."""
+        for warning in () if logged else warnings:
             self.log(warning, style="yellow")
         return replace(self, warnings=(*self.warnings, *warnings))
 

@@ -27,23 +27,16 @@ from tandem.train.token_budget import TokenBudget, token_budget
 _COPIES_SHARE = 0.25
 # What an execution had that was recorded before these were known.
 _ONCE = {
-    "processes": 1,
-    "kernels": "torch",
-    "ordered_weights": False,
-    "float32_products": "ieee",
+    "processes": 1, "kernels": "torch", "ordered_weights": False, "float32_products": "ieee",
     "compiled": False,
-}
+}  # fmt: skip
 
 # How a run does its work, by name; the manifest's key for it is `schedule`.
 Execution = dict[str, Any]
 
 
 def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> Engine:
-    """Start the engine that a job asks for; it holds no model yet.
-
-    Raises UserError for what does not exist here, does not fit the number of processes, or does
-    not go together.
-    """
+    """Start the engine of a job, without a model; UserError for settings that cannot work here."""
     run = job.run
     exact_float32()
     engine = choose_engine(run.engine, device, processes, job.settings)
@@ -62,16 +55,11 @@ def in_words(engine: Engine) -> str:
 def decide_execution(
     context: TrainContext, model: Any, backend: str, recorded: Execution
 ) -> Execution:
-    """How a run does its work: as it began if it is resumed, unless it is asked to do otherwise.
+    """How a run does its work: as it began if it is resumed, unless the recipe says otherwise.
 
     The process with the least memory and the fewest threads decides for all. A line on the console
-    says what differs from the recorded execution.
-
-    Args:
-        context: of the stage.
-        model: loaded, on its device, without an adapter.
-        backend: the attention backend.
-        recorded: what a resumed run began with; empty in a new one.
+    says what differs from the recorded execution, which is empty in a new run. The model is on its
+    device, without an adapter.
     """
     now = _execution_here(context, model, backend)
     if not recorded:
@@ -80,7 +68,7 @@ def decide_execution(
     if changes:
         listing = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
         context.log(
-            f"going on with another schedule ({listing}): the same steps, equal up to rounding "
+            f"resuming with another schedule ({listing}): the same steps, equal up to rounding "
             "instead of bit for bit"
         )
     return now
@@ -91,20 +79,21 @@ def _execution_here(context: TrainContext, model: Any, backend: str) -> Executio
     engine, run = context.engine, context.job.run
     device, processes = engine.device, engine.processes
     copies = 0 if engine.sharded else bytes_to_order(model)
-    found = processes.gather(
+    by_rank = processes.gather(
         lambda: (
             token_budget(run.tokens_per_microbatch, device, context.base.config),
             torch.get_num_threads(),
             copies_fit(copies, device, device.free_memory()),
         )
     )
+    budgets, threads, fits = zip(*by_rank, strict=True)
     return {
         "base": run.model,
-        "tokens_per_microbatch": min(budget for budget, _, _ in found),
-        "threads": min(threads for _, threads, _ in found),
+        "tokens_per_microbatch": min(budgets),
+        "threads": min(threads),
         "kernels": numerics() if device.is_host else device.graphs,
-        "ordered_weights": all(fits for _, _, fits in found),
-        "processes": len(found),
+        "ordered_weights": all(fits),
+        "processes": len(by_rank),
         "engine": engine.name,
         "device": device.kind,
         "attention": backend,
@@ -114,13 +103,7 @@ def _execution_here(context: TrainContext, model: Any, backend: str) -> Executio
 
 
 def copies_fit(copies: int, device: Device, free: int) -> bool:
-    """Whether frozen weights are kept in a faster order as well.
-
-    Args:
-        copies: what that would take, in bytes.
-        device: where.
-        free: a process's share of the memory that is free.
-    """
+    """Whether `copies` bytes of weights in a faster order fit into a process's `free` memory."""
     return device.is_host and 0 < copies <= free * _COPIES_SHARE
 
 
@@ -150,10 +133,12 @@ def token_budget_of(
         try:
             atomic_write_json(path, sealed({key: tokens}))
         except OSError as error:
-            if engine.sharded:  # the start that goes on would run out of memory again
+            if engine.sharded:  # the next start would run out of memory again
                 raise
-            log(f"what fits in memory cannot be kept for the next start ({error})")
-        log(f"out of memory; going on with {tokens} tokens a micro-batch, the steps stay the same")
+            log(f"the smaller budget cannot be recorded for the next start ({error})")
+        log(
+            f"out of memory; continuing with {tokens} tokens a micro-batch, the steps stay the same"
+        )
 
     tokens = execution[key] if fitting is None else min(execution[key], fitting)
     return TokenBudget(tokens, engine.device.release_memory, remember, alone=not engine.sharded)
@@ -164,11 +149,11 @@ def _remembered(path: Path, key: str, log: Callable[[str], None]) -> int | None:
     if not path.exists():
         return None
     try:
-        found: int = read_object(path, {key: int}, "What fits in memory is tried again.")[key]
+        tokens: int = read_object(path, {key: int}, "What fits in memory is tried again.")[key]
     except Damaged as error:
         log(str(error))
         return None
-    if found > 0:
-        return found
-    log(f"{path} is damaged ({key} is {found}): what fits in memory is tried again")
+    if tokens > 0:
+        return tokens
+    log(f"{path} is damaged ({key} is {tokens}): what fits in memory is tried again")
     return None

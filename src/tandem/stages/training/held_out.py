@@ -26,19 +26,12 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out records.
-
-    Attributes:
-        dataset: encoded.
-        ledger: of data sets of their own; None where they were training records.
-        warnings: what a reader of their scores should know.
-        shared: how many of them have a prompt that is trained on.
-    """
+    """The held-out records."""
 
     dataset: EncodedDataset
-    ledger: Ledger | None
-    warnings: tuple[str, ...] = ()
-    shared: int = 0
+    ledger: Ledger | None  # of data sets of their own; None where they were training records
+    warnings: tuple[str, ...] = ()  # what a reader of their scores should know
+    shared: int = 0  # how many of them have a prompt that is trained on
 
 
 def hold_out(
@@ -52,37 +45,31 @@ def hold_out(
 ) -> tuple[EncodedDataset, HeldOut | None]:
     """The records to train on, and those that are held out.
 
-    Args:
-        settings: of the stage.
-        dataset, ledger: of the stage's data sets.
-        seed: of the choice.
-        prepare: reads and encodes the held-out data sets.
-        log: takes lines about what is held out, and prompts that both parts have.
-
-    Raises UserError for data that cannot be used or divided.
+    `prepare` reads and encodes the held-out data sets; `log` takes lines about what is held out,
+    and prompts that both parts have. Raises UserError for data that cannot be used or divided.
     """
     validation = settings.validation
     if validation is None:
         return dataset, None
     if validation.fraction is not None:
-        held = choose_held_out(dataset.prompts, validation.fraction, seed)
-        parts = [dataset.select(np.flatnonzero(which)) for which in (~held, held)]
-        ledger.hold_out(len(parts[1]))
+        chosen = choose_held_out(dataset.prompts, validation.fraction, seed)
+        trained, scored = (dataset.select(np.flatnonzero(which)) for which in (~chosen, chosen))
+        ledger.hold_out(len(scored))
         log(
-            f"{len(parts[1])} of {len(dataset)} records are held out, with every record of their "
-            f"{len(np.unique(parts[1].prompts))} prompts; {len(parts[0])} are trained on"
+            f"{len(scored)} of {len(dataset)} records are held out, with every record of their "
+            f"{len(np.unique(scored.prompts))} prompts; {len(trained)} are trained on"
         )
-        return parts[0], HeldOut(parts[1], None)
-    own, found = prepare()
-    trained, shared = shared_prompts(dataset.prompts, found.prompts)
+        return trained, HeldOut(scored, None)
+    own, scored = prepare()
+    count, shared = shared_prompts(dataset.prompts, scored.prompts)
     if not shared:
-        return dataset, HeldOut(found, own)
+        return dataset, HeldOut(scored, own)
     warning = (
-        f"{shared} of {len(found)} held-out records have a prompt that {trained} training records "
+        f"{shared} of {len(scored)} held-out records have a prompt that {count} training records "
         "have too, so that their scores say less about new prompts; take them out of one of the "
         "two, or hold out with validation.fraction, which divides by prompt"
     )
-    return dataset, HeldOut(found, own, (warning,), shared)
+    return dataset, HeldOut(scored, own, (warning,), shared)
 
 
 def best_by(settings: TrainingSettings) -> Best | None:

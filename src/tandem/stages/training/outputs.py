@@ -23,8 +23,8 @@ def save_adapter_folder(
 ) -> list[str]:
     """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
 
-    The template is saved with the tokenizer, so that inference uses the one of training, and the
-    folder's files end an answer as it does. The adapter is the model's, or a checkpoint's.
+    Inference then uses the template of training, and ends answers as it does. The adapter is the
+    model's, or a checkpoint's.
     """
     tokenizer, template = context.base.tokenizer, context.base.template
     with atomic_folder(context.job.folder / "saving") as aside:
@@ -36,16 +36,13 @@ def save_adapter_folder(
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
-        if ending and (said := write_ends(aside, context.base.folder, tokenizer, template, ending)):
-            context.log(said)
+        if ending and (line := write_ends(aside, context.base.folder, tokenizer, template, ending)):
+            context.log(line)
     return move_up(context.job.folder / "saving")
 
 
 def move_up(folder: Path) -> list[str]:
-    """Move a complete folder's files into its parent, and remove it; returns their names.
-
-    Files of folders within it go into folders of the same names.
-    """
+    """Move a complete folder's tree into its parent, and remove it; returns the files' names."""
     names = []
     for path in sorted(folder.rglob("*"), key=lambda path: path.parts):
         name = path.relative_to(folder)
@@ -61,9 +58,8 @@ def move_up(folder: Path) -> list[str]:
 def training_summary(state: RunState, dataset: EncodedDataset) -> dict[str, Any]:
     """Time, counts and lengths of a finished run, for summary.json.
 
-    `train_seconds` runs from the first collate to the last optimizer step, packing included.
-    `fill` is the mean share of the token budget that micro-batches fill, `imbalance` the costliest
-    process's share of a step by the mean one.
+    `train_seconds` includes collating and packing. `fill` is the mean share of the token budget
+    that micro-batches fill, `imbalance` the costliest process's share of a step by the mean one.
     """
     return {
         "train_seconds": state.seconds,

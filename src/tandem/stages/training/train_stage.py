@@ -68,7 +68,7 @@ def train_stage(
     processes = join(launched(), device.backend, timedelta(minutes=run.timeout_minutes))
     if not processes.is_rank0:
         console = Console(quiet=True)
-    with processes.shared_fate(), ExitStack() as held:
+    with processes.shared_fate(), ExitStack() as locks:
         for notice in idle_settings(run, device):
             log(console, f"{stage.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, job))
@@ -86,7 +86,7 @@ def train_stage(
             settings=hash_json({key: inputs[key] for key in ("settings", "chat_template", "seed")}),
         )
         lock = folder_lock(folder, context.log)
-        processes.on_rank0(lambda: held.enter_context(lock))
+        processes.on_rank0(lambda: locks.enter_context(lock))
         opened = processes.on_rank0(lambda: open_stage(folder, stage.name, inputs))
         if opened.state == "finished":
             say_finished(console, stage.name, folder)
@@ -105,14 +105,14 @@ def _look_up(
 ) -> TrainContext:
     """Find the model and the data that a job names; raises UserError for what cannot be used."""
     processes, settings, run = engine.processes, job.settings, job.run
-    found = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
+    folder = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
     beside = job.folder.parent
     sources = processes.rank0_first(lambda: resolve_sources(settings.data, beside, run.seed))
     held_out = processes.rank0_first(lambda: held_out_sources(settings, sources, beside, run.seed))
     processes.on_rank0(
-        lambda: check_made(found, lambda text: log(console, f"{stage.name}: {text}"))
+        lambda: check_made(folder, lambda text: log(console, f"{stage.name}: {text}"))
     )
-    base = processes.on_all(lambda: load_base_info(run, found, settings.max_length))
+    base = processes.on_all(lambda: load_base_info(run, folder, settings.max_length))
     return TrainContext(stage, job, engine, console, base, sources, held_out)
 
 
@@ -134,11 +134,11 @@ def _run(
     """Load, adapt, train and write; what can be refused is, before anything is written."""
     engine, processes = context.engine, context.engine.processes
     stage, settings, folder = context.stage, context.job.settings, context.job.folder
-    # The others find what the first has encoded, where they share its cache.
+    # The other processes find what rank 0 has encoded, where they share its cache.
     records = processes.rank0_first(lambda: _records(context))
     if processes.count > 1:
         processes.require_same(data=records.identity())
-    held = engine.device.held_memory()
+    baseline = engine.device.held_memory()
     model, execution, budget = set_up_model(context, records, recorded)
     if (now := context.base.template.now) is not None:
         execution[_DATE] = now.isoformat(timespec="seconds")
@@ -150,17 +150,14 @@ def _run(
     )
     run = TrainingRun(
         stage.name, context.job, engine, context.base.config, records.dataset, sampler,
-        sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=held,
+        sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=baseline,
     )  # fmt: skip
     for callback in callbacks:
         callback.on_set_up(run, model)
     compiled = compile_model(context, model, records.dataset, execution)
     state = _begin(context, model, run)
-    context = context.warned(
-        *unmeant(
-            settings, steps=run.total_steps, records=len(records.dataset), processes=processes.count
-        )
-    )
+    sizes = {"steps": run.total_steps, "records": len(records.dataset)}
+    context = context.warned(*unmeant(settings, **sizes, processes=processes.count))
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), execution["attention"],
@@ -178,8 +175,7 @@ def _run(
 
 
 def _records(context: TrainContext) -> TrainingData:
-    stage, job = context.stage, context.job
-    chat = context.base.chat
+    stage, job, chat = context.stage, context.job, context.base.chat
     reader = StageReader(stage.name, stage.records, job.settings, chat, job.folder, context.console)
     return reader.read(context.sources, context.held_out, job.run.seed)
 
@@ -193,20 +189,20 @@ def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Ten
         return {}
     run.state, optimizer = processes.on_all(partial(checkpoints.load, newest, model))
     processes.on_rank0(lambda: _clean_lines(context, checkpoints, newest, run.state.step))
-    context.log(f"going on from {newest} (step {run.state.step} of {run.total_steps})")
+    context.log(f"resuming from {newest} (step {run.state.step} of {run.total_steps})")
     return optimizer
 
 
 def _clean_lines(
     context: TrainContext, checkpoints: CheckpointStore, newest: Path, step: int
 ) -> None:
-    """Leave in the files of metrics what a checkpoint knows of, and say what is not as it was."""
+    """Cut the files of metrics back to a checkpoint, and log those that were changed since."""
     for path in checkpoints.lines:
         forget_after(path, step)
     for path in checkpoints.changed_lines(newest):
         context.log(
-            f"{path} is not as it was at step {step}: it was damaged or changed, lines that cannot "
-            "be read are left out of it. What is trained does not depend on it"
+            f"{path} is not what it was at step {step}: it was damaged or changed; lines that "
+            "cannot be read are removed from it. Training does not depend on it"
         )
 
 
@@ -246,7 +242,7 @@ def _write_adapter(context: TrainContext, done: _Done) -> tuple[list[str], dict[
     best = best_adapters(folder, context.weights)
     kept = None if state.best_step is None else best.path_of(state.best_step)
     outputs = save_adapter_folder(context, done.model, done.trained, kept)
-    context = context.warned(*done.records.warnings(), said=True).warned(
+    context = context.warned(*done.records.warnings(), logged=True).warned(
         *context.stage.warnings(read_jsonl(folder / "metrics.jsonl")),
         *kept_warnings(context.job.settings, state),
     )
@@ -260,10 +256,8 @@ def _finish(
     state, folder = done.state, context.job.folder
     atomic_write_json(folder / "summary.json", summary)
     outputs = [*outputs, "summary.json", "metrics.jsonl"]
-    if done.records.held_out is not None:
-        outputs.append("validation.jsonl")
-    if (folder / "data-ledger.jsonl").exists():
-        outputs.append("data-ledger.jsonl")
+    outputs += ["validation.jsonl"] if done.records.held_out is not None else []
+    outputs += ["data-ledger.jsonl"] if (folder / "data-ledger.jsonl").exists() else []
     finish_stage(folder, outputs)
     best_adapters(folder, context.weights).clear()
     if words := kept_in_words(context.job.settings, state):

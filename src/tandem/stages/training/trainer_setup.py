@@ -29,13 +29,7 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
 
 
 def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
-    """Hand a stage's model to its engine, with the optimizer that the settings ask for.
-
-    Args:
-        context: resolved.
-        model: with its adapter.
-        state: the optimizer's tensors where a run goes on; empty in a new one.
-    """
+    """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
     optimizer = partial(make_optimizer, settings=settings, device=engine.device)
     engine.prepare(model, optimizer, settings.max_grad_norm)
@@ -51,16 +45,7 @@ def build_trainer(
     budget: TokenBudget,
     display: StageProgress,
 ) -> Trainer:
-    """The loop of a stage; its own callbacks are added before those that the run has already.
-
-    Args:
-        context: resolved, its engine prepared.
-        run: where it stands.
-        records: to train on, and held out.
-        objectives: of the first, and of the second if there are any.
-        budget: tokens of a micro-batch.
-        display: shows each step and score.
-    """
+    """The loop of a stage, its callbacks before the run's; an objective for each data set."""
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
     weight = attention_weight(context.base.config)
     runner = partial(StepRunner, context.engine, attention_weight=weight)
@@ -71,15 +56,8 @@ def build_trainer(
     ]
     if records.held_out is not None:
         scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
-        own.append(
-            HeldOutEvaluation(
-                scored,
-                scored_every(settings, total),
-                best_by(settings),
-                best_adapters(run.folder, context.weights),
-                checkpoints,
-            )
-        )
+        every, kept = scored_every(settings, total), best_adapters(run.folder, context.weights)
+        own.append(HeldOutEvaluation(scored, every, best_by(settings), kept, checkpoints))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None

@@ -68,21 +68,13 @@ def in_one_line(facts: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a stage trains on and scores.
+    """What a stage trains on and scores."""
 
-    Attributes:
-        dataset: the examples that are trained on.
-        ledger: what became of all records that were read for it; not written yet.
-        parts: how many of them each data set gave, with its weight.
-        mixture: the same in words, for summary.json.
-        held_out: those that are scored on the way.
-    """
-
-    dataset: EncodedDataset
-    ledger: Ledger
-    parts: tuple[WeightedSource, ...]
-    mixture: list[dict[str, Any]]
-    held_out: HeldOut | None
+    dataset: EncodedDataset  # the examples that are trained on
+    ledger: Ledger  # what became of all records that were read for it; not written yet
+    parts: tuple[WeightedSource, ...]  # how many of them each data set gave, with its weight
+    mixture: list[dict[str, Any]]  # the same for summary.json
+    held_out: HeldOut | None  # those that are scored on the way
 
     def write_ledgers(self) -> None:
         """Write data-ledger.jsonl, and validation-ledger.jsonl for data sets held out."""
@@ -102,22 +94,13 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class StageReader:
-    """Reads and encodes the data of a training stage.
+    """Reads and encodes the data of a training stage."""
 
-    Attributes:
-        name: the stage's, before each line on the console.
-        kind: of its records.
-        settings: of the stage.
-        chat: the model's tokenizer and template.
-        folder: the stage's; None where nothing is to be written.
-        console: for progress and counts.
-    """
-
-    name: str
-    kind: Kind
+    name: str  # the stage's, before each line on the console
+    kind: Kind  # of its records
     settings: TrainingSettings
-    chat: ChatTokenizer
-    folder: Path | None
+    chat: ChatTokenizer  # the model's tokenizer and template
+    folder: Path | None  # the stage's; None where nothing is to be written
     console: Console
 
     def log(self, text: str) -> None:
@@ -129,22 +112,18 @@ class StageReader:
     ) -> TrainingData:
         """All records of the stage, divided into those to train on and those held out.
 
-        Args:
-            sources: its data sets.
-            held_out: data sets that are held out as a whole.
-            seed: of a held-out fraction.
-
+        `held_out` are data sets that are held out as a whole, `seed` chooses a held-out fraction.
         Raises UserError for bad data, and when more records would be dropped than may be.
         """
         for line in not_read([*sources, *held_out]):
             self.log(line)
         ledger, whole = self.encode(sources)
-        dataset, held = hold_out(
+        dataset, scored = hold_out(
             self.settings, whole, ledger,
             seed=seed, prepare=lambda: self.encode(held_out, held_out=True), log=self.log,
         )  # fmt: skip
         parts = parts_of(dataset, sources)
-        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), held)
+        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), scored)
         for warning in data.warnings():
             log(self.console, f"{self.name}: {warning}", style="yellow")
         if line := in_one_line(data.mixture):
@@ -154,10 +133,7 @@ class StageReader:
     def encode(
         self, sources: Sequence[DataSource], *, held_out: bool = False
     ) -> tuple[Ledger, EncodedDataset]:
-        """The examples of some sources, and what became of each record, not written yet.
-
-        Data sets that are `held_out` have a ledger of their own.
-        """
+        """The examples of some sources, and their ledger, which is not written yet."""
         began = time.perf_counter()
         named = f"{'validation' if held_out else 'data'}-ledger.jsonl"
         ledger = Ledger(None if self.folder is None else self.folder / named)

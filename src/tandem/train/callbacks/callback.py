@@ -18,52 +18,31 @@ from tandem.train.engines.engine import Engine
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step that is done.
+    """A step that is done."""
 
-    Attributes:
-        metrics: as in a line of metrics.jsonl, every `logging_steps` and at the end; else empty.
-        last: whether it is the run's last step.
-    """
-
+    # as in a line of metrics.jsonl, every `logging_steps` and at the end; else empty
     metrics: dict[str, float]
-    last: bool
+    last: bool  # whether it is the run's last step
 
 
 @dataclass
 class TrainingRun:
-    """A run of a training stage, the same in all processes.
+    """A run of a training stage, the same in all processes."""
 
-    Attributes:
-        stage: its name, sft or dpo.
-        job: what is asked for.
-        engine: holds the model, and knows the device and the processes.
-        config: the model's transformers configuration.
-        dataset: the encoded records that are trained on.
-        sampler: which of them a step has.
-        total_steps: of the whole run.
-        execution: how the work is done, as in the manifest.
-        log: puts a line on the console.
-        callbacks: called in this order.
-        state: where the run stands.
-        baseline_memory: bytes that this process held before it loaded the model.
-        stop_reason: why a callback asked to stop; empty if none did.
-        stopping: known in `before_next_step`: whether the run ends after this step.
-    """
-
-    stage: str
+    stage: str  # its name, sft or dpo
     job: TrainingJob
-    engine: Engine
-    config: Any
-    dataset: EncodedDataset
-    sampler: StepSampler
+    engine: Engine  # holds the model, and knows the device and the processes
+    config: Any  # the model's transformers configuration
+    dataset: EncodedDataset  # the records that are trained on
+    sampler: StepSampler  # which of them a step has
     total_steps: int
-    execution: Mapping[str, Any]
-    log: Callable[[str], None]
-    callbacks: Sequence[Callback] = ()
-    state: RunState = field(default_factory=RunState)
-    baseline_memory: int = 0
-    stop_reason: str = ""
-    stopping: bool = False
+    execution: Mapping[str, Any]  # how the work is done, as in the manifest
+    log: Callable[[str], None]  # puts a line on the console
+    callbacks: Sequence[Callback] = ()  # called in this order
+    state: RunState = field(default_factory=RunState)  # where the run stands
+    baseline_memory: int = 0  # bytes that this process held before it loaded the model
+    stop_reason: str = ""  # why a callback asked to stop; empty if none did
+    stopping: bool = False  # whether the run ends after this step; set for `before_next_step`
 
     @property
     def folder(self) -> Path:
@@ -117,9 +96,7 @@ class MetricsLog(Callback):
     """Writes metrics.jsonl."""
 
     def on_train_begin(self, run: TrainingRun) -> None:
-        """Forget lines of steps that are taken again: a killed run may have logged beyond its last
-        checkpoint.
-        """
+        """Forget lines beyond the last checkpoint, which a killed run may have logged."""
         run.on_rank0(lambda: forget_after(run.folder / "metrics.jsonl", run.state.step))
 
     def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
@@ -128,34 +105,34 @@ class MetricsLog(Callback):
             run.on_rank0(lambda: append_jsonl(run.folder / "metrics.jsonl", report.metrics))
 
 
+@dataclass
 class ShowProgress(Callback):
     """Shows steps and scores on the console."""
 
-    def __init__(self, display: StageProgress) -> None:
-        self._display = display
+    display: StageProgress
 
     def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
         """Move the bar, or print a logged step's line."""
-        self._display.advance(run.state.step, report.metrics)
+        self.display.advance(run.state.step, report.metrics)
 
     def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
         """Show the scores."""
-        self._display.scored(run.state.step, scores)
+        self.display.scored(run.state.step, scores)
 
 
+@dataclass
 class SaveCheckpoints(Callback):
     """Writes a checkpoint every so many steps, after the last one, and where a run stops."""
 
-    def __init__(self, checkpoints: CheckpointStore, every: int) -> None:
-        self._checkpoints = checkpoints
-        self._every = every
+    checkpoints: CheckpointStore
+    every: int
 
     def before_next_step(self, run: TrainingRun) -> None:
         """Write the step's checkpoint, if it is due."""
         engine, step = run.engine, run.state.step
-        if step % self._every and step < run.total_steps and not run.stopping:
+        if step % self.every and step < run.total_steps and not run.stopping:
             return
         trained, optimizer = engine.trained(), engine.optimizer_state()
-        run.on_rank0(lambda: self._checkpoints.save(engine.model, trained, optimizer, run.state))
+        run.on_rank0(lambda: self.checkpoints.save(engine.model, trained, optimizer, run.state))
         for callback in run.callbacks:
             callback.on_checkpoint(run)

@@ -31,36 +31,22 @@ class Best:
         return than is None or (value > than if self.higher else value < than)
 
 
+@dataclass
 class HeldOutEvaluation(Callback):
     """Scores the held-out records before the first step, on the way and at the end.
 
-    It draws nothing at random and leaves gradients and optimizer alone, so that training goes on
-    as it would have. Every line of validation.jsonl is one score.
-
-    Args:
-        runner: of the held-out records, without a backward.
-        every: steps from one score to the next.
-        best: what makes an adapter the best, if that one is to be kept.
-        kept: where the best adapters are kept.
-        checkpoints: the run's; a best adapter stays as long as one of them remembers it.
+    It draws nothing at random and leaves gradients and optimizer alone, so that training does not
+    depend on it. Every line of validation.jsonl is one score.
     """
 
-    def __init__(
-        self,
-        runner: StepRunner,
-        every: int,
-        best: Best | None,
-        kept: CheckpointStore,
-        checkpoints: CheckpointStore,
-    ) -> None:
-        self._runner = runner
-        self._every = every
-        self._best = best
-        self._kept = kept
-        self._checkpoints = checkpoints
+    runner: StepRunner  # of the held-out records, without a backward
+    every: int  # steps from one score to the next
+    best: Best | None  # what makes an adapter the best, if that one is to be kept
+    kept: CheckpointStore  # where the best adapters are kept
+    checkpoints: CheckpointStore  # the run's; a best adapter stays while one of them remembers it
 
     def on_train_begin(self, run: TrainingRun) -> None:
-        """Forget scores beyond the step that the run goes on from; score before the first one."""
+        """Forget scores beyond the step that the run resumes from; score before the first one."""
         # Scores come before the step's checkpoint, so that none is missing up to there.
         first = run.state.step == 0
         known = -1 if first else run.state.step
@@ -70,7 +56,7 @@ class HeldOutEvaluation(Callback):
 
     def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
         """Score every so many steps, and at the end."""
-        if report.last or run.state.step % self._every == 0:
+        if report.last or run.state.step % self.every == 0:
             self._score(run)
 
     def on_checkpoint(self, run: TrainingRun) -> None:
@@ -83,13 +69,13 @@ class HeldOutEvaluation(Callback):
         began = time.perf_counter()
         model.eval()
         sums: dict[str, float] = {}
-        count, total = 0, len(self._runner.examples)
+        count, total = 0, len(self.runner.examples)
         for start in range(0, total, _BLOCK):
             block = tuple(range(start, min(start + _BLOCK, total)))
-            result = self._runner.run(Step(state.step, 0, block))
+            result = self.runner.run(Step(state.step, 0, block))
             sums, count = added([sums, result.sums]), count + result.work.denominator
         model.train()
-        metrics = self._runner.objective.metrics({**sums, "count": float(count)})
+        metrics = self.runner.objective.metrics({**sums, "count": float(count)})
         seconds = time.perf_counter() - began
         state.validation_seconds += seconds
         line = {
@@ -104,27 +90,27 @@ class HeldOutEvaluation(Callback):
             callback.on_evaluate(run, line)
 
     def _keep(self, run: TrainingRun, metrics: dict[str, float]) -> None:
-        state, best = run.state, self._best
+        state, best = run.state, self.best
         if best is None or not best.better(metrics[best.metric], state.best):
             return
         state.best_step, state.best = state.step, metrics[best.metric]
         trained = run.engine.trained()
-        run.on_rank0(lambda: self._kept.save(run.engine.model, trained, {}, state))
+        run.on_rank0(lambda: self.kept.save(run.engine.model, trained, {}, state))
 
     def _forget_unneeded(self) -> None:
-        needed = {state.best_step for state in self._checkpoints.steps()}
-        for state in self._kept.steps():
+        needed = {state.best_step for state in self.checkpoints.steps()}
+        for state in self.kept.steps():
             if state.step not in needed:
-                shutil.rmtree(self._kept.path_of(state.step))
+                shutil.rmtree(self.kept.path_of(state.step))
 
 
 def best_adapters(folder: Path, weights: TrainedWeights) -> CheckpointStore:
-    """Where a stage keeps the best adapters until it is finished."""
+    """The best adapters, which a stage keeps until it is finished."""
     return CheckpointStore(folder / "best", weights, keep=None)
 
 
 def why_best_is_gone(best: CheckpointStore, state: RunState) -> str:
-    """Why the best adapter that a checkpoint remembers cannot be had; empty where it can."""
+    """Why the best adapter that a checkpoint remembers cannot be read; empty where it can."""
     if state.best_step is None:
         return ""
     try:

@@ -33,37 +33,27 @@ class Engine(ABC):
     methods that begin with an underscore, and replaces `trained`, `optimizer_state` and
     `load_optimizer` if torch's optimizer does not hold the state. Losses come divided by the
     step's own denominators, so gradients are summed over micro-batches and processes, never
-    averaged.
-
-    Args:
-        device: of this process.
-        processes: that train together.
-        config: what else decides how the work is shared, the same in all processes.
-
-    Attributes:
-        name: what the recipe calls it.
-        sharded: whether weights are spread over the processes, so that every forward and backward
-            waits for the others: all then run equally many, and none can fail alone.
-        needs_group: whether even a single process needs a process group.
-        shapes: the shapes that micro-batches are filled up to, where the device declares some.
-        model, parameters: after `prepare`, the model and what the optimizer moves, by name.
+    averaged. `config` is what else decides how the work is shared, the same in all processes.
 
     Raises UserError for a number format that cannot be trained in, and a device that accelerate
     does not take.
     """
 
-    name: str
+    name: str  # what the recipe calls it
     optimizer: torch.optim.Optimizer
+    # whether weights are spread over the processes, so that every forward and backward waits for
+    # the others: all then run equally many, and none can fail alone
     sharded: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False  # whether even a single process needs a process group
 
     def __init__(
         self, device: Device, processes: ProcessGroup, config: Mapping[str, Any] | None = None
     ) -> None:
-        self.device = device
-        self.processes = processes
+        self.device, self.processes = device, processes
         self.config: Mapping[str, Any] = config or {}
+        # The shapes that micro-batches are filled up to, where the device declares some.
         self.shapes: BatchShapes | None = None
+        # After `prepare`: the model, and what the optimizer moves, by name.
         self.model: Any = None
         self.parameters: Mapping[str, Any] = {}
         if device.weights == torch.float16:
@@ -82,10 +72,7 @@ class Engine(ABC):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
     ) -> None:
-        """Take over a model with its adapter, on the CPU if `sharded`, else on the device.
-
-        Gradients are clipped to `max_grad_norm`; None leaves them alone.
-        """
+        """Take over a model, on the CPU if `sharded`; clip gradients to `max_grad_norm` if set."""
         self.model = model
         self.parameters = trainable_parameters(model)
         self.max_grad_norm = max_grad_norm
@@ -95,11 +82,7 @@ class Engine(ABC):
         self._share(make_optimizer)
 
     def score(self, batch: MicroBatch) -> Tensor:
-        """Sequence log-probs [S] of a micro-batch, with gradients unless they are off.
-
-        Where shapes are declared, the micro-batch is filled up first, and zeros of sequences that
-        do not exist follow the others.
-        """
+        """Sequence log-probs [S] of a micro-batch; zeros follow where it fills a declared shape."""
         if self.shapes is not None:
             batch = self.shapes.fill(batch)
         return self._score(batch.to(self.device.torch_device))
@@ -134,9 +117,9 @@ class Engine(ABC):
     def gather(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
         """Run `finish(compute())` in every process; all results by rank, in every process.
 
-        `compute` is where the model runs. What fails there in one process alone ends them all, see
-        `ProcessGroup.gather`; but where weights are spread, the others wait inside the model, and
-        find out when that process has gone.
+        `compute` runs the model. A failure in one process ends them all, see `ProcessGroup.gather`;
+        but where weights are spread, the others wait inside the model, and find out when it has
+        gone.
         """
         if self.sharded:
             computed = compute()

@@ -10,15 +10,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tandem.errors import TandemError
 from tandem.model.trained_weights import trainable_parameters
-from tandem.model.unwrap import decoder_of
+from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 
 
 class Fsdp2Engine(Engine):
-    """torch's fully_shard, one group a decoder layer and one for the rest.
-
-    accelerate's plugin silently becomes DDP on a CPU, so this calls torch itself.
-    """
+    """torch's fully_shard by decoder layer; accelerate's plugin would silently be DDP on a CPU."""
 
     name = "fsdp2"
     sharded = True
@@ -44,13 +41,3 @@ def _spread(module: nn.Module, mesh: Any) -> None:
     # Sums, not averages, and by plain sums: some backends have no other reduction.
     module.set_force_sum_reduction_for_comms(True)
     module.set_gradient_divide_factor(1.0)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a causal language model, adapters injected or not."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    decoder: Any = decoder_of(model if unwrap is None else unwrap())
-    layers = getattr(decoder, "layers", None)
-    if layers is None:
-        layers = getattr(decoder, "h", None)  # GPT-2's name
-    return list(layers) if layers is not None else []

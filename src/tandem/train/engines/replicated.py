@@ -16,13 +16,10 @@ _BUCKET = 2**24
 
 
 class FlatGradients:
-    """The gradients of some parameters as views of one buffer.
+    """The gradients of parameters, all of one dtype on one device, as views of one buffer.
 
     A micro-batch's gradients are added when all of them are there, so one that fails half-way
     has added nothing and can be done again.
-
-    Args:
-        parameters: what gradients are of, all of one dtype on one device.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -38,8 +35,8 @@ class FlatGradients:
     def add(self, loss: Tensor) -> None:
         """Add the gradients of a loss; a parameter that it does not reach has a gradient of 0."""
         # Without touching `.grad`, so that no hook of whoever else watches the parameters runs.
-        found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        for view, gradient in zip(self.views, found, strict=True):
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        for view, gradient in zip(self.views, gradients, strict=True):
             view.add_(gradient)
 
     def clear(self) -> None:
@@ -50,8 +47,8 @@ class FlatGradients:
 class ReplicatedEngine(Engine):
     """Each process computes its share of a step by itself; gradients are summed once, at its end.
 
-    With adapters alone to exchange, there is nothing to gain from sending parts of them while
-    the backward still runs, and a micro-batch that fails concerns one process only.
+    Adapters are too small to gain from an exchange during the backward, and a micro-batch that
+    fails concerns one process only.
     """
 
     @property

@@ -22,11 +22,7 @@ LOSS_MODULES = (paired,)
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:
-    """Sum of the negative log-probabilities of a micro-batch's sequences [S].
-
-    The caller divides by the step's trained tokens, which are known before the first forward, so
-    micro-batches of any size add up to the same loss.
-    """
+    """Sum the negative log-probs of sequences [S]; the step's trained tokens divide it later."""
     return -logps.sum()
 
 
@@ -34,8 +30,7 @@ def negative_log_likelihood(logps: Tensor) -> Tensor:
 class LossSums:
     """A micro-batch's share of a step: the loss to differentiate, not yet divided, and sums.
 
-    The sums are scalars of one dtype that stay on the device, the loss among them: reading one
-    would wait for all that is queued there.
+    The sums, the loss among them, are scalars of one dtype on the device: reading one would wait.
     """
 
     loss: Tensor
@@ -43,12 +38,10 @@ class LossSums:
 
 
 class Objective(Protocol):
-    """Turns sequence log-probs into losses; the loop knows nothing else about a stage.
+    """Turns sequence log-probs into losses; the loop knows nothing else about a stage."""
 
-    `couples` says whether the loss of one example depends on the others of its step: `see_step`
-    is then called before the step's first `loss`.
-    """
-
+    # whether an example's loss depends on the others of its step: `see_step` is then called before
+    # the step's first `loss`
     couples: bool
 
     def denominator(self, examples: Sequence[Example]) -> int:
@@ -124,8 +117,7 @@ class PreferenceObjective:
     """A preference loss averaged over the step's pairs.
 
     Args:
-        loss: a registered one.
-        settings: of the stage, with the loss's own numbers.
+        loss, settings: a registered loss, and the stage's settings with its numbers.
         tokens: trained tokens of every example's two answers [n, 2].
         reference: their log-probs under the reference [n, 2] float64, None for a loss without.
         relative_tolerance: of the step-0 check, what the precision in use explains.
@@ -140,8 +132,7 @@ class PreferenceObjective:
         relative_tolerance: float,
     ) -> None:
         self.couples = loss.statistic is not None
-        self._loss = loss
-        self._settings = settings
+        self._loss, self._settings = loss, settings
         self._tokens = torch.from_numpy(np.asarray(tokens))
         self._reference = None if reference is None else torch.from_numpy(reference)
         self._tolerance = relative_tolerance
@@ -185,17 +176,14 @@ class PreferenceObjective:
     def _answers(self, policy: Tensor, indices: Sequence[int]) -> tuple[AnswerLogps, AnswerLogps]:
         """The chosen and the rejected answers of a micro-batch, filled up as the policy is."""
 
-        def rows(values: Tensor) -> Tensor:
-            found = torch.zeros(policy.shape, dtype=policy.dtype)
-            found[: len(indices)] = values[list(indices)].to(policy.dtype)
-            return found.to(policy.device)
+        def columns(values: Tensor) -> tuple[Tensor, ...]:
+            filled = torch.zeros(policy.shape, dtype=policy.dtype)
+            filled[: len(indices)] = values[list(indices)].to(policy.dtype)
+            return filled.to(policy.device).unbind(dim=1)
 
-        tokens = rows(self._tokens)
-        reference = None if self._reference is None else rows(self._reference)
-        chosen, rejected = (
-            AnswerLogps(policy[:, i], None if reference is None else reference[:, i], tokens[:, i])
-            for i in (0, 1)
-        )
+        tokens = columns(self._tokens)
+        reference = (None, None) if self._reference is None else columns(self._reference)
+        chosen, rejected = map(AnswerLogps, policy.unbind(dim=1), reference, tokens)
         return chosen, rejected
 
     def _check_start(self, policy: Tensor, reference: Tensor) -> None:

@@ -11,17 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AnswerLogps:
-    """One answer of each pair of a micro-batch.
+    """One answer of each pair of a micro-batch."""
 
-    Attributes:
-        policy: log pi(y|x), summed over the answer's tokens [P].
-        reference: the same under the reference model [P]; None for a loss that needs none.
-        tokens: trained tokens of each answer [P].
-    """
-
-    policy: Tensor
-    reference: Tensor | None
-    tokens: Tensor
+    policy: Tensor  # log pi(y|x), summed over the answer's tokens [P]
+    reference: Tensor | None  # the same under the reference [P]; None for a loss that needs none
+    tokens: Tensor  # trained tokens of each answer [P]
 
     @property
     def ratio(self) -> Tensor:
@@ -40,22 +34,16 @@ class LossValue:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A registered loss.
+    """A registered loss."""
 
-    Attributes:
-        name: by which settings name it.
-        compute: called with the chosen answers, the rejected ones and the stage's settings. Of a
-            loss without pairs: the answers, whether each is desirable [P], and the settings.
-        reference: whether log-probs of a reference are computed before the first step.
-        paired: whether it compares two answers to one prompt.
-        statistic: for losses that couple examples: sees the answers of a whole step of all
-            processes, without gradients, and its result goes to `compute` as a last argument.
-    """
-
-    name: str
+    name: str  # by which settings name it
+    # called with the chosen answers, the rejected ones and the stage's settings; of a loss without
+    # pairs: with the answers, whether each is desirable [P], and the settings
     compute: Callable[..., LossValue]
-    reference: bool
-    paired: bool
+    reference: bool  # whether log-probs of a reference are computed before the first step
+    paired: bool  # whether it compares two answers to one prompt
+    # for losses that couple examples: sees the answers of a whole step of all processes, without
+    # gradients, and its result goes to `compute` as a last argument
     statistic: Callable[..., Any] | None
 
 
