@@ -39,14 +39,14 @@ def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]]
     These, and sources without a readable row, count as conversations: reading them reports the
     error.
     """
-    by_kind: dict[Kind, list[DataSource]] = {}
+    sources_of: dict[Kind, list[DataSource]] = {}
     unknown: list[DataSource] = []
     for source in sources:
         kind, rows = _look(source)
-        by_kind.setdefault(kind or "conversations", []).append(source)
+        sources_of.setdefault(kind or "conversations", []).append(source)
         if kind is None and rows:
             unknown.append(source)
-    return by_kind, unknown
+    return sources_of, unknown
 
 
 def _look(source: DataSource) -> tuple[Kind | None, int]:

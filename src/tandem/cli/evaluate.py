@@ -144,7 +144,7 @@ def _parser() -> Parser:
         description="Measure models side by side: tasks of lm-evaluation-harness, and data of "
         "your own.\nOne table, with standard errors and differences from the first model.",
         epilog="example: tandem eval BASE runs/my-run --suite leaderboard-v1 --output_dir "
-        "runs/comparison\nThe same command again goes on where it was stopped.",
+        "runs/comparison\nThe same command resumes where it was stopped.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument

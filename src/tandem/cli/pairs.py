@@ -74,7 +74,7 @@ def _parser() -> Parser:
         usage="tandem pairs [--recipe RECIPE] [--prompts DATA] [--model MODEL] --output_dir O "
         "[key=value ...]",
         description="Preference pairs: the answers of an instruction set are chosen, answers that "
-        "a model writes\nare rejected. The same command again goes on with an interrupted run.",
+        "a model writes\nare rejected. The same command resumes an interrupted run.",
         unknown_hint=" (keys of the pairs section are written key=value, without dashes)",
         epilog="example: tandem pairs --prompts conversations.jsonl --model demo:base \\\n"
         "             --output_dir out/pairs select.count=12000 filters.drop_refusals=true",

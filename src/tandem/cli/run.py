@@ -107,7 +107,7 @@ def _parser() -> Parser:
         usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE] "
         "[--nproc N]",
         description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation.\n"
-        "The same command again skips finished stages and goes on with an interrupted one.",
+        "The same command skips finished stages and resumes an interrupted one.",
         unknown_hint=" (recipe keys are written key=value, without dashes)",
         epilog="example: tandem run demo sft.learning_rate=2e-3 output_dir=runs/trial",
     )

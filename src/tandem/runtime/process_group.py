@@ -165,7 +165,7 @@ class ProcessGroup:
             message = (
                 f"process {other} of {self.count} gave no sign of life for "
                 f"{in_words(self._patience)} (timeout_minutes) while others waited for it. The "
-                "same command goes on."
+                "same command resumes the run."
             )
             # All that wait find the same; the first of them reports it.
             speaks = self.rank == (1 if other == 0 else 0)
@@ -216,13 +216,13 @@ class ProcessGroup:
                 raise TandemError(
                     f"process {self.rank} of {self.count} waited for another one as long as "
                     "timeout_minutes allows: it hangs, or is slower than that. The same command "
-                    "goes on from the last checkpoint."
+                    "resumes from the last checkpoint."
                 ) from error
             elif _contact_lost(error):
                 raise TandemError(
                     f"process {self.rank} of {self.count} lost contact with another one, which "
                     "has ended or hangs; see its own message. If it has none, it was killed, for "
-                    "want of memory perhaps. The same command goes on from the last checkpoint."
+                    "want of memory perhaps. The same command resumes from the last checkpoint."
                 ) from error
             raise
 
