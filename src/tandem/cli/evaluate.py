@@ -12,6 +12,7 @@ from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.flags import Flag, flag_of
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.recipe.run_settings import RunSettings
+from tandem.runtime.launch import announce
 
 if TYPE_CHECKING:
     from tandem.recipe.jobs import EvaluationJob
@@ -68,6 +69,7 @@ def evaluate(argv: list[str]) -> int:
 
     check_something(job.settings)
     output_folder(job.folder, "--output_dir")
+    announce(f"evaluation of {', '.join(job.models.values())} -> {job.folder}")
     measured = evaluate_models(job, notice_console())
     if arguments.json:
         print(json.dumps(measured, indent=2, ensure_ascii=False))

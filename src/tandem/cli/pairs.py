@@ -11,6 +11,7 @@ from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, outp
 from tandem.recipe.flags import flag_of
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
+from tandem.runtime.launch import announce
 
 if TYPE_CHECKING:
     from tandem.recipe.jobs import PairsJob
@@ -47,6 +48,7 @@ def pairs(argv: list[str]) -> int:
     if arguments.dry_run:
         print(_dry_run_text(job), end="")
         return 0
+    announce(f"pairs -> {folder}")
     from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
