@@ -47,7 +47,7 @@ from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
-# Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
+# Folders of finished measurements, and of local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
 _JUDGMENTS = "judgments.jsonl"
 # The recipe's keys for data of the user's own.
@@ -116,7 +116,7 @@ def evaluate_models(
         evaluator = Evaluator(output_dir, settings, material, data, device, run, console)
         evaluation = evaluator.evaluate(models, eval_models, tasks, judge)
         atomic_write_json(path, evaluation)
-        # What has no verdict is asked again, so that there is more to do.
+        # Missing verdicts are asked for again, so the stage is not finished.
         if not any(one["unread"] for one in evaluation.get("judge", {}).get("models", {}).values()):
             finish_stage(output_dir, ["evaluation.json"])
     return evaluation

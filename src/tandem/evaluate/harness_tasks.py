@@ -26,7 +26,7 @@ from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
 from tandem.storage.hashing import hash_json
 
-# Where the harness puts a model by itself; elsewhere it gets one that is there.
+# Devices on which the harness loads a model itself; elsewhere it gets a loaded one.
 _HARNESS_DEVICES = ("cpu", "cuda", "mps")
 
 

@@ -131,7 +131,7 @@ _FEWEST = 2
 _SAME = 0.9999
 # A row this much shorter than the median one was never trained: it began as 0, or decayed to 0.
 _EMPTY = 0.01
-# Bytes of rows in float32 that are compared at once.
+# Bytes of float32 rows that are compared at once.
 _BLOCK = 64 * 2**20
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
            "embeddings.weight", "tok_embeddings.weight")  # fmt: skip

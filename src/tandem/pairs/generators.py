@@ -30,7 +30,7 @@ from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json, hash_weights
 from tandem.storage.manifest import check_made
 
-# vLLM makes its own batches of what it is given at once; a kill loses at most so many.
+# vLLM gets so many prompts at once, and batches them itself; a kill loses at most these.
 _VLLM_PROMPTS = 256
 
 Unit = list[tuple[int, list[Any]]]

@@ -216,7 +216,7 @@ class _Records:
 
         own = lengths - np.repeat(prefix, branches)
         tokens = prefix + added(own)
-        # What follows a branch's last target is not fed; taken as equally long in all branches.
+        # Tokens after a branch's last target are not fed; assumed equally many in all branches.
         fed = dataset.fed.astype(np.int64)
         idle = np.repeat((tokens - fed) / branches, branches)
         rows = own - idle

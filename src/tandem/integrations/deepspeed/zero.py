@@ -60,7 +60,7 @@ class Zero2Engine(_ZeroEngine):
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
-        # A step of zeros at a rate of zero, because DeepSpeed makes the state with the first one.
+        # A step of zeros at a rate of zero: DeepSpeed makes the state in the first step.
         self.gradients.clear()
         self._reduce()
         self._apply(0.0)
@@ -93,7 +93,7 @@ class Zero3Engine(_ZeroEngine):
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
-        # Zeros to be filled, because DeepSpeed makes the state with the first step.
+        # Zeros to be filled: DeepSpeed makes the state in the first step.
         keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
         for flat in self.zero.optimizer.fp32_partitioned_groups_flat:
             self.zero.optimizer.optimizer.state[flat] = {
@@ -145,7 +145,7 @@ def start_engine(
 
     Raises TandemError if DeepSpeed does not see the same processes, or chose another stage.
     """
-    # Read when DeepSpeed is imported; it would take a CUDA device for a run on the CPU.
+    # DeepSpeed reads this on import; it would take a CUDA device for a run on the CPU.
     os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -153,7 +153,7 @@ def start_engine(
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
     import deepspeed
 
-    # It would compile shared-memory collectives for CPUs at the first start, for a minute.
+    # DeepSpeed would spend a minute on compiling shared-memory collectives for CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
     deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tandem.errors import UserError
 from tandem.model.attention.layout import TreeLayout
 
-# What transformers calls, by the backend's name. Modules of other packages may add theirs.
+# The function that transformers calls, by backend; other packages may add theirs.
 BACKENDS: dict[str, Callable[..., Any]] = {}
 
 

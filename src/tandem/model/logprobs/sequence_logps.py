@@ -154,7 +154,7 @@ def sequence_logps(
             answer's sum is off by 1e-4, and DPO's gradient follows it; here it is rounded once.
     """
     logps = token_logps(model, batch)
-    # One slot more than sequences, for targets that only fill a declared shape up.
+    # One more slot than sequences, for filler targets of a declared shape.
     empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
     add = partial(empty.index_add, 0, batch.target_sequence)
     if sums == torch.float64:

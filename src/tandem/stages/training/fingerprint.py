@@ -8,7 +8,7 @@ from tandem.data.resolve_sources import data_identity
 from tandem.stages.training.context import TrainContext
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 
-# Settings that say when to look or save, not what is computed.
+# Settings that do not change what is computed.
 _NOT_MATHEMATICS: Any = {
     "data": True,
     "logging_steps": True,
@@ -29,7 +29,7 @@ def fingerprint(context: TrainContext) -> dict[str, Any]:
             "weights": hash_weights(base.folder),
             "config": hash_file(base.folder / "config.json"),
             **({"quantization": run.quantization} if run.quantization else {}),
-            # The reference of DPO depends on them, too.
+            # DPO's reference depends on them, too.
             **({"added_tokens": dict(added.new)} if added.new else {}),
             **({"trained_tokens": dict(added.known)} if added.known else {}),
         },
