@@ -1,4 +1,4 @@
-"""At the end: all models answer the same questions and are measured on the same tasks."""
+"""All models answer the same questions and are measured on the same tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness's tasks on one model, each finished one kept."""
+"""Measures a model on the harness's tasks, and keeps each finished one."""
 
 from __future__ import annotations
 

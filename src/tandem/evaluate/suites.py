@@ -1,4 +1,4 @@
-"""Which tasks an evaluation has: the leaderboard's suite, others by name, data from where.
+"""The tasks of an evaluation: the leaderboard's suite, others by name, and where their data is.
 
 Local files of task data are found here and described to the harness as tasks of ours.
 """

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training stage, a multiply-add being two."""
+"""The work of a training stage: its counts, and operations (a multiply-add is two)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may hold, and what becomes of it when memory runs out."""
+"""How many tokens a micro-batch may hold, and how it is split when memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An attention backend: registered by name, called by transformers; and the plainest one, dense."""
+"""Attention backends, registered by name and called by transformers; and the dense one."""
 
 from __future__ import annotations
 

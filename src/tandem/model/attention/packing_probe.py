@@ -1,4 +1,4 @@
-"""What a model does with its tokens, found out by feeding it a few: can it read packed trees?"""
+"""Finds out, with a few tokens, whether a model can read packed trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches as padded rows, one sequence each, for models that cannot read packed trees."""
+"""Log-probs of a micro-batch's sequences, from packed trees or from padded rows."""
 
 from __future__ import annotations
 

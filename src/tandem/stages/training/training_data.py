@@ -1,4 +1,4 @@
-"""How a training stage's data sets are mixed: the weight of each, and its share of an epoch."""
+"""A training stage's data: read, encoded, divided into trained and held-out records, weighted."""
 
 from __future__ import annotations
 
