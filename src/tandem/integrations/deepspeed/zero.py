@@ -32,7 +32,30 @@ class _ZeroEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine.optimizer_state`."""
-        return state_of(self.zero, self.parameters)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in next(iter(_flat_states(self.zero)), {}).items():
+                if torch.is_tensor(value) and value.numel() > 1:
+                    # A parameter that is sharded has no shape of its own.
+                    shape = getattr(parameter, "ds_shape", parameter.shape)
+                    tensor = safe_get_full_optimizer_state(parameter, key).view(shape)
+                else:
+                    tensor = torch.as_tensor(value).clone()
+                tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
+        return tensors
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put DeepSpeed's optimizer, which has a state, back to where any engine's was."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, key, tensor in by_parameter(tensors, self.parameters):
+            if tensor.numel() > 1:
+                safe_set_full_optimizer_state(self.parameters[name], tensor, key)
+            else:
+                for state in _flat_states(self.zero):
+                    state[key] = tensor.clone()
 
     def _start(self, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
         config = {**self.config, "gradient_clipping": self.max_grad_norm or 0.0}
@@ -64,7 +87,7 @@ class Zero2Engine(_ZeroEngine):
         self.gradients.clear()
         self._reduce()
         self._apply(0.0)
-        load_state(self.zero, self.parameters, tensors)
+        self._load_state(tensors)
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         parameters = list(self.parameters.values())
@@ -100,7 +123,7 @@ class Zero3Engine(_ZeroEngine):
                 key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
                 for key, like in keys.items()
             }
-        load_state(self.zero, self.parameters, tensors)
+        self._load_state(tensors)
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         self._start(self.scorer, make_optimizer)
@@ -173,37 +196,6 @@ def start_engine(
         if "step" in state:  # which began with that step of zeros
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
     return engine
-
-
-def state_of(engine: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors, whole, as `parameter|key`; collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in next(iter(_flat_states(engine)), {}).items():
-            if torch.is_tensor(value) and value.numel() > 1:
-                # A parameter that is sharded has no shape of its own.
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                tensor = safe_get_full_optimizer_state(parameter, key).view(shape)
-            else:
-                tensor = torch.as_tensor(value).clone()
-            tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
-    return tensors
-
-
-def load_state(
-    engine: Any, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put DeepSpeed's optimizer back to where any engine's state was."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    for name, key, tensor in by_parameter(tensors, parameters):
-        if tensor.numel() > 1:
-            safe_set_full_optimizer_state(parameters[name], tensor, key)
-        else:
-            for state in _flat_states(engine):
-                state[key] = tensor.clone()
 
 
 def _flat_states(engine: Any) -> list[dict[str, Any]]:
