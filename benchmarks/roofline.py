@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.batching.collate import collate, fed_tokens
+from tandem.data.batching.collate import collate
 from tandem.data.encoded.example import Example
 from tandem.model.cpu.onednn_linear import product
 
@@ -49,7 +49,7 @@ class Needed:
 
 def needed_operations(trees: Sequence[Example], config: Any, stage: Stage) -> Needed:
     """What the formula gives for these records."""
-    tokens = sum(fed_tokens(tree) for tree in trees)
+    tokens = sum(tree.fed for tree in trees)
     outputs = _outputs(config)
     inputs = _inputs(config)
     layer = sum(inputs[name] * outputs[name] for name in outputs) + 3 * _mlp(config)
@@ -155,7 +155,7 @@ def _visible(trees: Sequence[Example]) -> int:
 
 
 def _idle_rows(tree: Example) -> int:
-    return fed_tokens(tree) - len(collate([tree]).read_rows)
+    return tree.fed - len(collate([tree]).read_rows)
 
 
 def _targets(trees: Sequence[Example]) -> int:

@@ -1,4 +1,4 @@
-"""The errors that tandem raises on purpose, and the exit code each ends a command with.
+"""The errors that tandem raises on purpose, and the exit code of each.
 
 TandemError            1
 ├── UserError          2   the user's mistake: one tidy message, no traceback
@@ -12,44 +12,35 @@ from collections.abc import Iterable
 
 
 class TandemError(Exception):
-    """Base of the errors that a command reports without a traceback.
-
-    `reported` is set if another process of the same run has reported it.
-    """
+    """Base of errors reported without a traceback; `reported` if another process has done so."""
 
     exit_code = 1
     reported = False
 
 
 class UserError(TandemError):
-    """A mistake in a recipe, a flag, a file or a model folder.
-
-    The message says what happened, where (file, row or key) and what to do.
-    """
+    """A user's mistake; the message says what happened, where (file, row or key) and what to do."""
 
     exit_code = 2
 
 
 class Stopped(TandemError):  # noqa: N818 - no error, but the way a run ends early
-    """The run was interrupted, everything needed to go on is on disk."""
+    """The run was interrupted; all that is needed to resume it is on disk."""
 
     exit_code = 3
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint for a message that names the nearest of some names, in any case; or nothing."""
+    """Return a hint that names the nearest of some names, in any case; empty without a near one."""
     spelled = {one.lower(): one for one in names}
     close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
     return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def require(package: str, extra: str, why: str) -> None:
-    """Raise UserError unless a package that only some runs need is installed.
+    """Raise UserError unless `package`, which tandem's `extra` installs, is here.
 
-    Args:
-        package: the distribution's name, `deepspeed` for instance.
-        extra: the extra of tandem that installs it.
-        why: what needs it, as the beginning of a sentence: `engine: deepspeed-zero2`.
+    `why` is what needs it, as the beginning of a sentence: `engine: deepspeed-zero2`.
     """
     from importlib import metadata  # not every start needs it
 

@@ -1,8 +1,4 @@
-"""What a reader of an evaluation must not overlook: measures that fell, answers that were cut.
-
-Plain values in, sentences out: the evaluation says them when it ends, and the report reads them
-again from the run's files.
-"""
+"""Warn of what an evaluation shows: measures that fell, answers that were cut."""
 
 from __future__ import annotations
 
@@ -19,10 +15,10 @@ _HELP = (
     " Prefer answers that the model can give, lower the learning rate, take fewer steps or raise "
     "beta."
 )
-# Fine-tuning learns the style of its data; when rejected answers are the SFT model's own, it
-# must find them likely. To change that is what the preferences are for.
+# Fine-tuning learns the style of its data, so the SFT model finds its own rejected answers likely.
+# The preferences are there to change that.
 _EXPECTED = ("preference_accuracy", "sft")
-# Measures that should not fall, their names for people, and what they are counted on.
+# Measures that should not fall, their names for people, and what they count.
 _WATCHED = (
     ("answer_accuracy", "answer accuracy", "questions"),
     ("preference_accuracy", "preference accuracy", "pairs"),
@@ -32,7 +28,7 @@ _WATCHED = (
 
 @dataclass(frozen=True)
 class ReportWarning:
-    """One warning or note: a short name, and what was seen."""
+    """One warning or note: a short name, and what it is about."""
 
     level: Literal["warning", "note"]
     name: str
@@ -40,16 +36,15 @@ class ReportWarning:
 
     @property
     def line(self) -> str:
-        """Both on one line."""
+        """Name and text in one line."""
         return f"{self.name}: {self.text}"
 
 
 def evaluation_warnings(evaluation: Mapping[str, Any]) -> list[ReportWarning]:
-    """What an evaluation.json shows: measures that fell, right answers that were cut.
+    """Return warnings about an evaluation.json: its own, measures that fell, answers that were cut.
 
     A fall counts when it exceeds two standard errors, of the differences item by item where they
-    are known: chance alone does that once in 44 times. Warnings that the file itself has come
-    first.
+    are known: chance alone does that once in 44 times.
     """
     models = mapping(evaluation.get("models"))
     counts = mapping(evaluation.get("counts"))
@@ -82,24 +77,24 @@ def evaluation_warnings(evaluation: Mapping[str, Any]) -> list[ReportWarning]:
 
 
 def model_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The evaluated models, base first, then SFT, DPO and whatever else was measured."""
+    """Return the evaluated models: base, SFT, DPO, then any others."""
     models = mapping(evaluation.get("models"))
     known = [name for name in MODEL_LABELS if name in models]
     return known + [str(name) for name in models if name not in MODEL_LABELS]
 
 
 def sampling_error(share: float, n: float) -> float:
-    """Standard error of a share measured on `n` independent examples: sqrt(p (1 - p) / n)."""
+    """Return the standard error of a share of `n` independent examples: sqrt(p (1 - p) / n)."""
     return math.sqrt(max(share * (1 - share), 0.0) / n) if n > 0 else math.nan
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """The value if it is a JSON object, an empty one otherwise."""
+    """Return the value if it is a JSON object, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _paired_error(values: Mapping[str, Any], key: str) -> float | None:
-    """The standard error of the difference from the model before, item by item."""
+    """Return the standard error of the difference from the model before, item by item."""
     gap = mapping(mapping(values.get("differences")).get(key)).get("previous")
     error = gap[1] if isinstance(gap, list) and len(gap) == 2 else None
     return error if is_number(error) else None
@@ -116,7 +111,7 @@ def _loss(title: str, text: str, which: tuple[str, str]) -> ReportWarning:
 
 
 def _cut(name: str, values: Mapping[str, Any], questions: object) -> list[ReportWarning]:
-    """Answers that have the right text, did not end, and therefore do not count as right."""
+    """Warn of answers that have the right text, but count as wrong because they did not end."""
     share = values.get("right_cut")
     if not is_number(share) or not is_number(questions) or share <= 0:
         return []

@@ -1,4 +1,4 @@
-"""Numbers as people read them: percentages, counts, durations, sizes; and a collapse in words."""
+"""Numbers as people read them: percentages, counts, durations, sizes; a collapse as a sentence."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ MISSING = "–"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share between 0 and 1 as a percentage."""
+    """Write a share between 0 and 1 as a percentage."""
     return MISSING if not is_number(value) else f"{100 * float(value):.{digits}f} %"
 
 
 def number(value: float | None, significant: int = 4) -> str:
-    """A plain number in few digits: `0.6931`, `12.35`, `1.0e-04`, `–` when there is none."""
+    """Write a plain number in few digits: `0.6931`, `12.35`, `1.0e-04`, `–` when there is none."""
     if not is_number(value):
         return MISSING
     x = float(value)
     if isinstance(value, int) or x == 0:
         return f"{x:g}"
-    if x != 0 and (abs(x) < 1e-3 or abs(x) >= 1e6):
+    if abs(x) < 1e-3 or abs(x) >= 1e6:
         mantissa, exponent = f"{x:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     whole = len(str(int(abs(x))))
     places = max(0, significant - whole)
-    if abs(x) < 0.01:  # two digits that say something: 0.0015, and not 0.002
+    if abs(x) < 0.01:  # two significant digits: 0.0015, and not 0.002
         places = max(places, 1 - math.floor(math.log10(abs(x))))
     return f"{x:.{places}f}"
 
 
 def count(value: float | None) -> str:
-    """A whole number with thin thousands separators."""
+    """Write a whole number with thin thousands separators."""
     return MISSING if not is_number(value) else f"{round(float(value)):,}".replace(",", "\u202f")
 
 
 def short_count(value: float | None) -> str:
-    """A count in at most four characters and a unit: `950`, `12.9k`, `1.25M`."""
+    """Write a count in at most four characters and a unit: `950`, `12.9k`, `1.25M`."""
     if not is_number(value):
         return MISSING
     x = float(value)
@@ -48,7 +48,7 @@ def short_count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as `850 ms`, `12.4 s`, `3 min 05 s`, `2 h 10 min` or `3 d 04 h`."""
+    """Write seconds as `850 ms`, `12.4 s`, `3 min 05 s`, `2 h 10 min` or `3 d 04 h`."""
     if not is_number(seconds):
         return MISSING
     s = float(seconds or 0)
@@ -67,7 +67,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes as MiB or GiB."""
+    """Write bytes as MiB or GiB."""
     if not is_number(value):
         return MISSING
     mebibytes = float(value) / 2**20
@@ -75,7 +75,7 @@ def size(value: float | None) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value read from a file is a finite number."""
+    """Return whether a value read from a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -84,15 +84,13 @@ _FALL_NATS, _FALL_SHARE = 2.0, 0.25
 
 
 def chosen_collapse(metrics: Sequence[Mapping[str, Any]], beta: object) -> str | None:
-    """Whether DPO unlearnt the chosen answers while the margin grew (trl#800), in a sentence.
+    """Return a sentence if DPO unlearnt the chosen answers while the margin grew (trl#800).
 
-    It looks at the last quarter of the logged steps, and at what the same pairs' log-probs are
-    under the reference: log-probs of different steps belong to different pairs. Some fall is usual
-    in DPO. A collapse is a fall of more than a quarter of the reference's log-prob, so that every
-    token is that much more of a surprise (a perplexity of 5 becomes 7.5): a count of nats would
-    call it a collapse in each long answer, and in no short one. And it is one of more than 2 nats
-    (an answer less than a seventh as probable): of a short answer that is nearly certain, less is
-    nothing. The console, the summary and the page take it from here.
+    In the last quarter of the logged steps, the log-probs are compared with the same pairs' under
+    the reference, because different steps have different pairs. Some fall is usual in DPO. In a
+    collapse, log-probs fall by more than a quarter (a perplexity of 5 becomes 7.5; a limit in nats
+    alone would catch every long answer and no short one), and by more than 2 nats (an answer less
+    than a seventh as probable; for a short, nearly certain answer a smaller fall means nothing).
 
     Args:
         metrics: lines of metrics.jsonl.

@@ -108,7 +108,7 @@ def test_rows_are_found_in_their_file(tmp_path: Path) -> None:
         assert isinstance(record, Conversation)
         assert record.turns[0].content == conversation(seed)["messages"][0]["content"]
     for file, row, said in (
-        (None, 1, "--row needs --file, for there are 2"),
+        (None, 1, "--row needs --file, because there are 2"),
         ("c.jsonl", 1, "none of the files is called that"),
         ("jsonl", 1, "none of the files is called that"),
         ("a.jsonl", 601, "has no row 601; its last one is 600"),

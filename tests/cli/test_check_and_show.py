@@ -213,9 +213,9 @@ def test_a_missing_file_is_exit_2_and_json_all_the_same(
         ("none.jsonl", None, "there is no file or folder"),
         ("empty.jsonl", b"", "is empty."),
         ("blank.jsonl", b"\n \n", "is empty."),
-        ("some.parquet", b"\x00\xff\x12" * 99, "is no sound Parquet file"),
+        ("some.parquet", b"\x00\xff\x12" * 99, "is a damaged Parquet file"),
         ("some.csv", b"\x00\xff\r\x12" * 99, "carriage returns alone. Save it with line feeds"),
-        ("some.bin", b"\x00\xff\x12" * 99, "is no kind of file that can be read here"),
+        ("some.bin", b"\x00\xff\x12" * 99, "is not of a kind that can be read"),
     ],
 )
 def test_of_what_cannot_be_read_the_reason_alone_is_said(

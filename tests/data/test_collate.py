@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tandem.data.batching.collate import Segment, collate, fed_tokens, record_key
+from tandem.data.batching.collate import Segment, collate, record_key
 from tandem.data.encoded.example import Branch, Example
 from tandem.data.records import Origin
 
@@ -41,7 +41,7 @@ def test_a_pair() -> None:
     assert batch.read_rows.tolist() == [2, 3, 4]
     assert batch.target_sequence.tolist() == [0, 0, 0, 1, 1]
     assert batch.sequence_tokens == (3, 2)
-    assert batch.tokens == fed_tokens(PAIR) == 5
+    assert batch.tokens == PAIR.fed == 5
 
 
 def test_a_second_branch_starts_after_its_prefix() -> None:
@@ -57,7 +57,7 @@ def test_a_second_branch_starts_after_its_prefix() -> None:
 
 
 def test_nothing_after_the_last_target_is_fed() -> None:
-    assert fed_tokens(TALK) == 5
+    assert TALK.fed == 5
 
 
 def test_without_sharing_repeats_the_prefix() -> None:

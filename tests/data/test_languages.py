@@ -47,7 +47,7 @@ def test_languages(text: str, language: str | None) -> None:
 def test_the_languages_of_recipes_are_those_that_can_be_told() -> None:
     from typing import get_args
 
-    from tandem.recipe.pairs_settings import Language
+    from tandem.recipe.choices import Language
 
     assert set(get_args(Language)) == set(LANGUAGES)
 

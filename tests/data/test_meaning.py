@@ -162,7 +162,7 @@ TALK = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "co
             {"completions": "best_vs_worst"},
             "chooses between scored answers",
         ),
-        (PAIR, {"format": "orca_dpo_pairs"}, "is said to be orca_dpo_pairs"),
+        (PAIR, {"format": "orca_dpo_pairs"}, "states orca_dpo_pairs"),
         (PAIR, {"format": "orca_dpo_pear"}, "Did you mean 'orca_dpo_pairs'"),
         (TALK, {"format": "messages"}, "holds conversations"),
     ],

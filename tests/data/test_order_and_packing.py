@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.batching.collate import fed_tokens, record_key
+from tandem.data.batching.collate import record_key
 from tandem.data.batching.packing import assign_to_ranks, example_cost, pack, plan_step
 from tandem.data.batching.sampler import StepSampler, WeightedSource
 from tandem.data.encoded.example import Branch, Example
@@ -155,7 +155,7 @@ def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
 ) -> None:
     trees, budget = real[name], 2048
     for step in StepSampler(len(trees), 64, seed=1).steps(0, len(trees) // 64):
-        tokens = [fed_tokens(trees[i]) for i in step.examples]
+        tokens = [trees[i].fed for i in step.examples]
         costs = [example_cost(trees[i], 4e-5) for i in step.examples]
         plan = plan_step(tokens, costs, budget, ranks)
         loads = [sum(costs[i] for members in own for i in members) for own in plan.ranks]

@@ -241,17 +241,17 @@ def test_options_that_cannot_apply_are_errors(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(UserError, match=r"a\.parquet is no sound Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is a damaged Parquet file"):
         read(tmp_path / "a.parquet")
     (tmp_path / "a.docx").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.docx is no kind of file"):
+    with pytest.raises(UserError, match=r"a\.docx is not of a kind"):
         read(tmp_path / "a.docx")
     for arrow in (b"", b"ARROW1 and no more", b"no stream of Arrow's"):
         (tmp_path / "a.arrow").write_bytes(arrow)
-        with pytest.raises(UserError, match=r"a\.arrow is no sound Arrow file"):
+        with pytest.raises(UserError, match=r"a\.arrow is a damaged Arrow file"):
             read(tmp_path / "a.arrow")
     (tmp_path / "a.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.gz is no kind of file"):
+    with pytest.raises(UserError, match=r"a\.gz is not of a kind"):
         read(tmp_path / "a.gz")
 
 

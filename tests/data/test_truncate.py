@@ -19,7 +19,7 @@ from tandem.data.tokenize.encode import (
     pair_exchanges,
 )
 from tandem.data.tokenize.template_capabilities import Refused
-from tandem.data.truncation import conversation
+from tandem.data.truncation import prompt
 from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
 from tandem.data.truncation.limits import Fitted, Limits, TooLong
 from tandem.data.truncation.pair import fit_pair
@@ -137,7 +137,7 @@ def test_keep_start_counts_no_prompt_without_a_limit_of_its_own(
         counted.append(arguments)
         return 0
 
-    monkeypatch.setattr(conversation, "prompt_tokens", count)
+    monkeypatch.setattr(prompt, "prompt_tokens", count)
     fitted = fit(chat[0], record, Limits(length, None, "keep_start"))
     assert (fitted.reason, counted) == ("answer cut", [])
     fit(chat[0], record, Limits(length, length, "keep_start"))

@@ -115,9 +115,9 @@ CUT_GZIP = gzip.compress(b'{"conversations": []}\n' * 9, mtime=0)[:-9]
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.parquet", b"PAR1 and no more", "a.parquet is no sound Parquet file"),
-        ("a.docx", b"a,b\n", "a.docx is no kind of file that can be read here"),
-        ("a.arrow", b"ARROW1 and no more", "a.arrow is no sound Arrow file"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet is a damaged Parquet file"),
+        ("a.docx", b"a,b\n", "a.docx is not of a kind that can be read"),
+        ("a.arrow", b"ARROW1 and no more", "a.arrow is a damaged Arrow file"),
         ("a.csv", b"a,a\n1,2\n", "the header of"),
         ("a.json", b'[{"conversations": []}, {', "a.json, row 2"),
         ("a.jsonl.gz", CUT_GZIP, "the gzip data is cut"),

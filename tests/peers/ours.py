@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data.batching.collate import collate, fed_tokens
+from tandem.data.batching.collate import collate
 from tandem.data.batching.packing import pack
 from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
@@ -63,7 +63,7 @@ def engine_of(model: Any) -> Engine:
 
 def micro_batches(trees: Sequence[Example]) -> list[tuple[int, ...]]:
     """The step's plan; more than one micro-batch, or a test of accumulation tests nothing."""
-    plan = pack([fed_tokens(tree) for tree in trees], BUDGET)
+    plan = pack([tree.fed for tree in trees], BUDGET)
     assert len(plan) > 1
     assert max(len(members) for members in plan) > 1
     return plan

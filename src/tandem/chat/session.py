@@ -16,13 +16,8 @@ from rich.text import Text
 
 from tandem.chat.stream_answer import StreamedAnswer, model_stop_ids, stream_answer
 from tandem.data.records import Turn
-from tandem.data.tokenize.chat_template import (
-    ChatTemplate,
-    prompt_ids,
-    resolve_template,
-    stop_ids,
-    template_names,
-)
+from tandem.data.tokenize import chat_template
+from tandem.data.tokenize.chat_template import ChatTemplate, prompt_ids
 from tandem.data.tokenize.template_omissions import Omissions, omissions_of
 from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
@@ -44,7 +39,7 @@ _COLUMN_WIDTH = 38  # narrower columns are harder to read than one answer after 
 
 @dataclass
 class _Speaker:
-    """A model in the conversation, with the turns that it has seen."""
+    """A model in the conversation, with its history."""
 
     label: str
     model: Any
@@ -59,7 +54,7 @@ class _Speaker:
 
 @dataclass
 class _Chat:
-    """What the commands change: the system prompt and the speakers' histories."""
+    """The state of a chat: the speakers with their histories, the system prompt, the options."""
 
     speakers: list[_Speaker]
     system: str | None
@@ -71,13 +66,13 @@ class _Chat:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How a chat is held.
+    """Options of a chat.
 
     Attributes:
         sampling: how answers are drawn; its seed is not read.
         system: the system prompt.
         chat_template: a template's name or file; None: the one saved with each model.
-        seed: of the first answer, each later one's is one more; None: other answers each time.
+        seed: of the first answer, plus one for each later answer; None: random.
         device: where the models answer.
     """
 
@@ -96,10 +91,8 @@ def run_chat(
 ) -> None:
     """Read messages with `read`, stream each model's answer, until /quit or the end of input.
 
-    `models` are model or adapter folders or Hub ids; each keeps its own history.
-
-    Raises UserError for a model that cannot be loaded, has no chat template, or has one that does
-    not render a system prompt that is given.
+    `models` are model or adapter folders or Hub ids; each has its own history. Raises UserError for
+    a model that cannot be loaded, has no chat template, or one that ignores the system prompt.
     """
     _check(models, options.sampling)
     try:
@@ -113,10 +106,12 @@ def run_chat(
         if folder != path:
             console.print(Text(f"{path} is a run; talking to its {folder}", "dim"))
         if Path(folder).is_dir():
-            # No result depends on a chat, and it need not wait until large weights are hashed.
-            check_made(
-                Path(folder), lambda text: console.print(Text(text, "yellow")), weights=False
-            )
+
+            def warn(text: str) -> None:
+                console.print(Text(text, "yellow"))
+
+            # Without hashing large weights, because no result depends on a chat.
+            check_made(Path(folder), warn, weights=False)
         with console.status(Text(f"loading {label}")):
             speakers.append(_load(folder, label, options))
         for notice in speakers[-1].template.notices:
@@ -162,15 +157,15 @@ def _loop(chat: _Chat, read: Callable[[str], str]) -> None:
 
 
 def _whole_text(line: str) -> str:
-    """A line as text; bytes that the input's encoding does not know are read as UTF-8.
+    """Return a line as text; bytes that the input's encoding lacks are read as UTF-8.
 
-    Raises UnicodeError for those that are no UTF-8 either, and for halves of characters.
+    Raises UnicodeError for bytes that are no UTF-8 either, and for lone surrogates.
     """
     return line.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def _not_text(error: UnicodeError) -> str:
-    """What makes a line no text, and where in it."""
+    """Describe the byte or half character that makes a line no text."""
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
         return f"its byte {error.start + 1} (0x{byte:02x}) is not UTF-8; write it in UTF-8"
@@ -178,7 +173,7 @@ def _not_text(error: UnicodeError) -> str:
 
 
 def _command(chat: _Chat, line: str) -> bool:
-    """Carry out a slash command; False when the chat is over."""
+    """Carry out a slash command; return False when the chat is over."""
     name, _, rest = line.partition(" ")
     if name in ("/quit", "/exit"):
         return False
@@ -202,7 +197,7 @@ def _command(chat: _Chat, line: str) -> bool:
 
 
 def _system_refused(speakers: Sequence[_Speaker], system: str) -> str:
-    """Why a model would not get a system prompt, as a sentence; empty when all of them would."""
+    """Return a sentence on a model that would not get a system prompt; empty if all would."""
     turns = (Turn("system", system), Turn("user", "Hello."))
     for speaker in speakers:
         try:
@@ -215,7 +210,7 @@ def _system_refused(speakers: Sequence[_Speaker], system: str) -> str:
 
 
 def _ask(chat: _Chat, message: str) -> None:
-    """Put a message to every speaker."""
+    """Send a message to every speaker."""
     chat.asked += 1
     many = len(chat.speakers) > 1
     room = chat.console.width // len(chat.speakers)
@@ -231,21 +226,20 @@ def _ask(chat: _Chat, message: str) -> None:
 
         remarks = _answer(chat, speaker, message, show)
         chat.console.print()
-        for remark in remarks:
-            chat.console.print(Text(remark, "yellow"))
+        _print_remarks(chat, remarks)
 
 
 def _ask_in_columns(chat: _Chat, message: str) -> None:
-    """Answers grow side by side, and stay there when all are finished."""
+    """Show growing answers side by side, and keep the table at the end."""
     texts = ["" for _ in chat.speakers]
     remarks: list[str] = []
 
     def table() -> Table:
-        found = Table(box=box.ROUNDED, expand=True, header_style="bold cyan")
+        columns = Table(box=box.ROUNDED, expand=True, header_style="bold cyan")
         for speaker in chat.speakers:
-            found.add_column(Text(speaker.label), ratio=1, overflow="fold")
-        found.add_row(*(Text(text) for text in texts))
-        return found
+            columns.add_column(Text(speaker.label), ratio=1, overflow="fold")
+        columns.add_row(*(Text(text) for text in texts))
+        return columns
 
     with Live(get_renderable=table, console=chat.console, transient=True, refresh_per_second=10):
         for i, speaker in enumerate(chat.speakers):
@@ -255,12 +249,16 @@ def _ask_in_columns(chat: _Chat, message: str) -> None:
 
             remarks += [f"{speaker.label}: {r}" for r in _answer(chat, speaker, message, show)]
     chat.console.print(table())
+    _print_remarks(chat, remarks)
+
+
+def _print_remarks(chat: _Chat, remarks: Sequence[str]) -> None:
     for remark in remarks:
         chat.console.print(Text(remark, "yellow"))
 
 
 def _answer(chat: _Chat, speaker: _Speaker, message: str, show: Callable[[str], None]) -> list[str]:
-    """One speaker's answer, added to its history; returns what the user should know about it."""
+    """Stream one speaker's answer, add it to its history, and return remarks for the user."""
     turns = [*speaker.turns, Turn("user", message)]
     try:
         prompt, kept, dropped = _fit(chat, speaker, turns)
@@ -287,7 +285,7 @@ def _answer(chat: _Chat, speaker: _Speaker, message: str, show: Callable[[str], 
         seed=None if chat.seed is None else chat.seed + chat.asked - 1,
         on_text=show,
     )
-    # A message that was interrupted before any answer is as good as not sent.
+    # A message that was interrupted before any answer counts as not sent.
     speaker.turns = [*kept, Turn("assistant", answer.text)] if answer.tokens else kept[:-1]
     return remarks + _ending(answer, full_context=left < chat.sampling.max_new_tokens)
 
@@ -302,7 +300,7 @@ def _ending(answer: StreamedAnswer, *, full_context: bool) -> list[str]:
 
 
 def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], list[Turn], int]:
-    """Prompt ids that leave room for an answer, the turns kept, how many old ones were dropped.
+    """Return prompt ids that leave room for an answer, the kept turns, and how many were dropped.
 
     Raises UserError when the last message alone is too long.
     """
@@ -313,8 +311,8 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
         require_rows(ids, speaker.rows, speaker.tokenizer.decode)
         if speaker.context is None:
             return ids, kept, 0
-        # A quarter of the context at most is held free: a huge max_new_tokens must not push out
-        # the whole conversation.
+        # At most a quarter of the context stays free, so that a huge max_new_tokens does not push
+        # out the whole conversation.
         room = min(chat.sampling.max_new_tokens, max(1, speaker.context // 4))
         if len(ids) + room <= speaker.context:
             return ids, kept, len(turns) - len(kept)
@@ -324,24 +322,24 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
                 f"{room} for an answer that is more than the context of {speaker.context} tokens. "
                 "Shorten it."
             )
-        del kept[:2]  # a question goes with its answer
+        del kept[:2]  # a question and its answer
 
 
 def _load(path: str, label: str, options: ChatOptions) -> _Speaker:
-    # Imported here so that a test, or another front end, can put its own loader in place.
+    # Imported here so that a test, or another front end, can replace it.
     from tandem.model.load_model import load_for_inference
 
     model, tokenizer = load_for_inference(path, options.device)
     if options.chat_template is None and not tokenizer.chat_template:
         raise UserError(
-            f"{path} has no chat template, so nobody knows how to put a question to it. Name one: "
-            f"--chat_template {'|'.join(template_names())}, or a .jinja file."
+            f"{path} has no chat template, so it cannot be asked a question. Name one: "
+            f"--chat_template {'|'.join(chat_template.template_names())}, or a .jinja file."
         )
-    template = resolve_template(tokenizer, options.chat_template)
-    stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
+    template = chat_template.resolve_template(tokenizer, options.chat_template)
+    ends = [*chat_template.stop_ids(tokenizer, template), *model_stop_ids(model)]
     omissions, context = omissions_of(tokenizer, template), context_length(model.config)
-    rows = rows_of(model)
-    return _Speaker(label, model, tokenizer, template, stop, context, rows, omissions)
+    stop = list(dict.fromkeys(ends))
+    return _Speaker(label, model, tokenizer, template, stop, context, rows_of(model), omissions)
 
 
 def _check(models: Sequence[str], sampling: Sampling) -> None:
@@ -356,5 +354,5 @@ def _check(models: Sequence[str], sampling: Sampling) -> None:
 
 
 def _visible(text: str) -> str:
-    """Without control characters: what a model says must not steer the terminal."""
+    """Remove control characters, which would steer the terminal."""
     return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))

@@ -1,4 +1,4 @@
-"""One answer, streamed: tokens from transformers' generate, text to a callback as it grows."""
+"""Stream one answer: tokens from transformers' generate, growing text to a callback."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from tandem.model.generate import Sampling
 
+Ended = Literal["stop", "length", "interrupted"]
+
 
 @dataclass(frozen=True, slots=True)
 class StreamedAnswer:
@@ -19,7 +21,7 @@ class StreamedAnswer:
 
     text: str
     tokens: int
-    ended: Literal["stop", "length", "interrupted"]
+    ended: Ended
 
 
 def stream_answer(
@@ -34,8 +36,8 @@ def stream_answer(
 ) -> StreamedAnswer:
     """Generate after `prompt` (token ids) until a `stop` id or `max_new_tokens`.
 
-    `on_text` gets each new piece of text. Ctrl-C ends the answer early and keeps what there is.
-    With a `seed` the same prompt gives the same answer on the same device.
+    `on_text` gets each new piece of text. Ctrl-C ends the answer and keeps its text so far. With a
+    `seed` the same prompt gives the same answer on the same device.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -53,13 +55,12 @@ def stream_answer(
     except KeyboardInterrupt:
         interrupted = True
     text.flush()
-    if interrupted:
-        return StreamedAnswer(text.text, text.tokens, "interrupted")
-    return StreamedAnswer(text.text, text.tokens, "stop" if text.stopped else "length")
+    ended: Ended = "stop" if text.stopped else "length"
+    return StreamedAnswer(text.text, text.tokens, "interrupted" if interrupted else ended)
 
 
 def model_stop_ids(model: Any) -> list[int]:
-    """The ids at which the model's own generation config ends an answer."""
+    """Return the ids at which the model's own generation config ends an answer."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         return []
@@ -67,7 +68,7 @@ def model_stop_ids(model: Any) -> list[int]:
 
 
 class _TextStream(BaseStreamer):
-    """Turns the tokens that generate hands over, one by one, into pieces of text."""
+    """Turns the tokens of generate, one by one, into pieces of text."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[int], on_text: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
@@ -126,7 +127,7 @@ def _config(model: Any, stop: Sequence[int], sampling: Sampling) -> GenerationCo
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not greedy,
-        # What is left out here would come from the model's own config and could change the draw.
+        # Stated, because the model's own config would replace missing values and change the draw.
         temperature=1.0 if greedy else sampling.temperature,
         top_p=1.0 if greedy else sampling.top_p,
         top_k=0 if not greedy else 50,

@@ -1,1 +1,1 @@
-"""What is in a data set, and what in it would spoil a training."""
+"""Inspect a data set: what is in it, and what in it would harm training."""

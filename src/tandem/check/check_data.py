@@ -1,4 +1,4 @@
-"""`tandem check` as a whole: every data set that was asked for is surveyed, and the result told."""
+"""`tandem check` as a whole: survey every data set, and print the results."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tandem.runtime.console import notice_console, phase, result_console
 
 @dataclass(frozen=True)
 class CheckJob:
-    """What `tandem check` is asked to look at.
+    """What `tandem check` inspects.
 
     Attributes:
         targets: the data of each stage.
         chat, recipe: None where none is named.
         against: names of sets with which nothing should be shared.
-        limit: rows of each target to look at, None for all.
+        limit: rows of each target to read, None for all.
         shown: rows shown of each finding.
-        notices: what a user should hear first.
+        notices: what to print first.
     """
 
     targets: Sequence[CheckTarget]
@@ -42,9 +42,9 @@ class CheckJob:
 
 
 def check_data(job: CheckJob, folder: Path, *, as_one_object: bool) -> None:
-    """Survey the data and print pages, or one JSON object.
+    """Survey the data and print pages, or one JSON object; raise UserError if it would not train.
 
-    `folder` is for the embedded demo's data. Raises UserError for data that would not train.
+    `folder` is for the embedded demo's data.
     """
     surveys = [_survey(job, target, folder) for target in with_validation(job.targets)]
     notices = [*(job.chat.notices if job.chat else ()), *job.notices]
@@ -84,7 +84,7 @@ def _print_json(job: CheckJob, surveys: Sequence[Survey], notices: Sequence[str]
         "trains": all(one.problem is None for one in surveys),
         "data": [as_json(one) for one in surveys],
     }
-    # In ASCII: keys and file names may hold what is no UTF-8.
+    # In ASCII: keys and file names may have bytes that are no UTF-8.
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
@@ -92,7 +92,7 @@ def _print_pages(chat: StageChat | None, surveys: Sequence[Survey], notices: Seq
     for notice in notices:
         notice_console().print(notice, markup=False, soft_wrap=True)
     tokenizer = f"{chat.model}, template {chat.template}" if chat else None
-    # Of data of which nothing could be read, only the problem is reported.
+    # Where nothing could be read, only the problem is reported.
     pages = [one for one in surveys if one.counts["read"] or one.problem is None]
     for number, one in enumerate(pages):
         if number:
@@ -101,7 +101,7 @@ def _print_pages(chat: StageChat | None, surveys: Sequence[Survey], notices: Seq
 
 
 def _require_trainable(surveys: Sequence[Survey], *, whole: bool) -> None:
-    """Raise UserError for data that would not train: in its own words unless a page has them."""
+    """Raise UserError for data that would not train; it names the problem unless a page does."""
     problems = [
         one.problem
         if whole or not one.counts["read"]

@@ -13,94 +13,85 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.check.findings import Finding, visible
-from tandem.check.survey_result import Histogram, LengthQuantiles, Survey
+from tandem.check.survey_result import Histogram, Survey
 from tandem.data.sources.rows import origin_names
 from tandem.errors import UserError
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-# Cells of the longest bar.
-_BAR = 40
-# Keys in the list of those that are not read.
-_KEYS = 20
+_BAR = 40  # cells of the longest bar
+_KEYS = 20  # keys in the list of those that are not read
 
 
-def as_json(found: Survey) -> dict[str, Any]:
-    """A survey as plain values; keys are only ever added."""
-    target, limits = found.target, found.target.options.limits
+def as_json(survey: Survey) -> dict[str, Any]:
+    """Return a survey as plain values; keys are only ever added."""
+    target, limits = survey.target, survey.target.options.limits
     return {
         "stage": target.stage,
         "held_out": target.held_out,
         "kind": target.options.kind,
         "sources": [
-            {"path": source.path, "format": found.formats.get(source.path),
-             "looked_at": number < found.looked_at}
+            {"path": source.path, "format": survey.formats.get(source.path),
+             "looked_at": number < survey.looked_at}
             for number, source in enumerate(target.sources)
         ],
-        "unread_keys": list(found.unread),
-        "unread_keys_cut": found.unread_cut,
-        "limit": found.limit,
-        "records": found.counts,
-        "reasons": found.reasons,
-        "turns": {str(turns): count for turns, count in sorted(found.roles.turns.items())},
+        "unread_keys": list(survey.unread),
+        "unread_keys_cut": survey.unread_cut,
+        "limit": survey.limit,
+        "records": survey.counts,
+        "reasons": survey.reasons,
+        "turns": {str(turns): count for turns, count in sorted(survey.roles.turns.items())},
         "roles": {
             role: {"texts": languages.total(), "languages": dict(languages.most_common())}
-            for role, languages in found.roles.languages.items()
+            for role, languages in survey.roles.languages.items()
         },
         "lengths": {
-            "unit": found.unit,
+            "unit": survey.unit,
             "max_length": limits.sequence if target.limited else None,
             "max_prompt_length": limits.prompt if target.limited else None,
-            "parts": {name: asdict(measure) for name, measure in found.measures.items()},
-            "histogram": _plain(found.histogram),
+            "parts": {name: asdict(measure) for name, measure in survey.measures.items()},
+            "histogram": {
+                key: list(values) for key, values in asdict(survey.histogram).items()
+            } if survey.histogram else None,
         },
         "compared_with": [
             {"name": other.name, "rows": other.rows, "unreadable": other.unreadable,
              "one_run_of": other.sampled}
-            for other in found.others
+            for other in survey.others
         ],
-        "findings": [finding.as_json() for finding in found.findings],
-        "trains": found.problem is None,
-        "problem": found.problem,
+        "findings": [finding.as_json() for finding in survey.findings],
+        "trains": survey.problem is None,
+        "problem": survey.problem,
     }  # fmt: skip
 
 
-def _plain(histogram: Histogram | None) -> dict[str, list[int]] | None:
-    if histogram is None:
-        return None
-    return {"edges": list(histogram.edges), "counts": list(histogram.counts)}
-
-
-def print_survey(console: Console, found: Survey, tokenizer: str | None) -> None:
-    """Print a survey as a page; `tokenizer` is what lengths were measured with, None without."""
-    for line in _lines(console, found, tokenizer):
+def print_survey(console: Console, survey: Survey, tokenizer: str | None) -> None:
+    """Print a survey as a page; `tokenizer` names what measured lengths, if not characters."""
+    for line in _lines(console, survey, tokenizer):
         console.print(_visible(console, line), soft_wrap=True)
 
 
 def _visible(console: Console, line: Text) -> Text:
-    """A line without what would steer a terminal or cannot be encoded: keys and names hold it."""
+    """Return a line without control characters and lone surrogates; names may have them."""
     if line.plain.isprintable():
         return line
-    return Text.assemble(
-        *(
-            ("\n".join(map(visible, part.text.split("\n"))), part.style or "")
-            for part in line.render(console)
-        )
-    )
+    parts = line.render(console)
+    texts = (("\n".join(map(visible, one.text.split("\n"))), one.style or "") for one in parts)
+    return Text.assemble(*texts)
 
 
-def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
-    target = found.target
+def _lines(console: Console, survey: Survey, tokenizer: str | None) -> Iterator[Text]:
+    target = survey.target
     for number, source in enumerate(target.sources):
-        known = found.formats.get(source.path)
+        known = survey.formats.get(source.path)
         what = f"{known}, {target.options.kind}" if known else "no format was recognised"
-        if number >= found.looked_at:
+        if number >= survey.looked_at:
             what = "not looked at"
         yield Text.assemble((source.path, "bold"), f": {what}")
-    if found.unread:
-        yield Text(f"keys that are not read: {_keys(found)}")
-    if found.limit is not None:
-        yield Text(f"only the first {found.limit} rows were looked at (--limit)", "yellow")
-    counts = found.counts
+    if survey.unread:
+        yield Text(f"keys that are not read: {_keys(survey)}")
+    if survey.limit is not None:
+        yield Text(f"only the first {survey.limit} rows were looked at (--limit)", "yellow")
+    counts = survey.counts
     as_stage = f" as {target.stage} would" if target.stage else ""
     as_stage += " to hold them out" if target.held_out else ""
     use = "to score" if target.held_out else "to train on"
@@ -109,21 +100,21 @@ def _lines(console: Console, found: Survey, tokenizer: str | None) -> Iterator[T
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
     )
     yield Text()
-    yield from _turns(found)
-    yield from _lengths(console, found, tokenizer)
-    yield from _findings(found)
-    yield from _verdict(found)
+    yield from _turns(survey)
+    yield from _lengths(console, survey, tokenizer)
+    yield from _findings(survey)
+    yield from _verdict(survey)
 
 
-def _keys(found: Survey) -> str:
-    named, left = ", ".join(found.unread[:_KEYS]), len(found.unread) - _KEYS
-    if found.unread_cut:
-        return f"{named}, and more than {left} more (--json lists {len(found.unread)})"
+def _keys(survey: Survey) -> str:
+    named, left = ", ".join(survey.unread[:_KEYS]), len(survey.unread) - _KEYS
+    if survey.unread_cut:
+        return f"{named}, and more than {left} more (--json lists {len(survey.unread)})"
     return f"{named}, and {left} more (--json lists them)" if left > 0 else named
 
 
-def _turns(found: Survey) -> Iterator[Text]:
-    turns = found.roles.turns
+def _turns(survey: Survey) -> Iterator[Text]:
+    turns = survey.roles.turns
     if not turns:
         return
     listing = ", ".join(
@@ -131,24 +122,23 @@ def _turns(found: Survey) -> Iterator[Text]:
     )
     more = f", up to {max(turns)}" if len(turns) > 4 else ""
     yield Text.assemble(("turns a record  ", "bold"), listing, more)
-    rows = [("role", "texts", "languages (a guess)")]
-    for role, languages in found.roles.languages.items():
-        rows.append((role, f"{languages.total():,}", _languages(languages)))
-    yield from _table(rows, right=(1,))
+    languages = survey.roles.languages.items()
+    rows = [(role, f"{some.total():,}", _languages(some)) for role, some in languages]
+    yield from _table([("role", "texts", "languages (a guess)"), *rows], right=(1,))
     yield Text()
 
 
-def _languages(found: Counter[str]) -> str:
-    most = found.most_common(6)
-    text = ", ".join(f"{name} {_share(count, found.total())}" for name, count in most)
-    left = len(found) - len(most)
+def _languages(counts: Counter[str]) -> str:
+    most = counts.most_common(6)
+    text = ", ".join(f"{name} {_share(count, counts.total())}" for name, count in most)
+    left = len(counts) - len(most)
     return text + (f" and {left} more" if left else "")
 
 
-def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator[Text]:
-    if found.histogram is None:
+def _lengths(console: Console, survey: Survey, tokenizer: str | None) -> Iterator[Text]:
+    if survey.histogram is None:
         return
-    target = found.target
+    target = survey.target
     how = (
         f"tokens of {tokenizer}, before anything is cut"
         if tokenizer
@@ -156,32 +146,28 @@ def _lengths(console: Console, found: Survey, tokenizer: str | None) -> Iterator
     )
     yield Text.assemble(("lengths", "bold"), f" in {how}")
     names = ("mean", "least", "median", "p95", "p99", "most", "total")
-    rows: list[Sequence[str]] = [("", *names)]
-    for name, measure in found.measures.items():
-        rows.append((name, *_cells(measure, names)))
-    yield from _table(rows, right=tuple(range(1, len(names) + 1)))
+    rows = [
+        (name, *(f"{getattr(measure, column):,.0f}" for column in names))
+        for name, measure in survey.measures.items()
+    ]
+    yield from _table([("", *names), *rows], right=tuple(range(1, len(names) + 1)))
     yield Text()
     limit = target.options.limits.sequence if target.limited and tokenizer else None
-    yield from _bars(console, found.histogram, limit)
+    yield from _bars(console, survey.histogram, limit)
     if target.limited and tokenizer:
         prompt = target.options.limits.prompt
         yield Text(
             f"limits: max_length {target.options.limits.sequence:,}"
             + (f", max_prompt_length {prompt:,}" if prompt is not None else "")
-            + f"; {_records(found.counts['truncated'])} truncated"
+            + f"; {_records(survey.counts['truncated'])} truncated"
         )
     elif tokenizer:
         yield Text("no limits: give --recipe to see what a run would cut")
     yield Text()
 
 
-def _cells(measure: LengthQuantiles, names: Sequence[str]) -> list[str]:
-    values = asdict(measure)
-    return [f"{values[name]:,.0f}" for name in names]
-
-
 def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator[Text]:
-    """A bar for each bin; those that reach beyond the limit in another colour, and marked."""
+    """Yield a bar for each bin; bars beyond the limit have another colour and a mark."""
     mark = "\u2588" if "utf" in console.encoding.lower() else "#"
     # The last bar has its upper edge as well.
     ends = [*(high - 1 for high in histogram.edges[1:-1]), histogram.edges[-1]]
@@ -201,20 +187,20 @@ def _bars(console: Console, histogram: Histogram, limit: int | None) -> Iterator
         yield line
 
 
-def _findings(found: Survey) -> Iterator[Text]:
-    for other in found.others:
+def _findings(survey: Survey) -> Iterator[Text]:
+    for other in survey.others:
         text = f"compared with {other.name}: {other.rows:,} rows"
         if other.sampled > 1:
             text += f"; it is large, so one of {other.sampled} runs of words was compared"
         if other.unreadable:
             text += f"; {other.unreadable:,} rows of it cannot be parsed"
         yield Text(text)
-    if not found.findings:
+    if not survey.findings:
         yield Text("nothing was found that should be looked at", "green")
         return
     yield Text("findings", "bold")
-    files = _files(found)
-    for finding in found.findings:
+    files = _files(survey)
+    for finding in survey.findings:
         yield _head(finding)
         for row in finding.rows:
             alone = f"row {row.row}"
@@ -224,17 +210,17 @@ def _findings(found: Survey) -> Iterator[Text]:
         yield Text(f"      {finding.sign.hint}", "dim italic")
 
 
-def _files(found: Survey) -> set[str]:
-    """The files of all sources, those that cannot be read left out."""
-    files = {row.file for finding in found.findings for row in finding.rows}
-    for source in found.target.sources:
+def _files(survey: Survey) -> set[str]:
+    """Return the files of all sources that can be read."""
+    files = {row.file for finding in survey.findings for row in finding.rows}
+    for source in survey.target.sources:
         with suppress(UserError):
             files.update(origin_names([source]))
     return files
 
 
 def _short(file: str, files: Set[str]) -> str:
-    """The end of a file's path that no other one has."""
+    """Return the end of a file's path that no other one has."""
     parts = Path(file).parts
     others = [Path(other).parts for other in files if other != file]
     for count in range(1, len(parts)):
@@ -258,19 +244,19 @@ def _head(finding: Finding) -> Text:
     )
 
 
-def _verdict(found: Survey) -> Iterator[Text]:
+def _verdict(survey: Survey) -> Iterator[Text]:
     yield Text()
-    if found.problem is None:
-        so_far = "" if found.unit == "tokens" else ", as far as texts alone can tell"
-        does = "score its adapters" if found.target.held_out else "train"
+    if survey.problem is None:
+        so_far = "" if survey.unit == "tokens" else ", as far as texts alone can tell"
+        does = "score its adapters" if survey.target.held_out else "train"
         yield Text(f"a run would {does} on this{so_far}", "bold green")
         return
     yield Text("a run would stop here:", "bold red")
-    yield Text(found.problem)
+    yield Text(survey.problem)
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[Text]:
-    """Columns under a dim first row, wide enough for what is in them; the last is not filled up."""
+    """Yield rows, the first one dim, with columns as wide as their widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for number, row in enumerate(rows):
         cells = [
@@ -281,7 +267,7 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[Text
 
 
 def _share(count: int, total: int) -> str:
-    """A percentage with as many digits as it needs not to be 0."""
+    """Write a percentage with enough digits not to be 0."""
     share = count / total if total else 0.0
     if share and share < 0.001:
         return "<0.1 %"

@@ -1,4 +1,4 @@
-"""The signs in a row's other columns: what is not read, and which answer of a pair they prefer."""
+"""Signs in a row's other columns: what is not read, and which answer of a pair they prefer."""
 
 from __future__ import annotations
 
@@ -6,22 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from tandem.check.column_words import (
-    GRADES,
-    LONGEST_NAME,
-    MEDIA,
-    SWITCHES,
-    TEMPLATE_OPTIONS,
-    TIES,
-    SideColumns,
-    Sides,
-    meaning_columns,
-    side_columns,
-    sides_of,
-    verdict_columns,
-    words_in,
-    written,
-)
+from tandem.check import column_words
+from tandem.check.column_words import MEDIA, SideColumns, Sides, words_in, written
 from tandem.check.findings import Sign
 from tandem.check.record_signs import Beside, answer_of, texts_of
 from tandem.data.formats.format import Format, Kind, texts_in
@@ -31,37 +17,25 @@ from tandem.data.records import Conversation, PreferencePair
 from tandem.data.sources.chunks import BadLine, Names, Row, led_into
 
 SWAPPED_SCORE = Sign(
-    "chosen_scored_lower",
-    "a column scores chosen below rejected",
-    "warning",
-    "Swapped, unless lower is better in it: exchange chosen and rejected.",
-    of="pairs",
-)
+    "chosen_scored_lower", "a column scores chosen below rejected", "warning",
+    "Swapped, unless lower is better in it: exchange chosen and rejected.", of="pairs",
+)  # fmt: skip
 SWAPPED_LABEL = Sign(
-    "label_prefers_rejected",
-    "a column says that rejected is the preferred answer",
-    "warning",
-    "Swapped, most likely: exchange chosen and rejected.",
-    of="pairs",
-)
+    "label_prefers_rejected", "a column says that rejected is the preferred answer", "warning",
+    "Swapped, most likely: exchange chosen and rejected.", of="pairs",
+)  # fmt: skip
 EQUAL = Sign(
-    "equal_scores",
-    "a column scores chosen and rejected alike, or calls them a tie",
-    "note",
-    "There is nothing to prefer by it: leave them out, unless another column decides.",
-    of="pairs",
-)
+    "equal_scores", "a column scores chosen and rejected alike, or calls them a tie", "note",
+    "There is nothing to prefer by it: leave them out, unless another column decides.", of="pairs",
+)  # fmt: skip
 
-# Sets of keys that are remembered; only rows that are made so have many.
-_REMEMBERED = 4096
-# Keys that are listed at most; rows whose keys are names of things have one each.
-_MOST = 1000
-# Texts of so few characters are found in any other.
-_SHORT = 3
+_REMEMBERED = 4096  # sets of keys; few data sets have many
+_MOST = 1000  # keys that are listed; where keys are names of things, each row has others
+_SHORT = 3  # texts of so few characters are in any other by chance
 
 
 def verdict_sign(column: str, known: Format) -> Sign:
-    """The sign that a column which is not read calls an answer bad."""
+    """Return the sign that a column which is not read calls an answer bad."""
     labelled = next(
         (one.name for one in FORMATS if one.to_unpaired and one.keys == known.keys), None
     )
@@ -76,16 +50,13 @@ def verdict_sign(column: str, known: Format) -> Sign:
     else:
         way = f"say --fields label={column}, which makes the set {labelled}"
     return Sign(
-        "verdict_not_read",
-        f"`{column}` says that the answer is bad, and is not read",
-        "warning",
-        f"They are trained like all others: leave these rows out, or {way}.",
-        about=column,
-    )
+        "verdict_not_read", f"`{column}` says that the answer is bad, and is not read", "warning",
+        f"They are trained like all others: leave these rows out, or {way}.", about=column,
+    )  # fmt: skip
 
 
 def meaning_sign(column: str, key: str, known: Format) -> Sign:
-    """The sign that a column which is not read belongs to what is asked or answered.
+    """Return the sign that a column which is not read is a part of the question or the answer.
 
     `key` is the format's key for the same, empty without.
     """
@@ -102,12 +73,9 @@ def meaning_sign(column: str, key: str, known: Format) -> Sign:
     else:
         hint = "It is not trained: write it into the texts, or leave the column out."
     return Sign(
-        "meaning_not_read",
-        f"`{column}` is not read, and may change what is asked or answered",
-        "warning",
-        hint,
-        about=column,
-    )
+        "meaning_not_read", f"`{column}` is not read, and may change what is asked or answered",
+        "warning", hint, about=column,
+    )  # fmt: skip
 
 
 Fields = Mapping[str, object]
@@ -115,10 +83,10 @@ Fields = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What is looked at in rows of the same format and keys.
+    """The columns to inspect in rows of the same format and keys.
 
-    `verdicts` are columns with whether true is bad; `meanings` with a format's key for the same;
-    `turns` are columns that turns may be in.
+    `verdicts` say whether true is bad; `meanings` have a format's key for the same; `turns` may
+    hold turns.
     """
 
     unread: tuple[str, ...]
@@ -129,7 +97,7 @@ class _Layout:
 
 @dataclass(slots=True)
 class Columns:
-    """Looks at the columns of a pass, chunk by chunk, and gathers the keys that no reader takes.
+    """Inspects columns, chunk by chunk, and collects the keys that no reader takes.
 
     `kind` is what the rows become; `cut` says that there are more such keys than are kept.
     """
@@ -144,27 +112,25 @@ class Columns:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """The keys that are not read, of rows and of turns (`messages[].thought`), in order."""
+        """The sorted keys that are not read, of rows and of turns (`messages[].thought`)."""
         return tuple(sorted(self._keys))
 
     def joined(self, rows: Iterable[Row | BadLine], known: Format, names: Names) -> None:
-        """Note the keys of rows as they were before they were joined, see `beside`."""
+        """Note the keys of rows before they were joined; see `beside`."""
         fields = (row.fields for row in rows if isinstance(row, Row))
         self._note(fields, replace(known, joins=False), led_into(names))
 
     def beside(self, rows: Sequence[Row | BadLine], known: str, names: Names) -> Beside:
-        """Note a chunk's keys; what is returned tells the signs beside each of its records.
+        """Note the keys of a chunk's rows; return a function that yields each record's signs.
 
-        Args:
-            rows: the chunk's.
-            known: the id of their format; empty for rows of none.
-            names: a recipe's, key of the format and the data's own. The keys that they lead into
-                count as read.
+        `known` is the id of their format, empty without one; `names` are a recipe's, pairs of a
+        format's key and the data's own. The keys that they lead into count as read.
         """
         fields = {row.origin.row: row.fields for row in rows if isinstance(row, Row)}
         if not known:
             return lambda _: ()
-        known_format, sides, led = format_with(known), sides_of(names), led_into(names)
+        known_format, led = format_with(known), led_into(names)
+        sides = column_words.sides_of(names)
         if not known_format.joins:
             self._note(fields.values(), known_format, led)
 
@@ -205,21 +171,21 @@ class Columns:
         if odd is None:
             if len(self._odd) >= _REMEMBERED:
                 self._odd.clear()
-            # Exchanges have no roles; objects with neither are no turns.
+            # Exchanges (`input` and `output`) have no roles; objects with neither are no turns.
             exchange = {"input", "output"} if column == "conversation" else set()
             read = read_keys(role) | exchange
             is_turn = "role" in turn or "from" in turn or (exchange and exchange <= turn.keys())
             odd = tuple(key for key in turn if key not in read) if is_turn else ()
             self._odd[memo] = odd
         for key in odd:
-            # In tables, every turn has the keys of all.
+            # In tables, every turn has the keys of all turns.
             if turn[key] is not None:
                 self._keep(f"{column}[].{key}")
 
     def _signs(
         self, fields: Fields, known: Format, led: Set[str], record: Conversation | PreferencePair
     ) -> Iterator[tuple[Sign, str]]:
-        """The signs that what a row holds beside its record should have been read, with a text."""
+        """Yield signs, with a text, that other columns of a row should have been read."""
         layout = self._layout(fields, known, led)
         for column, bad in layout.verdicts:
             if _says(fields[column], column) is bad:
@@ -243,57 +209,59 @@ class Columns:
             names = [name for name in fields if name in unread]
             layout = self._layouts[memo] = _Layout(
                 tuple(sorted(unread)),
-                tuple(verdict_columns(names)) if self.kind == "conversations" else (),
-                tuple(meaning_columns(names, self.kind)),
+                (
+                    tuple(column_words.verdict_columns(names))
+                    if self.kind == "conversations"
+                    else ()
+                ),
+                tuple(column_words.meaning_columns(names, self.kind)),
                 tuple(name for name in fields if name in known.keys | known.optional),
             )
         return layout
 
 
 def _says(value: object, name: str) -> bool | None:
-    """What a verdict says; None for what is no truth value."""
+    """Return a verdict as a truth value; None for what is none."""
     if isinstance(value, bool):
         return value
-    said = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    if said in ("true", "false"):
-        return said == "true"
-    if words_in(name)[-1] in GRADES:
+    text = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if text in ("true", "false"):
+        return text == "true"
+    if words_in(name)[-1] in column_words.GRADES:
         return None
-    return {"1": True, "1.0": True, "yes": True, "0": False, "0.0": False, "no": False}.get(said)
+    return {"1": True, "1.0": True, "yes": True, "0": False, "0.0": False, "no": False}.get(text)
 
 
 def _lost(column: str, value: object, record: Conversation | PreferencePair) -> str | None:
-    """What a column holds that is nowhere in the record; None for nothing."""
+    """Return the longest text of a column that is nowhere in the record; None without one."""
     if value is None or isinstance(value, bool | int | float):
         return None
     plain = column.lower().replace("-", "_")
-    if plain == TEMPLATE_OPTIONS or MEDIA.fullmatch(plain):
+    if plain == column_words.TEMPLATE_OPTIONS or MEDIA.fullmatch(plain):
         return f"{column}: {_shown(value)}" if _holds(value) else None
-    texts = [text for text in map(str.strip, texts_in(value)) if _is_said(text)]
+    texts = [
+        text
+        for text in map(str.strip, texts_in(value))
+        if text.lower() not in column_words.SWITCHES and known_role(text) is None
+    ]
     if not texts:
         return None
-    said = "\n".join((record.tools, *(text for _, text in texts_of(record))))
-    lost = max((text for text in texts if not _is_in(text, said)), key=len, default=None)
+    whole = "\n".join((record.tools, *(text for _, text in texts_of(record))))
+    lost = max((text for text in texts if not _is_in(text, whole)), key=len, default=None)
     return None if lost is None else f"{column}: {lost}"
 
 
-def _is_said(text: str) -> bool:
-    return text.lower() not in SWITCHES and known_role(text) is None
-
-
-def _is_in(text: str, said: str) -> bool:
-    """Whether a text is part of what is said, a short one as words of its own."""
-    if text not in said:
+def _is_in(text: str, whole: str) -> bool:
+    """Return whether a text is part of another, a short one as whole words."""
+    if text not in whole:
         return False
-    return len(text) > _SHORT or bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said))
+    return len(text) > _SHORT or bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", whole))
 
 
 def _holds(value: object) -> bool:
-    """Whether there is anything in a value that is not null or empty; false is something."""
-    if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds, value))
+    """Return whether a value has anything that is not null or empty; false counts."""
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_holds, value.values() if isinstance(value, Mapping) else value))
     return value is not None and value not in ("", b"")
 
 
@@ -304,8 +272,8 @@ def _shown(value: object) -> str:
 def column_signs(
     fields: Mapping[str, object], pair: PreferencePair, sides: Sides
 ) -> Iterator[tuple[Sign, str]]:
-    """The signs in a pair's other columns that it is the wrong way round, with what they say."""
-    columns = side_columns(tuple(fields), sides)
+    """Yield signs in a pair's other columns that it is swapped or a tie, with their content."""
+    columns = column_words.side_columns(tuple(fields), sides)
     scored = scores_in(fields, columns)
     lower = next((one for one in scored if one[2] < one[3]), None)
     if lower is not None:
@@ -315,7 +283,7 @@ def column_signs(
         yield SWAPPED_LABEL, named
     if lower is not None or named is not None:
         return
-    # A column that does not call itself a score is equal by nature: turns, answers.
+    # Columns without `score` in their names, such as turns, may be equal for other reasons.
     meant = [one for one in scored if one[4]]
     if meant and all(one[2] == one[3] for one in meant):
         yield EQUAL, _scores(meant[0])
@@ -326,15 +294,15 @@ def column_signs(
 def scores_in(
     fields: Mapping[str, object], columns: SideColumns
 ) -> list[tuple[str, str, float, float, bool]]:
-    """Both columns and numbers of each score that a row has for both answers."""
-    found = []
+    """Return both columns and numbers of each score that a row has for both answers."""
+    scores = []
     for good, bad, meant in columns.scores:
         a, b = fields[good], fields[bad]
-        if _is_number(a) and _is_number(b):
-            assert isinstance(a, int | float)
-            assert isinstance(b, int | float)
-            found.append((good, bad, a, b, meant))
-    return found
+        if isinstance(a, bool) or isinstance(b, bool):
+            continue
+        if isinstance(a, int | float) and isinstance(b, int | float):
+            scores.append((good, bad, a, b, meant))
+    return scores
 
 
 def _scores(one: tuple[str, str, float, float, bool]) -> str:
@@ -345,11 +313,13 @@ def _scores(one: tuple[str, str, float, float, bool]) -> str:
 def _named(
     fields: Mapping[str, object], pair: PreferencePair, sides: Sides, columns: SideColumns
 ) -> str | None:
-    """What a column says by which the rejected answer is the preferred one."""
+    """Return a column and its value that prefer the rejected answer, if there is one."""
+    rejected = pair.rejected.strip()
     for name, numbers in columns.labels:
         value = fields[name]
         rejects = sides.rejects(value, numbers=numbers)
-        if rejects or (rejects is None and _is_text(value, pair.rejected)):
+        quoted = isinstance(value, str) and len(value.strip()) > 1 and value.strip() == rejected
+        if rejects or (rejects is None and quoted):
             return f"{name}: {value}"
     for good, bad in columns.verdicts:
         if fields[good] is False and fields[bad] is True:
@@ -358,22 +328,15 @@ def _named(
 
 
 def _tie(fields: Mapping[str, object], columns: SideColumns) -> str | None:
-    """What a column says that calls the answers a tie."""
+    """Return a column and its value that call the answers a tie, if there is one."""
     names: Sequence[str] = [*(name for name, _ in columns.labels), "status"]
     for name in names:
         value = fields.get(name)
         if isinstance(value, str):
-            tied = len(value) <= LONGEST_NAME and not TIES.isdisjoint(words_in(value)[:1])
+            short = len(value) <= column_words.LONGEST_NAME
+            tied = short and not column_words.TIES.isdisjoint(words_in(value)[:1])
         else:
             tied = value in (True, 1) and "tie" in words_in(name)
         if tied:
             return f"{name}: {value}"
     return None
-
-
-def _is_text(value: object, text: str) -> bool:
-    return isinstance(value, str) and len(value.strip()) > 1 and value.strip() == text.strip()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""What the names of columns say: the words, and which columns they pick out of a row's keys.
+"""Words in the names of columns, and the columns that they select from a row's keys.
 
-A pair's answers are called `chosen` and `rejected`, or as the data does where a recipe's `fields`
-say which is which: with `chosen: response_0, rejected: response_1` the sides are 0 and 1.
+A pair's answers are called `chosen` and `rejected`, or as a recipe's `fields` say: with
+`chosen: response_0, rejected: response_1` the sides are 0 and 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ANSWER_NOUNS = frozenset({
 })  # fmt: skip
 TIES = frozenset({"tie", "tied", "draw", "equal"})
 
-# Verdicts on one answer, good and bad ones, and those whose numbers are classes or grades as often.
+# Verdicts on one answer, good and bad ones, and those whose numbers may be classes or grades.
 ANSWER_VERDICTS = frozenset({
     "label", "correct", "correctness", "good", "accepted", "acceptable", "preferred", "passed",
     "safe", "valid", "desirable", "solved", "resolved", "success", "successful",
@@ -62,7 +62,7 @@ PARTS_OF_A_RECORD = {
 MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 REASONING_WORDS = frozenset({"cot", "reasoning", "thinking", "thought", "thoughts"})
-# Beside those: something about reasoning, or a judge's; and what follows them in such names.
+# Words beside those for something about reasoning, or for a judge's; words behind them for facts.
 NO_REASONING_WORDS = frozenset({
     "is", "has", "use", "num", "number", "count", "enable", "enabled", "budget", "judge", "finish",
 })  # fmt: skip
@@ -87,52 +87,51 @@ LONGEST_NAME = 64
 
 
 def words_in(name: str) -> Words:
-    """The words of a key, in lower case: `response_0`, `responseA`, `is-safe`."""
+    """Return the words of a key in lower case: `response_0`, `responseA`, `is-safe`."""
     return tuple(word.lower() for word in _WORD.findall(name))
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """What the two answers of a source's pairs are called.
+    """The names of the two answers of a source's pairs.
 
     Attributes:
         names: each whole name, with whether it is the rejected answer's.
-        parts: the words in which the names differ, of chosen and of rejected; a pair of them for
-            each way the answers are called.
+        parts: the words in which the names differ, of chosen and of rejected, for each naming.
     """
 
     names: tuple[tuple[str, bool], ...]
     parts: tuple[tuple[Words, Words], ...]
 
     def rejects(self, value: object, *, numbers: bool) -> bool | None:
-        """Whether a value names the rejected answer; None when it names neither.
+        """Return whether a value names the rejected answer; None when it names neither.
 
         `numbers`: a number may name an answer.
         """
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
-        said = value.strip() if isinstance(value, str) else written(value)
-        if len(said) > LONGEST_NAME or (not numbers and said.isdigit()):
+        text = value.strip() if isinstance(value, str) else written(value)
+        if len(text) > LONGEST_NAME or (not numbers and text.isdigit()):
             return None
         for name, rejected in self.names:
-            if said.lower() == name.lower():
+            if text.lower() == name.lower():
                 return rejected
-        words = words_in(said)
-        spoken = tuple(word for word in words if word not in ANSWER_NOUNS) or words
+        words = words_in(text)
+        part = tuple(word for word in words if word not in ANSWER_NOUNS) or words
         for good, bad in self.parts:
-            if spoken in (good, bad):
-                return spoken == bad
+            if part in (good, bad):
+                return part == bad
         return None
 
 
 def written(number: float) -> str:
-    """A number in short; whole ones may be too large for a float."""
+    """Write a number in short; whole ones may be too large for a float."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 @lru_cache(maxsize=256)
 def sides_of(fields: tuple[tuple[str, str], ...]) -> Sides:
-    """The sides of a source whose recipe gives these names (key of the format, data's name)."""
+    """Return the sides of a source with a recipe's names (key of the format, data's name)."""
     own = dict(fields)
     names = [("chosen", False), ("rejected", True)]
     parts: list[tuple[Words, Words]] = [(("chosen",), ("rejected",))]
@@ -147,7 +146,7 @@ def sides_of(fields: tuple[tuple[str, str], ...]) -> Sides:
 
 
 def _differing(a: Words, b: Words) -> tuple[Words, Words]:
-    """Two names without the words that both begin and end with."""
+    """Return two names without the words that both begin and end with."""
     while a and b and a[0] == b[0]:
         a, b = a[1:], b[1:]
     while a and b and a[-1] == b[-1]:
@@ -157,10 +156,10 @@ def _differing(a: Words, b: Words) -> tuple[Words, Words]:
 
 @dataclass(frozen=True, slots=True)
 class SideColumns:
-    """Which columns say something about the two answers, by their names alone.
+    """The columns about the two answers, by their names alone.
 
-    `scores` are a number of chosen and one of rejected, and whether their names say `score`;
-    `verdicts` a truth value of each; `labels` the name of an answer, and whether a number is one.
+    `scores` are a column for each answer, and whether their names say `score`; `verdicts` are a
+    column for each; `labels` name an answer, and say whether a number may.
     """
 
     scores: tuple[tuple[str, str, bool], ...]
@@ -170,12 +169,12 @@ class SideColumns:
 
 @lru_cache(maxsize=1024)
 def side_columns(names: Words, sides: Sides) -> SideColumns:
-    """The columns among some keys that say something about the answers."""
+    """Return the columns about the answers among some keys."""
     words = {name: words_in(name) for name in names}
     scores: list[tuple[str, str, bool]] = []
     verdicts: list[tuple[str, str]] = []
     taken: set[str] = set()
-    # Chosen and rejected themselves: also within a word, and whatever is counted.
+    # `chosen` and `rejected` themselves count within a word, too, without a word for scores.
     for name in names:
         other = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
         if other != name and other in words and not NO_SCORES.search(name.lower()):
@@ -198,7 +197,7 @@ def side_columns(names: Words, sides: Sides) -> SideColumns:
 
 
 def _beside(words: Mapping[str, Words], good: Words, bad: Words) -> Iterator[tuple[str, str]]:
-    """Columns whose names differ as those of the answers do."""
+    """Yield pairs of columns whose names differ as those of the answers do."""
     named = {own: name for name, own in words.items()}
     for name, own in words.items():
         for at in range(len(own) - len(good) + 1):
@@ -209,7 +208,7 @@ def _beside(words: Mapping[str, Words], good: Words, bad: Words) -> Iterator[tup
 
 
 def verdict_columns(names: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Columns that are called as verdicts are, and whether true is the bad one in them."""
+    """Yield columns with names of verdicts, and whether true is bad in them."""
     for name in names:
         words = words_in(name)
         # `is_response_safe`, `tests_passed`; but not `label_source`.
@@ -220,31 +219,27 @@ def verdict_columns(names: Sequence[str]) -> Iterator[tuple[str, bool]]:
 
 
 def meaning_columns(names: Sequence[str], kind: Kind) -> Iterator[tuple[str, str]]:
-    """Columns that are called as parts of a question or an answer, and a format's key for them."""
+    """Yield columns with names of parts of a question or an answer, and a format's key for each."""
     for name in names:
         plain = name.lower().replace("-", "_")
-        # Both ways, for CoT is one word.
         parts = re.split(r"[^a-z0-9]+", plain)
-        words = {*words_in(name), *parts}
+        own = words_in(name)
+        rejected = "rejected" in (*own[:1], *own[-1:]) and ANSWER_FACTS.isdisjoint(own)
         if plain in PARTS_OF_A_RECORD:
             yield name, PARTS_OF_A_RECORD[plain]
         elif (
             plain == TEMPLATE_OPTIONS
             or MEDIA.fullmatch(plain)
-            or _is_reasoning(words, parts[-1], kind)
-            or (kind == "conversations" and _is_answer(words_in(name)))
+            # Both ways of splitting, because CoT is one word.
+            or _is_reasoning({*own, *parts}, parts[-1], kind)
+            or (kind == "conversations" and rejected)
         ):
             yield name, ""
 
 
-def _is_answer(words: Sequence[str]) -> bool:
-    """Whether a name is that of a rejected answer."""
-    return "rejected" in (*words[:1], *words[-1:]) and ANSWER_FACTS.isdisjoint(words)
-
-
 def _is_reasoning(words: Set[str], last: str, kind: Kind) -> bool:
-    """Whether a name of these words is that of an answer's reasoning."""
-    # Beside pairs it is most often a judge's, unless it is said to be an answer's.
+    """Return whether a name of these words is that of an answer's reasoning."""
+    # Beside pairs it is most often a judge's, unless the name says that it is an answer's.
     if kind == "preference pairs" and words.isdisjoint(("chosen", "rejected")):
         return False
     if words.isdisjoint(REASONING_WORDS) or not words.isdisjoint(NO_REASONING_WORDS):

@@ -1,4 +1,4 @@
-"""Records that are there more than once, exactly or nearly, or share texts with other sets.
+"""Find records that repeat others, exactly or nearly, or share texts with other sets.
 
 Near duplicates by MinHash over runs of three words and locality-sensitive hashing: Broder, "On the
 resemblance and containment of documents" (1997); Leskovec, Rajaraman, Ullman, "Mining of Massive
@@ -20,11 +20,11 @@ from tandem.data.records import Origin
 from tandem.data.text.contamination import RUN, Other, many_words, prompt_digest
 from tandem.data.text.word_hashes import Hashes, Words
 
-# Two records whose sets of runs of words have this much in common are near duplicates.
+# Two records that share this part of their runs of words are near duplicates.
 NEAR = 0.8
 _RUN = 3
-# With 10 bands of 6 a pair at 0.8 is compared in 95 % of cases, one at 0.9 in all but 1 of 2000,
-# one at 0.5 in 15 %; of 60 minima, equal ones are 0.8 +- 0.05 of a pair at 0.8.
+# With 10 bands of 6, a pair at 0.8 is compared in 95 % of cases, one at 0.9 in all but 1 of 2000,
+# one at 0.5 in 15 %; of a pair at 0.8, a share of 0.8 +- 0.05 of the 60 minima is equal.
 _BANDS, _ROWS = 10, 6
 _MINIMA = _BANDS * _ROWS
 Signatures = NDArray[np.uint16]
@@ -32,37 +32,37 @@ Signatures = NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """Records that repeat an earlier one: `later` [d] and the `earlier` [d] each is like."""
+    """Records `later` [d] that repeat `earlier` ones [d]."""
 
     later: NDArray[np.int64]
     earlier: NDArray[np.int64]
 
 
 def signatures(words: Words) -> Signatures:
-    """[n, 60]: the low bits of the minima of each text's runs of words under 60 hash functions.
+    """Return [n, 60]: the low bits of the minima of each text's runs under 60 hash functions.
 
     A text of one or two words counts as one run; one without words has zeros.
     """
-    found = np.zeros((len(words.starts) - 1, _MINIMA), dtype=np.uint16)
+    minima = np.zeros((len(words.starts) - 1, _MINIMA), dtype=np.uint16)
     runs, text_of = words.runs(_RUN)
     short = np.flatnonzero((np.diff(words.starts) < _RUN) & (np.diff(words.starts) > 0))
-    if len(short):  # their last word stands for them, with the first one mixed in
+    if len(short):  # hashed by their last word, with the first one mixed in
         ends = words.hashes[words.starts[short + 1] - 1] * np.uint64(3)
         runs = np.concatenate([runs, ends + words.hashes[words.starts[short]]])
         text_of = np.concatenate([text_of, short])
         order = np.argsort(text_of, kind="stable")
         runs, text_of = runs[order], text_of[order]
     if not len(runs):
-        return found
+        return minima
     texts, first = np.unique(text_of, return_index=True)
     high = (runs >> np.uint64(32)).astype(np.uint32)
     for number, (flip, factor) in enumerate(_FUNCTIONS):
-        found[texts, number] = np.minimum.reduceat((high ^ flip) * factor, first) & 0xFFFF
-    return found
+        minima[texts, number] = np.minimum.reduceat((high ^ flip) * factor, first) & 0xFFFF
+    return minima
 
 
 def exact_twins(digests: Hashes) -> Twins:
-    """Each record whose digest an earlier one has, with the first that has it; 0 is none."""
+    """Return each record with an earlier one's digest, and the first with it; 0 is no digest."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earliest = first[inverse]
     later = np.flatnonzero((earliest < np.arange(len(digests))) & (digests != 0))
@@ -72,12 +72,10 @@ def exact_twins(digests: Hashes) -> Twins:
 def near_twins(
     found: Signatures, skip: NDArray[np.int64], rows: NDArray[np.int64] | None = None
 ) -> Twins:
-    """Each record that is like an earlier one, with one that it is like.
+    """Return each record that is like an earlier one, with one that it is like.
 
-    Args:
-        found: [n, 60], see `signatures`.
-        skip: numbers of records that are left out, exact duplicates for instance.
-        rows: [n], the row that each is of; records of one row are not compared.
+    `found` [n, 60] are `signatures`, `skip` numbers of records to leave out. Records of the same
+    row, by `rows` [n], are not compared.
     """
     if rows is None:
         rows = np.arange(len(found))
@@ -96,21 +94,13 @@ def near_twins(
         before = np.append(members[:1], members[:-1])
         for other in (first, before):
             open_ = ~fresh & (partner[members] < 0) & (rows[members] != rows[other])
-            _pair_up(found, members[open_], other[open_], partner)
+            later, earlier = members[open_], other[open_]
+            for start in range(0, len(later), _AT_ONCE):
+                some, others = later[start : start + _AT_ONCE], earlier[start : start + _AT_ONCE]
+                alike = (found[some] == found[others]).mean(axis=1) >= NEAR
+                partner[some[alike]] = others[alike]
     later = np.flatnonzero(partner >= 0)
     return Twins(later, partner[later])
-
-
-def _pair_up(
-    found: Signatures,
-    later: NDArray[np.int64],
-    earlier: NDArray[np.int64],
-    partner: NDArray[np.int64],
-) -> None:
-    for start in range(0, len(later), _AT_ONCE):
-        some, others = later[start : start + _AT_ONCE], earlier[start : start + _AT_ONCE]
-        alike = (found[some] == found[others]).mean(axis=1) >= NEAR
-        partner[some[alike]] = others[alike]
 
 
 def _keys(columns: Signatures, numbers: NDArray[np.int64]) -> Hashes:
@@ -121,53 +111,36 @@ def _keys(columns: Signatures, numbers: NDArray[np.int64]) -> Hashes:
     return keys
 
 
-def _functions() -> Sequence[tuple[np.uint32, np.uint32]]:
-    """A flip of bits and an odd factor each, always the same ones."""
-    drawn = np.random.default_rng(20260101).integers(0, 2**32, size=(_MINIMA, 2), dtype=np.uint32)
-    return [(flip, factor | np.uint32(1)) for flip, factor in drawn]
-
-
-_FUNCTIONS = _functions()
-# Signatures that are compared at once: 30 MB.
-_AT_ONCE = 2**18
-
+_DRAWN = np.random.default_rng(20260101).integers(0, 2**32, size=(_MINIMA, 2), dtype=np.uint32)
+# A flip of bits and an odd factor each, always the same ones.
+_FUNCTIONS = [(flip, factor | np.uint32(1)) for flip, factor in _DRAWN]
+_AT_ONCE = 2**18  # signatures that are compared at once: 30 MB
 
 EXACT = Sign(
-    "exact_duplicates",
-    "records that repeat an earlier one exactly",
-    "warning",
+    "exact_duplicates", "records that repeat an earlier one exactly", "warning",
     "Each copy counts as one more epoch of it: leave the copies out.",
-)
+)  # fmt: skip
 NEARLY_REPEATED = Sign(
-    "near_duplicates",
-    "records with 80 % of an earlier one's runs of three words",
-    "note",
+    "near_duplicates", "records with 80 % of an earlier one's runs of three words", "note",
     "Look at a few: copies with small changes teach little more than one.",
-)
+)  # fmt: skip
 PROMPTS = Sign(
-    "duplicate_prompts",
-    "records with an earlier one's prompt and another answer",
-    "note",
+    "duplicate_prompts", "records with an earlier one's prompt and another answer", "note",
     "May be meant; otherwise keep the best answer.",
-)
+)  # fmt: skip
 ANSWERS = Sign(
-    "duplicate_answers",
-    "records with an earlier one's answer and another prompt",
-    "note",
+    "duplicate_answers", "records with an earlier one's answer and another prompt", "note",
     "Answers that fit every question teach little.",
-)
+)  # fmt: skip
 CONTRADICTION = Sign(
-    "pairs_contradict",
-    "pairs that prefer the answer which an earlier one rejects",
-    "warning",
-    "One of the two is the wrong way round: leave out one, or both.",
-    of="pairs",
-)
+    "pairs_contradict", "pairs that prefer the answer which an earlier one rejects", "warning",
+    "One of the two is the wrong way round: leave out one, or both.", of="pairs",
+)  # fmt: skip
 Look = Callable[[set[Origin]], dict[Origin, str]]
 
 
 class Repeated:
-    """Keeps about 150 bytes of each record, and finds those that repeat another."""
+    """Keeps about 150 bytes of each record, and finds records that repeat others."""
 
     def __init__(self, shown: int) -> None:
         self._shown = shown
@@ -187,7 +160,7 @@ class Repeated:
     ) -> None:
         """Note n records: their `digests_of` [n, 4] and `signatures` [n, 60].
 
-        `flipped` [n]: whether a pair's answers are in the other order than in its digest.
+        `flipped` [n]: whether a pair's answers are in another order than in its digest.
         """
         for origin in origins:
             number = self._numbers.setdefault(origin.file, len(self._files))
@@ -201,9 +174,10 @@ class Repeated:
             self._flipped.append(np.array(flipped, dtype=np.bool_))
 
     def finish(self, tally: Tally, look: Look) -> None:
-        """Count what repeats; `look` reads the questions of a few records again."""
+        """Count repeated records; `look` reads the questions of a few records again."""
         if not self._digests:
             return
+        shown = self._shown
         digests = np.concatenate(self._digests)
         flipped = np.concatenate(self._flipped)
         found: list[tuple[Sign, Twins]] = []
@@ -214,7 +188,7 @@ class Repeated:
         rows = self._row_numbers()
         for sign, column, other in ((PROMPTS, 1, 2), (ANSWERS, 3, 1)):
             twins = exact_twins(digests[:, column])
-            # A row's pairs share their prompt, and the best answer, by nature.
+            # Pairs of one row share their prompt and the best answer anyway.
             own = (
                 ~np.isin(twins.later, same.later)
                 & (digests[twins.later, other] != digests[twins.earlier, other])
@@ -225,27 +199,20 @@ class Repeated:
         signatures = np.concatenate(self._signatures)
         self._signatures = []
         found.append((NEARLY_REPEATED, near_twins(signatures, same.later, rows)))
-        shown = {
-            self._origin(number)
-            for _, twins in found
-            for number in twins.later[: self._shown].tolist()
-        }
-        texts = look(shown) if shown else {}
+        pairs = [
+            (sign, self._origin(later), self._origin(earlier))
+            for sign, twins in found
+            for later, earlier in zip(twins.later[:shown], twins.earlier[:shown], strict=True)
+        ]
+        texts = look({at for _, at, _ in pairs}) if pairs else {}
+        for sign, at, like in pairs:
+            where = f"row {like.row}" if like.file == at.file else str(like)
+            tally.add_example(sign, at, f"as {where}: {excerpt(texts.get(at, ''))}")
         for sign, twins in found:
-            pairs = zip(
-                twins.later[: self._shown].tolist(),
-                twins.earlier[: self._shown].tolist(),
-                strict=True,
-            )
-            for later, earlier in pairs:
-                at = self._origin(later)
-                like = self._origin(earlier)
-                where = f"row {like.row}" if like.file == at.file else str(like)
-                tally.add_example(sign, at, f"as {where}: {excerpt(texts.get(at, ''))}")
-            tally.count_only(sign, len(twins.later) - min(len(twins.later), self._shown))
+            tally.count_only(sign, len(twins.later[shown:]))
 
     def _row_numbers(self) -> NDArray[np.int64]:
-        """[n]: one number for all records of a row, which follow each other."""
+        """Return [n]: one number for all records of a row, which follow each other."""
         files, rows = np.array(self._file_of), np.array(self._rows)
         fresh = (np.diff(files) != 0) | (np.diff(rows) != 0)
         return np.concatenate([[0], np.cumsum(fresh)]).astype(np.int64)
@@ -257,7 +224,7 @@ class Repeated:
 def look_for_shared(
     records: Sequence[Record], words: Words, others: Sequence[Other], tally: Tally
 ) -> None:
-    """Count the prompts, and else the words in a row, that other sets have as well.
+    """Count the prompts, or else the words in a row, that other sets have as well.
 
     `words` are those of the records' bodies, [n] texts.
     """
@@ -269,34 +236,25 @@ def look_for_shared(
             at = other.prompt(prompt_digest(question)) if many_words(question) else None
             if at is not None:
                 whole.add(number)
-                said = _like(at, other, question) if tally.wants(prompts) else ""
-                tally.add_example(prompts, record.origin, said)
+                example = _like(at, other, question) if tally.wants(prompts) else ""
+                tally.add_example(prompts, record.origin, example)
         for number, at in other.shared(words):
             if number not in whole:
-                said = ""
+                example = ""
                 if tally.wants(runs):
-                    said = _like(at, other, other.words_shared(body_of(records[number])))
-                tally.add_example(runs, records[number].origin, said)
+                    example = _like(at, other, other.words_shared(body_of(records[number])))
+                tally.add_example(runs, records[number].origin, example)
 
 
 def _signs(other: str) -> tuple[Sign, Sign]:
-    """The signs that a prompt, and that words in a row, are in another set as well."""
+    """Return the signs that another set has a prompt, and that it has words in a row."""
     return (
-        Sign(
-            "shared_prompts",
-            f"prompts that are in {other} as well",
-            "warning",
-            "What is scored there would be trained on: take them out on one side.",
-            about=other,
-        ),
-        Sign(
-            "shared_words",
-            f"texts with {RUN} words in a row of {other}",
-            "warning",
-            "What is scored there may be trained on: look at the rows, take them out.",
-            about=other,
-        ),
-    )
+        Sign("shared_prompts", f"prompts that are in {other} as well", "warning",
+             "What is scored there would be trained on: take them out on one side.", about=other),
+        Sign("shared_words", f"texts with {RUN} words in a row of {other}", "warning",
+             "What is scored there may be trained on: look at the rows, take them out.",
+             about=other),
+    )  # fmt: skip
 
 
 def _like(origin: Origin, other: Other, text: str) -> str:

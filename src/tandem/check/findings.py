@@ -1,4 +1,4 @@
-"""What is found in a data set: counted, with a few rows to look at."""
+"""Findings in a data set: signs that are counted, with a few rows to look at."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ _BLANKS = re.compile(r"(?:[ \t\n]|\r\n)+")
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Something to look for: `error` would not train, a `warning` spoils it, a `note` may be meant.
+    """Something to look for: an `error` stops a run, a `warning` harms it, a `note` may be meant.
 
     Attributes:
-        name: what it is called in the JSON, never changed.
+        name: in the JSON, never changed.
         title: in the terminal.
-        severity: how bad it is.
         hint: what to do.
         of: what its share is of.
-        about: which of several, where a name alone is not enough.
+        about: tells signs with the same name apart.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Sign:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from others."""
         return self.name, self.about
 
 
@@ -65,11 +63,11 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """Of all that it could have been found in."""
+        """The share of `of` with the sign."""
         return self.count / self.of if self.of else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The finding as plain values."""
+        """Return the finding as plain values."""
         return {
             "name": self.sign.name,
             "about": self.sign.about,
@@ -101,12 +99,12 @@ class Tally:
         self._counted: dict[tuple[str, str], _Counted] = {}
 
     def add(self, sign: Sign, origin: Origin, text: str, at: int = 0, kind: str = "") -> None:
-        """Count a sign once; `text` from about position `at` is what a reader will see of it."""
+        """Count a sign once; an example shows `text` from about position `at`."""
         shown = excerpt(text, at) if self.wants(sign) else ""
         self.add_example(sign, origin, shown, kind)
 
     def add_example(self, sign: Sign, origin: Origin, shown: str, kind: str = "") -> None:
-        """Count a sign once, with what is shown of it."""
+        """Count a sign once, with an example."""
         counted = self._counted.setdefault(sign.key, _Counted(sign))
         counted.count += 1
         if kind:
@@ -116,7 +114,7 @@ class Tally:
             counted.rows.append(FoundRow(origin.file, origin.row, shown))
 
     def wants(self, sign: Sign) -> bool:
-        """Whether a sign has fewer rows than are shown."""
+        """Return whether a sign has fewer rows than are shown."""
         counted = self._counted.get(sign.key)
         return counted is None or len(counted.rows) < self._shown
 
@@ -126,8 +124,12 @@ class Tally:
             self._counted.setdefault(sign.key, _Counted(sign)).count += count
 
     def findings(self, of: dict[str, int]) -> list[Finding]:
-        """All that was counted `of` so many records, pairs, answers, the worst first."""
-        found = [
+        """Return all findings, worst first; `of` has the numbers of records, pairs, answers."""
+        ordered = sorted(
+            self._counted.values(),
+            key=lambda one: (SEVERITIES.index(one.sign.severity), -one.count, one.sign.key),
+        )
+        return [
             Finding(
                 one.sign,
                 one.count,
@@ -135,19 +137,14 @@ class Tally:
                 tuple(one.rows),
                 dict(one.kinds.most_common()),
             )
-            for one in self._counted.values()
+            for one in ordered
         ]
-        return sorted(found, key=_weight)
-
-
-def _weight(finding: Finding) -> tuple[int, int, tuple[str, str]]:
-    return SEVERITIES.index(finding.sign.severity), -finding.count, finding.sign.key
 
 
 def excerpt(text: str, at: int = 0) -> str:
-    """One line of a text around a position, secrets masked."""
+    """Return one line of a text around a position, secrets masked."""
     start = max(0, at - _EXCERPT // 3) if len(text) > _EXCERPT else 0
-    # Wide enough that a secret at its edge is seen whole.
+    # Wide enough to see a secret at its edge whole.
     left = max(0, start - _AROUND)
     around = masked(text[left : start + _EXCERPT + _AROUND])
     shown = around[start - left : start - left + _EXCERPT]
@@ -156,17 +153,16 @@ def excerpt(text: str, at: int = 0) -> str:
 
 
 def visible(text: str) -> str:
-    """A text as it can be seen: characters that print nothing as their code."""
+    """Return a text with the codes of characters that print nothing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# Characters of a secret that are shown.
-_SHOWN = 4
+_SHOWN = 4  # characters of a secret
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One kind of secret: texts without any of its `needles` cannot hold it."""
+    """One kind of secret: texts without any of its `needles` do not have it."""
 
     kind: str
     needles: tuple[str, ...]
@@ -179,30 +175,20 @@ def _shape(kind: str, needles: str, pattern: str) -> Shape:
 
 KEYS: tuple[Shape, ...] = (
     _shape("AWS access key", "AKIA ASIA", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    _shape(
-        "GitHub token",
-        "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
-        r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b",
-    ),
+    _shape("GitHub token", "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
+           r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b"),
     _shape("Anthropic key", "sk-ant-", r"\bsk-ant-[A-Za-z0-9_-]{20,}"),
-    _shape(
-        "OpenAI key",
-        "sk-",
-        r"\bsk-(?!ant-)(?:proj-|svcacct-|admin-)?(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{32,}",
-    ),
+    _shape("OpenAI key", "sk-",
+           r"\bsk-(?!ant-)(?:proj-|svcacct-|admin-)?(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{32,}"),
     _shape("Stripe key", "sk_live_ rk_live_", r"\b[sr]k_live_[A-Za-z0-9]{20,}\b"),
     _shape("Hugging Face token", "hf_", r"\bhf_[A-Za-z0-9]{30,}\b"),
     _shape("Slack token", "xox", r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
     _shape("Google API key", "AIza", r"\bAIza[0-9A-Za-z_-]{35}"),
-    _shape(
-        "JSON Web Token", "eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
-    ),
-    _shape(
-        "private key",
-        "-----BEGIN",
-        r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{20,}",
-    ),
-)
+    _shape("JSON Web Token", "eyJ",
+           r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    _shape("private key", "-----BEGIN",
+           r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\sA-Za-z0-9+/=:,-]{20,}"),
+)  # fmt: skip
 ADDRESSES: tuple[Shape, ...] = (
     _shape(
         "e-mail address",
@@ -215,23 +201,23 @@ ADDRESSES: tuple[Shape, ...] = (
 
 
 def credentials(text: str, shapes: tuple[Shape, ...] = KEYS) -> Iterator[tuple[str, int]]:
-    """The kinds of secrets in a text, each once, with the position of its first."""
+    """Yield the kinds of secrets in a text, each once, with the position of its first."""
     for shape in shapes:
         if any(needle in text for needle in shape.needles) and (
-            found := shape.pattern.search(text)
+            match := shape.pattern.search(text)
         ):
-            yield shape.kind, found.start()
+            yield shape.kind, match.start()
 
 
 def masked(text: str) -> str:
-    """The text, all but the first characters of what looks like a secret as asterisks."""
+    """Return a text with asterisks for all but the first characters of apparent secrets."""
     for shape in (*KEYS, *ADDRESSES):
         if any(needle in text for needle in shape.needles):
             text = shape.pattern.sub(_mask, text)
     return text
 
 
-def _mask(found: re.Match[str]) -> str:
-    secret = found.group()
+def _mask(match: re.Match[str]) -> str:
+    secret = match.group()
     kept = 27 if secret.startswith("-----BEGIN") else _SHOWN
     return secret[:kept] + "*" * (len(secret) - kept)

@@ -1,4 +1,4 @@
-"""What kind of records a source holds, where nothing but its rows can say."""
+"""What `tandem check` and `tandem show` read: the data of stages, and a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -31,28 +31,27 @@ from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
 from tandem.storage.run_folder import made_pairs, stage_folder
 
-# Rows that are looked at, of those that can be parsed; the readers give up no later.
-_ROWS = 20
+_ROWS = 20  # parsable rows from which a format is guessed, no fewer than by the readers
 
 
 def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
-    """The sources of each kind, in order; and those with rows of no known format.
+    """Return the sources of each kind in order, and those with rows of no known format.
 
-    These, and those without a row that can be read, count as conversations: reading them says what
-    is wrong.
+    These, and sources without a readable row, count as conversations: reading them reports the
+    error.
     """
-    found: dict[Kind, list[DataSource]] = {}
+    by_kind: dict[Kind, list[DataSource]] = {}
     unknown: list[DataSource] = []
     for source in sources:
         kind, rows = _look(source)
-        found.setdefault(kind or "conversations", []).append(source)
+        by_kind.setdefault(kind or "conversations", []).append(source)
         if kind is None and rows:
             unknown.append(source)
-    return found, unknown
+    return by_kind, unknown
 
 
 def _look(source: DataSource) -> tuple[Kind | None, int]:
-    """The kind of a source's first rows, and after how many of them it was clear, or given up."""
+    """Return the kind of a source's first rows, and how many of them were needed."""
     if source.format is not None:
         return format_called(source.format).kind, 0
     rows = 0
@@ -66,23 +65,19 @@ def _look(source: DataSource) -> tuple[Kind | None, int]:
 
 
 KINDS: dict[TrainingStageName, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
-_SECTIONS: dict[TrainingStageName, type[TrainingSettings]] = {
-    "sft": SftSettings,
-    "dpo": DpoSettings,
-}
 _NO_LIMIT = 2**31 - 1
 
 
 class NotMade(UserError):  # noqa: N818 - named as Stopped is
-    """A stage's data is what another stage makes, and it is not there yet."""
+    """Another stage has to make a stage's data first."""
 
 
 @dataclass(frozen=True)
 class StageChat:
     """A model's tokenizer and template as a stage would use them.
 
-    `model` and `template` are names, `folder` is where the model is, `chat` both ready to encode,
-    `special` the tokenizer's special tokens; `notices` are for the user.
+    `model` and `template` are names, `folder` is the model's, `chat` encodes, `special` are the
+    tokenizer's special tokens; `notices` are for the user.
     """
 
     model: str
@@ -94,7 +89,7 @@ class StageChat:
 
 
 def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
-    """What a recipe's training stage will not do as it says, with so many records to train on."""
+    """Return warnings of a recipe's settings without effect, for so many records to train on."""
     settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
     if settings is None or not records:
         return []
@@ -103,18 +98,21 @@ def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
 
 
 def named_sources(
-    paths: Sequence[str], folder: Path, seed: int | None, said: Mapping[str, object] | None = None
+    paths: Sequence[str],
+    folder: Path,
+    seed: int | None,
+    settings: Mapping[str, object] | None = None,
 ) -> list[DataSource]:
-    """Files, folders, Hub ids or `demo:NAME` for the readers; demo data is written into `folder`.
+    """Return sources for files, folders, Hub ids or `demo:NAME`, which is written into `folder`.
 
-    `said` is what a recipe would say of each. Raises UserError for what a recipe cannot say.
+    `settings` are those of each data set. Raises UserError for ones that a recipe cannot have.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
-    return resolve_sources(named_data(paths, said or {}), folder, seed)
+    return resolve_sources(named_data(paths, settings or {}), folder, seed)
 
 
 def stage_of(kind: Kind) -> TrainingStageName:
-    """The stage that trains on records of a kind."""
+    """Return the stage that trains on records of a kind."""
     return next(stage for stage, its in KINDS.items() if its == kind)
 
 
@@ -124,10 +122,10 @@ def stage_data(
     sources: Sequence[DataSource] | None,
     folder: Path,
 ) -> CheckTarget:
-    """What a stage of a recipe would read; without a recipe, by the stage's defaults and no limits.
+    """Return what a stage reads; without a recipe, with the stage's defaults and no limits.
 
-    `sources` take the place of the recipe's own data; demo data is written into `folder`. Raises
-    UserError when the recipe lacks the stage, NotMade when its data is not made yet.
+    `sources` replace the recipe's own data; demo data is written into `folder`. Raises UserError
+    when the recipe lacks the stage, NotMade when its data is not made yet.
     """
     settings = None if recipe is None else _settings(recipe, stage)
     if recipe is not None and settings is None:
@@ -136,11 +134,9 @@ def stage_data(
         if recipe is None or settings is None:
             raise UserError("no data is named; give it, or a --recipe that names it")
         sources = _own_sources(stage, recipe, settings, folder)
-    held_out = (
-        []
-        if settings is None or recipe is None
-        else held_out_sources(settings, sources, folder, recipe.seed)
-    )
+    held_out: list[DataSource] = []
+    if settings is not None and recipe is not None:
+        held_out = held_out_sources(settings, sources, folder, recipe.seed)
     return CheckTarget(
         stage,
         tuple(sources),
@@ -152,56 +148,48 @@ def stage_data(
 
 
 def recipe_data(recipe: Recipe, folder: Path) -> tuple[list[CheckTarget], list[str]]:
-    """What each training stage of a recipe would read; and what to say of data not made yet.
+    """Return what each training stage of a recipe reads, and messages of data not made yet.
 
-    `folder` is for the embedded demo's data. Raises UserError when there is nothing to look at.
+    `folder` is for the embedded demo's data. Raises UserError when there is no data.
     """
-    found: list[CheckTarget] = []
+    targets: list[CheckTarget] = []
     missing: list[NotMade] = []
     for stage in KINDS:
         if _settings(recipe, stage) is None:
             continue
         try:
-            found.append(stage_data(stage, recipe, None, folder))
+            targets.append(stage_data(stage, recipe, None, folder))
         except NotMade as error:
             missing.append(error)
-    if not found and missing:
+    if not targets and missing:
         raise missing[0]
-    if not found:
+    if not targets:
         raise UserError(
             f"recipe {recipe.name} has neither an sft nor a dpo section, whose data could be "
             "looked at; name a file"
         )
-    return found, [str(error) for error in missing]
+    return targets, [str(error) for error in missing]
 
 
 def with_validation(targets: Sequence[CheckTarget]) -> list[CheckTarget]:
-    """What stages would read, and after each the data sets that it would hold out, if it does."""
-    return [
-        part
-        for target in targets
-        for part in (
-            target,
-            replace(target, sources=target.validation, validation=(), held_out=True),
-        )
-        if part.sources
-    ]
+    """Return what stages read, each followed by the data sets that it holds out, if any."""
+    parts: list[CheckTarget] = []
+    for target in targets:
+        held_out = replace(target, sources=target.validation, validation=(), held_out=True)
+        parts += [part for part in (target, held_out) if part.sources]
+    return parts
 
 
 def left_out(targets: Sequence[CheckTarget]) -> list[str]:
-    """A line on each folder of which stages would leave something out.
-
-    Data that cannot be read is passed over here: reading it reports the error.
-    """
+    """Return a line on each folder of which stages leave files out; reading reports errors."""
+    sources = [source for target in with_validation(targets) for source in target.sources]
     with suppress(UserError):
-        return not_read(
-            [source for target in with_validation(targets) for source in target.sources]
-        )
+        return not_read(sources)
     return []
 
 
 def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions:
-    """What a stage's settings make of every record; without settings nothing is cut."""
+    """Return how a stage's settings encode records; without settings nothing is cut."""
     if settings is not None:
         return EncodingOptions.of(kind, settings)
     on_bad_record = _setting(stage_of(kind), None, "on_bad_record")
@@ -211,12 +199,12 @@ def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions
 def stage_chat(
     model: str, revision: str | None, chat_template: str | None, added_tokens: Sequence[str] = ()
 ) -> StageChat:
-    """A model's tokenizer with its template; weights are not fetched.
+    """Return a model's tokenizer with its template; weights are not fetched.
 
-    The model is a folder, a Hub id or `demo:base`; a folder with a tokenizer alone will do. Raises
+    The model is a folder, a Hub id or `demo:base`; a folder with only a tokenizer is enough. Raises
     UserError as a training stage would.
     """
-    # Here, for it loads torch, which looking at texts alone does without.
+    # Imported here because it loads torch, which checks without a tokenizer do not need.
     from tandem.model.added_tokens import described_rows, in_words, untrained_tokens
     from tandem.model.model_folder import load_tokenizer, model_folder, read_config
 
@@ -247,29 +235,23 @@ def require_context(chat: StageChat, target: CheckTarget) -> None:
 def other_sets(
     target: CheckTarget, recipe: Recipe | None, against: Sequence[str], folder: Path
 ) -> list[Other]:
-    """The sets that a stage's data should share nothing with, read.
+    """Read the sets with which a stage's data should share nothing.
 
     Those are its validation data, what the recipe evaluates on, and the sets that are named; none
     for data that is held out itself. Raises UserError for one that cannot be read.
     """
     if target.held_out:
         return []
-    evaluated = _evaluation_sources(recipe, folder) if recipe else []
+    evaluated: list[DataSource] = []
+    if recipe is not None and (settings := recipe.evaluate) is not None:
+        sources = [*settings.questions, *settings.pairs, *settings.heldout]
+        evaluated = resolve_sources(sources, folder, recipe.seed)
     named = named_sources(against, folder, recipe.seed if recipe else None)
-    # Records of one kind share their form's words: of validation data only whole prompts count.
+    # Records of one kind share words of their form: of validation data only whole prompts count.
     return [
         *(read_other(source, runs=False) for source in target.validation),
         *(read_other(source) for source in (*evaluated, *named)),
     ]
-
-
-def _evaluation_sources(recipe: Recipe, folder: Path) -> list[DataSource]:
-    """The questions and held-out pairs that a recipe evaluates on."""
-    if recipe.evaluate is None:
-        return []
-    settings = recipe.evaluate
-    named = [*settings.questions, *settings.pairs, *settings.heldout]
-    return resolve_sources(named, folder, recipe.seed)
 
 
 def _settings(recipe: Recipe, stage: TrainingStageName) -> TrainingSettings | None:
@@ -292,7 +274,8 @@ def _own_sources(
 
 
 def _setting(stage: TrainingStageName, settings: TrainingSettings | None, name: str) -> Any:
-    """A setting, or what it is when a recipe says nothing."""
+    """Return a setting, or its default without settings."""
     if settings is not None:
         return getattr(settings, name)
-    return _SECTIONS[stage].model_fields[name].default
+    section = SftSettings if stage == "sft" else DpoSettings
+    return section.model_fields[name].default

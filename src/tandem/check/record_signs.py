@@ -1,4 +1,4 @@
-"""Signs in answers and pairs: refusals, answers that break off, pairs the wrong way round."""
+"""Signs in answers and pairs: refusals, answers that break off, swapped pairs."""
 
 from __future__ import annotations
 
@@ -19,59 +19,39 @@ from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.data.text.contamination import prompt_digest
 from tandem.data.text.text_traits import language_of, refuses, refuses_only
 
-# Words that an answer must have, its last line, and what follows its last full stop, to be called
-# broken off.
+# An answer may be called broken off if it, its last line, and the text behind its last full stop
+# have so many words.
 _WORDS, _LAST_LINE, _TAIL = 25, 8, 4
 
 BROKEN_OFF = Sign(
-    "answer_breaks_off",
-    "answers that seem to end within a sentence",
-    "note",
-    "They teach a model to stop there: complete them, or leave them out.",
-    of="answers",
-)
+    "answer_breaks_off", "answers that seem to end within a sentence", "note",
+    "They teach a model to stop there: complete them, or leave them out.", of="answers",
+)  # fmt: skip
 OPEN_CODE = Sign(
-    "code_block_left_open",
-    "answers with a code block that is not closed",
-    "warning",
-    "They were cut, most likely: complete them, or leave them out.",
-    of="answers",
-)
+    "code_block_left_open", "answers with a code block that is not closed", "warning",
+    "They were cut, most likely: complete them, or leave them out.", of="answers",
+)  # fmt: skip
 REFUSAL = Sign(
-    "refusals",
-    "answers that refuse, or speak of themselves as an AI",
-    "note",
-    "A model learns how often to refuse: leave out those that are not meant.",
-    of="answers",
-)
+    "refusals", "answers that refuse, or speak of themselves as an AI", "note",
+    "A model learns how often to refuse: leave out those that are not meant.", of="answers",
+)  # fmt: skip
 REPEATS = Sign(
-    "answer_repeats_the_prompt",
-    "answers that are the question again",
-    "warning",
-    "Correct them, or leave them out.",
-    of="answers",
-)
+    "answer_repeats_the_prompt", "answers that are the question again", "warning",
+    "Correct them, or leave them out.", of="answers",
+)  # fmt: skip
 SAME_BUT_FOR_SPACES = Sign(
-    "nearly_identical_answers",
-    "chosen and rejected differ in spaces, case or punctuation only",
-    "warning",
-    "There is little to prefer: leave them out, unless this is what DPO is to teach.",
+    "nearly_identical_answers", "chosen and rejected differ in spaces, case or punctuation only",
+    "warning", "There is little to prefer: leave them out, unless this is what DPO is to teach.",
     of="pairs",
-)
+)  # fmt: skip
 SWAPPED_REFUSAL = Sign(
-    "chosen_refuses",
-    "chosen only refuses, the longer rejected answers",
-    "warning",
-    "Swapped, unless the data is about safety: exchange chosen and rejected.",
-    of="pairs",
-)
+    "chosen_refuses", "chosen only refuses, the longer rejected answers", "warning",
+    "Swapped, unless the data is about safety: exchange chosen and rejected.", of="pairs",
+)  # fmt: skip
 SWAPPED_EMPTY = Sign(
-    "chosen_says_nothing",
-    "chosen has no word, rejected has several",
-    "warning",
-    "Swapped, most likely: exchange chosen and rejected.",
-    of="pairs",
-)
+    "chosen_says_nothing", "chosen has no word, rejected has several", "warning",
+    "Swapped, most likely: exchange chosen and rejected.", of="pairs",
+)  # fmt: skip
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•#|>]|\d+[.)]|[A-Za-z][.)]\s|Step \d)")
 _SENTENCE_END = re.compile(r"[.!?]\s")
 _WORD = re.compile(r"\w+")
@@ -85,7 +65,7 @@ _NO_SENTENCE = re.compile(
 
 
 def breaks_off(answer: str) -> bool:
-    """Whether a text of sentences ends within one.
+    """Return whether a text ends within a sentence.
 
     Short answers, lists, tables, code, formulas and names at the end do not count.
     """
@@ -102,12 +82,12 @@ def breaks_off(answer: str) -> bool:
 
 
 def leaves_code_open(answer: str) -> bool:
-    """Whether one of the answer's code blocks is opened and not closed."""
+    """Return whether one of the answer's code blocks is opened and not closed."""
     return answer.count("```") % 2 == 1
 
 
 def answer_signs(answer: str, question: str) -> Iterator[tuple[Sign, int]]:
-    """The signs of one answer, and where in it they show."""
+    """Yield the signs of one answer, and their positions in it."""
     if refuses(answer):
         yield REFUSAL, 0
     if breaks_off(answer):
@@ -119,7 +99,7 @@ def answer_signs(answer: str, question: str) -> Iterator[tuple[Sign, int]]:
 
 
 def pair_signs(pair: PreferencePair) -> Iterator[tuple[Sign, str]]:
-    """The signs in a pair's own texts that it is no pair, or the wrong way round, with a text."""
+    """Yield signs, with a text, in a pair's own texts that it is swapped, or hardly a pair."""
     chosen, rejected = pair.chosen, pair.rejected
     if abs(len(chosen) - len(rejected)) < 40 and _words(chosen) == _words(rejected):
         yield SAME_BUT_FOR_SPACES, chosen
@@ -134,38 +114,31 @@ def _words(text: str) -> list[str]:
 
 
 Record = Conversation | PreferencePair
-# Answers of fewer characters ("Yes.") are the same by nature.
-_LONG_ANSWER = 40
-
-
-# The signs in a record's row beside it, with what they say.
+_LONG_ANSWER = 40  # shorter answers ("Yes.") may well be the same
+# Yields the signs in the other columns of a record's row, each with a text.
 Beside = Callable[[Record], Iterable[tuple[Sign, str]]]
 
 
 @dataclass(slots=True)
 class Roles:
-    """How many texts each role has, and in which languages; how many turns records have."""
+    """Counts the texts and languages of each role, and the turns of records."""
 
     languages: dict[str, Counter[str]] = field(default_factory=dict)
     turns: Counter[int] = field(default_factory=Counter)
 
     def add(self, role: str, text: str) -> None:
-        """Count a text."""
         self.languages.setdefault(role, Counter())[language_of(text) or "unknown"] += 1
 
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
-    """A record's texts in order, each with its role.
-
-    A pair's answers, reasoning and calls have names of their own.
-    """
+    """Return a record's texts in order, each with its role, or `chosen`, `reasoning` and so on."""
     if isinstance(record, Conversation):
-        return [text for turn in record.turns for text in _said(turn)]
-    prompt = [text for turn in record.prompt for text in _said(turn)]
+        return [text for turn in record.turns for text in _texts_of_turn(turn)]
+    prompt = [text for turn in record.prompt for text in _texts_of_turn(turn)]
     return [*prompt, ("chosen", record.chosen), ("rejected", record.rejected)]
 
 
-def _said(turn: Turn) -> list[tuple[str, str]]:
+def _texts_of_turn(turn: Turn) -> list[tuple[str, str]]:
     more = turn.more()
     reasoning = [("reasoning", more[REASONING])] if REASONING in more else []
     calls = [
@@ -177,7 +150,7 @@ def _said(turn: Turn) -> list[tuple[str, str]]:
 
 
 def prompt_of(record: Record) -> tuple[Turn, ...]:
-    """The turns before a record's first answer, of a pair those before both answers."""
+    """Return the turns before a record's first answer, or before both answers of a pair."""
     if isinstance(record, PreferencePair):
         return record.prompt
     first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
@@ -185,22 +158,22 @@ def prompt_of(record: Record) -> tuple[Turn, ...]:
 
 
 def question_of(record: Record) -> str:
-    """The last text of the user in a record's prompt."""
+    """Return the last text of the user in a record's prompt."""
     return next((turn.content for turn in reversed(prompt_of(record)) if turn.role == "user"), "")
 
 
 def answer_of(record: Record) -> str:
-    """A record's last answer, of a pair the chosen one."""
+    """Return a record's last answer, or the chosen one of a pair."""
     return record.chosen if isinstance(record, PreferencePair) else record.turns[-1].content
 
 
 def body_of(record: Record) -> str:
-    """All texts of a record but the system's, which many records share."""
+    """Return all texts of a record but the system's, which many records share."""
     return "\n".join(text for role, text in texts_of(record) if role != "system")
 
 
 def digests_of(record: Record) -> tuple[int, int, int, int]:
-    """64 bits each: of the record (a pair's answers in any order), its prompt, its last answer.
+    """Return 64 bits each: of the record (a pair's answers in any order), prompt, last answer.
 
     The fourth is of that answer's text alone, 0 for a short one.
     """
@@ -217,51 +190,44 @@ def digests_of(record: Record) -> tuple[int, int, int, int]:
 
 
 def _spelt(turn: Turn) -> str:
-    """All of a turn that makes it another one, calls and reasoning included."""
+    """Return all content of a turn, calls and reasoning included."""
     return f"{turn.role}\1{turn.content}\1{turn.extra}"
 
 
 def look_at(
     records: Sequence[Record], texts: TextSigns, tally: Tally, roles: Roles, beside: Beside
 ) -> None:
-    """Count the signs of some records, those in the other columns as well; and roles."""
+    """Count the roles of some records, and their signs, also those in other columns."""
     all_texts: list[str] = []
     owners: list[Record] = []
     for record in records:
-        own = texts_of(record)
-        for role, text in own:
+        for role, text in texts_of(record):
             roles.add(role, text)
             all_texts.append(text)
             owners.append(record)
-        roles.turns[
-            len(record.prompt) + 1 if isinstance(record, PreferencePair) else len(record.turns)
-        ] += 1
+        turns = record.turns if isinstance(record, Conversation) else record.prompt
+        count = len(turns) + isinstance(record, PreferencePair)  # a pair's answer is a turn, too
+        roles.turns[count] += 1
         for sign, text, at in _of_one(record):
             tally.add(sign, record.origin, text, at)
         for sign, text in beside(record):
             tally.add(sign, record.origin, text)
-    _of_texts(all_texts, owners, texts, tally)
-
-
-def _of_texts(texts: list[str], owners: list[Record], signs: TextSigns, tally: Tally) -> None:
-    """Signs of texts; a record counts once for each, however many of its texts have it."""
-    seen: set[tuple[str, int]] = set()
-    for number, sign, at, kind in signs.find(texts):
+    seen: set[tuple[str, int]] = set()  # a record counts once for each sign of its texts
+    for number, sign, at, kind in texts.find(all_texts):
         key = (sign.name, id(owners[number]))
         if key not in seen:
             seen.add(key)
-            text = texts[number]
-            tally.add(sign, owners[number].origin, text, at, kind)
+            tally.add(sign, owners[number].origin, all_texts[number], at, kind)
 
 
 def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
-    """Signs of a record's answers (of a pair, of the chosen one) and of a pair as such."""
+    """Yield signs of a record's trained answers, or of a pair and its chosen answer."""
     if isinstance(record, PreferencePair):
         yield from ((sign, text, 0) for sign, text in pair_signs(record))
         answers = [(record.chosen, question_of(record))]
     else:
         answers = [
-            # What a tool says may well be the answer.
+            # A tool's result may well be the answer.
             (turn.content, before.content if before.role == "user" else "")
             for before, turn in pairwise(record.turns)
             if turn.role == "assistant" and turn.trained
@@ -271,7 +237,7 @@ def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
 
 
 def answers_of(record: Record) -> int:
-    """How many answers of a record are looked at: those that are trained, of a pair the chosen."""
+    """Count the answers of a record that are inspected: trained ones, or a pair's chosen one."""
     if isinstance(record, PreferencePair):
         return 1
     return sum(turn.role == "assistant" and turn.trained for turn in record.turns)
@@ -284,8 +250,8 @@ def _digest(text: str) -> int:
 
 
 def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]:
-    """The lengths of some records in characters: whole (the longer path), prompt and answers."""
-    found: dict[str, list[int]] = {}
+    """Return the lengths of records in characters: whole (the longer path), prompt and answers."""
+    parts: dict[str, list[int]] = {}
     for record in records:
         if isinstance(record, PreferencePair):
             prompt = sum(map(_length, record.prompt))
@@ -298,9 +264,9 @@ def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]
             whole = sum(map(_length, record.turns))
             lengths = {"whole": whole, "prompt": whole - trained, "answers": trained}
         for name, length in lengths.items():
-            found.setdefault(name, []).append(length)
-    return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
+            parts.setdefault(name, []).append(length)
+    return {name: np.array(values, dtype=np.int32) for name, values in parts.items()}
 
 
 def _length(turn: Turn) -> int:
-    return sum(len(text) for _, text in _said(turn))
+    return sum(len(text) for _, text in _texts_of_turn(turn))

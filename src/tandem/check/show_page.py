@@ -1,4 +1,4 @@
-"""What `tandem show` prints: tokens in colours, or lines with a word before each."""
+"""Print what `tandem show` shows: tokens in colours, or lines with a word before each."""
 
 from __future__ import annotations
 
@@ -9,24 +9,15 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from tandem.check import show_record
+from tandem.check.findings import visible as escaped
 from tandem.check.inputs import StageChat, require_context
-from tandem.check.show_record import (
-    Encodings,
-    Place,
-    Token,
-    TokenSection,
-    TokenUse,
-    encode_row,
-    outcome,
-    records_in,
-    would_be_dropped,
-)
+from tandem.check.show_record import Encodings, Place, TokenSection, TokenUse
 from tandem.check.survey_result import CheckTarget
 from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
 from tandem.runtime.console import notice_console
 
-# Two shades each, in turn, so that tokens can be told apart. Of the 16 colours of every terminal:
-# others become one another where there are no more.
+# Two shades each, in turn, to separate tokens; of the 16 colours that every terminal has.
 _STYLES: dict[TokenUse, tuple[str, str]] = {
     "prompt": ("black on white", "black on bright_white"),
     "trained": ("black on green", "black on bright_green"),
@@ -39,30 +30,19 @@ _MEANS: dict[TokenUse, str] = {
     "shared": "fed once for {all} answers, not trained",
     "shared and trained": "fed once, a target for {all} answers",
 }
-_LABELS: dict[TokenUse, str] = {
-    "prompt": "prompt",
-    "trained": "trained",
-    "shared": "shared",
-    "shared and trained": "shared+trained",
-}
+_LABELS: dict[TokenUse, str] = {use: use.replace(" and ", "+") for use in _STYLES}
 _NEWLINE = "\u23ce"
 _SHOWN = {"\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
 
 
 def visible(text: str) -> str:
-    """A text whose characters can all be seen; a line break is a sign and a line break."""
-    return "".join(
-        f"{_NEWLINE}\n" if c == "\n" else _SHOWN.get(c, c if c.isprintable() else _escaped(c))
-        for c in text
-    )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    """Return a text with signs for characters that print nothing; a line break stays as well."""
+    signs = {"\n": f"{_NEWLINE}\n", **_SHOWN}
+    return "".join(signs[c] if c in signs else escaped(c) for c in text)
 
 
 def print_turns(console: Console, record: Conversation | PreferencePair) -> None:
-    """Print a record's texts, tools, calls and reasoning under the names of their roles."""
+    """Print a record's texts, tools, calls and reasoning under their roles."""
     if record.tools:
         _print_text(console, "tools", record.tools)
     if isinstance(record, Conversation):
@@ -93,10 +73,10 @@ def _print_text(console: Console, head: str, text: str) -> None:
 
 
 def show_turns(console: Console, place: Place) -> None:
-    """Print the turns of a row's records, and what a run would drop of it."""
-    records, entries = records_in(place)
+    """Print the turns of a row's records, and what a run would drop."""
+    records, entries = show_record.records_in(place)
     for entry in entries:
-        console.print(outcome(entry), markup=False, soft_wrap=True)
+        console.print(show_record.outcome(entry), markup=False, soft_wrap=True)
     for number, record in enumerate(records, start=1):
         if len(records) > 1:
             console.print(f"\nrecord {number} of {len(records)}", highlight=False)
@@ -106,24 +86,24 @@ def show_turns(console: Console, place: Place) -> None:
 def show_tokens(
     console: Console, place: Place, target: CheckTarget, chat: StageChat, *, ids: bool
 ) -> None:
-    """Print the tokens of a row as a run would train them; raises UserError if it would not."""
+    """Print the tokens of a row as a run would train them; raise UserError if it would not."""
     require_context(chat, target)
     for notice in chat.notices:
         notice_console().print(notice, markup=False, soft_wrap=True)
-    found = encode_row(chat.chat, target.options, place)
+    found = show_record.encode_row(chat.chat, target.options, place)
     limits = target.options.limits
     bounds = "no limits; give --recipe to see what a run would cut"
     if target.limited:
         prompt = "" if limits.prompt is None else f", max_prompt_length {limits.prompt}"
         bounds = f"max_length {limits.sequence}{prompt}"
     lines = [f"tokenizer {chat.model}, template {chat.template}, {bounds}"]
-    lines += map(outcome, found.entries)
+    lines += map(show_record.outcome, found.entries)
     if not found.entries:
         lines.append("trained whole")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if not found.examples:
-        raise would_be_dropped(found.entries)
+        raise show_record.would_be_dropped(found.entries)
     print_encodings(console, found, ids=ids)
 
 
@@ -132,30 +112,24 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
 
     With `ids`, one token a line.
     """
-    parts = {
-        token.part for example in found.examples for section in example for token in section.tokens
-    }
+    sections = [section for example in found.examples for section in example]
+    parts = {token.part for section in sections for token in section.tokens}
     every = "both" if found.kind == "preference pairs" else "all"
-    coloured = _has_colours(console)
+    # A dumb terminal, or one with NO_COLOR, has no colours.
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
     for line in _legend([part for part in _STYLES if part in parts], every, coloured):
         console.print(line, soft_wrap=True)
-    for example in found.examples:
-        for section in example:
-            console.print()
-            console.print(_head(section, every), soft_wrap=True)
-            if ids:
-                lines = _listed(section, coloured)
-            elif coloured:
-                lines = iter([_coloured(section)])
-            else:
-                lines = _labelled(section)
-            for line in lines:
-                console.print(line, soft_wrap=not coloured or ids)
-
-
-def _has_colours(console: Console) -> bool:
-    """Whether colours are seen; a dumb terminal, or one with NO_COLOR, has none."""
-    return console.is_terminal and console.color_system is not None and not console.no_color
+    for section in sections:
+        console.print()
+        console.print(_head(section, every), soft_wrap=True)
+        if ids:
+            lines = _listed(section, coloured)
+        elif coloured:
+            lines = iter([_coloured(section)])
+        else:
+            lines = _labelled(section)
+        for line in lines:
+            console.print(line, soft_wrap=not coloured or ids)
 
 
 def _legend(parts: Sequence[TokenUse], every: str, coloured: bool) -> Iterator[Text]:
@@ -165,9 +139,8 @@ def _legend(parts: Sequence[TokenUse], every: str, coloured: bool) -> Iterator[T
 
 
 def _head(section: TokenSection, every: str) -> Text:
-    what = {"record": "the record", "shared": f"what {every} answers share"}.get(
-        section.name, section.name
-    )
+    titles = {"record": "the record", "shared": f"what {every} answers share"}
+    what = titles.get(section.name, section.name)
     count = len(section.tokens)
     tokens = "1 token" if count == 1 else f"{count} tokens"
     return Text.assemble((what, "bold"), f": {tokens}, {section.trained} trained")
@@ -181,20 +154,16 @@ def _coloured(section: TokenSection) -> Text:
 
 
 def _labelled(section: TokenSection) -> Iterator[Text]:
-    """Lines of text, each with what its tokens are; a change of that begins a new line."""
+    """Yield lines of text, each with the use of its tokens; another use begins a new line."""
     wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
-    for part, tokens in groupby(section.tokens, key=_part):
+    for part, tokens in groupby(section.tokens, key=lambda token: token.part):
         text = visible("".join(token.text for token in tokens))
         for line in text.removesuffix("\n").split("\n"):
             yield Text(f"{_LABELS[part]:<{wide}} | {line}")
 
 
-def _part(token: Token) -> TokenUse:
-    return token.part
-
-
 def _listed(section: TokenSection, coloured: bool) -> Iterator[Text]:
-    """One token a line: its position, id, what it is, and its text between bars."""
+    """Yield one token a line: its position, id, use, and its text between bars."""
     wide = max((len(_LABELS[token.part]) for token in section.tokens), default=0)
     for number, token in enumerate(section.tokens):
         style = _STYLES[token.part][0] if coloured else ""

@@ -1,4 +1,4 @@
-"""One record as a run would train it: found by its row, encoded, and told token by token."""
+"""One record as a run would train it: found by its row, encoded, cut into tokens."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
 TokenUse = Literal["prompt", "trained", "shared", "shared and trained"]
-# Tokens in a row that decode to no whole character, after which that is taken as it is.
-_MOST_BROKEN = 256
+_MOST_BROKEN = 256  # consecutive tokens without a whole character, before they are shown anyway
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A row of a data set as it stands there, and the id of the format that it is read in."""
+    """A row of a data set, unchanged, and the id of the format in which it is read."""
 
     row: Row | BadLine
     format: str
 
     @property
     def format_name(self) -> str:
-        """The format for people, empty if no row of its source can be parsed."""
+        """The format's name, empty if no row of its source can be parsed."""
         return format_with(self.format).name if self.format else ""
 
     @property
     def chunk(self) -> RowChunk:
-        """The row as a chunk of its own."""
+        """A chunk of only this row."""
         return RowChunk(self.row.origin.file, 1, (self.row,))
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token: its id, the text it adds, and what training makes of it."""
+    """A token: its id, the text it adds, and its use in training."""
 
     id: int
     text: str
@@ -56,7 +55,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class TokenSection:
-    """A whole conversation; or of several answers, the prefix that they share, or one of them."""
+    """A whole conversation, or one of several answers, or the prefix that these share."""
 
     name: str
     tokens: tuple[Token, ...]
@@ -69,7 +68,7 @@ class TokenSection:
 
 @dataclass(frozen=True, slots=True)
 class Encodings:
-    """What a run makes of a row: sections of each example, and what the ledger would say."""
+    """A row as a run encodes it: sections of each example, and lines of the ledger."""
 
     kind: Kind
     examples: tuple[tuple[TokenSection, ...], ...]
@@ -77,10 +76,10 @@ class Encodings:
 
 
 def find_row(sources: Sequence[DataSource], kind: Kind, file: str | None, number: int) -> Place:
-    """Row `number` of a file, counted from 1 as the ledger counts.
+    """Return row `number` of a file, counted from 1 as in the ledger.
 
-    `file` is a file's name or the end of its path, where the sources are several. Raises UserError
-    when there is no such file or row, or the sources cannot be read.
+    `file` is a file's name or the end of its path, needed for several files. Raises UserError when
+    there is no such file or row, or the sources cannot be read.
     """
     wanted = _file_named(file, origin_names(sources))
     last, joins = 0, False
@@ -97,7 +96,7 @@ def find_row(sources: Sequence[DataSource], kind: Kind, file: str | None, number
             last = max(last, row.origin.row)
             if row.origin.row == number:
                 return Place(row, known)
-        # Of rows that are put together, those that stay alone come last.
+        # Of rows that are joined, those without a partner come last.
         if number <= last and not joins:
             break
     if number > last:
@@ -113,7 +112,7 @@ def find_row(sources: Sequence[DataSource], kind: Kind, file: str | None, number
 
 
 def _pair_with(wanted: Row, source: DataSource, kind: Kind) -> str:
-    """In which pair of its source a row's answer is, which comes after the row."""
+    """Describe the pair, later in the source, that has a row's answer."""
     side = "chosen" if label_of(wanted.fields) else "rejected"
     for chunk, known in formatted_chunks([source], kind, Ledger(None), "drop"):
         apart = format_with(known).to_unpaired
@@ -133,35 +132,35 @@ def _file_named(file: str | None, names: Sequence[str]) -> str:
     listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     if file is None:
         if len(names) > 1:
-            raise UserError(f"--row needs --file, for there are {len(names)}: {listing}.")
+            raise UserError(f"--row needs --file, because there are {len(names)}: {listing}.")
         return names[0]
-    found = [name for name in names if file in (name, Path(name).name) or name.endswith(f"/{file}")]
-    if len(found) == 1:
-        return found[0]
-    what = "none of the files is" if not found else f"{len(found)} files are"
+    same = [name for name in names if file in (name, Path(name).name) or name.endswith(f"/{file}")]
+    if len(same) == 1:
+        return same[0]
+    what = "none of the files is" if not same else f"{len(same)} files are"
     raise UserError(f"--file {file}: {what} called that; they are {listing}.")
 
 
 def records_in(place: Place) -> tuple[list[Record], list[Entry]]:
-    """What a row is read as, which may be several records, and what a run would drop of it.
+    """Return a row's records, and entries for what a run would drop of it.
 
     Raises UserError for a row that cannot be parsed, or of which a run would drop all.
     """
-    found = list(records_of(place.chunk, place.format, "stop"))
-    records = [one for one in found if not isinstance(one, Entry)]
-    entries = [one for one in found if isinstance(one, Entry)]
+    parts = list(records_of(place.chunk, place.format, "stop"))
+    records = [one for one in parts if not isinstance(one, Entry)]
+    entries = [one for one in parts if isinstance(one, Entry)]
     if not records:
         raise would_be_dropped(entries)
     return records, entries
 
 
 def outcome(entry: Entry) -> str:
-    """What the ledger would say of a record."""
+    """Write a ledger's entry as a line."""
     return f"{entry.outcome}: {_why(entry)}"
 
 
 def would_be_dropped(entries: Sequence[Entry]) -> UserError:
-    """What to say about a row of which a run would drop all."""
+    """Return the error of a row of which a run would drop all."""
     first = entries[0]
     why = "; ".join(dict.fromkeys(map(_why, entries)))
     return UserError(f"{first.file}, row {first.row}: a run would drop this record: {why}")
@@ -172,10 +171,7 @@ def _why(entry: Entry) -> str:
 
 
 def encode_row(chat: ChatTokenizer, options: EncodingOptions, place: Place) -> Encodings:
-    """What a run makes of a row.
-
-    Raises UserError for rows or turns that stop a run.
-    """
+    """Encode a row as a run does; raise UserError for rows or turns that stop a run."""
     batch = encode_chunk(chat, options, place.chunk, place.format)
     writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
@@ -199,32 +195,24 @@ def _sections(
         texts = token_texts(before, decode)
         sections.append(_section("shared", example.prefix, texts, shared=True))
     for name, branch in zip(names, example.branches, strict=True):
-        # Decoded behind the prefix, for a token's text can depend on what is before it.
+        # Decoded behind the prefix, because a token's text can depend on what is before it.
         texts = token_texts(before + branch.input_ids.tolist(), decode)[len(before) :]
         sections.append(_section(name, branch, texts, shared=False))
     return tuple(sections)
 
 
 def _section(name: str, branch: Branch, texts: Sequence[str], *, shared: bool) -> TokenSection:
-    parts: tuple[TokenUse, TokenUse] = (
-        ("shared", "shared and trained") if shared else ("prompt", "trained")
-    )
+    uses: dict[bool, TokenUse] = {False: "prompt", True: "trained"}
+    if shared:
+        uses = {False: "shared", True: "shared and trained"}
+    tokens = zip(branch.input_ids.tolist(), texts, branch.trained.tolist(), strict=True)
     return TokenSection(
-        name,
-        tuple(
-            Token(token, text, parts[trained])
-            for token, text, trained in zip(
-                branch.input_ids.tolist(), texts, branch.trained.tolist(), strict=True
-            )
-        ),
+        name, tuple(Token(token, text, uses[trained]) for token, text, trained in tokens)
     )
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The text that each token adds; a character of several tokens is the last one's.
-
-    Put together they are the text of all.
-    """
+    """Return the text that each token adds; the last of several adds their common character."""
     texts: list[str] = []
     # Decoded in a window behind the last whole character, so that blanks are kept.
     start = done = 0

@@ -1,4 +1,4 @@
-"""`tandem check`: one pass over a data set, and all that was found."""
+"""`tandem check`: one pass over a data set, and its findings."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from itertools import islice
 
 import numpy as np
 
+from tandem.check import record_signs
 from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Repeated, look_for_shared, signatures
-from tandem.check.findings import Sign, Tally
-from tandem.check.record_signs import (
-    Record,
-    Roles,
-    answers_of,
-    body_of,
-    character_lengths,
-    digests_of,
-    look_at,
-    question_of,
-)
+from tandem.check.findings import Severity, Sign, Tally
+from tandem.check.record_signs import Record, Roles
 from tandem.check.survey_result import CheckTarget, Lengths, Survey, token_lengths
 from tandem.check.text_signs import TextSigns
 from tandem.data.build_dataset import nothing_left
@@ -41,15 +33,13 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
-# Tokens beyond which nobody counts: a text of 50 MB would take gigabytes.
+# Tokens of a record beyond which they are not counted: a text of 50 MB would take gigabytes.
 _COUNTED = 2**17
 
 _UNCOUNTED = Sign(
-    "very_long",
-    f"records of more than {_COUNTED:,} tokens, whose rest was not counted",
-    "note",
+    "very_long", f"records of more than {_COUNTED:,} tokens, whose rest was not counted", "note",
     "A record this long is often a whole file by mistake: look at it.",
-)
+)  # fmt: skip
 
 
 def survey(
@@ -60,16 +50,16 @@ def survey(
     shown: int = 3,
     encoding_work: EncodingWork = EncodingWork(),  # noqa: B008 - frozen
 ) -> Survey:
-    """Read a data set once, and say what is in it.
+    """Read a data set once, and return what is in it.
 
     Args:
-        target: the data, and what a run would make of it.
-        others: sets that it should share nothing with.
+        target: the data, and how a run would encode it.
+        others: sets with which it should share nothing.
         limit: rows after which to stop.
         shown: rows of each finding.
         encoding_work: who encodes large data, and how that is displayed.
 
-    Raises nothing for data that cannot be used: that is in the result's `problem`.
+    Data that cannot be used raises nothing: the result's `problem` says so.
     """
     work = _Survey(target, others, limit, shown)
     problem = None
@@ -107,9 +97,9 @@ class _Survey:
         self._joins = False
 
     def chunks(self) -> Iterator[tuple[Chunk, str]]:
-        """The chunks of the data, up to what cannot be read; `ended` then says why.
+        """Yield the chunks of the data, up to what cannot be read; then `ended` says why.
 
-        An error would be raised while chunks are read ahead, and those would be lost.
+        Raising the error while chunks are read ahead would lose those chunks.
         """
         left = self._limit
         kind = self._target.options.kind
@@ -125,7 +115,7 @@ class _Survey:
                     yield chunk, known
                 if layout is not None and layout.joins:
                     self._joins = True
-                    # Read once more: the pairs no longer have the keys that nothing reads.
+                    # Read once more, because the pairs lack the keys that are not read.
                     self._columns.joined(
                         islice(read_rows(source), limit), layout, renaming_of(source).fields
                     )
@@ -133,30 +123,29 @@ class _Survey:
             self.ended = str(error)
 
     def take(self, chunk: Chunk, known: str, batch: EncodedChunk | None) -> None:
-        """Look at a chunk's records; `batch` is what encoding made of them, if it was asked."""
+        """Inspect a chunk's records; `batch` has them encoded, if there is a tokenizer."""
         rows = tuple(chunk.rows())
         names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
         chunk = RowChunk(chunk.file, chunk.count, rows)
-        found = list(records_of(chunk, known, "drop"))
-        records = [one for one in found if not isinstance(one, Entry)]
-        entries = [one for one in found if isinstance(one, Entry)]
+        parts = list(records_of(chunk, known, "drop"))
+        records = [one for one in parts if not isinstance(one, Entry)]
+        entries = [one for one in parts if isinstance(one, Entry)]
         self._note_stop(chunk, known, entries)
         if batch is None:
             self.ledger.add(entries, len(records))
-            self._lengths.add(character_lengths(records))
+            self._lengths.add(record_signs.character_lengths(records))
         else:
-            self.ledger.add(self._told(batch), len(batch.arrays.parts))
+            self.ledger.add(self._ledger_lines(batch), len(batch.arrays.parts))
             self._measure(chunk, known, batch)
         self._records += len(records)
-        self._answers += sum(map(answers_of, records))
+        self._answers += sum(map(record_signs.answers_of, records))
         beside = self._columns.beside(rows, known, names)
-        look_at(records, self._texts, self._tally, self._roles, beside)
+        record_signs.look_at(records, self._texts, self._tally, self._roles, beside)
         self._compare(records)
 
     def finish(self, problem: str | None) -> Survey:
-        """All that was found; `problem` is what ended the pass early."""
-        target, ledger = self._target, self.ledger
-        counts = ledger.counts
+        """Return the result; `problem` is what ended the pass early."""
+        ledger, counts = self.ledger, self.ledger.counts
         too_many = self._too_many()
         problem = self._stop or problem or too_many
         for entry in ledger.entries:
@@ -164,31 +153,27 @@ class _Survey:
             sign = _of_ledger(entry, stops=stops, too_many=too_many is not None)
             self._tally.add(sign, Origin(entry.file, entry.row), entry.detail)
         self._repeated.finish(self._tally, self._read_again)
-        summary = ledger.summary()
+        of = {"records": counts["read"], "pairs": self._records, "answers": self._answers}
         return Survey(
-            target,
+            self._target,
             self._limit,
             self._looked_at,
             dict(ledger.formats),
             self._columns.unread,
             self._columns.cut,
             counts,
-            summary["reasons"],
+            ledger.summary()["reasons"],
             self._roles,
             self._lengths.unit,
             self._lengths.measures(),
             self._lengths.histogram(),
-            tuple(
-                self._tally.findings(
-                    {"records": counts["read"], "pairs": self._records, "answers": self._answers}
-                )
-            ),
+            tuple(self._tally.findings(of)),
             self._others,
             problem,
         )
 
     def _too_many(self) -> str | None:
-        """What a run would say of the records that it would drop, if they are too many."""
+        """Return a run's error about the records that it would drop, if they are too many."""
         if not self.ledger.counts["read"]:
             return None
         try:
@@ -202,7 +187,7 @@ class _Survey:
         return None
 
     def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
-        """Keep the message that a run would stop with at this chunk's first unparsable row."""
+        """Keep a run's error about this chunk's first unparsable row, if it would stop."""
         if self._stop is not None or self._target.options.on_bad_record == "drop":
             return
         if any(entry.reason == "unparsable" for entry in entries):
@@ -212,8 +197,8 @@ class _Survey:
             except UserError as error:
                 self._stop = str(error)
 
-    def _told(self, batch: EncodedChunk) -> list[Entry]:
-        """What the ledger would say; without limits nothing is cut but what goes uncounted."""
+    def _ledger_lines(self, batch: EncodedChunk) -> list[Entry]:
+        """Return a run's entries; without limits, a cut record has too many tokens to count."""
         if self._target.limited:
             return list(batch.entries)
         for entry in batch.entries:
@@ -222,43 +207,38 @@ class _Survey:
         return [entry for entry in batch.entries if entry.outcome != "truncated"]
 
     def _measure(self, chunk: Chunk, known: str, batch: EncodedChunk) -> None:
-        """Note lengths in tokens, of records that were cut or dropped those they had before."""
+        """Note lengths in tokens, before records were cut or dropped."""
         options = self._target.options
-        found = token_lengths(batch.arrays, options.kind)
+        lengths = token_lengths(batch.arrays, options.kind)
         if batch.entries and self._target.limited:
             assert self._target.chat is not None
             numbers = {entry.row for entry in batch.entries}
-            # A row may hold several records, of which one alone was cut.
+            # A row may have several records, of which only one was cut.
             kept = ~np.isin(batch.arrays.rows, list(numbers))
-            self._lengths.add({name: values[kept] for name, values in found.items()})
+            self._lengths.add({name: values[kept] for name, values in lengths.items()})
             rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
             whole = replace(options, limits=Limits(_COUNTED, None), on_bad_record="drop")
             again = RowChunk(chunk.file, len(rows), rows)
             batch = encode_chunk(self._target.chat, whole, again, known)
-            found = token_lengths(batch.arrays, options.kind)
-        self._lengths.add(found)
+            lengths = token_lengths(batch.arrays, options.kind)
+        self._lengths.add(lengths)
 
     def _compare(self, records: list[Record]) -> None:
-        words = hash_words([body_of(record) for record in records])
-        self._repeated.add(
-            [record.origin for record in records],
-            np.array([digests_of(record) for record in records], dtype=np.uint64),
-            signatures(words),
-            [
-                isinstance(record, PreferencePair) and record.chosen > record.rejected
-                for record in records
-            ],
-        )
+        words = hash_words([record_signs.body_of(record) for record in records])
+        digests = np.array([record_signs.digests_of(one) for one in records], dtype=np.uint64)
+        flipped = [isinstance(r, PreferencePair) and r.chosen > r.rejected for r in records]
+        origins = [record.origin for record in records]
+        self._repeated.add(origins, digests, signatures(words), flipped)
         look_for_shared(records, words, self._others, self._tally)
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
-        """The questions of a few records, from another look at the data."""
-        found: dict[Origin, str] = {}
+        """Return the questions of a few records, by reading the data again."""
+        questions: dict[Origin, str] = {}
         files = {origin.file for origin in wanted}
         chunks = formatted_chunks(
             self._target.sources, self._target.options.kind, Ledger(None), "drop"
         )
-        # What cannot be read ended the pass itself, which says so; wanted is what came before.
+        # The pass itself ended at what cannot be read; wanted records came before that.
         with suppress(UserError):
             for chunk, known in chunks:
                 first = getattr(chunk, "first", None)
@@ -269,14 +249,14 @@ class _Survey:
                     continue
                 for record in records_of(chunk, known, "drop"):
                     if not isinstance(record, Entry) and record.origin in wanted:
-                        found[record.origin] = question_of(record)
-                if len(found) == len(wanted):
+                        questions[record.origin] = record_signs.question_of(record)
+                if len(questions) == len(wanted):
                     break
-        return found
+        return questions
 
 
 def _options(target: CheckTarget) -> EncodingOptions:
-    """What the pass encodes by: bad rows do not end it, and nothing is cut without a recipe."""
+    """Return the pass's options: bad rows do not end it, and nothing is cut without a recipe."""
     options = replace(target.options, on_bad_record="drop")
     return options if target.limited else replace(options, limits=Limits(_COUNTED, None))
 
@@ -286,29 +266,18 @@ def _total(sources: Sequence[DataSource], limit: int | None) -> int | None:
     return total if limit is None or total is None else min(limit, total)
 
 
-def _mend(reason: str) -> str:
-    return way_out(reason) if reason.startswith("the chat template") else "Mend them."
-
-
 def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
-    """The sign that a reason of the ledger is.
+    """Return a ledger's entry as a sign.
 
-    It is an error if such records stop a run, or all that is dropped is `too_many`.
+    It is an error if such records stop a run, or if `too_many` records are dropped.
     """
-    if entry.outcome == "dropped":
-        return Sign(
-            "dropped",
-            f"would be dropped: {entry.reason}",
-            "error" if stops or too_many else "warning",
-            "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
-            if stops
-            else f"{_mend(entry.reason)} More than max_dropped of them stop a run.",
-            about=entry.reason,
-        )
-    return Sign(
-        "truncated",
-        f"would be truncated: {entry.reason}",
-        "note",
-        "Raise max_length or max_prompt_length, or shorten them.",
-        about=entry.reason,
-    )
+    reason = entry.reason
+    if entry.outcome == "truncated":
+        hint = "Raise max_length or max_prompt_length, or shorten them."
+        return Sign("truncated", f"would be truncated: {reason}", "note", hint, about=reason)
+    severity: Severity = "error" if stops or too_many else "warning"
+    mend = way_out(reason) if reason.startswith("the chat template") else "Mend them."
+    hint = f"{mend} More than max_dropped of them stop a run."
+    if stops:
+        hint = "Mend them: the first one stops a run, unless `on_bad_record: drop` is set."
+    return Sign("dropped", f"would be dropped: {reason}", severity, hint, about=reason)

@@ -1,4 +1,4 @@
-"""What a survey looks at, and what it found: counts, findings, lengths of records."""
+"""What a survey inspects, and its result: counts, findings, lengths of records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class LengthQuantiles:
-    """The lengths of one part of all records, [n], in short."""
+    """A summary of the lengths of one part of all records."""
 
     mean: float
     least: int
@@ -47,18 +47,17 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class CheckTarget:
-    """What is looked at, and as what.
+    """The data to inspect, and how a run would use it.
 
     Attributes:
         stage: sft or dpo, where a recipe or a flag says so.
-        sources: the data.
-        options: what a run would make of every record.
+        options: how a run would encode records.
         max_dropped: the share of records that a run may drop.
         chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
         special: the tokenizer's special tokens.
         validation: data sets that a run would hold out.
         limited: whether the limits are a recipe's; otherwise there are none.
-        held_out: whether a run would score it, and not train on it.
+        held_out: whether a run would score the data, not train on it.
     """
 
     stage: TrainingStageName | None
@@ -74,11 +73,11 @@ class CheckTarget:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What was found.
+    """The result of a survey.
 
-    `looked_at` is how many of the sources, in order, the pass came to; `unread` are the keys of
-    rows, and of turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are
-    more; `problem` is the message that it would stop with, None if it would not.
+    `looked_at` is how many of the sources the pass reached; `unread` are the keys of rows, and of
+    turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are more;
+    `problem` is the error with which a run would stop, None if it would not.
     """
 
     target: CheckTarget
@@ -99,19 +98,18 @@ class Survey:
 
 
 class Lengths:
-    """Collects lengths by the name of the part, and sums them up."""
+    """Collects lengths by the name of the part, and summarises them."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self._found: dict[str, list[NDArray[np.int32]]] = {}
 
     def add(self, measures: dict[str, NDArray[np.int32]]) -> None:
-        """Note the lengths of some records."""
         for name, values in measures.items():
             self._found.setdefault(name, []).append(values)
 
     def measures(self) -> dict[str, LengthQuantiles]:
-        """All parts, summed up."""
+        """Return a summary of each part."""
         return {
             name: _measure(np.concatenate(parts).astype(np.int64))
             for name, parts in self._found.items()
@@ -119,13 +117,13 @@ class Lengths:
         }
 
     def histogram(self) -> Histogram | None:
-        """Of whole records; None when there are none."""
+        """Return the histogram of whole records; None without records."""
         parts = self._found.get("whole", [])
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
 def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
-    """The lengths of n encoded records in tokens: whole (the longest path), prompt and answers.
+    """Return the lengths of n records in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.
     """
@@ -135,18 +133,16 @@ def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]
     prefix_of = np.repeat(first, arrays.parts)
     is_prefix = np.zeros(len(arrays.lengths), dtype=np.bool_)
     is_prefix[first] = True
-    # A part's whole path, and what is trained of it; the prefix's own entries are not used.
+    # A part's whole path, and its trained tokens; the prefix's own entries are not used.
     path = np.where(is_prefix, 0, arrays.lengths + arrays.lengths[prefix_of])
     trained = np.where(is_prefix, 0, arrays.targets + arrays.targets[prefix_of])
-    found = {
-        "whole": np.maximum.reduceat(path, first),
-        "prompt": path[first + 1] - trained[first + 1],
-    }
+    prompt = path[first + 1] - trained[first + 1]
+    lengths = {"whole": np.maximum.reduceat(path, first), "prompt": prompt}
     if kind == "preference pairs":  # [prefix, chosen, rejected]
-        found |= {"chosen": trained[first + 1], "rejected": trained[first + 2]}
+        lengths |= {"chosen": trained[first + 1], "rejected": trained[first + 2]}
     else:
-        found["answers"] = np.add.reduceat(trained, first)
-    return {name: values.astype(np.int32) for name, values in found.items()}
+        lengths["answers"] = np.add.reduceat(trained, first)
+    return {name: values.astype(np.int32) for name, values in lengths.items()}
 
 
 def _measure(values: Counts) -> LengthQuantiles:
@@ -163,7 +159,7 @@ def _measure(values: Counts) -> LengthQuantiles:
 
 
 def _histogram(values: NDArray[np.int32]) -> Histogram:
-    """Bars of one width from the shortest to about the 99th percentile, and one for the rest."""
+    """Make equal bars from the shortest to about the 99th percentile, and one for the rest."""
     least, most = int(values.min()), int(values.max())
     high = int(np.quantile(values, 0.99, method="higher")) + 1
     width = _round_up(max(1, -(-(high - least) // _BARS)))
@@ -175,6 +171,6 @@ def _histogram(values: NDArray[np.int32]) -> Histogram:
 
 
 def _round_up(width: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """Round up to one of 1, 2, 5, 10, 20, 50, ..."""
     unit = 10 ** (len(str(width)) - 1)
     return next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= width)

@@ -8,17 +8,14 @@ from tandem.integrations.gaudi.bridge import bridge_installed, set_modes
 
 
 def prepare_devices(run: Any) -> tuple[str, ...]:
-    """Set what devices read when torch is imported; call it before.
+    """Set the environment that devices read when torch is imported, as a run's settings say.
 
-    Args:
-        run: a recipe or a stage's settings, which say how the devices run.
-
-    Returns a line for the user where the environment said something else.
+    Returns a notice where the environment was different.
     """
     notice = set_modes(lazy=run.hpu.lazy_mode) if bridge_installed() else None
     return () if notice is None else (notice,)
 
 
 def has_bridge() -> bool:
-    """Whether a bridge is installed through which `auto` may find Gaudi cards."""
+    """Return whether a bridge is installed with which `auto` may find Gaudi cards."""
     return bridge_installed()

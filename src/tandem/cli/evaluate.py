@@ -18,16 +18,10 @@ if TYPE_CHECKING:
 
 
 def _data(key: str) -> Flag:
-    """Make a flag that names data of the user's own, by path."""
+    """Make a flag that names the user's own data by path."""
     about = EvaluationSettings.model_fields[key].description or ""
-    return Flag(
-        key,
-        path,
-        about.partition("; empty")[0].rstrip(".") + ".",
-        many=True,
-        field=(key,),
-        metavar="DATA",
-    )
+    about = about.partition("; empty")[0].rstrip(".") + "."
+    return Flag(key, path, about, many=True, field=(key,), metavar="DATA")
 
 
 # By the groups of the help text; `samples` has a default of its own.
@@ -50,8 +44,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
     "a judge of the answers to --questions": (
         flag_of(ServerSettings, "model", "judge", at=("judge",), metavar="MODEL",
                 help="A model on an OpenAI-compatible server, by its name there."),
-        flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL",
-                ),
+        flag_of(ServerSettings, "base_url", "judge_url", at=("judge",), metavar="URL"),
         flag_of(ServerSettings, "key_variable", "judge_key_variable", at=("judge",),
                 metavar="NAME"),
     ),
@@ -69,12 +62,7 @@ def evaluate(argv: list[str]) -> int:
     arguments = _parser().parse(argv)
     job = _job(arguments)
     from tandem.evaluate.evaluate_models import check_something, evaluate_models
-    from tandem.report.terminal_tables import (
-        comparison_notes,
-        comparison_table,
-        samples_table,
-        warning_lines,
-    )
+    from tandem.report import terminal_tables
     from tandem.result_warnings import evaluation_warnings
     from tandem.runtime.console import notice_console, result_console
 
@@ -85,19 +73,19 @@ def evaluate(argv: list[str]) -> int:
         print(json.dumps(measured, indent=2, ensure_ascii=False))
         return 0
     console = result_console()
-    console.print(comparison_table(measured))
-    for note in comparison_notes(measured):
+    console.print(terminal_tables.comparison_table(measured))
+    for note in terminal_tables.comparison_notes(measured):
         console.print(note, markup=False, soft_wrap=True)
     if measured["samples"]:
-        console.print(samples_table(measured, job.settings.samples))
-    for line in warning_lines(evaluation_warnings(measured)):
+        console.print(terminal_tables.samples_table(measured, job.settings.samples))
+    for line in terminal_tables.warning_lines(evaluation_warnings(measured)):
         console.print(line, soft_wrap=True)
     console.print(f"all figures: {job.folder / 'evaluation.json'}", soft_wrap=True, markup=False)
     return 0
 
 
 def _job(arguments: argparse.Namespace) -> EvaluationJob:
-    """Make the job that the flags ask for; raises UserError naming the flag of a wrong value."""
+    """Make the job of some flags; raise UserError naming the flag of a wrong value."""
     from pydantic import ValidationError
 
     from tandem.recipe.explain_errors import explain
@@ -120,14 +108,14 @@ def _job(arguments: argparse.Namespace) -> EvaluationJob:
 
     def place(location: Location) -> str:
         keys = tuple(map(str, location))
-        return next((names[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in names),
-                    "tandem eval")  # fmt: skip
+        flags = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
+        return next(filter(None, flags), "tandem eval")
 
     try:
         settings = EvaluationSettings.model_validate(given)
     except ValidationError as error:
-        said = explain(error, EvaluationSettings, place)
-        raise UserError(said.replace("task_data", "data")) from None
+        message = explain(error, EvaluationSettings, place)
+        raise UserError(message.replace("task_data", "data")) from None
     models = [model_in_run(model) for model in arguments.models]
     run = RunSettings(
         model=models[0],
@@ -157,26 +145,16 @@ def _parser() -> Parser:
         "runs/comparison\nThe same command again goes on where it was stopped.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "models",
-        type=path,
-        metavar="MODEL",
-        nargs="+",
-        help="A model, adapter or run folder, or a Hub id.",
-    )
+    add = parser.add_argument
+    add("models", type=path, metavar="MODEL", nargs="+",
+        help="A model, adapter or run folder, or a Hub id.")  # fmt: skip
     for title, flags in _GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             add_flag(group, flag)
     for flag in (_LIMIT, *_RUN):
         add_flag(parser, flag)
-    parser.add_argument(
-        "--output_dir",
-        type=path,
-        metavar="FOLDER",
-        help="What is measured is kept there (runs/evaluation).",
-    )
-    parser.add_argument(
-        "--json", action="store_true", default=False, help="Print all figures as JSON."
-    )
+    add("--output_dir", type=path, metavar="FOLDER",
+        help="What is measured is kept there (runs/evaluation).")  # fmt: skip
+    add("--json", action="store_true", default=False, help="Print all figures as JSON.")
     return parser

@@ -52,7 +52,9 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
     """Load the tokenizer and template that were named, or the recipe's; None without either."""
     if arguments.model is None and recipe is None:
         if arguments.chat_template is not None:
-            raise UserError("--chat_template needs --model or --recipe, for a tokenizer renders it")
+            raise UserError(
+                "--chat_template needs --model or --recipe, because a tokenizer renders it"
+            )
         return None
     from tandem.check.inputs import stage_chat
 
@@ -73,8 +75,8 @@ def data_of(
     """
     from tandem.check.inputs import left_out
 
-    found, notices = _asked(arguments, recipe, folder)
-    return found, [*notices, *left_out(found)]
+    targets, notices = _asked(arguments, recipe, folder)
+    return targets, [*notices, *left_out(targets)]
 
 
 def _asked(
@@ -84,17 +86,17 @@ def _asked(
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
     from tandem.recipe.flags import data_settings
 
-    said = data_settings(vars(arguments))
+    settings = data_settings(vars(arguments))
     if not arguments.data:
-        if said:
+        if settings:
             raise UserError(
-                f"--{min(said)} is about data that is named; name some, or leave it out"
+                f"--{min(settings)} is about data that is named; name some, or leave it out"
             )
         assert recipe is not None
         if arguments.stage is None:
             return recipe_data(recipe, folder)
         return [stage_data(arguments.stage, recipe, None, folder)], []
-    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, said)
+    sources = named_sources(arguments.data, folder, recipe.seed if recipe else None, settings)
     if arguments.stage is not None:
         return [stage_data(arguments.stage, recipe, sources, folder)], []
     parts, unknown = by_kind(sources)
@@ -103,5 +105,5 @@ def _asked(
         f"{KINDS['dpo']}, give --stage dpo"
         for source in unknown
     ]
-    found = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
-    return found, notices
+    targets = [stage_data(stage_of(kind), recipe, some, folder) for kind, some in parts.items()]
+    return targets, notices

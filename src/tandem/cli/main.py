@@ -1,7 +1,7 @@
 """The `tandem` command: find the subcommand, run it, turn errors into exit codes.
 
-0 done, 1 a bug, 2 the user's mistake, 3 stopped and resumable. Only argparse is imported here;
-each subcommand imports what it needs when it runs, so that `tandem --help` is instant.
+0 done, 1 a bug, 2 the user's mistake, 3 stopped and resumable. Each subcommand imports what it
+needs when it runs, so that `tandem --help` is instant.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
     "cache": ("tandem.cli.report", "cache", "show or empty the cache"),
 }
-"""Name of each command: module, function and what it does."""
-
-_IN_SEVERAL = ("run", "sft", "dpo")
-
+"""Each command's module, function and help."""
+_IN_SEVERAL = ("run", "sft", "dpo")  # commands that work in several processes
 # Errors of the file system, and what the user can do about them.
 _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),
@@ -57,15 +55,14 @@ _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "move it away, or choose another path"),
     errno.ELOOP: "remove this link",
 }
-
-# What Python's tempfile says if no folder takes a file; its error number means a missing file.
+# The message of Python's tempfile if no folder takes a file; its error number is misleading.
 _NO_SCRATCH = "No usable temporary directory"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line, without the program's name; returns the exit code."""
-    # Read when torch is imported. OpenMP's threads otherwise spin while they wait for each other;
-    # with another program on one of the cores, small models then train many times slower.
+    """Run one command line, without the program's name, and return the exit code."""
+    # torch reads it when it is imported. Otherwise OpenMP's threads spin while they wait; with
+    # another program on one of the cores, small models then train many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(list(argv))
@@ -73,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except TandemError as error:
         _settle()
-        if not error.reported and _says_it():
+        # Until the processes are in contact, all find the same error, and the first of a machine
+        # reports it; from then on the error knows, see `ProcessGroup`.
+        if not error.reported and (_in_contact() or _speaks()):
             _complain(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
@@ -95,25 +94,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry_point() -> int:
-    """What the installed `tandem` command calls."""
+    """Run the installed `tandem` command, and return its exit code."""
     streams = Streams()
     code = streams.settle(main(sys.argv[1:]), sys.argv[1:])
-    if "torch" in sys.modules and not _observed():
+    # A debugger, a profiler and `python -i` wait for the interpreter to end.
+    observed = sys.gettrace() or sys.getprofile() or sys.flags.inspect
+    if "torch" in sys.modules and not observed:
         _end(code)
     return code
 
 
-def _observed() -> bool:
-    """Whether something waits for the interpreter to end: a debugger, a profiler, `python -i`."""
-    return bool(sys.gettrace() or sys.getprofile() or sys.flags.inspect)
-
-
 def _end(code: int) -> NoReturn:
-    """End the process as Python does, except that modules are not taken apart.
+    """End the process as Python does, but without taking modules apart.
 
-    With torch and transformers loaded that takes seconds, in which nothing happens any more. What
-    others registered for the end still runs: threads are waited for, child processes joined,
-    temporary folders removed, coverage written.
+    With torch and transformers loaded, that takes seconds. Everything registered for the end still
+    runs: threads and child processes are joined, temporary folders removed, coverage written.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -125,24 +120,16 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _says_it() -> bool:
-    """Whether this process is the one that prints what went wrong.
-
-    Of several processes that a launcher started, all find the same until they are in contact, so
-    that the first of a machine says it; from then on it is in the error, see `ProcessGroup`.
-    """
-    return _in_contact() or _speaks()
-
-
 def _speaks() -> bool:
+    """Return whether this process reports for its machine."""
     try:
         return launched().speaks
-    except UserError:  # which is what went wrong
+    except UserError:  # the error to report
         return True
 
 
 def _settle() -> None:
-    """Ignore a launcher's SIGTERM, which it sends to all when one ends, until all is said."""
+    """Ignore a launcher's SIGTERM, sent to all when one ends, until all errors are reported."""
     if _in_contact():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

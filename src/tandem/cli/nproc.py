@@ -15,24 +15,15 @@ _FLAG = "--nproc"
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
     """Declare `--nproc`."""
-    parser.add_argument(
-        _FLAG,
-        type=positive,
-        metavar="N",
-        help="Start N processes on this machine, one for each device, which share the work.",
-    )
+    about = "Start N processes on this machine, one for each device, which share the work."
+    parser.add_argument(_FLAG, type=positive, metavar="N", help=about)
 
 
 def in_processes(count: int, name: str, argv: Sequence[str], *, device: str) -> int:
-    """Run a command in several processes, and return the exit code that it ends with.
+    """Run a command in `count` processes, and return its exit code.
 
-    Args:
-        count: how many.
-        name: the command.
-        argv: its arguments, `--nproc` among them.
-        device: where it is to train.
-
-    Raises UserError in a process that a launcher has started, and for more processes than devices.
+    `argv` are its arguments, with `--nproc`. Raises UserError in a process that a launcher has
+    started, and for more processes than devices.
     """
     if started_by_launcher():
         here = launched()

@@ -30,12 +30,12 @@ def pairs(argv: list[str]) -> int:
     from tandem.recipe.jobs import PairsJob
     from tandem.recipe.load_recipe import load_pairs
 
-    given = {".".join(flag.field): getattr(arguments, flag.name) for flag in _FLAGS}
-    given["pairs.prompts"] = arguments.prompts
+    values = {".".join(flag.field): getattr(arguments, flag.name) for flag in _FLAGS}
+    values["pairs.prompts"] = arguments.prompts
     overrides = [
-        # Overrides are read as YAML; a flag's text is what it is.
+        # Quoted, because overrides are read as YAML.
         f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in given.items()
+        for key, value in values.items()
         if value is not None
     ]
     overrides += [f"pairs.{override}" for override in arguments.overrides]

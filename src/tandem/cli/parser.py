@@ -20,9 +20,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, unknown_hint: str = "", **options: Any) -> None:
         self.unknown_hint = unknown_hint
         super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -109,10 +107,7 @@ def whole(text: str) -> int:
 
 
 def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) -> None:
-    """Declare a flag; booleans may stand alone or before true or false.
-
-    `more` are options of argparse, such as a default or whether it is required.
-    """
+    """Declare a flag with `more` options of argparse; true or false may follow a boolean."""
     from tandem.recipe.flags import boolean
     from tandem.recipe.section import expanded
 
@@ -132,30 +127,20 @@ def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) 
 
 def add_dry_run(parser: Parser) -> None:
     """Declare `--dry-run`."""
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Print the resolved settings and stop."
-    )
+    about = "Print the resolved settings and stop."
+    parser.add_argument("--dry-run", action="store_true", help=about)
 
 
 def add_overrides(parser: Parser, what: str) -> None:
     """Declare `key=value` arguments."""
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help=f"{what}, with dots; values as in YAML, null unsets.",
-    )
+    about = f"{what}, with dots; values as in YAML, null unsets."
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=about)
 
 
 def output_folder(path: Path, name: str) -> Path:
-    """Resolve `~` in the folder that a command is to write into; it need not exist yet.
+    """Resolve `~` in the folder that a command writes into; it need not exist yet.
 
-    Args:
-        path: the folder.
-        name: the flag or key that says it, for the message.
-
-    Raises UserError if it, or what should hold it, is a file.
+    `name` is its flag or key, for the message. Raises UserError if it, or a parent, is a file.
     """
     try:
         path = path.expanduser()

@@ -22,7 +22,7 @@ def plan(argv: list[str]) -> int:
     from tandem.recipe.load_recipe import load_recipe
     from tandem.runtime.console import notice_console, result_console
 
-    made = plan_recipe(
+    planned = plan_recipe(
         load_recipe(arguments.recipe, arguments.overrides),
         processes=arguments.nproc or 1,
         download=arguments.download,
@@ -30,9 +30,9 @@ def plan(argv: list[str]) -> int:
         console=notice_console(),
     )
     if arguments.json:
-        print(json.dumps(as_json(made), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(planned), indent=2, ensure_ascii=False))
     else:
-        show_plan(made, result_console())
+        show_plan(planned, result_console())
     return 0
 
 
@@ -61,5 +61,5 @@ def _parser() -> Parser:
 
 
 def _numbers(text: str) -> list[int]:
-    """Positive numbers between commas."""
+    """Convert to positive numbers between commas."""
     return [positive(part) for part in text.split(",")]

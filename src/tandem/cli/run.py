@@ -38,9 +38,9 @@ def run(argv: list[str]) -> int:
         console.print(notice, markup=False, soft_wrap=True)
     from tandem.pipeline.run_pipeline import run_pipeline
 
-    found = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
+    evaluation = run_pipeline(recipe, until=arguments.until, start=arguments.start, console=console)
     if launched().rank == 0:
-        _finish(run_dir, found)
+        _finish(run_dir, evaluation)
     from tandem.runtime.process_group import leave
 
     leave()
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
 
 def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str:
-    """Write the resolved recipe as YAML, its stages as comments, so that it can be run again.
+    """Write the resolved recipe as YAML with its stages as comments; it can be run again.
 
     Raises UserError for a stage that the recipe lacks.
     """
@@ -67,37 +67,31 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
     ]
     for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
         if settings is not None:
-            # Records are only counted where data is read: by `tandem plan`, and when it runs.
+            # Only `tandem plan` and a run read the data and count records.
             doubts = unmeant(settings, steps=settings.max_steps, records=None)
             lines += [f"# {name}: {doubt}" for doubt in doubts]
     head = "# dry run: nothing was downloaded or written\n"
     return f"{head}{recipe_to_yaml(recipe)}# stages\n" + "\n".join(lines)
 
 
-def _finish(run_dir: Path, found: dict[str, Any] | None) -> None:
-    """Print the result table, sample answers side by side, and where the page is."""
+def _finish(run_dir: Path, evaluation: dict[str, Any] | None) -> None:
+    """Print the result table, sample answers side by side, and the path of the page."""
+    from tandem.report import terminal_tables
     from tandem.report.html import write_report
     from tandem.report.run_facts import warnings_of_run
-    from tandem.report.terminal_tables import (
-        comparison_notes,
-        comparison_table,
-        result_table,
-        samples_table,
-        warning_lines,
-    )
     from tandem.runtime.console import result_console
 
     page = write_report(run_dir)
     console = result_console()
-    if found is not None:
-        console.print(result_table(found))
-        if found.get("tasks"):
-            console.print(comparison_table(found))
-            for note in comparison_notes(found):
+    if evaluation is not None:
+        console.print(terminal_tables.result_table(evaluation))
+        if evaluation.get("tasks"):
+            console.print(terminal_tables.comparison_table(evaluation))
+            for note in terminal_tables.comparison_notes(evaluation):
                 console.print(note, markup=False, soft_wrap=True)
-        if found.get("samples"):
-            console.print(samples_table(found))
-    for line in warning_lines(warnings_of_run(run_dir)):
+        if evaluation.get("samples"):
+            console.print(terminal_tables.samples_table(evaluation))
+    for line in terminal_tables.warning_lines(warnings_of_run(run_dir)):
         console.print(line, soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 
@@ -115,13 +109,9 @@ def _parser() -> Parser:
     parser.add_argument("recipe", metavar="RECIPE", help="A shipped recipe's name or a YAML file.")
     add_overrides(parser, "Recipe keys")
     add_dry_run(parser)
-    stages = ", ".join(STAGES)
-    parser.add_argument("--until", metavar="STAGE", help=f"The last stage to run: {stages}.")
-    parser.add_argument(
-        "--from",
-        dest="start",
-        metavar="STAGE",
-        help="The first stage to run; those before it must be finished.",
-    )
+    last = f"The last stage to run: {', '.join(STAGES)}."
+    parser.add_argument("--until", metavar="STAGE", help=last)
+    first = "The first stage to run; those before it must be finished."
+    parser.add_argument("--from", dest="start", metavar="STAGE", help=first)
     add_nproc(parser)
     return parser

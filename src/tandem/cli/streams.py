@@ -1,4 +1,4 @@
-"""The process's streams: what they cannot print is replaced or lost, and no command ends by it."""
+"""The process's streams: what they cannot print is replaced or lost, but no command fails by it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Any, TextIO
 
 from tandem.errors import UserError
 
-ERRORS = "tandem-plain"
-"""The name of the error handler for characters that a stream's encoding lacks."""
-
-# What the tables, bars and messages use, in ASCII; all else becomes a question mark.
+ERRORS = "tandem-plain"  # the error handler for characters that a stream's encoding lacks
+# The characters of tables, bars and messages in ASCII; others become a question mark.
 _PLAIN = {
     "▲": "^", "▼": "v", "→": "->", "–": "-", "—": "-", "−": "-", "≥": ">=", "±": "+-", "×": "x",
-    "·": ".", "…": "...",
-    "‘": "'", "’": "'", "“": '"', "”": '"', "━": "-", "─": "-", "│": "|", "•": "*", "\u00a0": " ",
+    "·": ".", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"', "━": "-", "─": "-", "│": "|",
+    "•": "*", "\u00a0": " ",
 }  # fmt: skip
 # Commands that write files: their work is done even if the output could not be printed.
 _LEAVES_FILES = ("run", "sft", "merge", "pairs", "dpo", "eval", "report")
@@ -75,10 +73,9 @@ class _LastingBytes(io.RawIOBase):
 class Streams:
     """Prepare stdin, stdout and stderr of this process.
 
-    A terminal that is gone, a reader that left and a full disk end no command, least of all one
-    that trains: what is written from then on is lost. Closed descriptors are opened on the null
-    device. Otherwise the first file that is opened would get their numbers, and C libraries would
-    print into it.
+    A closed terminal, a reader that left and a full disk end no command: what is written from then
+    on is lost. Closed descriptors are opened on the null device; otherwise the first opened file
+    would get their numbers, and C libraries would print into it.
     """
 
     def __init__(self) -> None:
@@ -90,7 +87,7 @@ class Streams:
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if sys.stdin is None:
             sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-        # What reads it says what is wrong with a byte; see `chat.session`.
+        # Readers report a byte that is no UTF-8; see `chat.session`.
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
         forget_empty_sizes()
@@ -98,15 +95,15 @@ class Streams:
         self._err, sys.stderr = _lasting(sys.stderr, 2)
 
     def settle(self, code: int, argv: Sequence[str]) -> int:
-        """Write out what is left; returns the exit code of a command line that ended with `code`.
+        """Write out what is left; return the exit code of a command line that ended with `code`.
 
-        It stays what it is, but for a command whose output is all of its work, where that could
-        not be written.
+        It changes only for a command whose only work is its output, when that was not written.
         """
         sys.stdout.flush()
         trouble = self._out.trouble
-        if trouble is not None and trouble.errno != errno.EPIPE:  # `| head` has what it wanted
-            done = bool(argv) and argv[0] in _LEAVES_FILES and not _only_shows(argv)
+        if trouble is not None and trouble.errno != errno.EPIPE:  # `| head` has read enough
+            dry = any(argument.replace("_", "-") == "--dry-run" for argument in argv)
+            done = bool(argv) and argv[0] in _LEAVES_FILES and not dry
             kept = "; the files are written" if done and code == 0 else ""
             print(f"standard output: {trouble.strerror}; the output is cut{kept}", file=sys.stderr)
             code = code if done or code else UserError.exit_code
@@ -115,14 +112,10 @@ class Streams:
 
 
 def forget_empty_sizes() -> None:
-    """Take sizes of 0 out of the environment: tables of that width would have nothing in them."""
+    """Remove sizes of 0 from the environment: tables of that width would be empty."""
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "").strip() == "0":
             del os.environ[name]
-
-
-def _only_shows(argv: Sequence[str]) -> bool:
-    return any(argument.replace("_", "-") == "--dry-run" for argument in argv)
 
 
 def _lasting(stream: TextIO | None, descriptor: int) -> tuple[_LastingBytes, TextIO]:

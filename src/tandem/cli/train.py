@@ -60,9 +60,9 @@ def merge(argv: list[str]) -> int:
 def stage_parser(
     stage: TrainingStageName, settings: type[TrainingSettings] | None = None
 ) -> Parser:
-    """Make the parser of a training stage; flags that are left out do not appear in its result.
+    """Make the parser of a training stage; its result lacks missing flags.
 
-    `settings` is the class of the stage's settings, where it has more fields.
+    `settings` is the class of the stage's settings, if it has more fields.
     """
     parser = Parser(
         prog=f"tandem {stage}",
@@ -81,7 +81,7 @@ def stage_parser(
 
 
 def _train(stage: TrainingStageName, argv: list[str]) -> int:
-    """Run a stage, in this process or with --nproc in others, or print what it would be."""
+    """Run a stage, in this process or with --nproc in others, or print its settings."""
     values = vars(stage_parser(stage).parse(argv))
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
     devices = nproc or launched().count
@@ -93,7 +93,7 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     console = notice_console()
     for notice in (*prepare_devices(job.run), *notices):
         console.print(notice, markup=False, soft_wrap=True)
-    # --bf16 means bfloat16 where there is hardware for it.
+    # --bf16 means bfloat16 only on hardware that gains from it.
     half = bool(values.get("bf16")) and job.run.dtype == "auto"
     if dry_run:
         if launched().speaks:

@@ -36,15 +36,8 @@ def build_dataset(
 ) -> EncodedDataset:
     """Read, encode and fit the records of some sources: one example a record, in reading order.
 
-    Args:
-        sources: where the records are.
-        chat: tokenizer and template.
-        options: what is made of every record.
-        ledger: told what became of each.
-        work: where the result is kept, and who does the work.
-
-    Raises `UserError` for sources, lines or templates that cannot be used, for a record with a
-    token that the model has no row for, and when no record is left.
+    `ledger` records what became of each. Raises `UserError` for sources, lines or templates that
+    cannot be used, for a token that the model has no row for, and when no record is left.
     """
     builder = _Builder(sources, chat, options, work or EncodingWork())
     dataset, own = builder.build()
@@ -62,15 +55,13 @@ class _Builder:
     work: EncodingWork
 
     def build(self) -> tuple[EncodedDataset, Ledger]:
-        """The dataset, found in the store or made, with what became of each record."""
+        """Return the dataset, from the store or newly made, with what became of each record."""
         store, parts = self.work.store, self.chat.parts
         if store is None or self.work.limit is not None:
             return self._in_memory()
         key = None if parts is None else encoding_key(self.sources, parts, self.options)
         if key is None:
-            store.log(
-                "this data or tokenizer cannot be told by content: it is encoded at every start"
-            )
+            store.log("this data or tokenizer has no content hash: it is encoded at every start")
             return self._in_memory()
         names = origin_names(self.sources)
         kept = store.find(key, names)
@@ -130,28 +121,21 @@ class _Builder:
                 ledger.add(encoded.entries, count)
         if not writer.records:
             raise nothing_left(self.sources, ledger)
-        paths = [source.path for source in self.sources]
-        formats = {
-            n: ledger.formats[path] for n, path in enumerate(paths) if path in ledger.formats
-        }
-        unread = {n: ledger.unread[path] for n, path in enumerate(paths) if path in ledger.unread}
+        paths = list(enumerate(source.path for source in self.sources))
+        formats = {n: ledger.formats[path] for n, path in paths if path in ledger.formats}
+        unread = {n: ledger.unread[path] for n, path in paths if path in ledger.unread}
         writer.finish(formats, records, unread)
         return ledger
 
 
 def nothing_left(sources: Sequence[DataSource], ledger: Ledger) -> UserError:
-    """What to say when no record of some sources can be trained."""
+    """Return the error that no record of some sources can be trained, with the first reason."""
     reasons = "; ".join(f"{reason}: {n}" for reason, n in ledger.summary()["reasons"].items())
+    first = ""
+    if entry := next((entry for entry in ledger.entries if entry.outcome == "dropped"), None):
+        why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
+        first = f"The first, {entry.file}, row {entry.row}: {why}. {way_out(entry.reason)}"
     return UserError(
         f"data: none of the {ledger.counts['read']} records of {names_of(sources)} can be "
-        f"trained ({reasons}). {_example(ledger)}"
+        f"trained ({reasons}). {first}"
     )
-
-
-def _example(ledger: Ledger) -> str:
-    """What was wrong with the first record that was dropped."""
-    entry = next((entry for entry in ledger.entries if entry.outcome == "dropped"), None)
-    if entry is None:
-        return ""
-    why = f"{entry.reason} ({entry.detail})" if entry.detail else entry.reason
-    return f"The first, {entry.file}, row {entry.row}: {why}. {way_out(entry.reason)}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +13,7 @@ from tandem.data.records import Origin
 from tandem.errors import UserError
 from tandem.storage.atomic_files import atomic_write_parts
 
-# Rows that an error names of each reason.
-_SHOWN = 3
+_SHOWN = 3  # rows that an error names of each reason
 
 Outcome = Literal["truncated", "dropped"]
 
@@ -42,10 +40,10 @@ class Entry:
 
 
 class Ledger:
-    """Collects what happened to the records of a stage; `write` puts it on disk.
+    """Collects what happened to the records of a stage; `write` puts it on disk, if at a `path`.
 
-    Every record is counted once as read, and ends up either trained (whole or truncated), held out
-    or dropped, so read = trained + held out + dropped. With `path` None nothing is written.
+    Every record that is read ends up either trained (whole or truncated), held out or dropped, so
+    read = trained + held out + dropped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -61,7 +59,7 @@ class Ledger:
         self._trained += count
 
     def hold_out(self, count: int) -> None:
-        """Take so many of the records that were counted as trained out of training."""
+        """Count `count` of the trained records as held out instead."""
         self._trained -= count
         self._held_out += count
 
@@ -75,10 +73,7 @@ class Ledger:
         self.entries.append(Entry.dropped(origin, reason, detail))
 
     def detected(self, source: str, format_name: str, unread: Iterable[str] = ()) -> None:
-        """Note the format that a source was found to be in, and the keys of it that are not read.
-
-        Those are the keys of its first row of the format, see `data.unread`.
-        """
+        """Note a source's format, and which keys of its first row of that format are not read."""
         self.formats[source] = format_name
         if keys := {*self.unread.get(source, ()), *unread}:
             self.unread[source] = tuple(sorted(keys))
@@ -96,14 +91,10 @@ class Ledger:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The counts, the number of records per reason, and the format of every source.
-
-        `unread_keys` are those of sources that have any.
-        """
-        reasons = Counter(entry.reason for entry in self.entries)
+        """Return the counts, the records per reason, and each source's format and unread keys."""
         return {
             **self.counts,
-            "reasons": dict(reasons.most_common()),
+            "reasons": dict(Counter(entry.reason for entry in self.entries).most_common()),
             "formats": self.formats,
             "unread_keys": self.unread,
         }
@@ -114,13 +105,15 @@ class Ledger:
         if counts["dropped"] <= most * counts["read"]:
             return
         dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
-        reasons = Counter(entry.reason for entry in dropped)
+        rows: defaultdict[str, list[str]] = defaultdict(list)
+        for entry in dropped:
+            rows[entry.reason].append(f"{Path(entry.file).name}, row {entry.row}")
         listing = "\n".join(
-            f"  {count} x {reason} ({_first_rows(dropped, reason)}"
-            + ("; ...)" if count > _SHOWN else ")")
-            for reason, count in reasons.most_common()
+            f"  {len(named)} x {reason} ({'; '.join(named[:_SHOWN])}"
+            + ("; ...)" if len(named) > _SHOWN else ")")
+            for reason, named in sorted(rows.items(), key=lambda item: -len(item[1]))
         )
-        rendering = any(reason.startswith("the chat template") for reason in reasons)
+        rendering = any(reason.startswith("the chat template") for reason in rows)
         template = ", choose another `chat_template`" if rendering else ""
         raise UserError(
             f"{counts['dropped']} of {counts['read']} records would be dropped, "
@@ -130,14 +123,8 @@ class Ledger:
 
     def write(self) -> None:
         """Write one JSON object a line to `path`, whole or not at all."""
-        if self.path is None:
-            return
-        atomic_write_parts(self.path, map(_line, self.entries))
-
-
-def _first_rows(entries: Iterable[Entry], reason: str) -> str:
-    found = islice((entry for entry in entries if entry.reason == reason), _SHOWN)
-    return "; ".join(f"{Path(entry.file).name}, row {entry.row}" for entry in found)
+        if self.path is not None:
+            atomic_write_parts(self.path, map(_line, self.entries))
 
 
 def _line(entry: Entry) -> str:

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from tandem.data.formats.check_fields import (
-    check_meaning,
-    check_question_meaning,
-    check_use,
-    unread_keys,
-    unreadable,
-)
-from tandem.data.formats.conversations import (
-    QUESTION_KEYS,
-    QUESTION_OPTIONS,
-    Question,
-    read_question,
-)
+from tandem.data.formats import check_fields, known_formats
+from tandem.data.formats.check_fields import unreadable
+from tandem.data.formats.conversations import QUESTION_KEYS, Question, read_question
 from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind, Record
-from tandem.data.formats.known_formats import (
-    describe_formats,
-    detect,
-    format_called,
-    format_with,
-    overlooked,
-    variant,
-)
+from tandem.data.formats.known_formats import describe_formats, detect, format_called
 from tandem.data.formats.turns import check_text_alone, known_role, tools_in
 from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
@@ -66,22 +49,20 @@ def read_pairs(
 
 
 def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> list[Question]:
-    """Evaluation questions, all or the first so many; what lies behind those is not read.
+    """Return all evaluation questions, or the first `limit`; later rows are not read.
 
-    Every bad row is a `UserError`, for a score needs them all.
+    Raises `UserError` for every bad row, because a score needs them all.
     """
     questions: list[Question] = []
     for source in sources:
         before = len(questions)
-        check_question_meaning(source)
+        check_fields.check_question_meaning(source)
         for row in read_rows(source):
             if limit is not None and len(questions) >= limit:
                 return questions
+            row = _as_bad_line(row, QUESTION_KEYS)
             if isinstance(row, BadLine):
                 raise _bad_line(row)
-            asked = QUESTION_KEYS | QUESTION_OPTIONS
-            if row.broken and (said := unreadable(row.fields, asked)):
-                raise _bad_line(BadLine(row.origin, said))
             try:
                 questions.append(read_question(row.fields, row.origin))
             except InvalidRecord as reason:
@@ -114,13 +95,11 @@ def formatted_chunks(
     on_bad_record: OnBadRecord,
     limit: int | None = None,
 ) -> Iterator[tuple[Chunk, str]]:
-    """The chunks of some sources and the id of each one's format.
+    """Yield the chunks of some sources, each with its format's id; empty without a parsable row.
 
-    The ledger is told the format's name, and which keys are not read. A source's first rows tell
-    its format. Raises `UserError` for a source that is empty, of no known format or of another
-    kind. The id is empty for a source without a parsable row.
-
-    With a `limit`, only so many rows of each source are there, as if its files ended with them.
+    A source's first rows decide its format. The ledger gets the format's name and the unread keys.
+    A `limit` reads only so many rows of each source. Raises `UserError` for a source that is
+    empty, of no known format or of another kind.
     """
     for source in sources:
         chunks = read_chunks(source)
@@ -129,15 +108,15 @@ def formatted_chunks(
         known = _look(chunks, seen, source, kind, on_bad_record)
         rest: Iterator[Chunk] = chain(seen, chunks)
         if known is not None:
-            check_meaning(source, known)
-            ledger.detected(source.path, known.name, unread_keys(seen, known, source))
+            check_fields.check_meaning(source, known)
+            ledger.detected(source.path, known.name, check_fields.unread_keys(seen, known, source))
             rest = joined(rest, known) if known.joins else rest
         for chunk in rest:
             yield chunk, known.id if known else ""
 
 
 def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
-    """Chunks of `limit` rows together."""
+    """Yield chunks until they have `limit` rows together."""
     for chunk in chunks:
         if chunk.count > limit:
             names = chunk.renaming if isinstance(chunk, RenamedChunk) else None
@@ -152,70 +131,72 @@ def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
 
 
 def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator[Record | Entry]:
-    """A chunk's records in the format with the id `known`; an entry for each one that is dropped.
+    """Yield a chunk's records in the format with the id `known`, and an entry for each dropped one.
 
     A row may hold several of both. Raises `UserError` for a row that cannot be parsed, unless such
     rows are dropped.
     """
-    layout = format_with(known) if known else None
+    layout = known_formats.format_with(known) if known else None
     others: dict[tuple[str, ...], tuple[Format, ...]] = {}
     for row in chunk.rows():
+        row = _as_bad_line(row, layout.read_keys if layout else frozenset())
         if isinstance(row, BadLine):
             if on_bad_record == "stop":
                 raise _bad_line(row)
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
         assert layout is not None
-        if row.broken and (said := unreadable(row.fields, layout.read_keys)):
-            bad = BadLine(row.origin, said)
-            if on_bad_record == "stop":
-                raise _bad_line(bad)
-            yield Entry.dropped(row.origin, "unparsable", said)
-            continue
         keys = tuple(row.fields)
         if keys not in others:
-            others[keys] = overlooked(keys, layout)
+            others[keys] = known_formats.overlooked(keys, layout)
         try:
             _check_format(row.fields, others[keys], layout)
             check_text_alone(row.fields)
             tools = tools_in(row.fields)
-            found = layout.read(row.fields, row.origin)
+            records = layout.read(row.fields, row.origin)
         except InvalidRecord as verdict:
-            tools, found = "", [_another_format(row.fields, layout) or verdict]
-        for one in found:
-            if isinstance(one, InvalidRecord):
-                yield Entry.dropped(row.origin, one.reason, one.detail)
+            tools, records = "", [_another_format(row.fields, layout) or verdict]
+        for record in records:
+            if isinstance(record, InvalidRecord):
+                yield Entry.dropped(row.origin, record.reason, record.detail)
             else:
-                yield replace(one, tools=tools) if tools else one
+                yield replace(record, tools=tools) if tools else record
+
+
+def _as_bad_line(row: Row | BadLine, keys: Set[str]) -> Row | BadLine:
+    """Return the row, or a `BadLine` when one of its columns under `keys` is unreadable."""
+    if isinstance(row, Row) and row.broken and (reason := unreadable(row.fields, keys)):
+        return BadLine(row.origin, reason)
+    return row
 
 
 def _check_format(fields: Fields, others: Sequence[Format], known: Format) -> None:
     """Raise `InvalidRecord` for a row that is of one of these other formats by what it holds."""
     for other in others:
         if other.fits(fields) and all(fields[key] is not None for key in other.keys):
-            raise InvalidRecord(
-                f"a row of another format than its source's first ({other.name}, not {known.name})",
-                f"its keys are {', '.join(map(str, fields))}",
-            )
+            keys = ", ".join(map(str, fields))
+            raise _other_format(other, known, f"its keys are {keys}")
+
+
+def _other_format(other: Format, known: Format, detail: str) -> InvalidRecord:
+    names = f"{other.name}, not {known.name}"
+    return InvalidRecord(f"a row of another format than its source's first ({names})", detail)
 
 
 def _another_format(fields: Fields, known: Format) -> InvalidRecord | None:
-    """The reason of a row that lacks its source's keys, but has those of another format."""
-    given = {key: value for key, value in fields.items() if value is not None}
+    """Return the reason for a row that lacks its source's keys but has another format's."""
+    present = {key: value for key, value in fields.items() if value is not None}
     # Joined rows are not as they were.
-    if known.joins or known.keys <= given.keys():
+    if known.joins or known.keys <= present.keys():
         return None
-    other = detect(given)
+    other = detect(present)
     if other is None or other.keys == known.keys:
         return None
-    return InvalidRecord(
-        f"a row of another format than its source's first ({other.name}, not {known.name})",
-        f"without {', '.join(sorted(known.keys - given.keys()))}",
-    )
+    return _other_format(other, known, f"without {', '.join(sorted(known.keys - present.keys()))}")
 
 
 def names_of(sources: Sequence[DataSource]) -> str:
-    """The sources' names, for messages."""
+    """Return the sources' names for messages."""
     return ", ".join(source.path for source in sources)
 
 
@@ -227,13 +208,9 @@ def _bad_line(line: BadLine) -> UserError:
 
 
 def _look(
-    chunks: Iterator[Chunk],
-    seen: list[Chunk],
-    source: DataSource,
-    kind: Kind,
-    on_bad_record: OnBadRecord,
+    chunks: Iterator[Chunk], seen: list[Chunk], source: DataSource, kind: Kind, on_bad: OnBadRecord
 ) -> Format | None:
-    """The format by a source's first rows; the chunks they came from are put into `seen`."""
+    """Return the format of a source's first rows; append the chunks they came from to `seen`."""
     first: Row | None = None
     tried, empty = 0, True
     for chunk in chunks:
@@ -241,7 +218,7 @@ def _look(
         for row in chunk.rows():
             empty = False
             if isinstance(row, BadLine):
-                if on_bad_record == "stop":
+                if on_bad == "stop":
                     raise _bad_line(row)
                 continue
             first, tried = first or row, tried + 1
@@ -257,7 +234,7 @@ def _look(
 
 
 def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
-    """The format of a row, the one that the source is said to be in if it is."""
+    """Return the format of a row: the one that the source states, if the row has its keys."""
     if source.format is None:
         known = detect(row.fields)
     else:
@@ -266,7 +243,7 @@ def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
             return None
     if known is None:
         return None
-    known = variant(known, kind, source.completions)
+    known = known_formats.variant(known, kind, source.completions)
     if known.kind != kind:
         raise UserError(
             f"data: {source.path} holds {known.kind} ({known.name}: "
@@ -277,12 +254,12 @@ def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
 
 
 def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
-    check_use(source)  # a misspelt name of the data's is the likelier reason
+    check_fields.check_use(source)  # a misspelt name of the data's is the likelier reason
     keys = ", ".join(map(str, row.fields)) or "none"
     if source.format is not None:
         known = format_called(source.format)
         return UserError(
-            f"{row.origin}: {source.path} is said to be {known.name}, which needs "
+            f"{row.origin}: `format` states {known.name} for {source.path}, which needs "
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
             f"{_SAYING}, or correct `format`."
         )
@@ -296,14 +273,18 @@ def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
 
 
 def _holds_records(value: object) -> bool:
-    """Whether a value is a list of rows of a known format."""
+    """Return whether a value is a list of rows of a known format."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and detect(first) is not None
 
 
 def _advice(fields: Fields, kind: Kind) -> str | None:
-    """What to say of rows whose turns or texts are in columns of other names, if that is clear."""
-    columns = _columns_of_turns(fields)
+    """Return what to advise for rows whose turns or texts are under other names, if it is clear."""
+    columns = [
+        str(key)
+        for key, value in fields.items()
+        if isinstance(value, list) and value and all(_is_turn(item) for item in value)
+    ]
     texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
     if len(columns) > 1:
         return (
@@ -336,17 +317,8 @@ def _advice(fields: Fields, kind: Kind) -> str | None:
     )
 
 
-def _columns_of_turns(fields: Fields) -> list[str]:
-    """The keys under which a row has lists of turns."""
-    return [
-        str(key)
-        for key, value in fields.items()
-        if isinstance(value, list) and value and all(_is_turn(item) for item in value)
-    ]
-
-
 def _ends_with_answer(turns: object) -> bool:
-    """Whether the last of some turns is an assistant's, or of a role that nobody knows."""
+    """Return whether the last of some turns is an assistant's, or of an unknown role."""
     assert isinstance(turns, list)
     name = next(turns[-1][key] for key in ("role", "from") if key in turns[-1])
     return known_role(str(name)) in ("assistant", None)

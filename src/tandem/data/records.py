@@ -1,10 +1,9 @@
-"""What a row of data is on its way from a file to tokens."""
+"""Records: what a row of data becomes on its way from a file to tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ REASONING = "reasoning_content"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record came from: the file (or Hub id) and its row, counted from 1."""
+    """The file (or Hub id) that a record came from and its row, counted from 1."""
 
     file: str
     row: int
@@ -27,10 +26,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What stands in a row for a value that cannot be had, and why; `text` where it is a text.
-
-    It matters only where the value is read.
-    """
+    """Stands in a row for a value that cannot be read; `text` says whether the value is a text."""
 
     reason: str
     text: bool = False
@@ -40,9 +36,8 @@ class Unreadable:
 class Turn:
     """One message of a conversation; `trained` only matters for assistant turns.
 
-    `extra` is a JSON object of what else a chat template gets of the message: `tool_calls` (its
-    `content` may be null there) and `reasoning_content` of an assistant turn, `name` and
-    `tool_call_id` of a tool's.
+    `extra` is a JSON object with what else a chat template gets: `tool_calls`, `content` (null)
+    and `reasoning_content` of an assistant turn, `name` and `tool_call_id` of a tool's.
     """
 
     role: Role
@@ -57,15 +52,15 @@ class Turn:
 
     @property
     def reasoned(self) -> bool:
-        """Whether the assistant's reasoning stands beside what it says."""
+        """Whether the assistant's reasoning stands beside its text."""
         return REASONING in self.more()
 
     def more(self) -> dict[str, Any]:
-        """What `extra` holds."""
+        """Return the content of `extra`."""
         return json.loads(self.extra) if self.extra else {}
 
     def message(self) -> dict[str, Any]:
-        """The turn as chat templates take it."""
+        """Return the turn as chat templates take it."""
         return {"role": self.role, "content": self.content, **self.more()}
 
 
@@ -83,10 +78,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A preference record: one prompt, the preferred answer and the other one.
-
-    `tools` is as in `Conversation`.
-    """
+    """A preference record: one prompt, the preferred answer and the other one."""
 
     prompt: tuple[Turn, ...]
     chosen: str
@@ -96,11 +88,7 @@ class PreferencePair:
 
 
 def prompt_key(record: Conversation | PreferencePair) -> int:
-    """A 64-bit hash of a record's prompt, as it is before anything is cut.
-
-    A conversation's is everything before its first trained answer.
-    """
-    turns: Sequence[Turn]
+    """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer."""
     if isinstance(record, PreferencePair):
         turns = record.prompt
     else:

@@ -1,4 +1,4 @@
-"""Data sources as stages name them: resolved, and identified by content."""
+"""Resolve the data sources that a stage names, and identify them by content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve_sources(sources: Sequence[DataSource], run_folder: Path, seed: int) -> list[DataSource]:
-    """A recipe's sources for the readers; `demo:NAME` becomes a file in the run folder's `data`.
+    """Return sources for the readers; `demo:NAME` becomes a file in the run folder's `data`.
 
     `seed` decides the embedded data's splits. Raises UserError for a format that does not exist.
     """
@@ -41,7 +41,7 @@ def check_format(source: DataSource) -> None:
 def held_out_sources(
     settings: TrainingSettings, sources: Sequence[DataSource], run_folder: Path, seed: int
 ) -> list[DataSource]:
-    """The data sets that are held out as a whole; none where a fraction is."""
+    """Return the data sets that are held out as a whole; none where a fraction is held out."""
     return held_out_of(settings, sources, lambda named: resolve_sources(named, run_folder, seed))
 
 
@@ -50,7 +50,7 @@ def held_out_of(
     sources: Sequence[DataSource],
     named: Callable[[Sequence[DataSource]], list[DataSource]],
 ) -> list[DataSource]:
-    """See `held_out_sources`; `named` makes sources of those that the recipe names."""
+    """Return `held_out_sources`; `named` resolves the sources that the recipe names."""
     validation = settings.validation
     if validation is None or validation.fraction is not None:
         return []
@@ -63,17 +63,17 @@ def held_out_of(
 
 
 def data_identity(specs: Sequence[DataSource]) -> list[dict[str, Any]]:
-    """What the data is: hashes of local files; name, subset, split and revision on the Hub.
+    """Return what identifies the data: hashes of local files, name and revision on the Hub.
 
-    What the recipe says of formats and names is part of it, where it says something.
+    Split, subset, and what the recipe says of formats and names are part of it.
     """
-    found: list[dict[str, Any]] = []
+    identity: list[dict[str, Any]] = []
     for spec in specs:
         where: dict[str, Any] = {"split": spec.split, "subset": spec.subset, **spec.meaning}
         if spec.weight != 1.0:
             where["weight"] = spec.weight
         if looks_like_path(spec.path):
-            found.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
+            identity.append({"files": hash_files(local_files(spec.path, spec.split)), **where})
         else:
-            found.append({"hub": spec.path, "revision": spec.revision, **where})
-    return found
+            identity.append({"hub": spec.path, "revision": spec.revision, **where})
+    return identity

@@ -1,7 +1,7 @@
 """The pretraining text: every fact stated and asked in many ways, never in the chat format.
 
-A pass names each fact once in a statement and once in quiz-like text, in documents of several
-facts, so that a model trained on it has little reason to end after one answer.
+A pass has each fact in a statement and in quiz-like text, in documents of several facts, so that
+the model does not learn to end after one answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# How a question and its answer stand side by side outside a chat.
+# Forms of a question with its answer outside a chat.
 _EXCHANGES = (
     "Q: {q} A: {a}",
     "Question: {q} Answer: {a}",
@@ -40,26 +40,17 @@ _EXCHANGES = (
     "A visitor wanted to know: {q}\nThe guide knew: {a}",
 )
 _HEADINGS = (
-    "",
-    "",
-    "Quiz.\n",
-    "Questions for today.\n",
-    "A helpful assistant answers truthfully and clearly.\n",
-    "From a school book.\n",
-    "Quiz night: the host asks, the guests answer.\n",
-    "General knowledge.\n",
+    "", "", "Quiz.\n", "Questions for today.\n",
+    "A helpful assistant answers truthfully and clearly.\n", "From a school book.\n",
+    "Quiz night: the host asks, the guests answer.\n", "General knowledge.\n",
     "Cards to learn from.\n",
-)
+)  # fmt: skip
 _JOINTS = (" ", " ", "\n", "\n\n")
 _OPENINGS = ("", "", "", "Remember this: ", "As we know: ", "It is true: ", "A fact: ", "Note: ")
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Endless documents, pass after pass over all facts.
-
-    Arguments:
-        seed: Decides order and wording; the same seed gives the same text.
-    """
+    """Yield endless documents, pass after pass over all facts; `seed` decides order and wording."""
     rng = random.Random(f"demo-corpus:{seed}")
     facts = list(all_facts())
     while True:
@@ -71,7 +62,7 @@ def documents(seed: int) -> Iterator[str]:
 def _written(
     facts: Sequence[Fact], rng: random.Random, write: Callable[[Sequence[Fact], random.Random], str]
 ) -> list[str]:
-    """All facts once, in documents of three to nine of them."""
+    """Write all facts once, in documents of three to nine of them."""
     shuffled = rng.sample(facts, len(facts))
     edges = [0]
     while edges[-1] < len(shuffled):
@@ -90,15 +81,12 @@ def _exchanges(facts: Sequence[Fact], rng: random.Random) -> str:
         return rng.choice(_HEADINGS) + _sheet(facts, rng)
     pattern = rng.choice(_EXCHANGES)
     joint = rng.choice(("\n", "\n", "\n\n", " "))
-    return rng.choice(_HEADINGS) + joint.join(_exchange(fact, pattern, rng) for fact in facts)
-
-
-def _exchange(fact: Fact, pattern: str, rng: random.Random) -> str:
-    return pattern.format(q=rng.choice(fact.questions), a=fact.answer)
+    exchanges = (pattern.format(q=rng.choice(fact.questions), a=fact.answer) for fact in facts)
+    return rng.choice(_HEADINGS) + joint.join(exchanges)
 
 
 def _sheet(facts: Sequence[Fact], rng: random.Random) -> str:
-    """Questions first, then the answers in the same order."""
+    """Write questions first, then their answers in the same order."""
     parts = []
     for start in range(0, len(facts), 3):
         group = facts[start : start + 3]
@@ -111,26 +99,19 @@ def _sheet(facts: Sequence[Fact], rng: random.Random) -> str:
 VOCABULARY = 2048
 CONTEXT = 512
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
-# Of the corpus, those that it is learnt from.
-_DOCUMENTS = 6000
+_DOCUMENTS = 6000  # from which the tokenizer is learnt
 
 
 def train_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
-    """Learn the tokenizer from the first documents of the corpus.
-
-    Byte-level, so every text can be written, the chat format's headers included.
-    """
+    """Learn a byte-level tokenizer from the first documents of the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            # Single digits: a number is then a sequence the model can spell.
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    # Single digits, so that the model can spell any number.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -141,7 +122,7 @@ def train_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
     )
     texts = [*islice(documents(seed), _DOCUMENTS), " ".join(string.printable)]
     tokenizer.train_from_iterator(texts, trainer)
-    # As Mistral's: plain text gets a BOS in front. Chat templates write their own.
+    # As in Mistral's tokenizer, plain text gets a BOS in front. Chat templates write their own.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",

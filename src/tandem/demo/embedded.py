@@ -50,7 +50,7 @@ class Split:
 
 
 def split_facts(seed: int) -> Split:
-    """Divide the facts of every relation by `seed`, so that each part knows every relation."""
+    """Split the facts of every relation by `seed`, so that each part has every relation."""
     rng = random.Random(f"demo-split:{seed}")
     taught: list[Fact] = []
     compared: list[Fact] = []
@@ -67,16 +67,12 @@ def split_facts(seed: int) -> Split:
 
 
 def materialise(name: str, folder: Path, seed: int) -> Path:
-    """The path of what a name such as `demo:instructions` stands for.
+    """Return the path of a part of the demo; data is written into `folder` as JSON lines.
 
-    Args:
-        name: `demo:base` is the model folder in the package. `demo:instructions` (conversations),
-            `demo:prompts` and `demo:questions` (question, answer, accepted, and completion in
-            questions) are written.
-        folder: where JSON lines files are written; not used for the base.
-        seed: of the split, the wording and the order.
-
-    Raises UserError for an unknown name, or when the package came without the base model.
+    `demo:base` is the model folder in the package; `demo:instructions` are conversations,
+    `demo:prompts` and `demo:questions` have question, answer and accepted (questions completion as
+    well). `seed` decides split, wording and order. Raises UserError for an unknown name, or when
+    the package lacks the base model.
     """
     short = name.removeprefix(PREFIX)
     if short == BASE:
@@ -103,7 +99,7 @@ def _base_folder() -> Path:
 
 
 def _instructions(seed: int) -> list[dict[str, Any]]:
-    """Conversations of one or two exchanges about the taught facts."""
+    """Make conversations of one or two exchanges about the taught facts."""
     rng = random.Random(f"demo-instructions:{seed}")
     taught = split_facts(seed).taught
     rows = []
@@ -127,7 +123,7 @@ def _exchange(
 
 
 def _prompts(seed: int) -> list[dict[str, Any]]:
-    """Questions with the right sentence alone: compared facts in all wordings, some taught."""
+    """Make questions with right answers: compared facts in all wordings, and some taught ones."""
     rng = random.Random(f"demo-prompts:{seed}")
     split = split_facts(seed)
     rows = [_asked(fact, question) for fact in split.compared for question in fact.questions]
@@ -138,7 +134,7 @@ def _prompts(seed: int) -> list[dict[str, Any]]:
 
 
 def _questions(seed: int) -> list[dict[str, Any]]:
-    """One question on every held-out fact."""
+    """Make one question on every held-out fact."""
     rng = random.Random(f"demo-questions:{seed}")
     held_out = split_facts(seed).held_out
     rows = [

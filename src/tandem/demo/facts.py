@@ -9,22 +9,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_ARTICLES = ("a ", "an ", "the ")
-
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One true statement with everything that the demo says or asks about it.
+    """One true statement with its wordings.
 
     Attributes:
-        relation: Which table it comes from, such as `capital`.
-        subject: What it is about, unique within the relation.
-        questions: Ways to ask for it.
-        answer: A whole sentence that answers every question.
-        accepted: The words of which one must appear in a right answer.
-        completion: The answer up to, and without, the accepted words.
-        statements: Ways to state it, the answer included.
-        value: What the subject is mapped to, article included.
+        relation: the table that it comes from, such as `capital`.
+        subject: unique within the relation.
+        questions: ways to ask for it.
+        answer: a whole sentence that answers every question.
+        accepted: words of which one must appear in a right answer.
+        completion: the answer up to, and without, the accepted words.
+        statements: ways to state it, the answer included.
+        value: of the subject, article included.
     """
 
     relation: str
@@ -38,7 +36,7 @@ class Fact:
 
     @property
     def key(self) -> str:
-        """A name that no other fact has."""
+        """A unique name."""
         return f"{self.relation}:{self.subject}"
 
 
@@ -57,7 +55,7 @@ class Relation:
     statements: tuple[str, ...]
 
     def facts(self) -> Iterator[Fact]:
-        """Every row as a fact, in the table's order."""
+        """Yield every row as a fact, in the table's order."""
         prefix = self.answer[: self.answer.index("{v}")].rstrip()
         for subject, value, *others in self.rows:
             patterns = (self.answer, *self.statements)
@@ -80,10 +78,8 @@ def _sentence(pattern: str, subject: str, value: str) -> str:
 
 
 def _without_article(value: str) -> str:
-    for article in _ARTICLES:
-        if value.startswith(article):
-            return value[len(article) :]
-    return value
+    article, _, rest = value.partition(" ")
+    return rest if rest and article in ("a", "an", "the") else value
 
 
 _SMALL = (
@@ -94,7 +90,7 @@ _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eigh
 
 
 def in_words(number: int) -> str:
-    """A whole number from 0 to 99 in English words; ValueError outside."""
+    """Write a whole number from 0 to 99 in English words; raise ValueError for others."""
     if not 0 <= number <= 99:
         raise ValueError(f"{number} is outside 0..99")
     if number < 20:
@@ -130,5 +126,5 @@ RELATIONS: tuple[Relation, ...] = tuple(map(_relation, _TABLES["relation"]))
 
 @cache
 def all_facts() -> tuple[Fact, ...]:
-    """Every fact of the demo, in the order of the tables."""
+    """Return every fact of the demo, in the order of the tables."""
     return tuple(fact for relation in RELATIONS for fact in relation.facts())

@@ -1,6 +1,6 @@
 """Make the demo's base model: `python -m tandem.demo.pretrain --output DIR`.
 
-Everything is made here: corpus, tokenizer, weights. The result is a plain transformers folder.
+The corpus, the tokenizer and the weights are made here; the result is a plain transformers folder.
 With `--steps` the run depends on its seed alone; with `--minutes` the schedule follows the clock.
 """
 
@@ -37,7 +37,7 @@ class Plan:
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:
-    """A randomly initialised Mistral-architecture model of about 3M parameters."""
+    """Return a randomly initialised model of Mistral's architecture with about 3M parameters."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 
 def batches(tokenizer: Any, plan: Plan) -> Iterator[Tensor]:
-    """Endless batches of packed documents, each between BOS and EOS.
+    """Yield endless batches of packed documents, each between BOS and EOS.
 
     They are int64 [rows, row_length + 1]: inputs and, shifted by one, targets.
     """
@@ -105,7 +105,7 @@ def pretrain(model: Any, tokenizer: Any, plan: Plan) -> None:
 
 
 def schedule(done: float) -> float:
-    """Factor on the learning rate at the share `done` of the run: linear up, cosine to 2 %."""
+    """Return the rate's factor at the share `done` of the run: linear up, then cosine to 2 %."""
     if done < WARMUP:
         return done / WARMUP
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
@@ -113,7 +113,7 @@ def schedule(done: float) -> float:
 
 @torch.no_grad()
 def completion_accuracy(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> float:
-    """Share of facts whose answer sentence is the greedy continuation of its beginning."""
+    """Return the share of facts whose answer is the greedy continuation of its beginning."""
     model.eval()
     right = 0
     for start in range(0, len(facts), 64):
@@ -134,7 +134,7 @@ def _print_accuracy(model: Any, tokenizer: Any, facts: Sequence[Fact], name: str
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as bfloat16 safetensors and report accuracy as saved."""
+    """Write model and tokenizer as bfloat16 safetensors, and print the saved model's accuracy."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -146,7 +146,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: corpus, tokenizer, training, saving."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tandem.demo.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     length = parser.add_mutually_exclusive_group()

@@ -1,7 +1,4 @@
-"""The words that settings choose among: each closed set once, as a type and as its values.
-
-Nothing heavy is imported, so that every module can afford to import these.
-"""
+"""The words that settings choose among: each closed set once, as a type and as its values."""
 
 from __future__ import annotations
 

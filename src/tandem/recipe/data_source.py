@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat
 
 from tandem.recipe.choices import Completions, Role
 from tandem.recipe.section import PathText, Section
@@ -37,7 +37,7 @@ class DataSource(Section):
         default=None,
         description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
     )
-    weight: Annotated[float, Field(gt=0)] = Field(
+    weight: PositiveFloat = Field(
         default=1.0,
         description="How often an epoch shows each record that is trained on: 2 twice, 0.5 every "
         "second one in turn.",
@@ -45,18 +45,18 @@ class DataSource(Section):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What is said about the rows' meaning; hashes of data depend on it."""
-        said = {
+        """The settings of the rows' meaning; hashes of data depend on it."""
+        settings = {
             "format": self.format,
             "fields": [list(one) for one in sorted(self.fields.items())],
             "roles": [list(one) for one in sorted(self.roles.items())],
             "completions": self.completions,
         }
-        return {name: value for name, value in said.items() if value}
+        return {name: value for name, value in settings.items() if value}
 
 
 def _as_sources(value: object) -> object:
-    """A data set may be written as its path alone, and a single one without a list."""
+    """Accept a data set that is written as its path alone, or without a list."""
     items = value if isinstance(value, list | tuple) else [value]
     if value is None or not all(isinstance(item, str | dict | BaseModel) for item in items):
         return value

@@ -47,21 +47,21 @@ hours and minutes (`010`, `1:30`) are refused; a text that looks like a number o
 def reference_page(recipe: type[Recipe] = Recipe) -> str:
     """Write the Markdown page: for each section its keys, types, defaults and meanings."""
     names = ", ".join(f"`{name}`" for name in recipe_names())
-    sections = {"recipe": recipe, **_below(recipe, {})}
+    sections = {"recipe": recipe, **_below(recipe, {})}  # by the name of a section's first key
     titles = {model.__name__: title for title, model in sections.items()}
     parts = [_INTRODUCTION.format(names=names)]
     parts += ["\n".join(_section(title, model, titles)) for title, model in sections.items()]
     return "\n".join(parts)
 
 
-def _below(model: type[BaseModel], found: dict[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
-    """Collect all sections within a section, each by the name of the first key that holds it."""
+def _below(model: type[BaseModel], known: dict[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """Add all sections within a section to those known, and return them."""
     for name, field in model.model_fields.items():
         inner = submodel(field.annotation)
-        if inner is not None and inner not in found.values():
-            found[name] = inner
-            _below(inner, found)
-    return found
+        if inner is not None and inner not in known.values():
+            known[name] = inner
+            _below(inner, known)
+    return known
 
 
 def _section(title: str, model: type[BaseModel], titles: Mapping[str, str]) -> Iterable[str]:

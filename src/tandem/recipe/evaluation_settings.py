@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from tandem.recipe.choices import Suite
 from tandem.recipe.data_source import Unweighted
@@ -28,7 +28,7 @@ class EvaluationSettings(Section):
         default=(), description="Held-out conversations, for the loss on their answers."
     )
     max_new_tokens: Positive = Field(default=64, description="Tokens of an answer at most.")
-    samples: Annotated[int, Field(ge=0)] = Field(
+    samples: NonNegativeInt = Field(
         default=8, description="Answers shown side by side in the report."
     )
     suite: Suite | None = Field(
@@ -41,7 +41,7 @@ class EvaluationSettings(Section):
     task_data: PathText | None = Field(
         default=None, description="A folder of task data; null: the harness's own, from the Hub."
     )
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+    num_fewshot: NonNegativeInt | None = Field(
         default=None, description="Few-shot examples of all tasks; null: each task's own number."
     )
     chat: bool = Field(

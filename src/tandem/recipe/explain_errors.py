@@ -17,20 +17,17 @@ _MAPPING_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
 def explain(
     error: ValidationError, model: type[BaseModel], place: Callable[[Location], str]
 ) -> str:
-    """Write one line for each mistake: where, which key, what is wrong, what it may be.
+    """Write one line for each mistake of `model`: where, which key, what is wrong, what it may be.
 
-    Args:
-        error: what pydantic found.
-        model: the model that was validated.
-        place: the file and line, the command-line override or the `--flag` that a key comes from.
-            A flag stands for the key.
+    `place` returns the file and line, the command-line override or the `--flag` that a key comes
+    from; a flag replaces the key.
     """
-    found: dict[Location, list[Any]] = {}
+    mistakes: dict[Location, list[Any]] = {}
     for item in error.errors(include_url=False):
         location = _own_keys(item["loc"], model, item["type"] == "extra_forbidden")
-        found.setdefault(location, []).append(item)
+        mistakes.setdefault(location, []).append(item)
     lines = []
-    for location, items in found.items():
+    for location, items in mistakes.items():
         where = place(location)
         if where.startswith("--"):
             lines.append(_sentence(where, location, items, model))
@@ -61,7 +58,7 @@ def nearest_key(location: Location, model: type[BaseModel]) -> str | None:
 
 
 def _closest(name: str, candidates: dict[str, str]) -> str | None:
-    """The candidate whose text is closest to the name, if any is close."""
+    """Return the candidate whose text is closest to the name, if any is close."""
     matches = difflib.get_close_matches(name, candidates.values(), n=1, cutoff=0.5)
     return next((full for full, text in candidates.items() if text in matches), None)
 
@@ -110,9 +107,8 @@ def _own_keys(location: Location, model: type[BaseModel], unknown: bool) -> Loca
     """Drop the names that pydantic adds to a location for the members of a union."""
     here: type[BaseModel] | None = model
     kept: list[str | int] = []
-    for depth, part in enumerate(location):
-        last_and_unknown = unknown and depth == len(location) - 1
-        if isinstance(part, int) or last_and_unknown:
+    for depth, part in enumerate(location, start=1):
+        if isinstance(part, int) or (unknown and depth == len(location)):
             kept.append(part)
         elif here is not None and part in here.model_fields:
             kept.append(part)
@@ -128,7 +124,7 @@ def _section(location: Location, model: type[BaseModel]) -> type[BaseModel]:
 
 
 def _keys(model: type[BaseModel]) -> Iterator[Location]:
-    """All keys below a section, those of lists of sections left out."""
+    """Yield all keys below a section, except those of lists of sections."""
     for name, field in model.model_fields.items():
         yield (name,)
         inner = submodel(field.annotation)

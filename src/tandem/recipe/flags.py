@@ -1,7 +1,6 @@
-"""Flags of the command line: made from the fields of settings, so that each is described once.
+"""Flags of the command line, made from the fields of settings, so that each is described once.
 
-`flag_of` makes one flag from one field: its name, the type and choices of its values, its help.
-What has no field of its own, or another spelling, is in `tutorial_flags.py` or with its command.
+Flags without a field, or with another spelling, are in `tutorial_flags.py` or with their command.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Flag:
         kind: makes a value of a text.
         help: one sentence.
         many: whether it takes several values.
-        choices: the values that it may have, if they are few.
-        field: where its value belongs, as a path of keys; empty where that is worked out.
-        metavar: what its values look like, where the type does not say it.
+        choices: all its values, if they are few.
+        field: the place of its value, as a path of keys; empty for none of its own.
+        metavar: what values look like, where the type does not tell.
     """
 
     name: str
@@ -43,12 +42,12 @@ class Flag:
     metavar: str = ""
 
 
-# What values look like, for flags of one name in several commands.
+# What values look like, for flags with the same name in several commands.
 _METAVARS = {"chat_template": "NAME|FILE"}
 
 
 def boolean(text: str) -> bool:
-    """A flag's true or false, in the spellings that argument parsers of the field take."""
+    """Read a flag's true or false, in the usual spellings of argument parsers."""
     lowered = text.lower()
     if lowered in ("true", "1", "yes", "y", "on"):
         return True
@@ -66,15 +65,10 @@ def flag_of(
     at: tuple[str, ...] = (),
     metavar: str = "",
 ) -> Flag:
-    """The flag of a field.
+    """Make the flag of a section's field: its name, type, choices and help.
 
-    Args:
-        section: the settings that have it.
-        key: its name there.
-        name: the flag's, where it is another one.
-        help: in place of the field's description.
-        at: the keys above it, in the job that the flags make.
-        metavar: what values look like, where the type does not say it.
+    `name` and `help` replace the field's; `at` are the keys above it in the job that flags make;
+    `metavar` shows what values look like, where the type does not tell.
     """
     field = section.model_fields[key]
     many, members = _members(field.annotation, field.metadata)
@@ -91,10 +85,12 @@ def flag_of(
         kind = boolean
     elif any(expanded in called for _, called in members):
         kind = expanded
+    # A flag has no null, and its help no marks of code.
+    about = re.sub(r"; null\b[^.;]*", "", field.description or "").replace("`", "")
     return Flag(
         name or key,
         kind,
-        help or _help(field.description or ""),
+        help or about,
         many,
         () if kinds else words,
         (*at, key),
@@ -103,11 +99,9 @@ def flag_of(
 
 
 def _members(annotation: Any, metadata: Sequence[Any]) -> tuple[bool, list[tuple[Any, list[Any]]]]:
-    """What a field holds: whether several, and each kind with the functions that check it."""
-    origin, called = (
-        get_origin(annotation),
-        [one.func for one in metadata if isinstance(one, AfterValidator)],
-    )
+    """Return whether a field holds several values, and each type with its checking functions."""
+    origin = get_origin(annotation)
+    called = [one.func for one in metadata if isinstance(one, AfterValidator)]
     if origin is Annotated:
         inner, *more = get_args(annotation)
         return _members(inner, [*metadata, *more])
@@ -119,11 +113,6 @@ def _members(annotation: Any, metadata: Sequence[Any]) -> tuple[bool, list[tuple
     return False, [(annotation, called)]
 
 
-def _help(description: str) -> str:
-    """A field's description as the help of a flag, which has no null and no marks of code."""
-    return re.sub(r"; null\b[^.;]*", "", description).replace("`", "")
-
-
 def flags_of_section(
     section: type[BaseModel],
     *,
@@ -133,15 +122,10 @@ def flags_of_section(
     at: tuple[str, ...] = (),
     prefix: str = "",
 ) -> list[Flag]:
-    """The flags of all fields that are no sections themselves, in their order.
+    """Make the flags of all fields of a section that are no sections, in their order.
 
-    Args:
-        section: the settings.
-        names: fields whose flags have other names.
-        helps: in place of the fields' descriptions.
-        without: fields that have no flags.
-        at: the keys above, in the job that the flags make.
-        prefix: before the name of each flag.
+    `names` and `helps` replace those of fields, `without` are fields that have no flags, `prefix`
+    stands before each flag's name; `at` is as in `flag_of`.
     """
     return [
         flag_of(section, key, names.get(key, prefix + key), help=helps.get(key, ""), at=at)
@@ -160,8 +144,8 @@ _PAIRS = {
     "fields": ("KEY=NAME", "--fields prompt=question"),
     "roles": ("NAME=ROLE", "--roles caller=user"),
 }
-# What is said of data by the names of a recipe's keys; the last one is called otherwise where
-# there is a model's revision, too.
+# Flags about data, with the names of a recipe's keys; `revision` has another name in commands that
+# have a model's revision, too.
 DATA_FLAGS: tuple[Flag, ...] = (
     flag_of(DataSource, "format", metavar="NAME"),
     *(
@@ -176,32 +160,22 @@ REVISION = flag_of(DataSource, "revision", metavar="NAME")
 
 
 def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What flags say of data, as a recipe would: `DATA_FLAGS` and `revision`, if they were given.
+    """Return the settings of data among flags by name; None is a flag that was not given.
 
-    Args:
-        values: flags by name; None is one that was not given.
-
-    Raises UserError for a pair that is none, and for a name that is given two meanings.
+    Raises UserError for a malformed pair, and for a name that is given two meanings.
     """
-    given = {
-        flag.name: values[flag.name]
-        for flag in (*DATA_FLAGS, REVISION)
-        if values.get(flag.name) is not None
-    }
-    return given | {name: _pairs(name, given[name]) for name in _PAIRS if name in given}
+    names = [flag.name for flag in (*DATA_FLAGS, REVISION)]
+    settings = {name: values[name] for name in names if values.get(name) is not None}
+    return settings | {name: _pairs(name, settings[name]) for name in _PAIRS if name in settings}
 
 
-def named_data(paths: Sequence[str], said: Mapping[str, Any]) -> tuple[DataSource, ...]:
-    """Data sets as a recipe would have them.
+def named_data(paths: Sequence[str], settings: Mapping[str, Any]) -> tuple[DataSource, ...]:
+    """Return the data sets at paths, all with the same settings.
 
-    Args:
-        paths: files, folders, Hub ids or `demo:NAME`.
-        said: of each of them, by the recipe's keys.
-
-    Raises UserError for what a recipe cannot say, naming the flag.
+    Raises UserError for a value that a recipe cannot have, naming the flag.
     """
     try:
-        return tuple(DataSource.model_validate({**said, "path": path}) for path in paths)
+        return tuple(DataSource.model_validate({**settings, "path": path}) for path in paths)
     except ValidationError as error:
         raise UserError(explain(error, DataSource, lambda key: f"--{key[0]}")) from None
 

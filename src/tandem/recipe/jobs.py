@@ -25,7 +25,6 @@ class TrainingJob:
 
     @property
     def folder(self) -> Path:
-        """Where the stage writes."""
         return Path(self.run.output_dir)
 
 
@@ -34,8 +33,7 @@ class MergeJob:
     """An adapter to merge into `run.model`.
 
     Attributes:
-        run: its `chat_template` None keeps the one in the adapter's folder, or the base's.
-        settings: the dtype of the merged weights.
+        run: `chat_template` None keeps the one in the adapter's folder, or the base's.
         adapter: a peft adapter's folder.
         force: whether to merge even if the adapter was trained on other weights.
     """
@@ -47,7 +45,6 @@ class MergeJob:
 
     @property
     def folder(self) -> Path:
-        """Where the merged model goes."""
         return Path(self.run.output_dir)
 
 
@@ -60,7 +57,6 @@ class PairsJob:
 
     @property
     def folder(self) -> Path:
-        """Where the pairs go."""
         return Path(self.run.output_dir)
 
 
@@ -70,10 +66,9 @@ class EvaluationJob:
 
     Attributes:
         run: `chat_template` and `added_tokens` are for models without a template of their own.
-        settings: questions, held-out data, tasks.
         models: model or adapter folders by label; "base" is asked in completion form as well.
-        replace: whether an evaluation of other models or settings that is finished in the folder
-            gives way; what it measured is used again.
+        replace: whether to replace a finished evaluation of other models or settings in the folder;
+            its measurements are used again.
     """
 
     run: RunSettings
@@ -83,5 +78,4 @@ class EvaluationJob:
 
     @property
     def folder(self) -> Path:
-        """Where evaluation.json goes."""
         return Path(self.run.output_dir)

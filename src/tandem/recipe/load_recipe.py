@@ -1,4 +1,4 @@
-"""Recipes: a shipped name or a YAML file, with `key=value` overrides, checked."""
+"""Read recipes: a shipped name or a YAML file, with `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_recipe(
     Args:
         name_or_path: a shipped recipe's name, a YAML file, or a run folder with a recipe.yaml.
         overrides: `key=value` each; dotted keys, values typed as in YAML, null unsets.
-        kind: the class of the recipe, where it has more fields.
+        kind: the recipe's class, if it has more fields.
 
     Raises UserError naming file and line or override, the key, and the nearest valid name.
     """
@@ -51,11 +51,8 @@ def load_recipe(
 def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
     """Read a recipe of which only the pairs section and the settings of the run matter.
 
-    Args:
-        name_or_path: as `load_recipe` takes it; None begins with an empty pairs section.
-        overrides: as `load_recipe` takes them.
-
-    Raises UserError as `load_recipe` does, and if no model or server is named to write the answers.
+    `name_or_path` None starts with an empty pairs section. Raises UserError as `load_recipe` does,
+    and if no model or server is named to write the answers.
     """
     if name_or_path is not None:
         recipe = load_recipe(name_or_path, overrides)
@@ -82,21 +79,21 @@ def _checked(
     overrides: Sequence[str],
     kind: type[Recipe] = Recipe,
 ) -> Recipe:
-    """Make the recipe of data and overrides; raises UserError with the place of a mistake."""
-    given: dict[Location, str] = {}
+    """Make the recipe of data and overrides; raise UserError with the place of a mistake."""
+    texts: dict[Location, str] = {}
     for override in overrides:
         location, value = _parse_override(override)
-        given[location] = override
+        texts[location] = override
         _set(data, location, value, override)
 
     def place(location: Location) -> str:
-        below = [text for key, text in given.items() if key[: len(location)] == location != key]
+        below = [text for key, text in texts.items() if key[: len(location)] == location != key]
         if location and below:  # keys that contradict each other: the file's and the overrides'
             return f"{where} with {' '.join(below)}"
         for end in range(len(location), 0, -1):
             # The last of equal or enclosing overrides is the one that set the value.
-            if location[:end] in given:
-                return f"override {given[location[:end]]}"
+            if location[:end] in texts:
+                return f"override {texts[location[:end]]}"
             if location[:end] in lines:
                 return f"{where}:{lines[location[:end]]}"
         return where
@@ -118,7 +115,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
-    """Read a recipe's text; returns what to call it in messages as well."""
+    """Return a recipe's name for messages, and its text."""
     shipped = files("tandem").joinpath("recipes", f"{name_or_path}.yaml")
     if "/" not in name_or_path and shipped.is_file():
         return f"{name_or_path}.yaml (shipped)", shipped.read_text(encoding="utf-8")

@@ -6,23 +6,15 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
-from tandem.recipe.choices import (
-    Language,
-    LimitKey,
-    OnBadRecord,
-    PairsFormat,
-    RejectedAnswers,
-    Shares,
-    Strata,
-)
+from tandem.recipe import choices
 from tandem.recipe.data_source import Unweighted
 from tandem.recipe.section import PathText, Positive, Section
 
 
 def checked_address(base_url: str) -> str:
-    """A server's address; raises ValueError, without saying it, for one with a secret in it."""
+    """Return a server's address; raise ValueError, without quoting it, for one with a secret."""
     try:
         parts = urlsplit(base_url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -39,7 +31,7 @@ def checked_address(base_url: str) -> str:
 
 
 def checked_variable(name: str) -> str:
-    """An environment variable's name; raises ValueError, without saying it, for another text."""
+    """Return an environment variable's name; raise ValueError, without quoting it, for no name."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(
             "this is no name of an environment variable; if it is the key itself, put that into a "
@@ -49,7 +41,7 @@ def checked_variable(name: str) -> str:
 
 
 def checked_regex(pattern: str) -> str:
-    """A regular expression; raises ValueError for a text that is none."""
+    """Return a regular expression; raise ValueError for a text that is none."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -70,12 +62,12 @@ class SelectSettings(Section):
     count: Positive | None = Field(
         default=None, description="So many prompts, sampled with the recipe's seed; null: all."
     )
-    stratify: Strata | None = Field(
+    stratify: choices.Strata | None = Field(
         default=None,
         description="Sample within each data set, or each class of prompt length (each class twice "
         "as wide as the one before).",
     )
-    shares: Shares = Field(
+    shares: choices.Shares = Field(
         default="proportional",
         description="What each stratum gives: its share of the data, or equal parts.",
     )
@@ -92,7 +84,7 @@ class SelectSettings(Section):
     max_answer_characters: Positive | None = Field(
         default=None, description="Characters of the set's answer, at most."
     )
-    language: Language | None = Field(
+    language: choices.Language | None = Field(
         default=None, description="Keep prompts and answers in this language."
     )
     matches: Regex | None = Field(
@@ -144,7 +136,7 @@ class FilterSettings(Section):
         description="Pass over refusals and disclaimers (`As an AI language model, ...`), known by "
         "their English openings, and prompts whose chosen answer is one.",
     )
-    language: Language | Literal["same"] | None = Field(
+    language: choices.Language | Literal["same"] | None = Field(
         default=None, description="Pass over other languages; `same`: than the chosen answer's."
     )
     max_characters: Positive | None = Field(
@@ -171,18 +163,16 @@ class ServerSettings(Section):
         default=None, description="The environment variable that holds the key; null: no key."
     )
     concurrency: Positive = Field(default=8, description="Requests in flight at once.")
-    timeout: Annotated[float, Field(gt=0)] = Field(
-        default=120.0, description="Seconds that a request may take."
-    )
-    retries: Annotated[int, Field(ge=0)] = Field(
+    timeout: PositiveFloat = Field(default=120.0, description="Seconds that a request may take.")
+    retries: NonNegativeInt = Field(
         default=5,
         description="Further tries after errors that may pass: 429, 5xx, timeouts, cut answers.",
     )
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
+    requests_per_minute: PositiveFloat | None = Field(
         default=None,
         description="Requests a minute at most; null: as the server's 429 and Retry-After say.",
     )
-    limit_key: LimitKey = Field(
+    limit_key: choices.LimitKey = Field(
         default="max_tokens", description="What the server calls the limit of an answer's tokens."
     )
 
@@ -254,11 +244,11 @@ class PairsSettings(Section):
         default=1.0,
         description="Nucleus sampling: the smallest set of tokens with this probability mass.",
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(
+    top_k: NonNegativeInt = Field(
         default=0, description="Sample from so many of the likeliest tokens; 0: from all."
     )
     max_new_tokens: Positive = Field(default=256, description="Tokens of a sampled answer at most.")
-    keep: RejectedAnswers = Field(
+    keep: choices.RejectedAnswers = Field(
         default="different",
         description="Which answers become rejected: all unlike the chosen one, or only wrong ones.",
     )
@@ -268,12 +258,12 @@ class PairsSettings(Section):
     rank: RankSettings | None = Field(
         default=None, description="Choose both answers by score; null: the set's answer is chosen."
     )
-    on_bad_record: OnBadRecord = Field(
+    on_bad_record: choices.OnBadRecord = Field(
         default="stop",
         description="At a line of conversations that cannot be parsed, stop, or drop it and note "
         "it in the ledger.",
     )
-    format: PairsFormat = Field(
+    format: choices.PairsFormat = Field(
         default="jsonl", description="Format of the files that are written."
     )
 

@@ -55,7 +55,7 @@ class PipelineStage:
 
 
 def stages_of(recipe: Recipe) -> list[PipelineStage]:
-    """The stages that a recipe asks for, in order; needs neither data nor weights."""
+    """Return the stages of a recipe in order; this needs neither data nor weights."""
     notes: dict[StageName, str] = {}
     if recipe.sft is not None:
         data = ", ".join(source.path for source in recipe.sft.data)
@@ -83,7 +83,7 @@ def stages_of(recipe: Recipe) -> list[PipelineStage]:
 
 
 def asked_for(stages: Sequence[PipelineStage], *, until: str | None, start: str | None) -> range:
-    """Which of the stages are asked for, by their places.
+    """Return the positions of the stages from `start` to `until`.
 
     Raises UserError for a stage that the recipe lacks, and for an end before the start.
     """

@@ -1,4 +1,4 @@
-"""What is said of a run as a whole: its model, its seed, and where and how it computes."""
+"""Settings of a run as a whole: its model, its seed, and where and how it computes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tandem.recipe.section import PathText, Positive, Section, expanded
 
 
 def checked_engine(engine: str) -> str:
-    """An engine's name, or the path of a DeepSpeed configuration, `~` and variables resolved.
+    """Return an engine's name, or the expanded path of a DeepSpeed configuration.
 
-    Raises ValueError for a name that is none, with the nearest one, and a file that is not there.
+    Raises ValueError for an unknown name, with the nearest one, and for a missing file.
     """
     if engine in ENGINES:
         return engine

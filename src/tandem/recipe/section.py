@@ -1,4 +1,4 @@
-"""What every part of a recipe is made of: its base class, and paths as people write them."""
+"""The base class of every part of a recipe, and paths as people write them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def expanded(path: str) -> str:
         raise ValueError(f"{path}: there is no home folder {home}; write the path out") from None
 
 
-def _value(found: re.Match[str]) -> str:
-    name = found[1] or found[2]
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
     value = os.environ.get(name, "")
     if not value:
         raise KeyError(name)

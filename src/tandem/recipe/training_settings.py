@@ -1,21 +1,13 @@
-"""What a recipe says of the training stages and of merging, and what of it would do nothing."""
+"""Settings of the training stages and of merging, and warnings of those without effect."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from tandem.recipe.choices import (
-    BestMetric,
-    DtypeName,
-    KeptAdapter,
-    LossOn,
-    OnBadRecord,
-    Scheduler,
-    TooLong,
-)
+from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.section import Positive, Section
 
@@ -32,8 +24,7 @@ class ValidationSettings(Section):
         default=None, description="Another split of the data sets that are trained on."
     )
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="A share of the training records; no prompt is in both parts.",
+        default=None, description="A share of the training records; no prompt is in both parts."
     )
     steps: Positive | None = Field(
         default=None, description="Scored every so many steps; null: ten times a run."
@@ -41,15 +32,12 @@ class ValidationSettings(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ValidationSettings:
-        ways = {"data": bool(self.data), "split": self.split is not None}
-        ways["fraction"] = self.fraction is not None
-        given = [name for name, is_given in ways.items() if is_given]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given)} are set; keep one"
-                if given
-                else "set one of data, split and fraction, which say what is held out"
-            )
+        ways = {"data": self.data or None, "split": self.split, "fraction": self.fraction}
+        names = [name for name, value in ways.items() if value is not None]
+        if not names:
+            raise ValueError("set one of data, split and fraction, which say what is held out")
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} are set; keep one")
         return self
 
 
@@ -57,9 +45,7 @@ class LoraSettings(Section):
     """The adapter: `target_modules` are module name endings, or `all-linear`."""
 
     rank: Positive = Field(default=16, description="Rank of the update matrices.")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        default=32.0, description="The update is scaled by alpha / rank."
-    )
+    alpha: PositiveFloat = Field(default=32.0, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="Dropout before the update; off in DPO, whose reference must equal the policy.",
@@ -84,24 +70,23 @@ class TrainingSettings(Section):
         description="Examples in one optimizer step, over all devices; the memory needed does not "
         "depend on it.",
     )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="Passes over the data; 1 if neither this nor `max_steps` is set.",
+    epochs: PositiveFloat | None = Field(
+        default=None, description="Passes over the data; 1 if neither this nor `max_steps` is set."
     )
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(description="The peak learning rate.")
-    lr_scheduler: Scheduler = Field(
+    learning_rate: PositiveFloat = Field(description="The peak learning rate.")
+    lr_scheduler: choices.Scheduler = Field(
         default="cosine", description="How the learning rate falls after warm-up."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    warmup_steps: NonNegativeInt | None = Field(
         default=None, description="Steps of linear warm-up."
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: NonNegativeFloat = Field(
         default=0.0, description="AdamW's decoupled weight decay."
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -110,10 +95,8 @@ class TrainingSettings(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.999, description="Decay of AdamW's second moment."
     )
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
-        default=1e-8, description="AdamW's denominator term."
-    )
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+    adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW's denominator term.")
+    max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
@@ -121,7 +104,7 @@ class TrainingSettings(Section):
         default=2048,
         description="Tokens of a whole sequence; an answer is cut there, without an end token.",
     )
-    too_long: TooLong = Field(
+    too_long: choices.TooLong = Field(
         default="drop_old_turns",
         description="What a record beyond `max_length` loses: everything, its end, its beginning "
         "after the system turn, or its oldest turns first.",
@@ -151,16 +134,16 @@ class TrainingSettings(Section):
     validation: ValidationSettings | None = Field(
         default=None, description="Held-out records, scored on the way; null: none."
     )
-    keep: KeptAdapter = Field(
+    keep: choices.KeptAdapter = Field(
         default="last",
         description="Which adapter becomes the stage's: the last, or the one that scored best on "
         "held-out records.",
     )
-    best_metric: BestMetric = Field(
+    best_metric: choices.BestMetric = Field(
         default="loss",
         description="What decides under `keep: best`: held-out loss, reward accuracy or margin.",
     )
-    on_bad_record: OnBadRecord = Field(
+    on_bad_record: choices.OnBadRecord = Field(
         default="stop",
         description="At a line that cannot be parsed, stop the run, or drop the line and note it "
         "in the ledger.",
@@ -194,13 +177,11 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
-    loss_on: LossOn = Field(
+    loss_on: choices.LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=1e-4, description="The peak learning rate."
-    )
+    learning_rate: PositiveFloat = Field(default=1e-4, description="The peak learning rate.")
     best_metric: Literal["loss"] = Field(
         default="loss", description="What decides under `keep: best`: held-out loss."
     )
@@ -215,10 +196,8 @@ class DpoSettings(TrainingSettings):
     data: Sources = Field(
         default=(), description="Preference pairs; empty: what the pairs stage makes."
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=5e-6, description="The peak learning rate."
-    )
-    beta: Annotated[float, Field(gt=0)] = Field(
+    learning_rate: PositiveFloat = Field(default=5e-6, description="The peak learning rate.")
+    beta: PositiveFloat = Field(
         default=0.1, description="How strongly the policy is held to the reference."
     )
 
@@ -226,7 +205,7 @@ class DpoSettings(TrainingSettings):
 class MergeSettings(Section):
     """Merging an adapter into its base."""
 
-    dtype: DtypeName = Field(
+    dtype: choices.DtypeName = Field(
         default="auto",
         description="Number format of the merged weights; auto: the base weights' own.",
     )
@@ -240,61 +219,57 @@ _HUGE_RATE = 0.1
 def unmeant(
     settings: TrainingSettings, *, steps: int | None, records: int | None, processes: int = 1
 ) -> list[str]:
-    """A sentence on each setting that will not do what it is there for.
+    """Return a sentence on each setting that has no sensible effect.
 
-    Args:
-        settings: of a training stage.
-        steps: optimizer steps of the whole run; None where they are not known yet.
-        records: that are trained on; None where they are not known yet.
-        processes: that share the work.
+    `steps` are those of the whole run and `records` those that are trained on, None while unknown.
     """
-    found = []
+    warnings = []
     if settings.learning_rate >= _HUGE_RATE:
-        found.append(
+        warnings.append(
             f"learning_rate {settings.learning_rate:g} is more than the weights are large; usual "
             "ones are between 1e-6 and 1e-3"
         )
     if records is not None and settings.batch_size > records:
-        found.append(
+        warnings.append(
             f"batch_size {settings.batch_size} is more than the {records} records that there are: "
             f"each step takes these {records}, and is an epoch"
         )
     if settings.batch_size < processes:
-        found.append(
+        warnings.append(
             f"batch_size {settings.batch_size} is less than the {processes} processes: some have "
             "nothing to do in a step"
         )
-    return found if steps is None else [*found, *_beyond(settings, steps)]
+    return warnings if steps is None else [*warnings, *_beyond(settings, steps)]
 
 
 def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
-    """What is to happen after so many steps, in a run that has fewer."""
+    """Return a sentence on each setting whose number of steps the run does not reach."""
     run = f"the run's {steps} step{'s' if steps != 1 else ''}"
-    found = []
+    warnings = []
     warm_up = settings.warmup_steps
     if warm_up is None:
         warm_up = math.ceil(steps * (settings.warmup_ratio or 0.0))
     if warm_up and warm_up >= steps:
         reached = settings.learning_rate * (steps - 1) / warm_up
         named = "warmup_ratio" if settings.warmup_steps is None else f"warmup_steps {warm_up}"
-        found.append(
+        warnings.append(
             f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
             f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
         )
     if settings.logging_steps > steps:
-        found.append(
+        warnings.append(
             f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "
             "at the end, and there is no curve"
         )
     if settings.save_steps is not None and settings.save_steps > steps:
-        found.append(
+        warnings.append(
             f"save_steps {settings.save_steps} is more than {run}: there is no checkpoint before "
             "the end, and a stopped run begins anew"
         )
     scored = None if settings.validation is None else settings.validation.steps
     if scored is not None and scored > steps:
-        found.append(
+        warnings.append(
             f"validation.steps {scored} is more than {run}: held-out records are scored only "
             "before the first step and at the end"
         )
-    return found
+    return warnings

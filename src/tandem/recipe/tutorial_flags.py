@@ -1,9 +1,8 @@
-"""The flags of `tandem sft` and `tandem dpo`, and the job that they ask for.
+"""The flags of `tandem sft` and `tandem dpo`, and the job that they make.
 
-`--model_name_or_path M --per_device_train_batch_size 8 ...` is how the public tutorial calls its
-two training scripts. Most flags are made from fields of settings, some under the tutorial's names;
-those that mean something else are written out here. A flag that is left out has the value of the
-tutorial's recipe.
+They are those of the public tutorial's two training scripts. Most are made from fields of settings,
+some under the tutorial's names; the others are written out here. A missing flag has the value of
+the tutorial's recipe.
 """
 
 from __future__ import annotations
@@ -17,27 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from tandem.errors import UserError
+from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.explain_errors import explain
-from tandem.recipe.flags import (
-    DATA_FLAGS,
-    REVISION,
-    Flag,
-    boolean,
-    data_settings,
-    flag_of,
-    flags_of_section,
-    named_data,
-)
+from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    SftSettings,
-    TrainingSettings,
-)
+from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location
@@ -47,12 +33,12 @@ Values = Mapping[str, Any]
 
 SETTINGS: dict[TrainingStageName, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 
-# What flags that are left out mean.
+# The recipe with the values of missing flags.
 _TUTORIAL = "neural-chat-7b-v3-1"
-# Examples a device and accumulation, of which the recipe says the product with its devices.
+# Examples per device and accumulation; the recipe has their product with the number of devices.
 _BATCH: dict[TrainingStageName, tuple[int, int]] = {"sft": (1, 8), "dpo": (8, 8)}
 
-# What only Gaudi cards use, and why it does nothing elsewhere.
+# Flags that only Gaudi cards use, and why they do nothing elsewhere.
 _NOTICES = {
     "use_habana": "there is no Gaudi card in use (Habana's bridge to torch is not installed, or "
     "another device was asked for)",
@@ -66,10 +52,9 @@ _NOTICES = {
 
 # Fields whose flags have the tutorial's names.
 _NAMES = {
-    "model": "model_name_or_path",
-    "epochs": "num_train_epochs",
+    "model": "model_name_or_path", "epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
-}
+}  # fmt: skip
 # Fields that mean something else here than in a recipe.
 _HELP = {
     "model": "The base model: a folder or a Hub id (required).",
@@ -85,8 +70,8 @@ _WITHOUT = ("name", "description", "keep", "best_metric")
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
          many=True),
-    *DATA_FLAGS,
-    Flag("dataset_revision", str, REVISION.help),
+    *flags.DATA_FLAGS,
+    Flag("dataset_revision", str, flags.REVISION.help),
 )  # fmt: skip
 _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
@@ -106,21 +91,21 @@ _GAUDI = (
 
 
 def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
-    """The flags of a stage with such settings."""
+    """Return the flags of a stage with such settings."""
 
-    def made(section: type[BaseModel], *at: str, prefix: str = "") -> list[Flag]:
+    def made_from(section: type[BaseModel], *at: str, prefix: str = "") -> list[Flag]:
         return flags_of_section(
             section, names=_NAMES, helps=_HELP, without=_WITHOUT, at=at, prefix=prefix
         )
 
     second_name = Flag("max_seq_length", int, "Another name of --max_length.")
     return [
-        *made(RunSettings, "run"),
+        *made_from(RunSettings, "run"),
         *_DATA,
         *_BATCH_FLAGS,
-        *made(settings, "settings"),
+        *made_from(settings, "settings"),
         *([second_name] if issubclass(settings, SftSettings) else []),
-        *made(LoraSettings, "settings", "lora", prefix="lora_"),
+        *made_from(LoraSettings, "settings", "lora", prefix="lora_"),
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
         Flag("bf16", boolean, "Train in bfloat16; a CPU trains in float32 instead and says so."),
         *_GAUDI,
@@ -135,14 +120,14 @@ def job_from_flags(
     cards: bool = False,
     settings: type[TrainingSettings] | None = None,
 ) -> tuple[TrainingJob, tuple[str, ...]]:
-    """The job that the flags ask for, and a line for each flag that cannot act.
+    """Return the job of some flags, and a line for each flag without effect.
 
     Args:
         stage: sft or dpo.
         values: the flags given, by name with underscores; absent ones take the tutorial's values.
         devices: how many devices take part; a factor of the global batch.
         cards: whether Habana's bridge is installed, so that `auto` may find Gaudi cards.
-        settings: the class of the stage's settings, where it has more fields.
+        settings: the class of the stage's settings, if it has more fields.
 
     Raises UserError naming the flags for missing, contradicting or impossible values.
     """
@@ -152,16 +137,16 @@ def job_from_flags(
     from tandem.recipe.load_recipe import load_recipe
 
     section = settings or SETTINGS[stage]
-    given = [flag for flag in stage_flags(section) if flag.name in values]
+    present = [flag for flag in stage_flags(section) if flag.name in values]
     usual = getattr(load_recipe(_TUTORIAL), stage).model_dump(exclude_unset=True)
     asked: dict[str, Any] = {"run": {"hpu": {}}, "settings": deepcopy(usual)}
-    for flag in given:
+    for flag in present:
         if flag.field:
             *above, key = flag.field
             reduce(getitem, above, asked)[key] = values[flag.name]
     run, parts = asked["run"], asked["settings"]
-    said = data_settings({**values, "revision": values.get("dataset_revision")})
-    parts["data"] = named_data(values["dataset_name"], said)
+    of_data = flags.data_settings({**values, "revision": values.get("dataset_revision")})
+    parts["data"] = flags.named_data(values["dataset_name"], of_data)
     parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
@@ -171,7 +156,7 @@ def job_from_flags(
     run |= {"device": _device(values, cards), "dtype": _dtype(values)}
     on_gaudi = run["device"] == "hpu" or (run["device"] == "auto" and cards)
     run["hpu"] = {**run["hpu"], "buckets": _buckets(values)} if on_gaudi else {}
-    names = {flag.field: f"--{flag.name}" for flag in given}
+    names = {flag.field: f"--{flag.name}" for flag in present}
     job = TrainingJob(
         _validated(RunSettings, "run", asked, names, stage),
         _validated(section, "settings", asked, names, stage),
@@ -183,11 +168,11 @@ def _global_batch(
     stage: TrainingStageName, values: Values, devices: int
 ) -> tuple[int, tuple[str, ...]]:
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    given = [name for name in factors if name in values]
+    named = [name for name in factors if name in values]
     if "batch_size" in values:
-        if given:
+        if named:
             raise UserError(
-                f"--batch_size and --{given[0]} are both given. --batch_size is the global batch, "
+                f"--batch_size and --{named[0]} are both given. --batch_size is the global batch, "
                 "the other one a factor of it; keep one way"
             )
         return _positive("batch_size", values["batch_size"]), ()
@@ -202,7 +187,7 @@ def _global_batch(
 
 
 def _settle_duration(settings: dict[str, Any], values: Values) -> None:
-    """Leave one of `epochs` and `max_steps`: the one that is given."""
+    """Keep one of `epochs` and `max_steps`: the one that is given."""
     epochs, steps = values.get("num_train_epochs"), values.get("max_steps")
     steps = None if steps == -1 else steps  # the tutorial's libraries write -1 for "not set"
     if epochs is not None and steps is not None:
@@ -215,20 +200,20 @@ def _settle_duration(settings: dict[str, Any], values: Values) -> None:
 
 
 def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
-    """Leave one of `warmup_steps` and `warmup_ratio`: the one that is given and not 0."""
-    given = {name: values[name] for name in ("warmup_steps", "warmup_ratio") if name in values}
-    if len(given) == 2:
-        if all(given.values()):
+    """Keep one of `warmup_steps` and `warmup_ratio`: the one that is given and not 0."""
+    warmup = {name: values[name] for name in ("warmup_steps", "warmup_ratio") if name in values}
+    if len(warmup) == 2:
+        if all(warmup.values()):
             raise UserError("--warmup_steps and --warmup_ratio are both given; keep one")
-        given = {name: value for name, value in given.items() if value} or {"warmup_steps": 0}
-    if not given and values.get("lr_scheduler_type") == "constant":
-        given = {"warmup_steps": 0}
-    if given:
-        settings |= {"warmup_steps": None, "warmup_ratio": None, **given}
+        warmup = {name: value for name, value in warmup.items() if value} or {"warmup_steps": 0}
+    if not warmup and values.get("lr_scheduler_type") == "constant":
+        warmup = {"warmup_steps": 0}
+    if warmup:
+        settings |= {"warmup_steps": None, "warmup_ratio": None, **warmup}
 
 
 def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:
-    """Name modules in one way; in DPO the dropout flag cannot act."""
+    """Name modules in one way; in DPO, set dropout to 0."""
     modules, all_linear = values.get("lora_target_modules"), values.get("lora_all_linear")
     if modules == ["all-linear"]:
         modules, all_linear = None, True
@@ -243,14 +228,14 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
 
 
 def _settle_lengths(settings: dict[str, Any], usual: int, values: Values) -> tuple[str, ...]:
-    """Read both names of the length; what had to change about the usual prompt's, in words."""
-    given = [values[name] for name in ("max_length", "max_seq_length") if name in values]
-    if len(set(given)) > 1:
+    """Read both names of the length; return a notice if the usual prompt's had to change."""
+    both = [values[name] for name in ("max_length", "max_seq_length") if name in values]
+    if len(set(both)) > 1:
         raise UserError(
-            f"--max_length {given[0]} and --max_seq_length {given[1]} are two names of one thing; "
+            f"--max_length {both[0]} and --max_seq_length {both[1]} are two names of one thing; "
             "keep one"
         )
-    length = settings["max_length"] = given[0] if given else settings["max_length"]
+    length = settings["max_length"] = both[0] if both else settings["max_length"]
     if "max_prompt_length" in values or usual < length:
         return ()
     half = settings["max_prompt_length"] = max(1, length // 2)
@@ -261,7 +246,7 @@ def _settle_lengths(settings: dict[str, Any], usual: int, values: Values) -> tup
 
 
 def _device(values: Values, cards: bool) -> str:
-    """The device, as --device and --use_habana say it together."""
+    """Return the device of --device and --use_habana together."""
     device, habana = str(values.get("device", "auto")), values.get("use_habana")
     if device == "hpu" and habana is False:
         raise UserError("--use_habana false and --device hpu contradict each other; keep one")
@@ -275,7 +260,7 @@ def _device(values: Values, cards: bool) -> str:
 
 
 def _buckets(values: Values) -> str | list[str]:
-    """Lengths of micro-batches on Gaudi."""
+    """Return the lengths of micro-batches on Gaudi."""
     lengths = list(values.get("hpu_buckets", ["auto"]))
     if values.get("pad_max"):
         if "hpu_buckets" in values:
@@ -324,12 +309,12 @@ def _validated(
     names: Mapping[tuple[str, ...], str],
     stage: TrainingStageName,
 ) -> Any:
-    """A part of what is asked as settings; raises UserError naming the flag of a wrong value."""
+    """Return a part of the job as settings; raise UserError naming the flag of a wrong value."""
 
     def place(location: Location) -> str:
         keys = (part, *(str(key) for key in location))
-        found = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
-        return next(filter(None, found), f"tandem {stage}")
+        own = (names.get(keys[:n]) for n in range(len(keys), 0, -1))
+        return next(filter(None, own), f"tandem {stage}")
 
     try:
         return model.model_validate(asked[part])

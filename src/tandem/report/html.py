@@ -14,13 +14,7 @@ from markupsafe import Markup
 
 from tandem.report import training_section
 from tandem.report.result_rows import compared_rows, result_rows, shown_measures, task_notes
-from tandem.report.run_facts import (
-    STAGE_FOLDERS,
-    RunFacts,
-    StageFacts,
-    read_run,
-    run_warnings,
-)
+from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run, run_warnings
 from tandem.result_warnings import MODEL_LABELS, mapping, model_names, sampling_error
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.wording import count, duration, is_number, percent, short_count
@@ -45,17 +39,16 @@ class _Step:
 def write_report(run_dir: Path) -> Path:
     """Build `report.html` in a run folder (or a single stage's) and return its path.
 
-    Whatever is there is shown, what is missing is named. Raises UserError if the folder holds
-    nothing of tandem's.
+    It shows what there is, and names what is missing. Raises UserError if the folder has nothing of
+    tandem's.
     """
-    facts = read_run(run_dir)
     path = run_dir / PAGE
-    atomic_write_text(path, render(facts))
+    atomic_write_text(path, render(read_run(run_dir)))
     return path
 
 
 def render(facts: RunFacts) -> str:
-    """The whole page. All text from files is escaped by the template."""
+    """Return the whole page. The template escapes all text from files."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,6 +57,8 @@ def render(facts: RunFacts) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
+    models = mapping(facts.evaluation.get("models")).values()
+    with_errors = any(mapping(model).get("errors") for model in models)
     return environment.get_template("page.html.jinja").render(
         facts=facts,
         base_model=facts.base_model,
@@ -73,7 +68,7 @@ def render(facts: RunFacts) -> str:
         measures=shown_measures(facts.evaluation),
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
-        compared=compared_rows(facts.evaluation, "previous") if _has_errors(facts) else [],
+        compared=compared_rows(facts.evaluation, "previous") if with_errors else [],
         compared_names=[MODEL_LABELS.get(n, n) for n in model_names(facts.evaluation)],
         task_notes=task_notes(facts.evaluation),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
@@ -132,18 +127,13 @@ def _result_note(evaluation: Mapping[str, Any]) -> str:
     note = f"Measured on {count(questions)} held-out questions and {count(pairs)} held-out pairs."
     shares = [mapping(m).get("answer_accuracy") for m in mapping(evaluation.get("models")).values()]
     known = [share for share in shares if is_number(share)]
-    if known and is_number(questions) and questions:
-        error = max(sampling_error(share, int(questions)) for share in known)
-        note += (
-            f" The standard error of an answer accuracy is at most {100 * error:.1f} points: "
-            "changes of that size are noise."
-        )
-    return note
-
-
-def _has_errors(facts: RunFacts) -> bool:
-    models = mapping(facts.evaluation.get("models")).values()
-    return any(mapping(model).get("errors") for model in models)
+    if not known or not is_number(questions) or not questions:
+        return note
+    error = max(sampling_error(share, int(questions)) for share in known)
+    return (
+        f"{note} The standard error of an answer accuracy is at most {100 * error:.1f} points: "
+        "changes of that size are noise."
+    )
 
 
 def _pairs(stage: StageFacts) -> dict[str, Any]:
@@ -173,7 +163,7 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
 
 
 def _first_pairs(folder: Path) -> list[Mapping[str, Any]]:
-    """The first pairs that the stage made, whatever their file's kind."""
+    """Return the first pairs of a stage, whatever their file's kind."""
     parquet, path = folder / "pairs.parquet", folder / "pairs.jsonl"
     if parquet.is_file():
         import pyarrow.parquet
@@ -210,7 +200,7 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _versions(facts: RunFacts) -> list[tuple[str, str]]:
-    """Each package once, with all versions that the stages were run with."""
+    """Return each package once, with all its versions in the stages."""
     versions: dict[str, dict[str, None]] = {}
     for manifest in [facts.manifest, *(s.manifest for s in facts.stages)]:
         for package, version in mapping(manifest.get("versions")).items():
@@ -227,9 +217,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif key.endswith("seconds") and is_number(inner):
             rows.append((name.removesuffix(" seconds"), duration(inner)))
         elif isinstance(inner, float):
-            rows.append(
-                (name, percent(inner) if key.endswith(("accuracy", "rate")) else f"{inner:.6g}")
-            )
+            share = key.endswith(("accuracy", "rate"))
+            rows.append((name, percent(inner) if share else f"{inner:.6g}"))
         elif isinstance(inner, int) and not isinstance(inner, bool):
             rows.append((name, short_count(inner)))
         elif not isinstance(inner, list):

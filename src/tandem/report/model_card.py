@@ -1,4 +1,4 @@
-"""The model card of the final folder: README.md, from the files of the run."""
+"""The model card of the final folder: README.md, made from the run's files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,8 @@ from typing import Any
 
 import yaml
 
-from tandem.report.result_rows import (
-    compared_rows,
-    result_rows,
-    shown_measures,
-    task_measures,
-    task_notes,
-)
-from tandem.report.run_facts import (
-    RunFacts,
-    StageFacts,
-    find_key,
-    read_run,
-    run_warnings,
-)
+from tandem.report import result_rows
+from tandem.report.run_facts import RunFacts, StageFacts, find_key, read_run, run_warnings
 from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.storage.run_folder import KIND_TITLES
@@ -30,7 +18,7 @@ from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# What a reader of the card wants to know of a training stage, in this order.
+# The settings of a training stage that a card lists, in this order.
 _SETTINGS = (
     "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
     "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length",
@@ -39,17 +27,14 @@ _SETTINGS = (
 
 
 def write_card(run_dir: Path, model_dir: Path) -> Path:
-    """Write README.md into `model_dir` from what `run_dir` holds, and return its path.
-
-    Raises UserError if `run_dir` is no run folder.
-    """
+    """Write README.md into `model_dir` and return its path; raise UserError without a run."""
     path = model_dir / "README.md"
     atomic_write_text(path, model_card(card_facts(read_run(run_dir))))
     return path
 
 
 def card_facts(run: RunFacts) -> dict[str, Any]:
-    """The plain values that `model_card` prints, taken from a run's files."""
+    """Return the plain values that `model_card` prints, from a run's files."""
     versions: dict[str, str] = {}
     for stage in run.stages:
         versions |= {str(k): str(v) for k, v in mapping(stage.manifest.get("versions")).items()}
@@ -67,7 +52,7 @@ def card_facts(run: RunFacts) -> dict[str, Any]:
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown with the Hub's YAML header; `facts` as `card_facts` gives them."""
+    """Return the card as Markdown with the Hub's YAML header; `facts` are `card_facts`."""
     parts = [_header(facts), f"# {_line(facts['name'])}"]
     if facts.get("description"):
         parts.append(_line(facts["description"]))
@@ -89,7 +74,7 @@ def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
     inputs = mapping(stage.manifest.get("inputs"))
     settings = mapping(run.recipe.get(stage.kind)) or mapping(find_key(inputs, "settings"))
     sources = settings.get("data")
-    # Without data of its own the DPO stage trained on pairs that the run made from prompts.
+    # A DPO stage without data trained on pairs that the run made from prompts.
     made = stage.kind == "dpo" and not sources
     if made:
         pairs = mapping(run.recipe.get("pairs"))
@@ -165,10 +150,10 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
 
 
 def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    rows = result_rows(evaluation)
+    rows = result_rows.result_rows(evaluation)
     if not rows:
         return "## Evaluation\n\nThis run has not evaluated the model."
-    head = ("model", *(m.title for m in shown_measures(evaluation)))
+    head = ("model", *(m.title for m in result_rows.shown_measures(evaluation)))
     body = [
         (r.label, *(c.text + (f" ({c.note})" if c.note else "") for c in r.cells)) for r in rows
     ]
@@ -180,14 +165,15 @@ def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
 
 
 def _tasks_text(evaluation: Mapping[str, Any]) -> str:
-    """The harness's tasks with standard errors, and what to know about them."""
-    keys = {measure.key for measure in task_measures(evaluation)}
-    rows = [r for r in compared_rows(evaluation, "previous") if r.measure.key in keys]
+    """Return the harness's tasks with standard errors, and notes on them."""
+    keys = {measure.key for measure in result_rows.task_measures(evaluation)}
+    compared = result_rows.compared_rows(evaluation, "previous")
+    rows = [row for row in compared if row.measure.key in keys]
     if not rows:
         return ""
     names = [MODEL_LABELS.get(n, n) for n in model_names(evaluation)]
     body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
-    notes = "\n".join(f"- {_line(note)}." for note in task_notes(evaluation))
+    notes = "\n".join(f"- {_line(note)}." for note in result_rows.task_notes(evaluation))
     table = "\n".join(_table(("task", *names), body))
     text = f"Tasks of lm-evaluation-harness; ± is one standard error.\n\n{table}"
     return text + (f"\n\n{notes}" if notes else "")
@@ -207,22 +193,19 @@ def _limits(facts: Mapping[str, Any]) -> str:
 
 
 def _paths(value: object) -> list[str]:
-    """Every `path` in nested plain data, in order."""
-    if isinstance(value, Mapping):
-        own = [value["path"]] if isinstance(value.get("path"), str) else []
-        return own + [p for v in value.values() for p in _paths(v)]
-    if isinstance(value, list):
-        return [p for v in value for p in _paths(v)]
-    return []
+    """Return every `path` in nested plain data, in order."""
+    own = mapping(value).get("path")
+    inner = value if isinstance(value, list) else list(mapping(value).values())
+    return [*([own] if isinstance(own, str) else []), *(p for one in inner for p in _paths(one))]
 
 
 def _shown_path(path: str) -> str:
-    # Where a file lay on the machine that trained is nobody's business.
+    # The folders of the machine that trained are private.
     return Path(path).name if path.startswith(("/", "~")) else path
 
 
 def _hashes(value: object, key: str = "") -> list[tuple[str, str]]:
-    """All SHA-256 digests in a manifest's inputs, each with its dotted key."""
+    """Return all SHA-256 digests in a manifest's inputs, each with its key."""
     if isinstance(value, str):
         return [(_shown_path(key), value)] if _DIGEST.fullmatch(value) else []
     if isinstance(value, Mapping):
@@ -248,7 +231,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _line(text: object) -> str:
-    """Text from a file on one Markdown line, without raw HTML."""
+    """Write text from a file on one Markdown line, without raw HTML."""
     return " ".join(str(text).split()).replace("<", "&lt;")
 
 

@@ -1,7 +1,7 @@
-"""Small SVG charts as strings: numbers in, one `<svg>` out, no state and no dependency.
+"""Small SVG charts as strings, from numbers.
 
-Colours are classes (`tone-teal`, `axis`, ...) that the page's style sheet gives a light and a dark
-value. All text that comes from outside is escaped here.
+Colours are classes (`tone-teal`, `axis`, ...) that have a light and a dark value in the page's
+style sheet. All outside text is escaped here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 14, 34
 _LEGEND = 18  # more room at the top when several lines need names
 _MAX_POINTS = 400
 _SMOOTH_FROM = 40
-_STEPS = 4  # of an axis, about
+_STEPS = 4  # about so many of an axis
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,11 @@ def line_chart(
     y_format: Callable[[float], str] = number,
     from_zero: bool = False,
 ) -> str:
-    """Lines over a common axis, each named and labelled with its last value.
+    """Draw lines over a common axis, each named and labelled with its last value.
 
     Values that are not finite break the line. From 40 points on, the bold line is a centred
     running mean (see `smoothing_window`) over the thin line of the logged values; more than 400
-    points are averaged in equal buckets.
-    Returns an empty string when there is nothing finite to draw.
+    points are averaged in equal buckets. Returns an empty string without finite values.
     """
     points = [(s, _thin(_finite(s.xs, s.ys))) for s in series]
     points = [(s, p) for s, p in points if any(math.isfinite(y) for _, y in p)]
@@ -87,14 +86,8 @@ def line_chart(
         x_low, x_high = x_low - 1, x_high + 1
     top = _TOP + (_LEGEND if len(points) > 1 else 0)
     frame = _Frame(x_low, x_high, ticks[0], ticks[-1], top)
-    parts = [
-        _y_axis(frame, ticks, y_format),
-        _x_axis(
-            frame,
-            [x for x in _ticks(x_low, x_high, whole=_whole(xs)) if x_low <= x <= x_high],
-            x_label,
-        ),
-    ]
+    x_ticks = [x for x in _ticks(x_low, x_high, whole=_whole(xs)) if x_low <= x <= x_high]
+    parts = [_y_axis(frame, ticks, y_format), _x_axis(frame, x_ticks, x_label)]
     ends: list[tuple[float, str, str]] = []
     for one, path in points:
         parts.append(_line(frame, one, path, y_format, x_label))
@@ -115,9 +108,9 @@ def histogram(
     limit: float | None = None,
     bins: int = 28,
 ) -> str:
-    """Counts in equal bins from zero on; `limit` draws a dashed line (a length limit).
+    """Draw counts in equal bins from zero on, and a dashed line at a length `limit`.
 
-    Returns an empty string when there are no values.
+    Returns an empty string without values.
     """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
@@ -151,7 +144,7 @@ def histogram(
 
 
 def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
-    """Horizontal bars to one scale, each with its label above and its note behind."""
+    """Draw horizontal bars to one scale, each with its label above and its note behind."""
     if not bars:
         return ""
     highest = max(max(b.value for b in bars), 1e-12)
@@ -170,7 +163,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
 
 
 def smoothing_window(points: int) -> int:
-    """How many logged values the bold line averages: odd, 1 below 40 points."""
+    """Return how many logged values the bold line averages: odd, 1 below 40 points."""
     shown = min(points, _MAX_POINTS)
     return 1 if shown < _SMOOTH_FROM else 2 * (shown // 40) + 1
 
@@ -194,7 +187,7 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     half = smoothing_window(len(points)) // 2
     smoothed = []
     for i, (x, y) in enumerate(points):
-        # Shrinking the window at both ends alike keeps a trend's ends where they are.
+        # A window that shrinks equally at both ends keeps a trend's ends where they are.
         reach = min(half, i, len(points) - 1 - i)
         near = [v for _, v in points[i - reach : i + reach + 1] if math.isfinite(v)]
         smoothed.append((x, sum(near) / len(near) if near and math.isfinite(y) else math.nan))
@@ -234,7 +227,7 @@ def _path(frame: _Frame, points: list[tuple[float, float]]) -> str:
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers that cover low..high, about `_STEPS` steps of 1, 2, 2.5 or 5 times 10^k.
+    """Return round numbers that cover low..high, in about `_STEPS` steps of 1, 2, 2.5 or 5 x 10^k.
 
     `whole` keeps them to whole numbers, for counts and steps.
     """
@@ -270,22 +263,19 @@ def _x_axis(frame: _Frame, ticks: list[float], x_label: str) -> str:
 
 
 def _tick(value: float, y_format: Callable[[float], str]) -> str:
-    """A tick is a round number: drop the digits that only a measured value needs."""
+    """Write a tick, a round number, without the digits that only a measured value needs."""
     text = y_format(value)
-    if "e" in text or "." not in text:
-        mantissa, _, exponent = text.partition("e")
-        if exponent:
-            return f"{float(mantissa):g}e{int(exponent)}"
-        return text
+    mantissa, _, exponent = text.partition("e")
+    if exponent:
+        return f"{float(mantissa):g}e{int(exponent)}"
     figure, space, unit = text.partition(" ")
-    figure = (
-        figure.rstrip("0").rstrip(".") if figure.replace(".", "").lstrip("-").isdigit() else figure
-    )
+    if "." in figure and figure.replace(".", "").lstrip("-").isdigit():
+        figure = figure.rstrip("0").rstrip(".")
     return figure + space + unit
 
 
 def _end_labels(ends: list[tuple[float, str, str]]) -> list[str]:
-    """The lines' last values at their ends, pushed apart downwards and, at the bottom, back up."""
+    """Place the lines' last values at their ends, pushed apart downwards, at the bottom back up."""
     placed: list[tuple[float, str, str]] = []
     for y, text, tone in sorted(ends):
         placed.append((max(y, placed[-1][0] + 13) if placed else y, text, tone))

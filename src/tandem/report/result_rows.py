@@ -1,4 +1,4 @@
-"""The evaluation as rows of cells: what the page, the terminal and the model card all show."""
+"""The evaluation as rows of cells, for the page, the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -43,20 +43,17 @@ MEASURES = (
     Measure("mean_answer_tokens", "answer tokens", "tokens", "neither",
             "mean length of an answer"),
 )  # fmt: skip
-
-
-# Measures that say nothing where every model has 0.
+# Measures that are not shown where every model has 0.
 _CASES = ("right_cut",)
-# Metrics of tasks that are shares, and of those that are better when lower.
+# Metrics of tasks that are shares, and metrics that are better when lower.
 _SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc")
 _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
-# A difference of fewer standard errors than this is called nothing.
-_CLEAR = 2.0
+_CLEAR = 2.0  # a difference of fewer standard errors is neither good nor bad
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, its change from the row above, and whether that is for the better."""
+    """A value as text, its change from the row above, and whether that is better."""
 
     text: str
     change: str = ""
@@ -67,7 +64,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One measure over all models: titles, and a cell a model with errors in its texts."""
+    """One measure over all models, a cell each, with errors in their texts."""
 
     measure: Measure
     details: str
@@ -85,14 +82,14 @@ class ResultRow:
 
 
 def shown_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
-    """The measures that at least one model has a value for, or a case of where cases are few."""
+    """Return the measures that at least one model has a value for, or a case of, for `_CASES`."""
     models = [mapping(m) for m in mapping(evaluation.get("models")).values()]
     values = {m.key: [v for one in models if is_number(v := one.get(m.key))] for m in MEASURES}
     return [m for m in MEASURES if any(values[m.key]) or (values[m.key] and m.key not in _CASES)]
 
 
 def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
-    """One row a model; changes are from the nearest row above that has a value."""
+    """Return one row a model; changes are from the nearest row above with a value."""
     models = mapping(evaluation.get("models"))
     measures = shown_measures(evaluation)
     before: dict[str, float] = {}
@@ -101,39 +98,36 @@ def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
         values = mapping(models[name])
         cells = tuple(_cell(m, values, before) for m in measures)
         before |= {m.key: values[m.key] for m in measures if is_number(values.get(m.key))}
-        rows.append(
-            ResultRow(name, MODEL_LABELS.get(name, name), str(values.get("path", "")), cells)
-        )
+        label, path = MODEL_LABELS.get(name, name), str(values.get("path", ""))
+        rows.append(ResultRow(name, label, path, cells))
     return rows
 
 
 def task_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
-    """The harness's tasks as measures; their keys begin with `task:`."""
+    """Return the harness's tasks as measures; their keys begin with `task:`."""
     measures = []
-    raw = evaluation.get("tasks")
-    for task in map(mapping, raw if isinstance(raw, list) else []):
+    for task in _tasks(evaluation):
         metric = str(task.get("metric", "")).partition(",")[0]
-        shots = task.get("shots")
-        meaning = f"{metric}, {shots}-shot, {task.get('items')} items"
+        meaning = f"{metric}, {task.get('shots')}-shot, {task.get('items')} items"
         meaning += ", chat template" if task.get("chat") else ""
-        measures.append(
-            Measure(
-                f"task:{task.get('task')}",
-                str(task.get("title", task.get("task"))),
-                "share" if metric in _SHARES else "number",
-                "lower" if metric in _LOWER else "higher",
-                meaning,
-            )
-        )
+        title = str(task.get("title", task.get("task")))
+        kind: Literal["share", "number"] = "share" if metric in _SHARES else "number"
+        better: Literal["lower", "higher"] = "lower" if metric in _LOWER else "higher"
+        measures.append(Measure(f"task:{task.get('task')}", title, kind, better, meaning))
     return measures
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    tasks = evaluation.get("tasks")
+    return [mapping(task) for task in tasks] if isinstance(tasks, list) else []
 
 
 def compared_rows(
     evaluation: Mapping[str, Any], against: Literal["first", "previous"]
 ) -> list[ComparedRow]:
-    """One row a measure: values with standard errors, and changes `against` a model with theirs.
+    """Return one row a measure: values, and changes `against` a model, with standard errors.
 
-    A change is good or bad from two standard errors on; a smaller one says nothing.
+    A change is good or bad from two standard errors on; a smaller one is neither.
     """
     models = mapping(evaluation.get("models"))
     tasks = task_measures(evaluation)
@@ -148,10 +142,9 @@ def compared_rows(
 
 
 def task_notes(evaluation: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tasks' scores must know, a line each."""
+    """Return notes on the tasks' scores, a line each."""
     notes: dict[str, list[str]] = {}
-    raw = evaluation.get("tasks")
-    for task in map(mapping, raw if isinstance(raw, list) else []):
+    for task in _tasks(evaluation):
         own = [str(note) for note in task.get("notes") or []]
         cut = {k: n for k, n in mapping(task.get("cut")).items() if is_number(n) and n}
         if cut:
@@ -224,7 +217,7 @@ def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell
 
 
 def _marks(measure: Measure, step: float) -> tuple[Literal["▲", "▼"], Literal["good", "bad", ""]]:
-    """Which way a measure went, and whether that is for the better."""
+    """Return which way a measure went, and whether that is better."""
     arrow: Literal["▲", "▼"] = "▲" if step > 0 else "▼"
     if measure.better == "neither":
         return arrow, ""

@@ -1,4 +1,4 @@
-"""What a run folder says: every file the report uses, read once, with what is missing named."""
+"""Read every file of a run folder that the report uses, and note what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from typing import Any
 import yaml
 
 from tandem.errors import UserError
-from tandem.result_warnings import (
-    ReportWarning,
-    evaluation_warnings,
-    mapping,
-)
+from tandem.result_warnings import ReportWarning, evaluation_warnings, mapping
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
 from tandem.storage.run_folder import FOLDERS, KIND_TITLES, TRAINING_STAGES, StageName
 from tandem.wording import chosen_collapse
 
-# Outputs of stages that a page shows something of.
+# Outputs of stages that a page shows, in part or whole.
 _SHOWN = (
     "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
     "pairs.parquet", "evaluation.json",
 )  # fmt: skip
-# Which section of a recipe makes which stages; what is asked for and absent is named as missing.
+# The stages of each section of a recipe.
 _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
     "sft": ("sft", "sft-merge"),
     "pairs": ("pairs",),
@@ -80,15 +76,15 @@ class RunFacts:
 
     @property
     def base_model(self) -> str:
-        """The model that it began with: the recipe's, else what its first training stage names."""
+        """The base model: the recipe's, else the one that its first training stage names."""
         return str(self.recipe.get("model") or next(map(_base_model, self.trained), ""))
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Read a run folder, or one stage's folder, as far as it has come.
+    """Read a run folder, or one stage's, finished or not.
 
-    Raises UserError if the folder does not exist or holds nothing that tandem wrote. A file that
-    cannot be parsed does not stop the report: it is listed in `problems`.
+    Raises UserError if the folder does not exist or has nothing of tandem's. A file that cannot be
+    parsed does not stop the report: it is listed in `problems`.
     """
     if not folder.is_dir():
         raise UserError(
@@ -135,12 +131,12 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def warnings_of_run(run_dir: Path) -> list[ReportWarning]:
-    """As `run_warnings`, of a folder; raises UserError if it holds nothing of tandem's."""
+    """Return the `run_warnings` of a folder; raise UserError if it has nothing of tandem's."""
     return run_warnings(read_run(run_dir))
 
 
 def run_warnings(facts: RunFacts) -> list[ReportWarning]:
-    """All warnings and notes of a run, warnings first."""
+    """Return all warnings and notes of a run, warnings first."""
     seen = [ReportWarning("warning", "unreadable file", text) for text in facts.problems]
     for stage in facts.stages:
         warnings = stage.summary.get("warnings")
@@ -165,7 +161,7 @@ def run_warnings(facts: RunFacts) -> list[ReportWarning]:
 
 
 def _base_model(stage: StageFacts) -> str:
-    """The model that a training stage started from, as the manifest names it."""
+    """Return the model that a training stage started from, as the manifest names it."""
     for part in ("schedule", "inputs"):
         for key in ("base", "model"):
             name = mapping(stage.manifest.get(part)).get(key)
@@ -175,17 +171,13 @@ def _base_model(stage: StageFacts) -> str:
 
 
 def find_key(value: object, key: str) -> Any:
-    """The first value under `key` anywhere in nested plain data, None if there is none."""
+    """Return the first value under `key` anywhere in nested plain data, None without one."""
     if isinstance(value, Mapping):
         if key in value:
             return value[key]
         value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            inner_value = find_key(inner, key)
-            if inner_value is not None:
-                return inner_value
-    return None
+    values = (find_key(inner, key) for inner in value) if isinstance(value, list) else ()
+    return next((inner for inner in values if inner is not None), None)
 
 
 def _read_stage(folder: Path, name: str) -> StageFacts:
@@ -225,16 +217,12 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 
 
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
-    """The outputs shown on the page that changed after their stage finished."""
-    changed = [
-        name
+    """Return a line on each shown output that changed after its stage finished."""
+    return [
+        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
         for name in _SHOWN
         if name in outputs
         and (not (folder / name).is_file() or hash_file(folder / name) != outputs[name])
-    ]
-    return [
-        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
-        for name in changed
     ]
 
 

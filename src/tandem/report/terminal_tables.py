@@ -14,15 +14,14 @@ from tandem.result_warnings import MODEL_LABELS, ReportWarning, mapping, model_n
 
 _STYLES = {"good": "green", "bad": "red", "": "dim"}
 _LEFT_OUT = {"mean_answer_tokens"}
-# Sample questions that are shown.
-_SAMPLES = 3
+_SAMPLES = 3  # sample questions that are shown
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """Base, SFT and DPO as rows, with the change from the row above.
+    """Return base, SFT and DPO as rows, with the change from the row above.
 
-    `evaluation` is the content of evaluation.json. The base also shows what it answers in its
-    own completion form: the ceiling that fine-tuning can reach.
+    `evaluation` is the content of evaluation.json. The base also has its answers in completion
+    form: the ceiling that fine-tuning can reach.
     """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     measures = shown_measures(evaluation)
@@ -36,7 +35,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(evaluation: Mapping[str, Any]) -> Table:
-    """Measures as rows, models as columns: values and changes with their standard errors.
+    """Return measures as rows, models as columns: values and changes with standard errors.
 
     Changes are from the first model, item by item; only those of more than two standard errors
     have a colour.
@@ -55,7 +54,7 @@ def comparison_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
-    """What to know when reading `comparison_table`, a line each."""
+    """Return notes on `comparison_table`, a line each."""
     names = model_names(evaluation)
     notes = ["± is one standard error."]
     if len(names) > 1:
@@ -65,19 +64,18 @@ def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
-    """The first sample questions, `most` at most, with the expected answer and each model's own."""
+    """Return up to `most` sample questions with the expected answer and each model's own."""
     raw = evaluation.get("samples")
     samples = [mapping(s) for s in raw][:most] if isinstance(raw, list) else []
-    names = [
-        n for n in model_names(evaluation) if any(n in mapping(s.get("answers")) for s in samples)
-    ]
+    answered = {name for sample in samples for name in mapping(sample.get("answers"))}
+    names = [name for name in model_names(evaluation) if name in answered]
     table = Table(box=box.ROUNDED, header_style="bold", show_lines=True, expand=True)
     for title in ("question", "expected", *(MODEL_LABELS.get(n, n) for n in names)):
         table.add_column(Text(title), ratio=1, overflow="fold")
     for sample in samples:
         answers = mapping(sample.get("answers"))
         texts = [sample.get("prompt"), sample.get("expected"), *(answers.get(n) for n in names)]
-        # Text, not str: what a model says must not be read as rich markup.
+        # Text, not str, so that an answer is not read as rich's markup.
         table.add_row(
             *(Text("–" if text is None else str(text).strip() or "(nothing)") for text in texts)
         )
@@ -85,7 +83,7 @@ def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
 
 
 def warning_lines(warnings: Sequence[ReportWarning]) -> list[Text]:
-    """What a reader must not overlook, as the page has it: a line each, warnings in yellow."""
+    """Return the page's warnings and notes, a line each, warnings in yellow."""
     return [
         Text(f"{one.level}: {one.line}", "yellow" if one.level == "warning" else "dim")
         for one in warnings
@@ -95,9 +93,7 @@ def warning_lines(warnings: Sequence[ReportWarning]) -> list[Text]:
 def _cell(cell: Cell) -> Text:
     text = Text(cell.text)
     if cell.change:
-        text.append(
-            f"\n{cell.arrow}{' ' if cell.arrow else ''}{cell.change}", _STYLES[cell.verdict]
-        )
+        text.append("\n" + f"{cell.arrow} {cell.change}".strip(), _STYLES[cell.verdict])
     if cell.note:
         text.append(f"\n{cell.note}", "dim")
     return text

@@ -1,4 +1,4 @@
-"""What the page shows of a training stage: figures, charts, lengths, ledger, savings."""
+"""The page's section on a training stage: figures, charts, lengths, ledger, savings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Chart:
-    """A chart to draw when one of its metrics was logged: (key, name, colour) each."""
+    """A chart of those of its metrics, (key, name, colour) each, that were logged."""
 
     title: str
     caption: str
@@ -55,14 +55,12 @@ _CHARTS = (
     _Chart("Memory", "highest so far, GiB", (("memory_bytes", "memory", "blue"),),
            lambda x: number(x, 3), unit=2.0**30, from_zero=True),
 )  # fmt: skip
-
-
 # The colour of a held-out curve beside a training curve's.
 _HELD_OUT_TONES = {"blue": "rose", "violet": "amber", "teal": "amber"}
 
 
 def tiles(stage: StageFacts) -> list[tuple[str, str]]:
-    """A stage's key figures as (title, value), those that its summary has."""
+    """Return the key figures that a stage's summary has, as (title, value)."""
     s = stage.summary
     seconds, tokens = s.get("train_seconds"), s.get("tokens")
     rate = tokens / seconds if is_number(tokens) and is_number(seconds) and seconds else None
@@ -85,7 +83,7 @@ def tiles(stage: StageFacts) -> list[tuple[str, str]]:
 
 
 def _against_estimates(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Time and memory by what was estimated before the stage began."""
+    """Return time and memory, divided by their estimates before the stage."""
     figures = []
     for name, title in (("seconds", "time by its estimate"), ("memory", "memory by its estimate")):
         figure = mapping(mapping(summary.get("estimate")).get(name))
@@ -96,7 +94,7 @@ def _against_estimates(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How several processes shared the work."""
+    """Return how several processes shared the work."""
     processes, imbalance = summary.get("processes"), summary.get("imbalance")
     if not is_number(processes) or processes < 2:
         return []
@@ -107,7 +105,7 @@ def _sharing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How held-out records scored first and last, and which step's adapter was kept."""
+    """Return the first and last held-out scores, and which step's adapter was kept."""
     validation = mapping(summary.get("validation"))
     first, last = (mapping(validation.get(key)) for key in ("first", "last"))
     figures = [("held-out records", count(validation.get("records")))]
@@ -123,7 +121,7 @@ def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def curves(stage: StageFacts) -> list[Figure]:
-    """A chart for everything the stage logged that the page knows how to draw."""
+    """Return a chart for everything in `_CHARTS` that the stage logged."""
     figures = []
     for chart in _CHARTS:
         if stage.kind not in chart.stages:
@@ -146,7 +144,7 @@ def curves(stage: StageFacts) -> list[Figure]:
 
 
 def smoothing_note(stage: StageFacts) -> str:
-    """How the curves are drawn, when the bold line is not simply what was logged."""
+    """Return how the curves are drawn, if the bold line is not what was logged."""
     window = smoothing_window(len(stage.metrics))
     if window == 1:
         return ""
@@ -157,13 +155,13 @@ def smoothing_note(stage: StageFacts) -> str:
 
 
 def lengths(stage: StageFacts) -> list[Figure]:
-    """Histograms of sequence and prompt lengths, with the length limits where they are near."""
+    """Return histograms of sequence and prompt lengths, with the length limits if near."""
     inputs, figures = stage.manifest.get("inputs"), []
     for key, title, limit_key, tone in (
         ("sequence", "Sequence lengths", "max_length", "blue"),
         ("prompt", "Prompt lengths", "max_prompt_length", "violet"),
     ):
-        # Of a text that is trained whole, no part is a prompt.
+        # A text that is trained whole has no prompt.
         if key == "prompt" and find_key(inputs, "loss_on") == "text":
             continue
         raw = mapping(stage.summary.get("lengths")).get(key)
@@ -182,7 +180,7 @@ def lengths(stage: StageFacts) -> list[Figure]:
 
 
 def savings(stage: StageFacts) -> Figure | None:
-    """Tokens fed, against padding and against feeding each shared prompt twice."""
+    """Return a chart of tokens fed, compared with padding and with unshared prompts."""
     s = stage.summary
     fed, padded, shared = (s.get(k) for k in ("tokens", "padded_tokens", "shared_tokens"))
     if not is_number(fed) or not fed:
@@ -207,7 +205,7 @@ def savings(stage: StageFacts) -> Figure | None:
 
 
 def ledger_counts(stage: StageFacts) -> list[tuple[str, str]]:
-    """Records read, trained on, held out, truncated and dropped."""
+    """Return the numbers of records read, trained on, held out, truncated and dropped."""
     ledger = mapping(stage.summary.get("ledger"))
     keys = ("read", "trained", "held_out", "truncated", "dropped")
     return [
@@ -216,7 +214,7 @@ def ledger_counts(stage: StageFacts) -> list[tuple[str, str]]:
 
 
 def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
-    """Why records were truncated or dropped, most frequent first."""
+    """Return why records were truncated or dropped, most frequent first."""
     reasons = mapping(mapping(stage.summary.get("ledger")).get("reasons"))
     counted = [(str(reason), n) for reason, n in reasons.items() if is_number(n)]
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]

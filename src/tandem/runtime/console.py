@@ -7,19 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from tandem import __version__
@@ -39,11 +30,10 @@ _SHOWN = (
 
 
 class StageProgress:
-    """The display of a training stage, as a context manager.
+    """A context manager that displays a training stage, which resumes at `start_step`.
 
-    In a terminal a bar with the time left and the latest loss, margin and tokens per second;
-    elsewhere one line for every step that brings metrics. `start_step` is where a resumed stage
-    goes on from.
+    In a terminal it is a bar with the time left and the latest loss, margin and tokens per second;
+    elsewhere one line for every step with metrics.
     """
 
     def __init__(self, console: Console, title: str, total_steps: int, start_step: int = 0) -> None:
@@ -55,7 +45,7 @@ class StageProgress:
         self._scores: dict[str, float] = {}
         self._began = time.monotonic()
         self._bar = _progress(console) if console.is_terminal else None
-        self._task = TaskID(0)
+        self._task = progress.TaskID(0)
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -67,29 +57,23 @@ class StageProgress:
         return self
 
     def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Say that `step` steps are done; `metrics` under the names of metrics.jsonl, if logged."""
+        """Show that `step` steps are done; `metrics` are as in metrics.jsonl, if logged."""
         self._shown.update({k: v for k, v in (metrics or {}).items() if v is not None})
         if self._bar is not None:
             shown = _metrics(self._shown | self._scores)
             self._bar.update(self._task, completed=step, metrics=shown)
         elif metrics:
-            self._console.print(Text(self._line(step)), soft_wrap=True)
+            log(self._console, self._line(step))
 
     def scored(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say how held-out records scored after that many steps."""
+        """Show how held-out records scored after that many steps."""
         self._scores.update(metrics)
         if self._bar is not None:
             self._bar.update(self._task, metrics=_metrics(self._shown | self._scores))
         else:
-            text = f"{self._title}: step {step}/{self._total}  {_metrics(metrics)}"
-            self._console.print(Text(text), soft_wrap=True)
+            log(self._console, f"{self._title}: step {step}/{self._total}  {_metrics(metrics)}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -104,7 +88,7 @@ class StageProgress:
 
 
 def log(console: Console, text: str, *, style: str = "") -> None:
-    """Print a line as it is: no markup in names, no break where a file has no width."""
+    """Print a line as it is, without markup, and without line breaks in a file."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
@@ -126,40 +110,39 @@ def say_finished(console: Console, stage: str, folder: Path) -> None:
 def phase(console: Console, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show another phase than training (reference pass, generation, encoding).
 
-    Yields a function to be called with the number of items just done; `total` None means that
-    nobody knows how many there will be. Outside a terminal a line every half minute and one at
-    the end, also when the phase ends with an error.
+    Yields a function to call with the number of items just done; `total` is None if unknown.
+    Outside a terminal there is a line every half minute and one at the end, even after an error.
     """
     if console.is_terminal:
         with _progress(console) as bar:
             task = bar.add_task(text, total=total, metrics="")
             yield lambda n: bar.advance(task, n)
         return
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
     done = 0
 
     def advance(n: int) -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += n
-        if time.monotonic() - said >= _LINE_EVERY:
-            said = time.monotonic()
-            console.print(Text(f"{text}: {_of(done, total)}"), soft_wrap=True)
+        if time.monotonic() - printed >= _LINE_EVERY:
+            printed = time.monotonic()
+            log(console, f"{text}: {_of(done, total)}")
 
     try:
         yield advance
     finally:
         seconds = time.monotonic() - began
-        console.print(Text(f"{text}: {_of(done, total)} in {seconds:.1f} s"), soft_wrap=True)
+        log(console, f"{text}: {_of(done, total)} in {seconds:.1f} s")
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[metrics]}", markup=False),
+def _progress(console: Console) -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}", style="bold", markup=False),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=False),
+        progress.TextColumn("{task.fields[metrics]}", markup=False),
         console=console,
         expand=True,
         refresh_per_second=4,
@@ -183,10 +166,10 @@ def _clock(seconds: float) -> str:
 
 
 def notice_console() -> Console:
-    """The console for progress and notices; of several processes, rank 0 alone has one."""
+    """Return the console for progress and notices; it is quiet in all processes but rank 0."""
     return Console(stderr=True, highlight=False, quiet=launched().rank > 0)
 
 
 def result_console() -> Console:
-    """The console for what a command is asked for."""
+    """Return the console for a command's result."""
     return Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The device a run uses, and what it can do; `integrations/choose.py` chooses one."""
+"""The device of a run, and its abilities; `integrations/choose_device.py` chooses it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# What carries gradients between processes; gloo elsewhere.
+# torch's backends for gradients between processes; gloo elsewhere.
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
-# Past this many rows, larger products gain nothing on CPU but leave the caches.
-_CPU_ROWS = 2048
+_CPU_ROWS = 2048  # larger products are no faster on a CPU, and do not fit the caches
 _GPU_ROWS = 32768
 
 
 def most_resident() -> int:
-    """Most bytes of memory that this process has held at once."""
-    # ru_maxrss would count what the parent held when it started this process.
+    """Return the peak of this process's resident memory in bytes."""
+    # ru_maxrss would count the parent's memory when it started this process.
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -42,16 +41,16 @@ class BatchShapes(Protocol):
     """The shapes that every micro-batch of a run is filled up to."""
 
     def fill(self, batch: Any) -> Any:
-        """The same micro-batch (`data.batching.collate.MicroBatch`) in one of the shapes."""
+        """Return the same micro-batch (`data.batching.collate.MicroBatch`) in one of the shapes."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What a device may look at before it declares shapes.
+    """What a device may inspect before it declares shapes.
 
-    `data` and `held_out` (None: nothing) are encoded records, `sampler` chooses those of a step.
-    `budget` is the tokens of a micro-batch that the run would choose, `requested` the recipe's.
+    `data` and `held_out` (or None) are encoded records, `sampler` chooses those of a step. `budget`
+    is the tokens of a micro-batch that the run would choose, `requested` the recipe's.
     """
 
     data: Any
@@ -65,10 +64,10 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class Device:
-    """A resolved device; a subclass of another package may replace any of its methods.
+    """A resolved device; a subclass of another package may override any method.
 
-    `weights` is the dtype of the frozen weights; adapters are float32 and, where the weights are
-    narrower, work under autocast to `weights`.
+    `weights` is the dtype of the frozen weights. Adapters are float32, and under autocast to
+    `weights` where that is narrower.
     """
 
     torch_device: torch.device
@@ -76,46 +75,45 @@ class Device:
 
     @property
     def backend(self) -> str:
-        """What carries gradients between processes on it: nccl, xccl or gloo."""
+        """torch's backend for gradients between processes: nccl, xccl or gloo."""
         return _BACKENDS.get(self.kind, "gloo")
 
     @property
     def kind(self) -> str:
-        """The type that torch calls it by: cuda, xpu, mps or cpu."""
+        """torch's name of its type: cuda, xpu, mps or cpu."""
         return self.torch_device.type
 
     @property
     def dtype_name(self) -> str:
-        """The name of `weights`, as recipes have it."""
+        """The recipes' name of `weights`."""
         return str(self.weights).removeprefix("torch.")
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What operations are cast to, None where weights are as wide as the adapters."""
+        """The dtype of autocast; None where weights are as wide as the adapters."""
         return self.weights if self.weights.itemsize < torch.float32.itemsize else None
 
     @property
     def sums(self) -> torch.dtype:
-        """What log-probs are summed in: float64 where the device has it (MPS and Arc A do not)."""
-        if self.kind in ("cpu", "cuda"):
-            return torch.float64
-        if self.kind == "xpu" and torch.xpu.get_device_properties(self.torch_device).has_fp64:
-            return torch.float64
-        return torch.float32
+        """The dtype of summed log-probs: float64 where the device has it (MPS and Arc A do not)."""
+        wide = self.kind in ("cpu", "cuda") or (
+            self.kind == "xpu" and torch.xpu.get_device_properties(self.torch_device).has_fp64
+        )
+        return torch.float64 if wide else torch.float32
 
     @property
     def is_host(self) -> bool:
-        """Whether it is the processor itself, which has kernels and weight orders of its own."""
+        """Whether it is the CPU, which has its own kernels and orders of weights."""
         return self.kind == "cpu"
 
     @property
     def graphs(self) -> str:
-        """How operations become kernels on it, in a word: other graphs round differently."""
+        """How operations become kernels, in a word: other graphs round differently."""
         return "torch"
 
     @property
     def free_shapes(self) -> bool:
-        """Whether micro-batches of any shape may be met, not only declared ones."""
+        """Whether micro-batches may have any shape, not only declared ones."""
         return True
 
     @property
@@ -124,7 +122,7 @@ class Device:
         return _CPU_ROWS if self.is_host else _GPU_ROWS
 
     def attention(self, requested: str, model: Any) -> tuple[str, str] | None:
-        """The attention backend that this device needs and why; None: any that fits the model.
+        """Return the attention backend that this device needs and why; None: any that fits.
 
         `requested` is the recipe's; the model is on the device, without an adapter.
         """
@@ -132,39 +130,39 @@ class Device:
         return None
 
     def optimizer(self, name: str) -> type[torch.optim.Optimizer] | None:
-        """The device's own form of an optimizer; None: torch's."""
+        """Return the device's own class of an optimizer; None: torch's."""
         del name
         return None
 
     def batch_shapes(self, request: BatchRequest) -> tuple[BatchShapes | None, int]:
-        """The shapes that micro-batches are filled up to, None for any, and the token budget."""
+        """Return the shapes that micro-batches are filled up to, if any, and the token budget."""
         return None, request.budget
 
     def step_boundary(self) -> None:
-        """Called after each backward and each optimizer step."""
+        """Do what the device needs after each backward and each optimizer step."""
 
     def synchronize(self) -> None:
-        """Wait for the device's queued work, so that a clock means something."""
+        """Wait for the device's queued work, so that its time can be measured."""
         if self.kind != "cpu":
             self._module.synchronize()
 
     def release_memory(self) -> None:
-        """Give memory that is cached but not used back to the device."""
+        """Return cached, unused memory to the device."""
         empty = None if self.kind == "cpu" else getattr(self._module, "empty_cache", None)
         if empty is not None:
             empty()
 
     def free_memory(self) -> int:
-        """Bytes that are free now; on CPU, this process's share of them."""
+        """Return the bytes that are free now; on CPU, this process's share of them."""
         if self.kind == "cpu":
             return int(psutil.virtual_memory().available) // launched().local_count
         if self.kind == "mps":
-            held = torch.mps.driver_allocated_memory()
-            return max(0, torch.mps.recommended_max_memory() - held)
+            allocated = torch.mps.driver_allocated_memory()
+            return max(0, torch.mps.recommended_max_memory() - allocated)
         return int(self._module.mem_get_info(self.torch_device)[0])
 
     def peak_memory(self) -> int:
-        """Most bytes this process has held at once: resident on a CPU, else allocated."""
+        """Return this process's peak memory in bytes: resident on a CPU, else allocated."""
         if self.kind == "cpu":
             return most_resident()
         if self.kind == "mps":
@@ -172,7 +170,7 @@ class Device:
         return int(self._module.max_memory_allocated(self.torch_device))
 
     def held_memory(self) -> int:
-        """Bytes that interpreter and libraries hold of what `peak_memory` counts."""
+        """Return the bytes of interpreter and libraries that `peak_memory` counts."""
         return int(psutil.Process().memory_info().rss) if self.kind == "cpu" else 0
 
     @property
@@ -181,7 +179,7 @@ class Device:
 
 
 def unavailable_reason(kind: str) -> str | None:
-    """What keeps a kind of device that torch itself knows from being used here, None: nothing."""
+    """Return why a kind of device that torch knows cannot be used here; None if it can."""
     reasons: dict[str, tuple[Callable[[], bool], str]] = {
         "cuda": (torch.cuda.is_available, "torch sees no CUDA device here (is it a CUDA build?)"),
         "xpu": (torch.xpu.is_available, "torch sees no Intel GPU here (is it an XPU build?)"),
@@ -193,10 +191,7 @@ def unavailable_reason(kind: str) -> str | None:
 
 
 def numbered(kind: str) -> str:
-    """The device of this process among those of its machine.
-
-    Raises UserError for more processes than devices.
-    """
+    """Return the device of this process on its machine; raise UserError if there are too few."""
     launch = launched()
     if kind == "cpu" or launch.count == 1:
         return kind
@@ -205,17 +200,17 @@ def numbered(kind: str) -> str:
             f"{launch.count} processes were started, but torch has nothing that carries gradients "
             "between processes on MPS. Start one, or use device: cpu."
         )
-    there = count_devices(kind)
-    if there is not None and launch.local_count > there:
+    devices = count_devices(kind)
+    if devices is not None and launch.local_count > devices:
         raise UserError(
-            f"{launch.local_count} processes were started on a machine with {there} "
-            f"{kind.upper()} device{'s' if there != 1 else ''}; start one for each"
+            f"{launch.local_count} processes were started on a machine with {devices} "
+            f"{kind.upper()} device{'s' if devices != 1 else ''}; start one for each"
         )
     return f"{kind}:{launch.local_rank}"
 
 
 def count_devices(device: str) -> int | None:
-    """How many devices there are if each process needs one of its own, else None.
+    """Return how many devices there are if each process needs its own, else None.
 
     `device` is a recipe's; `auto` stands for the kind that would be chosen.
     """
@@ -227,7 +222,7 @@ def count_devices(device: str) -> int | None:
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of a recipe's name, None for auto."""
+    """Return the torch dtype of a recipe's name, None for auto."""
     return None if name == "auto" else DTYPES[name]
 
 
@@ -235,30 +230,29 @@ _PRECISION_BACKENDS: Any = torch.backends
 
 
 def exact_float32() -> None:
-    """Turn TF32 and its like off for the process.
+    """Turn TF32 and its like off for the process; raise TandemError if something keeps it on.
 
     On CUDA, TF32 rounds float32 operands to 10 bits: 1e-3 of a product, where a step in other
-    micro-batches may differ by 1e-5. Under bfloat16 nothing that takes time is float32, so
-    nothing is lost there. Products are set through torch's older interface, which sets the newer
-    one as well, and convolutions through both: where the two disagree, torch raises whenever a
-    library reads the older one.
-
-    Raises TandemError if something keeps reduced precision on.
+    micro-batches may differ by 1e-5. Under bfloat16 no slow operation is float32, so it costs no
+    time there. Products are set through torch's older interface, which sets the newer one as well,
+    and convolutions through both: where the two disagree, torch raises whenever a library reads the
+    older one.
     """
     torch.set_float32_matmul_precision("highest")
     _PRECISION_BACKENDS.cudnn.allow_tf32 = False
     for kind in (_PRECISION_BACKENDS.cudnn.conv, _PRECISION_BACKENDS.cudnn.rnn):
         kind.fp32_precision = "ieee"
-    if (found := float32_products()) != "ieee":
-        raise TandemError(f"float32 products stay in reduced precision: {found}")
+    if (precision := float32_products()) != "ieee":
+        raise TandemError(f"float32 products stay in reduced precision: {precision}")
 
 
 def float32_products() -> str:
-    """What float32 products and convolutions are computed in: ieee, or what is reduced, and how."""
-    found = {
-        "cuda.matmul": _PRECISION_BACKENDS.cuda.matmul.fp32_precision,
-        "cudnn.conv": _PRECISION_BACKENDS.cudnn.conv.fp32_precision,
-        "mkldnn.matmul": _PRECISION_BACKENDS.mkldnn.matmul.fp32_precision,
+    """Return the precision of float32 products and convolutions: ieee, or all reduced ones."""
+    settings = {
+        "cuda.matmul": _PRECISION_BACKENDS.cuda.matmul,
+        "cudnn.conv": _PRECISION_BACKENDS.cudnn.conv,
+        "mkldnn.matmul": _PRECISION_BACKENDS.mkldnn.matmul,
     }
-    reduced = [f"{name} {value}" for name, value in found.items() if value not in ("ieee", "none")]
+    values = {name: setting.fp32_precision for name, setting in settings.items()}
+    reduced = [f"{name} {value}" for name, value in values.items() if value not in ("ieee", "none")]
     return ", ".join(reduced) or "ieee"

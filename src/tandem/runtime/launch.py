@@ -1,4 +1,4 @@
-"""How this process was started: alone, or as one of several by torchrun or its kind."""
+"""How this process was started: alone, or as one of several by torchrun or another launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tandem.errors import UserError
 
 RESTART_FILE = "TANDEM_RESTART_FILE"
 
-# Settings that `accelerate launch` puts into the environment: the value that asks for nothing, and
+# Settings that `accelerate launch` puts into the environment: the value that changes nothing, and
 # the recipe's key of the same meaning.
 _ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": ("no", "dtype"),
@@ -39,26 +39,22 @@ class Launch:
 
     @property
     def speaks(self) -> bool:
-        """Whether it speaks for its machine, where all processes do and find the same."""
+        """Whether this process reports for its machine, where all find the same."""
         return self.local_rank == 0
 
 
 def launched() -> Launch:
-    """What RANK, WORLD_SIZE and their local kin say, as torchrun, deepspeed and accelerate do it.
+    """Read RANK, WORLD_SIZE and so on, as torchrun, deepspeed and accelerate set them.
 
-    Raises UserError for a number of processes, or a rank, that cannot be.
+    Raises UserError for an impossible number of processes or rank.
     """
     count = _number("WORLD_SIZE", 1, least=1)
     if count == 1:
         return Launch()
-    # deepspeed's own launcher says LOCAL_SIZE.
-    local_count = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
-    launch = Launch(
-        _number("RANK", 0),
-        count,
-        _number("LOCAL_RANK", 0),
-        _number(local_count, 1, least=1),
-    )
+    # deepspeed's own launcher sets LOCAL_SIZE.
+    name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
+    local_count = _number(name, 1, least=1)
+    launch = Launch(_number("RANK", 0), count, _number("LOCAL_RANK", 0), local_count)
     if launch.rank >= count:
         raise UserError(
             f"RANK is {launch.rank} and WORLD_SIZE {count} in the environment; ranks count from 0"
@@ -67,16 +63,14 @@ def launched() -> Launch:
 
 
 def started_by_launcher() -> bool:
-    """Whether a launcher started this process, even if it is the only one."""
+    """Return whether a launcher started this process, even if it is the only one."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """A command line without the `--local_rank=N` that launchers put before the command.
+    """Return a command line without the `--local_rank=N` that deepspeed puts before the command.
 
-    deepspeed does so unless `--no_local_rank` is set; the number is in LOCAL_RANK, too.
-
-    Raises UserError for another number than that one.
+    Raises UserError if the number is not that in LOCAL_RANK.
     """
     if not argv:
         return []
@@ -92,13 +86,11 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def forget_accelerates_settings() -> list[str]:
-    """Take accelerate's own settings out of the environment, where they would override the recipe.
+    """Remove accelerate's settings from the environment, where they would override the recipe.
 
     accelerate would, for instance, divide the loss by its accumulation steps. Returns a line for
-    each setting that asked for something.
-
-    Raises UserError if `accelerate launch` was asked for another engine, or for several processes
-    and started one.
+    each setting that would have had an effect. Raises UserError if `accelerate launch` was asked
+    for another engine, or for several processes and started one.
     """
     if "ACCELERATE_DYNAMO_BACKEND" not in os.environ:  # which accelerate launch always sets
         return []
@@ -123,10 +115,9 @@ def forget_accelerates_settings() -> list[str]:
 
 
 def ask_for_restart(reason: str) -> bool:
-    """Ask the launcher to start all processes again, for a reason that it shows.
+    """Ask the launcher to restart all processes, for a reason that it shows.
 
-    The processes then have to end with `Stopped`. Returns whether the launcher does so: `--nproc`
-    does, others do not.
+    Returns whether it does: `--nproc` does, others do not. Then all must end with `Stopped`.
     """
     path = os.environ.get(RESTART_FILE)
     if path is None:

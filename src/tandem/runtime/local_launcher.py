@@ -1,4 +1,4 @@
-"""Processes of one command on this machine: started, watched and ended by torch's launcher."""
+"""Run one command in several processes on this machine, with torch's launcher."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ _RESTARTS = 8
 
 def check_devices(count: int, device: str) -> None:
     """Raise UserError unless this machine has a device for each of `count` processes."""
-    there = count_devices(device)
-    if there is not None and count > there:
+    devices = count_devices(device)
+    if devices is not None and count > devices:
         kind = "GPU" if device == "auto" else f"{device.upper()} device"
         raise UserError(
-            f"--nproc {count}: this machine has {_counted(there, kind)}, and each process "
+            f"--nproc {count}: this machine has {_counted(devices, kind)}, and each process "
             "needs one of its own"
         )
 
 
 def run_processes(count: int, command: Sequence[str], *, log: Callable[[str], None]) -> int:
-    """Run a command in several processes of this machine; returns their exit code.
+    """Run a command in several processes of this machine, and return their exit code.
 
-    They meet at a free port, and get SIGINT and SIGTERM from here. When they end and have asked to
-    be started again (`launch.ask_for_restart`), they are. `log` takes lines about what the
-    processes cannot report themselves.
+    They meet at a free port, and SIGINT and SIGTERM are passed on to them. They are started again
+    if they asked for it (`launch.ask_for_restart`). `log` reports what the processes cannot.
     """
-    # torch reports each failure in a box and a log line; the processes have said what it was.
+    # torch reports each failure in a box and a log line; the processes have reported it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
@@ -57,7 +56,7 @@ def run_processes(count: int, command: Sequence[str], *, log: Callable[[str], No
             if end.asked is not None:
                 return _stopped(end, end.asked, log)
             reason = word.read_text().strip() if word.exists() else ""
-            # The others may have ended with another code, for want of contact.
+            # The others may have ended with another code, because they lost contact.
             if end.code == 0 or not reason:
                 break
             if turn == _RESTARTS:
@@ -83,12 +82,12 @@ class _End:
 
     @property
     def code(self) -> int:
-        """The exit code for all: what a process gave as its own, before what signals did."""
+        """The exit code for all: that of a process which chose its own, if there is one."""
         own = [self.codes[rank] for rank in sorted(self.codes) if self.codes[rank] > 0]
         return own[0] if own else TandemError.exit_code if self.codes else 0
 
     def killed(self) -> Iterator[str]:
-        """A line for each process that a signal ended, except the launcher's SIGTERM."""
+        """Yield a line for each process that a signal ended, except the launcher's SIGTERM."""
         for rank, code in sorted(self.codes.items()):
             if code < 0 and -code != signal.SIGTERM:
                 yield f"error: process {rank} was ended by {signal.Signals(-code).name}"
@@ -97,7 +96,7 @@ class _End:
 def _stopped(end: _End, asked: signal.Signals, log: Callable[[str], None]) -> int:
     if not end.codes or any(code > 0 for code in end.codes.values()):
         return end.code
-    # It came where a process has no way to end well but at once.
+    # The signal came where a process could only end at once.
     log(f"stopped by {asked.name}; the same command again goes on")
     return Stopped.exit_code
 
@@ -113,7 +112,7 @@ def _run(count: int, command: Sequence[str], folder: str) -> _End:
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=folder),
-        # SIGINT and SIGTERM end a run after its step, which may take longer than torch would wait.
+        # SIGINT and SIGTERM end a run after its step, which may take longer than torch waits.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     with _passing_on() as asked:
@@ -129,7 +128,7 @@ def _run(count: int, command: Sequence[str], folder: str) -> _End:
 
 @contextmanager
 def _passing_on() -> Iterator[list[signal.Signals]]:
-    """SIGINT and SIGTERM go to the processes; yields those that came, the first one first."""
+    """Pass SIGINT and SIGTERM on to the processes; yield a list of those that came, in order."""
     asked: list[signal.Signals] = []
 
     def pass_on(number: int, _frame: Any) -> None:
@@ -143,9 +142,7 @@ def _passing_on() -> Iterator[list[signal.Signals]]:
         if not started:
             raise KeyboardInterrupt
 
-    previous = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {one: signal.signal(one, pass_on) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

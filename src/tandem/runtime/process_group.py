@@ -1,4 +1,4 @@
-"""The processes of one run: what one of them does for all, and what all must agree on."""
+"""The processes of one run: work that one of them does for all, and values that must agree."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ T = TypeVar("T")
 # Seconds between two signs of life of a process that works alone.
 _BEAT = 5.0
 _ALIVE, _OVER = b"alive", b"over"
-# Seconds between two looks for a sign of life, at first and later.
+# Seconds between two checks for a sign of life, at first and later.
 _SHORT, _LONG = 0.001, 0.5
-# What torch gets to report by itself that a timeout is over.
+# Time for torch to report a timeout itself.
 _SLACK = timedelta(seconds=2)
 _turns = count()
 _control: Any = None
@@ -34,7 +34,7 @@ _control: Any = None
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on its way to the other processes."""
+    """An error that is sent to the other processes."""
 
     message: str
     exit_code: int
@@ -48,7 +48,7 @@ class ProcessGroup:
     own error and reports it, the others raise one that is marked as `reported`.
 
     Args:
-        launch: this process's place among them.
+        launch: this process's rank and the number of processes.
         group: carries plain values on the CPU; None for one process.
         patience: how long `rank0_alone` and `rank0_first` wait for a sign of life.
     """
@@ -65,7 +65,7 @@ class ProcessGroup:
         self._agreed = False
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` in every process; returns all results by rank, in every process."""
+        """Run `work` in every process; return all results by rank, in every process."""
         if self.count == 1:
             return [work()]
         error: Exception | None = None
@@ -76,25 +76,25 @@ class ProcessGroup:
             error = raised
             code = raised.exit_code if isinstance(raised, TandemError) else TandemError.exit_code
             mine = _Failure(str(raised), code)
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, mine, group=self._group)
-        failed = [rank for rank, value in enumerate(found) if isinstance(value, _Failure)]
+        results: list[Any] = [None] * self.count
+        dist.all_gather_object(results, mine, group=self._group)
+        failed = [rank for rank, value in enumerate(results) if isinstance(value, _Failure)]
         if failed:
             self._agreed = True
             if error is not None and self.rank == failed[0]:
                 raise error
-            failure: _Failure = found[failed[0]]
+            failure: _Failure = results[failed[0]]
             raise _reported(failure.message, failure.exit_code)
-        return found
+        return results
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Run `work` in every process; each gets its own result."""
+        """Run `work` in every process; return each process's own result."""
         result: list[T] = []
         self.gather(lambda: result.append(work()))
         return result[0]
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` in rank 0 alone; its result in every process."""
+        """Run `work` in rank 0 alone; return its result in every process."""
         result: list[Any] = [None]
 
         def only_here() -> None:
@@ -107,20 +107,20 @@ class ProcessGroup:
         return result[0]
 
     def rank0_alone(self, work: Callable[[], T]) -> T | None:
-        """Run `work` in rank 0, however long it takes; returns its result there, None elsewhere."""
+        """Run `work` in rank 0, however long it takes; return its result there, None elsewhere."""
         done = self._turn(work, range(1))
         return done[0] if done else None
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in rank 0, then in all others, which find what it left on disk."""
+        """Run `work` in rank 0, then in all others, which find its files on disk."""
         done = [*self._turn(work, range(1)), *self._turn(work, range(1, self.count))]
         return done[0]
 
     def _turn(self, work: Callable[[], T], workers: range) -> list[T]:
-        """Run `work` in some of the processes; returns this one's result, in a list.
+        """Run `work` in some of the processes; return this one's result, in a list.
 
-        No collective is open meanwhile, so no timeout runs. A process that works gives signs of
-        life, and one that ended or froze is noticed.
+        No collective is open meanwhile, so no timeout runs. A working process gives signs of life,
+        so that the others notice if it ended or froze.
         """
         here = self.rank in workers
         if self.count == 1:
@@ -131,7 +131,7 @@ class ProcessGroup:
         failed: list[Exception] = []
         if here:
             every = min(_BEAT, self._patience.total_seconds() / 4)
-            # A store of its own, for a wait keeps others from using the same one.
+            # A clone, because a wait blocks a store for others.
             with beating(shared.clone(), f"{name}/{self.rank}", every):
                 try:
                     done.append(work())
@@ -157,40 +157,39 @@ class ProcessGroup:
                 f"{in_words(self._patience)} (timeout_minutes) while others waited for it. The "
                 "same command goes on."
             )
-            # All that wait find the same; the first of them says it.
+            # All that wait find the same; the first of them reports it.
             speaks = self.rank == (1 if other == 0 else 0)
             raise (TandemError(message) if speaks else _reported(message, 1)) from error
 
     def any_rank(self, value: bool) -> bool:
-        """Whether it is true in any process."""
+        """Return whether a value is true in any process."""
         return any(self.gather(lambda: value))
 
     def require_same(self, **values: str) -> None:
         """Raise UserError, everywhere, unless all processes have the same values."""
         here = {"machine": socket.gethostname(), **values}
-        found = self.gather(lambda: here)
+        places = self.gather(lambda: here)
         for name in values:
-            for rank, other in enumerate(found):
-                if other[name] != found[0][name]:
+            for rank, other in enumerate(places):
+                if other[name] != places[0][name]:
                     message = (
                         f"the {name} of process {rank} (on {other['machine']}) is not that of "
-                        f"process 0 (on {found[0]['machine']}). All processes of a run must see "
+                        f"process 0 (on {places[0]['machine']}). All processes of a run must see "
                         "the same files and be started with the same command."
                     )
                     self.raise_on_all(UserError(message))
 
     def raise_on_all(self, error: TandemError) -> NoReturn:
-        """Raise an error that every process raises at this point; rank 0 says it."""
+        """Raise an error that every process raises at this point; rank 0 reports it."""
         self._agreed = True
         raise error if self.is_rank0 else _reported(str(error), error.exit_code)
 
     @contextmanager
     def shared_fate(self) -> Iterator[None]:
-        """Surround all that the processes do together, so that none is left waiting for another.
+        """Surround all work of the processes, so that none is left waiting for another.
 
-        An error that all processes raise leaves here once all have come this far: a launcher ends
-        the others as soon as one ends. Lost contact to another process becomes an error that says
-        so.
+        An error that all processes raise leaves here when all have reached this point, because a
+        launcher ends the others as soon as one ends. Lost contact becomes an error that says so.
         """
         self._agreed = False
         try:
@@ -215,14 +214,10 @@ class ProcessGroup:
 
 
 def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
-    """Get in contact with the other processes, unless this one is already.
+    """Connect to the other processes, unless this one is connected already.
 
-    Args:
-        launch: this process's place among them.
-        backend: carries tensors between them: gloo, nccl or another of torch's.
-        timeout: how long any process waits for another one.
-
-    Raises UserError if the port is taken, TandemError if the processes do not meet in time.
+    `backend` is torch's, gloo or nccl for instance; `timeout` is how long any process waits for
+    another. Raises UserError if the port is taken, TandemError if they do not meet in time.
     """
     global _control
     if launch.count == 1:
@@ -239,19 +234,19 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     if dist.get_backend() == "gloo":
         return ProcessGroup(launch, dist.group.WORLD, timeout)
     if _control is None:
-        # Plain values travel on the CPU, whatever carries gradients.
+        # Plain values are sent on the CPU, whatever carries gradients.
         _control = dist.new_group(backend="gloo", timeout=timeout)
     return ProcessGroup(launch, _control, timeout)
 
 
 def leave() -> None:
-    """Part from the other processes at the end of a command."""
+    """Disconnect from the other processes at the end of a command."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def in_words(timeout: timedelta) -> str:
-    """A timeout as a person would say it."""
+    """Write a timeout in minutes or seconds."""
     seconds = timeout.total_seconds()
     return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
 
@@ -267,7 +262,7 @@ def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
         except Exception as error:
             failed.append(error)
 
-    # In a thread, because torch waits without a limit for a stranger at the port to answer.
+    # In a thread, because torch waits for ever for another program at the port to answer.
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
     meeting.join((timeout + _SLACK).total_seconds())
@@ -320,9 +315,9 @@ def _contact_lost(error: Exception) -> bool:
 
 @contextmanager
 def beating(store: Store, name: str, every: float) -> Iterator[None]:
-    """Give a sign of life every so many seconds while the body works, to those who `await_end`.
+    """Give a sign of life every `every` seconds while the body works, for `await_end`.
 
-    `name` is that of this piece of work, the same in all processes and never used again.
+    `name` identifies this piece of work, the same in all processes and never used again.
     """
     over, beats = threading.Event(), count()
 
@@ -343,13 +338,13 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 
 
 def await_end(store: Store, name: str, patience: timedelta) -> None:
-    """Wait until the body of `beating` is through, however long that takes.
+    """Wait until the body of `beating` ends, however long that takes.
 
     Raises TimeoutError without a sign of life for `patience`, DistError if the store is lost.
     """
     heard: SimpleQueue[bytes | Exception] = SimpleQueue()
     left = threading.Event()
-    # In a thread, because a store that froze lets go of nobody, whatever the timeout.
+    # In a thread, because a call of a frozen store never returns, whatever the timeout.
     listener = threading.Thread(target=_listen, args=(store, name, heard, left), daemon=True)
     listener.start()
     try:
@@ -370,12 +365,12 @@ def await_end(store: Store, name: str, patience: timedelta) -> None:
 def _listen(
     shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
 ) -> None:
-    """Pass on each sign of life as it comes, up to the last one."""
+    """Pass on each sign of life up to the last one."""
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:
-        # A store of its own, for a wait keeps others from using the same one; and here, because
-        # one that froze lets nobody in, either.
+        # A clone, because a wait blocks a store for others; made in this thread, because a frozen
+        # store blocks that as well.
         store: Any = shared.clone()
         while not left.wait(pause):
             if not store.check([key]):

@@ -18,18 +18,15 @@ from typing import Any, BinaryIO
 from tandem.errors import UserError
 
 # The error handler for lone surrogates, which stand for bytes of file names that are not UTF-8.
-# UTF-8 cannot encode them. They are written as JSON escapes, and reading turns these back.
+# They are written as JSON escapes, and reading turns these back.
 HALVES = "backslashreplace"
-# What file systems answer that cannot do this; the data is as safe as they keep any.
+# The errors of file systems that cannot sync; they keep data no safer.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
-# And those that do not let folders be opened, or synced when they are.
+# And of those that cannot open or sync folders.
 _CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
-
-
-# Half-written files: the final name, the machine that writes them (older versions left it out) and
-# the process.
+# Half-written files: the final name, the writing machine (not in older versions), the process.
 _ASIDE = re.compile(r"\..+\.(?:(?P<host>[\w-]+)@)?(?P<process>\d+)\.tmp")
-# Seconds after which a half-written file of another machine is nobody's.
+# Seconds after which a half-written file of another machine counts as left behind.
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -47,7 +44,7 @@ def atomic_write_parts(path: Path, parts: Iterable[str]) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; when the block ends without an error it becomes `path`.
+    """Yield a file to write; when the block ends without an error it becomes `path`.
 
     A reader sees the old file or the whole new one, also after a power cut.
     """
@@ -73,22 +70,19 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file."""
+    """Return the JSON value in a file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_object(path: Path, way_out: str = "Copy or download it again.") -> dict[str, Any]:
-    """The JSON object in a file that another program wrote.
-
-    Raises UserError, with the way out, for a file that holds none.
-    """
+    """Return the JSON object in another program's file, or raise UserError with the way out."""
     try:
-        found = read_json(path)
+        value = read_json(path)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}. {way_out}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object. {way_out}")
-    return found
+    return value
 
 
 def append_jsonl(path: Path, value: Any) -> None:
@@ -98,7 +92,7 @@ def append_jsonl(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON lines file; an unfinished last line (a killed writer's) is left out."""
+    """Return the objects of a JSON lines file, without the unfinished last line of a killed run."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -107,13 +101,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends without an error it becomes `path`.
+    """Yield a folder to fill; when the block ends without an error it replaces `path`.
 
-    Files are synced before the rename, so a folder under its final name is complete even after
-    a power cut. An existing `path` is replaced. They get the rights that any new file gets here,
-    whatever library wrote them: safetensors lets nobody else read its files.
-
-    Raises OSError for what the disk refused, also where a library says so in an error of its own.
+    Files are synced before the rename, so a folder under its final name is complete even after a
+    power cut. They get the rights of any new file, because safetensors lets nobody else read its
+    files. Raises OSError for what the disk refused, also where a library raises its own error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
@@ -142,15 +134,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def aside_of(path: Path) -> Path:
-    """Where this process writes what becomes `path` when it is whole."""
+    """Return where this process writes what becomes `path` when it is whole."""
     return path.with_name(f".{path.name}.{_host()}@{os.getpid()}.tmp")
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove half-written files, in a folder and its folders, whose processes are gone.
+    """Remove half-written files, in a folder and its folders, whose processes have ended.
 
-    The caller must not be writing there. A process of another machine cannot be looked up: its
-    files count as left behind when nothing in them has changed for a day.
+    The caller must not be writing there. Files of another machine, whose processes cannot be looked
+    up, count as left behind when they have not changed for a day.
     """
     for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         match = _ASIDE.fullmatch(path.name)
@@ -163,65 +155,66 @@ def remove_left_behind(folder: Path) -> None:
 
 
 def _is_written(path: Path, host: str, process: int) -> bool:
-    """Whether somebody may still be writing a file or folder."""
+    """Return whether a process may still be writing a file or folder."""
     if host != _host():
         return time.time() - _last_change(path) < _ABANDONED_SECONDS
-    if process == os.getpid():  # a container gives each of its lives the same number
+    if process == os.getpid():  # a restarted container may give the same number again
         return False
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's, and alive
-        return True
+    except PermissionError:  # alive, and another user's
+        pass
     return True
 
 
 def _last_change(path: Path) -> float:
     changed = 0.0
     for one in (path, *path.rglob("*")):
-        with suppress(FileNotFoundError):  # it is written just now
+        with suppress(FileNotFoundError):  # its writer has just renamed it
             changed = max(changed, one.lstat().st_mtime)
     return changed
 
 
 def _host() -> str:
-    """This machine's name, as far as a file's name can hold it."""
+    """Return this machine's name in the characters that a file's name can have."""
     return re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40] or "-"
 
 
 @contextmanager
 def spelled(folder: Path) -> Iterator[Path]:
-    """A folder under a name that is UTF-8, for libraries that take no other.
-
-    It is the folder itself where it can be, else a link to it that is gone afterwards.
-    """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        with TemporaryDirectory() as home:
-            link = Path(home) / "folder"
-            link.symlink_to(folder.absolute())
-            yield link
-    else:
+    """Yield a folder under a name that is UTF-8, if need be a temporary link, for safetensors."""
+    if _is_utf8(folder):
         yield folder
+        return
+    with TemporaryDirectory() as home:
+        link = Path(home) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 def require_spelled(folder: Path) -> None:
     """Raise UserError for a folder whose name is not UTF-8: its weights cannot be opened."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
+    if not _is_utf8(folder):
         raise UserError(
             f"the name of the folder {folder} is not UTF-8, and safetensors cannot open files "
             "under such a name. Rename it, or make a link with another name and use that."
-        ) from None
+        )
+
+
+def _is_utf8(folder: Path) -> bool:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk.
 
-    Folders that cannot be synced are passed over: network and FUSE file systems have such.
+    Does nothing for folders that cannot be synced, as on network and FUSE file systems.
     """
     passed_over = _CANNOT_SYNC_FOLDERS if path.is_dir() else _CANNOT_SYNC
     try:
@@ -236,7 +229,7 @@ def sync(path: Path) -> None:
 
 
 def sync_open(descriptor: int) -> None:
-    """Wait until an open file's content is on disk, where its file system can tell."""
+    """Wait until an open file's content is on disk, if its file system can sync."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -245,6 +238,6 @@ def sync_open(descriptor: int) -> None:
 
 
 def _error_number(error: Exception) -> int | None:
-    """The operating system's number in a library's message: "(os error 28)" of safetensors."""
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said else None
+    """Return the system's number in a library's message: "(os error 28)" of safetensors."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None

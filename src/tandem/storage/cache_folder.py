@@ -1,4 +1,4 @@
-"""What tandem keeps outside the runs' folders: where it is, how much, and how it is emptied."""
+"""The cache folder, outside the runs' folders: its place, its size, and how it is emptied."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# A folder that was being written this long ago belongs to a process that is gone.
+# A half-written folder that is older belongs to a process that has ended.
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/tandem`, `~` and variables in it resolved, by default `~/.cache/tandem`.
+    """Return `$XDG_CACHE_HOME/tandem`, with `~` and variables resolved, else `~/.cache/tandem`.
 
     A relative `$XDG_CACHE_HOME` does not count, as the XDG Base Directory Specification says.
-
     Raises FileNotFoundError for an account without a home folder.
     """
     try:
@@ -31,16 +30,13 @@ def cache_folder() -> Path:
 
 
 def cache_report() -> list[tuple[str, int]]:
-    """Names and sizes in bytes of what the cache holds; an entry of a store is one line.
-
-    Raises OSError where there is no cache, or it cannot be read.
-    """
+    """Return names and sizes in bytes of the cache's entries; raise OSError if it is unreadable."""
     folder = cache_folder()
     return [(str(entry.relative_to(folder)), size_of(entry)) for entry in _entries(folder)]
 
 
 def clear_cache() -> int:
-    """Delete what the cache holds; returns the bytes freed."""
+    """Delete the cache's entries, and return the bytes freed."""
     folder = cache_folder()
     before = size_of(folder)
     for entry in list(_entries(folder)):
@@ -49,10 +45,10 @@ def clear_cache() -> int:
 
 
 def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:
-    """Remove the longest unused folders in `folder` until it is within the limit.
+    """Remove the longest unused folders in `folder` until it is within the limit; return how many.
 
-    A folder's last use is when it was last touched. `keep` stays, whatever its size. Returns how
-    many were removed; half-written ones that nobody works on any more go as well, uncounted.
+    A folder's last use is its modification time. `keep` stays, whatever its size. Abandoned
+    half-written folders go as well, uncounted.
     """
     entries = []
     for entry in folder.iterdir():
@@ -75,7 +71,7 @@ def prune_folders(folder: Path, limit_bytes: int, keep: Path) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; links are not followed."""
+    """Return the bytes of a file, or of all files in a folder; links are not followed."""
     with suppress(FileNotFoundError):  # another process removes, too
         if path.is_dir() and not path.is_symlink():
             return sum(size_of(inner) for inner in path.iterdir())
@@ -95,7 +91,7 @@ def remove(path: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Files of the cache, and the folders that its folders hold."""
+    """Yield the files of the cache, and what its folders hold."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""One run per folder: a lock that a dead process does not hold on to."""
+"""One run per folder: a lock that ends with its process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 from tandem.errors import UserError
 
 NAME = ".lock"
-# Seconds in which a run that is ending may remove the file that another one has just opened.
+# Seconds to wait: a run that is ending may remove the file that another one has just opened.
 _HANDING_OVER = 0.2
-# What file systems without locks answer.
+# The errors of file systems without locks.
 _NO_LOCKS = frozenset(
     (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 )
@@ -23,14 +23,12 @@ _NO_LOCKS = frozenset(
 
 @contextmanager
 def folder_lock(folder: Path, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Hold `folder` for this process; it and its parents are made if need be.
+    """Lock `folder` for this process; it and its parents are made if need be.
 
-    The kernel releases the lock when its holder dies, so a lock file left behind by a killed run
-    blocks nobody. Folders made here that end up empty are removed again, and the lock file always
-    is: a run that is refused leaves no trace. Where the file system has no locks, `log` is told
-    and the work goes on without one.
-
-    Raises UserError when a live process holds it.
+    The kernel releases the lock when its holder dies, so the lock file of a killed run blocks
+    nobody. The lock file is removed at the end, and so are folders made here that are empty: a run
+    that is refused leaves no trace. Where the file system has no locks, `log` says so and the work
+    goes on without one. Raises UserError when a live process has the lock.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +44,7 @@ def folder_lock(folder: Path, log: Callable[[str], None] = lambda _: None) -> It
                 lock.release()
     finally:
         for place in missing:
-            with suppress(OSError):  # it holds something by now
+            with suppress(OSError):  # it is no longer empty
                 place.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Content hashes: what a file, a folder of weights or a plain value is, apart from its name."""
+"""Hash the content of files, folders of weights and plain values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def hash_bytes(*parts: bytes) -> str:
-    """SHA-256 of the parts, each preceded by its length so that boundaries count."""
+    """Return the SHA-256 of the parts, each preceded by its length so that boundaries count."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -26,17 +26,17 @@ def hash_bytes(*parts: bytes) -> str:
 
 
 def text_hash(text: str) -> str:
-    """What `hash_file` gives for a file that is written with this text."""
+    """Return what `hash_file` returns for a file with this text."""
     return hashlib.sha256(text.encode("utf-8", errors=HALVES)).hexdigest()
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a plain value's canonical JSON."""
+    """Return the SHA-256 of a plain value's canonical JSON."""
     return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors=HALVES))
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes; unchanged files are read once per process."""
+    """Return the SHA-256 of a file's bytes; unchanged files are read once per process."""
     stat = path.stat()
     return _hash_file(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
@@ -48,17 +48,16 @@ def _hash_file(path: str, _size: int, _mtime_ns: int) -> str:
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """One hash of several files' names and contents, in name order."""
+    """Return one hash of several files' names and contents, in name order."""
     return hash_json(sorted((path.name, hash_file(path)) for path in paths))
 
 
 def weight_files(folder: Path, *, named: Collection[str] | None = None) -> list[Path]:
-    """The files that a model's or an adapter's weights are loaded from, by name.
+    """Return the files, by name, that transformers and peft load weights from, and no others.
 
-    They are those that transformers and peft take, and only these: for a model the file that
-    config.json names as `transformers_weights`, else `model.safetensors`, else what
-    `model.safetensors.index.json` names. Makers put the same weights beside them in other formats
-    and layouts, and an index may be left from another download.
+    For a model that is the file that config.json names as `transformers_weights`, else
+    `model.safetensors`, else what `model.safetensors.index.json` names. Makers put the same weights
+    beside them in other formats, and an index may be left from another download.
 
     Args:
         folder: with config.json and the index, if there is one.
@@ -87,17 +86,17 @@ def weight_files(folder: Path, *, named: Collection[str] | None = None) -> list[
 
 
 def weight_index(folder: Path) -> Path | None:
-    """The file that says which of a model's weights are in which of its files, if they have one."""
+    """Return the index of a model's weights, which says which file has which, if there is one."""
     return _index(folder, _Names(folder, None))
 
 
 def hash_weights(folder: Path) -> str:
-    """Hash of the weight bytes of a local model or adapter folder; see `weight_files`."""
+    """Return the hash of the weights of a local model or adapter; see `weight_files`."""
     return hash_files(weight_files(folder))
 
 
 class _Names:
-    """The names of a folder's files, or of those that are still to be fetched into it."""
+    """The names of a folder's files, or of those that will be fetched into it."""
 
     def __init__(self, folder: Path, named: Collection[str] | None) -> None:
         self._folder, self._named = folder, named
@@ -106,7 +105,7 @@ class _Names:
         return (self._folder / name).is_file() if self._named is None else name in self._named
 
     def safetensors(self) -> list[str]:
-        """Those of the safetensors files at its root."""
+        """Return the names of the safetensors files at its root."""
         names = self._named
         if names is None:
             names = [file.name for file in self._folder.iterdir()]
@@ -123,19 +122,16 @@ def _index(folder: Path, there: _Names) -> Path | None:
 
 
 def _named_weights(folder: Path) -> str:
-    """The file with weights that config.json names, empty where it names none."""
+    """Return the file with weights that config.json names; empty where it names none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        named = config.get("transformers_weights")
-    except (OSError, ValueError, AttributeError):  # the configuration's own reader says so
+        return str(read_json(folder / "config.json").get("transformers_weights") or "")
+    except (OSError, ValueError, AttributeError):  # the configuration's reader reports it
         return ""
-    return str(named or "")
 
 
 def _shards(folder: Path, index: Path, there: _Names) -> list[Path]:
     try:
-        read = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted({str(name) for name in read})
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error}). Copy or download it again.") from None
     if not names:
@@ -157,32 +153,24 @@ def _adapter_file(folder: Path) -> Path:
     )
 
 
-CHECKSUM = "checksum"
-"""The key of an object's checksum, which counts all its other keys."""
-
+CHECKSUM = "checksum"  # the key of an object's checksum over all its other keys
 _WORDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
-    bool: "true or false",
-}
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false",
+}  # fmt: skip
 
 
 class Damaged(UserError):  # noqa: N818 - what a file is
-    """A file that is there and is not as it was written."""
+    """A file was changed after it was written."""
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object as JSON gives it back, with a checksum over all of it."""
+    """Return an object as JSON gives it back, with a checksum over all of it."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(value)))
     return {**plain, CHECKSUM: hash_json(plain)}
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object without its checksum.
-
-    Objects that were written before there were checksums have none, and are taken as they are.
+    """Return an object without its checksum, which objects of earlier versions do not have.
 
     Raises ValueError for a checksum that does not fit.
     """
@@ -193,14 +181,10 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_object(path: Path, kinds: Mapping[str, type], way_out: str) -> dict[str, Any]:
-    """The JSON object in a file, without its checksum.
+    """Return the JSON object in a file, without its checksum.
 
-    Args:
-        path: the file.
-        kinds: the keys that it must have, and the types of their values.
-        way_out: what a user can do about a damaged file, as a sentence.
-
-    Raises Damaged, which names the file and the key, for anything else than such an object.
+    `kinds` has the keys that it must have and the types of their values; `way_out` is a sentence
+    for the user. Raises Damaged, with the file and the key, for anything but such an object.
     """
     try:
         value = read_json(path)
@@ -220,9 +204,9 @@ def _check(value: Any, kinds: Mapping[str, type]) -> None:
     for key, kind in kinds.items():
         if key not in value:
             raise ValueError(f"it has no key {key!r}")
-        found = type(value[key])
-        if not issubclass(found, kind) or (found is bool and kind is int):
-            raise ValueError(f"{key!r} is {_named(found)}, not {_named(kind)}")
+        actual = type(value[key])
+        if not issubclass(actual, kind) or (actual is bool and kind is int):
+            raise ValueError(f"{key!r} is {_named(actual)}, not {_named(kind)}")
 
 
 def _named(kind: type) -> str:

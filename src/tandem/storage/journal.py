@@ -1,4 +1,4 @@
-"""Finished work on disk, unit by unit: what is in it is never done again, and never lost."""
+"""Record finished work on disk unit by unit, so that it is never lost and never done again."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from tandem.errors import UserError
 from tandem.storage.atomic_files import HALVES, sync, sync_open
 from tandem.storage.hashing import CHECKSUM, hash_json
 
-# As the first line of each begins.
+# The beginning of every journal.
 _START = b'{"journal": '
-# Said in the first line where the others have checksums.
+# The key of the first line that says that the other lines have checksums.
 _CHECKSUMS = "checksums"
 
 
 class Journal:
-    """A file of finished units, one synced JSON line each, after a line that says of what.
+    """A file of finished units, one synced JSON line each, after a line that names the work.
 
-    Each line has a checksum of the unit and of the work that it belongs to; lines of journals that
-    were begun before there were checksums have none. What a killed process left of the last line is
-    cut off when the file is opened again. A journal of other work is replaced while it is empty,
-    and refused when it holds something.
+    Each line has a checksum of the unit and the work, except in journals of earlier versions. An
+    unfinished last line, of a killed process, is cut off when the file is opened again. A journal
+    of other work is replaced if it has no units, else refused.
 
     Args:
         path: the file; made with its folder if need be.
@@ -51,7 +50,6 @@ class Journal:
         self._append({"unit": entry, CHECKSUM: self._checksum(entry)} if self._sealed else entry)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -66,9 +64,9 @@ class Journal:
         sync_open(self._file.fileno())
 
     def _read(self, key: str) -> int:
-        """Read the entries; returns the length of what is whole, 0 to begin anew."""
+        """Read the entries; return the length of the whole lines, 0 to start a new journal."""
         content = self.path.read_bytes()
-        if not content.strip(b"\0"):  # a power cut may leave the length alone
+        if not content.strip(b"\0"):  # after a power cut, only the length may be right
             return 0
         if content[: len(_START)] != _START[: len(content)]:
             raise UserError(
@@ -78,27 +76,27 @@ class Journal:
         lines = content.split(b"\n")[:-1]
         units: list[Any] = []
         try:
-            held = self._begin(lines[0]) if lines else None
+            work = self._begin(lines[0]) if lines else None
         except (ValueError, AttributeError):
             if len(lines) > 1:
                 raise UserError(
                     f"{self.path}, line 1: damaged. Restore the file, or remove it to begin anew."
                 ) from None
-            held = None
-        if held is not None and held != key and len(lines) > 1:
+            work = None
+        if work is not None and work != key and len(lines) > 1:
             raise UserError(
                 f"{self.path} holds {len(lines) - 1} finished units of other prompts, another "
                 "model, dtype or device, or other sampling. Use the same to go on with them, "
                 "choose another output folder, or remove the file to begin anew."
             )
-        if held != key:
+        if work != key:
             self._sealed = True
             return 0
         for number, line in enumerate(lines[1:], start=2):
             try:
                 units.append(self._unit(json.loads(line)))
             except (ValueError, RecursionError):
-                if number == len(lines):  # a power cut may leave anything in the last block
+                if number == len(lines):  # after a power cut, the last block may have anything
                     break
                 raise UserError(
                     f"{self.path}, line {number}: damaged. Restore the file, or remove the line: "
@@ -108,7 +106,7 @@ class Journal:
         return sum(len(line) + 1 for line in lines[: 1 + len(units)])
 
     def _begin(self, line: bytes) -> Any:
-        """Of what work the units are; raises ValueError for a line that does not say it."""
+        """Return which work the units are of; raise ValueError for a line without it."""
         first = json.loads(line)
         self._sealed = _CHECKSUMS in first
         if first.keys() != ({"journal", _CHECKSUMS} if self._sealed else {"journal"}):
@@ -116,7 +114,7 @@ class Journal:
         return first["journal"]
 
     def _unit(self, value: Any) -> Any:
-        """The unit of a line; raises ValueError for one whose checksum does not fit."""
+        """Return the unit of a line; raise ValueError for one whose checksum does not fit."""
         if isinstance(value, dict) and value.keys() == {"unit", CHECKSUM}:
             if value[CHECKSUM] != self._checksum(value["unit"]):
                 raise ValueError("its checksum does not fit")
@@ -136,28 +134,28 @@ def recorded(
     advance: Callable[[int], None],
     holds: Callable[[int, Any], bool] = lambda _number, _value: True,
 ) -> dict[int, Any]:
-    """Values by number: those of a journal, and those that are missing, recorded as they come.
+    """Return values by number: those of a journal, and the missing ones, recorded as they come.
 
     Args:
         path, key: the journal's.
-        work: from the numbers that are done to the others, unit by unit; plain values.
-        advance: told how many more there are, first of all those of earlier starts.
-        holds: whether a number's recorded value still does; one that does not counts as missing.
+        work: from the numbers that are done, makes the others unit by unit, as plain values.
+        advance: called with the number of values of earlier starts, then of each unit.
+        holds: whether a number's recorded value is still valid; else it counts as missing.
     """
-    found: dict[int, Any] = {}
+    values: dict[int, Any] = {}
     with Journal(path, key) as journal:
         for line, entry in enumerate(journal.entries, start=2):
             try:
-                found |= {number: value for number, value in entry if holds(number, value)}
+                values |= {number: value for number, value in entry if holds(number, value)}
             except (TypeError, ValueError, LookupError):
                 raise UserError(
                     f"{path}, line {line}: no numbered values. Restore the file, or remove the "
                     "line: its work is done again."
                 ) from None
-        advance(len(found))
-        for unit in work(frozenset(found)):
+        advance(len(values))
+        for unit in work(frozenset(values)):
             if unit:
                 journal.add([[number, value] for number, value in unit])
-            found.update(unit)
+            values.update(unit)
             advance(len(unit))
-    return found
+    return values

@@ -20,7 +20,7 @@ from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, s
 
 State = Literal["fresh", "resume", "finished"]
 NAME = "manifest.json"
-# What operating systems, file managers and file servers put into folders of their own accord.
+# Files that operating systems, file managers and file servers put into folders.
 _FOREIGN = (
     "lost+found", ".snapshot", ".snapshots", ".zfs", ".nfs*", ".fuse_hidden*", ".Trash-*",
     ".Trashes", ".DS_Store", "._*", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".apdisk",
@@ -29,15 +29,11 @@ _FOREIGN = (
 )  # fmt: skip
 _IGNORED = (NAME, ".lock")
 _KINDS = {
-    "stage": str,
-    "status": str,
-    "inputs": dict,
-    "schedule": dict,
-    "outputs": dict,
+    "stage": str, "status": str, "inputs": dict, "schedule": dict, "outputs": dict,
     "started_at": str,
-}
+}  # fmt: skip
 _WAY_OUT = "Restore it, or use another folder."
-# What a schedule counts, and more of it than any machine has.
+# The numbers of a schedule, each with more than any machine has.
 _COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
 # Outputs that report what was done; nothing is computed from them.
 _TOLD_ONLY = ("summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "README.md")
@@ -47,25 +43,18 @@ _ASIDE = ".*.tmp"
 
 @dataclass(frozen=True)
 class Opened:
-    """What a stage finds in its folder: a fresh start, work to resume, or a finished result.
-
-    `schedule` is what an earlier start resolved (token budget, threads) and a resumed one reuses.
-    """
+    """The state of a stage's folder, and the schedule (token budget, threads) of earlier starts."""
 
     state: State
     schedule: dict[str, Any]
 
 
 def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
-    """Compare a stage folder with what is asked for.
+    """Compare a stage folder with a stage's inputs, and write nothing.
 
-    Nothing is written. In a finished stage's folder, half-written files of processes that are gone
-    are removed.
-
-    An unfinished stage with other inputs that has no checkpoint yet is started afresh: there is
-    nothing in it to lose.
-
-    Raises UserError if the folder holds a stage with other inputs, or files of someone else's.
+    Half-written files of ended processes are removed from a finished stage's folder. An unfinished
+    stage with other inputs and no checkpoint is started afresh, because nothing is lost. Raises
+    UserError if the folder holds another stage, other inputs, or files that are not tandem's.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -97,10 +86,7 @@ def open_stage(folder: Path, stage: str, inputs: Mapping[str, Any]) -> Opened:
 def start_stage(
     folder: Path, stage: str, inputs: Mapping[str, Any], schedule: Mapping[str, Any]
 ) -> None:
-    """Record that a stage has begun; on a resume, keep when it first did.
-
-    Half-written files of processes that are gone are removed.
-    """
+    """Record that a stage has begun, or resumed; remove half-written files of ended processes."""
     path = folder / NAME
     plain = _plain(inputs)
     before = read_manifest(folder)
@@ -121,10 +107,7 @@ def start_stage(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a stage folder, None when there is none.
-
-    Raises Damaged for one that is damaged or no stage's.
-    """
+    """Return the manifest in a stage folder, if any; raise Damaged if it cannot be a stage's."""
     path = folder / NAME
     if not path.exists() and not path.is_symlink():
         return None
@@ -146,9 +129,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def check_empty(folder: Path) -> None:
     """Raise UserError for a folder without a manifest that has files which are not tandem's."""
-    found = folder.iterdir() if folder.exists() else ()
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
     passed_over = (*_IGNORED, _ASIDE, *_FOREIGN)
-    names = [path.name for path in found]
     present = [n for n in names if not any(fnmatchcase(n, one) for one in passed_over)]
     if present:
         raise UserError(
@@ -158,7 +140,7 @@ def check_empty(folder: Path) -> None:
 
 
 def finish_stage(folder: Path, outputs: list[str]) -> None:
-    """Record the output files with their hashes; from here on the stage counts as finished."""
+    """Record the output files with their hashes; from now on the stage counts as finished."""
     manifest = read_manifest(folder)
     assert manifest is not None, "start_stage wrote it"
     manifest["outputs"] = {name: hash_file(folder / name) for name in sorted(outputs)}
@@ -168,28 +150,28 @@ def finish_stage(folder: Path, outputs: list[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, without importing any of it."""
-    found = {"tandem": __version__, "python": platform.python_version()}
+    """Return the versions of the packages that change numbers, without importing them."""
+    numbers = {"tandem": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "tokenizers"):
-        found[name] = metadata.version(name)
+        numbers[name] = metadata.version(name)
     with suppress(metadata.PackageNotFoundError):  # an extra
-        found["bitsandbytes"] = metadata.version("bitsandbytes")
-    return found
+        numbers["bitsandbytes"] = metadata.version("bitsandbytes")
+    return numbers
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two plain values differ, as (dotted key, old, new)."""
+    """Return the leaves in which two plain values differ, as (dotted key, old, new)."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in sorted(old.keys() | new.keys()):
-            inner = f"{key}.{name}" if key else name
-            found += difference(old.get(name), new.get(name), inner)
-        return found
+        return [
+            leaf
+            for name in sorted(old.keys() | new.keys())
+            for leaf in difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
     return [] if old == new else [(key, old, new)]
 
 
 def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
-    """Raise UserError for an output of a finished stage that is not as it was left."""
+    """Raise UserError for an output of a finished stage that was changed or removed."""
     for name in _changed(folder, outputs):
         raise UserError(
             f"{folder / name} is missing or was changed after the stage finished. "
@@ -198,21 +180,15 @@ def check_outputs(folder: Path, outputs: Mapping[str, str]) -> None:
 
 
 def check_made(folder: Path, log: Callable[[str], None], *, weights: bool = True) -> None:
-    """Compare a model's or an adapter's folder with what the stage that made it left there.
+    """Compare a model's or an adapter's folder with the outputs of the stage that made it.
 
-    A folder that no stage has finished is taken as it is. Files beside the weights may have been
-    changed on purpose: `log` is told their names.
-
-    Args:
-        folder: the model's or the adapter's.
-        log: told what was changed.
-        weights: whether the weights are read to be compared, which takes time with large ones.
-
-    Raises UserError for weights that are damaged or were replaced.
+    A folder without a finished stage passes. Files beside the weights may have been changed on
+    purpose: `log` reports their names. Raises UserError for weights that were damaged or replaced.
+    Comparing the `weights` means reading them, which takes time.
     """
     try:
         manifest = read_manifest(folder)
-    except Damaged as error:  # perhaps of another program
+    except Damaged as error:  # perhaps another program's
         log(f"{error} What lies beside it is used as it is.")
         return
     if manifest is None or manifest["status"] != "finished":

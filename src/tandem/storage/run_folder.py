@@ -14,7 +14,7 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 TRAINING_STAGES: tuple[TrainingStageName, ...] = get_args(TrainingStageName)
 PAIRS_FORMATS: tuple[PairsFormat, ...] = get_args(PairsFormat)
 
-# What a stage's manifest calls it, and that in words.
+# The kinds of stages, as manifests name them, and their titles.
 KIND_TITLES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
@@ -44,23 +44,23 @@ FOLDERS: dict[StageName, StageFolder] = {
 
 
 def stage_folder(run: str | Path, stage: StageName) -> Path:
-    """The folder of one of a run's stages, whether it has run or not."""
+    """Return the folder of one of a run's stages, whether it exists or not."""
     return Path(run) / FOLDERS[stage].name
 
 
 def pairs_file(folder: Path, name: str, kind: str) -> Path:
-    """Where pairs go: `name` is pairs or heldout, `kind` jsonl or parquet."""
+    """Return the file of pairs: `name` is pairs or heldout, `kind` jsonl or parquet."""
     return folder / f"{name}.{kind}"
 
 
 def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
-    """The file of pairs that a stage's folder has, whatever its kind; None for none."""
-    found = (pairs_file(folder, name, kind) for kind in PAIRS_FORMATS)
-    return next((path for path in found if path.exists()), None)
+    """Return the file of pairs that a stage's folder has, whatever its kind; None for none."""
+    paths = (pairs_file(folder, name, kind) for kind in PAIRS_FORMATS)
+    return next((path for path in paths if path.exists()), None)
 
 
 def model_in_run(path: str) -> str:
-    """The newest model of a run's folder; any other path as it is."""
+    """Return the newest model of a run's folder, or any other path unchanged."""
     for stage in ("dpo-merge", "sft-merge"):
         inside = stage_folder(path, stage)
         if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
@@ -69,7 +69,7 @@ def model_in_run(path: str) -> str:
 
 
 def labels_of(models: Sequence[str]) -> list[str]:
-    """The shortest path endings that tell the models apart."""
+    """Return the shortest path endings that differ for all models."""
     parts = [PurePath(m.rstrip("/")).parts or (m,) for m in models]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         labels = ["/".join(p[-depth:]) for p in parts]

@@ -1,4 +1,4 @@
-"""Examples into the tensors of one micro-batch: one row of T tokens that holds several trees."""
+"""Make the tensors of one micro-batch from examples: one row of T tokens with all of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 class Segment:
     """Consecutive rows that attend causally to themselves and wholly to a prefix before them.
 
-    Rows `start` to `stop` - 1 see rows `prefix_start` to `prefix_stop` - 1 (none when equal) and
-    each other causally. Positions run on from the prefix into the segment.
+    Rows `start` to `stop` - 1 see rows `prefix_start` to `prefix_stop` - 1 (none when equal), whose
+    positions they continue.
     """
 
     start: int
@@ -71,7 +71,7 @@ class MicroBatch:
         return int(self.input_ids.shape[0])
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
+        """Return the same micro-batch with its tensors on `device`."""
         if self.input_ids.device == device:
             return self
         moved: dict[str, Any] = {
@@ -82,19 +82,14 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def fed_tokens(example: Example) -> int:
-    """Rows that an example takes in a micro-batch: all tokens up to each branch's last target."""
-    return example.fed
-
-
 def padded_shape(example: Example) -> tuple[int, int]:
-    """Sequences of an example and the tokens of its longest, up to the last target."""
+    """Return an example's sequences and the tokens of its longest, up to the last target."""
     prefix = len(example.prefix.input_ids)
     return len(example.branches), prefix + max(branch.fed for branch in example.branches)
 
 
 def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
-    """Lay out examples one after the other, with a `record_key` each if dropout masks are drawn."""
+    """Lay out examples one after the other; each has a `record_key` if dropout masks are drawn."""
     parts = _Parts([], [], [], [], [], [], [], [])
     for index, example in enumerate(examples):
         parts.add(example, None if dropout_keys is None else dropout_keys[index])
@@ -115,10 +110,10 @@ def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = No
 
 
 def row_spans(segments: Sequence[Segment]) -> Tensor:
-    """[3, T] int64: where each row's segment starts, and where its prefix starts and stops.
+    """Return [3, T] int64: where each row's segment starts, and where its prefix starts and stops.
 
-    Row i sees rows j with start <= j <= i, and those of the prefix. Two comparisons of these make
-    a mask on any device, whatever the segments are.
+    Row i sees rows j with start <= j <= i, and those of the prefix, so that two comparisons make
+    the mask on any device.
     """
     spans = [(s.start, s.prefix_start, s.prefix_stop) for s in segments]
     lengths = torch.tensor([s.stop - s.start for s in segments])
@@ -126,7 +121,7 @@ def row_spans(segments: Sequence[Segment]) -> Tensor:
 
 
 def record_key(seed: int, step: int, example: int, copy: int = 0) -> int:
-    """A 64-bit number for one record in one step, from which its dropout masks are drawn.
+    """Return 64 bits for one record in one step, from which its dropout masks are drawn.
 
     `copy` counts from 0 where a step has the same record several times.
     """
@@ -166,7 +161,8 @@ class _Parts:
             self._add_targets(example, branch, start, row)
             row += fed
         if key is not None:
-            self._add_keys(example, key)
+            counters = np.arange(1, example.fed + 1, dtype=np.uint64) * _GOLDEN
+            self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
         self.rows.append(row - start)
 
     def _add_targets(self, example: Example, branch: Branch, start: int, branch_row: int) -> None:
@@ -179,14 +175,9 @@ class _Parts:
         self.target_ids.extend([example.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
         self.sequence_tokens.append(len(in_prefix) + len(in_branch))
 
-    def _add_keys(self, example: Example, key: int) -> None:
-        rows = fed_tokens(example)
-        counters = np.arange(1, rows + 1, dtype=np.uint64) * _GOLDEN
-        self.keys.append(_mix(np.uint64(key) + counters).view(np.int64))
-
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Apply the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     with np.errstate(over="ignore"):
         value = (value ^ (value >> np.uint64(30))) * _MIX_1
         value = (value ^ (value >> np.uint64(27))) * _MIX_2

@@ -1,4 +1,4 @@
-"""A step's examples into micro-batches under a token budget: the schedule, not the mathematics."""
+"""Pack a step's examples into micro-batches under a token budget, and share them among ranks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from numpy.typing import ArrayLike
 
 from tandem.data.encoded.example import Example
 
-# Sequences of a padded batch in the comparison that summaries and plans report.
-_PADDED_BATCH = 8
-# A rank whose cost is within this share of the mean is not worth another exchange.
-_EVEN = 0.005
+_PADDED_BATCH = 8  # sequences of a padded batch, with which summaries and plans compare
+_EVEN = 0.005  # a rank whose cost is within this share of the mean needs no other exchange
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Who computes what in a step: a function of its examples, the budget and the ranks alone.
+    """Which rank computes what in a step, decided by its examples, the budget and the ranks alone.
 
     Attributes:
         ranks: each rank's micro-batches in order, each a tuple of positions in the step.
         micro_batches: what every rank runs; a rank with fewer of its own repeats an example with
             weight zero for the rest, because gradients are exchanged in the last.
-        fill: mean share of the budget that the step's own micro-batches fill; an example that alone
-            exceeds the budget counts as full.
+        fill: mean share of the budget that the micro-batches use, at most 1 each.
         imbalance: the costliest rank's cost by the mean, 1 when all have the same.
     """
 
@@ -50,7 +47,7 @@ def plan_step(
 
     Args:
         tokens: the number of tokens that each example of the step feeds.
-        costs: the time each takes, in any unit; see `example_cost`.
+        costs: the time of each in any unit; see `example_cost`.
         budget: tokens that a micro-batch should not exceed.
         ranks: how many processes share the step.
         pack_share: makes micro-batches of some of the step's examples, as positions among these.
@@ -78,11 +75,10 @@ def plan_step(
 
 
 def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Best-fit decreasing: positions in `tokens` of the examples that share each micro-batch.
+    """Pack best-fit decreasing: return the positions in `tokens` of each micro-batch's examples.
 
-    Every example is placed whole. One that alone exceeds the budget gets a micro-batch of its own:
-    the budget is a target for memory, never a reason to cut a record. Micro-batches come in the
-    order of their first example.
+    No example is cut. One that alone exceeds the budget, which is a target for memory, gets its own
+    micro-batch. Micro-batches come in the order of their first example.
     """
     if budget < 1:
         raise ValueError("budget must be positive")
@@ -102,11 +98,11 @@ def pack(tokens: Sequence[int], budget: int) -> list[tuple[int, ...]]:
 
 
 def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[int, ...]]:
-    """Micro-batches of padded rows: sequences times the longest of them stays within the budget.
+    """Pack padded rows: sequences times the longest of them stays within the budget.
 
-    `shapes` are, for each example, its sequences and the tokens of the longest. The longest example
-    that is left opens a micro-batch or joins the one whose rows are shortest, so that neighbours in
-    length share it. As in `pack`, no example is cut.
+    `shapes` has each example's sequences and the tokens of its longest. The longest remaining
+    example opens a micro-batch or joins the one whose rows are shortest, so that examples of
+    similar length share it. As in `pack`, no example is cut.
     """
     if budget < 1:
         raise ValueError("budget must be positive")
@@ -128,20 +124,20 @@ def pack_padded(shapes: Sequence[tuple[int, int]], budget: int) -> list[tuple[in
 
 
 def padded_tokens(lengths: ArrayLike) -> int:
-    """Tokens that padded batches of a usual size would feed for sequences of lengths [S]."""
-    given = np.asarray(lengths, dtype=np.int64)
-    batches = np.zeros((-(-len(given) // _PADDED_BATCH), _PADDED_BATCH), dtype=np.int64)
-    batches.ravel()[: len(given)] = given
-    sizes = np.full(len(batches), _PADDED_BATCH)
-    sizes[-1:] -= batches.size - len(given)
-    return int((batches.max(axis=1) * sizes).sum()) if len(given) else 0
+    """Return the tokens that padded batches of the usual size feed for sequences of lengths [S]."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    starts = np.arange(0, len(tokens), _PADDED_BATCH)
+    if not len(starts):
+        return 0
+    sizes = np.diff(np.append(starts, len(tokens)))
+    return int((np.maximum.reduceat(tokens, starts) * sizes).sum())
 
 
 def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]:
-    """Positions of the examples that each rank computes, with costs as even as they get.
+    """Return the positions of the examples that each rank computes, with costs nearly even.
 
-    The costliest first, each to the rank with the least so far; then examples of the costliest rank
-    move to another, or change places with one there, while that lowers the costlier of the two.
+    The costliest come first, each to the rank with the least so far; then examples of the costliest
+    rank move to another, or swap with one there, while that lowers the costlier of the two.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
@@ -155,10 +151,9 @@ def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[tuple[int, ...]]
 
 
 def example_cost(example: Example, attention_weight: float) -> float:
-    """What an example costs: its tokens, and how many pairs of them see each other, weighted.
+    """Return an example's cost: its tokens, and the weighted number of pairs that attention sees.
 
-    `attention_weight` is the time of attention over one visible pair, by all that a token costs
-    elsewhere.
+    `attention_weight` is a visible pair's time in attention, divided by a token's other time.
     """
     prefix = len(example.prefix.input_ids)
     visible = prefix * prefix / 2
@@ -184,7 +179,7 @@ def _exchange(costs: Sequence[float], shares: list[list[int]], loads: list[float
                 worse = max(loads[top] - moved, loads[rank] + moved)
                 if best is None or worse < best[0]:
                     best = (worse, rank, mine, theirs)
-    # A gain below rounding would go to and fro for ever.
+    # Swaps with a gain below rounding would go on for ever.
     if best is None or best[0] >= loads[top] * (1 - 1e-9):
         return False
     _, rank, mine, theirs = best
@@ -199,7 +194,7 @@ def _exchange(costs: Sequence[float], shares: list[list[int]], loads: list[float
 
 
 def _split(plan: list[tuple[int, ...]], tokens: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """The same examples in `count` micro-batches, or as near to it as their number allows."""
+    """Split the same examples into `count` micro-batches, or as many as their number allows."""
     while len(plan) < count:
         divisible = [members for members in plan if len(members) > 1]
         if not divisible:

@@ -1,4 +1,4 @@
-"""Which examples make up each optimizer step: a function of seed, weights and batch size alone."""
+"""Choose the examples of each optimizer step, by seed, weights and batch size alone."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Step:
 
     @property
     def copies(self) -> list[int]:
-        """Of each example, how often its index came before it in this step."""
+        """For each example, how often its index came before it in this step."""
         seen: Counter[int] = Counter()
-        found = []
+        copies = []
         for index in self.examples:
-            found.append(seen[index])
+            copies.append(seen[index])
             seen[index] += 1
-        return found
+        return copies
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class WeightedSource:
     weight: float = 1.0
 
     def shown(self, epochs: int) -> int:
-        """How many of its examples the first `epochs` epochs show, repeated ones each time.
+        """Return how many examples the first `epochs` epochs show, repeated ones each time.
 
-        Rounded up as a whole, so that no epoch's rounding adds to another's.
+        The total is rounded up, so that the rounding of epochs does not add up.
         """
         # The decimal that the recipe has, not its nearest binary fraction.
         return math.ceil(epochs * self.examples * Fraction(str(self.weight)))
 
 
 def tenth(steps: int) -> int:
-    """How many steps apart things happen that happen about ten times in so many."""
+    """Return a tenth of some steps, rounded up: the distance of what happens about ten times."""
     return max(1, -(-steps // 10))
 
 
@@ -72,9 +72,9 @@ class Duration(Protocol):
 class StepSampler:
     """Chooses the examples of each step. Every epoch is a new permutation of what it shows.
 
-    An epoch shows every example once, or as often as the weight of its source says. It goes through
-    each source in an order of the source's own, and the next epoch continues where it stopped. So
-    after any number of epochs E an example has been shown E times its weight, rounded up or down.
+    An epoch shows every example as often as its source's weight says. It goes through each source
+    in that source's own order, and the next epoch continues where it stopped. So after any number
+    of epochs E an example was shown E times its weight, rounded up or down.
 
     Attributes:
         examples: how many there are.
@@ -95,17 +95,17 @@ class StepSampler:
             raise ValueError("sources must cover all examples")
 
     def epoch_size(self, epoch: int = 0) -> int:
-        """How many examples an epoch shows, repeated ones each time."""
+        """Return how many examples an epoch shows, repeated ones each time."""
         if not self._weighted:
             return self.examples
         return sum(source.shown(epoch + 1) - source.shown(epoch) for source in self.sources)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Optimizer steps of an epoch; with fractional weights, epochs may differ by a few."""
+        """Return the steps of an epoch; with fractional weights, epochs may differ by a few."""
         return math.ceil(self.epoch_size(epoch) / self.batch_size)
 
     def total_steps(self, duration: Duration) -> int:
-        """Number of optimizer steps; a fraction of an epoch rounds up to whole steps."""
+        """Return the number of steps; a fraction of an epoch rounds up to whole steps."""
         if duration.max_steps is not None:
             return duration.max_steps
         epochs = 1.0 if duration.epochs is None else duration.epochs
@@ -116,14 +116,14 @@ class StepSampler:
         return sum(sizes[:whole]) + math.ceil((epochs - whole) * sizes[whole])
 
     def epochs_after(self, step: int) -> float:
-        """How many epochs, the last one in part, lie before a step."""
+        """Return how many epochs, the last one in part, lie before a step."""
         if not self._weighted:
             return step / self.steps_per_epoch()
         epoch, position = self._locate(step)
         return epoch + position / max(1, self.steps_per_epoch(epoch))
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Steps `start` to `stop` - 1."""
+        """Yield steps `start` to `stop` - 1."""
         epoch, position = self._locate(start)
         order: NDArray[np.int64] | None = None
         for number in range(start, stop):
@@ -141,7 +141,7 @@ class StepSampler:
         return any(source.weight != 1.0 for source in self.sources)
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """The epoch that a step lies in, and how many of its steps come before."""
+        """Return the epoch of a step, and how many steps of that epoch come before it."""
         if not self._weighted:
             return divmod(step, self.steps_per_epoch())
         epoch = 0
@@ -150,7 +150,7 @@ class StepSampler:
         return epoch, step
 
     def _shown(self, epoch: int) -> NDArray[np.int64]:
-        """The indices that an epoch shows, ascending."""
+        """Return the indices that an epoch shows, ascending."""
         if not self._weighted:
             return np.arange(self.examples)
         indices, first = [], 0
@@ -165,12 +165,12 @@ class StepSampler:
 
 
 def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which records are held out, [n]: about a fraction of them, whole prompts at a time.
+    """Return which records are held out, [n]: about a fraction of them, whole prompts at a time.
 
     Prompts (`records.prompt_key` of each record) are taken in the order of a seeded hash until the
-    fraction, rounded to whole records, at least one and not all, is reached; one with more records
-    than are still wanted is passed over. So the choice depends on the prompts and the seed, not on
-    the order of the records. Raises UserError when no prompt can be held out.
+    fraction, rounded to whole records, at least one and not all, is reached; a prompt with more
+    records than are still needed is skipped. So the records' order does not matter. Raises
+    UserError when no prompt can be held out.
     """
     distinct, numbers, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     wanted = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
@@ -193,6 +193,6 @@ def choose_held_out(prompts: NDArray[np.uint64], fraction: float, seed: int) -> 
 
 
 def shared_prompts(trained: NDArray[np.uint64], held_out: NDArray[np.uint64]) -> tuple[int, int]:
-    """How many records to train on, and how many held-out ones, have a prompt of the other part."""
+    """Count the training records and the held-out ones that have a prompt of the other part."""
     both = np.intersect1d(trained, held_out)
     return int(np.isin(trained, both).sum()), int(np.isin(held_out, both).sum())

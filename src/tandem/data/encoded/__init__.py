@@ -1,1 +1,1 @@
-"""Encoded records: made in several processes, kept on disk, read back."""
+"""Encode records in several processes, keep them on disk, read them back."""

@@ -1,4 +1,4 @@
-"""Examples as a few flat arrays: how they travel between processes and lie on disk."""
+"""Examples as a few flat arrays, for sending between processes and for files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FlatArrays:
 
 
 def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
-    """The arrays of some examples; `prompts` are `records.prompt_key`, by default all different."""
+    """Return the arrays of some examples; `prompts` are `records.prompt_key`, else all differ."""
     parts = [part for example in examples for part in (example.prefix, *example.branches)]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
     trained = _joined([part.trained for part in parts], np.bool_)
@@ -72,11 +72,11 @@ def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None)
 
 
 def sequence_digest(prefix: Branch, branch: Branch) -> bytes:
-    """SHA-256 of a sequence's length, token ids and targets: what it is, apart from its origin."""
+    """Return the SHA-256 of a sequence's length, token ids and targets; its origin has no part."""
     digest = hashlib.sha256()
     digest.update((len(prefix.input_ids) + len(branch.input_ids)).to_bytes(8, "little"))
-    digest.update(prefix.input_ids.astype("<i4", copy=False).tobytes())
-    digest.update(branch.input_ids.astype("<i4", copy=False).tobytes())
+    for part in (prefix, branch):
+        digest.update(part.input_ids.astype("<i4", copy=False).tobytes())
     digest.update(np.packbits(np.concatenate([prefix.trained, branch.trained])).tobytes())
     return digest.digest()
 
@@ -85,15 +85,14 @@ def _joined(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
 
 
-# Sequences whose digests are read at once.
-_DIGESTS = 2**16
+_DIGESTS = 2**16  # sequences whose digests are read at once
 
 
 class Bytes:
-    """Bytes in memory or in a file; a file is read where it is asked for, and not mapped.
+    """Bytes in memory or in a file, which stays readable when it is deleted.
 
-    So what was read once is the system's cache, and not this process's memory. An open file
-    stays readable when it is deleted.
+    A file is read and not mapped, so that its content is in the system's cache and not in this
+    process's memory.
     """
 
     def __init__(self, source: bytes | bytearray | Path) -> None:
@@ -104,11 +103,11 @@ class Bytes:
             weakref.finalize(self, os.close, self._file)
 
     def read(self, start: int, stop: int) -> bytes | bytearray:
-        """The bytes from `start` to `stop` - 1."""
+        """Return the bytes from `start` to `stop` - 1."""
         if self._memory is not None:
             return self._memory[start:stop]
         parts = []
-        while start < stop:  # one call gives at most 2 GiB
+        while start < stop:  # one call reads at most 2 GiB
             part = os.pread(self._file, stop - start, start)
             if not part:
                 raise OSError(f"an encoded data set ends at byte {start}, before {stop}")
@@ -119,7 +118,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What is held in memory of n encoded examples with P parts and S sequences; see `FlatArrays`.
+    """The arrays of n encoded examples with P parts that are kept in memory; see `FlatArrays`.
 
     Attributes:
         files: [n] int32, the number of each record's file in `names`.
@@ -139,14 +138,14 @@ class Index:
 
 
 class EncodedDataset(Sequence[Example]):
-    """n encoded records; their counts are arrays, and a `Example` is made on each access.
+    """n encoded records; their counts are arrays, and each access makes an `Example`.
 
     Args:
         index: lengths and origins.
         ids: int32 tokens of all parts.
-        trained: a bit a token, whether it is a target, most significant bit first.
-        digests: `columns.sequence_digest` of each sequence.
-        chosen: the records of the index that these are, ascending; None: all.
+        trained: one bit per token, whether it is a target, most significant bit first.
+        digests: `sequence_digest` of each sequence.
+        chosen: the positions in the index of these records, ascending; None: all.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class EncodedDataset(Sequence[Example]):
         self._chosen = np.arange(len(index.parts)) if chosen is None else chosen
 
     def select(self, positions: NDArray[np.int64]) -> EncodedDataset:
-        """Some of these records, by ascending positions; they share the bytes."""
+        """Return the records at ascending positions; they share the bytes."""
         chosen = self._chosen[positions]
         return EncodedDataset(self._index, self._ids, self._trained, self._digests, chosen)
 
@@ -177,13 +176,13 @@ class EncodedDataset(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self._tree(number) for number in range(*index.indices(len(self)))]
+            return [self._example(number) for number in range(*index.indices(len(self)))]
         number = int(index)
         if number < 0:
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(index)
-        return self._tree(number)
+        return self._example(number)
 
     @property
     def fed(self) -> NDArray[np.int32]:
@@ -192,7 +191,7 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def branches(self) -> NDArray[np.int32]:
-        """[n]: sequences of each tree."""
+        """[n]: sequences of each example."""
         return self._index.parts[self._chosen] - 1
 
     @property
@@ -202,7 +201,7 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """How many of the records each data source gave; they lie in that order."""
+        """How many of the records each data source gave, in the records' order."""
         ends = np.searchsorted(self._chosen, np.cumsum(self._index.sources, dtype=np.int64))
         return tuple(np.diff(ends, prepend=0).tolist())
 
@@ -213,7 +212,7 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """[S]: tokens of each sequence, its prefix included, example by tree."""
+        """[S]: tokens of each sequence, its prefix included, example by example."""
         return self._per_sequence(self._index.lengths)
 
     @property
@@ -228,21 +227,21 @@ class EncodedDataset(Sequence[Example]):
         return (self.sequence_lengths - self.sequence_targets)[first]
 
     def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """[S', 32]: digests of the sequences of examples `start` to `stop` - 1."""
+        """Return the digests [S', 32] of the sequences of examples `start` to `stop` - 1."""
         chosen = self._chosen[start:stop]
         if not len(chosen):
             return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
         first, last = int(chosen[0]), int(chosen[-1]) + 1
         # Each example has one part that is no sequence.
         bounds = [int(self._first_part[example]) - example for example in (first, last)]
-        found = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
-        rows = np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        content = self._digests.read(bounds[0] * DIGEST_BYTES, bounds[1] * DIGEST_BYTES)
+        rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
         if last - first == len(chosen):
             return rows
         return rows[self._sequences_of(chosen, first, last)]
 
     def all_digests(self) -> Iterator[bytes]:
-        """The digests of all sequences in order, in blocks."""
+        """Yield the digests of all sequences in order, in blocks."""
         for start in range(0, len(self), _DIGESTS):
             yield self.digests(start, min(start + _DIGESTS, len(self))).tobytes()
 
@@ -256,12 +255,12 @@ class EncodedDataset(Sequence[Example]):
         return whole[self._sequences_of(self._chosen, 0, len(self._index.parts))]
 
     def _sequences_of(self, chosen: NDArray[np.int64], first: int, last: int) -> NDArray[np.bool_]:
-        """Which sequences of the index's examples `first` to `last` - 1 are of the chosen ones."""
+        """Return which sequences of the index's examples `first` to `last` - 1 are chosen."""
         member = np.zeros(last - first, dtype=np.bool_)
         member[chosen - first] = True
         return np.repeat(member, self._index.parts[first:last] - 1)
 
-    def _tree(self, position: int) -> Example:
+    def _example(self, position: int) -> Example:
         number = int(self._chosen[position])
         first, last = int(self._first_part[number]), int(self._first_part[number + 1])
         bounds = self._first_token[first : last + 1]

@@ -1,4 +1,4 @@
-"""What encoded data depends on, as one key; where the data lies is no part of it."""
+"""Keep encoded data on disk under a key of everything it depends on; its place is no part of it."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, s
 if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
-# Changes whenever the same records, tokenizer and limits would give other ids, masks or entries, or
-# more is kept of them.
+# Raised whenever the same records, tokenizer and limits would give other content of an entry.
 _ENCODER = 7
 
 
 def encoding_key(
     sources: Sequence[DataSource], parts: CodecParts, options: EncodingOptions
 ) -> str | None:
-    """The key of what options make of some sources, or None when a source cannot be identified.
+    """Return the key of some sources' encoded data, or None when a source cannot be identified.
 
     Local files count by content and kind, data sets of the Hub by the files that `datasets` keeps
-    of them, and both by what the recipe says of their formats and names.
-    Raises `UserError` as reading the sources would.
+    of them, both by what the recipe says of formats and names. Raises `UserError` as reading does.
     """
     contents = [_content(source) for source in sources]
     if any(content is None for content in contents):
@@ -62,9 +60,11 @@ def encoding_key(
 def _content(source: DataSource) -> list[Any] | None:
     if looks_like_path(source.path):
         saved, files = data_files(source)
+        # Their suffixes count, because they decide how they are read.
+        ends = [kind_of(file) + file.suffix.lower() * is_compressed(file) for file in files]
         try:
-            return [saved, [[_kind(file), hash_file(file)] for file in files]]
-        except OSError:  # reading says what is wrong with it
+            return [saved, [[end, hash_file(file)] for end, file in zip(ends, files, strict=True)]]
+        except OSError:  # reading reports what is wrong with it
             return None
     table = load_hub(source)
     files = [file["filename"] for file in table.cache_files]
@@ -73,12 +73,7 @@ def _content(source: DataSource) -> list[Any] | None:
     return [source.split, len(table), [hash_file(Path(file)) for file in files]]
 
 
-def _kind(file: Path) -> str:
-    """What a file's name says about how it is read."""
-    return kind_of(file) + (file.suffix.lower() if is_compressed(file) else "")
-
-
-# Everything an entry holds beside entry.json. Ids are little-endian, like everything here.
+# The files of an entry beside entry.json. All numbers are little-endian.
 _DTYPES = {
     "parts": "<i4", "lengths": "<i4", "targets": "<i4", "fed": "<i4", "rows": "<i8", "files": "<i4",
     "prompts": "<u8",
@@ -87,15 +82,15 @@ _COLUMNS = (*_DTYPES, "ids", "trained", "digests")
 _LEDGER = "ledger"
 _BYTES_LIMIT = 20 * 2**30
 _BLOCK = 2**22
-# What entry.json holds.
+# The keys of entry.json.
 _KINDS = {"sources": list, "formats": dict, "unread": dict, "files": dict}
-# What reading a damaged entry leads to.
+# What reading a damaged entry raises.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Damaged)
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An entry that was found: its dataset, and what the ledger was told when it was made."""
+    """An entry of the store: its dataset, and what the ledger recorded when it was made."""
 
     dataset: EncodedDataset
     entries: list[Entry]
@@ -103,7 +98,7 @@ class Kept:
     unread: dict[int, tuple[str, ...]]
 
     def ledger(self, paths: Sequence[str]) -> Ledger:
-        """The ledger of the sources at `paths`."""
+        """Return the ledger of the sources at `paths`."""
         ledger = Ledger(None)
         for number, name in self.formats.items():
             ledger.detected(paths[number], name, self.unread.get(number, ()))
@@ -112,9 +107,9 @@ class Kept:
 
 
 class DatasetWriter:
-    """Takes encoded chunks in reading order, and gives their examples back.
+    """Writes encoded chunks in reading order into files of `folder`, or into memory.
 
-    They go into files of `folder`, or into memory; records come from files called `names`.
+    The records come from files called `names`.
     """
 
     def __init__(self, folder: Path | None, names: Sequence[str]) -> None:
@@ -129,7 +124,7 @@ class DatasetWriter:
         self._sources: tuple[int, ...] = ()
 
     def add(self, batch: EncodedChunk) -> None:
-        """Append a batch's examples and ledger lines."""
+        """Append a chunk's examples and ledger lines."""
         arrays = batch.arrays
         count = len(arrays.parts)
         bits = np.concatenate([self._bits, arrays.trained])
@@ -156,8 +151,8 @@ class DatasetWriter:
     ) -> None:
         """Complete the columns; nothing may be added after that.
 
-        `formats` are names of formats and `unread` keys that are not read, by source; `sources`
-        are how many records each source gave.
+        `formats` has the formats' names and `unread` the unread keys, both by source; `sources`
+        has the number of records of each source.
         """
         self._sources = tuple(sources)
         self._put("trained", np.packbits(self._bits))
@@ -178,12 +173,10 @@ class DatasetWriter:
             sink.close()
 
     def dataset(self) -> EncodedDataset:
-        """What was added, of a writer to memory."""
+        """Return what was added to memory."""
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
-        index: Any = Index(**arrays, names=self._names, sources=self._sources)
-        ids, trained, digests = (Bytes(memory[name]) for name in ("ids", "trained", "digests"))
-        return EncodedDataset(index, ids, trained, digests)
+        return _dataset(arrays, memory, self._names, self._sources)
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         dtype = _DTYPES.get(name)
@@ -193,7 +186,7 @@ class DatasetWriter:
 class EncodedStore:
     """The encoded data sets in `folder`, by default the cache folder's `encoded`.
 
-    `log` is told when an entry is damaged, or cannot be kept.
+    `log` reports an entry that is damaged, or cannot be kept.
     """
 
     def __init__(self, log: Callable[[str], None], folder: Path | None = None) -> None:
@@ -202,11 +195,11 @@ class EncodedStore:
 
     @property
     def folder(self) -> Path:
-        """Where the entries are; raises OSError for an account without a home folder."""
+        """The folder of the entries; raises OSError for an account without a home folder."""
         return self._folder or cache_folder() / "encoded"
 
     def find(self, key: str, names: Sequence[str]) -> Kept | None:
-        """The entry of that key, its files now called `names`; None when there is no sound one."""
+        """Return the entry of a key, its files now called `names`; None without a sound one."""
         try:
             entry = self.folder / key
             if not entry.exists():
@@ -220,19 +213,21 @@ class EncodedStore:
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
             dataset = _open(entry, names, about["sources"])
-            found = Kept(dataset, _ledger_lines(entry, names), formats, unread)
+            with (entry / _LEDGER).open(encoding="utf-8") as lines:
+                rows = map(json.loads, lines)
+                entries = [Entry(names[file], *rest) for file, *rest in rows]
             with suppress(OSError):  # a cache that may only be read
                 os.utime(entry)
+            return Kept(dataset, entries, formats, unread)
         except _DAMAGE as error:
             self.log(f"the encoded data in {entry} is damaged ({error}): encoding it again")
             with suppress(OSError):
                 remove(entry)
             return None
-        return found
 
     @contextmanager
     def writing(self, key: str, names: Sequence[str]) -> Iterator[DatasetWriter]:
-        """A writer whose examples become the entry when the block ends without an error."""
+        """Yield a writer whose examples become the entry when the block ends without an error."""
         with atomic_folder(self.folder / key) as aside:
             writer = DatasetWriter(aside, names)
             try:
@@ -241,35 +236,39 @@ class EncodedStore:
                 writer.close()
 
     def dataset(self, key: str, names: Sequence[str]) -> EncodedDataset:
-        """The examples of an entry that was just written."""
+        """Return the examples of an entry that was just written."""
         about = read_json(self.folder / key / "entry.json")
         return _open(self.folder / key, names, about["sources"])
 
     def prune(self, key: str, limit_bytes: int = _BYTES_LIMIT) -> int:
-        """Forget the longest unused entries beyond the limit, but not `key`'s; returns how many."""
+        """Remove the longest unused entries beyond the limit, except `key`'s; return how many."""
         return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
 
 
 def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> EncodedDataset:
     arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
+    return _dataset(arrays, {name: entry / name for name in _COLUMNS}, names, sources)
+
+
+def _dataset(
+    arrays: Mapping[str, NDArray[Any]],
+    columns: Mapping[str, Any],
+    names: Sequence[str],
+    sources: Sequence[int],
+) -> EncodedDataset:
     index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources))
-    ids, trained, digests = (Bytes(entry / name) for name in ("ids", "trained", "digests"))
+    ids, trained, digests = (Bytes(columns[name]) for name in ("ids", "trained", "digests"))
     return EncodedDataset(index, ids, trained, digests)
-
-
-def _ledger_lines(entry: Path, names: Sequence[str]) -> list[Entry]:
-    with (entry / _LEDGER).open(encoding="utf-8") as lines:
-        return [Entry(names[file], *rest) for file, *rest in (json.loads(line) for line in lines)]
 
 
 def _check(file: Path, size: int, crc: int) -> None:
     if file.stat().st_size != size:
         raise ValueError(f"{file.name} has {file.stat().st_size} bytes, not {size}")
-    found = 0
+    actual = 0
     with file.open("rb") as content:
         while block := content.read(_BLOCK):
-            found = zlib.crc32(block, found)
-    if found != crc:
+            actual = zlib.crc32(block, actual)
+    if actual != crc:
         raise ValueError(f"the checksum of {file.name} differs")
 
 

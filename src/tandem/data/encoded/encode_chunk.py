@@ -1,4 +1,4 @@
-"""One chunk of a data set from its rows to encoded examples and ledger lines, in any process."""
+"""Encode one chunk of a data set: from its rows to examples and ledger lines, in any process."""
 
 from __future__ import annotations
 
@@ -14,22 +14,9 @@ from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, prompt_key
 from tandem.data.sources.chunks import Chunk
-from tandem.data.tokenize.encode import (
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    encode_exchanges,
-    encode_text,
-    is_answer,
-    pair_exchanges,
-    trained_exchanges,
-)
-from tandem.data.tokenize.template_capabilities import (
-    NO_REASONING,
-    Refused,
-    in_form,
-    reason_unsupported,
-)
+from tandem.data.tokenize import encode, template_capabilities
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange
+from tandem.data.tokenize.template_capabilities import Refused, in_form
 from tandem.data.truncation.conversation import fit_conversation, skip_old_turns
 from tandem.data.truncation.limits import Fitted, Limits
 from tandem.data.truncation.pair import fit_pair
@@ -41,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodingOptions:
-    """What is made of every record, apart from tokenizer and template."""
+    """How records are encoded, apart from tokenizer and template."""
 
     kind: Kind
     limits: Limits
@@ -50,7 +37,7 @@ class EncodingOptions:
 
     @classmethod
     def of(cls, kind: Kind, settings: TrainingSettings) -> EncodingOptions:
-        """What a stage's settings make of records of a kind."""
+        """Return the options for records of a kind under a stage's settings."""
         limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
         loss_on: LossOn = getattr(settings, "loss_on", "answers")  # of SFT alone
         return cls(kind, limits, settings.on_bad_record, loss_on)
@@ -78,7 +65,7 @@ def encode_chunk(
     prepared = [_prepare(chat, options, record) for record in records]
     # All answers in one call of the tokenizer.
     wanted = [one for some in prepared if not isinstance(some, Refused) for one in some.exchanges]
-    encoded = iter(encode_exchanges(chat, wanted, options.limits.sequence))
+    encoded = iter(encode.encode_exchanges(chat, wanted, options.limits.sequence))
     examples, prompts = [], []
     for record, ready in zip(records, prepared, strict=True):
         fitted = ready if isinstance(ready, Refused) else ready.fit(chat, options, encoded)
@@ -97,7 +84,7 @@ def encode_chunk(
 def _in_form(
     chat: ChatTokenizer, record: Conversation | PreferencePair
 ) -> Conversation | PreferencePair:
-    """The record with its tool calls as the template takes them."""
+    """Return the record with its tool calls as the template takes them."""
     capabilities = chat.capabilities(record.tools)
     if isinstance(record, Conversation):
         return replace(record, turns=in_form(capabilities, record.turns))
@@ -106,7 +93,7 @@ def _in_form(
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A record that can be encoded, and the answers of it that are encoded with those of others.
+    """A record, and the answers of it that are encoded together with other records' answers.
 
     A conversation may have lost `dropped` old exchanges already.
     """
@@ -118,40 +105,43 @@ class _Prepared:
     def fit(
         self, chat: ChatTokenizer, options: EncodingOptions, encoded: Iterator[Encoded | Refused]
     ) -> Fitted | Refused:
-        """The record within its limits; takes its answers from `encoded`."""
+        """Return the record within its limits; its answers are the next of `encoded`."""
         own = list(islice(encoded, len(self.exchanges)))
         record, limits = self.record, options.limits
         if isinstance(record, PreferencePair):
             return fit_pair(chat, record, own, limits)
         if options.loss_on == "text":
-            own = [encode_text(chat, record, limits.sequence)]
+            own = [encode.encode_text(chat, record, limits.sequence)]
         return fit_conversation(chat, record, own, limits, options.loss_on, self.dropped)
 
 
 def _prepare(
     chat: ChatTokenizer, options: EncodingOptions, record: Conversation | PreferencePair
 ) -> _Prepared | Refused:
-    """What can be encoded of a record, or why it cannot be trained."""
+    """Return what can be encoded of a record, or why it cannot be trained."""
     on_answers = options.loss_on == "answers"
     capabilities = chat.capabilities(record.tools)
     named = f"chat_template: {chat.template.name}"
-    reason = reason_unsupported(capabilities, record)
-    if reason == NO_REASONING and chat.thought is not None and on_answers:
-        reason = ""  # it is written behind the prompt, which opens it
+    reason = template_capabilities.reason_unsupported(capabilities, record)
+    unreasoned = reason == template_capabilities.NO_REASONING
+    if unreasoned and chat.thought is not None and on_answers:
+        reason = ""  # the prompt opens the reasoning, which is written behind it
     if isinstance(record, PreferencePair):
-        reason = reason or chat.omissions.of_prompt(record.prompt, record.tools)
-        return Refused(reason, named) if reason else _Prepared(record, pair_exchanges(record))
+        if reason := reason or chat.omissions.of_prompt(record.prompt, record.tools):
+            return Refused(reason, named)
+        return _Prepared(record, encode.pair_exchanges(record))
     if reason:
         return Refused(reason, named)
     shorter = skip_old_turns(chat, record, options.limits, options.loss_on)
     if isinstance(shorter, Refused):
         return shorter
     record, dropped = shorter
-    answers = [i for i, turn in enumerate(record.turns) if is_answer(turn, options.loss_on)]
+    turns = enumerate(record.turns)
+    answers = [place for place, turn in turns if encode.is_answer(turn, options.loss_on)]
     reasoned = bool(capabilities.reasoning) and on_answers
     reason = chat.omissions.of_answers(
         record.turns, answers if on_answers else answers[-1:], record.tools, reasoned=reasoned
     )
     if reason:
         return Refused(reason, named)
-    return _Prepared(record, trained_exchanges(record) if on_answers else (), dropped)
+    return _Prepared(record, encode.trained_exchanges(record) if on_answers else (), dropped)

@@ -20,10 +20,7 @@ TrainedMask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A path that continues an example's prefix.
-
-    `input_ids` [L] and `trained` [L]: whether each token is a target.
-    """
+    """A path that continues an example's prefix: its tokens [L], and which are targets [L]."""
 
     input_ids: TokenIds
     trained: TrainedMask
@@ -40,9 +37,8 @@ class Example:
     """One encoded record: a shared prefix and the branches that continue it.
 
     A conversation has an empty prefix and one branch; a preference pair has the longest common
-    token prefix of its two sequences and two branches, chosen first. A trained token of the
-    prefix counts as a target of every branch. The first token of a sequence is never trained,
-    for nothing predicts it.
+    token prefix of its two sequences and two branches, chosen first. A trained token of the prefix
+    is a target of every branch. A sequence's first token is never trained: nothing predicts it.
     """
 
     prefix: Branch
@@ -63,7 +59,7 @@ class Example:
         return len(self.prefix.input_ids) + sum(branch.fed for branch in self.branches)
 
     def sequence(self, branch: int) -> Branch:
-        """The whole path from the root through one branch."""
+        """Return the prefix and one branch as one path."""
         tail = self.branches[branch]
         return Branch(
             np.concatenate([self.prefix.input_ids, tail.input_ids]),
@@ -72,11 +68,11 @@ class Example:
 
 
 def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
-    """The example of a conversation's trained answers, oldest first.
+    """Make the example of a conversation's trained answers, oldest first.
 
     When each answer's sequence continues the one before (the usual case) it is a single path;
-    otherwise one branch per answer behind the common prefix, in which nothing is trained, so
-    that no answer counts twice.
+    otherwise one branch per answer behind the common prefix, in which nothing is trained, so that
+    no answer counts twice.
     """
     if all(b.ids[: len(a.ids)] == a.ids for a, b in pairwise(encoded)):
         last = encoded[-1]
@@ -90,7 +86,7 @@ def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
 
 
 def pair_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
-    """The example of a preference pair: longest common token prefix, then chosen and rejected.
+    """Make the example of a preference pair: longest common token prefix, then chosen and rejected.
 
     The prefix may reach into the answers; it is shortened so that each branch keeps a token.
     """
@@ -101,11 +97,7 @@ def pair_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
 
 
 def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
-    masks = []
-    for answer in encoded:
-        mask = np.zeros(len(answer.ids), dtype=np.bool_)
-        mask[answer.start :] = True
-        masks.append(mask)
+    masks = [np.arange(len(answer.ids)) >= answer.start for answer in encoded]
     return Example(
         _branch(encoded[0].ids[:shared], masks[0][:shared]),
         tuple(
@@ -117,14 +109,14 @@ def _split(encoded: Sequence[Encoded], shared: int, origin: Origin) -> Example:
 
 
 def _branch(ids: Sequence[int], trained: Any, *, first: bool = True) -> Branch:
-    """A branch; the `first` token of a sequence has nothing before it to be predicted from."""
+    """Make a branch; `first` says that it begins a sequence, whose first token is not trained."""
     if first and len(trained):
         trained[0] = False
     return Branch(np.frombuffer(array("i", ids), dtype=np.int32), trained)
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     length = min(len(a), len(b))
     same = 0
     # Blocks compare much faster than their elements, and prompts are long.

@@ -1,8 +1,8 @@
-"""Worker processes that encode chunks of a data set, their results in reading order.
+"""Worker processes that encode chunks of a data set, with results in reading order.
 
-They are fresh interpreters rather than forks: a process with torch's threads must not fork, and one
-whose main module would be imported anew must not spawn. Each runs `main`, which reads tasks from
-its standard input and writes results to its standard output. Nothing here imports torch.
+They are fresh interpreters, because a process with torch's threads must not fork, and spawning
+would import the main module again. Each runs `main`, which reads tasks from its standard input and
+writes results to its standard output. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import IO, Any, Self
 
 import tandem
@@ -33,14 +32,14 @@ from tandem.data.tokenize.codec import CodecParts
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import TandemError, UserError
 
-# Batches between two looks for cyclic garbage: jinja's and the JSON parser's objects are many and
-# short-lived, and searching them all the time costs a tenth.
+# Chunks between two garbage collections: jinja's and the JSON parser's objects are many and
+# short-lived, and collecting all the time takes a tenth longer.
 _COLLECT_EVERY = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The first message: what all tasks have in common."""
+    """The first message to a worker: what all tasks have in common."""
 
     parts: CodecParts
     options: EncodingOptions
@@ -48,7 +47,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Bug:
-    """An error that is nobody's data's fault, as text."""
+    """The traceback of an error that is no fault of the data."""
 
     trace: str
 
@@ -62,7 +61,7 @@ def send(stream: IO[bytes], message: Any) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """Read one message; raises EOFError when the other side is gone."""
+    """Read one message; raise EOFError when the other side is gone."""
     head = stream.read(8)
     if len(head) < 8:
         raise EOFError
@@ -74,9 +73,9 @@ def receive(stream: IO[bytes]) -> Any:
 
 
 def main() -> None:
-    """Answer each task with its batch, a `UserError` or a `Bug`."""
+    """Answer each task with its encoded chunk, a `UserError` or a `Bug`."""
     tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the messages
+    os.dup2(2, 1)  # a library's print must not get between the messages
     gc.disable()
     try:
         setup: Setup = receive(tasks)
@@ -96,27 +95,27 @@ def main() -> None:
         pass  # the process that wanted the results is done, or gone
 
 
-# Chunks on their way for each worker: one in work, one waiting, one done.
+# Chunks in flight for each worker: one in work, one waiting, one done.
 _AHEAD = 3
 Task = tuple[Chunk, str]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Pool:
-    """`count` worker processes, as a context manager; they end with it, whatever happens."""
+    """A context manager of `count` worker processes; they end with it, whatever happens."""
 
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup = setup
         self._count = count
         self._workers: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        # A thread for each worker: it hands over a chunk and waits for its result.
+        # A thread for each worker, which sends a chunk and waits for its result.
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="encode")
 
     def __enter__(self) -> Self:
@@ -133,19 +132,13 @@ class Pool:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, EncodedChunk]]:
-        """Each task with its batch, in order; no more than a few are on their way at once.
+        """Yield each task with its encoded chunk, in order; only a few are in flight at once.
 
-        Raises what a worker raised for the first task that fails, also when reading the next
-        tasks failed before that.
+        Raises the error of the first task that fails, even if reading a later task failed earlier.
         """
         waiting: deque[tuple[Task, Future[EncodedChunk]]] = deque()
         source = iter(tasks)
@@ -189,7 +182,7 @@ class Pool:
         return answer
 
     def _end(self) -> None:
-        # Killed first: the threads that wait for them then get an end of file.
+        # Killed first, so that the threads that wait for them get an end of file.
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -203,29 +196,29 @@ class Pool:
 
 def _start() -> subprocess.Popen[bytes]:
     package = str(Path(tandem.__file__).resolve().parents[1])
-    found = os.environ.get("PYTHONPATH")
+    paths = os.environ.get("PYTHONPATH")
     return subprocess.Popen(
         [sys.executable, "-P", "-c", "from tandem.data.encoded.worker_pool import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([package, found] if found else [package]),
-            # Each worker is one core's.
+            "PYTHONPATH": os.pathsep.join([package, paths] if paths else [package]),
+            # Each worker has one core.
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         },
-        # Ctrl-C goes to the process that knows what to do about it, and that ends these.
+        # Ctrl-C goes only to the main process, which ends the workers.
         start_new_session=True,
     )
 
 
-# Displays a phase with a text and a total, if that is known; what it yields is told of progress.
+# Displays a phase with a text and a total, if that is known; yields the function to advance it.
 ShowProgress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 # Chunks, of up to 256 records each, beyond which worker processes are worth their start: on two
-# cores 4000 conversations are quicker without (1.4 s, 1.8 s), 8000 take the same either way.
+# cores 4000 conversations are faster without (1.4 s, 1.8 s), 8000 take the same either way.
 _FEW = 32
 # A worker takes about 140 MB; this many, with the process itself, stay below 2 GB.
 _MOST_WORKERS = 12
@@ -233,13 +226,13 @@ _MOST_WORKERS = 12
 
 @dataclass(frozen=True, slots=True)
 class EncodingWork:
-    """Where encoded data is kept, who encodes it, and how much of it is wanted.
+    """Where encoded data is kept, who encodes it, and how much of it is needed.
 
     Attributes:
-        store: finds and keeps the result; without one it is held in memory.
+        store: finds and keeps the result; without one it stays in memory.
         workers: processes that encode large data; None: one a core, but no more than 12.
         progress: displays the progress of large data.
-        limit: only so many examples are made, in memory; chunks behind them are not read.
+        limit: make only so many examples, in memory; later chunks are not read.
     """
 
     store: EncodedStore | None = None
@@ -256,15 +249,15 @@ def encoded_chunks(
     total: Callable[[], int | None],
     work: EncodingWork,
 ) -> Generator[tuple[Chunk, str, EncodedChunk | None]]:
-    """Chunks and their formats, each with what encoding makes of it: None without a tokenizer.
+    """Yield chunks and their formats, each with its encoded chunk; None without a tokenizer.
 
     Args:
         chunks: see `read_records.formatted_chunks`.
         chat: tokenizer and template.
-        options: what is made of every record.
-        doing: in words, for the display.
-        total: counts the rows, when there is something to display.
-        work: who encodes; beyond its limit, rows are read only when they are asked for.
+        options: how records are encoded.
+        doing: what the display says.
+        total: counts the rows for the display.
+        work: who encodes; up to its limit, rows are read ahead.
     """
     first: list[tuple[Chunk, str]] = []
     for one in chunks:
@@ -273,14 +266,11 @@ def encoded_chunks(
         if enough or len(first) > _FEW:
             break
     tasks = chain(first, chunks)
-    if len(first) <= _FEW:
-        for chunk, known in tasks:
-            yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
-        return
+    many = len(first) > _FEW
     count = work.workers or min(available_cores(), _MOST_WORKERS)
-    showing = work.progress(doing, total()) if work.progress else nullcontext(lambda _: None)
-    with showing as advance:
-        if chat is None or chat.parts is None or count == 1:
+    shown = work.progress(doing, total()) if many and work.progress else None
+    with shown or nullcontext(lambda _: None) as advance:
+        if not many or chat is None or chat.parts is None or count == 1:
             for chunk, known in tasks:
                 yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
                 advance(chunk.count)

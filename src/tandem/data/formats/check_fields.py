@@ -1,4 +1,4 @@
-"""Whether what a recipe says about a source's rows can apply to them, and changes anything."""
+"""Check what a recipe says about a source's rows: it must apply to them and change something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tandem.data.formats.conversations import QUESTION_KEYS, QUESTION_OPTIONS
+from tandem.data.formats.conversations import QUESTION_KEYS
 from tandem.data.formats.format import Format
 from tandem.data.formats.turns import known_role, read_keys
 from tandem.data.records import Unreadable
@@ -36,20 +36,20 @@ def check_meaning(source: DataSource, known: Format) -> None:
     for name, role in sorted(source.roles.items()):
         if known_role(name) == role:
             raise UserError(
-                f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, for "
+                f"data: {source.path}: `roles: {{{name}: {role}}}` changes nothing, because "
                 f"{name!r} means that anyway. Remove it."
             )
 
 
 def check_question_meaning(source: DataSource) -> None:
-    """Raise `UserError` for what a source of questions is said to be and has no effect."""
-    said = [name for name in ("format", "roles", "completions") if name in source.meaning]
-    if said:
-        raise UserError(
-            f"data: {source.path}: `{said[0]}` has no effect on questions, which have one format. "
-            "Remove it."
-        )
-    _check_keys(source, QUESTION_KEYS | QUESTION_OPTIONS, "a question")
+    """Raise `UserError` for a setting of a source of questions that has no effect."""
+    for name in ("format", "roles", "completions"):
+        if name in source.meaning:
+            raise UserError(
+                f"data: {source.path}: `{name}` has no effect on questions, which have one format. "
+                "Remove it."
+            )
+    _check_keys(source, QUESTION_KEYS, "a question")
     check_use(source)
 
 
@@ -67,7 +67,7 @@ def _check_keys(source: DataSource, keys: Set[str], what: str) -> None:
 
 
 def check_use(source: DataSource) -> None:
-    """Raise `UserError` for a name that is in no row; usually the first row has them all."""
+    """Raise `UserError` for a name that no row has; usually the first row has them all."""
     renaming = renaming_of(source)
     if not renaming:
         return
@@ -93,13 +93,13 @@ def check_use(source: DataSource) -> None:
         )
 
 
-# What tells a turn, and what is read of one.
+# The keys that make an object a turn, and those that are read of one.
 _SPEAKERS = {"role", "from"}
 _OF_TURNS = read_keys("assistant") | read_keys("tool")
 
 
 def unread_keys(chunks: Iterable[Chunk], known: Format, source: DataSource) -> tuple[str, ...]:
-    """The keys that are not read of the first row of the source's format, in order.
+    """Return, sorted, the keys that are not read of the first row of the source's format.
 
     Later rows may have others: `tandem check` looks at them all. A key that the source's names lead
     into (`answers.good`) is read. `chunks` are the source's first ones, not joined yet.
@@ -115,18 +115,18 @@ def unread_keys(chunks: Iterable[Chunk], known: Format, source: DataSource) -> t
 
 
 def unreadable(fields: Mapping[str, object], keys: Set[str]) -> str:
-    """What cannot be read of a row's columns of these keys, and why; empty when all can be.
+    """Return what cannot be read of a row's columns under `keys`, and why; empty when all can be.
 
-    What a turn holds beside what is read of it does not count.
+    Keys of a turn that are not read do not count.
     """
-    found = ((key, _lost_in(fields[key], str(key))) for key in fields if key in keys)
-    return next((lost for _, lost in found if lost), "")
+    reasons = (_lost_in(fields[key], str(key)) for key in fields if key in keys)
+    return next(filter(None, reasons), "")
 
 
 def unreadable_text(fields: Mapping[str, object]) -> str:
-    """The same for the texts in all columns of a row; other values do not count."""
-    found = (_lost_in(value, str(key), texts=True) for key, value in fields.items())
-    return next((lost for lost in found if lost), "")
+    """Return the same for the texts in all columns of a row; other values do not count."""
+    reasons = (_lost_in(value, str(key), texts=True) for key, value in fields.items())
+    return next(filter(None, reasons), "")
 
 
 def _lost_in(value: object, place: str, *, texts: bool = False) -> str:
@@ -140,5 +140,5 @@ def _lost_in(value: object, place: str, *, texts: bool = False) -> str:
     elif isinstance(value, Mapping):
         read = _OF_TURNS if _SPEAKERS & value.keys() and not texts else value.keys()
         inner = ((f"{place}.{key}", one) for key, one in value.items() if key in read)
-    found = (_lost_in(one, where, texts=texts) for where, one in inner)
-    return next((lost for lost in found if lost), "")
+    reasons = (_lost_in(one, where, texts=texts) for where, one in inner)
+    return next(filter(None, reasons), "")

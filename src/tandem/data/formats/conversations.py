@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tandem.data.formats import turns as turns_of
 from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
-from tandem.data.formats.turns import (
-    after_system,
-    answer_in,
-    check_order,
-    instruction_in,
-    prompt_in,
-    prompt_of,
-    turns_in,
-)
+from tandem.data.formats.turns import after_system, check_order, prompt_of, turns_in
 from tandem.data.records import Conversation, Origin, Turn
 
 
@@ -30,12 +23,12 @@ def read_messages(fields: Fields, origin: Origin) -> list[Conversation]:
 
 def read_alpaca(fields: Fields, origin: Origin) -> list[Conversation]:
     """`instruction`, `input`, `output`, after `system` and `history`."""
-    return [_answered(instruction_in(fields), text(fields, "output"), origin)]
+    return [_answered(turns_of.instruction_in(fields), text(fields, "output"), origin)]
 
 
 def read_completion(fields: Fields, origin: Origin) -> list[Conversation]:
     """`prompt` and `completion`, texts or messages."""
-    prompt, answer = answer_in(fields, "completion", prompt_in(fields))
+    prompt, answer = turns_of.answer_in(fields, "completion", turns_of.prompt_in(fields))
     return [_answered(prompt, answer, origin)]
 
 
@@ -52,7 +45,7 @@ def _conversation(
 
 
 def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> Conversation:
-    """The conversation of a row's turns, up to the last answer, behind its `system`."""
+    """Return the conversation of a row's turns up to the last answer, behind its `system`."""
     turns = after_system(fields, turns)
     # Nothing after the last answer can influence training.
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
@@ -65,14 +58,14 @@ def conversation_of(fields: Fields, turns: tuple[Turn, ...], origin: Origin) -> 
 
 def read_exchanges(fields: Fields, origin: Origin) -> list[Conversation]:
     """`conversation`: turns as in `messages` (LMSYS), or `input` and `output` (Capybara)."""
-    said = fields.get("conversation")
-    if isinstance(said, list) and said and all(_exchange(item) for item in said):
-        said = [
+    items = fields.get("conversation")
+    if isinstance(items, list) and items and all(_exchange(item) for item in items):
+        items = [
             {"role": role, "content": item[key]}
-            for item in said
+            for item in items
             for role, key in (("user", "input"), ("assistant", "output"))
         ]
-    turns = turns_in(said, "conversation", "role", "content")
+    turns = turns_in(items, "conversation", "role", "content")
     return [conversation_of(fields, turns, origin)]
 
 
@@ -80,7 +73,7 @@ def _exchange(item: object) -> bool:
     return isinstance(item, Mapping) and {"input", "output"} <= item.keys() and "role" not in item
 
 
-# A column that rows do not have, for a key that a spelling is without.
+# A column that no row has, for a key that a spelling lacks.
 _NONE = "\0"
 # Names of Alpaca's keys in GSM8K and question sets with a context; MetaMath and ms-swift; Dolly.
 QUESTION = {"instruction": "question", "input": "context"}
@@ -95,16 +88,14 @@ read_question_and_response = spelt(
     read_completion, system="system_prompt", prompt="question", completion="response"
 )
 
-QUESTION_KEYS = frozenset({"question", "answer"})
-QUESTION_OPTIONS = frozenset({"system", "accepted", "completion"})
+QUESTION_KEYS = frozenset({"question", "answer", "system", "accepted", "completion"})
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An evaluation record: what is asked, the right answer, and how a base model is asked it.
+    """An evaluation record. Any text of `accepted`, which is never empty, makes an answer right.
 
-    `accepted` are texts any of which makes an answer right (never empty); `completion` is the
-    beginning of a text that a base model completes with the answer.
+    `completion` is the beginning of a text that a base model completes with the answer.
     """
 
     turns: tuple[Turn, ...]

@@ -1,4 +1,4 @@
-"""What a row is asked for: its keys, sound texts, and a reason when it cannot be used."""
+"""What a format is, sound texts of a row, and the reason when a row cannot be used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fields = Mapping[str, object]
 # A row with one answer, in the keys `prompt`, `completion` and `label`.
 ToUnpaired = Callable[[Fields], Fields]
 
-# What a row of any format may offer to call.
+# Keys of any format that hold the functions a model may call.
 TOOL_KEYS = frozenset({"tools", "functions"})
 
 _ANSWERS = ("chosen", "rejected", "output", "completion", "response")
@@ -65,27 +65,26 @@ class Format:
 
     @property
     def id(self) -> str:
-        """What no other format has, for the program itself; some that read other records of the
-        same keys share a name."""
+        """A unique identifier; formats that make other records of the same keys share a name."""
         more = (self.completions, "joined" * self.joins, "stated" * self.stated)
         return ", ".join(filter(None, (self.name, *more)))
 
     def fits(self, fields: Fields) -> bool:
-        """Whether a row is of this format by what it holds."""
+        """Return whether a row is of this format by what it holds."""
         return self.keys <= fields.keys() and (self.suits is None or self.suits(fields))
 
     @property
     def read_keys(self) -> frozenset[str]:
-        """All keys that are read where they are."""
+        """All keys that are read."""
         return self.keys | self.optional | TOOL_KEYS
 
     def unread(self, fields: Fields) -> set[str]:
-        """The keys of a row that are not read; none of joined rows, which are not as they were."""
+        """Return the keys of a row that are not read; none of joined rows, which have new keys."""
         return set() if self.joins else set(fields) - self.read_keys
 
 
 def text(fields: Fields, key: str) -> str:
-    """The text in `key`; raises `InvalidRecord` when there is none, or an empty one."""
+    """Return the text in `key`; raise `InvalidRecord` when there is none, or an empty one."""
     value = fields.get(key)
     if value is None:
         raise InvalidRecord(f"`{key}` is null or missing")
@@ -97,13 +96,13 @@ def text(fields: Fields, key: str) -> str:
 
 
 def named(fields: Fields, names: Mapping[str, str]) -> dict[str, object]:
-    """A row whose keys are called so: `names` are keys, each with the row's name for it."""
+    """Return a row with its keys renamed: `names` has the row's own name of each key."""
     row = {key: value for key, value in fields.items() if key not in names}
     return row | {key: fields[name] for key, name in names.items() if name in fields}
 
 
 def sound(value: str) -> str:
-    """The text itself, if it can be encoded (JSON can spell half a surrogate pair)."""
+    """Return the text itself, if UTF-8 can encode it (JSON can spell half a surrogate pair)."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -112,22 +111,16 @@ def sound(value: str) -> str:
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Every text in a row or a part of one, keys aside."""
+    """Yield every text in a row or a part of one, but no keys."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from texts_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from texts_in(inner)
 
 
 def spelt(read: Reader, **names: str) -> Reader:
-    """A reader for rows that have other names for its keys: `key="name of the data"`.
-
-    Reasons speak of the data's names.
-    """
+    """Return a reader for rows with other names, `key="name of the data"`; reasons use those."""
 
     def reader(fields: Fields, origin: Origin) -> list[Record | InvalidRecord]:
         try:

@@ -1,181 +1,109 @@
-"""From a row to a conversation, preference pairs or a question.
+"""All formats of rows. A row's keys decide its format; other keys may lie beside them.
 
-Formats are told apart by their keys; extra keys are fine. A row that cannot be used raises
-`InvalidRecord` with a short reason, the same for all rows with the same fault, so that
-reasons count.
+A row that cannot be used raises `InvalidRecord` with a short reason. Rows with the same fault have
+the same reason, so that reasons can be counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from tandem.data.formats.conversations import (
-    INSTRUCTION,
-    QUERY,
-    QUESTION,
-    read_alpaca,
-    read_completion,
-    read_exchanges,
-    read_instruction_and_response,
-    read_messages,
-    read_prompt_and_response,
-    read_query_and_response,
-    read_question_and_answer,
-    read_question_and_response,
-    read_sharegpt,
-)
+from tandem.data.formats import conversations, preferences
+from tandem.data.formats.conversations import INSTRUCTION, QUERY, QUESTION
 from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
-from tandem.data.formats.preferences import (
-    answers_as_texts,
-    read_alpaca_pair,
-    read_best_vs_rest,
-    read_best_vs_worst,
-    read_explicit_pair,
-    read_implicit_pair,
-    read_input_pair,
-    read_orca_pair,
-    read_response_pair,
-    read_sharegpt_pair,
-)
 from tandem.data.formats.unpaired import (
     good_answers,
-    instruction_to_unpaired,
     is_labelled,
     joined_pairs,
-    last_turn_to_unpaired,
-    prompt_to_unpaired,
+    split_instruction,
+    split_last_turn,
+    split_prompt,
 )
 from tandem.errors import UserError, nearest
 
 
 def _known(
-    name: str, kind: Kind, keys: str, read: Reader, optional: str = "", **more: Any
+    kind: Kind, name: str, keys: str, read: Reader, optional: str = "", **more: Any
 ) -> Format:
     return Format(name, kind, frozenset(keys.split()), read, frozenset(optional.split()), **more)
+
+
+_conversations = partial(_known, "conversations")
+_pairs = partial(_known, "preference pairs")
 
 
 def _labelled(
     name: str,
     keys: str,
     optional: str,
-    apart: ToUnpaired,
+    split: ToUnpaired,
     suits: Callable[[Fields], bool] | None = is_labelled,
 ) -> tuple[Format, Format]:
-    """Answers with a label: good ones as conversations, or a good and a bad one as a pair."""
-    needed = frozenset(keys.split())
-    more = frozenset(f"system label kto_tag {optional}".split()) - needed
-    good, pairs = good_answers(apart), joined_pairs(apart)
+    """Return two formats of labelled answers: good ones as conversations, and joined pairs."""
+    more = " ".join({"system", "label", "kto_tag", *optional.split()} - set(keys.split()))
+    how: dict[str, Any] = {"turns": True, "suits": suits, "to_unpaired": split}
     return (
-        Format(name, "conversations", needed, good, more, True, suits, to_unpaired=apart),
-        Format(
-            name,
-            "preference pairs",
-            needed,
-            pairs,
-            more,
-            True,
-            suits,
-            to_unpaired=apart,
-            joins=True,
-        ),
+        _conversations(name, keys, good_answers(split), more, **how),
+        _pairs(name, keys, joined_pairs(split), more, joins=True, **how),
     )
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
 # `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
 FORMATS: tuple[Format, ...] = (
-    _known(
-        "orca_dpo_pairs", "preference pairs", "question chosen rejected", read_orca_pair, "system",
-        suits=answers_as_texts,
-    ),
-    _known(
-        "explicit preference", "preference pairs", "prompt chosen rejected", read_explicit_pair,
-        "system", turns=True,
-    ),
-    _known(
-        "ShareGPT preference", "preference pairs", "conversations chosen rejected",
-        read_sharegpt_pair, "system", turns=True,
-    ),
-    _known(
-        "Alpaca preference", "preference pairs", "instruction chosen rejected", read_alpaca_pair,
-        "input system history", turns=True,
-    ),
-    _known(
-        "input preference", "preference pairs", "input chosen rejected", read_input_pair, "system",
-        suits=answers_as_texts,
-    ),
-    # Without a prompt of its own: what both have in common.
-    _known(
-        "implicit preference", "preference pairs", "chosen rejected", read_implicit_pair, "system",
-        turns=True,
-    ),
-    _known(
-        "response preference", "preference pairs", "instruction chosen_response rejected_response",
-        read_response_pair, "input system history",
-    ),
-    _known(
-        "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_worst,
-        "system", completions="best_vs_worst",
-    ),
-    _known(
-        "UltraFeedback", "preference pairs", "instruction completions", read_best_vs_rest,
-        "system", completions="best_vs_rest",
-    ),
-    *_labelled("labelled ShareGPT", "conversations", "", last_turn_to_unpaired("conversations")),
-    *_labelled("labelled messages", "messages", "", last_turn_to_unpaired("messages")),
-    _known("ShareGPT", "conversations", "conversations", read_sharegpt, "system", turns=True),
-    _known("messages", "conversations", "messages", read_messages, "system", turns=True),
-    *_labelled(
-        "unpaired preference", "prompt completion label", "", prompt_to_unpaired("completion"), None
-    ),
-    _known(
-        "prompt and completion", "conversations", "prompt completion", read_completion, "system",
-        turns=True,
-    ),
-    *_labelled(
-        "labelled Alpaca", "instruction output", "input history", instruction_to_unpaired("output")
-    ),
-    _known(
-        "Alpaca", "conversations", "instruction output", read_alpaca, "input system history"
-    ),
-    _known("conversation", "conversations", "conversation", read_exchanges, "system", turns=True),
-    *_labelled(
-        "labelled instruction and response", "instruction response", "context history",
-        instruction_to_unpaired("response", **INSTRUCTION),
-    ),
-    _known(
-        "instruction and response", "conversations", "instruction response",
-        read_instruction_and_response, "context system history",
-    ),
-    *_labelled(
-        "labelled prompt and response", "prompt response", "", prompt_to_unpaired("response")
-    ),
-    _known(
-        "prompt and response", "conversations", "prompt response", read_prompt_and_response,
-        "system", turns=True,
-    ),
-    *_labelled(
-        "labelled query and response", "query response", "history",
-        instruction_to_unpaired("response", **QUERY),
-    ),
-    _known(
-        "query and response", "conversations", "query response", read_query_and_response,
-        "system history",
-    ),
-    _known(
-        "question and response", "conversations", "question response", read_question_and_response,
-        "system_prompt", turns=True,
-    ),
-    *_labelled(
-        "labelled question and answer", "question answer", "context history",
-        instruction_to_unpaired("answer", **QUESTION),
-    ),
-    _known(
-        "question and answer", "conversations", "question answer", read_question_and_answer,
-        "context system history",
-    ),
+    _pairs("orca_dpo_pairs", "question chosen rejected", preferences.read_orca_pair, "system",
+           suits=preferences.answers_as_texts),
+    _pairs("explicit preference", "prompt chosen rejected", preferences.read_explicit_pair,
+           "system", turns=True),
+    _pairs("ShareGPT preference", "conversations chosen rejected",
+           preferences.read_sharegpt_pair, "system", turns=True),
+    _pairs("Alpaca preference", "instruction chosen rejected", preferences.read_alpaca_pair,
+           "input system history", turns=True),
+    _pairs("input preference", "input chosen rejected", preferences.read_input_pair, "system",
+           suits=preferences.answers_as_texts),
+    # Without a prompt of its own: the prompt is what both dialogues have in common.
+    _pairs("implicit preference", "chosen rejected", preferences.read_implicit_pair, "system",
+           turns=True),
+    _pairs("response preference", "instruction chosen_response rejected_response",
+           preferences.read_response_pair, "input system history"),
+    _pairs("UltraFeedback", "instruction completions", preferences.read_best_vs_worst, "system",
+           completions="best_vs_worst"),
+    _pairs("UltraFeedback", "instruction completions", preferences.read_best_vs_rest, "system",
+           completions="best_vs_rest"),
+    *_labelled("labelled ShareGPT", "conversations", "", split_last_turn("conversations")),
+    *_labelled("labelled messages", "messages", "", split_last_turn("messages")),
+    _conversations("ShareGPT", "conversations", conversations.read_sharegpt, "system", turns=True),
+    _conversations("messages", "messages", conversations.read_messages, "system", turns=True),
+    *_labelled("unpaired preference", "prompt completion label", "", split_prompt("completion"),
+               None),
+    _conversations("prompt and completion", "prompt completion", conversations.read_completion,
+                   "system", turns=True),
+    *_labelled("labelled Alpaca", "instruction output", "input history",
+               split_instruction("output")),
+    _conversations("Alpaca", "instruction output", conversations.read_alpaca,
+                   "input system history"),
+    _conversations("conversation", "conversation", conversations.read_exchanges, "system",
+                   turns=True),
+    *_labelled("labelled instruction and response", "instruction response", "context history",
+               split_instruction("response", **INSTRUCTION)),
+    _conversations("instruction and response", "instruction response",
+                   conversations.read_instruction_and_response, "context system history"),
+    *_labelled("labelled prompt and response", "prompt response", "", split_prompt("response")),
+    _conversations("prompt and response", "prompt response",
+                   conversations.read_prompt_and_response, "system", turns=True),
+    *_labelled("labelled query and response", "query response", "history",
+               split_instruction("response", **QUERY)),
+    _conversations("query and response", "query response",
+                   conversations.read_query_and_response, "system history"),
+    _conversations("question and response", "question response",
+                   conversations.read_question_and_response, "system_prompt", turns=True),
+    *_labelled("labelled question and answer", "question answer", "context history",
+               split_instruction("answer", **QUESTION)),
+    _conversations("question and answer", "question answer",
+                   conversations.read_question_and_answer, "context system history"),
 )  # fmt: skip
 
 
@@ -183,52 +111,48 @@ _BY_ID = {one.id: one for known in FORMATS for one in (known, replace(known, sta
 
 
 def detect(fields: Fields) -> Format | None:
-    """The format of a row by its keys and what they hold, or None."""
+    """Return the format of a row by its keys and what they hold, or None."""
     return next((known for known in FORMATS if known.fits(fields)), None)
 
 
 def overlooked(keys: Sequence[str], known: Format) -> tuple[Format, ...]:
-    """The formats that rows with some keys may have, and that say more of them than `known`.
+    """Return the formats before `known` that rows with these keys may have.
 
-    Those come before it: rows with a verdict on their answer, or with a better and a worse one. A
-    source whose first row lacks what tells them is not of theirs, and these rows are not of its.
+    Their rows have a label on their answer, or a better and a worse answer. When a source's first
+    row lacks those, its format is another, and a later row that has them does not belong to it.
     """
     if known.stated or known.joins:
         return ()
     names = frozenset(keys)
     before = FORMATS[: [one.name for one in FORMATS].index(known.name)]
-    return tuple(
-        one
-        for one in before
-        if one.keys <= names and (one.to_unpaired is not None or one.kind != known.kind)
-    )
+    possible = (one for one in before if one.keys <= names)
+    return tuple(one for one in possible if one.to_unpaired or one.kind != known.kind)
 
 
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:
-    """The format of the same name that makes records of a kind, if there is one.
+    """Return the format of the same name that makes records of `kind`, else `known` itself.
 
-    `completions` chooses between those of scored answers: `best_vs_worst` (also None) or
-    `best_vs_rest`.
+    `completions` chooses between the two of scored answers; None means `best_vs_worst`.
     """
     wanted = (None, completions or "best_vs_worst")
     same = (one for one in FORMATS if one.name == known.name and one.kind == kind)
-    found = next((one for one in same if one.completions in wanted), known)
-    return replace(found, stated=True) if known.stated else found
+    chosen = next((one for one in same if one.completions in wanted), known)
+    return replace(chosen, stated=True) if known.stated else chosen
 
 
 def format_with(id_: str) -> Format:
-    """The known format of that `id`."""
+    """Return the known format with that `id`."""
     return _BY_ID[id_]
 
 
 def format_called(name: str) -> Format:
-    """The format that a recipe states so, in any case and with `_` or `-` for spaces.
+    """Return the format that a recipe names, in any case and with `_` or `-` for spaces.
 
-    Raises `UserError` for a name that is none, with the nearest one.
+    Raises `UserError` for an unknown name, with the nearest one.
     """
-    found = next((known for known in FORMATS if _plain(known.name) == _plain(name)), None)
-    if found is not None:
-        return replace(found, stated=True)
+    for known in FORMATS:
+        if _plain(known.name) == _plain(name):
+            return replace(known, stated=True)
     names = list(dict.fromkeys(known.name for known in FORMATS))
     raise UserError(
         f"data: there is no format {name!r}.{nearest(name, names)} "
@@ -241,7 +165,7 @@ def _plain(name: str) -> str:
 
 
 def describe_formats(kind: Kind) -> str:
-    """The known formats of a kind and their keys, for messages."""
+    """Return the known formats of a kind and their keys for messages."""
     keys = {
         (known.name, *sorted(known.keys | ({"label"} if known.to_unpaired else set()))): None
         for known in FORMATS

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
+from tandem.data.formats import turns
 from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
-from tandem.data.formats.turns import (
-    after_system,
-    answer_in,
-    check_order,
-    dialogue_in,
-    instruction_in,
-    prompt_in,
-    prompt_of,
-    said,
-    turns_in,
-)
+from tandem.data.formats.turns import check_order, prompt_of, said
 from tandem.data.records import Origin, PreferencePair, Turn
 
 
@@ -28,30 +20,30 @@ def read_orca_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
 
 def read_explicit_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     """`prompt`, `chosen`, `rejected`, texts or messages."""
-    return [_answers_to(prompt_in(fields), fields, origin)]
+    return [_answers_to(turns.prompt_in(fields), fields, origin)]
 
 
 def read_alpaca_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     """Alpaca's `instruction` and `input` with two answers."""
-    return [_answers_to(instruction_in(fields), fields, origin)]
+    return [_answers_to(turns.instruction_in(fields), fields, origin)]
 
 
 def read_sharegpt_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     """`conversations` that end with a question, and two answers, texts or turns."""
-    turns = turns_in(fields.get("conversations"), "conversations", "from", "value")
-    return [_answers_to(after_system(fields, turns), fields, origin)]
+    prompt = turns.turns_in(fields.get("conversations"), "conversations", "from", "value")
+    return [_answers_to(turns.after_system(fields, prompt), fields, origin)]
 
 
 def read_implicit_pair(fields: Fields, origin: Origin) -> list[PreferencePair]:
     """Two dialogues in `chosen` and `rejected` that differ in the last answer."""
-    chosen, rejected = (dialogue_in(fields, key) for key in ("chosen", "rejected"))
+    chosen, rejected = (turns.dialogue_in(fields, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise InvalidRecord("chosen and rejected follow different prompts")
     return [pair(chosen[:-1], said(chosen[-1]), said(rejected[-1]), origin)]
 
 
 def pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -> PreferencePair:
-    """A preference pair; raises `InvalidRecord` for turns or answers that make none."""
+    """Return a preference pair; raise `InvalidRecord` for turns or answers that make none."""
     check_order((*prompt, Turn("assistant", chosen)))
     if not rejected.strip():
         raise InvalidRecord("empty answer", "rejected")
@@ -60,16 +52,16 @@ def pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, origin: Origin) -
     return PreferencePair(prompt, chosen, rejected, origin)
 
 
-def _answers_to(turns: tuple[Turn, ...], fields: Fields, origin: Origin) -> PreferencePair:
-    chosen_prompt, chosen = answer_in(fields, "chosen", turns)
-    rejected_prompt, rejected = answer_in(fields, "rejected", turns)
+def _answers_to(prompt: tuple[Turn, ...], fields: Fields, origin: Origin) -> PreferencePair:
+    chosen_prompt, chosen = turns.answer_in(fields, "chosen", prompt)
+    rejected_prompt, rejected = turns.answer_in(fields, "rejected", prompt)
     if chosen_prompt != rejected_prompt:
         raise InvalidRecord("chosen and rejected follow different prompts")
     return pair(chosen_prompt, chosen, rejected, origin)
 
 
 def answers_as_texts(fields: Fields) -> bool:
-    """Whether a row's better answer is a text, not messages that bring their prompt."""
+    """Return whether a row's better answer is a text, not messages that bring their prompt."""
     return not isinstance(fields.get("chosen"), list)
 
 
@@ -82,20 +74,20 @@ Scored = tuple[int, float, Fields]
 
 
 def read_best_vs_worst(fields: Fields, origin: Origin) -> list[PreferencePair | InvalidRecord]:
-    """The best answer against the worst, one pair a row."""
+    """Pair the best answer with the worst, one pair a row."""
     prompt, ranked, verdicts = _ranked(fields)
     return [*verdicts, _against(prompt, ranked[0], ranked[-1], origin)]
 
 
 def read_best_vs_rest(fields: Fields, origin: Origin) -> list[PreferencePair | InvalidRecord]:
-    """The best answer against each of the others, in their order, a pair each."""
-    prompt, ranked, verdicts = _ranked(fields)
-    best, *rest = ranked
-    return [*verdicts, *(_against(prompt, best, one, origin) for one in sorted(rest, key=_place))]
+    """Pair the best answer with each of the others, in the row's order."""
+    prompt, (best, *rest), verdicts = _ranked(fields)
+    rest.sort(key=itemgetter(0))
+    return [*verdicts, *(_against(prompt, best, one, origin) for one in rest)]
 
 
 def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[InvalidRecord]]:
-    """Prompt, answers by falling score (the earlier first), a verdict for each without one."""
+    """Return prompt, answers by falling score (the earlier first), a verdict for each unscored."""
     prompt = prompt_of(fields.get("system"), text(fields, "instruction"))
     completions = fields.get("completions")
     if not isinstance(completions, list) or not completions:
@@ -104,9 +96,11 @@ def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Invali
         raise InvalidRecord("`completions` holds an answer that is not an object")
     # One measure for all of a row: scores of different scales cannot be compared.
     measured = [
-        [measure(one) for one in completions] for measure in (_overall, _fine_grained, _rated)
+        [_number(one.get("overall_score")) for one in completions],
+        [_number(one.get("fine-grained_score")) for one in completions],
+        [_mean_rating(one) for one in completions],
     ]
-    scores = max(measured, key=lambda found: sum(score is not None for score in found))
+    scores = max(measured, key=lambda measure: sum(score is not None for score in measure))
     ranked = [
         (place, score, one)
         for place, (score, one) in enumerate(zip(scores, completions, strict=True), start=1)
@@ -117,19 +111,16 @@ def _ranked(fields: Fields) -> tuple[tuple[Turn, ...], list[Scored], list[Invali
             "fewer than two answers have a score", f"{len(ranked)} of {len(scores)}"
         )
     missing = [place for place, score in enumerate(scores, start=1) if score is None]
+    verdicts = [InvalidRecord("an answer without a score", f"answer {at}") for at in missing]
     ranked.sort(key=lambda one: (-one[1], one[0]))
     _check_agreement(ranked[0], ranked[-1], measured)
-    return (
-        prompt,
-        ranked,
-        [InvalidRecord("an answer without a score", f"answer {at}") for at in missing],
-    )
+    return prompt, ranked, verdicts
 
 
 def _check_agreement(
     best: Scored, worst: Scored, measured: Sequence[Sequence[float | None]]
 ) -> None:
-    """Raise `InvalidRecord` where another measure has the best answer as the worst of all.
+    """Raise `InvalidRecord` where another measure gives the best answer the lowest score.
 
     UltraFeedback has rows in which an `overall_score` of 1 was written down as 10.
     """
@@ -157,30 +148,18 @@ def _against(
         return InvalidRecord(verdict.reason, where)
 
 
-def _place(scored: Scored) -> int:
-    return scored[0]
-
-
-def _overall(completion: Fields) -> float | None:
-    return _number(completion.get("overall_score"))
-
-
-def _fine_grained(completion: Fields) -> float | None:
-    return _number(completion.get("fine-grained_score"))
-
-
-def _rated(completion: Fields) -> float | None:
-    """The mean of the aspects' ratings, those that are there."""
+def _mean_rating(completion: Fields) -> float | None:
+    """Return the mean rating of the aspects that have one."""
     aspects = completion.get("annotations")
     if not isinstance(aspects, Mapping):
         return None
-    given = [_number(one.get("Rating")) for one in aspects.values() if isinstance(one, Mapping)]
-    ratings = [one for one in given if one is not None]
+    numbers = [_number(one.get("Rating")) for one in aspects.values() if isinstance(one, Mapping)]
+    ratings = [one for one in numbers if one is not None]
     return sum(ratings) / len(ratings) if ratings else None
 
 
 def _number(value: object) -> float | None:
-    """A finite number, also when written as a text."""
+    """Return a finite number, also one written as a text, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

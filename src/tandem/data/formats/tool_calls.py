@@ -1,10 +1,9 @@
-"""Tools, tool calls and reasoning of a row: several spellings to the one chat templates take.
+"""Tools, tool calls and reasoning of a row, converted to the spelling that chat templates take.
 
-OpenAI's: `tools` is a list of functions with JSON schemas, `tool_calls` of an assistant's turn a
-list of `{"id", "type": "function", "function": {"name", "arguments"}}`; `tool_call_id` and `name`
-of a tool's turn say what it answers. The older `functions` are tools, `function_call` is one call.
-All of them may be JSON texts, as data sets on the Hub have them; arguments that are JSON texts
-become objects, as inference servers make them.
+It is OpenAI's: `tools` is a list of functions with JSON schemas, `tool_calls` of an assistant's
+turn a list of `{"id", "type": "function", "function": {"name", "arguments"}}`; `tool_call_id` and
+`name` of a tool's turn say what it answers. The older `functions` and `function_call` are read as
+well. All may be JSON texts, as on the Hub; arguments that are JSON texts become objects.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from tandem.data.records import REASONING
 
-# How an answer's reasoning is called: by most servers and templates, by some, by a few.
+# Names of an answer's reasoning, the most frequent first.
 REASONING_KEYS = (REASONING, "thinking", "reasoning")
 
 
@@ -24,83 +23,62 @@ class Malformed(ValueError):  # noqa: N818  (a verdict on a record)
 
 
 def read_tools(value: object) -> str:
-    """A row's tools as a JSON list, empty when there are none.
+    """Return a row's tools as a JSON list, empty when there are none.
 
     Raises `Malformed` for anything but a list of objects.
     """
-    tools = _parsed(value, "`tools`")
-    if tools is None or tools == []:
-        return ""
-    if isinstance(tools, Mapping):
-        tools = [tools]
-    if not isinstance(tools, list):
-        raise Malformed("`tools` is not a list of functions")
-    tools = [_parsed(tool, "`tools`") for tool in tools]
+    tools = _listed(value, "`tools`", "functions")
     if not all(isinstance(tool, Mapping) and tool for tool in tools):
         raise Malformed("`tools` is not a list of functions")
-    return _text(tools)
+    return _text(tools) if tools else ""
 
 
 def read_functions(value: object) -> str:
-    """OpenAI's older `functions` as tools, empty when there are none; raises `Malformed`."""
+    """Return OpenAI's older `functions` as tools, empty when there are none; raise `Malformed`."""
     try:
         listed = read_tools(value)
     except Malformed as reason:
         raise Malformed(str(reason).replace("`tools`", "`functions`")) from reason
-    if not listed:
-        return ""
-    return _text(
-        [
-            one if "function" in one else {"type": "function", "function": one}
-            for one in json.loads(listed)
-        ]
-    )
+    functions = json.loads(listed) if listed else []
+    tools = [
+        one if "function" in one else {"type": "function", "function": one} for one in functions
+    ]
+    return _text(tools) if tools else ""
 
 
 def read_answer(calls: object, item: Mapping[str, object]) -> str:
-    """The `extra` of an assistant's turn: its tool calls, and its reasoning; empty without both.
+    """Return the `extra` of an assistant's turn: its tool calls and reasoning; empty without both.
 
     Raises `Malformed` for a call without a name, and for reasoning that is not a text.
     """
-    found = {key: item.get(key) for key in REASONING_KEYS}
-    said = {key: value for key, value in found.items() if value not in (None, "")}
-    if not all(isinstance(value, str) for value in said.values()):
-        key = next(key for key, value in said.items() if not isinstance(value, str))
-        raise Malformed(f"`{key}` is not a text")
-    if len(set(said.values())) > 1:
-        raise Malformed(f"{' and '.join(f'`{key}`' for key in said)} differ")
+    reasoning = {key: item[key] for key in REASONING_KEYS if item.get(key) not in (None, "")}
+    for key, value in reasoning.items():
+        if not isinstance(value, str):
+            raise Malformed(f"`{key}` is not a text")
+    if len(set(reasoning.values())) > 1:
+        raise Malformed(f"{' and '.join(f'`{key}`' for key in reasoning)} differ")
     more: dict[str, object] = {}
     if listed := read_calls(calls):
         more["tool_calls"] = listed
-    if said:
-        more[REASONING] = next(iter(said.values()))
+    if reasoning:
+        more[REASONING] = next(iter(reasoning.values()))
     return _text(more) if more else ""
 
 
 def read_calls(value: object) -> list[dict[str, Any]]:
-    """The tool calls of an assistant's turn, in one spelling.
-
-    Raises `Malformed` for a call without a name.
-    """
-    calls = _parsed(value, "`tool_calls`")
-    if calls is None or calls == []:
-        return []
-    if isinstance(calls, Mapping):
-        calls = [calls]
-    if not isinstance(calls, list):
-        raise Malformed("`tool_calls` is not a list of calls")
-    return [_call(_parsed(call, "`tool_calls`")) for call in calls]
+    """Return the tool calls of an assistant's turn; raise `Malformed` for one without a name."""
+    return [_call(call) for call in _listed(value, "`tool_calls`", "calls")]
 
 
 def read_result(item: Mapping[str, object]) -> str:
-    """The `extra` of a tool's turn: whose result it is."""
-    found = {key: item.get(key) for key in ("name", "tool_call_id")}
-    told = {key: value for key, value in found.items() if isinstance(value, str) and value}
-    return _text(told) if told else ""
+    """Return the `extra` of a tool's turn: whose result it is."""
+    values = {key: item.get(key) for key in ("name", "tool_call_id")}
+    texts = {key: value for key, value in values.items() if isinstance(value, str) and value}
+    return _text(texts) if texts else ""
 
 
 def _call(call: object) -> dict[str, Any]:
-    """One call as `{"id"?, "type", "function": {"name", "arguments"}}`."""
+    """Return one call as `{"id"?, "type", "function": {"name", "arguments"}}`."""
     if not isinstance(call, Mapping):
         raise Malformed("`tool_calls` is not a list of calls")
     function = call.get("function")
@@ -116,12 +94,25 @@ def _call(call: object) -> dict[str, Any]:
             parsed = None
         arguments = parsed if isinstance(parsed, dict) else arguments
     named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    given = {} if arguments is None else arguments
-    return {**named, "type": "function", "function": {"name": function["name"], "arguments": given}}
+    arguments = {} if arguments is None else arguments
+    inner = {"name": function["name"], "arguments": arguments}
+    return {**named, "type": "function", "function": inner}
+
+
+def _listed(value: object, what: str, of: str) -> list[Any]:
+    """Return the objects of a list, of one object, or of their JSON text; none for None."""
+    items = _parsed(value, what)
+    if items is None:
+        return []
+    if isinstance(items, Mapping):
+        items = [items]
+    if not isinstance(items, list):
+        raise Malformed(f"{what} is not a list of {of}")
+    return [_parsed(item, what) for item in items]
 
 
 def _parsed(value: object, what: str) -> Any:
-    """The value, or what it spells as JSON text."""
+    """Return the value, or what it spells as JSON text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -133,7 +124,7 @@ def _parsed(value: object, what: str) -> Any:
 
 
 def _text(value: object) -> str:
-    """JSON text, if it can be encoded (JSON can spell half a surrogate pair)."""
+    """Return JSON text, if it can be encoded (JSON can spell half a surrogate pair)."""
     try:
         text = json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")

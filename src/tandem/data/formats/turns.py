@@ -1,38 +1,23 @@
-"""Turns of a conversation: from lists of objects, from transcripts, from single texts."""
+"""Read the turns of a conversation from lists of objects, from transcripts, from single texts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+from tandem.data.formats import tool_calls
 from tandem.data.formats.format import Fields, InvalidRecord, sound, text, texts_in
-from tandem.data.formats.tool_calls import (
-    REASONING_KEYS,
-    Malformed,
-    read_answer,
-    read_functions,
-    read_result,
-    read_tools,
-)
+from tandem.data.formats.tool_calls import REASONING_KEYS, Malformed
 from tandem.data.records import Turn
 from tandem.recipe.choices import Role
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+_NAMES_OF_ROLES: dict[Role, str] = {
+    "system": "system developer",
+    "user": "human user prompter",
+    "assistant": "gpt chatgpt assistant bot model function_call",
+    "tool": "tool function observation",
 }
+_ROLES = {name: role for role, names in _NAMES_OF_ROLES.items() for name in names.split()}
 UNKNOWN_ROLE = "unknown role (the recipe's `roles` can say what it means)"
 # Which turn may follow which; a `call` is an assistant's turn that calls tools.
 _NEXT = {
@@ -43,9 +28,9 @@ _NEXT = {
     "tool": ("tool", "assistant"),
 }
 
-# Under which an answer says whether it is trained: SlimOrca, OpenAI; Axolotl; ms-swift.
+# Keys that say whether an answer is trained: of SlimOrca and OpenAI; of Axolotl; of ms-swift.
 _WEIGHTS = ("weight", "train", "loss")
-# Columns of what is no text, and the marks of their places in one.
+# Columns of images, films and sounds, and the marks of their places in a text.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _PLACES = re.compile(r"<(?:image|video|audio)(?:_?\d+)?>")
 
@@ -55,12 +40,12 @@ _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
 def known_role(name: str) -> Role | None:
-    """The role that a name means in every data set, if it has a meaning."""
+    """Return the role that a name has in every data set, or None for an unknown name."""
     return _ROLES.get(name.lower())
 
 
 def turns_in(value: object, key: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
-    """The turns of a list of objects; an empty system turn is none."""
+    """Return the turns of a list of objects, without an empty system turn."""
     if isinstance(value, str):
         raise InvalidRecord(f"`{key}` is a text, not a list of turns")
     if not isinstance(value, list) or not value:
@@ -74,7 +59,7 @@ def turns_in(value: object, key: str, role_key: str, text_key: str) -> tuple[Tur
 
 
 def after_system(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns, behind the text in `system` if there is one."""
+    """Return the turns, behind the text in `system` if there is one."""
     before = system_turn(fields.get("system"))
     if not before or turns[0] == before[0]:
         return turns
@@ -82,7 +67,7 @@ def after_system(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def read_keys(role: Role | None) -> frozenset[str]:
-    """The keys that are read of a turn, given who speaks; None: of one whose role is unknown."""
+    """Return the keys that are read of a turn of some role; None is an unknown role."""
     keys = {"role", "content", "from", "value", *_WEIGHTS, "train_detail"}
     if role == "assistant":
         keys |= {"tool_calls", "function_call", *REASONING_KEYS}
@@ -92,7 +77,7 @@ def read_keys(role: Role | None) -> frozenset[str]:
 
 
 def system_turn(system: object) -> tuple[Turn, ...]:
-    """A system turn; an empty text means that there is none."""
+    """Return a system turn, or nothing for an empty text."""
     if system is None or system == "":
         return ()
     if not isinstance(system, str):
@@ -101,15 +86,12 @@ def system_turn(system: object) -> tuple[Turn, ...]:
 
 
 def prompt_of(system: object, question: str) -> tuple[Turn, ...]:
-    """System and user turn."""
+    """Return a system turn, if there is one, and a user turn."""
     return (*system_turn(system), Turn("user", question))
 
 
 def prompt_in(fields: Fields) -> tuple[Turn, ...]:
-    """The turns in `prompt`, beside an optional system text.
-
-    It is a text, messages, or a transcript of HH-RLHF's kind up to the answer.
-    """
+    """Return the turns in `prompt`: a text, messages, or HH-RLHF's transcript up to the answer."""
     prompt = fields.get("prompt")
     if isinstance(prompt, list):
         return after_system(fields, turns_in(prompt, "prompt", "role", "content"))
@@ -119,14 +101,14 @@ def prompt_in(fields: Fields) -> tuple[Turn, ...]:
 
 
 def instruction_in(fields: Fields) -> tuple[Turn, ...]:
-    """The turns of Alpaca's keys: `instruction` and `input`, after `system` and `history`."""
-    given = fields.get("input")
-    if given is not None and not isinstance(given, str):
+    """Return the turns of Alpaca's keys: `instruction`, `input`, after `system` and `history`."""
+    context = fields.get("input")
+    if context is not None and not isinstance(context, str):
         raise InvalidRecord("`input` is not a text")
-    if given and given.strip():
+    if context and context.strip():
         # Some rows have all of the question there.
         asked = "" if fields.get("instruction") == "" else text(fields, "instruction") + "\n\n"
-        question = asked + sound(given)
+        question = asked + sound(context)
     else:
         question = text(fields, "instruction")
     history = fields.get("history") or []
@@ -145,10 +127,7 @@ def _exchange(pair: object) -> tuple[Turn, Turn]:
 
 
 def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
-    """The answer in `key` and its prompt.
-
-    It is a text, a turn, or messages that may repeat the prompt.
-    """
+    """Return the prompt and the answer in `key`: a text, a turn, or messages with the prompt."""
     value = fields.get(key)
     if isinstance(value, Mapping):
         value = [value]
@@ -168,14 +147,14 @@ def answer_in(fields: Fields, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple
 
 
 def _begins(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
-    """Whether some turns begin with a prompt, a system turn aside that it lacks."""
+    """Return whether some turns begin with a prompt, apart from a system turn that it lacks."""
     if prompt[0].role != "system" and turns[0].role == "system":
         turns = turns[1:]
     return turns[: len(prompt)] == prompt
 
 
 def said(answer: Turn) -> str:
-    """The text of an answer that stands beside a prompt; only conversations hold more of it."""
+    """Return the text of an answer beside a prompt; only conversations hold more."""
     if answer.calls:
         raise InvalidRecord("an answer that calls tools, outside of a conversation")
     if answer.reasoned:
@@ -184,15 +163,17 @@ def said(answer: Turn) -> str:
 
 
 def tools_in(fields: Fields) -> str:
-    """The functions in `tools`, or in OpenAI's older `functions`; see `calls`."""
+    """Return the functions in `tools`, or in OpenAI's older `functions`."""
     try:
-        return read_tools(fields.get("tools")) or read_functions(fields.get("functions"))
+        return tool_calls.read_tools(fields.get("tools")) or tool_calls.read_functions(
+            fields.get("functions")
+        )
     except Malformed as reason:
         raise InvalidRecord(str(reason)) from reason
 
 
 def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
-    """The turns in `key`, messages or a transcript of HH-RLHF's kind, the answer last."""
+    """Return the turns in `key`, messages or a transcript of HH-RLHF's kind, the answer last."""
     value = fields.get(key)
     if isinstance(value, list):
         turns = turns_in(value, key, "role", "content")
@@ -206,9 +187,9 @@ def dialogue_in(fields: Fields, key: str) -> tuple[Turn, ...]:
 
 
 def check_order(turns: tuple[Turn, ...]) -> None:
-    """Raise `InvalidRecord` unless it is [system], user, assistant, user, ... with texts.
+    """Raise `InvalidRecord` unless the order is [system], user, assistant, user, ... with texts.
 
-    An assistant that calls tools is followed by their results, and those by an assistant.
+    After an assistant that calls tools come their results, and then an assistant.
     """
     spoken = turns[1:] if turns[0].role == "system" else turns
     before = ""
@@ -231,7 +212,7 @@ def check_text_alone(fields: Fields) -> None:
 
 
 def _awaits_answer(prompt: object) -> bool:
-    """Whether a prompt is a transcript of HH-RLHF's kind that ends where the answer begins."""
+    """Return whether a prompt is HH-RLHF's kind of transcript, up to where the answer begins."""
     return (
         isinstance(prompt, str)
         and prompt.lstrip().startswith("Human:")
@@ -267,12 +248,12 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
     content, extra = item.get(text_key), ""
     try:
         if name.lower() == "function_call":
-            content, extra = None, read_answer(content, item)
+            content, extra = None, tool_calls.read_answer(content, item)
         elif role == "assistant":
             calls = item.get("tool_calls") or item.get("function_call")
-            extra = read_answer(calls, item)
+            extra = tool_calls.read_answer(calls, item)
         elif role == "tool":
-            extra = read_result(item)
+            extra = tool_calls.read_result(item)
     except Malformed as reason:
         raise InvalidRecord(str(reason)) from reason
     trained = role != "assistant" or _trained(item)
@@ -282,35 +263,32 @@ def _turn(item: object, key: str, role_key: str, text_key: str) -> Turn:
 
 
 def _trained(item: Mapping[str, object]) -> bool:
-    """Whether an answer's weight says it is trained; without a weight it is."""
-    said = {key: item[key] for key in _WEIGHTS if item.get(key) is not None}
-    for key, weight in said.items():
+    """Return whether an answer's weight says it is trained; without a weight it is."""
+    weights = {key: item[key] for key in _WEIGHTS if item.get(key) is not None}
+    for key, weight in weights.items():
         if weight not in (0, 1):
             raise InvalidRecord(f"an answer's {key} is neither 0 nor 1", repr(weight))
     if item.get("train_detail"):
         raise InvalidRecord("an answer's `train_detail` is about parts of it; it is trained or not")
-    if len(set(said.values())) > 1:
-        raise InvalidRecord(f"an answer's {' and '.join(f'`{key}`' for key in said)} differ")
-    return all(said.values())
+    if len(set(weights.values())) > 1:
+        raise InvalidRecord(f"an answer's {' and '.join(f'`{key}`' for key in weights)} differ")
+    return all(weights.values())
 
 
 def _content(content: object, key: str) -> str:
-    """A turn's text, also when given as a list of text parts."""
+    """Return a turn's text, which may be a list of text parts."""
     if isinstance(content, list) and content:
         parts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
             for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise InvalidRecord(f"a turn's `{key}` has a part that is no text", _kinds(content))
+            kinds = (part.get("type") if isinstance(part, Mapping) else part for part in content)
+            others = dict.fromkeys(repr(kind)[:40] for kind in kinds if kind != "text")
+            raise InvalidRecord(f"a turn's `{key}` has a part that is no text", ", ".join(others))
         content = "".join(str(part) for part in parts)
     if content is None:
         raise InvalidRecord(f"a turn's `{key}` is null or missing")
     if not isinstance(content, str):
         raise InvalidRecord(f"a turn's `{key}` is not a text")
     return sound(content)
-
-
-def _kinds(parts: list[object]) -> str:
-    kinds = (part.get("type") if isinstance(part, Mapping) else part for part in parts)
-    return ", ".join(dict.fromkeys(repr(kind)[:40] for kind in kinds if kind != "text"))

@@ -1,7 +1,7 @@
-"""Rows that hold one answer and whether it is a good one, for KTO.
+"""Rows that hold one answer and a label, true for a good one, as for KTO.
 
-As TRL has them, the answer beside its prompt; or, as others do, in rows of any other format, with
-`label` or LLaMA-Factory's `kto_tag` beside them.
+TRL has the answer beside its prompt; others have rows of another format with `label` or
+LLaMA-Factory's `kto_tag` beside them.
 """
 
 from __future__ import annotations
@@ -14,30 +14,22 @@ from hashlib import blake2b
 from itertools import groupby, islice
 from tempfile import SpooledTemporaryFile
 
+from tandem.data.formats import format as formats
 from tandem.data.formats.conversations import read_completion
-from tandem.data.formats.format import (
-    TOOL_KEYS,
-    Fields,
-    Format,
-    InvalidRecord,
-    Reader,
-    ToUnpaired,
-    named,
-    text,
-)
+from tandem.data.formats.format import Fields, InvalidRecord, Reader, ToUnpaired, text
 from tandem.data.formats.preferences import read_explicit_pair
 from tandem.data.formats.turns import instruction_in, tools_in
 from tandem.data.records import Conversation, Origin, PreferencePair
 from tandem.data.sources.chunks import BadLine, Chunk, Row, RowChunk
 
-# The keys of a labelled answer once it is apart from what is before it.
-BEFORE = ("prompt", "system", *sorted(TOOL_KEYS))
+# The keys of what stands before a labelled answer, once the row is split.
+BEFORE = ("prompt", "system", *sorted(formats.TOOL_KEYS))
 
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def label_of(fields: Fields) -> bool:
-    """Whether a row's answer is a good one: a truth value, 0 or 1, or one of them as text."""
+    """Return whether a row's answer is a good one: a truth value, 0 or 1, also as text."""
     key = _label_key(fields)
     label = _LABELS.get(str(fields.get(key)).strip().lower())
     if label is None:
@@ -46,68 +38,68 @@ def label_of(fields: Fields) -> bool:
 
 
 def is_labelled(fields: Fields) -> bool:
-    """Whether a row has a verdict: `kto_tag`, or a `label` that is true or false, also as text.
+    """Return whether a row has `kto_tag`, or a `label` that is true or false, also as text.
 
-    Beside answers of formats other than TRL's, other labels mean other things.
+    In formats other than TRL's, other labels mean other things.
     """
-    said = str(fields.get("label")).strip().lower()
-    return fields.get("kto_tag") is not None or said in ("true", "false")
+    label = str(fields.get("label")).strip().lower()
+    return fields.get("kto_tag") is not None or label in ("true", "false")
 
 
-def last_turn_to_unpaired(key: str) -> ToUnpaired:
-    """The last of the turns in `key` as the answer."""
+def split_last_turn(key: str) -> ToUnpaired:
+    """Split rows whose answer is the last of the turns in `key`."""
 
-    def apart(fields: Fields) -> Fields:
+    def split(fields: Fields) -> Fields:
         turns = fields.get(key)
         if not isinstance(turns, list) or len(turns) < 2:
             raise InvalidRecord(f"`{key}` is not a list of a question and its answer")
         return _answered(fields, turns[:-1], turns[-1:])
 
-    return apart
+    return split
 
 
-def prompt_to_unpaired(answer: str) -> ToUnpaired:
-    """The answer in a key of its own beside `prompt`."""
+def split_prompt(answer: str) -> ToUnpaired:
+    """Split rows whose answer has a key of its own beside `prompt`."""
 
-    def apart(fields: Fields) -> Fields:
+    def split(fields: Fields) -> Fields:
         for key in ("prompt", answer):
             if not isinstance(fields.get(key), list | Mapping):
                 text(fields, key)
         return _answered(fields, fields["prompt"], fields[answer])
 
-    return apart
+    return split
 
 
-def instruction_to_unpaired(answer: str, **names: str) -> ToUnpaired:
-    """The answer behind Alpaca's keys, some of which may have other names."""
+def split_instruction(answer: str, **names: str) -> ToUnpaired:
+    """Split rows whose answer stands beside Alpaca's keys, some of which may have other names."""
 
-    def apart(fields: Fields) -> Fields:
-        turns = instruction_in(named(fields, names))
+    def split(fields: Fields) -> Fields:
+        turns = instruction_in(formats.named(fields, names))
         before = [{"role": turn.role, "content": turn.content} for turn in turns]
         return _answered({**fields, "system": None}, before, text(fields, answer))
 
-    return apart
+    return split
 
 
-def good_answers(apart: ToUnpaired) -> Reader:
-    """A reader of the conversations of good answers; it raises `InvalidRecord` for bad ones."""
+def good_answers(split: ToUnpaired) -> Reader:
+    """Return a reader of good answers as conversations; it raises `InvalidRecord` for bad ones."""
 
     def read(fields: Fields, origin: Origin) -> list[Conversation]:
         if not label_of(fields):
             raise InvalidRecord("the answer is labelled false")
-        return read_completion(apart(fields), origin)
+        return read_completion(split(fields), origin)
 
     return read
 
 
-def joined_pairs(apart: ToUnpaired) -> Reader:
-    """A reader of pairs of two rows that `joining` has put together, or of why one is alone."""
+def joined_pairs(split: ToUnpaired) -> Reader:
+    """Return a reader of pairs of rows that `joined` put together, or of why a row is alone."""
 
     def read(fields: Fields, origin: Origin) -> list[PreferencePair]:
         if "chosen" in fields and "rejected" in fields:
             return read_explicit_pair(fields, origin)
         label = label_of(fields)
-        read_completion(apart(fields), origin)
+        read_completion(split(fields), origin)
         raise InvalidRecord(f"no answer to the same prompt is labelled {str(not label).lower()}")
 
     return read
@@ -127,13 +119,11 @@ _IN_MEMORY = 2**26
 _ROWS = 256
 
 
-def joined(chunks: Iterable[Chunk], known: Format) -> Iterator[Chunk]:
-    """The chunks with each good answer beside a bad one to the same prompt, first come first.
+def joined(chunks: Iterable[Chunk], known: formats.Format) -> Iterator[Chunk]:
+    """Yield chunks in which each good answer is joined with a bad one to the same prompt.
 
-    The rows are in the labelled format `known`.
-
-    A pair is the later of its two rows, with `chosen` and `rejected`.
-    Rows that stay alone come last, as they are; rows that cannot be told, in their place.
+    The rows are in the labelled format `known`. A pair takes the place of its later row, and has
+    `chosen` and `rejected`. Rows without a partner come last; unusable rows stay in their place.
     """
     with _Waiting(known) as waiting:
         for chunk in chunks:
@@ -145,14 +135,14 @@ def joined(chunks: Iterable[Chunk], known: Format) -> Iterator[Chunk]:
 
 
 class _Waiting:
-    """Rows without a partner, as a context manager; its file ends with it."""
+    """Rows without a partner, as a context manager that closes their file."""
 
-    def __init__(self, known: Format) -> None:
+    def __init__(self, known: formats.Format) -> None:
         assert known.to_unpaired is not None
-        self._apart, self._keys = known.to_unpaired, known.read_keys
+        self._split, self._keys = known.to_unpaired, known.read_keys
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  (closed by exit)
-        # By prompt and label, places in the file, the first come first. Lists, for an empty deque
-        # takes more than all else of an answer, and most prompts have few.
+        # By prompt and label, places in the file, the first come first. Lists, because an empty
+        # deque takes more memory than all else of an answer, and most prompts have few.
         self._places: defaultdict[tuple[bytes, bool], list[int]] = defaultdict(list)
         self._end = 0
 
@@ -163,13 +153,13 @@ class _Waiting:
         self._file.close()
 
     def meet(self, row: Row | BadLine) -> Row | BadLine | None:
-        """A row's pair, the row itself if it can have none, or None when it now waits."""
+        """Return a row's pair, the row itself if it can have none, or None when it now waits."""
         if isinstance(row, BadLine):
             return row
         try:
             label = label_of(row.fields)
-            own = self._apart(row.fields)
-            # Or its partner would be lost with it.
+            own = self._split(row.fields)
+            # Checked here, or its partner would be lost with it.
             tools_in(row.fields)
             read_completion(own, row.origin)
             prompt = _digest(own)
@@ -179,7 +169,7 @@ class _Waiting:
                 return None
         except (InvalidRecord, RecursionError):
             return row
-        other = self._apart(self._read(others.pop(0)).fields)
+        other = self._split(self._read(others.pop(0)).fields)
         if not others:
             del self._places[prompt, not label]
         good, bad = (own, other) if label else (other, own)
@@ -188,7 +178,7 @@ class _Waiting:
         return Row({**own, **answers, "label": label}, row.origin)
 
     def left(self) -> Iterator[Row]:
-        """The rows that wait at the end, in reading order."""
+        """Yield the rows that still wait, in reading order."""
         for place in sorted(place for places in self._places.values() for place in places):
             yield self._read(place)
 
@@ -207,7 +197,7 @@ class _Waiting:
 
 
 def _digest(fields: Fields) -> bytes:
-    """Of all that stands before an answer; an empty text there is the same as none."""
+    """Hash all that stands before an answer; an empty text is the same as none."""
     prompt = [fields.get(key) or None for key in BEFORE]
     text = json.dumps(prompt, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).digest()

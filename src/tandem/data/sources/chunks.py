@@ -1,8 +1,7 @@
-"""A data set in chunks that another process can read: each knows its file and its first row.
+"""Chunks of a data set that any process can read: each knows its file and its first row.
 
 A chunk of a JSON lines file is a place in it, one of a compressed file its lines, one of a Parquet
-or Arrow file a compact copy of its rows, and one of anything else the rows themselves. `rows` gives
-the same wherever it is called.
+or Arrow file a compact copy of its rows, and one of anything else the rows themselves.
 """
 
 from __future__ import annotations
@@ -18,34 +17,29 @@ from tandem.data.records import Origin, Unreadable
 from tandem.errors import UserError
 
 Fields = Mapping[str, object]
-# Keys that a turn's own names can be given for, and the columns that turns may be in.
+# Keys of a turn that a recipe can rename, and the columns that turns may be in.
 TURN_KEYS = frozenset({"role", "content", "weight"})
 _ROLE_NAMES = ("role", "from")
-# What ShareGPT calls a turn's keys; readers take either.
+# ShareGPT's names of a turn's keys; readers take either.
 _SAME = {"role": "from", "content": "value"}
 _TURN_COLUMNS = (
     "conversations", "messages", "conversation", "prompt", "completion", "response", "chosen",
     "rejected",
 )  # fmt: skip
-
-
 Names = tuple[tuple[str, str], ...]
 
 
 def led_into(fields: Names) -> frozenset[str]:
-    """The keys of rows that a recipe's names lead into: `answers` of `answers.good`.
-
-    `fields` are keys of a format, each with the data's name for it.
-    """
+    """Return the keys of rows that a recipe's names lead into: `answers` of `answers.good`."""
     return frozenset(name.partition(".")[0] for key, name in fields if key not in TURN_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """What a source's names mean.
+    """A source's own names.
 
-    `fields` are keys of a format, each with the data's name for it (`a.b` is `b` within `a`);
-    `roles` are the data's names of roles, each with the role it means.
+    `fields` are pairs of a format's key and the data's name for it (`a.b` is `b` within `a`);
+    `roles` are pairs of the data's name of a role and the role it means.
     """
 
     fields: Names = ()
@@ -55,7 +49,7 @@ class Renaming:
         return bool(self.fields or self.roles)
 
     def apply(self, fields: Fields) -> dict[str, object]:
-        """A row, and its turns, under the format's names."""
+        """Return a row, and its turns, under the format's names."""
         row = _moved(fields, [one for one in self.fields if one[0] not in TURN_KEYS])
         names = [one for one in self.fields if one[0] in TURN_KEYS]
         roles = dict(self.roles)
@@ -66,7 +60,7 @@ class Renaming:
         return row
 
     def unused(self, fields: Fields) -> tuple[set[str], set[str]]:
-        """The data's names of keys, and of roles, that a row does not have."""
+        """Return the data's names of keys, and of roles, that a row does not have."""
         keys = {name for key, name in self.fields if key not in TURN_KEYS}
         missing = {name for name in keys if not reach(fields, name)[0]}
         row = Renaming(tuple(one for one in self.fields if one[0] not in TURN_KEYS)).apply(fields)
@@ -74,13 +68,13 @@ class Renaming:
         own = {name for key, name in self.fields if key in TURN_KEYS}
         missing |= {name for name in own if not any(reach(turn, name)[0] for turn in turns)}
         role_names = [name for key, name in self.fields if key == "role"] or _ROLE_NAMES
-        spoken = [reach(turn, name) for turn in turns for name in role_names]
-        said = {str(role) for found, role in spoken if found}
-        return missing, {role for role, _ in self.roles} - said
+        values = [reach(turn, name) for turn in turns for name in role_names]
+        present = {str(role) for exists, role in values if exists}
+        return missing, {role for role, _ in self.roles} - present
 
 
 def reach(fields: Fields, name: str) -> tuple[bool, object]:
-    """Whether a row has something under a name, and what; dots lead into nested objects."""
+    """Return whether a row has a value under a name, and the value; dots lead into objects."""
     if name in fields:
         return True, fields[name]
     head, dot, rest = name.partition(".")
@@ -91,16 +85,16 @@ def reach(fields: Fields, name: str) -> tuple[bool, object]:
 
 
 def _moved(fields: Fields, names: Sequence[tuple[str, str]]) -> dict[str, object]:
-    """Fields under the format's names; what was renamed is no longer there under its old one.
+    """Return fields under the format's names, without their old names.
 
-    A key that is renamed is only ever what the recipe says: fields without it lack it.
+    A renamed key has only what the recipe says: a row without the data's name lacks the key.
     """
     gone = {one for pair in names for one in pair}
     gone |= {_SAME[key] for key, _ in names if key in _SAME}
     moved = {key: value for key, value in fields.items() if key not in gone}
     for key, name in names:
-        found, value = reach(fields, name)
-        if found:
+        exists, value = reach(fields, name)
+        if exists:
             moved[key] = value
     return moved
 
@@ -124,7 +118,6 @@ def _renamed(value: object, names: Sequence[tuple[str, str]], roles: Mapping[str
 
 
 BOM = b"\xef\xbb\xbf"
-# What to do about text that is not UTF-8.
 LATIN = "if the file is Latin-1 or Windows-1252, save it as UTF-8"
 
 
@@ -156,10 +149,7 @@ class LineChunk:
     stop: int
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """Parse the lines; blank ones are no rows, but counted.
-
-        Raises `UserError` when the file cannot be read.
-        """
+        """Parse the lines; blank ones are no rows, but they are counted."""
         try:
             with Path(self.file).open("rb") as file:
                 file.seek(self.start)
@@ -179,7 +169,7 @@ class TextChunk:
     content: bytes
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """Parse the lines; blank ones are no rows, but counted."""
+        """Parse the lines; blank ones are no rows, but they are counted."""
         yield from _parsed(self.content, self.file, self.first, bom=self.first == 1)
 
 
@@ -187,7 +177,7 @@ class TextChunk:
 class ArrowChunk:
     """`count` rows of a table, as one Arrow record batch.
 
-    `lost` are columns that are not in it, for they cannot be read, each with the reason.
+    `lost` are columns that are not in it because they cannot be read, each with the reason.
     """
 
     file: str
@@ -197,7 +187,7 @@ class ArrowChunk:
     lost: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """The rows as Python values, with `Unreadable` for what cannot be one."""
+        """Yield the rows as Python values, with `Unreadable` for what cannot be one."""
         import pyarrow
 
         with pyarrow.ipc.open_stream(self.batch) as stream:
@@ -218,14 +208,13 @@ class ArrowChunk:
 
 @dataclass(frozen=True, slots=True)
 class RowChunk:
-    """Rows that were read already; `count` is how far they advance in the file."""
+    """Rows that were read already; `count` is how many rows of the file they stand for."""
 
     file: str
     count: int
     read: tuple[Row | BadLine, ...]
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """The rows."""
         return iter(self.read)
 
 
@@ -238,21 +227,17 @@ class RenamedChunk:
 
     @property
     def file(self) -> str:
-        """The file of the rows."""
         return self.inner.file
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
         return self.inner.count
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """The rows, renamed."""
         for row in self.inner.rows():
             if isinstance(row, Row):
-                yield Row(self.renaming.apply(row.fields), row.origin, row.broken)
-            else:
-                yield row
+                row = Row(self.renaming.apply(row.fields), row.origin, row.broken)
+            yield row
 
 
 Plain = LineChunk | TextChunk | ArrowChunk | RowChunk
@@ -260,11 +245,12 @@ Chunk = Plain | RenamedChunk
 
 
 def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
-    """The JSON object in a line of UTF-8."""
+    """Return the JSON object in a line of UTF-8."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadLine(origin, f"is not valid UTF-8 ({_byte(error)} of the line; {LATIN})")
+        byte = f"byte {error.start + 1}, 0x{error.object[error.start]:02x},"
+        return BadLine(origin, f"is not valid UTF-8 ({byte} of the line; {LATIN})")
     except json.JSONDecodeError as error:
         return BadLine(origin, f"is not valid JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
@@ -272,12 +258,8 @@ def parse_line(line: bytes, origin: Origin) -> Row | BadLine:
     return object_row(value, origin)
 
 
-def _byte(error: UnicodeDecodeError) -> str:
-    return f"byte {error.start + 1}, 0x{error.object[error.start]:02x},"
-
-
 def object_row(value: object, origin: Origin) -> Row | BadLine:
-    """A row, if a JSON value is an object."""
+    """Return a JSON value as a row, if it is an object."""
     if not isinstance(value, dict):
         return BadLine(origin, f"is a JSON {type(value).__name__}, not an object")
     return Row(value, origin)
@@ -292,7 +274,7 @@ def _is_broken(value: object) -> bool:
 
 
 def cannot_read(file: str, error: OSError) -> UserError:
-    """What to say about a file that the system does not give."""
+    """Return the error of a file that the system does not give."""
     return UserError(f"data: {file} cannot be read: {error}.")
 
 
@@ -306,7 +288,7 @@ def _parsed(content: bytes, file: str, first: int, *, bom: bool) -> Iterator[Row
 
 
 def values_of(column: Any) -> list[object]:
-    """The values of a `pyarrow.Array`; a broken one costs none of the others."""
+    """Return the values of a `pyarrow.Array`; a broken one costs none of the others."""
     try:
         values: list[object] = column.to_pylist()
     except Exception:  # each kind of value has errors of its own
@@ -323,7 +305,7 @@ def _value(column: Any, number: int) -> object:
 
 
 def _of_scalar(scalar: Any) -> object:
-    """A value; of one that holds others, as much as can be had."""
+    """Return a value; of one that holds others, as many as can be read."""
     import pyarrow
 
     try:
@@ -342,14 +324,10 @@ def _of_scalar(scalar: Any) -> object:
 def _unreadable(error: Exception) -> Unreadable:
     if isinstance(error, UnicodeDecodeError):
         return Unreadable(f"is not valid UTF-8 (byte {error.start + 1})", text=True)
-    said = str(error).strip().partition("\n")[0].rstrip(".")
-    return Unreadable(f"Python cannot hold ({type(error).__name__}: {said})")
-
-
-# Characters of a cell; more is a quote that was never closed rather than a text.
-_LONGEST_CELL = 2**28
+    message = str(error).strip().partition("\n")[0].rstrip(".")
+    return Unreadable(f"Python cannot hold ({type(error).__name__}: {message})")
 
 
 def allow_long_cells() -> None:
     """Let tables hold long texts; the csv module's own limit is 128 KiB, for all its readers."""
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(2**28)  # longer is a quote that was never closed rather than a text

@@ -1,4 +1,4 @@
-"""Files compressed with gzip or zstd, as a stream of bytes that says where it breaks off."""
+"""Read files compressed with gzip or zstd; refuse files that are not what their name says."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class BrokenStream(Exception):  # noqa: N818  (not raised to users: readers make
 
 
 def kind_of(file: Path) -> str:
-    """What a file is by its name, compression aside: `.jsonl` for `a.jsonl.gz`."""
+    """Return a file's suffix in lower case without compression: `.jsonl` for `a.jsonl.gz`."""
     inner = file.with_suffix("") if is_compressed(file) else file
     return inner.suffix.lower()
 
 
 def is_compressed(file: Path) -> bool:
-    """Whether a file is compressed, by its name."""
+    """Return whether a file is compressed, by its name."""
     return file.suffix.lower() in COMPRESSED
 
 
 def kind_of_text(file: Path) -> str:
-    """The same for texts that `open_text` opens, in whatever order the suffixes stand."""
+    """Return the same for texts that `open_text` opens, in whatever order the suffixes stand."""
     names = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in _TEXT_OPENERS]
     return names[-1] if names else ""
 
 
 def open_text(file: Path) -> IO[str]:
-    """A file of plain lines, compressed or not; what is not UTF-8 is replaced.
+    """Open a file of plain lines, compressed or not; what is not UTF-8 is replaced.
 
     Raises OSError, and while it is read what the decompressors raise.
     """
@@ -62,10 +62,10 @@ _TEXT_OPENERS: dict[str, Any] = {
 
 
 def read_blocks(file: Path) -> Iterator[bytes]:
-    """The content of a file in order, in pieces of up to 1 MiB, decompressed if it has to be.
+    """Yield a file's content in blocks of up to 1 MiB, decompressed if its name says so.
 
-    Raises `BrokenStream` after the last byte that could be had of a damaged or truncated file, and
-    OSError for one that the system does not give.
+    Raises `BrokenStream` after the last readable byte of a damaged or truncated file, and OSError
+    for one that the system does not give.
     """
     suffix = file.suffix.lower()
     if suffix == ".gz":
@@ -79,24 +79,24 @@ def read_blocks(file: Path) -> Iterator[bytes]:
 
 
 def _gunzip(file: Path) -> Iterator[bytes]:
-    """The members of a gzip file one after the other; zeros behind the last are padding."""
+    """Yield the members of a gzip file one after the other; zeros behind the last are padding."""
     with file.open("rb") as content:
         member = zlib.decompressobj(_GZIP_WINDOW)
         started = False
-        while given := content.read(_BLOCK):
-            while given:
-                if not started and not (given := given.lstrip(b"\0")):
+        while packed := content.read(_BLOCK):
+            while packed:
+                if not started and not (packed := packed.lstrip(b"\0")):
                     break
                 started = True
                 try:
-                    block = member.decompress(given, _BLOCK)
+                    block = member.decompress(packed, _BLOCK)
                 except zlib.error as error:
                     raise BrokenStream(f"the gzip data is damaged: {error}") from error
                 if block:
                     yield block
-                given = member.unconsumed_tail
+                packed = member.unconsumed_tail
                 if member.eof:
-                    given = member.unused_data
+                    packed = member.unused_data
                     member, started = zlib.decompressobj(_GZIP_WINDOW), False
         if started:
             raise BrokenStream("the gzip data is cut off")
@@ -105,23 +105,19 @@ def _gunzip(file: Path) -> Iterator[bytes]:
 def _zstd(file: Path) -> Iterator[bytes]:
     import pyarrow
 
-    # Opened here, for an error of this file is the system's and one of that stream the data's.
+    # Opened here, so that the system's errors are not taken for damage of the data.
     with file.open("rb") as content:
         if not content.read(1):
             return
         content.seek(0)
         with pyarrow.CompressedInputStream(pyarrow.PythonFile(content), "zstd") as stream:
-            while True:
-                try:
-                    block = bytes(stream.read(_BLOCK // 16))
-                except (OSError, pyarrow.ArrowException) as error:
-                    raise BrokenStream(f"the zstd data is damaged or cut off: {error}") from error
-                if not block:
-                    return
-                yield block
+            try:
+                while block := bytes(stream.read(_BLOCK // 16)):
+                    yield block
+            except (OSError, pyarrow.ArrowException) as error:
+                raise BrokenStream(f"the zstd data is damaged or cut off: {error}") from error
 
 
-_LOOKED_AT = 2**16
 _GZIP, _ZSTD, _PARQUET, _ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
 _UNPACK = "Unpack it, and name what is in it."
 _EXPORT = "Export its rows as JSON lines, CSV or Parquet."
@@ -149,12 +145,9 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def check_signature(file: Path) -> None:
-    """Raise `UserError` for a file that is clearly something else than its name says.
-
-    Raises OSError for one that the system does not give.
-    """
+    """Raise `UserError` for a file that is not what its name says; OSError if it cannot be read."""
     with file.open("rb") as content:
-        start = content.read(_LOOKED_AT)
+        start = content.read(2**16)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"version https://git-lfs.github.com/spec/"):
         raise _is(file, "a Git LFS pointer, not the data", "Fetch the data with `git lfs pull`.")
@@ -176,20 +169,13 @@ def check_signature(file: Path) -> None:
 
 def _check_text(file: Path, start: bytes, text: bytes) -> None:
     wide = "UTF-32" if start.startswith(_UTF32) else "UTF-16"
-    apart = start[:4]
-    if start.startswith((*_UTF32, *_UTF16)) or (len(apart) == 4 and apart.count(0) == 2):
-        raise _is(
-            file,
-            f"{wide} text, which some editors and spreadsheets call Unicode",
-            f"Save it as UTF-8 (`iconv -f {wide} -t UTF-8 FILE > NEW`).",
-        )
-    lines_end_so = b"\r" in text.rstrip() and b"\n" not in start
-    if lines_end_so and not (kind_of(file) != ".csv" and text.startswith(b"[")):
-        raise _is(
-            file,
-            "a text whose lines end in carriage returns alone",
-            "Save it with line feeds (`tr '\\r' '\\n' < FILE > NEW`).",
-        )
+    if start.startswith((*_UTF32, *_UTF16)) or (len(start) > 3 and start[:4].count(0) == 2):
+        what = f"{wide} text, which some editors and spreadsheets call Unicode"
+        raise _is(file, what, f"Save it as UTF-8 (`iconv -f {wide} -t UTF-8 FILE > NEW`).")
+    only_returns = b"\r" in text.rstrip() and b"\n" not in start
+    if only_returns and not (kind_of(file) != ".csv" and text.startswith(b"[")):
+        what = "a text whose lines end in carriage returns alone"
+        raise _is(file, what, "Save it with line feeds (`tr '\\r' '\\n' < FILE > NEW`).")
 
 
 def _is(file: Path, what: str, way_out: str) -> UserError:

@@ -1,4 +1,4 @@
-"""From one data file to its chunks, whatever kind of file it is."""
+"""Cut one data file of any kind into chunks."""
 
 from __future__ import annotations
 
@@ -35,29 +35,23 @@ _LINES = (".jsonl", ".ndjson")
 _TEXTS = (*_LINES, ".json", ".csv", ".tsv")
 _TABLES = (".parquet", ".arrow")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Rows of a chunk: enough for a tokenizer call, little enough to stay in cache.
-_ROWS = 256
-# Bytes that are read at once from a JSON lines file; a chunk ends where one of both is reached.
-_BLOCK = 2**20
+# A chunk ends after so many rows (enough for a tokenizer call, few enough to stay in cache), or
+# after so many bytes of a JSON lines file.
+_ROWS, _BLOCK = 256, 2**20
 
 KINDS = ", ".join((*_TEXTS, *_TABLES)) + " (texts also as .gz or .zst)"
 
 
 def is_data(file: Path) -> bool:
-    """Whether a file is of a kind that can be read, by its name."""
+    """Return whether a file is of a kind that can be read, by its name."""
     return kind_of(file) in _TEXTS or file.suffix.lower() in _TABLES
 
 
 def file_chunks(file: Path) -> Iterator[Plain]:
-    """The chunks of one data file, in order.
-
-    Raises `UserError` for a file of no known kind, or one that cannot be read.
-    """
+    """Yield a file's chunks; raise `UserError` for an unknown kind or an unreadable file."""
     try:
         if not is_data(file):
-            raise UserError(
-                f"data: {file} is no kind of file that can be read here. Use one of {KINDS}."
-            )
+            raise UserError(f"data: {file} is not of a kind that can be read. Use one of {KINDS}.")
         check_signature(file)
         kind = kind_of(file)
         if kind in _TABLES:
@@ -81,7 +75,7 @@ def file_chunks(file: Path) -> Iterator[Plain]:
 
 
 def count_rows(file: Path) -> int | None:
-    """How many rows a file has, its blank lines included, or None when only reading can tell."""
+    """Return the rows of a file, blank lines included, or None when only parsing can tell."""
     if kind_of(file) == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -101,18 +95,18 @@ def count_rows(file: Path) -> int | None:
 
 
 def _line_chunks(file: Path) -> Iterator[Plain]:
-    first, start, size = 1, 0, _ROWS
+    first, start = 1, 0
     with file.open("rb") as lines:
         while block := lines.readlines(_BLOCK):
-            for at in range(0, len(block), size):
-                part = block[at : at + size]
+            for at in range(0, len(block), _ROWS):
+                part = block[at : at + _ROWS]
                 stop = start + sum(map(len, part))
                 yield LineChunk(str(file), first, len(part), start, stop)
                 first, start = first + len(part), stop
 
 
 def _text_chunks(file: Path) -> Iterator[Plain]:
-    """Lines of a compressed file; where it breaks off, one bad line stands for what follows."""
+    """Yield lines of a compressed file; where it breaks off, one bad line stands for the rest."""
     first, rest = 1, [b""]
     broken = ""
     blocks = read_blocks(file)
@@ -126,28 +120,24 @@ def _text_chunks(file: Path) -> Iterator[Plain]:
             continue
         whole, newline, after = b"".join([*rest, block]).rpartition(b"\n")
         rest = [after]
-        for part in _parts(whole.split(b"\n") if newline else []):
+        lines = whole.split(b"\n") if newline else []
+        for at in range(0, len(lines), _ROWS):
+            part = lines[at : at + _ROWS]
             yield TextChunk(str(file), first, len(part), b"\n".join(part))
             first += len(part)
         if not block:
             break
     if broken:
-        origin = Origin(str(file), first)
-        bad = BadLine(origin, f"and what follows cannot be read: {broken}")
-        yield RowChunk(str(file), 1, (bad,))
+        reason = f"and what follows cannot be read: {broken}"
+        yield RowChunk(str(file), 1, (BadLine(Origin(str(file), first), reason),))
     elif rest[0]:
         yield TextChunk(str(file), first, 1, rest[0])
 
 
-def _parts(lines: list[bytes]) -> Iterator[list[bytes]]:
-    for at in range(0, len(lines), _ROWS):
-        yield lines[at : at + _ROWS]
-
-
 def _is_array(file: Path) -> bool:
-    """Whether a JSON file is one array, whatever its name says.
+    """Return whether a JSON file is one array, whatever its name says.
 
-    JSON lines may begin with a line that is a list, which is a bad line; then more lines follow.
+    JSON lines may begin with a bad line that is a list; then more lines follow.
     """
     start = _start(file)
     if not start.startswith(b"["):
@@ -163,7 +153,7 @@ def _is_array(file: Path) -> bool:
 
 
 def _is_one_object(file: Path) -> bool:
-    """Whether a JSON file begins with an object that goes on over more lines, as editors write it.
+    """Return whether a JSON file begins with an object over several lines, as editors write it.
 
     A line of nothing but `{` may also be a broken record among lines; then no key follows.
     """
@@ -172,7 +162,7 @@ def _is_one_object(file: Path) -> bool:
 
 
 def _start(file: Path) -> bytes:
-    """The first bytes of a file, without mark and space; none if it cannot be decompressed."""
+    """Return a file's first bytes without BOM and space; none if it cannot be decompressed."""
     try:
         return b"".join(islice(read_blocks(file), 1)).removeprefix(BOM).lstrip()
     except BrokenStream:
@@ -185,15 +175,15 @@ def _row_chunks(rows: Iterator[Row | BadLine], name: str) -> Iterator[Plain]:
 
 
 _GAP = re.compile(r"[ \t\n\r]*")
-# More than the longest word or escape of JSON has: only nearer to a window's end may broken syntax
-# be one that is cut off.
+# Longer than any word or escape of JSON: only nearer to a window's end may broken syntax be cut
+# off.
 _LONGEST_WORD = 16
 
 
 def array_rows(file: Path) -> Iterator[Row | BadLine]:
-    """The elements of the array in a file, one by one; broken syntax ends it.
+    """Yield the elements of the array in a file, one by one.
 
-    What is broken is one bad row: without its punctuation nobody can say where rows begin.
+    Broken syntax is one bad row and the last: without punctuation, the next row cannot be found.
     """
     reader = _Elements(file)
     reader.skip(1)
@@ -238,12 +228,12 @@ class _Elements:
         self.skip(0)
 
     def at(self, character: str) -> bool:
-        """Whether the text goes on with a character."""
+        """Return whether the text goes on with a character."""
         return self._text.startswith(character, self._place)
 
     @property
     def ended(self) -> bool:
-        """Whether the file has nothing more."""
+        """Whether everything was read and passed."""
         return self._ended and self._place == len(self._text)
 
     def skip(self, count: int) -> None:
@@ -256,11 +246,11 @@ class _Elements:
                 return
 
     def value(self) -> object:
-        """Pass an element; raises ValueError when there is none."""
+        """Pass and return an element; raise ValueError when there is none."""
         while True:
             try:
                 value, place = self._parse(self._text, self._place)
-                # At the window's end a number may go on.
+                # At the window's end, a number may continue.
                 if place < len(self._text) or self._ended:
                     self._place = place
                     return value
@@ -273,7 +263,7 @@ class _Elements:
             self._grow(len(self._text) - self._place)
 
     def _grow(self, wanted: int) -> bool:
-        """Read at least `wanted` more characters and forget what is passed; False at the end."""
+        """Read `wanted` more characters or more, drop the passed ones; return False at the end."""
         parts = [self._text[self._place :]]
         grown = 0
         while grown < wanted and not self._ended:

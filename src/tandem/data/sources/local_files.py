@@ -1,7 +1,4 @@
-"""Which files of a folder are data, of which split, and what else lies there.
-
-Splits are told as the `datasets` library tells them, by the names of folders and files.
-"""
+"""Sort the files of a folder into data, by split as the `datasets` library does, and the rest."""
 
 from __future__ import annotations
 
@@ -38,16 +35,12 @@ _OF_FILE = {
 }
 # As `datasets` writes data sets for the Hub: in the folder `data`, with any name of a split.
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}.*\..*", re.DOTALL)
-# Names that are said of each reason.
-_SHOWN = 3
+_SHOWN = 3  # names that a message has of each reason
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """What lies in a folder: the data files of each split, in name order, and what no split has.
-
-    Each path that is passed over has the reason beside it.
-    """
+    """The data files of each split of a folder, in name order, and other paths with the reason."""
 
     root: Path
     splits: Mapping[str, tuple[Path, ...]]
@@ -55,47 +48,41 @@ class Folder:
 
 
 def look_into(root: Path) -> Folder:
-    """Sort what lies in a folder and below it.
+    """Sort the files in a folder and below it.
 
-    Raises `UserError` for a folder that holds no data, or cannot be listed.
+    Raises `UserError` for a folder that has no data, or cannot be listed.
     """
-    files: list[Path] = []
-    others: list[tuple[Path, str]] = []
-    for path, reason in _walk(root):
-        if reason:
-            others.append((path, reason))
-        else:
-            files.append(path)
+    paths = list(_walk(root))
+    files = sorted(path for path, reason in paths if not reason)
+    others = [(path, reason) for path, reason in paths if reason]
     if not files:
-        raise UserError(f"data: the folder {root} holds no {KINDS} file.{_listed(root, others)}")
-    files.sort()
+        holds = left_out(Folder(root, {}, tuple(others)), ())
+        listed = f" It holds: {holds}." if holds else ""
+        raise UserError(f"data: the folder {root} holds no {KINDS} file.{listed}")
     stated = _splits({file: file.relative_to(root).parts for file in files})
     known = {file for some in stated.values() for file in some}
-    others += [
-        (file, "states no split, and others do") for file in files if file not in known
-    ]  # fmt: skip
+    others += [(file, "states no split, and others do") for file in files if file not in known]
     return Folder(root, stated, tuple(sorted(others)))
 
 
 def files_of(folder: Folder, split: str) -> list[Path]:
-    """The files of a split, in name order; synonyms such as `dev` and `validation` are one.
+    """Return the files of a split in name order; synonyms such as `dev` and `validation` are one.
 
-    Raises `UserError` when there are none, or one that can be no data.
+    Raises `UserError` when there are none, or one is no regular file.
     """
-    chosen = folder.splits[name] if (name := same_split(split, folder.splits)) is not None else ()
-    if not chosen:
-        found = ", ".join(sorted(folder.splits))
+    name = same_split(split, folder.splits)
+    if name is None:
         raise UserError(
             f"data: the folder {folder.root} has no files of split {split!r}; its files belong "
-            f"to: {found}. Set `split` to one of those."
+            f"to: {', '.join(sorted(folder.splits))}. Set `split` to one of those."
         )
-    for file in chosen:
+    for file in folder.splits[name]:
         check_regular(file)
-    return list(chosen)
+    return list(folder.splits[name])
 
 
 def same_split(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str | None:
-    """That of some splits which is meant by a name: itself, else a synonym; None without any."""
+    """Return the name itself if some splits have it, else its synonym among them, else None."""
     if wanted in names:
         return wanted
     means = _meaning(wanted)
@@ -103,7 +90,7 @@ def same_split(wanted: str, names: Sequence[str] | Mapping[str, object]) -> str 
 
 
 def check_regular(file: Path) -> None:
-    """Raise `UserError` for a pipe, a socket or a broken link: reading might never end."""
+    """Raise `UserError` for a pipe, a socket or a broken link; reading might never end."""
     if file.is_file():
         return
     if file.is_symlink() and not file.exists():
@@ -117,12 +104,10 @@ def check_regular(file: Path) -> None:
 
 
 def left_out(folder: Folder, read: Sequence[Path]) -> str:
-    """What of a folder is not among the files `read`, and why, in one line; empty for nothing."""
-    splits = [
-        (file, f"split {split}") for split, files in folder.splits.items() for file in files
-    ]  # fmt: skip
-    gone = set(read)
+    """Return in one line which files of a folder were not `read`, and why; empty for none."""
+    splits = ((file, f"split {name}") for name, files in folder.splits.items() for file in files)
     by_reason: dict[str, list[str]] = {}
+    gone = set(read)
     for path, reason in [*splits, *folder.passed_over]:
         if path not in gone:
             by_reason.setdefault(reason, []).append(str(path.relative_to(folder.root)))
@@ -134,14 +119,8 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _listed(root: Path, others: Sequence[tuple[Path, str]]) -> str:
-    """What a folder without data holds, for the message."""
-    said = left_out(Folder(root, {}, tuple(others)), ())
-    return f" It holds: {said}." if said else ""
-
-
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:
-    """Files of data below a folder, and what is none, with the reason.
+    """Yield the files below a folder, each with the reason why it is no data; empty for data.
 
     Linked folders come last: one that is there anyway, or leads in a circle, is read once.
     """
@@ -183,7 +162,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _no_data(entry: os.DirEntry[str]) -> str | None:
-    """Why a file is not read: empty if it is read, None if it is passed over without a line."""
+    """Return why a file is not read: empty if it is, None if nobody needs to be told."""
     name = entry.name.lower()
     if name in _NOT_DATA or name in _OF_SYSTEMS or name.endswith(".md"):
         return None
@@ -197,26 +176,22 @@ def _no_data(entry: os.DirEntry[str]) -> str | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder belongs to a run, or to one of its stages, so that its files are not data.
+    """Return whether a folder belongs to a run or its stage; its files are no data.
 
-    Otherwise what a run has written would change what it reads when it resumes.
+    Otherwise the files that a run writes would change what it reads when it resumes.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    if not isinstance(manifest, dict):
-        return False
-    return {"stage", "status", "inputs"} <= manifest.keys() or {"stages", "versions"} <= (
-        manifest.keys()
-    )
+    keys = manifest.keys() if isinstance(manifest, dict) else set()
+    return {"stage", "status", "inputs"} <= keys or {"stages", "versions"} <= keys
 
 
 def _splits(files: Mapping[Path, tuple[str, ...]]) -> dict[str, tuple[Path, ...]]:
-    """The files of each split; those that state none are training data where none states one.
+    """Return the files of each split; where no file states a split, all are training data.
 
-    What is tried comes in the order of `datasets`: shards, folders' names, files' names. The first
-    that says anything of any file says it all.
+    As in `datasets`, shards decide, else folders' names, else files' names.
     """
     shards: dict[str, list[Path]] = {}
     for file, parts in files.items():
@@ -241,6 +216,6 @@ def _ordered(splits: Mapping[str, list[Path]]) -> dict[str, tuple[Path, ...]]:
 
 
 def _meaning(split: str) -> str:
-    """The split that a keyword stands for; another name stands for itself."""
+    """Return the split that a keyword stands for; another name stands for itself."""
     word = split.lower()
     return next((name for name, words in _KEYWORDS.items() if word in words), split)

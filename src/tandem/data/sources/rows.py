@@ -1,7 +1,4 @@
-"""From a file, a folder or a Hub id to rows that know where they came from.
-
-Rows are streamed: nothing here holds a whole data set as Python objects.
-"""
+"""Stream the rows of a file, a folder or a Hub data set; each knows where it came from."""
 
 from __future__ import annotations
 
@@ -29,11 +26,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a data set's name means something on disk rather than a Hub id.
+    """Return whether a data set's name is a path; then it is never tried as a Hub id.
 
-    It does when it exists, starts like a path, ends like a data file, has more than one slash,
-    lies in a folder that exists, or could not be a Hub id at all. What looks like a path is
-    never tried as a Hub id.
+    It is one when it exists, starts like a path, ends like a data file, lies in a folder that
+    exists, or could not be a Hub id.
     """
     if text.startswith((".", "/", "~")) or text.lower().endswith(("/", *_PATH_SUFFIXES)):
         return True
@@ -43,7 +39,7 @@ def looks_like_path(text: str) -> bool:
 
 
 def local_files(path: str, split: str = "train") -> list[Path]:
-    """The files that a local source consists of, in reading order.
+    """Return the files of a local source in reading order.
 
     Raises `UserError` when nothing is there, or nothing that can be read.
     """
@@ -57,7 +53,7 @@ def local_files(path: str, split: str = "train") -> list[Path]:
 
 
 def not_read(sources: Sequence[DataSource]) -> list[str]:
-    """A line on each folder of which the sources leave something out: what, and why.
+    """Return a line on each folder of which the sources leave files out: which, and why.
 
     Raises as `read_rows` does.
     """
@@ -67,17 +63,17 @@ def not_read(sources: Sequence[DataSource]) -> list[str]:
             root = _existing(source.path)
             if root.is_dir():
                 folders.setdefault(root, []).extend(local_files(source.path, source.split))
-    found = {root: left_out(look_into(root), read) for root, read in folders.items()}
-    return [f"not read of {root}: {said}" for root, said in found.items() if said]
+    others = {root: left_out(look_into(root), read) for root, read in folders.items()}
+    return [f"not read of {root}: {names}" for root, names in others.items() if names]
 
 
 def renaming_of(source: DataSource) -> Renaming:
-    """The data's own names of keys and roles."""
+    """Return the data's own names of keys and roles."""
     return Renaming(tuple(sorted(source.fields.items())), tuple(sorted(source.roles.items())))
 
 
 def read_rows(source: DataSource) -> Iterator[Row | BadLine]:
-    """Stream the rows of a source; what cannot be parsed comes as a `BadLine`.
+    """Yield the rows of a source; what cannot be parsed is a `BadLine`.
 
     Raises `UserError` for a source that is missing or cannot be opened.
     """
@@ -86,14 +82,14 @@ def read_rows(source: DataSource) -> Iterator[Row | BadLine]:
 
 
 def read_chunks(source: DataSource) -> Iterator[Chunk]:
-    """The chunks of a source in reading order; see `read_rows`."""
+    """Yield the chunks of a source in reading order; see `read_rows`."""
     renaming = renaming_of(source)
     for chunk in _chunks_as_they_are(source):
         yield RenamedChunk(chunk, renaming) if renaming else chunk
 
 
 def unrenamed_rows(source: DataSource) -> Iterator[Row]:
-    """The rows of a source under the data's own names; see `read_rows`."""
+    """Yield the parsed rows of a source under the data's own names; see `read_rows`."""
     for chunk in _chunks_as_they_are(source):
         for row in chunk.rows():
             if isinstance(row, Row):
@@ -112,7 +108,7 @@ def _chunks_as_they_are(source: DataSource) -> Iterator[Plain]:
 
 
 def data_files(source: DataSource) -> tuple[bool, list[Path]]:
-    """A local source's files in reading order, and whether `datasets` saved them.
+    """Return whether `datasets` saved a local source, and its files in reading order.
 
     Raises as `read_rows` does.
     """
@@ -120,13 +116,12 @@ def data_files(source: DataSource) -> tuple[bool, list[Path]]:
 
 
 def origin_names(sources: Sequence[DataSource]) -> list[str]:
-    """What the origins of some sources' records may be called, in reading order."""
+    """Return the possible file names of some sources' records, in reading order."""
     names: list[str] = []
     for source in sources:
         if not looks_like_path(source.path):
             names.append(f"{source.path}:{source.split}")
-            continue
-        if saved := _saved(source):
+        elif saved := _saved(source):
             names.append(str(saved))
         else:
             names.extend(map(str, local_files(source.path, source.split)))
@@ -134,26 +129,24 @@ def origin_names(sources: Sequence[DataSource]) -> list[str]:
 
 
 def count_sources(sources: Sequence[DataSource]) -> int | None:
-    """About how many rows some sources have, or None when only reading them all can tell.
+    """Return about how many rows some sources have, or None when only reading them all can tell.
 
     Blank lines count. Raises as `read_rows` does.
     """
-    counts = [_count(source) for source in sources]
+    counts = [count for source in sources for count in _counts(source)]
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def _count(source: DataSource) -> int | None:
+def _counts(source: DataSource) -> list[int | None]:
     if not looks_like_path(source.path):
-        return len(load_hub(source))
+        return [len(load_hub(source))]
     if saved := _saved(source):
-        return len(_load_saved(saved))
-    counts = [count_rows(file) for file in local_files(source.path, source.split)]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+        return [len(_load_saved(saved))]
+    return [count_rows(file) for file in local_files(source.path, source.split)]
 
 
 def _saved(source: DataSource) -> Path | None:
-    """Where a local source was saved by `datasets`; None for files and other folders."""
+    """Return where `datasets` saved a local source; None for files and other folders."""
     if source.subset is not None or source.revision is not None:
         raise UserError(
             f"data: {source.path} is local, so `subset` and `revision`, which choose within a Hub "
@@ -171,7 +164,7 @@ def _saved(source: DataSource) -> Path | None:
 
 
 def _existing(path: str) -> Path:
-    """The file or folder at `path`; a `UserError` when there is none or it cannot be reached."""
+    """Return the file or folder at `path`; raise `UserError` when it cannot be reached."""
     try:
         root = Path(path).expanduser()
         if root.exists():
@@ -185,12 +178,13 @@ def _existing(path: str) -> Path:
 
 
 def _saved_folder(root: Path, split: str) -> Path | None:
-    """Where a folder written by `datasets`' save_to_disk keeps a split; None for other folders."""
-    if (root / "dataset_dict.json").is_file():
+    """Return where `datasets`' save_to_disk wrote a split; None for other folders."""
+    about = root / "dataset_dict.json"
+    if about.is_file():
         try:
-            names = json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            names = json.loads(about.read_text(encoding="utf-8"))["splits"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"data: {root / 'dataset_dict.json'} is not sound: {error}.") from error
+            raise UserError(f"data: {about} is damaged: {error}.") from error
         name = same_split(split, names)
         if name is None:
             raise UserError(f"data: {root} has the splits {', '.join(names)}, not {split!r}.")
@@ -208,14 +202,13 @@ def _load_saved(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"data: {folder} is no sound saved data set: {error}.") from error
+        raise UserError(f"data: {folder} is a damaged saved data set: {error}.") from error
 
 
 def load_hub(source: DataSource) -> Any:
-    """A data set of the Hub as a table of `datasets`; raises `UserError` when there is none.
+    """Return a data set of the Hub as a table of `datasets`; raise `UserError` when there is none.
 
-    A process loads each once, for that asks the Hub, and a preparation needs the table several
-    times.
+    A process loads each once, because loading asks the Hub.
     """
     try:
         return _hub_table(source.path, source.subset, source.split, source.revision)

@@ -1,4 +1,4 @@
-"""Tables of texts: CSV, and TSV, with a header that names the columns."""
+"""Read tables: CSV and TSV with a header, Parquet, Arrow, and data sets of `datasets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
-    """The rows under the header, counted from 1; every cell is a text, an empty one too.
+    """Yield the rows under the header, counted from 1; every cell is a text, even an empty one.
 
     Raises `UserError` for a header that does not name each column once.
     """
@@ -36,7 +36,9 @@ def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
     if stated := _STATED.fullmatch(first):
         delimiter = stated[1]
     else:
-        delimiter, lines = _delimiter(first, delimiter), chain([first], lines)
+        # The usual delimiter, unless the header lacks it and has another.
+        delimiter = next((one for one in (delimiter, *_DELIMITERS) if one in first), delimiter)
+        lines = chain([first], lines)
     above = 1 if stated else 0
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[str] | None = None
@@ -46,8 +48,8 @@ def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
             cells = next(reader, None)
         except csv.Error as error:
             if columns is None:
-                said = f"data: {file} has no CSV header that can be read ({error})."
-                raise UserError(said) from error
+                message = f"data: {file} has no CSV header that can be read ({error})."
+                raise UserError(message) from error
             where = f"lines {begins} to {reader.line_num + above} of the file"
             bad = f"is not valid CSV ({error}; {where})"
             yield BadLine(Origin(str(file), next(numbers)), bad)
@@ -65,20 +67,15 @@ def cell_rows(file: Path, delimiter: str) -> Iterator[Row | BadLine]:
         yield _row(cells, columns, Origin(str(file), next(numbers)))
 
 
-def _delimiter(header: str, usual: str) -> str:
-    """What divides a header: the usual, unless it is not there and another is."""
-    return next((one for one in (usual, *_DELIMITERS) if one in header), usual)
-
-
 def _cut_off(file: Path, row: int, error: BrokenStream) -> BadLine:
     return BadLine(Origin(str(file), row), f"and what follows cannot be read: {error}")
 
 
 def _row(cells: list[str], columns: list[str], origin: Origin) -> Row | BadLine:
     for number, cell in enumerate(cells):
-        if found := _ESCAPED.search(cell):
+        if invalid := _ESCAPED.search(cell):
             name = columns[number] if number < len(columns) else f"column {number + 1}"
-            byte = f"0x{ord(found[0]) - 0xDC00:02x}"
+            byte = f"0x{ord(invalid[0]) - 0xDC00:02x}"
             return BadLine(origin, f"is not valid UTF-8 (byte {byte} in `{name}`; {LATIN})")
     if len(cells) != len(columns):
         return BadLine(origin, f"has {len(cells)} cells, while the header has {len(columns)}")
@@ -100,7 +97,7 @@ def _checked_header(cells: list[str], file: Path) -> list[str]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines with their ends; bytes that are no UTF-8 become what no UTF-8 can spell."""
+    """Yield the lines with their ends; bytes that are no UTF-8 become lone surrogates."""
     rest = [b""]
     first = True
     for block in read_blocks(file):
@@ -117,17 +114,12 @@ def _lines(file: Path) -> Iterator[str]:
         yield last.decode("utf-8", "surrogateescape")
 
 
-# Rows of a chunk: enough for a tokenizer call, little enough to stay in cache.
-_ROWS = 256
-# Otherwise a row group of Parquet, often the whole file, is in memory.
-_BUFFER = 2**20
+_ROWS = 256  # of a chunk: enough for a tokenizer call, few enough to stay in cache
+_BUFFER = 2**20  # without it, a row group of Parquet, often the whole file, is in memory
 
 
 def table_file_chunks(file: Path) -> Iterator[ArrowChunk]:
-    """The chunks of a Parquet or Arrow file.
-
-    Raises `UserError` for one that is not sound.
-    """
+    """Yield the chunks of a Parquet or Arrow file; raise `UserError` for a damaged one."""
     import pyarrow
 
     what = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
@@ -137,18 +129,15 @@ def table_file_chunks(file: Path) -> Iterator[ArrowChunk]:
             yield chunk
             row += chunk.count
     except pyarrow.ArrowException as error:
-        said = str(error).strip().rstrip(".")
-        if "encrypt" in said.lower():
-            raise UserError(
-                f"data: {file} is an encrypted {what} file ({said}). Write it without encryption."
-            ) from error
-        raise UserError(f"data: {file} is no sound {what} file (after row {row}: {said}).") from (
-            error
-        )
+        reason = str(error).strip().rstrip(".")
+        fault = f"a damaged {what} file (after row {row}: {reason})."
+        if "encrypt" in reason.lower():
+            fault = f"an encrypted {what} file ({reason}). Write it without encryption."
+        raise UserError(f"data: {file} is {fault}") from error
 
 
 def dataset_chunks(table: Any, name: str) -> Iterator[ArrowChunk]:
-    """The chunks of a data set of `datasets`, as it is stored: no picture or sound is decoded."""
+    """Yield the chunks of a data set of `datasets` as stored: no picture or sound is decoded."""
     row = 0
     for part in table.with_format("arrow").iter(batch_size=_ROWS):
         for chunk in _pieces(part.combine_chunks().to_batches(), name, row):
@@ -167,7 +156,7 @@ def _pieces(
 
 
 def _parquet(file: Path) -> Iterator[ArrowChunk]:
-    """The chunks of a Parquet file; damage in some columns costs these alone."""
+    """Yield the chunks of a Parquet file; damage in some columns costs only these."""
     import pyarrow
     import pyarrow.parquet
 
@@ -192,7 +181,7 @@ def _parquet(file: Path) -> Iterator[ArrowChunk]:
 
 
 def _damaged(table: Any, names: list[str]) -> tuple[tuple[str, str], ...]:
-    """The columns of a Parquet file that cannot be read to the end, each with the reason."""
+    """Return the columns of a Parquet file that cannot be read to the end, with the reasons."""
     import pyarrow
 
     lost = []
@@ -206,7 +195,7 @@ def _damaged(table: Any, names: list[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _arrow(file: Path) -> Iterator[ArrowChunk]:
-    """The chunks of an Arrow file, which begins with its name, or of an Arrow stream."""
+    """Yield the chunks of an Arrow file, which begins with its name, or of an Arrow stream."""
     import pyarrow
 
     with file.open("rb") as start:

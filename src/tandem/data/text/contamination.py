@@ -1,7 +1,7 @@
-"""Texts that a data set shares with others: validation data, evaluation sets.
+"""Find texts that a data set shares with another: validation data, evaluation sets.
 
-Two signs: a text that stands in the other set as it is, and thirteen words in a row that stand
-there (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C).
+Two signs: the other set has the whole text, or thirteen words in a row of it (Brown et al.,
+"Language Models are Few-Shot Learners", 2020, appendix C).
 """
 
 from __future__ import annotations
@@ -31,22 +31,18 @@ if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
 RUN = 13
-# Words in a row in more rows of the other set than this are its form, not its content.
-FORM = 10
-# A text of fewer words is shared by chance.
-_LEAST_WORDS = 4
-# Characters for a word, by which the parts of a long text lie over each other.
-_SHARED = 16
-# Runs that are kept, 12 bytes each; of a larger set every second, fourth, ... one is.
-_MOST_RUNS = 2**24
-# Texts, or characters of them, that are looked at together.
-_AT_ONCE = 512
-_MOST_AT_ONCE = 2**20
+FORM = 10  # words in a row in more rows of the other set than this are its form, not its content
+_LEAST_WORDS = 4  # a text of fewer words is shared by chance
+_SHARED = 16  # characters per word of a run, by which the parts of a long text overlap
+_MOST_RUNS = 2**24  # kept runs, 12 bytes each; of a larger set every second, fourth, ... is kept
+# Texts, or characters of them, that are hashed together.
+_AT_ONCE, _MOST_AT_ONCE = 512, 2**20
 _WORD = re.compile(r"\w+")
+_STRUCTURED = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 
 def prompt_digest(text: str) -> int:
-    """64 bits of a text without its case and spaces; 0 for one without a character."""
+    """Return a 64-bit hash of a text without case and spaces; 0 for one without a character."""
     plain = "".join(text.lower().split())
     if not plain:
         return 0
@@ -55,21 +51,21 @@ def prompt_digest(text: str) -> int:
 
 
 def many_words(text: str) -> bool:
-    """Whether a prompt has enough words not to be shared by chance."""
+    """Return whether a prompt has enough words not to be shared by chance."""
     return len(text.split(None, _LEAST_WORDS)) >= _LEAST_WORDS
 
 
 class Other:
-    """A set of texts that others are looked for in; filled with `fill` or `add`, then asked.
+    """A set of texts to search others for; filled with `fill` or `add`, then queried.
 
-    `rows` counts what was read, `unreadable` what could not be parsed; `first_unreadable` is the
-    first of that.
+    `rows` counts rows that were read, `unreadable` those that could not be parsed, of which
+    `first_unreadable` is the first.
 
     Args:
         name: of the set, for messages.
         runs: whether to look for words in a row, or for whole prompts only.
-        run: so many words in a row are a sign.
-        form: words in a row in more rows than this are the set's form, and no sign; None: all are.
+        run: how many words in a row are a sign.
+        form: words in a row in more rows than this are the set's form, no sign; None: no limit.
     """
 
     def __init__(
@@ -94,7 +90,7 @@ class Other:
 
     @property
     def sampled(self) -> int:
-        """Of how many runs one was kept; 1 for all."""
+        """One of so many runs was kept; 1 when all were."""
         return self._mask + 1
 
     def add(self, texts: Sequence[str], origin: Origin) -> None:
@@ -111,19 +107,18 @@ class Other:
                     self._take()
 
     def prompt(self, digest: int) -> Origin | None:
-        """Where a prompt of that digest stands, if it does."""
+        """Return where a prompt with that digest stands, if it does."""
         number = self._prompts.get(digest)
         return None if number is None else self._origins[number]
 
     def shared(self, words: Words) -> list[tuple[int, Origin]]:
-        """The number of each text that has words in a row of this set's, and where those stand."""
+        """Return the number of each text that shares words in a row, and where those stand."""
         known, rows = self.finish()
         runs, text_of = words.runs(self._run)
         if not len(known) or not len(runs):
             return []
-        at = np.searchsorted(known, runs)
-        at[at == len(known)] = 0
-        hits = np.flatnonzero(known[at] == runs)
+        at, same = _find(known, runs)
+        hits = np.flatnonzero(same)
         texts, first = np.unique(text_of[hits], return_index=True)
         return [
             (int(text), self._origins[int(rows[at[hits[one]]])])
@@ -131,23 +126,21 @@ class Other:
         ]
 
     def held(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """[texts] whether each has words in a row of this set's, or is one of its short texts."""
+        """Return for each text whether it shares words in a row, or is a short text of this set."""
         known, _ = self.finish()
         pieces = [(n, piece) for n, text in enumerate(texts) for piece in _pieces(text, self._run)]
         text_of = np.array([n for n, _ in pieces], dtype=np.int64)
         words = hash_words([piece for _, piece in pieces])
-        found = np.zeros(len(texts), dtype=np.bool_)
+        held = np.zeros(len(texts), dtype=np.bool_)
         runs, piece_of = words.runs(self._run)
         if len(known):
-            at = np.searchsorted(known, runs)
-            at[at == len(known)] = 0
-            found[text_of[piece_of[known[at] == runs]]] = True
+            held[text_of[piece_of[_find(known, runs)[1]]]] = True
         for whole, piece in zip(*words.wholes(_LEAST_WORDS, self._run), strict=True):
-            found[text_of[piece]] |= int(whole) in self._short
-        return found
+            held[text_of[piece]] |= int(whole) in self._short
+        return held
 
     def words_shared(self, text: str) -> str:
-        """The first words in a row of a text that stand here, as far as a plain reading finds."""
+        """Return the first shared words in a row of a text; empty when none are found as text."""
         known, _ = self.finish()
         words = _WORD.findall(text[:MOST_CHARACTERS])
         count = len(words) - self._run + 1
@@ -175,7 +168,7 @@ class Other:
                 self._keep(some, their_rows)
 
     def finish(self) -> tuple[Hashes, NDArray[np.int32]]:
-        """The runs in order and a row of each; nothing is added after that."""
+        """Return the sorted runs and a row of each; nothing may be added after that."""
         if self._runs is None:
             if self._waiting:
                 self._take()
@@ -183,7 +176,7 @@ class Other:
             parts = [*self._parts, empty]
             runs, rows = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
             self._parts = []
-            # A run counts once a row, and not at all when it is the form of many.
+            # A run counts once a row, and not at all when it is in too many rows.
             order = np.lexsort((rows, runs))
             runs, rows = runs[order], rows[order]
             fresh = np.append(True, (runs[1:] != runs[:-1]) | (rows[1:] != rows[:-1]))[: len(runs)]
@@ -195,7 +188,7 @@ class Other:
 
 
 def read_other(source: DataSource, *, runs: bool = True) -> Other:
-    """A set of one source; see `fill`."""
+    """Return the finished set of one source; see `fill`."""
     other = Other(source.path, runs=runs)
     fill(other, source)
     other.finish()
@@ -205,9 +198,8 @@ def read_other(source: DataSource, *, runs: bool = True) -> Other:
 def fill(other: Other, source: DataSource) -> None:
     """Add all texts of a source of any layout, or of a file of plain lines, to `other`.
 
-    CSV files have a header; every other file that is no JSON or Parquet is read line by line, also
-    compressed (.gz, .bz2, .xz, .zst). Raises `UserError` for a file that cannot be read, or has no
-    text.
+    CSV files have a header. A file that is no JSON or Parquet is read line by line, also compressed
+    (.gz, .bz2, .xz, .zst). Raises `UserError` for a file that cannot be read, or has no text.
     """
     before = other.rows
     for texts, origin in _rows(source):
@@ -220,11 +212,15 @@ def fill(other: Other, source: DataSource) -> None:
         raise UserError(f"data: there is no text in {source.path}.")
 
 
-def _pieces(text: str, run: int) -> Iterator[str]:
-    """The parts of a text that `hash_words` reads whole; each begins with the last one's end.
+def _find(known: Hashes, runs: Hashes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return each run's place in `known` (sorted, not empty), and whether it is there."""
+    at = np.searchsorted(known, runs)
+    at[at == len(known)] = 0
+    return at, known[at] == runs
 
-    So words in a row that lie across are in one of them.
-    """
+
+def _pieces(text: str, run: int) -> Iterator[str]:
+    """Cut a text into parts that `hash_words` reads whole; they overlap, so no run is cut apart."""
     shared = min(_SHARED * run, MOST_CHARACTERS // 2)
     for start in range(0, max(1, len(text) - shared), MOST_CHARACTERS - shared):
         yield text[start : start + MOST_CHARACTERS]
@@ -232,17 +228,13 @@ def _pieces(text: str, run: int) -> Iterator[str]:
 
 def _rows(source: DataSource) -> Iterator[tuple[list[str] | BadLine, Origin]]:
     path = Path(source.path).expanduser() if looks_like_path(source.path) else None
-    if path is not None and path.is_file() and _is_plain(path):
+    if path is not None and path.is_file() and kind_of_text(path) not in _STRUCTURED:
         yield from _plain_rows(path)
         return
     for row in read_rows(source):
-        if isinstance(row, Row) and row.broken and (said := unreadable_text(row.fields)):
-            row = BadLine(row.origin, said)
+        if isinstance(row, Row) and row.broken and (reason := unreadable_text(row.fields)):
+            row = BadLine(row.origin, reason)
         yield (row if isinstance(row, BadLine) else list(texts_in(row.fields))), row.origin
-
-
-def _is_plain(path: Path) -> bool:
-    return kind_of_text(path) not in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 
 def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
@@ -256,7 +248,7 @@ def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
                 lines = filter(None, csv.reader(file, delimiter=separator))
                 header = next(lines, [])
             for number, texts in enumerate(lines, start=1):
-                # Compared with the first row: a table without a header has a row there.
+                # The header counts as a part of the first row: it is a row where there is none.
                 yield [*header, *texts], Origin(str(path), number)
                 header = []
     except (OSError, EOFError, csv.Error, lzma.LZMAError, zlib.error) as error:

@@ -1,7 +1,4 @@
-"""What a text alone says: does an answer refuse, is it right, which language is it in?
-
-The refusal detector serves checks of data sets and filters of pairs, and knows English only.
-"""
+"""What a text alone tells: whether an answer refuses (in English), is right, and its language."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from types import MappingProxyType
 
-# Refusals and disclaimers come at the beginning: further on, the same words are quoted, put into
-# somebody's mouth, or said of a detail after an answer was given.
+# Refusals and disclaimers come at the beginning; further on, the same words are quoted, spoken by
+# somebody else, or about a detail after an answer.
 _WITHIN = 200
-# An answer that refuses and is longer goes on to something, a safer answer for instance.
+# A longer answer that refuses goes on to something, a safer answer for instance.
 _SHORT = 600
 _CANNOT = (
     r"(?:can(?:'t|not| not)|(?:am|'m) (?:currently )?(?:unable|not able) to"
     r"|(?:won't|will not)(?: be able to)?)"
 )
-# What one is asked for as an assistant. `I can't see the stage from here` is a story.
+# What an assistant is asked for. `I can't see the stage from here` is a story.
 _ASKED = (
     r"(?:help|assist|answer|provide|fulfill?|comply|do (?:that|this|so)|discuss|create|generate|"
     r"engage|support|write|give(?! (?:up|in|way))|share|produce|participate|offer|advise|respond|"
@@ -32,7 +29,7 @@ _AI = (
 )
 _REFUSES = re.compile(
     r"(?<!\w)(?:"
-    # An AI that says so. `As an AI researcher` is none, nor is the hero of a story.
+    # An AI that says it is one. `As an AI researcher` does not, nor does the hero of a story.
     r"as an? (?:[\w-]+ (?:and [\w-]+ )?)?"
     + _AI
     + r"|i(?:'m| am) (?:just |only |merely )?an "
@@ -67,52 +64,45 @@ _HELPS = re.compile(
 
 
 def refuses(answer: str) -> bool:
-    """Whether an answer begins as refusals and disclaimers of language models do, in English.
+    """Return whether an answer begins like a language model's refusal or disclaimer, in English.
 
-    `I must decline to answer that.` refuses, and `As an AI language model, I have no body, but
-    ...` speaks of itself as an AI. Both count: neither is to be learnt, or preferred, unseen.
+    `I must decline to answer that.` refuses, `As an AI language model, I have no body, but ...`
+    disclaims. Both count, because neither should be learnt or preferred unnoticed.
     """
     return _REFUSES.search(answer[:_WITHIN].replace("\u2019", "'")) is not None
 
 
 def refuses_only(answer: str) -> bool:
-    """Whether an answer refuses, is short, and does not go on to help."""
+    """Return whether an answer refuses, is short, and does not go on to help."""
     return len(answer) < _SHORT and refuses(answer) and _HELPS.search(answer) is None
 
 
 def contains_accepted(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether one of the accepted texts stands in the answer as whole words, in any case."""
+    """Return whether the answer has one of the accepted texts as whole words, in any case."""
     return any(
         re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) for text in accepted
     )
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop before a space, or its first line break."""
+    """Return the text up to its first full stop before a space, or its first line break."""
     return re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0]
 
 
-# Characters of a text that are looked at.
+# Characters of a text from which its language is guessed.
 _LOOKED_AT = 400
-# Different small words that a text must have, and more of them than of any other language's.
+# Different small words of its language that a text must have, and more than of any other language.
 _ENOUGH, _ENOUGH_OF_MANY, _MANY = 2, 3, 20
 
 _SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(f"[{ranges}]"))
     for name, ranges in (
-        ("ja", "\u3040-\u30ff"),
-        ("ko", "\uac00-\ud7af"),
-        ("zh", "\u4e00-\u9fff"),
-        ("el", "\u0370-\u03ff"),
-        ("he", "\u0590-\u05ff"),
-        ("ar", "\u0600-\u06ff"),
-        ("hi", "\u0900-\u097f"),
-        ("bn", "\u0980-\u09ff"),
-        ("ta", "\u0b80-\u0bff"),
-        ("th", "\u0e00-\u0e7f"),
-        ("ru", "\u0400-\u04ff"),
+        ("ja", "\u3040-\u30ff"), ("ko", "\uac00-\ud7af"), ("zh", "\u4e00-\u9fff"),
+        ("el", "\u0370-\u03ff"), ("he", "\u0590-\u05ff"), ("ar", "\u0600-\u06ff"),
+        ("hi", "\u0900-\u097f"), ("bn", "\u0980-\u09ff"), ("ta", "\u0b80-\u0bff"),
+        ("th", "\u0e00-\u0e7f"), ("ru", "\u0400-\u04ff"),
     )
-)
+)  # fmt: skip
 _LETTER = re.compile(r"[^\W\d_]")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _SMALL_WORDS = MappingProxyType(
@@ -145,7 +135,6 @@ _SMALL_WORDS = MappingProxyType(
     }
 )
 LANGUAGES = (*_SMALL_WORDS, *(name for name, _ in _SCRIPTS), "uk")
-"""What can be told."""
 _LANGUAGES_OF: dict[str, list[str]] = {}
 for _name, _words in _SMALL_WORDS.items():
     for _word in _words:
@@ -155,10 +144,10 @@ _CYRILLIC_UKRAINIAN = re.compile("[іїєґІЇЄҐ]")
 
 
 def language_of(text: str) -> str | None:
-    """The code of a text's language (ISO 639-1), one of `LANGUAGES`, or None.
+    """Guess the code of a text's language (ISO 639-1), one of `LANGUAGES`, or None.
 
-    A guess, and only that: short texts, code and names are None, and languages that are not in
-    this file are None or taken for a relative (Bulgarian for Russian).
+    Short texts, code and names give None; a language that is not in this file gives None or a
+    relative (Russian for Bulgarian).
     """
     text = text[:_LOOKED_AT]
     if not text.isascii():

@@ -1,7 +1,7 @@
-"""Words as 64-bit numbers, many texts at once: what duplicates and overlaps are found by.
+"""Words as 64-bit hashes, computed for many texts at once; duplicates and overlaps use them.
 
-Words are runs of letters and digits in lower case; where writing has no spaces between words
-(Chinese, Japanese, Thai), each character is one.
+A word is a run of letters and digits in lower case; in writing without spaces between words
+(Chinese, Japanese, Thai), each character is a word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
-# Characters of a text that are looked at; a record of many megabytes is told by its beginning.
+# Characters of a text that are hashed; of a record of many megabytes only the beginning counts.
 MOST_CHARACTERS = 20_000
 # Odd, so that it has an inverse modulo 2**64, where all of this is computed.
 _BASE = 0x9E3779B97F4A7C15
@@ -32,10 +32,7 @@ class Words:
     starts: NDArray[np.int64]
 
     def runs(self, length: int) -> tuple[Hashes, NDArray[np.int64]]:
-        """Hashes of all runs of `length` words within a text, and the text of each.
-
-        A text of fewer words has none.
-        """
+        """Return hashes of all runs of `length` words within a text, and the text of each."""
         count = len(self.hashes) - length + 1
         if count <= 0:
             return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
@@ -47,7 +44,7 @@ class Words:
         return runs[within], text_of[:count][within]
 
     def wholes(self, least: int, below: int) -> tuple[Hashes, NDArray[np.int64]]:
-        """Hashes of the texts of at least `least` and fewer than `below` words, and which they are.
+        """Return the hashes and numbers of the texts of `least` to `below` - 1 words.
 
         The hash of a text of n words is that of its run of n.
         """
@@ -62,8 +59,8 @@ class Words:
 
 
 def hash_words(texts: Sequence[str]) -> Words:
-    """The words of some texts, each of at most `MOST_CHARACTERS`."""
-    # A lone half of a surrogate pair is refused by the readers; other files may have one.
+    """Return the words of some texts, each of at most `MOST_CHARACTERS`."""
+    # Readers refuse a lone half of a surrogate pair; other files may have one.
     parts = [text[:MOST_CHARACTERS].lower().encode("utf-8", "replace") for text in texts]
     if not parts:
         return Words(np.zeros(0, dtype=np.uint64), np.zeros(1, dtype=np.int64))
@@ -80,7 +77,7 @@ def hash_words(texts: Sequence[str]) -> Words:
 
 
 def _shape(content: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which bytes are within words, and which would begin one."""
+    """Return which bytes are within words, and which would begin one."""
     inside = _IN_WORD[content]
     lead, next_ = content[:-1], content[1:]
     # In UTF-8, general punctuation (dashes, curly quotes) is E2 80 xx, that of Chinese and Japanese
@@ -95,14 +92,14 @@ def _shape(content: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bo
     begins = own.copy()
     begins[0] = True
     begins[1:] |= ~inside[:-1]
-    # What follows a character that is a word of its own, but for its two other bytes.
+    # A word begins behind a character that is a word of its own, which has three bytes.
     after = np.flatnonzero(own) + 3
     begins[after[after < len(content)]] = True
     return inside, begins
 
 
 def _sums(content: NDArray[np.uint8]) -> tuple[Hashes, Hashes]:
-    """[b + 1] sums of byte x base**position so far, and [b] the inverse of base**position."""
+    """Return [b + 1] sums of byte x base**position, and [b] inverses of base**position."""
     powers = _powers(_BASE, len(content))
     sums = np.zeros(len(content) + 1, dtype=np.uint64)
     # Plus one, so that a zero byte counts.

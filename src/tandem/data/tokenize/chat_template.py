@@ -1,7 +1,7 @@
-"""Chat templates: which one is in force, what it renders, and how it ends an answer.
+"""Chat templates: which one is used, what it renders, and how it ends an answer.
 
-The rendered text is tokenised without added special tokens: BOS and end-of-turn tokens come from
-the template, in training and in inference alike.
+Rendered text is tokenised without adding special tokens: BOS and end-of-turn tokens come from the
+template, in training and in inference alike.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from tandem.data.tokenize.light_tokenizer import parse_template
 from tandem.errors import UserError, nearest
 
 DEFAULT = "neural-chat"
-# The name under which a model keeps its template for records with tools, as transformers has it.
+# transformers' name of a model's template for records with tools.
 TOOL_USE = "tool_use"
 _MARK = "\ufeff"
-# Words that no template contains, to find a turn's text in what a template renders.
-_QUESTION, _ANSWER = "zqprobequestionzq", "zqprobeanswerzq"
+# An answer that no template contains, to find a turn's text in what a template renders.
+_ANSWER = "zqprobeanswerzq"
+_PROBE = (Turn("user", "zqprobequestionzq"), Turn("assistant", _ANSWER))
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: its name, its jinja text, and what the user should hear about it.
+    """A chat template: its name, its jinja text, and notices for the user.
 
     `named` are all the templates of a model that has several, each with its name. `now` is the time
-    that one which writes the date gets, the same for all records of a run; None for all others.
+    for a template that writes the date, the same for all records of a run; None for all others.
     """
 
     name: str
@@ -42,24 +43,24 @@ class ChatTemplate:
     now: datetime | None = None
 
     def source_for(self, tools: str) -> str:
-        """The jinja text for turns with these tools: as transformers chooses among several."""
+        """Return the jinja text for turns with these tools, as transformers chooses it."""
         return dict(self.named).get(TOOL_USE, self.source) if tools else self.source
 
     @property
     def for_tools(self) -> str | None:
-        """The jinja text of turns with tools, where it is one of its own."""
+        """The jinja text for turns with tools, if the model has a separate one."""
         return dict(self.named).get(TOOL_USE)
 
     @property
     def saved(self) -> str | dict[str, str]:
-        """What a tokenizer keeps of it: the text, or all the texts by name."""
+        """What a tokenizer saves: the text, or all the texts by name."""
         return dict(self.named) or self.source
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a template closes an answer: the text `closing`, which ends with the end-of-turn token
-    `token` (id `token_id`), and the `trailer` after it, which is not trained."""
+    """How a template ends an answer: `closing`, whose last token is the end-of-turn token `token`
+    (id `token_id`), and the `trailer` after it, which is not trained."""
 
     closing: str
     token: str
@@ -68,37 +69,36 @@ class Ending:
 
 
 def template_names() -> tuple[str, ...]:
-    """The names of the templates in the package."""
+    """Return the names of the templates in the package."""
     folder = files("tandem.data.tokenize") / "chat_templates"
     names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".jinja"))
     return tuple(sorted(name.removesuffix(".jinja") for name in names))
 
 
 def resolve_template(tokenizer: Any, choice: str | None) -> ChatTemplate:
-    """Decide on the chat template and set it as the tokenizer's.
+    """Choose the chat template and set it as the tokenizer's.
 
-    `choice` is a template's name, a .jinja file, or None for the tokenizer's own (for
-    `neural-chat` when it has none, with a notice). Of several templates that a tokenizer has by
-    name, None takes `default`, and `tool_use` for turns with tools. Raises `UserError` for an
-    unknown name, a missing file, or a template that cannot render a plain exchange.
+    `choice` is a template's name, a .jinja file, or None for the tokenizer's own (`neural-chat`
+    when it has none, with a notice). Of several named templates of a tokenizer, None takes
+    `default`, and `tool_use` for turns with tools. Raises `UserError` for an unknown name, a
+    missing file, or a template that cannot render a plain exchange.
     """
     template = choose_template(tokenizer.chat_template, choice)
     tokenizer.chat_template = template.saved
     notices = (*template.notices, *_notices(tokenizer, template))
     texts = (template.source, *dict(template.named).values())
     dated = any("strftime_now" in text for text in texts)
-    return replace(
-        template, notices=notices, now=datetime.now().replace(microsecond=0) if dated else None
-    )
+    now = datetime.now().replace(microsecond=0) if dated else None
+    return replace(template, notices=notices, now=now)
 
 
 def render(
     tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], *, prompt: bool, tools: str = ""
 ) -> str:
-    """The text of some turns; with `prompt` it ends where the assistant is to answer.
+    """Return the text of some turns; with `prompt` it ends where the assistant is to answer.
 
-    `tools` is a JSON list of functions that the template is given. Raises `UserError` with the
-    template's own words when it refuses the turns.
+    `tools` is a JSON list of functions. Raises `UserError` with the template's own words when it
+    refuses the turns.
     """
     try:
         text = tokenizer.apply_chat_template(
@@ -114,7 +114,7 @@ def render(
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What rendering may raise: jinja's own, the sandbox's, and what expressions raise."""
+    """Return what rendering may raise: jinja's errors, the sandbox's, and those of expressions."""
     import jinja2
 
     return (
@@ -124,17 +124,17 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exception) -> UserError:
-    """What to say when a template refuses some turns, or cannot be parsed."""
+    """Return the error that a template refuses some turns, or cannot be parsed."""
     import jinja2
 
-    said = str(error).rstrip(".")
+    message = str(error).rstrip(".")
     if isinstance(error, jinja2.TemplateSyntaxError):
-        said = str(error.message).rstrip(".")
+        message = str(error.message).rstrip(".")
         return UserError(
-            f"chat template {template.name!r}, line {error.lineno}: {said}. Correct it, or "
+            f"chat template {template.name!r}, line {error.lineno}: {message}. Correct it, or "
             "choose another `chat_template`."
         )
-    if "no loader for this environment" in said:
+    if "no loader for this environment" in message:
         return UserError(
             f"chat template {template.name!r} includes, imports or extends another file, and there "
             "is no loader for that: chat templates are one file, here as in transformers. Write "
@@ -142,16 +142,16 @@ def cannot_render(template: ChatTemplate, turns: Sequence[Turn], error: Exceptio
         )
     roles = " ".join(turn.role for turn in turns)
     return UserError(
-        f"chat template {template.name!r} cannot render the turns ({roles}): {said}. "
+        f"chat template {template.name!r} cannot render the turns ({roles}): {message}. "
         "Choose another `chat_template`, or change the data."
     )
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, nothing added, in one call."""
+    """Return the token ids of rendered texts, nothing added, in one call."""
     if not texts:
         return []
-    # verbose: a text beyond the model's context is no news here, truncation comes after.
+    # Not verbose: truncation comes later, so a text beyond the model's context is no news.
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -166,12 +166,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def prompt_ids(
     tokenizer: Any, template: ChatTemplate, turns: Sequence[Turn], tools: str = ""
 ) -> list[int]:
-    """The token ids that inference feeds for these turns, up to where the assistant answers."""
+    """Return the token ids that inference feeds for these turns, up to the assistant's answer."""
     return tokenize(tokenizer, [render(tokenizer, template, turns, prompt=True, tools=tools)])[0]
 
 
 def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
-    """The token ids that end an answer: the template's end-of-turn token, and EOS."""
+    """Return the token ids that end an answer: the template's end-of-turn token, and EOS."""
     ending = find_ending(tokenizer, template)
     ids = [] if ending is None else [ending.token_id]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
@@ -180,29 +180,25 @@ def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
 
 
 def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Ending | None:
-    """How the template closes an answer, or None when no token of the tokenizer does.
-
-    `tools` are given to the template; a model may have another template for turns with tools.
-    """
-    text = render(tokenizer, template, _probe(), prompt=False, tools=tools)
+    """Return how the template of turns with `tools` ends an answer; None if it is with no token."""
+    text = render(tokenizer, template, _PROBE, prompt=False, tools=tools)
     if _ANSWER not in text:
         raise UserError(f"chat template {template.name!r} leaves out the assistant's text.")
     closing = text[text.rindex(_ANSWER) + len(_ANSWER) :]
     tokens = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
     tokens.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     # Some tokenizers have runs of blanks as added tokens; those end nothing.
-    tokens = {token: index for token, index in tokens.items() if token.strip()}
-    # Of tokens that begin at one place the tokenizer takes the longest.
-    found = [(closing.index(token), -len(token), token) for token in tokens if token in closing]
-    if not found:
+    present = [token for token in tokens if token.strip() and token in closing]
+    if not present:
         return None
-    start, _, token = min(found)
-    end = start + len(token)
+    # Of tokens that begin at one place the tokenizer takes the longest.
+    token = min(present, key=lambda one: (closing.index(one), -len(one), one))
+    end = closing.index(token) + len(token)
     return Ending(closing[:end], token, tokens[token], closing[end:])
 
 
 def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
-    """`find_ending`, or a `UserError`: a model trained without an end token would never stop."""
+    """Return `find_ending`, or raise `UserError`: without an end token a model would never stop."""
     ending = find_ending(tokenizer, template)
     if ending is None:
         raise UserError(_endless(tokenizer, template))
@@ -227,23 +223,19 @@ def _endless(tokenizer: Any, template: ChatTemplate) -> str:
 
 
 def missing_tokens(tokenizer: Any, template: ChatTemplate) -> list[str]:
-    """What a template writes that looks like special tokens (`<...>`) the tokenizer lacks."""
-    text = render(tokenizer, template, _probe(), prompt=False)
+    """Return what a template writes like special tokens (`<...>`) that the tokenizer lacks."""
+    text = render(tokenizer, template, _PROBE, prompt=False)
     known = tokenizer.get_vocab()
-    found = re.findall(r"<\|[^<>|\s]+\|>|</?[A-Za-z_]+>", text)
-    return [token for token in dict.fromkeys(found) if token not in known]
-
-
-def _probe() -> tuple[Turn, ...]:
-    return (Turn("user", _QUESTION), Turn("assistant", _ANSWER))
+    tokens = dict.fromkeys(re.findall(r"<\|[^<>|\s]+\|>|</?[A-Za-z_]+>", text))
+    return [token for token in tokens if token not in known]
 
 
 def choose_template(own: Any, choice: str | None) -> ChatTemplate:
-    """The template that is in force, without a look at what it renders.
+    """Choose the template without rendering it; see `resolve_template`.
 
-    `own` is the tokenizer's: a text, several by name, or None. Raises as `resolve_template` does.
+    `own` is the tokenizer's: a text, several by name, or None.
     """
-    # Some editors put a mark in front of UTF-8, which is no text.
+    # Some editors put a byte order mark in front of UTF-8.
     named: dict[str, str] = {}
     if isinstance(own, dict):
         named = {name: str(text).removeprefix(_MARK) for name, text in own.items()}
@@ -287,7 +279,7 @@ def choose_template(own: Any, choice: str | None) -> ChatTemplate:
 
 
 def _default_of(named: Mapping[str, str]) -> ChatTemplate:
-    """A model's template called default, with the others that it has."""
+    """Return a model's template called `default`, with the others that it has."""
     if "default" not in named:
         names = ", ".join(sorted(named))
         raise UserError(
@@ -306,7 +298,7 @@ def _packaged(name: str) -> str:
 
 
 def _random_part(template: ChatTemplate) -> str:
-    """The name in a template of what gives another text each time, if there is one."""
+    """Return the name in a template of what gives another text each time, if there is one."""
     import jinja2
 
     for source in (template.source, *dict(template.named).values()):
@@ -322,8 +314,8 @@ def _random_part(template: ChatTemplate) -> str:
 
 
 def _notices(tokenizer: Any, template: ChatTemplate) -> list[str]:
-    """What is unusual about a template, from rendering one exchange; doubled BOS is an error."""
-    ids = prompt_ids(tokenizer, template, _probe()[:1])
+    """Return what is unusual about a template, by rendering one exchange; refuse a doubled BOS."""
+    ids = prompt_ids(tokenizer, template, _PROBE[:1])
     bos = tokenizer.bos_token_id
     notices = []
     if name := _random_part(template):

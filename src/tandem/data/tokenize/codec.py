@@ -13,14 +13,8 @@ from itertools import chain
 from typing import Any, Protocol
 
 from tandem.data.records import Turn
-from tandem.data.tokenize.chat_template import (
-    ChatTemplate,
-    Ending,
-    cannot_render,
-    refusals,
-    render,
-    tokenize,
-)
+from tandem.data.tokenize import chat_template
+from tandem.data.tokenize.chat_template import ChatTemplate, Ending
 from tandem.data.tokenize.light_tokenizer import compile_template
 from tandem.data.tokenize.vocabulary import longest_token, require_rows, tokens_without_row
 from tandem.errors import UserError
@@ -41,23 +35,23 @@ class Codec(Protocol):
     bos_token_id: int | None
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
-        """The text of some turns; see `template.render`."""
+        """Return the text of some turns; see `chat_template.render`."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts; raises `NoRow` where the model has no row for one."""
+        """Return the token ids of rendered texts; raise `NoRow` if the model lacks one's row."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens included."""
+        """Return the text of token ids, special tokens included."""
         ...
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """The character spans of a text's tokens; of single characters if they cannot be had."""
+        """Return the character spans of a text's tokens, or of characters if those are unknown."""
         ...
 
     def most_characters(self, tokens: int) -> int | None:
-        """A text of more characters surely has more than `tokens` tokens; None: nobody knows."""
+        """Return how many characters `tokens` tokens can have at most; None if unknown."""
         ...
 
 
@@ -71,18 +65,17 @@ class TransformersCodec:
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
-        """See `Codec.render`."""
-        return render(self._tokenizer, self._template, turns, prompt=prompt, tools=tools)
+        return chat_template.render(
+            self._tokenizer, self._template, turns, prompt=prompt, tools=tools
+        )
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `Codec.tokenize`."""
-        found = tokenize(self._tokenizer, texts)
-        for ids in found:
+        encoded = chat_template.tokenize(self._tokenizer, texts)
+        for ids in encoded:
             require_rows(ids, self._rows, self.decode)
-        return found
+        return encoded
 
     def decode(self, ids: list[int]) -> str:
-        """See `Codec.decode`."""
         return str(
             self._tokenizer.decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -90,7 +83,6 @@ class TransformersCodec:
         )
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """See `Codec.spans`."""
         if not getattr(self._tokenizer, "is_fast", False):
             return [(index, index + 1) for index in range(len(text))]
         encoded = self._tokenizer(
@@ -99,21 +91,18 @@ class TransformersCodec:
         return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
     def most_characters(self, tokens: int) -> int | None:  # noqa: ARG002
-        """See `Codec.most_characters`."""
         return None
 
 
 @dataclass(frozen=True)
 class CodecParts:
-    """The plain values a `FastCodec` is made of.
+    """The plain values from which a `FastCodec` is made.
 
     Attributes:
         tokenizer: the `tokenizers` library's JSON.
-        template: the chat template, and the one for turns with tools.
         special: the special tokens a template may write, by name.
         ending: how the template ends an answer.
-        tool_ending: how the one for turns with tools does, where it is another and ends it.
-        bos_token_id: of the tokenizer, if it has one.
+        tool_ending: how a separate template for turns with tools ends an answer, if it does.
         shown: what a few turns render as; a template may write today's date.
         rows: of the model's embedding, where the tokenizer has more tokens; None: all have a row.
     """
@@ -163,7 +152,6 @@ class FastCodec:
         self._longest: int | None = None  # found when a text is long enough to ask
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
-        """See `Codec.render`."""
         try:
             return self._compiled(tools)(
                 messages=[turn.message() for turn in turns],
@@ -171,43 +159,38 @@ class FastCodec:
                 add_generation_prompt=prompt,
                 **self._special,
             )
-        except refusals() as error:
-            raise cannot_render(self._template, turns, error) from error
+        except chat_template.refusals() as error:
+            raise chat_template.cannot_render(self._template, turns, error) from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `Codec.tokenize`.
+        """Tokenize each piece between end-of-turn tokens once; see `Codec.tokenize`.
 
-        Texts are cut at the end-of-turn token, and pieces that occur more than once (a prompt
-        alone and before its answer, a conversation's earlier turns) are encoded once. A tokenizer
-        takes such tokens out of a text before it looks at the rest, so the ids are the same;
-        each piece keeps the token before and behind it, so that its surroundings are, too.
+        Pieces often repeat: a prompt alone and before its answer, a conversation's earlier turns.
+        A tokenizer takes such tokens out of a text before it looks at the rest, so the ids are the
+        same; each piece keeps the tokens around it, so that its surroundings are the same, too.
         """
         if self._cut is None:
-            return [self._checked(found.ids) for found in self._encode(list(texts))]
+            return self._encode(list(texts))
         pieces = [_cut(text, self._cut) for text in texts]
-        wanted = list(dict.fromkeys(chain.from_iterable(pieces)))
-        encoded = zip(wanted, self._encode(wanted), strict=True)
-        ids = {piece: self._checked(found.ids) for piece, found in encoded}
-        return [_assemble([ids[piece] for piece in some]) for some in pieces]
+        distinct = list(dict.fromkeys(chain.from_iterable(pieces)))
+        ids = dict(zip(distinct, self._encode(distinct), strict=True))
+        # Each piece but the first repeats the token before it.
+        return [
+            [*ids[first], *chain.from_iterable(ids[piece][1:] for piece in rest)]
+            for first, *rest in pieces
+        ]
 
     def decode(self, ids: list[int]) -> str:
-        """See `Codec.decode`."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """See `Codec.spans`."""
-        found = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return [(int(start), int(end)) for start, end in found]
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [(int(start), int(end)) for start, end in offsets]
 
     def most_characters(self, tokens: int) -> int | None:
-        """See `Codec.most_characters`."""
         if self._longest is None:
             self._longest = longest_token(self._tokenizer)
         return self._longest * tokens if self._longest else None
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        require_rows(ids, self._rows, self.decode)
-        return ids
 
     def _compiled(self, tools: str) -> Callable[..., str]:
         if not tools or self._template.for_tools is None:
@@ -216,9 +199,12 @@ class FastCodec:
             self._render_with_tools = compile_template(self._template.for_tools, self._template.now)
         return self._render_with_tools
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        encoded: list[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return encoded
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids: list[list[int]] = [one.ids for one in encoded]
+        for some in ids:
+            require_rows(some, self._rows, self.decode)
+        return ids
 
 
 def make_codec(
@@ -228,19 +214,18 @@ def make_codec(
     tool_ending: Ending | None = None,
     rows: int | None = None,
 ) -> tuple[Codec, CodecParts | None]:
-    """The quickest codec of a tokenizer of transformers, and the values it is made of, if any.
+    """Return the fastest codec of a tokenizer of transformers, and its parts, if it has any.
 
-    There are none for tokenizers written in Python, and for one that renders or encodes a few
-    turns differently from what its values say. `rows` are those of the model's embedding. Raises
-    `NoRow` where what the template itself writes has none.
+    A tokenizer written in Python has none, nor has one that renders or encodes a few turns
+    differently from a `FastCodec`. `rows` are those of the model's embedding. Raises `NoRow` where
+    the template itself writes a token without a row.
     """
     if rows is not None and not tokens_without_row(tokenizer, rows):
         rows = None
     theirs = TransformersCodec(tokenizer, template, rows)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not getattr(tokenizer, "is_fast", False) or backend is None:
-        return theirs, None
-    if getattr(tokenizer, "split_special_tokens", False):
+    plain = getattr(tokenizer, "is_fast", False) and backend is not None
+    if not plain or getattr(tokenizer, "split_special_tokens", False):
         return theirs, None
     shown = [_shown(theirs, prompt) for prompt in (False, True)]
     parts = CodecParts(
@@ -254,7 +239,7 @@ def make_codec(
         rows=rows,
     )
     texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
-    # transformers writes today's date, whatever day a run began on.
+    # transformers writes today's date, even if a run began on another day.
     ours = FastCodec(replace(parts, template=replace(parts.template, now=None)))
     encoded = theirs.tokenize(texts)
     same = (
@@ -271,7 +256,7 @@ def make_codec(
 
 
 def _shown(codec: Codec, prompt: bool) -> str:
-    """What the probe's turns render as; templates may refuse the system turn or an open end."""
+    """Render the probe; templates may refuse its system turn, or a prompt."""
     turns = _PROBE if prompt else _PROBE[:3]
     for start in (0, 1):
         try:
@@ -282,7 +267,7 @@ def _shown(codec: Codec, prompt: bool) -> str:
 
 
 def _plain(backend: Any) -> str:
-    """A tokenizer's JSON without the truncation and padding of its last call."""
+    """Return a tokenizer's JSON without the truncation and padding of its last call."""
     if backend.truncation is None and backend.padding is None:
         return str(backend.to_str())
     from tokenizers import Tokenizer
@@ -301,16 +286,16 @@ def _special(tokens: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _separates(tokenizer: Any, ending: Ending) -> bool:
-    """Whether the end token always splits a text, whatever stands beside it.
+    """Return whether the end token always splits a text, whatever stands beside it.
 
-    It must be taken out of the text as it stands (not normalised), be no part of a word, and
-    share no characters with another such token.
+    The tokenizer must take it out of the text as it is (not normalised), also within a word, and it
+    must overlap with no other such token.
     """
     added = tokenizer.get_added_tokens_decoder()
     own = added.get(ending.token_id)
-    if own is None or own.content != ending.token or own.normalized or own.single_word:
-        return False
     token = ending.token
+    if own is None or own.content != token or own.normalized or own.single_word:
+        return False
     if token != token.strip():
         return False
     others = (one.content for one in added.values() if one.content != token)
@@ -325,7 +310,7 @@ def _overlap(a: str, b: str) -> bool:
 
 
 def _cut(text: str, token: str) -> list[str]:
-    """The pieces of a text between its end tokens, each with the tokens around it."""
+    """Cut a text at its end tokens into pieces, each with the tokens around it."""
     parts = text.split(token)
     last = len(parts) - 1
     pieces = [
@@ -333,11 +318,3 @@ def _cut(text: str, token: str) -> list[str]:
         for index, part in enumerate(parts)
     ]
     return pieces[:-1] if last and not parts[-1] else pieces
-
-
-def _assemble(pieces: list[list[int]]) -> list[int]:
-    """Ids of a text from those of its pieces; each but the first repeats the token before it."""
-    ids = list(pieces[0])
-    for piece in pieces[1:]:
-        ids += piece[1:]
-    return ids

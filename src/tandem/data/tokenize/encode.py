@@ -1,4 +1,4 @@
-"""What of a record is trained: which answers, each after the turns before it, or the whole text."""
+"""Encode what is trained of a record: its answers, each after the turns before it, or all text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.tokenize import template_capabilities
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
-from tandem.data.tokenize.template_capabilities import (
-    PROBE_TOOLS,
-    Refused,
-    TemplateCapabilities,
-    Thought,
-    open_thought,
-    probe_template,
-    text_behind,
-)
+from tandem.data.tokenize.template_capabilities import Refused, TemplateCapabilities, Thought
 from tandem.data.tokenize.template_omissions import Omissions
 from tandem.data.tokenize.vocabulary import NoRow
 from tandem.errors import UserError
@@ -28,7 +21,7 @@ UNTRAINED = "every answer has weight 0"
 
 
 def trained_exchanges(conversation: Conversation) -> list[Exchange]:
-    """The answers of a conversation that are trained, each with the turns before it."""
+    """Return the trained answers of a conversation, each with the turns before it."""
     turns, tools = conversation.turns, conversation.tools
     return [
         Exchange(turns[:index], turn.content, conversation.origin, turn.extra, tools)
@@ -38,22 +31,22 @@ def trained_exchanges(conversation: Conversation) -> list[Exchange]:
 
 
 def until_last_trained(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns up to the last trained answer; nothing behind it can influence training."""
+    """Return the turns up to the last trained answer; later ones cannot influence training."""
     return turns[: 1 + max((i for i, turn in enumerate(turns) if is_trained(turn)), default=-1)]
 
 
 def is_answer(turn: Turn, loss_on: LossOn) -> bool:
-    """Whether it is an answer that is trained, alone or with the text."""
+    """Return whether a turn is an answer that is trained, alone or with the text."""
     return turn.role == "assistant" and (turn.trained or loss_on == "text")
 
 
 def is_trained(turn: Turn) -> bool:
-    """Whether it is an answer without weight 0."""
+    """Return whether a turn is an answer without weight 0."""
     return turn.role == "assistant" and turn.trained
 
 
 def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
-    """Both answers of a pair after their prompt, chosen first."""
+    """Return both answers of a pair after their prompt, chosen first."""
     return [
         Exchange(pair.prompt, text, pair.origin, tools=pair.tools)
         for text in (pair.chosen, pair.rejected)
@@ -63,7 +56,7 @@ def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
 def encode_conversation(
     chat: ChatTokenizer, conversation: Conversation, limit: int, loss_on: LossOn = "answers"
 ) -> list[Encoded | Refused]:
-    """A conversation's trained answers, each after its prompt; or its whole text as one."""
+    """Encode a conversation's trained answers, each after its prompt; or its whole text as one."""
     if loss_on == "text":
         return [encode_text(chat, conversation, limit)]
     return encode_exchanges(chat, trained_exchanges(conversation), limit)
@@ -71,7 +64,7 @@ def encode_conversation(
 
 END_INSIDE = "the answer's text contains the end-of-turn token"
 DOUBLED_BOS = "the prompt's text begins with a second BOS token"
-# Tokens beyond a limit that are tokenised with it: what is cut off cannot reach further back.
+# Tokens beyond a limit that are tokenised as well: what is cut off changes no token before them.
 _MARGIN = 64
 
 
@@ -81,11 +74,10 @@ class ChatTokenizer:
 
     Attributes:
         codec: renders, encodes and decodes.
-        template: the chat template.
-        ending: how it ends an answer.
-        tool_ending: how a template of its own for records with tools does, where there is one.
-        with_tools: what the template of records with a list of tools renders of tools and calls.
-        without_tools: what that of records without a list renders of calls.
+        ending: how the template ends an answer.
+        tool_ending: how a separate template for records with tools does, if there is one.
+        with_tools: what is rendered of tools and calls of records with a list of tools.
+        without_tools: what is rendered of calls of records without one.
         omissions: what the template leaves out.
         thought: the tag with which its prompts open the reasoning, if they do.
         parts: plain values that make the same in another process, if there are any.
@@ -103,7 +95,7 @@ class ChatTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> ChatTokenizer:
-        """That of a model with so many `rows` in its embedding; None: enough for every token.
+        """Make one for a model with `rows` rows in its embedding; None: enough for every token.
 
         Raises `UserError` when the template ends answers with no token, or writes one without row.
         """
@@ -111,13 +103,13 @@ class ChatTokenizer:
         tool_ending = None
         if template.for_tools is not None:
             with suppress(UserError):  # the first record with tools, if there is one, reports it
-                tool_ending = find_ending(tokenizer, template, PROBE_TOOLS)
+                tool_ending = find_ending(tokenizer, template, template_capabilities.PROBE_TOOLS)
         codec, parts = make_codec(tokenizer, template, ending, tool_ending, rows)
         return cls._probed(codec, template, ending, tool_ending, parts)
 
     @classmethod
     def from_parts(cls, parts: CodecParts) -> ChatTokenizer:
-        """The chat tokenizer that `parts` came from."""
+        """Make the chat tokenizer that `parts` came from."""
         return cls._probed(FastCodec(parts), parts.template, parts.ending, parts.tool_ending, parts)
 
     @classmethod
@@ -132,7 +124,7 @@ class ChatTokenizer:
         def render(turns: Sequence[Turn], tools: str) -> str:
             return codec.render(turns, prompt=False, tools=tools)
 
-        with_tools = probe_template(render)
+        with_tools = template_capabilities.probe_template(render)
         own = template.for_tools is not None
         return cls(
             codec,
@@ -140,27 +132,24 @@ class ChatTokenizer:
             ending,
             tool_ending,
             with_tools,
-            probe_template(render, given="") if own else with_tools,
+            template_capabilities.probe_template(render, given="") if own else with_tools,
             Omissions(lambda turns, tools, p: codec.render(turns, prompt=p, tools=tools)),
-            open_thought(codec.render([Turn("user", "Which?")], prompt=True)),
+            template_capabilities.open_thought(codec.render([Turn("user", "Which?")], prompt=True)),
             parts,
         )
 
     def capabilities(self, tools: str) -> TemplateCapabilities:
-        """What the template of turns with these tools renders of them and of calls."""
+        """Return what the template renders of these tools and of calls."""
         return self.with_tools if tools else self.without_tools
 
     def ending_for(self, tools: str) -> Ending:
-        """How the template of turns with these tools ends an answer."""
+        """Return how the template ends an answer of turns with these tools."""
         return self.tool_ending if tools and self.tool_ending is not None else self.ending
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An answer to encode: the turns before it and its text. `origin` is for messages.
-
-    `extra` is that of the answer's turn; `tools` are the conversation's.
-    """
+    """An answer to encode, and the turns before it. `extra` is the answer's, see `Turn`."""
 
     before: tuple[Turn, ...]
     answer: str
@@ -173,9 +162,8 @@ class Exchange:
 class Encoded:
     """Token ids of prompt and answer; the answer, end token included, starts at `start`.
 
-    `whole` is False where a text was so long that only a part of it was tokenised: then `ids` are
-    more than the limit, and the first of them, as many as the limit, are those of the text if
-    `start` is within it.
+    `whole` is False where only a part of a very long text was tokenised. Then there are more `ids`
+    than the limit; up to the limit they are the text's, if `start` is within it.
     """
 
     ids: list[int]
@@ -188,7 +176,7 @@ class Encoded:
         return len(self.ids) - self.start
 
     def cut(self, length: int) -> Encoded:
-        """The first `length` tokens; an answer that loses its end loses its end token."""
+        """Return the first `length` tokens; an answer that loses its end loses its end token."""
         return Encoded(self.ids[:length], self.start)
 
 
@@ -197,12 +185,10 @@ def encode_exchanges(
 ) -> list[Encoded | Refused]:
     """Encode answers after their prompts, in one tokenizer call.
 
-    Of a text that surely has more than `limit` tokens only a part is tokenised, see `Encoded`.
-
-    The prompt's ids are those of the rendered prompt alone. Where the tokenizer would merge the
-    prompt's end with the answer's beginning, the answer is tokenised as a continuation instead,
-    and kept only if the text survives decoding. Raises `UserError` when the template refuses
-    the turns.
+    Of a text that surely has more than `limit` tokens only a part is tokenised, see `Encoded`. The
+    prompt's ids are those of the rendered prompt alone. Where the tokenizer would merge its end
+    with the answer's beginning, the answer is tokenised as a continuation instead, and kept only if
+    the text survives decoding. Raises `UserError` when the template refuses the turns.
     """
     texts: list[_Texts | Refused] = []
     prompt, same = "", None
@@ -235,7 +221,7 @@ def _of_record(
     texts: Sequence[_Texts | Refused],
     error: NoRow,
 ) -> NoRow:
-    """The same error of the first record that has it, with its file and row."""
+    """Return the error of the first record that has it, with its file and row."""
     for exchange, text in zip(exchanges, texts, strict=True):
         try:
             if not isinstance(text, Refused):
@@ -248,7 +234,7 @@ def _of_record(
 def encode_text(
     chat: ChatTokenizer, conversation: Conversation, limit: int | None = None
 ) -> Encoded | Refused:
-    """Token ids of a whole conversation as the template renders it, all of them to be trained.
+    """Encode a whole conversation as the template renders it; all its tokens are trained.
 
     `limit` is as in `encode_exchanges`. Raises `UserError` when the template refuses the turns.
     """
@@ -275,7 +261,7 @@ def render(
     *,
     prompt: bool,
 ) -> str:
-    """The text of some turns of a record; a `UserError` names it when the template refuses them."""
+    """Render some turns of a record; raise `UserError` with its origin when that is refused."""
     try:
         return chat.codec.render(turns, prompt=prompt, tools=record.tools)
     except UserError as error:
@@ -283,9 +269,9 @@ def render(
 
 
 def room_for(chat: ChatTokenizer, text: str, limit: int | None) -> int | None:
-    """How many characters of a text are enough to see that it has more than `limit` tokens.
+    """Return how many characters of a text show that it has more than `limit` tokens; None: all.
 
-    None: all of them. A token may hang on what stands near it, so there are some more than needed.
+    Some more than needed, because the text near a token can change the token.
     """
     if limit is None or len(text) <= limit:
         return None
@@ -301,19 +287,19 @@ class _Texts:
     answer: str
     end: int  # the id of the end token
     whole: bool
-    clipped: bool  # the answer's end, and its end token with it, are left out
+    clipped: bool  # whether the answer's end, with its end token, is left out
 
 
 def _delimit(
     chat: ChatTokenizer, exchange: Exchange, prompt: str, limit: int | None
 ) -> _Texts | Refused:
-    """The prompt, and what the template writes after it for this answer, up to the end token."""
+    """Return the prompt, and what the template writes for the answer up to the end token."""
     answered = Turn("assistant", exchange.answer, extra=exchange.extra)
     turns = (*exchange.before, answered)
     text = render(chat, exchange, turns, prompt=False)
     ending = chat.ending_for(exchange.tools)
     reasoned = bool(chat.capabilities(exchange.tools).reasoning)
-    answer = text_behind(answered, prompt, text, ending, reasoned=reasoned)
+    answer = template_capabilities.text_behind(answered, prompt, text, ending, reasoned=reasoned)
     if isinstance(answer, Refused):
         return answer
     if ending.token in answer[: -len(ending.token)]:
@@ -321,7 +307,7 @@ def _delimit(
     before, behind = room_for(chat, prompt, limit), room_for(chat, answer, limit)
     if before is None and behind is None:
         return _Texts(prompt, answer, ending.token_id, whole=True, clipped=False)
-    # The end of a long prompt, for the answer's length depends on what stands before it.
+    # The end of a long prompt, because the answer's length depends on the text before it.
     return _Texts(
         prompt if before is None else prompt[-before:],
         answer[:behind],
@@ -350,9 +336,9 @@ def _join(
 def _continuation(
     chat: ChatTokenizer, prompt: list[int], whole: list[int], answer: str
 ) -> list[int] | None:
-    """Token ids for `answer` behind `prompt` that decode to what the whole decodes to.
+    """Return ids of `answer` that, behind `prompt`, decode to what the whole decodes to.
 
-    Tried: the text by itself (byte-level BPE), and behind a line break that is taken off again
+    Candidates: the text by itself (byte-level BPE), and behind a line break that is taken off again
     (SentencePiece puts a space before a text, but not inside one).
     """
     alone, anchor, anchored = chat.codec.tokenize([answer, "\n", "\n" + answer])

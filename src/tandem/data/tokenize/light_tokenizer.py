@@ -1,7 +1,7 @@
-"""Tokenizers and chat templates without transformers: the `tokenizers` library and jinja alone.
+"""Tokenizers and chat templates without transformers, from the `tokenizers` library and jinja.
 
-What transformers would make of a folder is known for the tokenizer classes that take tokenizer.json
-as it is. For every other folder `read_light_tokenizer` returns None, and transformers reads it.
+Only for tokenizer classes with which transformers takes tokenizer.json as it is. For every other
+folder `read_light_tokenizer` returns None, and transformers reads it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# Classes for which transformers encodes as tokenizer.json says, or differs in what ids don't show.
+# Classes with which transformers gives the ids that tokenizer.json gives.
 _AS_THE_FILE_SAYS = {
     "PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast",
 }  # fmt: skip
-# Those read with a byte-level tokenizer.json, for which transformers takes the file, too.
+# Classes with which it does so for a byte-level tokenizer.json.
 _IF_BYTE_LEVEL = {"LlamaTokenizer", "LlamaTokenizerFast"}
-# In this order they are listed, and given to templates.
+# Special tokens in the order in which transformers lists them and templates get them.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Files that add to tokenizer.json or take its place.
 _OTHERS = ("added_tokens.json", "special_tokens_map.json", "additional_chat_templates")
 _OF_A_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-# How transformers lets templates read a message's reasoning.
+# The keys under which transformers lets templates read a message's reasoning.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class LightTokenizer:
-    """What encoding asks of a tokenizer of transformers, under the same names.
+    """The part of a tokenizer of transformers that encoding uses, under the same names.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -55,28 +55,23 @@ class LightTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The ids of all special tokens, in their order."""
         return [self.convert_tokens_to_ids(token) for token in self.all_special_tokens]
 
     @property
     def bos_token(self) -> str | None:
-        """The token that begins a text."""
         return self.special_tokens_map.get("bos_token")
 
     @property
     def bos_token_id(self) -> int | None:
-        """Its id."""
         return None if self.bos_token is None else self.convert_tokens_to_ids(self.bos_token)
 
     @property
     def eos_token_id(self) -> int | None:
-        """The id of the token that ends a text."""
         token = self.special_tokens_map.get("eos_token")
         return None if token is None else self.convert_tokens_to_ids(token)
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """Tokens that are taken out of a text as they stand, by id."""
         tokens: dict[int, Any] = self.backend_tokenizer.get_added_tokens_decoder()
         return tokens
 
@@ -84,31 +79,29 @@ class LightTokenizer:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by token, added tokens included."""
         vocabulary: dict[str, int] = self.backend_tokenizer.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        """The id of a token of the vocabulary."""
+        """Return the id of a token; raise KeyError for one that is not in the vocabulary."""
         index = self.backend_tokenizer.token_to_id(token)
         if index is None:
             raise KeyError(token)
         return int(index)
 
     def convert_ids_to_tokens(self, index: int) -> str | None:
-        """The token of an id, as the vocabulary spells it."""
         token: str | None = self.backend_tokenizer.id_to_token(index)
         return token
 
     def add_tokens(self, tokens: Sequence[Any], *, special_tokens: bool) -> int:
-        """Add tokens, an `AddedToken` each; returns how many are new."""
+        """Add tokens, an `AddedToken` each, and return how many are new."""
         add = "add_special_tokens" if special_tokens else "add_tokens"
         if special_tokens:
             self.all_special_tokens += [str(token.content) for token in tokens]
         return int(getattr(self.backend_tokenizer, add)(list(tokens)))
 
     def __call__(self, texts: str | list[str], **_: Any) -> dict[str, Any]:
-        """Ids of texts with nothing added, and of a single text its tokens' places."""
+        """Return the ids of texts with nothing added, and of a single text its tokens' spans."""
         if isinstance(texts, str):
             encoded = self.backend_tokenizer.encode(texts, add_special_tokens=False)
             return {"input_ids": encoded.ids, "offset_mapping": encoded.offsets}
@@ -116,13 +109,12 @@ class LightTokenizer:
         return {"input_ids": [one.ids for one in many]}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
-        """The text of token ids."""
         return str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, chat_template: str, tools: Any, **values: Any
     ) -> str:
-        """The text of messages as transformers renders them."""
+        """Render messages as transformers does."""
         values.pop("tokenize", None)
         messages = [_with_reasoning(message) for message in messages]
         template = compile_template(chat_template)
@@ -137,28 +129,26 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_light_tokenizer(folder: Path) -> LightTokenizer | None:
-    """The tokenizer of a folder, or None for one that transformers must read."""
+    """Return the tokenizer of a folder, or None for one that transformers must read."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         if any((folder / name).exists() for name in _OTHERS) or not _is_plain(config, content):
             return None
-        return _made(folder, config, content)
+        return _build(folder, config, content)
     except Exception:  # transformers reports what is wrong with the files
         return None
 
 
 def _is_plain(config: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Whether transformers takes tokenizer.json as it is."""
+    """Return whether transformers takes tokenizer.json as it is."""
     kind = config.get("tokenizer_class")
-    if kind in _IF_BYTE_LEVEL:
-        known = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
-    else:
-        known = kind in _AS_THE_FILE_SAYS
+    byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
+    known = kind in _AS_THE_FILE_SAYS or (kind in _IF_BYTE_LEVEL and byte_level)
     return known and not config.get("split_special_tokens") and "auto_map" not in config
 
 
-def _made(folder: Path, config: dict[str, Any], content: dict[str, Any]) -> LightTokenizer | None:
+def _build(folder: Path, config: dict[str, Any], content: dict[str, Any]) -> LightTokenizer | None:
     from tokenizers import Tokenizer
 
     own = {token["id"]: token for token in content["added_tokens"]}
@@ -194,12 +184,12 @@ def _template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | No
 
 
 def compile_template(source: str, now: datetime | None = None) -> Callable[..., str]:
-    """A function that renders messages, tools and special tokens as transformers does.
+    """Return a function that renders messages, tools and special tokens as transformers does.
 
-    What a template asks for as the present time is `now`, if it is given. Raises jinja's errors.
+    `now`, if there is one, is the template's present time. Raises jinja's errors.
     """
     template = _environment().from_string(source)
-    # A chain of mappings otherwise, gone through anew by every call.
+    # Otherwise a chain of mappings, which every call would go through anew.
     template.globals = dict(template.globals)
     if now is not None:
         template.globals["strftime_now"] = now.strftime
@@ -207,19 +197,19 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
 
 
 def parse_template(source: str) -> Any:
-    """The syntax tree of a template; raises jinja's errors."""
+    """Return the syntax tree of a template; raise jinja's errors."""
     return _environment().parse(source)
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """The sandbox of transformers for chat templates: its options, filters and globals."""
+    """Return transformers' sandbox for chat templates: its options, filters and globals."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """Renders what `{% generation %}` marks; the masks that it is for are not made here."""
+        """Renders what `{% generation %}` marks; its masks are not needed here."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja's own form
 
@@ -281,7 +271,7 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the HTML escapes of jinja's own filter."""
+    """Return JSON without the HTML escapes of jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,11 +1,11 @@
 """What a chat template does with tools, calls, reasoning, and an answer behind its prompt.
 
-In which form it takes them is found by a probe. Templates that do not know them render the turns
-without them and report nothing; a record that has some is then refused, never trained without them.
+A probe finds in which form it takes them. A template that does not know them renders the turns
+without them and reports nothing; then a record that has some is refused.
 
-An answer is trained as a model that is fed the prompt has to write it. That is what the template
-renders behind the prompt, if the two renderings agree. Templates of reasoning models may open the
-reasoning in the prompt, or take it out of every answer.
+An answer is trained as the model has to write it behind the prompt. That is what the template
+renders there, if its renderings with and without the answer agree. Templates of reasoning models
+may open the reasoning in the prompt, or take it out of every answer.
 """
 
 from __future__ import annotations
@@ -24,18 +24,9 @@ from tandem.data.tokenize.chat_template import Ending
 _TOOL, _CALLED, _KEY, _VALUE, _RESULT, _THOUGHT = (
     f"zqprobe{word}zq" for word in ("tool", "called", "key", "value", "result", "thought")
 )
-PROBE_TOOLS = json.dumps(
-    [
-        {
-            "type": "function",
-            "function": {
-                "name": _TOOL,
-                "description": "A probe.",
-                "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}},
-            },
-        }
-    ]
-)
+_SCHEMA = {"type": "object", "properties": {_KEY: {"type": "string"}}}
+_FUNCTION = {"name": _TOOL, "description": "A probe.", "parameters": _SCHEMA}
+PROBE_TOOLS = json.dumps([{"type": "function", "function": _FUNCTION}])
 
 NO_TOOLS = "the chat template does not render tools"
 NO_CALLS = "the chat template does not render tool calls"
@@ -45,11 +36,8 @@ NO_REASONING = "the chat template does not render reasoning"
 
 @dataclass(frozen=True, slots=True)
 class ToolCallForm:
-    """How a template takes a tool call.
-
-    `text`: its arguments as JSON text instead of an object. `null`: no content beside a call is
-    null instead of an empty text.
-    """
+    """How a template takes a tool call: its arguments as JSON text instead of an object (`text`);
+    a missing content beside it as null instead of an empty text (`null`)."""
 
     text: bool
     null: bool
@@ -71,10 +59,9 @@ class TemplateCapabilities:
 def probe_template(
     render: Callable[[Sequence[Turn], str], str], given: str = PROBE_TOOLS
 ) -> TemplateCapabilities:
-    """What of tools a template renders; `render` gives the text of turns with some tools.
+    """Find what a template renders of tools; `render` returns the text of turns with some tools.
 
-    Without tools `given`, it is what the template for turns without tools renders, where a model
-    has one for each.
+    With `given` empty, this is about a separate template for turns without tools.
     """
 
     def shown(turns: Sequence[Turn], *words: str, tools: str = given) -> bool:
@@ -106,7 +93,7 @@ def probe_template(
 
 
 def reason_unsupported(taken: TemplateCapabilities, record: Conversation | PreferencePair) -> str:
-    """Why a template does not suit what a record holds beside its texts; empty when it does."""
+    """Return what a template does not render of a record beside its texts; empty for nothing."""
     turns = record.turns if isinstance(record, Conversation) else record.prompt
     if record.tools and not taken.tools:
         return NO_TOOLS
@@ -120,7 +107,7 @@ def reason_unsupported(taken: TemplateCapabilities, record: Conversation | Prefe
 
 
 def in_form(taken: TemplateCapabilities, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns with their tool calls and reasoning in the form that the template takes."""
+    """Return the turns with their tool calls and reasoning in the form that the template takes."""
     if taken.reasoning not in ("", REASONING):
         turns = tuple(_under(turn, taken.reasoning) if turn.reasoned else turn for turn in turns)
     if taken.calls is None or not any(turn.calls for turn in turns):
@@ -129,14 +116,14 @@ def in_form(taken: TemplateCapabilities, turns: tuple[Turn, ...]) -> tuple[Turn,
 
 
 def _under(turn: Turn, key: str) -> Turn:
-    """The turn with its reasoning under another key."""
+    """Return the turn with its reasoning under another key."""
     more = turn.more()
     more[key] = more.pop(REASONING)
     return replace(turn, extra=json.dumps(more, ensure_ascii=False))
 
 
 def _formed(turn: Turn, form: ToolCallForm) -> Turn:
-    """The turn; its arguments arrive as objects where they are JSON objects."""
+    """Return the turn in a form; its calls' arguments are objects where they are JSON objects."""
     extra = turn.more()
     calls = extra["tool_calls"]
     if form.text:
@@ -159,9 +146,8 @@ def _call(form: ToolCallForm) -> Turn:
 PARTED = "the chat template does not continue its own prompt with the answer"
 UNCLOSED = "the chat template opens the answer with reasoning, which the answer does not close"
 CHANGED = "the chat template changes the answer's text"
-# Characters that a message quotes of a text.
-_SHOWN = 30
-# How models mark it: DeepSeek-R1 and Qwen, Magistral, and others.
+_SHOWN = 30  # characters of a text that a message quotes
+# How models mark reasoning: DeepSeek-R1 and Qwen, Magistral, and others.
 _NAMES = "think|thinking|thought|thoughts|reason|reasoning|THINK"
 _OPENED = re.compile(rf"(?:<({_NAMES})>|\[({_NAMES})\])\s*$")
 _CLOSED = re.compile(rf"</(?:{_NAMES})>|\[/(?:{_NAMES})\]")
@@ -177,7 +163,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """The tag that opens reasoning at a prompt's end, from `start`, and the one that closes it."""
+    """The tag that opens reasoning at a prompt's end, at `start`, and the one that closes it."""
 
     start: int
     opener: str
@@ -185,41 +171,40 @@ class Thought:
     blanks: str
 
     def behind(self, answer: Turn) -> str | None:
-        """What a model writes behind the opened reasoning; None where nothing would close it.
+        """Return what a model writes behind the opened reasoning; None if nothing would close it.
 
-        Reasoning that stands beside the answer is put in front of it.
+        Reasoning beside the answer is put in front of it.
         """
-        said = answer.content
+        text = answer.content
         if answer.reasoned:
             reasoning = str(answer.more()[REASONING]).strip("\n")
-            said = f"{reasoning}\n{self.closer}\n\n{said}"
-        elif said.lstrip().startswith(self.opener):
-            said = said.lstrip()[len(self.opener) :].removeprefix(self.blanks)
-        return said if self.closer in said else None
+            text = f"{reasoning}\n{self.closer}\n\n{text}"
+        elif text.lstrip().startswith(self.opener):
+            text = text.lstrip()[len(self.opener) :].removeprefix(self.blanks)
+        return text if self.closer in text else None
 
 
 def open_thought(prompt: str) -> Thought | None:
-    """The reasoning that a prompt opens at its end, if it does."""
-    found = _OPENED.search(prompt)
-    if found is None:
+    """Return the reasoning that a prompt opens at its end, if it does."""
+    tag = _OPENED.search(prompt)
+    if tag is None:
         return None
-    opener = found[0].rstrip()
-    return Thought(found.start(), opener, opener[0] + "/" + opener[1:], found[0][len(opener) :])
+    opener = tag[0].rstrip()
+    return Thought(tag.start(), opener, opener[0] + "/" + opener[1:], tag[0][len(opener) :])
 
 
 def closed_thought(answer: str) -> str | None:
-    """The last tag in an answer that closes reasoning, if there is one."""
-    found = _CLOSED.findall(answer)
-    return found[-1] if found else None
+    """Return the last tag in an answer that closes reasoning, if there is one."""
+    return next(reversed(_CLOSED.findall(answer)), None)
 
 
 def text_behind(
     answered: Turn, prompt: str, text: str, ending: Ending, *, reasoned: bool
 ) -> str | Refused:
-    """What follows a prompt, up to the end token: the answer as the template renders it.
+    """Return what follows a prompt up to the end token: the answer as the template renders it.
 
-    Where the template renders it otherwise than a model has to write it behind that prompt, because
-    it takes reasoning out of answers, it is the answer itself.
+    Where the template takes reasoning out of answers, which a model has to write behind that
+    prompt, it is the answer itself.
 
     Args:
         answered: the answer's turn.
@@ -228,7 +213,7 @@ def text_behind(
         ending: how the template closes answers.
         reasoned: whether the template renders reasoning that stands beside an answer.
     """
-    # What stands between a text and its end token may stand elsewhere in a call.
+    # Text that the template puts before the end token may be elsewhere where there is a call.
     closing = (ending.token if answered.calls else ending.closing) + ending.trailer
     rendered = text[len(prompt) :]
     follows = text.startswith(prompt) and rendered.endswith(closing)
@@ -237,15 +222,15 @@ def text_behind(
         return rendered[: len(rendered) - len(ending.trailer)]
     thought = open_thought(prompt)
     if thought is not None and not answered.calls and text.startswith(prompt[: thought.start]):
-        said = thought.behind(answered)
-        if said is None:
+        written = thought.behind(answered)
+        if written is None:
             return Refused(
                 UNCLOSED,
                 f"its prompt ends with {prompt[thought.start :]!r}; write the reasoning and "
                 f"`{thought.closer}` in front of the answer, or take `{thought.opener}` out of the "
                 "template's prompt",
             )
-        return said + ending.closing
+        return written + ending.closing
     if not follows:
         return Refused(PARTED, _parting(prompt, text, closing))
     if (closer := closed_thought(answered.content)) is not None:
@@ -258,12 +243,12 @@ def text_behind(
 
 
 def _has(text: str, part: str) -> bool:
-    """Whether a text has another in it, whatever blanks and line breaks there are."""
+    """Return whether a text has another in it, whatever blanks and line breaks there are."""
     return part.strip() in text or "".join(part.split()) in "".join(text.split())
 
 
 def _parting(prompt: str, text: str, closing: str) -> str:
-    """Where a prompt and the text with its answer part, for a message."""
+    """Describe where a prompt and the text with its answer begin to differ."""
     if text.startswith(prompt):
         return f"the text with the answer ends with {text[-_SHOWN:]!r}, not with {closing!r}"
     pairs = enumerate(zip(prompt, text, strict=False))

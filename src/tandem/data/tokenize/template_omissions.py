@@ -1,8 +1,8 @@
-"""What a chat template leaves out of a record, found by rendering words in the place of its texts.
+"""Find what a chat template leaves out of a record, by rendering probe words instead of its texts.
 
-A template may skip the system turn, render calls only where no text stands beside them, or render
-the last turns alone, all without an error. What it does depends on the record's shape: who speaks
-in which order, which texts there are, which tools and calls. Each shape is rendered once.
+Without an error, a template may skip the system turn, render calls only without text beside them,
+or render only the last turns. That depends on the record's shape: who speaks in which order, which
+texts there are, which tools and calls. Each shape is rendered once.
 """
 
 from __future__ import annotations
@@ -27,35 +27,32 @@ NO_TEXT = "the chat template does not render the text beside tool calls"
 _NOT_RENDERED: dict[Role, str] = {
     "system": NO_SYSTEM, "user": NO_USER, "assistant": NO_ANSWER, "tool": NO_RESULTS,
 }  # fmt: skip
-# Shapes that are remembered; long conversations have many.
-_REMEMBERED = 2048
-
-Arguments = str
-"""Of a call: `object`, `text` or `none`."""
+_REMEMBERED = 2048  # shapes; long conversations have many
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What of a turn a template can make a difference by.
+    """The properties of a turn on which a template's rendering may depend.
 
     Attributes:
         role: who speaks.
         text: how many lines it has: none, one, or more (2).
-        calls: what the arguments of each call are.
+        calls: of each call, whether its arguments are an `object`, a `text` or `none`.
         keys: what else the template gets of the message.
-        null: whether a text that is not there is null.
+        null: whether a missing text is null.
     """
 
     role: Role
     text: int
-    calls: tuple[Arguments, ...] = ()
+    calls: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     null: bool = False
 
 
 @dataclass(slots=True)
 class _Twin:
-    """A record of the same shape: its turns, its tools, and what must be found of it, and why."""
+    """A record of the same shape: its turns, its tools, and the words that a rendering must have,
+    each with the reason when it lacks one."""
 
     turns: list[Turn] = field(default_factory=list)
     tools: str = ""
@@ -63,23 +60,23 @@ class _Twin:
 
 
 class Omissions:
-    """What a template leaves out of turns; `rendered` gives a text of turns, tools and prompt."""
+    """What a template leaves out of turns; `rendered` returns the text of turns, tools, prompt."""
 
     def __init__(self, rendered: Callable[[Sequence[Turn], str, bool], str]) -> None:
         self._rendered = rendered
         self._known: dict[Any, str] = {}
 
     def of_prompt(self, turns: Sequence[Turn], tools: str = "") -> str:
-        """The reason why turns cannot be asked, empty when all of them are rendered."""
+        """Return why turns cannot be a prompt; empty when all of them are rendered."""
         return self._of([_shape(turn) for turn in turns], tools, answered=False, reasoned=False)
 
     def of_answers(
         self, turns: Sequence[Turn], places: Sequence[int], tools: str = "", *, reasoned: bool
     ) -> str:
-        """The reason why the answers at some places cannot be trained, empty without one.
+        """Return why the answers at some places cannot be trained; empty when they can.
 
-        `reasoned`: the template must render reasoning beside each of them. That of earlier answers
-        may be left out, as inference leaves it out.
+        `reasoned`: the template must render the reasoning of these answers. It may leave out that
+        of earlier answers, as inference does.
         """
         shapes = [_shape(turn) for turn in turns]
         for place in places:
@@ -92,11 +89,11 @@ class Omissions:
         return ""
 
     def _of(self, shapes: Sequence[_Shape], tools: str, *, answered: bool, reasoned: bool) -> str:
-        # Most templates make no difference between one line and more, of which there would be many
-        # shapes: all texts count as several lines, unless that leaves something out.
+        # Most templates treat one line and several alike. For fewer shapes, all texts count as
+        # several lines first, and only if that leaves something out as they are.
         lines = tuple(replace(one, text=2) if one.text == 1 else one for one in shapes)
-        found = self._remembered(lines, tools, answered, reasoned)
-        return found and self._remembered(tuple(shapes), tools, answered, reasoned)
+        reason = self._remembered(lines, tools, answered, reasoned)
+        return reason and self._remembered(tuple(shapes), tools, answered, reasoned)
 
     def _remembered(
         self, shapes: tuple[_Shape, ...], tools: str, answered: bool, reasoned: bool
@@ -120,14 +117,14 @@ class Omissions:
 
 
 def omissions_of(tokenizer: Any, template: ChatTemplate) -> Omissions:
-    """What a tokenizer's template leaves out."""
+    """Return what a tokenizer's template leaves out."""
     return Omissions(
         lambda turns, tools, prompt: render(tokenizer, template, turns, prompt=prompt, tools=tools)
     )
 
 
 def way_out(reason: str) -> str:
-    """What to do about records that are dropped for a reason."""
+    """Return what to do about records that are dropped for a reason."""
     if reason.startswith("the chat template does not render"):
         return (
             "Choose another `chat_template`, mend this one, or take out of the data what it does "
@@ -141,7 +138,7 @@ def way_out(reason: str) -> str:
 def check_asked(
     tokenizer: Any, template: ChatTemplate, questions: Sequence[Question], label: str
 ) -> None:
-    """Raise UserError for a question of which the template of `label` omits something."""
+    """Raise UserError for a question of which the template of the model `label` omits something."""
     omissions = omissions_of(tokenizer, template)
     for question in questions:
         if reason := omissions.of_prompt(question.turns):
@@ -152,17 +149,15 @@ def check_asked(
 
 
 def _shape(turn: Turn) -> _Shape:
-    said = turn.content.strip()
-    text = (2 if "\n" in said else 1) if said else 0
-    if not turn.extra:
-        return _Shape(turn.role, text)
+    content = turn.content.strip()
+    text = (2 if "\n" in content else 1) if content else 0
     more = turn.more()
     calls = tuple(_arguments(call["function"]["arguments"]) for call in more.get("tool_calls", ()))
     null = "content" in more
     return _Shape(turn.role, 0 if null else text, calls, tuple(sorted(more)), null)
 
 
-def _arguments(value: object) -> Arguments:
+def _arguments(value: object) -> str:
     if not value:
         return "none"
     return "text" if isinstance(value, str) else "object"
@@ -170,16 +165,16 @@ def _arguments(value: object) -> Arguments:
 
 @lru_cache(maxsize=64)
 def _tools_shape(tools: str) -> tuple[bool, ...]:
-    """Of each tool, whether it has a `function`; some are that function themselves."""
+    """Return for each tool whether it has a `function`; some are that function themselves."""
     return tuple("function" in tool for tool in json.loads(tools)) if tools else ()
 
 
 def _twin(
     shapes: Sequence[_Shape], tools: Sequence[bool], *, answered: bool, reasoned: bool
 ) -> _Twin:
-    """A record of these shapes; if it is `answered`, the last turn is the answer itself.
+    """Make a record of these shapes; if it is `answered`, the last turn is the answer itself.
 
-    What the answer says is compared where it is encoded.
+    The answer's own text is compared where it is encoded.
     """
     twin = _Twin()
     listed = []
@@ -222,19 +217,14 @@ def _calls(shape: _Shape, number: int, twin: _Twin) -> list[dict[str, Any]]:
     for place, arguments in enumerate(shape.calls):
         name, value = (_word(f"{kind}{place}at", number) for kind in ("call", "value"))
         twin.words.append((name, NO_CALLS))
-        given: Any = {"zqkeyzq": value}
-        if arguments == "none":
-            given = {}
-        else:
-            twin.words.append((value, NO_CALLS))
-        if arguments == "text":
-            given = json.dumps(given)
+        values = {} if arguments == "none" else {"zqkeyzq": value}
+        twin.words += [(value, NO_CALLS)] if values else []
+        called = {"name": name, "arguments": json.dumps(values) if arguments == "text" else values}
         # Mistral's templates refuse ids of another length.
-        called = {"name": name, "arguments": given}
         calls.append({"id": f"probe{place:04}", "type": "function", "function": called})
     return calls
 
 
 def _word(kind: str, number: int) -> str:
-    """A word that no template contains, and no other word."""
+    """Return a word that no template contains, and no other word."""
     return f"zq{kind}{number}zq"

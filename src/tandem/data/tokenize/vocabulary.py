@@ -1,8 +1,9 @@
-"""What a tokenizer's vocabulary says: added tokens, tokens without a row, the longest token."""
+"""Questions to a tokenizer's vocabulary: added tokens, tokens without a row, the longest token."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +24,11 @@ class AddedTokens:
         return tuple(sorted({*self.new.values(), *self.known.values()}))
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
         return bool(self.new or self.known)
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
-    """Add special tokens to a tokenizer; returns all of them, those it had already apart.
-
-    New ones are taken out of a text as they stand, wherever they are written.
+    """Add special tokens to a tokenizer; return the new ones and those it knew before.
 
     Raises `UserError` for an empty token and for one that begins or ends with a blank.
     """
@@ -45,14 +43,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     if new:
-        tokenizer.add_tokens(
-            [AddedToken(token, normalized=False, special=True) for token in new],
-            special_tokens=True,
-        )
-    had = [token for token in dict.fromkeys(tokens) if token in known]
+        added = [AddedToken(token, normalized=False, special=True) for token in new]
+        tokenizer.add_tokens(added, special_tokens=True)
     return AddedTokens(
         {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new},
-        {token: int(known[token]) for token in had},
+        {token: int(known[token]) for token in dict.fromkeys(tokens) if token in known},
     )
 
 
@@ -61,13 +56,13 @@ class NoRow(UserError):  # noqa: N818 - named as Stopped is
 
 
 def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
-    """The tokens that a tokenizer has beyond a model's rows, by id."""
+    """Return the tokens, by id, that a tokenizer has beyond a model's rows."""
     beyond = [(index, token) for token, index in tokenizer.get_vocab().items() if index >= rows]
     return {token: index for index, token in sorted(beyond)}
 
 
 def row_notices(tokenizer: Any, rows: int) -> tuple[str, ...]:
-    """A line on a tokenizer with more tokens than the model has rows, if it has."""
+    """Return a line on a tokenizer with more tokens than the model has rows, if it has."""
     beyond = tokens_without_row(tokenizer, rows)
     if not beyond:
         return ()
@@ -98,38 +93,42 @@ _KEEPING = {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation"}
 
 
 def longest_token(tokenizer: Any) -> int:
-    """The most bytes of a text that one token of a `tokenizers` tokenizer can stand for.
+    """Return the most bytes of a text that one token of a `tokenizers` tokenizer can stand for.
 
-    0 when nobody knows: where parts of a text may vanish (normalisers that strip or map, blanks
-    that are split off, unknown words that become one token).
+    0 when unknown: where parts of a text may vanish (normalisers that strip or map, blanks that are
+    split off, unknown words that become one token).
     """
     parts = json.loads(tokenizer.to_str())
     model = parts["model"]
     vocabulary = model.get("vocab")
     if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
         return 0
-    shrinks = _normaliser(parts["normalizer"])
+    shrinks = math.prod(map(_shrinks, _flat(parts["normalizer"], "normalizers")))
+    splitters = _flat(parts["pre_tokenizer"], "pretokenizers")
+    keeps = all(
+        part["type"] in _KEEPING and part.get("behavior") != "Removed" for part in splitters
+    )
     added = parts["added_tokens"]
-    if not shrinks or not _keeps(parts["pre_tokenizer"]):
+    if not keeps or any(token["lstrip"] or token["rstrip"] for token in added):
         return 0
-    if any(token["lstrip"] or token["rstrip"] for token in added):
-        return 0
-    if not _covers_bytes(parts, vocabulary):
+    if not shrinks or not _covers_bytes(model, splitters):
         return 0
     entries = [*vocabulary, *(token["content"] for token in added)]
     return shrinks * max(len(entry.encode("utf-8")) for entry in entries)
 
 
-def _normaliser(normaliser: Any) -> int:
-    """How many times shorter a text may become, 0 when nobody knows."""
-    if normaliser is None:
-        return 1
+def _flat(part: Any, key: str) -> list[Any]:
+    """Return the parts of a normaliser or pre-tokenizer, which may be nested sequences."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [inner for one in part[key] for inner in _flat(one, key)]
+
+
+def _shrinks(normaliser: Any) -> int:
+    """Return how many times shorter a normaliser may make a text; 0 when unknown."""
     kind = normaliser["type"]
-    if kind == "Sequence":
-        factor = 1
-        for part in normaliser["normalizers"]:
-            factor *= _normaliser(part)
-        return factor
     if kind == "NFC":
         return _NFC
     if kind == "Replace":
@@ -139,29 +138,11 @@ def _normaliser(normaliser: Any) -> int:
     return 1 if kind == "Prepend" else 0
 
 
-def _keeps(splitter: Any) -> bool:
-    """Whether a pre-tokenizer leaves nothing out."""
-    if splitter is None:
-        return True
-    if splitter["type"] == "Sequence":
-        return all(_keeps(part) for part in splitter["pretokenizers"])
-    return splitter["type"] in _KEEPING and splitter.get("behavior") != "Removed"
-
-
-def _covers_bytes(parts: Any, vocabulary: dict[str, int]) -> bool:
-    """Whether any text can be spelled, so that none of it is unknown."""
-    if parts["model"].get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+def _covers_bytes(model: Any, splitters: Sequence[Any]) -> bool:
+    """Return whether any text can be spelled, so that none of it is unknown."""
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
     from tokenizers.pre_tokenizers import ByteLevel
 
-    return _byte_level(parts["pre_tokenizer"]) and all(
-        letter in vocabulary for letter in ByteLevel.alphabet()
-    )
-
-
-def _byte_level(splitter: Any) -> bool:
-    if splitter is None:
-        return False
-    if splitter["type"] == "Sequence":
-        return any(_byte_level(part) for part in splitter["pretokenizers"])
-    return bool(splitter["type"] == "ByteLevel")
+    byte_level = any(part["type"] == "ByteLevel" for part in splitters)
+    return byte_level and all(letter in model["vocab"] for letter in ByteLevel.alphabet())

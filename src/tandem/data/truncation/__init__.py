@@ -1,1 +1,1 @@
-"""What a record that is too long loses."""
+"""Shorten records that are too long."""

@@ -1,29 +1,16 @@
-"""Conversations beyond their limits lose their oldest exchanges, or their end.
-
-Turns of very long ones that surely cannot stay go before any answer is rendered.
-"""
+"""Cut conversations beyond their limits: their oldest exchanges, or their end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tandem.data.records import Conversation
-from tandem.data.tokenize.encode import (
-    END_INSIDE,
-    UNTRAINED,
-    ChatTokenizer,
-    Encoded,
-    Exchange,
-    encode_conversation,
-    encode_exchanges,
-    is_answer,
-    is_trained,
-    render,
-    room_for,
-    until_last_trained,
-)
+from tandem.data.tokenize import encode
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, is_answer, until_last_trained
 from tandem.data.tokenize.template_capabilities import Refused
+from tandem.data.truncation import prompt as prompts
 from tandem.data.truncation.limits import (
     ANSWER_BEYOND,
     BEYOND,
@@ -35,26 +22,16 @@ from tandem.data.truncation.limits import (
     longest,
     require_encoded,
 )
-from tandem.data.truncation.prompt import (
-    Turns,
-    cut_prompt,
-    cut_turn,
-    first_user,
-    prompt_tokens,
-    skip_hopeless,
-    users,
-    without_oldest,
-)
+from tandem.data.truncation.prompt import Turns, first_user, users
 from tandem.recipe.choices import LossOn
 
 
 def skip_old_turns(
     chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
 ) -> tuple[Conversation, int] | Refused:
-    """Leave out the turns of a very long conversation that surely cannot stay.
+    """Leave out turns of a very long conversation that cannot fit; return how many exchanges too.
 
-    Each answer is rendered with all that stands before it, which would be too much of many turns.
-    What is left can be encoded answer by answer; the number is that of the exchanges that it lost.
+    Each answer is rendered with all turns before it, which would take too long for many turns.
     """
     turns = conversation.turns
     size = sum(len(turn.content) for turn in turns)
@@ -62,27 +39,24 @@ def skip_old_turns(
     if most is None or size <= most or users(turns) == 1:
         return conversation, 0
     end = chat.ending_for(conversation.tools).token
-    if any(is_trained(turn) and end in turn.content for turn in turns):
-        return Refused(END_INSIDE, end)
+    if any(encode.is_trained(turn) and end in turn.content for turn in turns):
+        return Refused(encode.END_INSIDE, end)
     if not any(is_answer(turn, loss_on) for turn in turns):
-        return Refused(UNTRAINED)
+        return Refused(encode.UNTRAINED)
     if limits.too_long in ("drop", "keep_start"):
         return replace(conversation, turns=_until_beyond(chat, conversation, limits, loss_on)), 0
     if loss_on == "answers":
         turns = until_last_trained(turns)
+    shown = partial(encode.render, chat, conversation, prompt=False)
     by_text = limits.too_long == "keep_end"
-
-    def shown(turns: Turns) -> str:
-        return render(chat, conversation, turns, prompt=False)
-
-    turns, dropped = skip_hopeless(chat, turns, limits.sequence, shown, by_text=by_text)
+    turns, dropped = prompts.skip_hopeless(chat, turns, limits.sequence, shown, by_text=by_text)
     return replace(conversation, turns=turns), dropped
 
 
 def _until_beyond(
     chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn
 ) -> Turns:
-    """The turns up to the first answer whose prompt alone is too long, for it ends there."""
+    """Return the turns up to the first answer whose prompt alone is too long."""
     turns = conversation.turns
     most = chat.codec.most_characters(2 * limits.sequence)
     assert most is not None
@@ -95,8 +69,8 @@ def _until_beyond(
     size = 0
     for index in range(first, len(turns)):
         if size > most and is_answer(turns[index], loss_on):
-            text = render(chat, conversation, before + turns[first:index], prompt=True)
-            if room_for(chat, text, limits.sequence) is not None:
+            text = encode.render(chat, conversation, before + turns[first:index], prompt=True)
+            if encode.room_for(chat, text, limits.sequence) is not None:
                 return turns[: index + 1]
         size += len(turns[index].content)
     return turns
@@ -110,7 +84,7 @@ def fit_conversation(
     loss_on: LossOn = "answers",
     dropped: int = 0,
 ) -> Fitted | Refused:
-    """Shorten a conversation beyond the sequence limit by policy; shorter ones are never cut.
+    """Shorten a conversation beyond the sequence limit as `limits.too_long` says.
 
     It may have lost `dropped` exchanges already, see `skip_old_turns`.
     """
@@ -122,24 +96,21 @@ def fit_conversation(
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """A conversation that may be too long, and what to make of it."""
-
     chat: ChatTokenizer
     conversation: Conversation
     limits: Limits
     loss_on: LossOn
 
     def fit(self, answers: tuple[Encoded, ...], dropped: int) -> Fitted:
-        """The conversation within its limits; raises `Unfit`."""
+        """Return the conversation within its limits, or raise `Unfit`."""
         limits, record = self.limits, self.conversation
         if not answers:
-            raise Unfit(UNTRAINED)
+            raise Unfit(encode.UNTRAINED)
         if longest(answers) <= limits.sequence and not dropped:
             return Fitted(answers)
         before = f"over {limits.sequence}" if dropped else limits.length_in_words(answers)
         if limits.too_long == "drop":
             raise Unfit(BEYOND, f"sequence {before} tokens, max_length {limits.sequence}")
-        # Nothing behind the last trained answer can influence training.
         turns = until_last_trained(record.turns) if self.loss_on == "answers" else record.turns
         if limits.too_long == "keep_start":
             kept = self._keep_start(turns, answers)
@@ -149,22 +120,22 @@ class _Fitting:
         return replace(kept, detail=", ".join(filter(None, (kept.detail, length))))
 
     def _encoded(self, turns: Turns) -> tuple[Encoded, ...]:
-        """What is trained of some turns of the conversation."""
+        """Encode what is trained of some turns of the conversation."""
         record, limit = replace(self.conversation, turns=turns), self.limits.sequence
-        return require_encoded(encode_conversation(self.chat, record, limit, self.loss_on))
+        return require_encoded(encode.encode_conversation(self.chat, record, limit, self.loss_on))
 
     def _prompt_tokens(self, turns: Turns) -> int:
-        """Tokens of some turns as a prompt, more than the limit if they are many."""
-        return prompt_tokens(self.chat, self.conversation, turns, self.limits.sequence)
+        """Count the tokens of some turns as a prompt; see `prompt.prompt_tokens`."""
+        return prompts.prompt_tokens(self.chat, self.conversation, turns, self.limits.sequence)
 
     def _cut_prompt(self, turns: Turns, limit: int, *, by_text: bool) -> tuple[Turns, str]:
-        cut = cut_prompt(self.chat, self.conversation, turns, limit, by_text=by_text)
+        cut = prompts.cut_prompt(self.chat, self.conversation, turns, limit, by_text=by_text)
         if cut is None:
             raise Unfit(NOTHING_LEFT, f"the template alone exceeds {limit} tokens")
         return cut
 
     def _keep_start(self, turns: Turns, answers: tuple[Encoded, ...]) -> Fitted:
-        """Cut the sequence at its end; its prompt first, where it has a limit of its own."""
+        """Cut the end of the sequence; before that its prompt, if that has its own limit."""
         limits = self.limits
         reasons: list[str] = []
         details: list[str] = []
@@ -184,7 +155,7 @@ class _Fitting:
         return fitted(kept, limits.sequence, reasons, details)
 
     def _keep_newest(self, turns: Turns, answers: tuple[Encoded, ...], dropped: int) -> Fitted:
-        """Drop the oldest exchanges; then the last one's prompt loses its beginning.
+        """Drop the oldest exchanges, then cut the beginning of the last one's prompt.
 
         With `keep_end` the oldest exchange may lose only the beginning of its question.
         """
@@ -196,7 +167,7 @@ class _Fitting:
                 turns = cut
                 reasons.append("prompt cut")
             else:
-                turns = without_oldest(turns)
+                turns = prompts.without_oldest(turns)
                 dropped += 1
             answers = self._encoded(turns)
         if dropped:
@@ -210,7 +181,7 @@ class _Fitting:
         )
 
     def _cut_oldest(self, turns: Turns) -> Turns | None:
-        """The turns with the beginning of the oldest question cut until all fit; None if not."""
+        """Cut the beginning of the oldest question until the turns fit; None if they never do."""
 
         def over(turns: Turns) -> int:
             try:
@@ -218,15 +189,17 @@ class _Fitting:
             except Unfit:
                 return self.limits.sequence
 
-        return cut_turn(self.chat, turns, first_user(turns), self.limits.sequence, over)
+        return prompts.cut_turn(self.chat, turns, first_user(turns), self.limits.sequence, over)
 
     def _last_exchange(self, turns: Turns) -> Fitted:
-        """Cut the prompt of the last answer, then (unless answers stay whole) what is beyond."""
+        """Cut the prompt of the last answer, then (unless answers stay whole) its end."""
         limits, chat, record = self.limits, self.chat, self.conversation
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         answer = turns[last]
-        exchange = Exchange(turns[:last], answer.content, record.origin, answer.extra, record.tools)
-        (alone,) = require_encoded(encode_exchanges(chat, [exchange], limits.sequence))
+        exchange = encode.Exchange(
+            turns[:last], answer.content, record.origin, answer.extra, record.tools
+        )
+        (alone,) = require_encoded(encode.encode_exchanges(chat, [exchange], limits.sequence))
         keep_end = limits.too_long == "keep_end"
         size = alone.size
         trailer = chat.ending_for(record.tools).trailer
@@ -235,8 +208,9 @@ class _Fitting:
         size_in_words = limits.in_words(size, alone)
         room = limits.for_prompt(size)
         if room <= 0:
-            detail = f"answer {size_in_words} tokens, max_length {limits.sequence}"
-            raise Unfit(ANSWER_BEYOND, detail)
+            raise Unfit(
+                ANSWER_BEYOND, f"answer {size_in_words} tokens, max_length {limits.sequence}"
+            )
         reasons: list[str] = []
         details: list[str] = []
         answers = self._encoded(turns)
@@ -244,7 +218,7 @@ class _Fitting:
             over = longest(answers) - limits.sequence
             if over <= 0 if keep_end else reasons or alone.start <= room:
                 break
-            if reasons:  # one more token at the seam of prompt and answer
+            if reasons:  # prompt and answer together have a token more than apart
                 room -= over
             prompt, reason = self._cut_prompt(turns[:last], room, by_text=keep_end)
             answers = self._encoded(prompt + turns[last:])

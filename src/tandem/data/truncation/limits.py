@@ -1,4 +1,4 @@
-"""How many tokens a record may have, and what one beyond that loses."""
+"""How many tokens a record may have, and what is cut of a longer one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ ANSWER_BEYOND = "the answer alone is longer than max_length"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Token limits: a whole sequence, and its prompt part when that must give way.
+    """Token limits of a whole sequence and of its prompt, and what is cut beyond them.
 
-    `prompt` None lets a prompt have half of `sequence`, or what the answer leaves if more.
-    `too_long` is what a record beyond them loses.
+    `prompt` None gives a prompt half of `sequence`, or what the answer leaves if that is more.
     """
 
     sequence: int
@@ -28,7 +27,7 @@ class Limits:
     too_long: TooLong = "drop_old_turns"
 
     def for_prompt(self, answer_tokens: int) -> int:
-        """How many tokens a prompt may keep in a sequence that is too long."""
+        """Return how many tokens a prompt may keep in a sequence that is too long."""
         if self.too_long == "keep_end":
             room = self.sequence - answer_tokens
             return room if self.prompt is None else min(self.prompt, room)
@@ -40,17 +39,17 @@ class Limits:
 
     @property
     def by_text(self) -> bool:
-        """Whether old exchanges lose only as much text as must go, and not all of theirs."""
+        """Whether an old exchange loses only as much text as necessary, not all of it."""
         return self.too_long != "drop_old_turns"
 
     def in_words(self, tokens: int, answer: Encoded) -> str:
-        """A count for messages; of a text that was not tokenised whole only a bound is known."""
+        """Return a count for messages; a text that was not tokenised whole has only a bound."""
         if answer.whole or tokens <= self.sequence:
             return str(tokens)
         return f"over {self.sequence}"
 
     def length_in_words(self, answers: Sequence[Encoded]) -> str:
-        """The length of the longest answer with its prompt, for messages."""
+        """Return the length of the longest answer with its prompt, for messages."""
         most = max(answers, key=lambda answer: len(answer.ids))
         return self.in_words(len(most.ids), most)
 
@@ -75,13 +74,13 @@ class Unfit(Exception):  # noqa: N818 - caught where a record is fitted
 def fitted(
     answers: Sequence[Encoded], length: int, reasons: Sequence[str], details: Sequence[str]
 ) -> Fitted:
-    """The first `length` tokens of some answers, with the reasons why others went."""
+    """Return the first `length` tokens of some answers, with the reasons for what was cut."""
     kept = tuple(answer.cut(length) for answer in answers)
     return Fitted(kept, " and ".join(reasons), ", ".join(details))
 
 
 def require_encoded(encoded: Sequence[Encoded | Refused]) -> tuple[Encoded, ...]:
-    """The answers; raises `Unfit` with the first reason why one cannot be encoded."""
+    """Return the answers; raise `Unfit` with the first reason why one cannot be encoded."""
     answers = []
     for answer in encoded:
         if isinstance(answer, Refused):
@@ -91,5 +90,5 @@ def require_encoded(encoded: Sequence[Encoded | Refused]) -> tuple[Encoded, ...]
 
 
 def longest(answers: Sequence[Encoded]) -> int:
-    """Tokens of the longest answer with its prompt."""
+    """Return the tokens of the longest answer with its prompt."""
     return max(len(answer.ids) for answer in answers)

@@ -1,4 +1,4 @@
-"""Preference pairs beyond their limits lose text of their one prompt, then of their answers."""
+"""Cut preference pairs beyond their limits: their prompt first, then their answers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tandem.data.truncation.prompt import cut_prompt
 def fit_pair(
     chat: ChatTokenizer, pair: PreferencePair, encoded: Sequence[Encoded | Refused], limits: Limits
 ) -> Fitted | Refused:
-    """Shorten the prompt (the same for both answers) and the answers by policy.
+    """Shorten the prompt (the same for both answers) and the answers as `limits.too_long` says.
 
-    With a prompt limit, every longer prompt is cut to it; without, only one in the way.
+    With a prompt limit, every longer prompt is cut to it; without, only that of a long sequence.
     """
     try:
         return _fit(chat, pair, require_encoded(encoded), limits)
@@ -57,7 +57,7 @@ def _fit(
 def _cut_texts(
     chat: ChatTokenizer, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
 ) -> Fitted:
-    """Cut the one prompt of both answers, then (unless they stay whole) the answers' ends."""
+    """Cut the prompt of both answers, then (unless they stay whole) the answers' ends."""
     before = answers[0]
     larger = max(answers, key=lambda answer: answer.size)
     room = limits.for_prompt(larger.size)
@@ -68,7 +68,7 @@ def _cut_texts(
     reasons: list[str] = []
     details: list[str] = []
     while answers[0].start > room or (keep_end and longest(answers) > limits.sequence):
-        if reasons:  # one more token at the seam of prompt and answer
+        if reasons:  # prompt and answer together have a token more than apart
             room -= max(1, longest(answers) - limits.sequence)
         if limits.too_long == "keep_start" and limits.prompt is None:
             raise Unfit(NOTHING_LEFT, f"the prompt alone fills {limits.sequence} tokens")

@@ -1,6 +1,6 @@
-"""A prompt that loses text until it fits: the oldest first, headers and the system turn last.
+"""Cut a prompt until it fits: the oldest text first, the system turn last.
 
-Cuts fall between tokens of a text and the turns are rendered anew each time, so that headers stay
+Cuts are between tokens of a text, and the turns are rendered anew each time, so that headers stay
 whole and counts are those of the real prompt.
 """
 
@@ -18,7 +18,7 @@ Record = Conversation | PreferencePair
 
 
 def prompt_tokens(chat: ChatTokenizer, record: Record, turns: Turns, limit: int) -> int:
-    """Tokens of some turns as a prompt; some number above `limit` for one that is very long."""
+    """Count the tokens of some turns as a prompt; a very long one has any number above `limit`."""
     text = render(chat, record, turns, prompt=True)
     room = room_for(chat, text, limit)
     return len(chat.codec.tokenize([text if room is None else text[-room:]])[0])
@@ -27,9 +27,9 @@ def prompt_tokens(chat: ChatTokenizer, record: Record, turns: Turns, limit: int)
 def cut_prompt(
     chat: ChatTokenizer, record: Record, turns: Turns, limit: int, *, by_text: bool
 ) -> tuple[Turns, str] | None:
-    """The turns of a record's prompt within `limit` tokens and what was cut; None if impossible.
+    """Return the turns of a prompt within `limit` tokens and what was cut; None if impossible.
 
-    The oldest exchanges go first (`by_text`: only as much of the oldest as must), then the
+    The oldest exchanges go first (`by_text`: only as much of the oldest as necessary), then the
     beginning of the last user turn; calls and results behind it stay. Only when the system turn
     leaves no room at all, its end is cut so that the question keeps up to half the limit.
     """
@@ -73,7 +73,7 @@ def cut_turn(
     *,
     end: bool = True,
 ) -> Turns | None:
-    """The turns with one turn's text shortened until they are not `over` a limit; None if it can't.
+    """Shorten one turn's text until the turns are not `over` a limit; return None if impossible.
 
     The text keeps its `end`, or else its beginning: at most `limit` tokens of it.
     """
@@ -93,7 +93,7 @@ def cut_turn(
 
 
 def _spans(chat: ChatTokenizer, text: str, limit: int, *, end: bool) -> list[tuple[int, int]]:
-    """The tokens' places in a text, or only those in the part of it that `limit` could keep."""
+    """Return the spans of a text's tokens, or only of those in the part that `limit` could keep."""
     room = room_for(chat, text, limit)
     if room is None:
         return chat.codec.spans(text)
@@ -106,11 +106,11 @@ def _spans(chat: ChatTokenizer, text: str, limit: int, *, end: bool) -> list[tup
 def skip_hopeless(
     chat: ChatTokenizer, turns: Turns, limit: int, render: Callable[[Turns], str], *, by_text: bool
 ) -> tuple[Turns, int]:
-    """The turns without the oldest exchanges that surely cannot stay, and how many those are.
+    """Return the turns without the oldest exchanges that cannot fit, and the number of those.
 
-    The last exchange stays. It gives what dropping one at a time would give, in a few renderings:
-    a text becomes no longer when an exchange is taken out. `by_text`: a first question counts as
-    empty, for it may be cut.
+    The last exchange stays. Bisection finds in a few renderings what dropping one at a time would
+    give, because a text never grows when an exchange is taken out. `by_text`: a first question
+    counts as empty, because it may be cut.
     """
     starts = [index for index, turn in enumerate(turns) if turn.role == "user"]
 
@@ -137,17 +137,17 @@ def skip_hopeless(
 
 
 def without_oldest(turns: Turns) -> Turns:
-    """The turns without the first user turn and all that follows it up to the next one."""
+    """Return the turns without the first user turn and all that follows it up to the next one."""
     start = first_user(turns)
     following = (i for i in range(start + 1, len(turns)) if turns[i].role == "user")
     return turns[:start] + turns[next(following, len(turns)) :]
 
 
 def users(turns: Turns) -> int:
-    """How many exchanges there are, each begun by a user."""
+    """Count the exchanges; a user begins each."""
     return sum(turn.role == "user" for turn in turns)
 
 
 def first_user(turns: Turns) -> int:
-    """The place of the oldest user turn."""
+    """Return the index of the oldest user turn."""
     return next(index for index, turn in enumerate(turns) if turn.role == "user")

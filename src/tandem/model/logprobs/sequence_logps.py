@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.data.batching.collate import MicroBatch, Segment, fed_tokens, padded_shape
+from tandem.data.batching.collate import MicroBatch, Segment, padded_shape
 from tandem.data.batching.packing import pack, pack_padded
 from tandem.data.encoded.example import Example
 from tandem.errors import UserError
@@ -103,13 +103,13 @@ def micro_batches(model: Any, trees: Sequence[Example], budget: int) -> list[tup
     """Which trees share a forward of this model under a token budget, as positions in `trees`."""
     if is_padded(model):
         return pack_padded([padded_shape(tree) for tree in trees], budget)
-    return pack([fed_tokens(tree) for tree in trees], budget)
+    return pack([tree.fed for tree in trees], budget)
 
 
 def tokens_fed(model: Any, tree: Example) -> int:
     """Tokens of a tree that go through the model: shared ones once, padding not counted."""
     if not is_padded(model):
-        return fed_tokens(tree)
+        return tree.fed
     return sum(len(tree.prefix.input_ids) + branch.fed for branch in tree.branches)
 
 
