@@ -1,7 +1,5 @@
 """`python -m tandem` is `tandem`."""
 
-from __future__ import annotations
-
 from tandem.cli.main import entry_point
 
 if __name__ == "__main__":

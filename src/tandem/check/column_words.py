@@ -17,42 +17,40 @@ Words = tuple[str, ...]
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Scores, verdicts and labels of a pair's two answers.
-SCORES = frozenset({
-    "score", "scores", "rating", "ratings", "reward", "rewards", "grade", "grades", "winner",
-    "votes", "upvotes", "quality",
-})  # fmt: skip
+SCORES = _words(
+    "score scores rating ratings reward rewards grade grades winner votes upvotes quality"
+)
 # Numbers beside `chosen` and `rejected` that measure something else.
 NO_SCORES = re.compile(r"rank|len|token|logp|_id$|index|count|size|position|loss|toxic|hash")
-SIDE_VERDICTS = frozenset({
-    "safe", "safer", "correct", "better", "good", "preferred", "winner", "accepted",
-})  # fmt: skip
+SIDE_VERDICTS = _words("safe safer correct better good preferred winner accepted")
 # Columns that name the preferred answer, and words beside which they name something else.
-PREFERENCE_LABELS = frozenset({
-    "prefer", "preferred", "preference", "winner", "better", "safer", "choice", "best", "label",
-    "labels",
-})  # fmt: skip
-NO_PREFERENCE_LABELS = frozenset({
-    "strength", "score", "scores", "margin", "count", "elaboration", "statement", "model",
-    "rate", "ratio", "prob", "probability", "confidence", "type", "token", "tokens", "len",
-    "length", "reason", "reasoning", "of", "n",
-})  # fmt: skip
+PREFERENCE_LABELS = _words(
+    "prefer preferred preference winner better safer choice best label labels"
+)
+NO_PREFERENCE_LABELS = _words(
+    "strength score scores margin count elaboration statement model rate ratio prob probability "
+    "confidence type token tokens len length reason reasoning of n"
+)
 # Columns whose numbers are of a scale, a class or a truth value, not the number of an answer.
-SCALES = frozenset({"preference", "label", "labels", "tie"})
+SCALES = _words("preference label labels tie")
 # What answers are called, before the letter or number of one.
-ANSWER_NOUNS = frozenset({
-    "response", "answer", "model", "assistant", "option", "completion", "output", "candidate",
-})  # fmt: skip
-TIES = frozenset({"tie", "tied", "draw", "equal"})
+ANSWER_NOUNS = _words("response answer model assistant option completion output candidate")
+TIES = _words("tie tied draw equal")
 
 # Verdicts on one answer, good and bad ones, and those whose numbers may be classes or grades.
-ANSWER_VERDICTS = frozenset({
-    "label", "correct", "correctness", "good", "accepted", "acceptable", "preferred", "passed",
-    "safe", "valid", "desirable", "solved", "resolved", "success", "successful",
-})  # fmt: skip
-BAD_ANSWER_VERDICTS = frozenset({"incorrect", "wrong", "unsafe"})
-VERDICT_TAGS = frozenset({"kto_tag"})
-GRADES = frozenset({"label", "correctness"})
+ANSWER_VERDICTS = _words(
+    "label correct correctness good accepted acceptable preferred passed safe valid desirable "
+    "solved resolved success successful"
+)
+BAD_ANSWER_VERDICTS = _words("incorrect wrong unsafe")
+VERDICT_TAGS = _words("kto_tag")
+GRADES = _words("label correctness")
 
 # Columns that change what is asked or answered, each with a format's key for the same.
 PARTS_OF_A_RECORD = {
@@ -61,22 +59,18 @@ PARTS_OF_A_RECORD = {
 }  # fmt: skip
 MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
 TEMPLATE_OPTIONS = "chat_template_kwargs"
-REASONING_WORDS = frozenset({"cot", "reasoning", "thinking", "thought", "thoughts"})
+REASONING_WORDS = _words("cot reasoning thinking thought thoughts")
 # Words beside those for something about reasoning, or for a judge's; words behind them for facts.
-NO_REASONING_WORDS = frozenset({
-    "is", "has", "use", "num", "number", "count", "enable", "enabled", "budget", "judge", "finish",
-})  # fmt: skip
-REASONING_FACTS = frozenset({
-    "type", "language", "lang", "token", "tokens", "length", "len", "effort", "mode", "level",
-    "model", "complete", "completed", "score", "id", "source", "time", "category", "version",
-    "rating", "quality", "difficulty", "topic", "domain",
-})  # fmt: skip
+NO_REASONING_WORDS = _words("is has use num number count enable enabled budget judge finish")
+REASONING_FACTS = _words(
+    "type language lang token tokens length len effort mode level model complete completed score "
+    "id source time category version rating quality difficulty topic domain"
+)
 # Beside `rejected`: a fact about an answer, not the answer.
-ANSWER_FACTS = frozenset({
-    "model", "models", "source", "score", "scores", "rating", "ratings", "reward", "rewards",
-    "reason", "by", "at", "rank", "id", "token", "tokens", "length", "len", "logp", "logps",
-    "policy", "generator", "type", "count",
-})  # fmt: skip
+ANSWER_FACTS = _words(
+    "model models source score scores rating ratings reward rewards reason by at rank id token "
+    "tokens length len logp logps policy generator type count"
+)
 # Texts that switch reasoning on and off, or say that there is none.
 SWITCHES = frozenset({
     "", "on", "off", "true", "false", "yes", "no", "none", "null", "n/a", "auto", "low", "medium",

@@ -139,7 +139,6 @@ _LANGUAGES_OF: dict[str, list[str]] = {}
 for _name, _words in _SMALL_WORDS.items():
     for _word in _words:
         _LANGUAGES_OF.setdefault(_word, []).append(_name)
-_KNOWN = frozenset(_LANGUAGES_OF)
 _CYRILLIC_UKRAINIAN = re.compile("[іїєґІЇЄҐ]")
 
 
@@ -158,7 +157,7 @@ def language_of(text: str) -> str | None:
             if letters and len(script.findall(text)) >= share * letters:
                 return "uk" if name == "ru" and _CYRILLIC_UKRAINIAN.search(text) else name
     words = set(_LETTERS.findall(text.lower()))
-    counts = Counter(name for word in words & _KNOWN for name in _LANGUAGES_OF[word])
+    counts = Counter(name for word in words & _LANGUAGES_OF.keys() for name in _LANGUAGES_OF[word])
     (best, most), (_, second) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
     enough = _ENOUGH if len(words) < _MANY else _ENOUGH_OF_MANY
     return best if most >= enough and most > second else None
