@@ -188,7 +188,7 @@ def test_code_decides_by_an_engines_name_where_it_is_chosen_alone() -> None:
 # In `model` what stands later may import what stands before it, and not the other way round.
 MODEL_ORDER = (
     {"cpu", "unwrap", "trained_weights", "weight_files"},
-    {"model_folder", "added_tokens", "elementwise", "generate"},
+    {"model_folder", "added_tokens", "untrained_rows", "elementwise", "generate"},
     {"quantize", "companion_files"},
     {"attention", "lora"},
     {"logprobs"},

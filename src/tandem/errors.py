@@ -2,7 +2,7 @@
 
 TandemError            1
 ├── UserError          2   the user's mistake: one tidy message, no traceback
-└── Stopped            3   interrupted; the same command again goes on
+└── Stopped            3   interrupted; the same command resumes the run
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _command_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) 
     [
         (UserError("data.jsonl:3: no such key"), 2, "error: data.jsonl:3: no such key\n"),
         (Stopped("checkpoint at step 5"), 3, "stopped: checkpoint at step 5\n"),
-        (KeyboardInterrupt(), 3, "stopped by the keyboard; the same command again goes on\n"),
+        (KeyboardInterrupt(), 3, "stopped by the keyboard; the same command resumes the run\n"),
         (
             PermissionError(13, "Permission denied", "/x"),
             2,

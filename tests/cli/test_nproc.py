@@ -119,7 +119,7 @@ def test_they_are_started_again_when_they_ask(
     [
         # One that ends well, as a training stage does; one in a stage that knows nothing of it.
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))", 3, []),
-        ("pass", 3, ["stopped by SIGTERM; the same command again goes on"]),
+        ("pass", 3, ["stopped by SIGTERM; the same command resumes the run"]),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", 0, []),
     ],
 )

@@ -11,6 +11,7 @@ import tandem.pipeline.run_pipeline
 import tandem.report.html
 import tandem.report.run_facts
 import tandem.storage.cache_folder
+from tandem import __version__
 from tandem.cli.main import main
 from tandem.errors import Stopped
 from tandem.model.generate import Sampling
@@ -99,7 +100,10 @@ def test_a_run_that_is_stopped_exits_3(
 
     monkeypatch.setattr(tandem.pipeline.run_pipeline, "run_pipeline", run_pipeline)
     assert main(["run", "demo"]) == 3
-    assert capsys.readouterr().err == "stopped: after step 5; the same command goes on\n"
+    assert capsys.readouterr().err.splitlines() == [
+        f"tandem {__version__}: demo -> runs/demo, 6 stages",
+        "stopped: after step 5; the same command goes on",
+    ]
 
 
 def test_a_wrong_recipe_runs_nothing(runs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+import tandem.pipeline.run_pipeline
 import tandem.stages.dpo
+import tandem.stages.finished
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
@@ -92,6 +94,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             return Path("o")
 
         monkeypatch.setattr(module, name, stage)
+    monkeypatch.setattr(tandem.pipeline.run_pipeline, "training_is_finished", lambda *_: False)
+    monkeypatch.setattr(tandem.stages.finished, "merge_is_finished", lambda *_: False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return made
 

@@ -13,12 +13,14 @@ import pytest
 
 import tandem.chat.session
 import tandem.evaluate.evaluate_models
+import tandem.model.base_model
 import tandem.pairs.make_pairs
 import tandem.pipeline.run_pipeline
 import tandem.report.html
 import tandem.report.run_facts
 import tandem.runtime.local_launcher
 import tandem.stages.dpo
+import tandem.stages.finished
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
@@ -67,7 +69,14 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, stage)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(tandem.runtime.local_launcher, "check_devices", lambda *_: None)
+    # What is named is not there.
+    for module, name in (
+        (tandem.pipeline.run_pipeline, "training_is_finished"),
+        (tandem.stages.finished, "merge_is_finished"),
+        (tandem.model.base_model, "check_model"),
+        (tandem.runtime.local_launcher, "check_devices"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return called
 

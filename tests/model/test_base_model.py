@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from tandem.errors import UserError
 from tandem.model import base_model
 from tandem.model.base_model import find_base, lasting_name
+from tandem.model.model_folder import (
+    context_length,
+    described_rows,
+    read_config,
+    stated_config,
+)
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_weights
 
@@ -141,3 +148,48 @@ def test_no_name_is_named_as_what_it_is(home: Path, name: Any, said: str) -> Non
         UserError, match=rf"which model it was trained on: base_model_name_or_path {said}\. "
     ):
         find_base(named(home, name))
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite"],
+)
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_what_a_configuration_states_is_what_transformers_reads(
+    architecture: str, tied: bool | None, tmp_path: Path
+) -> None:
+    values = {"vocab_size": 300, "max_position_embeddings": 77, "tie_word_embeddings": tied}
+    written = {key: value for key, value in values.items() if value is not None}
+    config = CONFIG_MAPPING[architecture](pad_token_id=None, **written).to_dict()
+    if tied is None:
+        del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stated, theirs = stated_config(tmp_path), read_config(tmp_path)
+    assert stated is not None
+    assert theirs.get_text_config() is theirs
+    assert (described_rows(stated), context_length(stated)) == (300, 77)
+    assert (described_rows(theirs), context_length(theirs)) == (300, 77)
+    assert stated.tie_word_embeddings == theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gpt2"},
+        {"vocab_size": None},
+        {"max_position_embeddings": "77"},
+        {"tie_word_embeddings": None},
+        {"pad_token_id": 300},
+        {"quantization_config": {"quant_method": "gptq"}},
+    ],
+)
+def test_what_a_configuration_does_not_state_is_left_to_transformers(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 77}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stated_config(tmp_path) is not None
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert stated_config(tmp_path) is None
+    (tmp_path / "config.json").write_text("{")
+    assert stated_config(tmp_path) is None

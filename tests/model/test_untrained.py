@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.model import added_tokens
-from tandem.model.added_tokens import Untrained, control_tokens, in_words, untrained_tokens
+from tandem.model import untrained_rows
+from tandem.model.untrained_rows import Untrained, control_tokens, in_words, untrained_tokens
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
 from ..stages.made_inputs import make_model_folder
@@ -46,7 +46,7 @@ def test_rows_that_differ_are_not_named(folder: Path) -> None:
 def test_an_end_token_among_equal_rows_of_the_head(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(added_tokens, "_BLOCK", 4 * 32 * 50)  # fifty rows at once
+    monkeypatch.setattr(untrained_rows, "_BLOCK", 4 * 32 * 50)  # fifty rows at once
     torch.manual_seed(0)
     row = torch.randn(32)
     change(folder, HEAD, [1, 40, 41, 200, 280], row + 0.01 * torch.randn(5, 32))

@@ -21,17 +21,17 @@ from ..warm.python import python
 PROGRAM = """
 import json, os, sys
 from tandem.cli.main import main
-from tandem.pairs import generators
+from tandem.model import generate
 
 order = json.loads(sys.argv[1])
-real = generators.generate_batch
+real = generate.generate_batch
 
 def noted(model, prompts, numbers, **options):
     with open(order["log"], "a") as log:
         log.write(json.dumps(list(numbers)) + "\\n")
     return real(model, prompts, numbers, **options)
 
-generators.generate_batch = noted
+generate.generate_batch = noted
 with open(order["pid"], "w") as file:
     file.write(str(os.getpid()))
 os.rename(order["pid"], order["pid"] + ".txt")

@@ -13,6 +13,7 @@ import yaml
 
 from tandem.storage.atomic_files import read_json, read_jsonl
 
+from ..cli.fresh import fresh
 from ..faults.desk import tree
 from ..stages.made_inputs import make_conversations, make_model_folder
 from .launcher import Done, Launcher
@@ -136,15 +137,15 @@ def test_killed_again_and_again_in_every_stage_it_ends_with_the_same_bits(
     assert leftovers(run) == []
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
-    home: Path, launcher: Launcher, whole: Done
-) -> None:
+@pytest.mark.usefixtures("whole")
+def test_a_finished_run_says_so_without_torch_and_changes_nothing(home: Path) -> None:
     run = home / "runs" / "whole"
     before = tree(run)
-    done = launcher.run("run", "recipe.yaml", root=run, cache="cache-whole")
+    done = fresh("run", "recipe.yaml", home=home)
     assert done.code == 0
     for folder in list(STAGES.values())[:5]:
-        assert f"runs/whole/{folder} is finished with these inputs; nothing to do" in done.said
+        assert f"runs/whole/{folder} is finished with these inputs; nothing to do" in done.err
+    assert not done.packages & {"torch", "transformers", "peft", "datasets", "pandas", "accelerate"}
     after = tree(run)
     changed = {name for name in after if after[name] != before.get(name)}
     assert after.keys() == before.keys()

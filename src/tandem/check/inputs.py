@@ -20,7 +20,6 @@ from tandem.data.sources.rows import not_read, read_rows
 from tandem.data.text.contamination import Other, read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
-from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import add_tokens, row_notices
 from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
@@ -40,14 +39,14 @@ def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]]
     These, and sources without a readable row, count as conversations: reading them reports the
     error.
     """
-    by_kind: dict[Kind, list[DataSource]] = {}
+    sources_of: dict[Kind, list[DataSource]] = {}
     unknown: list[DataSource] = []
     for source in sources:
         kind, rows = _look(source)
-        by_kind.setdefault(kind or "conversations", []).append(source)
+        sources_of.setdefault(kind or "conversations", []).append(source)
         if kind is None and rows:
             unknown.append(source)
-    return by_kind, unknown
+    return sources_of, unknown
 
 
 def _look(source: DataSource) -> tuple[Kind | None, int]:
@@ -204,17 +203,23 @@ def stage_chat(
     The model is a folder, a Hub id or `demo:base`; a folder with only a tokenizer is enough. Raises
     UserError as a training stage would.
     """
-    # Imported here because it loads torch, which checks without a tokenizer do not need.
-    from tandem.model.added_tokens import described_rows, in_words, untrained_tokens
-    from tandem.model.model_folder import load_tokenizer, model_folder, read_config
+    # Here, for looking at texts alone does without.
+    from tandem.model.model_folder import (
+        described_rows,
+        model_folder,
+        read_config,
+        read_tokenizer,
+        stated_config,
+    )
+    from tandem.model.untrained_rows import in_words, untrained_tokens
 
     folder = model_folder(model, revision, weights=False)
-    tokenizer = read_light_tokenizer(folder) or load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
     rows, notices = None, template.notices
     if (folder / "config.json").is_file():
-        config = read_config(folder)
+        config = stated_config(folder) or read_config(folder)
         rows = described_rows(config, added)
         notices += row_notices(tokenizer, rows)
         untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
@@ -226,10 +231,11 @@ def stage_chat(
 
 def require_context(chat: StageChat, target: CheckTarget) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
-    from tandem.model.model_folder import check_context, read_config
+    from tandem.model.model_folder import check_context, read_config, stated_config
 
     if target.limited and (chat.folder / "config.json").is_file():
-        check_context(read_config(chat.folder), target.options.limits.sequence, chat.folder)
+        config = stated_config(chat.folder) or read_config(chat.folder)
+        check_context(config, target.options.limits.sequence, chat.folder)
 
 
 def other_sets(

@@ -7,11 +7,18 @@ import argparse
 from tandem.cli.parser import Parser, add_flag, number, path, positive, seed
 from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings
+from tandem.runtime.launch import announce
+from tandem.storage.run_folder import model_in_run
 
 
 def chat(argv: list[str]) -> int:
     """Talk to one model, or to several side by side."""
     arguments = _chat_parser().parse(argv)
+    from tandem.model.base_model import check_model
+
+    announce(f"chat with {', '.join(arguments.models)}")
+    for model in arguments.models:
+        check_model(model_in_run(model))
     from tandem.chat.session import ChatOptions, run_chat
     from tandem.integrations.choose import choose_device
     from tandem.model.generate import Sampling

@@ -12,6 +12,7 @@ from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.flags import Flag, flag_of
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.recipe.run_settings import RunSettings
+from tandem.runtime.launch import announce
 
 if TYPE_CHECKING:
     from tandem.recipe.jobs import EvaluationJob
@@ -68,6 +69,7 @@ def evaluate(argv: list[str]) -> int:
 
     check_something(job.settings)
     output_folder(job.folder, "--output_dir")
+    announce(f"evaluation of {', '.join(job.models.values())} -> {job.folder}")
     measured = evaluate_models(job, notice_console())
     if arguments.json:
         print(json.dumps(measured, indent=2, ensure_ascii=False))
@@ -142,7 +144,7 @@ def _parser() -> Parser:
         description="Measure models side by side: tasks of lm-evaluation-harness, and data of "
         "your own.\nOne table, with standard errors and differences from the first model.",
         epilog="example: tandem eval BASE runs/my-run --suite leaderboard-v1 --output_dir "
-        "runs/comparison\nThe same command again goes on where it was stopped.",
+        "runs/comparison\nThe same command resumes where it was stopped.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _settle()
         if _speaks():
-            _complain("stopped by the keyboard; the same command again goes on")
+            _complain("stopped by the keyboard; the same command resumes the run")
         return Stopped.exit_code
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:

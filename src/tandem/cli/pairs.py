@@ -11,6 +11,7 @@ from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, outp
 from tandem.recipe.flags import flag_of
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
+from tandem.runtime.launch import announce
 
 if TYPE_CHECKING:
     from tandem.recipe.jobs import PairsJob
@@ -47,6 +48,7 @@ def pairs(argv: list[str]) -> int:
     if arguments.dry_run:
         print(_dry_run_text(job), end="")
         return 0
+    announce(f"pairs -> {folder}")
     from tandem.runtime.console import notice_console, result_console
 
     console = notice_console()
@@ -72,7 +74,7 @@ def _parser() -> Parser:
         usage="tandem pairs [--recipe RECIPE] [--prompts DATA] [--model MODEL] --output_dir O "
         "[key=value ...]",
         description="Preference pairs: the answers of an instruction set are chosen, answers that "
-        "a model writes\nare rejected. The same command again goes on with an interrupted run.",
+        "a model writes\nare rejected. The same command resumes an interrupted run.",
         unknown_hint=" (keys of the pairs section are written key=value, without dashes)",
         epilog="example: tandem pairs --prompts conversations.jsonl --model demo:base \\\n"
         "             --output_dir out/pairs select.count=12000 filters.drop_refusals=true",

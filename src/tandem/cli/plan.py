@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tandem.cli.parser import Parser, add_overrides, positive
 from tandem.errors import UserError
+from tandem.runtime.launch import announce
 
 
 def plan(argv: list[str]) -> int:
@@ -17,13 +19,19 @@ def plan(argv: list[str]) -> int:
             "tandem plan: --records and --tokens-per-record go together; give both, with as many "
             "numbers"
         )
+    from tandem.recipe.load_recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    announce(f"plan of {Path(arguments.recipe).name}")
+    from tandem.pipeline.preflight import check_paths
+
+    check_paths(recipe.model_copy(update={"pairs": None, "evaluate": None}), weights=False)
     from tandem.plan.plan_page import as_json, show_plan
     from tandem.plan.plan_recipe import Guess, plan_recipe
-    from tandem.recipe.load_recipe import load_recipe
     from tandem.runtime.console import notice_console, result_console
 
     planned = plan_recipe(
-        load_recipe(arguments.recipe, arguments.overrides),
+        recipe,
         processes=arguments.nproc or 1,
         download=arguments.download,
         guesses=[Guess(*pair) for pair in zip(records, tokens, strict=True)],

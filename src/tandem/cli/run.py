@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_overrides, output_folder
-from tandem.runtime.launch import launched
+from tandem.runtime.launch import announce, launched
 from tandem.storage.run_folder import STAGES
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def run(argv: list[str]) -> int:
     """Run a recipe's stages, or with --dry-run print what they would be."""
     arguments = _parser().parse(argv)
     from tandem.recipe.load_recipe import load_recipe
+    from tandem.recipe.recipe import asked_for, stages_of
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = output_folder(Path(recipe.output_dir), "output_dir")
@@ -29,6 +30,10 @@ def run(argv: list[str]) -> int:
         if launched().speaks:
             print(dry_run_text(recipe, until=arguments.until, start=arguments.start))
         return 0
+    stages = stages_of(recipe)
+    asked = asked_for(stages, until=arguments.until, start=arguments.start)
+    count = f"{len(asked)} stage{'' if len(asked) == 1 else 's'}"
+    announce(f"{Path(arguments.recipe).name} -> {recipe.output_dir}, {count}")
     if arguments.nproc is not None:
         return in_processes(arguments.nproc, "run", argv, device=recipe.device)
     from tandem.runtime.console import notice_console
@@ -102,7 +107,7 @@ def _parser() -> Parser:
         usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE] "
         "[--nproc N]",
         description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation.\n"
-        "The same command again skips finished stages and goes on with an interrupted one.",
+        "The same command skips finished stages and resumes an interrupted one.",
         unknown_hint=" (recipe keys are written key=value, without dashes)",
         epilog="example: tandem run demo sft.learning_rate=2e-3 output_dir=runs/trial",
     )

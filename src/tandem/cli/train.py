@@ -15,7 +15,7 @@ from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import MergeSettings, TrainingSettings
 from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
-from tandem.runtime.launch import launched
+from tandem.runtime.launch import announce, launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def merge(argv: list[str]) -> int:
     arguments = _merge_parser().parse(argv)
     from tandem.recipe.jobs import MergeJob
     from tandem.runtime.console import notice_console
-    from tandem.stages.merge import run_merge
+    from tandem.stages.finished import merge_is_finished
 
     run = RunSettings(
         model=arguments.base_model_path,
@@ -53,7 +53,12 @@ def merge(argv: list[str]) -> int:
     )
     adapter = output_folder(Path(arguments.lora_model_path), "--lora-model-path")
     settings = MergeSettings(dtype=arguments.dtype)
-    run_merge(MergeJob(run, settings, adapter, force=arguments.force), notice_console())
+    job, console = MergeJob(run, settings, adapter, force=arguments.force), notice_console()
+    announce(f"merge of {adapter} into {run.model} -> {job.folder}")
+    if not merge_is_finished(job, console):
+        from tandem.stages.merge import run_merge
+
+        run_merge(job, console)
     return 0
 
 
@@ -86,6 +91,8 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     dry_run, nproc = values.pop("dry_run", False), values.pop("nproc", None)
     devices = nproc or launched().count
     job, notices = job_from_flags(stage, values, devices=devices, cards=has_bridge())
+    if not dry_run:
+        announce(f"{stage} of {job.run.model} -> {job.folder}")
     if nproc is not None and not dry_run:
         return in_processes(nproc, stage, argv, device=job.run.device)
     from tandem.runtime.console import notice_console
@@ -102,16 +109,9 @@ def _train(stage: TrainingStageName, argv: list[str]) -> int:
     output_folder(job.folder, "--output_dir")
     if half:
         job = _in_half(job, console)
-    from tandem.pipeline.default_callbacks import default_callbacks
+    from tandem.pipeline.run_pipeline import run_training
 
-    if stage == "sft":
-        from tandem.stages.sft import run_sft
-
-        run_sft(job, console, default_callbacks())
-    else:
-        from tandem.stages.dpo import run_dpo
-
-        run_dpo(job, console, default_callbacks())
+    run_training(stage, job, console)
     from tandem.runtime.process_group import leave
 
     leave()
@@ -130,11 +130,10 @@ def dry_run_text(job: TrainingJob, *, half: bool = False) -> str:
 
 def _in_half(job: TrainingJob, console: Console) -> TrainingJob:
     """Choose bfloat16 if the device gains from it, else float32, and say so."""
-    from tandem.integrations.choose import choose_device
+    from tandem.integrations.choose import device_names
 
-    dtype = "bfloat16"
-    if choose_device(job.run.device, "auto").autocast is None:
-        dtype = "float32"
+    dtype = device_names(job.run).dtype_name  # that of its settings is auto
+    if dtype == "float32":
         console.print(
             "--bf16: training in float32, because bfloat16 is slower than float32 on most CPUs "
             "and not on every MPS (--dtype bfloat16 insists)",

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
-from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import find_base
-from tandem.model.companion_files import load_combined_tokenizer
-from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.model.lora.adapter_config import is_adapter
-from tandem.model.model_folder import load_config, load_tokenizer, model_folder, require_model
-from tandem.model.prepare_model import WITH_ADDED_TOKENS, Preparation, prepare_model
-from tandem.model.quantize import read_record
-from tandem.runtime.device import Device
+from tandem.model.model_folder import (
+    described_rows,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    require_model,
+)
 from tandem.storage.hashing import hash_file, hash_json, hash_weights
+
+if TYPE_CHECKING:
+    from tandem.runtime.device import Device
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class EvalModel:
     @property
     def quantized(self) -> bool:
         """Whether its adapter was trained on a quantised base."""
+        from tandem.model.quantize import read_record
+
         return self.adapter is not None and read_record(self.adapter) is not None
 
     @property
@@ -55,6 +60,8 @@ class EvalModel:
         if self.adapter is None:
             tokenizer = load_tokenizer(self.folder)
         else:
+            from tandem.model.companion_files import load_combined_tokenizer
+
             tokenizer = load_combined_tokenizer(self.folder, self.adapter)
         if getattr(tokenizer, "chat_template", None):
             return tokenizer, resolve_template(tokenizer, None)
@@ -77,6 +84,9 @@ class EvalModel:
 
     def load_base(self, device: Device) -> Any:
         """The model, or an adapter's base as the adapter saw it."""
+        from tandem.model.load_model import load_base, load_model
+        from tandem.model.prepare_model import WITH_ADDED_TOKENS, Preparation, prepare_model
+
         place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
         if self.adapter is None:
             model = load_model(self.folder, **place)
@@ -85,6 +95,8 @@ class EvalModel:
 
     def with_adapter(self, base: Any) -> Any:
         """What answers: the loaded base with its adapter, if there is one."""
+        from tandem.model.load_model import load_adapter
+
         return base if self.adapter is None else load_adapter(base, self.adapter)
 
 

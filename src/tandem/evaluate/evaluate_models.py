@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,7 +24,6 @@ from tandem.evaluate.harness_tasks import (
     selected_tasks,
     task_facts,
 )
-from tandem.evaluate.own_measures import Material, OwnMeasures
 from tandem.evaluate.scores import (
     MeasurementStore,
     ModelScores,
@@ -35,17 +34,20 @@ from tandem.evaluate.scores import (
 )
 from tandem.evaluate.suites import Task, TaskSelection
 from tandem.evaluate.win_rates import Duel, Judge, Verdicts, judge_duels, server_judge
-from tandem.integrations.choose import device_of
+from tandem.integrations.choose import device_names, device_of
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.jobs import EvaluationJob
 from tandem.recipe.run_settings import RunSettings
 from tandem.result_warnings import evaluation_warnings
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
+
+if TYPE_CHECKING:
+    from tandem.evaluate.own_measures import Material
+    from tandem.runtime.device import Device
 
 # Folders of finished measurements, and of local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
@@ -61,7 +63,8 @@ def evaluate_models(
 
     `judge` compares each model's answers with the first model's; None: the settings' own, if they
     name one. Finished measurements (a model's own measures, a task of a model) stay in the folder.
-    While verdicts are missing the stage stays unfinished: the same call asks for them again.
+    While verdicts are missing the stage stays unfinished: the same call asks for them again. A
+    finished stage is found without torch.
     """
     models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
     tasks = selected_tasks(settings)
@@ -80,7 +83,7 @@ def evaluate_models(
         name: resolve_sources(getattr(settings, name), output_dir.parent, run.seed) for name in _OWN
     }
     data = {name: data_identity(named) for name, named in sources.items()}
-    device = device_of(run)
+    device = device_names(run)
     inputs = {
         "models": {model.label: model.identity for model in eval_models},
         **data,
@@ -100,6 +103,8 @@ def evaluate_models(
         ):
             finished: dict[str, Any] = read_json(path)
             return finished
+        from tandem.evaluate.own_measures import Material
+
         start_stage(output_dir, "evaluate", inputs, {"models": dict(models)})
         for line in not_read([source for named in sources.values() for source in named]):
             log(console, line)
@@ -113,7 +118,7 @@ def evaluate_models(
             settings.max_new_tokens,
             settings.limit,
         )
-        evaluator = Evaluator(output_dir, settings, material, data, device, run, console)
+        evaluator = Evaluator(output_dir, settings, material, data, device_of(run), run, console)
         evaluation = evaluator.evaluate(models, eval_models, tasks, judge)
         atomic_write_json(path, evaluation)
         # Missing verdicts are asked for again, so the stage is not finished.
@@ -203,6 +208,8 @@ class Evaluator:
         }
         if (before := self.store.find("own", key)) is not None:
             return model_scores_of(before)
+        from tandem.evaluate.own_measures import OwnMeasures
+
         measures = OwnMeasures(model, tokenizer, template, self.device, self.run, self.console)
         scores = measures.take(self.material, completions=completions)
         self.store.keep("own", key, scores.as_json())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,12 +19,13 @@ from tandem.evaluate.harness import Harness, HarnessModel, TaskScores, check_nam
 from tandem.evaluate.scores import MeasurementStore
 from tandem.evaluate.suites import Task, TaskSelection, select_tasks, write_tasks
 from tandem.evaluate.task_forms import FORMS
-from tandem.model.added_tokens import described_rows, rows_of
-from tandem.model.lora.adapter import added_ids_of_folder
+from tandem.model.model_folder import described_rows
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.runtime.console import log, phase
-from tandem.runtime.device import Device
 from tandem.storage.hashing import hash_json
+
+if TYPE_CHECKING:
+    from tandem.runtime.device import Device
 
 # Devices on which the harness loads a model itself; elsewhere it gets a loaded one.
 _HARNESS_DEVICES = ("cpu", "cuda", "mps")
@@ -116,6 +117,9 @@ def harness_model(
     model: EvalModel, tokenizer: Any, settings: TaskSettings, device: Device
 ) -> HarnessModel:
     """A model as the harness is to load it, or loaded where the harness cannot."""
+    from tandem.model.added_tokens import rows_of
+    from tandem.model.lora.adapter import added_ids_of_folder
+
     if model.quantized or model.grows or device.kind not in _HARNESS_DEVICES:
         pretrained = model.with_adapter(model.load_base(device))
         adapter = None

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tandem.errors import UserError, require
-from tandem.recipe.run_settings import HpuSettings
-from tandem.recipe.training_settings import TrainingSettings
-from tandem.runtime.device import DTYPES, Device, numbered, unavailable_reason
-from tandem.runtime.process_group import ProcessGroup
-from tandem.train.engines.engine import Engine
-from tandem.train.engines.replicated import ReplicatedEngine
+from tandem.integrations.gaudi.bridge import bridge_installed, load_bridge
+from tandem.recipe.run_settings import HpuSettings, RunSettings
+
+if TYPE_CHECKING:
+    from tandem.recipe.training_settings import TrainingSettings
+    from tandem.runtime.device import Device
+    from tandem.runtime.process_group import ProcessGroup
+    from tandem.train.engines.engine import Engine
 
 # `auto` takes the first of these that is available.
 _AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
 # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
 _HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
+# What drivers of NVIDIA's, AMD's and Intel's cards make in /dev, and of cards seen from within WSL.
+_DRIVERS = ("nvidiactl", "kfd", "dri", "dxg")
 _ZERO = {"deepspeed-zero2": 2, "deepspeed-zero3": 3}
 
 
@@ -32,13 +37,16 @@ def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> De
     Raises UserError with the reason for a device this machine lacks, for a dtype that it lacks,
     and for more processes than it has.
     """
+    import torch
+
+    from tandem.runtime.device import DTYPES, Device, numbered
+
     kind = device
     if device == "auto":
         kind = next(k for k in _AUTO if _unavailable_reason(k, hpu) is None)
     elif reason := _unavailable_reason(device, hpu):
         raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
-    if dtype == "auto":
-        dtype = "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
+    dtype = _default_dtype(kind) if dtype == "auto" else dtype
     # transformers imports an installed DeepSpeed, which would look for a device itself.
     os.environ.setdefault("DS_ACCELERATOR", kind)
     if kind == "hpu":
@@ -52,12 +60,45 @@ def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> De
     return chosen
 
 
-def device_of(run: Any) -> Device:
-    """The device that a run's settings (`recipe.run_settings`) ask for; see `choose_device`."""
+def device_of(run: RunSettings) -> Device:
+    """The device that a run's settings ask for; see `choose_device`."""
     return choose_device(run.device, run.dtype, run.hpu)
 
 
-def idle_settings(run: Any, device: Device) -> list[str]:
+@dataclass(frozen=True)
+class DeviceNames:
+    """The kind of a device and the dtype of the weights on it, as `Device` calls them."""
+
+    kind: str
+    dtype_name: str
+
+
+def device_names(run: RunSettings) -> DeviceNames:
+    """The names of the device that a run's settings ask for; torch is imported only to find one.
+
+    Raises UserError as `choose_device` does.
+    """
+    unknown = "torch" in sys.modules or bridge_installed()
+    if not unknown and (run.device == "cpu" or (run.device == "auto" and _only_a_cpu())):
+        return DeviceNames("cpu", _default_dtype("cpu") if run.dtype == "auto" else run.dtype)
+    device = device_of(run)
+    return DeviceNames(device.kind, device.dtype_name)
+
+
+def _default_dtype(kind: str) -> str:
+    return "bfloat16" if kind in _HALF_BY_DEFAULT else "float32"
+
+
+def _only_a_cpu() -> bool:
+    """Whether it is certain that torch would find no other device here."""
+    if sys.platform != "linux":
+        return False
+    return metadata.version("torch").endswith("+cpu") or not any(
+        Path("/dev", name).exists() for name in _DRIVERS
+    )
+
+
+def idle_settings(run: RunSettings, device: Device | DeviceNames) -> list[str]:
     """A line for each section of a run's settings that has no effect on this device."""
     if device.kind == "hpu" or run.hpu == type(run.hpu)():
         return []
@@ -66,13 +107,15 @@ def idle_settings(run: Any, device: Device) -> list[str]:
 
 def _unavailable_reason(kind: str, hpu: HpuSettings | None) -> str | None:
     """What keeps a kind of device from being used here, None if nothing does."""
+    import torch
+
+    from tandem.runtime.device import unavailable_reason
+
     if kind != "hpu":
         return unavailable_reason(kind)
-    from tandem.integrations.gaudi import bridge
-
-    if not bridge.bridge_installed():
+    if not bridge_installed():
         return "Habana's bridge (habana_frameworks) is not installed; its containers have it"
-    bridge.load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
+    load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
     there = hasattr(torch, "hpu") and torch.hpu.is_available()
     return None if there else "the bridge sees no Gaudi card here"
 
@@ -93,6 +136,8 @@ def choose_engine(
             "Start one, or use engine: auto."
         )
     if engine in ("auto", "single", "ddp"):
+        from tandem.train.engines.replicated import ReplicatedEngine
+
         return ReplicatedEngine(device, processes)
     if engine == "fsdp2":
         from tandem.train.engines.fsdp2 import Fsdp2Engine

@@ -1,25 +1,20 @@
 """Tokens whose rows of the embeddings are trained: new ones start as the mean of all rows.
 
-peft trains single rows of an embedding (`trainable_token_indices`); this file says which, reads
-their present values, and finds those that were never trained.
+peft trains single rows of an embedding (`trainable_token_indices`); this file says which, and reads
+their present values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tandem.data.records import Turn
-from tandem.data.tokenize.chat_template import ChatTemplate, find_ending, prompt_ids, stop_ids
 from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
-from tandem.model.weight_files import FLOATS, HEADS, opened, read_headers
-from tandem.storage.hashing import weight_files
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,6 @@ def check_added(added: Collection[str], *, engine: str, sharded: bool) -> None:
 def rows_of(model: Any) -> int:
     """How many rows a model's input embedding has; higher ids have none."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def described_rows(config: Any, added: AddedTokens | None = None) -> int:
-    """Rows of the model that a configuration describes, with those that added tokens get."""
-    rows = int(config.get_text_config().vocab_size)
-    return max([rows, *(index + 1 for index in (added.ids if added else ()))])
 
 
 def make_rows(model: Any, added: AddedTokens) -> None:
@@ -118,160 +107,3 @@ def trained_rows(layer: Any) -> TrainedRows | None:
     ids = torch.tensor(wrapped.token_indices[name], device=weight.device)
     # Rounded as peft does, and as they will be when merged.
     return TrainedRows(ids, wrapped.trainable_tokens_delta[name].to(weight.dtype))
-
-
-# Rows whose cosine is above this are nearly one direction. Of two small models (the embedded demo's
-# base and stories260K) 799 of 2048 and 272 of 512 rows have another one above it, and only 2 and 10
-# have their nearest between 0.85 and it: there is a gap between rows that were trained apart and
-# rows that were not.
-_ALIKE = 0.98
-# A single near-equal row may be a token that is used alike, such as a second end token. Untrained
-# rows come in larger groups. Only rows that were made of one mean may be two, and they are equal.
-_FEWEST = 2
-_SAME = 0.9999
-# A row this much shorter than the median one was never trained: it began as 0, or decayed to 0.
-_EMPTY = 0.01
-# Bytes of float32 rows that are compared at once.
-_BLOCK = 64 * 2**20
-_INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-           "embeddings.weight", "tok_embeddings.weight")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Untrained:
-    """A token, as the template writes it, whose row was never trained."""
-
-    token: str
-    alike: int  # how many other rows are nearly equal to it
-    empty: bool  # whether it is nearly 0
-    # whether it ends answers, and the row is of the output head; else of the input embedding
-    ends: bool
-
-
-def untrained_tokens(
-    folder: Path, config: Any, tokenizer: Any, template: ChatTemplate, trained: Collection[int] = ()
-) -> list[Untrained]:
-    """The template's control tokens whose rows were never trained, those that end answers first.
-
-    A token that ends answers is looked at in the output head, where it is predicted; the others in
-    the input embedding, where they are fed. Rows of `trained` ids, which the stage trains, are left
-    out. Nothing is found without weights, nor in a matrix under an unknown family's name. Raises
-    UserError for a damaged file.
-    """
-    tokens = control_tokens(tokenizer, template)
-    ends = set(stop_ids(tokenizer, template)[:1])
-    wanted = {token: index for token, index in tokens.items() if index not in trained}
-    try:
-        weight_files(folder)
-    except UserError:  # reported when they are loaded
-        return []
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-    rows = int(config.get_text_config().vocab_size)
-    matrices = {
-        name: header.file
-        for name, header in read_headers(folder).items()
-        if len(header.shape) == 2 and header.shape[0] >= rows and header.dtype in FLOATS
-    }
-    inputs, head = _first(matrices, _INPUTS), _first(matrices, HEADS)
-    if head is None and tied:
-        head = inputs
-    untrained: list[Untrained] = []
-    for place, predicted in ((head, True), (inputs, False)):
-        some = {token: i for token, i in wanted.items() if (i in ends) == predicted and i < rows}
-        if place is not None and some:
-            untrained += _compared(*place, some, ends=predicted)
-    return untrained
-
-
-def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
-    """The special and added tokens that a template writes around turns, the ending first, by id."""
-    question, answer = Turn("user", "Which?"), Turn("assistant", "That.")
-    system = (Turn("system", "Answer."),)
-    for before in (system, ()):  # templates may refuse a system turn, or a second question
-        try:
-            ids = prompt_ids(tokenizer, template, (*before, question, answer, question))
-            break
-        except UserError:
-            continue
-    else:
-        ids = prompt_ids(tokenizer, template, (question,))
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    first = [] if (ending := find_ending(tokenizer, template)) is None else [ending.token_id]
-    tokens_by_id = {
-        index: str(tokenizer.convert_ids_to_tokens(index))
-        for index in [*first, *ids]
-        if index in special
-    }
-    # Some tokenizers have runs of blanks as added tokens.
-    return {token: index for index, token in tokens_by_id.items() if token.strip()}
-
-
-def in_words(untrained: Collection[Untrained]) -> str | None:
-    """What such rows mean, and the way out; None if there are none."""
-    if not untrained:
-        return None
-    parts = [_end(one) for one in untrained if one.ends]
-    if fed := [one for one in untrained if not one.ends]:
-        names = ", ".join(repr(one.token) for one in fed)
-        parts.append(
-            f"the template writes {names}, which this model has never read: "
-            f"{'its row' if len(fed) == 1 else 'their rows'} in the input embedding "
-            f"{'says' if len(fed) == 1 else 'say'} nothing (nearly equal to others, or 0)"
-        )
-    listing = ", ".join(f'"{one.token}"' for one in untrained)
-    flags = " ".join(f"'{one.token}'" for one in untrained)
-    return (
-        f"{'; '.join(parts)}. Train {'this row' if len(untrained) == 1 else 'these rows'}: "
-        f"`added_tokens: [{listing}]` in the recipe, `--added_tokens {flags}` for a stage."
-    )
-
-
-def _end(one: Untrained) -> str:
-    if one.alike:
-        what = (
-            f"is nearly equal to those of {one.alike} other tokens (cosine above {_ALIKE}), so "
-            "that it can hardly become likelier than they are"
-        )
-    else:
-        what = "is nearly 0, so that its logit is, too"
-    return (
-        f"the model cannot learn to stop: answers end with {one.token!r}, whose row in the frozen "
-        f"output head was never trained and {what}"
-    )
-
-
-def _first(matrices: Mapping[str, Path], endings: tuple[str, ...]) -> tuple[Path, str] | None:
-    """File and name of the first matrix whose name has one of these endings."""
-    return next(((file, name) for name, file in matrices.items() if name.endswith(endings)), None)
-
-
-def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -> list[Untrained]:
-    """Which of the tokens' rows of a matrix are 0 or nearly equal to others; read in blocks."""
-    with opened(path) as file:
-        part = file.get_slice(name)
-        own = torch.cat([part[index : index + 1] for index in tokens.values()]).float()
-        lengths = []
-        alike, same = torch.zeros(2, len(tokens), dtype=torch.int64)
-        directions = own / own.norm(dim=1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
-        for block in _blocks(part):
-            norms = block.norm(dim=1)
-            lengths.append(norms)
-            cosines = block @ directions.T / norms.clamp_min(torch.finfo(block.dtype).tiny)[:, None]
-            alike += (cosines > _ALIKE).sum(dim=0)
-            same += (cosines > _SAME).sum(dim=0)
-    short = _EMPTY * float(torch.cat(lengths).median())
-    untrained = []
-    for number, token in enumerate(tokens):
-        length = float(own[number].norm())
-        # The row itself is among those that are counted, unless its length is 0.
-        others = int(alike[number]) - 1 if length else 0
-        if length < short or others >= _FEWEST or (length and int(same[number]) > 1):
-            untrained.append(Untrained(token, others, length < short, ends))
-    return untrained
-
-
-def _blocks(part: Any) -> Iterator[Tensor]:
-    rows, width = part.get_shape()
-    step = max(1, _BLOCK // (4 * width))
-    for start in range(0, rows, step):
-        yield part[start : start + step].float()

@@ -1,6 +1,7 @@
 """A base model before its weights are loaded: what a stage learns of it, and an adapter's base.
 
-A stage looks its base up once. An adapter says which model it was trained on.
+A stage looks its base up once. An adapter says which model it was trained on. The functions that
+need torch or peft import them, so that mistakes are told at once.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from tandem.data.sources.rows import looks_like_path
+from tandem.data.sources.rows import is_local, looks_like_path
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
 from tandem.errors import UserError
-from tandem.model.added_tokens import described_rows, embedding_names, in_words, untrained_tokens
-from tandem.model.lora.adapter import LoraWeights, adapted_weights, check_targets, refused_modules
-from tandem.model.lora.adapter_config import CONFIG, read_config_values
-from tandem.model.lora.adapter_folder import require_plain
+from tandem.model.lora.adapter_config import CONFIG, is_adapter, read_config_values
 from tandem.model.model_folder import (
     check_context,
     check_unquantized,
+    described_rows,
     load_config,
     load_tokenizer,
     model_folder,
@@ -62,6 +61,8 @@ class BaseModelInfo:
 
     def warnings(self) -> tuple[str, ...]:
         """A line on the template's tokens whose rows were never trained; reads these weights."""
+        from tandem.model.untrained_rows import in_words, untrained_tokens
+
         words = in_words(
             untrained_tokens(
                 self.folder, self.config, self.tokenizer, self.template, self.added.ids
@@ -100,6 +101,8 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     for name, section in sections.items():
         targets = section.lora.target_modules
         if not isinstance(targets, str):
+            from tandem.model.lora.adapter import check_targets, refused_modules
+
             model = model_without_weights(config)
             key = f"{name}.lora.target_modules"
             check_targets(model, targets, refused_modules(model), key)
@@ -109,10 +112,21 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
 
 def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
     """Raise UserError if a stage's adapter could not be merged into the base's files."""
+    from tandem.model.added_tokens import embedding_names
+    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
+
     model, plain = model_without_weights(config), model_without_weights(config)
     adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
     rows = [f"{name}.weight" for name in embedding_names(plain)]
     check_sums(folder, plain, [*adapted_weights(adapted), *rows])
+
+
+def check_model(name: str) -> None:
+    """Raise UserError for a path that is there neither as a model nor as an adapter's folder."""
+    if is_local(name):
+        folder = model_folder(name)
+        if not is_adapter(folder):
+            require_model(folder)
 
 
 def lasting_name(name: str, folder: Path) -> tuple[str, str | None]:
@@ -146,6 +160,8 @@ def find_base(adapter: Path) -> Path:
     Raises UserError for a base that is missing, has other weights or is ambiguous, and for an
     adapter that is no plain LoRA.
     """
+    from tandem.model.lora.adapter_folder import require_plain
+
     require_plain(adapter)
     named, revision = _named(adapter)
     trained_on = trained_weights(adapter)

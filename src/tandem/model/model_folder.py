@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.data.sources.rows import looks_like_path
+from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.errors import UserError
 from tandem.storage.atomic_files import read_json, require_spelled
 from tandem.storage.hashing import weight_files
+
+if TYPE_CHECKING:
+    from tandem.data.tokenize.vocabulary import AddedTokens
 
 QUANTIZATION = "quantization.json"
 """The file of an adapter's folder that says what its base was rounded to."""
@@ -23,6 +29,8 @@ QUANTIZATION = "quantization.json"
 _FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
 # Some Hub pages have the same weights again in their maker's own layout.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
+# Architectures of one part, with plain fields and, unless they say otherwise, an untied head.
+_PLAIN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite")
 # A tokenizer can be loaded from any one of these.
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
@@ -156,6 +164,54 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+@dataclass(frozen=True)
+class StatedConfig:
+    """What config.json says, under the names of transformers' configurations."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    def get_text_config(self) -> StatedConfig:
+        """The part about text, which is all of it."""
+        return self
+
+
+def stated_config(folder: Path) -> StatedConfig | None:
+    """What config.json says of a model by itself; None where transformers has to be asked.
+
+    That is so for defaults of an architecture, models of several parts, quantised ones, and values
+    that `read_config` refuses.
+    """
+    try:
+        config = read_json(folder / "config.json")
+        rows, length = config.get("vocab_size"), config.get("max_position_embeddings")
+        tied, padding = config.get("tie_word_embeddings", False), config.get("pad_token_id")
+        plain = config.get("model_type") in _PLAIN and "quantization_config" not in config
+    except (OSError, ValueError, AttributeError):  # reported by transformers
+        return None
+    if not plain or type(rows) is not int or type(length) is not int or type(tied) is not bool:
+        return None
+    if min(rows, length) <= 0 or (type(padding) is int and padding >= rows):
+        return None
+    return StatedConfig(rows, length, tied)
+
+
+def described_rows(config: Any, added: AddedTokens | None = None) -> int:
+    """Rows of the model that a configuration describes, with those that added tokens get."""
+    rows = int(config.get_text_config().vocab_size)
+    return max([rows, *(index + 1 for index in (added.ids if added else ()))])
+
+
+def known_config(folder: Path, *, weights: bool = True) -> Any:
+    """What is known of a local model's configuration, by transformers where it must; see there.
+
+    Raises UserError as `load_config` does.
+    """
+    require_model(folder, weights=weights)
+    return stated_config(folder) or read_config(folder)
+
+
 def model_without_weights(config: Any, folder: Path | None = None) -> Any:
     """The causal language model that a configuration describes, on torch's meta device.
 
@@ -236,6 +292,14 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder for encoding alone, of transformers only where it must be.
+
+    Raises UserError as `load_tokenizer` does.
+    """
+    return read_light_tokenizer(folder) or load_tokenizer(folder)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local folder; raises UserError when none is there or can be loaded."""
     require_tokenizer(folder)
@@ -261,6 +325,17 @@ def check_context(config: Any, max_length: int, folder: Path, key: str = "max_le
     require_context(context_length(config), max_length, folder, key)
 
 
+def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = True) -> None:
+    """Raise UserError for a folder that is no model, and lengths beyond a context that it states.
+
+    `lengths` are in tokens, by what messages call them; see `require_model` for `weights`.
+    """
+    require_model(folder, weights=weights)
+    config = stated_config(folder)
+    for key, length in lengths.items() if config is not None else ():
+        check_context(config, length, folder, key)
+
+
 def require_context(context: int | None, max_length: int, folder: Path, key: str) -> None:
     """Raise UserError when `max_length`, called `key`, exceeds a context; None is any length."""
     if context is not None and max_length > context:
@@ -268,39 +343,6 @@ def require_context(context: int | None, max_length: int, folder: Path, key: str
             f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
             f"(max_position_embeddings). Set {key} to {context} or less."
         )
-
-
-def stated_context(folder: Path) -> int | None:
-    """The context length that config.json states, None where transformers has to be asked.
-
-    Defaults of an architecture, and models of several parts, are for transformers to know.
-    """
-    try:
-        config = read_json(folder / "config.json")
-        parts = [k for k in config if k.endswith("_config") and k != "quantization_config"]
-        length = None if parts or "decoder" in config else config.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):  # said by who loads it
-        return None
-    return length if type(length) is int and length > 0 else None
-
-
-def stored_template(folder: Path) -> str | None:
-    """The chat template that a folder's tokenizer has, empty for none.
-
-    None where only transformers can tell: several templates, and tokenizers with code of their own.
-    """
-    if (folder / "additional_chat_templates").exists() or not (folder / "tokenizer.json").exists():
-        return None
-    try:
-        config = read_json(folder / "tokenizer_config.json")
-        if "auto_map" in config:
-            return None
-        if (folder / "chat_template.jinja").exists():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        own = config.get("chat_template")
-    except (OSError, ValueError, AttributeError):  # said by who loads it
-        return None
-    return own if isinstance(own, str) else "" if own is None else None
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 In files, names may have another prefix than in memory, and the experts of a mixture are one matrix
 each instead of one tensor. transformers loads by rules; this file reads them in both directions, so
-that what an adapter changed is written under the files' own names.
+that what an adapter changed is written under the files' own names. Headers are read without torch
+and transformers.
 """
 
 from __future__ import annotations
@@ -12,22 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from tandem.errors import UserError
 from tandem.storage.hashing import weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Number formats, as safetensors calls them, of weights that are not quantised.
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
@@ -93,10 +87,10 @@ class Part:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
     """A safetensors file; raises UserError for one that is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
@@ -106,7 +100,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """The headers of a model folder's weight files, by the tensors' names in them."""
     headers: dict[str, Header] = {}
     for shard in weight_files(folder):
-        with opened(shard) as file:
+        with opened(shard, "np") as file:
             for name in list(file.keys()):
                 part = file.get_slice(name)
                 headers[name] = Header(shard, tuple(part.get_shape()), part.get_dtype())
@@ -118,6 +112,14 @@ def parts_of(names: Iterable[str], model: Any) -> list[Part]:
 
     `model` is of the class that reads them, with or without weights.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -142,6 +144,8 @@ def parts_of(names: Iterable[str], model: Any) -> list[Part]:
 
 def _converted(first: str, members: list[tuple[str, str]], rule: Any) -> list[Part]:
     """The parts that one rule makes of tensors: one for each expert where it stacks them."""
+    from transformers.core_model_loading import MergeModulelist
+
     places, seen = [], dict.fromkeys(rule.source_patterns, 0)
     for pattern, _ in members:
         places.append((rule.source_patterns.index(pattern), seen[pattern]))
@@ -196,6 +200,8 @@ def _trouble(
     part: Part, headers: Mapping[str, Header], sizes: Mapping[str, tuple[int, ...]], model: Any
 ) -> str | None:
     """Why an update cannot be added to a part's tensors; None when it can."""
+    import torch
+
     for name in part.names:
         if headers[name].dtype not in FLOATS:
             return (

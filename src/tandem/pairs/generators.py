@@ -6,29 +6,35 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
-from tandem.data.sources.rows import looks_like_path
+from tandem.data.sources.rows import is_local
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
 from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError, require
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
 from tandem.integrations.choose import device_of
-from tandem.model.added_tokens import described_rows
-from tandem.model.companion_files import all_stop_ids
-from tandem.model.generate import GeneratedAnswer, Sampling, generate_batch, plan_batches
-from tandem.model.load_model import load_model
-from tandem.model.model_folder import context_length, load_config, load_tokenizer, model_folder
+from tandem.model.model_folder import (
+    context_length,
+    described_rows,
+    known_config,
+    load_config,
+    load_tokenizer,
+    model_folder,
+)
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json, hash_weights
 from tandem.storage.manifest import check_made
+
+if TYPE_CHECKING:
+    from tandem.model.generate import GeneratedAnswer, Sampling
 
 # vLLM gets so many prompts at once, and batches them itself; a kill loses at most these.
 _VLLM_PROMPTS = 256
@@ -85,8 +91,8 @@ def choose_generator(settings: PairsSettings, model: str | None, runtime: RunSet
 
 def check_local_model(name: str | None) -> None:
     """Raise UserError for a folder that is no model; one on the Hub is looked for when it opens."""
-    if name is not None and looks_like_path(name) and not name.startswith("demo:"):
-        load_config(model_folder(name))
+    if name is not None and is_local(name):
+        known_config(model_folder(name))
 
 
 class LocalGenerator:
@@ -111,6 +117,9 @@ class LocalGenerator:
 
     def open(self, console: Console) -> None:
         """Load the model; raises UserError for one that cannot be loaded."""
+        from tandem.model.companion_files import all_stop_ids
+        from tandem.model.load_model import load_model
+
         assert self._name is not None, "an earlier stage has made it"
         folder, runtime = model_folder(self._name), self._runtime
         check_made(folder, lambda text: log(console, f"pairs: {text}", style="yellow"))
@@ -141,6 +150,8 @@ class LocalGenerator:
 
     def plan(self, prompts: Sequence[Prompt], seed: int, ledger: Ledger) -> GenerationJob:
         """Plan batches; an unfinished one is generated anew. UserError when no prompt fits."""
+        from tandem.model.generate import Sampling
+
         settings = self._settings
         kept, ids = self._fitting(prompts, ledger)
         asked = [one for one in ids for _ in range(settings.samples)]
@@ -159,6 +170,8 @@ class LocalGenerator:
         sampling: Sampling,
         done: Collection[int],
     ) -> Iterator[Unit]:
+        from tandem.model.generate import generate_batch
+
         ask: Callable[..., list[GeneratedAnswer]] = (
             partial(generate_batch, self._model) if self._vllm is None else self._vllm.answers
         )
@@ -174,6 +187,8 @@ class LocalGenerator:
 
     def _batches(self, asked: Sequence[Sequence[int]]) -> list[list[int]]:
         if self._vllm is None:
+            from tandem.model.generate import plan_batches
+
             lengths = [len(ids) for ids in asked]
             return plan_batches(self._model, lengths, self._settings.max_new_tokens)
         numbers = range(len(asked))

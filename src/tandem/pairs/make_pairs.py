@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from tandem.data.ledger import Ledger
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import UserError
-from tandem.integrations.choose import device_of
+from tandem.integrations.choose import device_names
 from tandem.pairs.filters import (
     Candidate,
     Filters,
@@ -35,7 +34,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import PairsJob
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
-from tandem.runtime.console import log, phase
+from tandem.runtime.console import log, phase, say_finished
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
@@ -73,7 +72,7 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     `job.run.model` is the weaker model, asked in its own chat template unless a server writes.
 
     Raises UserError for prompts that cannot be used and when no pair is left, Stopped when a
-    server no longer answers.
+    server no longer answers. A finished stage is found without torch.
     """
     run, settings, output_dir = job.run, job.settings, job.folder
     seed = run.seed
@@ -103,8 +102,10 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     with folder_lock(output_dir, lambda text: log(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
         if opened.state == "finished":
-            log(console, f"pairs: {output_dir} is finished with these inputs; nothing to do")
+            say_finished(console, "pairs", output_dir)
             return output_dir
+        import torch
+
         threads = opened.schedule.get("threads", torch.get_num_threads())
         start_stage(output_dir, "pairs", inputs, {"model": run.model, "threads": threads})
         for line in not_read([source for named in sources.values() for source in named]):
@@ -125,7 +126,7 @@ def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | Non
     """The device and dtype of models in this process; None where servers do it all."""
     if settings.server is not None and (settings.rank is None or settings.rank.judge is not None):
         return None
-    device = device_of(run)
+    device = device_names(run)
     computed = {"dtype": device.dtype_name, "device": device.kind}
     # vLLM takes auto as the dtype of the model's files.
     return computed if settings.vllm is None else {**computed, "vllm_dtype": run.dtype}
@@ -304,6 +305,8 @@ class PairMaker:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Compute with as many threads as the first start had: their number rounds sums."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

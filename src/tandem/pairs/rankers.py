@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
 
 from tandem.data.records import Turn
 from tandem.data.tokenize.chat_template import render, resolve_template, tokenize
@@ -19,7 +17,6 @@ from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
 from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure
 from tandem.integrations.choose import device_of
-from tandem.model.added_tokens import rows_of
 from tandem.model.model_folder import (
     context_length,
     first_line,
@@ -33,6 +30,9 @@ from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
 from tandem.storage.hashing import hash_json, hash_weights
+
+if TYPE_CHECKING:
+    import torch
 
 QUESTION = """\
 Rate the answer below from 1 (useless) to 10 (could not be better). Correctness comes first, then \
@@ -141,6 +141,8 @@ class RewardModel:
         Texts of equal length share a batch, and nothing is padded: models differ in the position of
         a padded row that they score.
         """
+        from tandem.model.added_tokens import rows_of
+
         numbers, texts = [], []
         for number, prompt, answer in answers:
             turns = [*prompt.turns, Turn("assistant", "That.")]
@@ -167,6 +169,8 @@ class RewardModel:
         return [(number, scores[number]) for number in numbers if number in scores]
 
     def _batch(self, rows: list[list[int]]) -> list[float]:
+        import torch
+
         batch = torch.tensor(rows, device=self._model.device)
         with torch.inference_mode():
             logits = self._model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
@@ -176,6 +180,8 @@ class RewardModel:
 
 def _load_classifier(folder: Path, dtype: torch.dtype) -> Any:
     """A classifier with one label; raises UserError for a folder that holds none."""
+    from transformers import AutoModelForSequenceClassification
+
     require_model(folder)
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(

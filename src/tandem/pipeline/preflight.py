@@ -6,20 +6,22 @@ from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
-from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
 from tandem.data.resolve_sources import check_format, held_out_of
-from tandem.data.sources.rows import count_sources, local_files, looks_like_path
+from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
-from tandem.data.tokenize.encode import ChatTokenizer
-from tandem.data.tokenize.template_omissions import check_asked
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
-from tandem.data.truncation.limits import Limits
-from tandem.pairs.prompts import read_prompts
+from tandem.model.model_folder import (
+    check_fetchable,
+    check_lengths,
+    described_rows,
+    known_config,
+    model_folder,
+    read_tokenizer,
+)
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.recipe import Recipe
@@ -30,17 +32,32 @@ from tandem.storage.atomic_files import read_json
 _NO_LIMIT = 2**31 - 1
 
 
-def check_inputs(recipe: Recipe, wanted: Set[str]) -> None:
+def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
+    """Look for the local data and the local base model of a recipe, without torch or transformers.
+
+    `weights` says whether the model must have any. Raises UserError for data that is not there, a
+    folder that is no model, and lengths beyond the context that its configuration states.
+    """
+    for source in _local(_sources(recipe)):
+        local_files(source.path, source.split)
+    named = {"sft": recipe.sft, "dpo": recipe.dpo}
+    lengths = {f"{name}.max_length": each.max_length for name, each in named.items() if each}
+    if lengths and is_local(recipe.model):
+        check_lengths(model_folder(recipe.model), lengths, weights=weights)
+
+
+def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozenset()) -> None:
     """Look for the local data and models that the `wanted` stages of a resolved recipe need.
+
+    The data of those that are `finished` is not read again.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
     does not have, and what `check_tokens` raises.
     """
-    unwanted = {name for name in ("sft", "pairs", "dpo", "evaluate") if name not in wanted}
-    asked = recipe.model_copy(update=dict.fromkeys(unwanted))
-    for source in _local(_sources(asked)):
-        local_files(source.path, source.split)
+    sections = {"sft", "pairs", "dpo", "evaluate"}
+    check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
+    asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -78,6 +95,8 @@ def _check_rows(asked: Recipe) -> None:
         for _ in read_pairs(held_out, Ledger(None), dpo.on_bad_record):
             pass
     if asked.pairs is not None:
+        from tandem.pairs.prompts import read_prompts
+
         making = asked.pairs
         for source in _local([*making.prompts, *making.heldout]):
             # The first record shows which kind they are.
@@ -91,11 +110,11 @@ def _check_rows(asked: Recipe) -> None:
 
 def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
     """Raise UserError for a question that a template of a local model does not render whole."""
-    if not _is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
+    if not is_local(recipe.model) or not any(len(one.turns) > 1 for one in questions):
         return
-    from tandem.model.model_folder import load_tokenizer, model_folder
+    from tandem.data.tokenize.template_omissions import check_asked
 
-    tokenizer = load_tokenizer(model_folder(recipe.model))
+    tokenizer = read_tokenizer(model_folder(recipe.model))
     add_tokens(tokenizer, recipe.added_tokens)
     # The base is asked in its own template, if it has one, and the others in the run's.
     own = tokenizer.chat_template
@@ -108,16 +127,18 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
 
 def check_tokens(recipe: Recipe) -> None:
     """Raise UserError for local records with a token that a local base model has no row for."""
-    if not _is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
+    if not is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
         return
-    from tandem.model.added_tokens import described_rows
-    from tandem.model.model_folder import load_config, load_tokenizer, model_folder
-
     folder = model_folder(recipe.model)
-    tokenizer = load_tokenizer(folder)
-    rows = described_rows(load_config(folder), add_tokens(tokenizer, recipe.added_tokens))
+    tokenizer = read_tokenizer(folder)
+    rows = described_rows(known_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
         return
+    from tandem.data.encoded.encode_chunk import EncodingOptions
+    from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
+    from tandem.data.tokenize.encode import ChatTokenizer
+    from tandem.data.truncation.limits import Limits
+
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
     for kind, named in _encoded(recipe):
         sources = _local(named)
@@ -171,21 +192,16 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
     """The sources on this machine; raises UserError for a stated format that does not exist."""
     for source in sources:
         check_format(source)
-    return [source for source in sources if _is_local(source.path)]
-
-
-def _is_local(name: str) -> bool:
-    return not name.startswith("demo:") and looks_like_path(name)
+    return [source for source in sources if is_local(source.path)]
 
 
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
     """Check the base model of the training stages; one on the Hub only if it `begins` the run."""
     from tandem.model.base_model import check_base
-    from tandem.model.model_folder import check_fetchable, model_folder
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}
-    local = _is_local(asked.model)
+    local = is_local(asked.model)
     if not sections or not (local or begins in sections.values()):
         return
     folder = model_folder(asked.model, asked.model_revision, weights=False)

@@ -6,23 +6,26 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from tandem.errors import UserError
+from tandem.integrations.choose import choose_device
 from tandem.pipeline import stage_jobs as jobs
 from tandem.pipeline.preflight import check_inputs
-from tandem.recipe.choices import TRAINING_STAGES
+from tandem.recipe.choices import TRAINING_STAGES, TrainingStageName
+from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.recipe import PipelineStage, Recipe, asked_for, stages_of
+from tandem.runtime.launch import launched
+from tandem.runtime.process_group import ProcessGroup, join
+from tandem.stages.finished import merge_is_finished, training_is_finished
 from tandem.storage.atomic_files import atomic_write_json, atomic_write_text, remove_left_behind
+from tandem.storage.folder_lock import check_free
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_outputs, read_manifest, versions
 from tandem.storage.run_folder import STAGES, stage_folder
-
-if TYPE_CHECKING:
-    from tandem.runtime.process_group import ProcessGroup
 
 # What a run writes beside its stages' folders.
 _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
@@ -50,7 +53,7 @@ def run_pipeline(
         processes.require_same(recipe=hash_json(asked))
         wanted = processes.on_rank0(lambda: _select(planned, until=until, start=start))
         processes.on_rank0(lambda: _check_root(root))
-        processes.rank0_alone(lambda: check_inputs(recipe, wanted))
+        processes.rank0_alone(lambda: _check_inputs(recipe, planned, wanted))
         for number, stage in enumerate(planned, start=1):
             if stage.name not in wanted:
                 continue
@@ -65,10 +68,6 @@ def run_pipeline(
 
 def _joined(recipe: Recipe) -> ProcessGroup:
     """Connect the processes that a launcher started."""
-    from tandem.integrations.choose import choose_device
-    from tandem.runtime.launch import launched
-    from tandem.runtime.process_group import ProcessGroup, join
-
     launch = launched()
     if launch.count == 1:
         return ProcessGroup(launch)
@@ -99,6 +98,14 @@ def _select(planned: list[PipelineStage], *, until: str | None, start: str | Non
     return {planned[place].name for place in asked}
 
 
+def _check_inputs(recipe: Recipe, planned: list[PipelineStage], wanted: set[str]) -> None:
+    """See `check_inputs`; raises UserError, too, if another process holds the first stage to do."""
+    to_do = [stage for stage in planned if stage.name in wanted and not _is_finished(stage)]
+    if to_do:
+        check_free(to_do[0].folder)
+    check_inputs(recipe, wanted, wanted - {stage.name for stage in to_do})
+
+
 def _is_finished(stage: PipelineStage) -> bool:
     manifest = read_manifest(stage.folder)
     return manifest is not None and manifest["status"] == "finished"
@@ -125,16 +132,9 @@ def _check_root(root: Path) -> None:
 
 def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
     """Run one stage of a recipe, importing its modules; returns what an evaluation measured."""
-    if stage.name == "sft":
-        from tandem.pipeline.default_callbacks import default_callbacks
-        from tandem.stages.sft import run_sft
-
-        return run_sft(jobs.sft_job(recipe), console, default_callbacks())
-    if stage.name == "dpo":
-        from tandem.pipeline.default_callbacks import default_callbacks
-        from tandem.stages.dpo import run_dpo
-
-        return run_dpo(jobs.dpo_job(recipe), console, default_callbacks())
+    if stage.name in ("sft", "dpo"):
+        training = jobs.sft_job(recipe) if stage.name == "sft" else jobs.dpo_job(recipe)
+        return run_training(stage.name, training, console)
     if stage.name == "pairs":
         from tandem.pairs.make_pairs import make_pairs
 
@@ -147,13 +147,30 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
 
         result = evaluate_models(jobs.evaluation_job(recipe), console)
     else:
-        from tandem.stages.merge import run_merge
+        merge = jobs.merge_job(recipe, stage.name)
+        if not merge_is_finished(merge, console):
+            from tandem.stages.merge import run_merge
 
-        run_merge(jobs.merge_job(recipe, stage.name), console)
+            run_merge(merge, console)
     final = stage_folder(recipe.output_dir, "dpo-merge")
     if stage.name != "sft-merge" and final.exists():
         write_card(Path(recipe.output_dir), final)
     return result
+
+
+def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -> Path:
+    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do."""
+    if training_is_finished(stage, job, console):
+        return job.folder
+    from tandem.pipeline.default_callbacks import default_callbacks
+
+    if stage == "sft":
+        from tandem.stages.sft import run_sft
+
+        return run_sft(job, console, default_callbacks())
+    from tandem.stages.dpo import run_dpo
+
+    return run_dpo(job, console, default_callbacks())
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tandem.data.formats.format import Kind
 from tandem.data.resolve_sources import held_out_of, resolve_sources
-from tandem.data.sources.rows import looks_like_path, not_read
+from tandem.data.sources.rows import is_local, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
@@ -141,9 +141,7 @@ def available_data(
     def here(wanted: Sequence[DataSource]) -> list[DataSource]:
         """Sources for the readers; none of them when one is on the Hub, which is noted."""
         paths = (source.path for source in wanted)
-        away = [
-            path for path in paths if not path.startswith("demo:") and not looks_like_path(path)
-        ]
+        away = [path for path in paths if not path.startswith("demo:") and not is_local(path)]
         if away and not download:
             notes.append(f"{', '.join(away)}: on the Hub, and not read")
             return []

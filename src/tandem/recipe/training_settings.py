@@ -264,7 +264,7 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
     if settings.save_steps is not None and settings.save_steps > steps:
         warnings.append(
             f"save_steps {settings.save_steps} is more than {run}: there is no checkpoint before "
-            "the end, and a stopped run begins anew"
+            "the end, and a stopped run starts over"
         )
     scored = None if settings.validation is None else settings.validation.steps
     if scored is not None and scored > steps:

@@ -148,7 +148,7 @@ def run_warnings(facts: RunFacts) -> list[ReportWarning]:
         seen += [ReportWarning("warning", stage.title, str(text)) for text in texts]
         if stage.status == "running":
             text = (
-                "It is running, or it was interrupted; the same command goes on from its last "
+                "It is running, or it was interrupted; the same command resumes from its last "
                 "checkpoint. The figures below are those so far."
             )
             seen.append(ReportWarning("note", f"{stage.title} is not finished", text))

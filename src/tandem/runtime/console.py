@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-from tandem import __version__
-from tandem.runtime.launch import RESTART_FILE, launched
+from tandem.runtime.launch import launched
 
 # Seconds between the lines of a long phase whose output goes to a file.
 _LINE_EVERY = 30.0
@@ -90,15 +88,6 @@ class StageProgress:
 def log(console: Console, text: str, *, style: str = "") -> None:
     """Print a line as it is, without markup, and without line breaks in a file."""
     console.print(Text(text, style=style), soft_wrap=True)
-
-
-def announce(console: Console, text: str) -> None:
-    """Print the first line of a command that takes a while, before torch is imported.
-
-    Processes that `--nproc` started are silent: the command that started them has said it.
-    """
-    if RESTART_FILE not in os.environ:
-        log(console, f"tandem {__version__}: {text}")
 
 
 def say_finished(console: Console, stage: str, folder: Path) -> None:

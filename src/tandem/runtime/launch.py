@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem import __version__
 from tandem.errors import UserError
 
 RESTART_FILE = "TANDEM_RESTART_FILE"
@@ -112,6 +114,16 @@ def forget_accelerates_settings() -> list[str]:
         if value.lower() != nothing:
             notices.append(f"accelerate's {name}={value} has no effect: the recipe's {key} says it")
     return notices
+
+
+def announce(text: str) -> None:
+    """Print the first line of a command that takes a while.
+
+    Of several processes rank 0 prints it; those that `--nproc` started leave it to the command
+    that started them.
+    """
+    if launched().rank == 0 and RESTART_FILE not in os.environ:
+        print(f"tandem {__version__}: {text}", file=sys.stderr, flush=True)
 
 
 def ask_for_restart(reason: str) -> bool:

@@ -97,7 +97,7 @@ def _stopped(end: _End, asked: signal.Signals, log: Callable[[str], None]) -> in
     if not end.codes or any(code > 0 for code in end.codes.values()):
         return end.code
     # The signal came where a process could only end at once.
-    log(f"stopped by {asked.name}; the same command again goes on")
+    log(f"stopped by {asked.name}; the same command resumes the run")
     return Stopped.exit_code
 
 

@@ -1,9 +1,13 @@
-"""The processes of one run: work that one of them does for all, and values that must agree."""
+"""The processes of one run: work that one of them does for all, and values that must agree.
+
+A process that is alone needs no torch for it.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +15,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, TypeVar
-
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tandem.errors import TandemError, UserError
 from tandem.runtime.launch import Launch
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -68,6 +72,8 @@ class ProcessGroup:
         """Run `work` in every process; return all results by rank, in every process."""
         if self.count == 1:
             return [work()]
+        import torch.distributed as dist
+
         error: Exception | None = None
         mine: T | _Failure
         try:
@@ -103,6 +109,8 @@ class ProcessGroup:
 
         self.gather(only_here)
         if self.count > 1:
+            import torch.distributed as dist
+
             dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]
 
@@ -125,6 +133,8 @@ class ProcessGroup:
         here = self.rank in workers
         if self.count == 1:
             return [work()] if here else []
+        from torch.distributed.distributed_c10d import _get_default_store
+
         shared: Any = _get_default_store()
         name = f"turn/{next(_turns)}"
         done: list[T] = []
@@ -155,7 +165,7 @@ class ProcessGroup:
             message = (
                 f"process {other} of {self.count} gave no sign of life for "
                 f"{in_words(self._patience)} (timeout_minutes) while others waited for it. The "
-                "same command goes on."
+                "same command resumes the run."
             )
             # All that wait find the same; the first of them reports it.
             speaks = self.rank == (1 if other == 0 else 0)
@@ -195,20 +205,24 @@ class ProcessGroup:
         try:
             yield
         except Exception as error:
-            if self._agreed and self.count > 1:
+            if self.count == 1:
+                raise
+            import torch.distributed as dist
+
+            if self._agreed:
                 with suppress(RuntimeError):
                     dist.barrier(group=self._group)
             elif _timed_out(error):
                 raise TandemError(
                     f"process {self.rank} of {self.count} waited for another one as long as "
                     "timeout_minutes allows: it hangs, or is slower than that. The same command "
-                    "goes on from the last checkpoint."
+                    "resumes from the last checkpoint."
                 ) from error
             elif _contact_lost(error):
                 raise TandemError(
                     f"process {self.rank} of {self.count} lost contact with another one, which "
                     "has ended or hangs; see its own message. If it has none, it was killed, for "
-                    "want of memory perhaps. The same command goes on from the last checkpoint."
+                    "want of memory perhaps. The same command resumes from the last checkpoint."
                 ) from error
             raise
 
@@ -222,6 +236,8 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     global _control
     if launch.count == 1:
         return ProcessGroup(launch)
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         _control = None
         _meet(launch, backend, timeout)
@@ -241,7 +257,8 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
 
 def leave() -> None:
     """Disconnect from the other processes at the end of a command."""
-    if dist.is_available() and dist.is_initialized():
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -252,6 +269,8 @@ def in_words(timeout: timedelta) -> str:
 
 
 def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
+    import torch.distributed as dist
+
     failed: list[Exception] = []
 
     def meet() -> None:
@@ -308,6 +327,8 @@ def _timed_out(error: Exception) -> bool:
 
 
 def _contact_lost(error: Exception) -> bool:
+    import torch.distributed as dist
+
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
@@ -319,6 +340,8 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 
     `name` identifies this piece of work, the same in all processes and never used again.
     """
+    import torch.distributed as dist
+
     over, beats = threading.Event(), count()
 
     def beat() -> None:
@@ -366,6 +389,8 @@ def _listen(
     shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
 ) -> None:
     """Pass on each sign of life up to the last one."""
+    import torch.distributed as dist
+
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:

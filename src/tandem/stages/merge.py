@@ -15,7 +15,6 @@ from safetensors import safe_open
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
-from tandem.model.added_tokens import described_rows
 from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
 from tandem.model.lora.adapter_config import read_config
@@ -24,6 +23,7 @@ from tandem.model.merge_weights import Verified, added, merge_shards, verify_mer
 from tandem.model.model_folder import (
     QUANTIZATION,
     check_unquantized,
+    described_rows,
     load_config,
     load_tokenizer,
     model_folder,
@@ -32,12 +32,13 @@ from tandem.model.model_folder import (
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.weight_files import HEADS
 from tandem.recipe.jobs import MergeJob
-from tandem.runtime.console import log
+from tandem.runtime.console import log, say_finished
 from tandem.runtime.device import torch_dtype
+from tandem.stages.finished import merge_inputs
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.folder_lock import folder_lock
-from tandem.storage.hashing import hash_file, hash_weights, weight_files
+from tandem.storage.hashing import hash_weights, weight_files
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
@@ -69,7 +70,7 @@ def run_merge(job: MergeJob, console: Console) -> Path:
     with folder_lock(folder, report):
         opened = open_stage(folder, "merge", inputs)
         if opened.state == "finished":
-            report(f"{folder} is finished with these inputs; nothing to do")
+            say_finished(console, "merge", folder)
             return folder
         start_stage(folder, "merge", inputs, {"base": job.run.model, "adapter": str(job.adapter)})
         if quantized is not None:
@@ -111,16 +112,8 @@ def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
     for folder in (base, adapter):
         check_made(folder, lambda text: log(text, "yellow"))
     _check_head(adapter, base, work.updates)
-    weights = hash_weights(base)
-    _check_base(adapter, job.run.model, weights, force=job.force)
-    inputs = {
-        "base": {"weights": weights, "config": hash_file(base / "config.json")},
-        "adapter": hash_weights(adapter),
-        "dtype": job.settings.dtype,
-        "chat_template": job.run.chat_template,
-        **({"quantization": hash_file(adapter / QUANTIZATION)} if work.quantized else {}),
-    }
-    return work, inputs
+    _check_base(adapter, job.run.model, hash_weights(base), force=job.force)
+    return work, merge_inputs(job, base)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ def folder_lock(folder: Path, log: Callable[[str], None] = lambda _: None) -> It
                 place.rmdir()
 
 
+def check_free(folder: Path) -> None:
+    """Raise UserError when a live process holds a folder; nothing is written but its lock."""
+    if (folder / NAME).exists():
+        with folder_lock(folder):
+            pass
+
+
 def _acquire(lock: FileLock, path: Path, log: Callable[[str], None]) -> None:
     try:
         lock.acquire()

@@ -80,14 +80,14 @@ class Journal:
         except (ValueError, AttributeError):
             if len(lines) > 1:
                 raise UserError(
-                    f"{self.path}, line 1: damaged. Restore the file, or remove it to begin anew."
+                    f"{self.path}, line 1: damaged. Restore the file, or remove it to start over."
                 ) from None
             work = None
         if work is not None and work != key and len(lines) > 1:
             raise UserError(
                 f"{self.path} holds {len(lines) - 1} finished units of other prompts, another "
-                "model, dtype or device, or other sampling. Use the same to go on with them, "
-                "choose another output folder, or remove the file to begin anew."
+                "model, dtype or device, or other sampling. Use the same to continue, "
+                "choose another output folder, or remove the file to start over."
             )
         if work != key:
             self._sealed = True

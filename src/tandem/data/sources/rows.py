@@ -38,6 +38,11 @@ def looks_like_path(text: str) -> bool:
     return "/" in text and Path(text).parent.is_dir()
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is of data or a model on this machine, which the embedded demo's is not."""
+    return not name.startswith("demo:") and looks_like_path(name)
+
+
 def local_files(path: str, split: str = "train") -> list[Path]:
     """Return the files of a local source in reading order.
 

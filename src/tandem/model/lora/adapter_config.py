@@ -6,17 +6,13 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
 from tandem.model.model_folder import adapters_inside
-from tandem.model.quantize import load_bitsandbytes
 from tandem.storage.atomic_files import read_json_object, require_spelled
-
-load_bitsandbytes()  # before peft does, which would print its messages
-
-from peft import LoraConfig, PeftConfig  # noqa: E402
 
 CONFIG = "adapter_config.json"
 WITH_PEFT = (
@@ -50,14 +46,23 @@ def read_config(adapter: Path) -> Any:
     """The peft configuration of an adapter folder; UserError unless it is a plain low-rank one."""
     path = adapter / CONFIG
     values = read_config_values(adapter)
+    peft = _peft()
     _refuse(adapter, values)
     try:
         with warnings.catch_warnings():
             # Keys that peft does not know were checked above.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
-            return PeftConfig.from_pretrained(str(adapter))
+            return peft.PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be used: {error}. Copy the adapter again.") from None
+
+
+def _peft() -> Any:
+    """Import peft, after bitsandbytes, whose messages it would print."""
+    from tandem.model.quantize import load_bitsandbytes
+
+    load_bitsandbytes()
+    return import_module("peft")
 
 
 def read_config_values(adapter: Path) -> dict[str, Any]:
@@ -113,7 +118,8 @@ def _is_number(value: Any) -> bool:
 
 def _refuse_unknown(adapter: Path, values: Mapping[str, Any]) -> None:
     """Raise UserError for a setting of a newer peft that is on, and that this one would ignore."""
-    known = {field.name for field in fields(LoraConfig)} | {"peft_version", "runtime_config"}
+    names = {field.name for field in fields(_peft().LoraConfig)}
+    known = names | {"peft_version", "runtime_config"}
     for key, value in values.items():
         if key not in known and (value is True or (value and isinstance(value, str | list | dict))):
             raise UserError(

@@ -22,9 +22,10 @@ from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import unmeant
-from tandem.runtime.console import StageProgress, log
+from tandem.runtime.console import StageProgress, log, say_finished
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
+from tandem.stages.finished import training_inputs
 from tandem.stages.training.context import (
     BuiltObjective,
     ObjectiveInputs,
@@ -32,7 +33,6 @@ from tandem.stages.training.context import (
     TrainingStage,
 )
 from tandem.stages.training.execution import start_engine
-from tandem.stages.training.fingerprint import fingerprint
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
@@ -74,7 +74,11 @@ def train_stage(
         engine = processes.on_all(lambda: start_engine(device, processes, job))
         processes.require_same(engine=hash_json([engine.name, engine.config]))
         context = _look_up(stage, job, engine, console)
-        inputs = processes.on_all(lambda: fingerprint(context))
+        inputs = processes.on_all(
+            lambda: training_inputs(
+                job, context.base, context.sources, context.held_out, device.dtype_name
+            )
+        )
         added = {*context.base.added.new, *context.base.added.known}
         check_added(added, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
@@ -85,7 +89,7 @@ def train_stage(
         processes.on_rank0(lambda: locks.enter_context(lock))
         opened = processes.on_rank0(lambda: open_stage(folder, stage.name, inputs))
         if opened.state == "finished":
-            context.log(f"{folder} is finished with these inputs; nothing to do")
+            say_finished(console, stage.name, folder)
             return folder
         for notice in context.base.notices():
             context.log(notice)

@@ -1,0 +1,191 @@
+"""What the result of a stage depends on, and whether it is there already; told without torch.
+
+A stage that is not finished, or of which only torch and transformers can say whether it is, goes
+its usual way, where the same is asked once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from tandem.data.resolve_sources import (
+    check_format,
+    data_identity,
+    held_out_sources,
+    resolve_sources,
+)
+from tandem.data.sources.rows import is_local, local_files
+from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
+from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
+from tandem.integrations.choose import device_names, idle_settings
+from tandem.model.base_model import trained_weights
+from tandem.model.model_folder import QUANTIZATION, check_lengths, model_folder, require_model
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.jobs import MergeJob, TrainingJob
+from tandem.runtime.console import log, say_finished
+from tandem.runtime.launch import launched
+from tandem.storage.folder_lock import check_free, folder_lock
+from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
+from tandem.storage.manifest import check_made, open_stage, read_manifest
+
+# Settings that do not change what is computed.
+_NOT_MATHEMATICS: Any = {
+    "data": True,
+    "logging_steps": True,
+    "save_steps": True,
+    "save_total_limit": True,
+    "gradient_checkpointing": True,
+    "max_dropped": True,
+    "validation": {"data"},
+}
+
+
+class Base(Protocol):
+    """The model that a stage trains, as far as inputs name it: `base_model.BaseModelInfo`."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template in force."""
+
+    @property
+    def added(self) -> AddedTokens:
+        """Tokens whose embeddings are trained."""
+
+
+@dataclass(frozen=True)
+class _Base:
+    """See `Base`."""
+
+    folder: Path
+    template: ChatTemplate
+    added: AddedTokens
+
+
+def training_inputs(
+    job: TrainingJob,
+    base: Base,
+    sources: list[DataSource],
+    held_out: list[DataSource],
+    dtype: str,
+) -> dict[str, Any]:
+    """Collect all that a training stage's result depends on, for its manifest.
+
+    Args:
+        job: what is asked for.
+        base: the model that it starts from.
+        sources, held_out: the data to train on, and data sets that are only scored.
+        dtype: of the weights, by name.
+    """
+    run, template, added = job.run, base.template, base.added
+    return {
+        "model": {
+            "weights": hash_weights(base.folder),
+            "config": hash_file(base.folder / "config.json"),
+            **({"quantization": run.quantization} if run.quantization else {}),
+            # DPO's reference depends on them, too.
+            **({"added_tokens": dict(added.new)} if added.new else {}),
+            **({"trained_tokens": dict(added.known)} if added.known else {}),
+        },
+        "data": data_identity(sources),
+        **({"held_out": data_identity(held_out)} if held_out else {}),
+        "chat_template": {
+            "name": template.name,
+            "hash": hash_bytes(template.source.encode()),
+            **({"named": hash_json(template.named)} if template.named else {}),
+        },
+        "settings": job.settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+        "seed": run.seed,
+        "dtype": dtype,
+    }
+
+
+def merge_inputs(job: MergeJob, base: Path) -> dict[str, Any]:
+    """Collect all that a merge's result depends on; `base` is the folder of the base model."""
+    quantized = job.adapter / QUANTIZATION
+    return {
+        "base": {"weights": hash_weights(base), "config": hash_file(base / "config.json")},
+        "adapter": hash_weights(job.adapter),
+        "dtype": job.settings.dtype,
+        "chat_template": job.run.chat_template,
+        **({"quantization": hash_file(quantized)} if quantized.exists() else {}),
+    }
+
+
+def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool:
+    """Whether the training stage of that name is finished with the job's inputs; says so if it is.
+
+    Raises UserError for mistakes that need no weights: a folder that another process holds, data
+    and models on this machine that are not there, lengths beyond the model's context, and a
+    finished stage with other inputs.
+    """
+    if launched().count > 1:
+        return False
+    run, settings = job.run, job.settings
+    check_free(job.folder)
+    if is_local(run.model):
+        check_lengths(model_folder(run.model), {"max_length": settings.max_length})
+    for source in settings.data:
+        check_format(source)
+        if is_local(source.path):
+            local_files(source.path, source.split)
+    if not _may_be_finished(job.folder):
+        return False
+    device, folder, beside = device_names(run), model_folder(run.model), job.folder.parent
+    tokenizer = read_light_tokenizer(folder)
+    if tokenizer is None:
+        return False
+    sources = resolve_sources(settings.data, beside, run.seed)
+    held_out = held_out_sources(settings, sources, beside, run.seed)
+    check_made(folder, lambda text: log(console, f"{stage}: {text}"))
+    added = add_tokens(tokenizer, run.added_tokens)
+    base = _Base(folder, resolve_template(tokenizer, run.chat_template), added)
+    inputs = training_inputs(job, base, sources, held_out, device.dtype_name)
+    if not _is_finished(job.folder, stage, inputs):
+        return False
+    for notice in idle_settings(run, device):
+        log(console, f"{stage}: {notice}")
+    say_finished(console, stage, job.folder)
+    return True
+
+
+def merge_is_finished(job: MergeJob, console: Console) -> bool:
+    """Whether a merge is finished with the job's inputs; says so if it is.
+
+    Raises UserError for a base that is no model, an output folder that another process holds, and
+    a finished merge of something else.
+    """
+    check_free(job.folder)
+    base = model_folder(job.run.model)
+    require_model(base)
+    if not _may_be_finished(job.folder):
+        return False
+    for folder in (base, job.adapter):
+        check_made(folder, lambda text: log(console, f"merge: {text}", style="yellow"))
+    inputs = merge_inputs(job, base)
+    if not job.force and trained_weights(job.adapter) not in (None, inputs["base"]["weights"]):
+        return False  # refused, with the reason, by the merge itself
+    if not _is_finished(job.folder, "merge", inputs):
+        return False
+    say_finished(console, "merge", job.folder)
+    return True
+
+
+def _may_be_finished(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest["status"] == "finished"
+
+
+def _is_finished(folder: Path, stage: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether a stage is finished; raises UserError for other inputs, and for changed outputs."""
+    with folder_lock(folder):
+        return open_stage(folder, stage, inputs).state == "finished"
