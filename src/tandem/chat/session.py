@@ -66,21 +66,14 @@ class _Chat:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Options of a chat.
+    """Options of a chat."""
 
-    Attributes:
-        sampling: how answers are drawn; its seed is not read.
-        system: the system prompt.
-        chat_template: a template's name or file; None: the one saved with each model.
-        seed: of the first answer, plus one for each later answer; None: random.
-        device: where the models answer.
-    """
-
-    sampling: Sampling
-    system: str | None = None
+    sampling: Sampling  # how answers are drawn; its seed is not read
+    system: str | None = None  # the system prompt
+    # a template's name or file; None: the one saved with each model
     chat_template: str | None = None
-    seed: int | None = None
-    device: str = "cpu"
+    seed: int | None = None  # of the first answer, plus one for each later answer; None: random
+    device: str = "cpu"  # where the models answer
 
 
 def run_chat(

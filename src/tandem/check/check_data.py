@@ -21,24 +21,15 @@ from tandem.runtime.console import notice_console, phase, result_console
 
 @dataclass(frozen=True)
 class CheckJob:
-    """What `tandem check` inspects.
+    """What `tandem check` inspects."""
 
-    Attributes:
-        targets: the data of each stage.
-        chat, recipe: None where none is named.
-        against: names of sets with which nothing should be shared.
-        limit: rows of each target to read, None for all.
-        shown: rows shown of each finding.
-        notices: what to print first.
-    """
-
-    targets: Sequence[CheckTarget]
+    targets: Sequence[CheckTarget]  # the data of each stage
     chat: StageChat | None
     recipe: Recipe | None
-    against: Sequence[str]
-    limit: int | None
-    shown: int
-    notices: Sequence[str]
+    against: Sequence[str]  # names of sets with which nothing should be shared
+    limit: int | None  # rows of each target to read, None for all
+    shown: int  # rows shown of each finding
+    notices: Sequence[str]  # what to print first
 
 
 def check_data(job: CheckJob, folder: Path, *, as_one_object: bool) -> None:

@@ -87,14 +87,10 @@ def words_in(name: str) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The names of the two answers of a source's pairs.
+    """The names of the two answers of a source's pairs."""
 
-    Attributes:
-        names: each whole name, with whether it is the rejected answer's.
-        parts: the words in which the names differ, of chosen and of rejected, for each naming.
-    """
-
-    names: tuple[tuple[str, bool], ...]
+    names: tuple[tuple[str, bool], ...]  # each whole name, with whether it is the rejected answer's
+    # the words in which the names differ, of chosen and of rejected, for each naming
     parts: tuple[tuple[Words, Words], ...]
 
     def rejects(self, value: object, *, numbers: bool) -> bool | None:

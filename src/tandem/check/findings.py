@@ -20,22 +20,14 @@ _BLANKS = re.compile(r"(?:[ \t\n]|\r\n)+")
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Something to look for: an `error` stops a run, a `warning` harms it, a `note` may be meant.
+    """Something to look for: an `error` stops a run, a `warning` harms it, a `note` may be fine."""
 
-    Attributes:
-        name: in the JSON, never changed.
-        title: in the terminal.
-        hint: what to do.
-        of: what its share is of.
-        about: tells signs with the same name apart.
-    """
-
-    name: str
-    title: str
+    name: str  # in the JSON, never changed
+    title: str  # in the terminal
     severity: Severity
-    hint: str
-    of: Literal["records", "pairs", "answers"] = "records"
-    about: str = ""
+    hint: str  # what to do
+    of: Literal["records", "pairs", "answers"] = "records"  # what its share is of
+    about: str = ""  # tells signs with the same name apart
 
     @property
     def key(self) -> tuple[str, str]:

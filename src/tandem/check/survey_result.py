@@ -47,28 +47,18 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class CheckTarget:
-    """The data to inspect, and how a run would use it.
+    """The data to inspect, and how a run would use it."""
 
-    Attributes:
-        stage: sft or dpo, where a recipe or a flag says so.
-        options: how a run would encode records.
-        max_dropped: the share of records that a run may drop.
-        chat: tokenizer and template; without one, lengths are in characters and nothing is cut.
-        special: the tokenizer's special tokens.
-        validation: data sets that a run would hold out.
-        limited: whether the limits are a recipe's; otherwise there are none.
-        held_out: whether a run would score the data, not train on it.
-    """
-
-    stage: TrainingStageName | None
+    stage: TrainingStageName | None  # sft or dpo, where a recipe or a flag says so
     sources: tuple[DataSource, ...]
-    options: EncodingOptions
-    max_dropped: float
+    options: EncodingOptions  # how a run would encode records
+    max_dropped: float  # the share of records that a run may drop
+    # tokenizer and template; without one, lengths are in characters and nothing is cut
     chat: ChatTokenizer | None = None
-    special: tuple[str, ...] = ()
-    validation: tuple[DataSource, ...] = ()
-    limited: bool = False
-    held_out: bool = False
+    special: tuple[str, ...] = ()  # the tokenizer's special tokens
+    validation: tuple[DataSource, ...] = ()  # data sets that a run would hold out
+    limited: bool = False  # whether the limits are a recipe's; otherwise there are none
+    held_out: bool = False  # whether a run would score the data, not train on it
 
 
 @dataclass(frozen=True, slots=True)

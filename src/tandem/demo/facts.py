@@ -12,27 +12,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One true statement with its wordings.
+    """One true statement with its wordings."""
 
-    Attributes:
-        relation: the table that it comes from, such as `capital`.
-        subject: unique within the relation.
-        questions: ways to ask for it.
-        answer: a whole sentence that answers every question.
-        accepted: words of which one must appear in a right answer.
-        completion: the answer up to, and without, the accepted words.
-        statements: ways to state it, the answer included.
-        value: of the subject, article included.
-    """
-
-    relation: str
-    subject: str
-    questions: tuple[str, ...]
-    answer: str
-    accepted: tuple[str, ...]
-    completion: str
-    statements: tuple[str, ...]
-    value: str
+    relation: str  # the table that it comes from, such as `capital`
+    subject: str  # unique within the relation
+    questions: tuple[str, ...]  # ways to ask for it
+    answer: str  # a whole sentence that answers every question
+    accepted: tuple[str, ...]  # words of which one must appear in a right answer
+    completion: str  # the answer up to, and without, the accepted words
+    statements: tuple[str, ...]  # ways to state it, the answer included
+    value: str  # of the subject, article included
 
     @property
     def key(self) -> str:

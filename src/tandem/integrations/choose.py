@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.errors import UserError, require
-from tandem.integrations.gaudi.bridge import bridge_installed, load_bridge
+from tandem.integrations.gaudi import bridge
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def device_names(run: RunSettings) -> DeviceNames:
 
     Raises UserError as `choose_device` does.
     """
-    unknown = "torch" in sys.modules or bridge_installed()
+    unknown = "torch" in sys.modules or bridge.bridge_installed()
     if not unknown and (run.device == "cpu" or (run.device == "auto" and _only_a_cpu())):
         return DeviceNames("cpu", _default_dtype("cpu") if run.dtype == "auto" else run.dtype)
     device = device_of(run)
@@ -113,9 +113,9 @@ def _unavailable_reason(kind: str, hpu: HpuSettings | None) -> str | None:
 
     if kind != "hpu":
         return unavailable_reason(kind)
-    if not bridge_installed():
+    if not bridge.bridge_installed():
         return "Habana's bridge (habana_frameworks) is not installed; its containers have it"
-    load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
+    bridge.load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
     there = hasattr(torch, "hpu") and torch.hpu.is_available()
     return None if there else "the bridge sees no Gaudi card here"
 

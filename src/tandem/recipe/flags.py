@@ -21,25 +21,16 @@ from tandem.recipe.section import expanded
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag.
+    """One flag."""
 
-    Attributes:
-        name: with underscores.
-        kind: makes a value of a text.
-        help: one sentence.
-        many: whether it takes several values.
-        choices: all its values, if they are few.
-        field: the place of its value, as a path of keys; empty for none of its own.
-        metavar: what values look like, where the type does not tell.
-    """
-
-    name: str
-    kind: Callable[[str], Any]
-    help: str
-    many: bool = False
-    choices: tuple[str, ...] = ()
+    name: str  # with underscores
+    kind: Callable[[str], Any]  # makes a value of a text
+    help: str  # one sentence
+    many: bool = False  # whether it takes several values
+    choices: tuple[str, ...] = ()  # all its values, if they are few
+    # the place of its value, as a path of keys; empty for none of its own
     field: tuple[str, ...] = ()
-    metavar: str = ""
+    metavar: str = ""  # what values look like, where the type does not tell
 
 
 # What values look like, for flags with the same name in several commands.

@@ -30,18 +30,12 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class MergeJob:
-    """An adapter to merge into `run.model`.
+    """An adapter to merge into `run.model`."""
 
-    Attributes:
-        run: `chat_template` None keeps the one in the adapter's folder, or the base's.
-        adapter: a peft adapter's folder.
-        force: whether to merge even if the adapter was trained on other weights.
-    """
-
-    run: RunSettings
+    run: RunSettings  # `chat_template` None keeps the one in the adapter's folder, or the base's
     settings: MergeSettings
-    adapter: Path
-    force: bool = False
+    adapter: Path  # a peft adapter's folder
+    force: bool = False  # whether to merge even if the adapter was trained on other weights
 
     @property
     def folder(self) -> Path:
@@ -62,18 +56,14 @@ class PairsJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Models to measure side by side.
+    """Models to measure side by side."""
 
-    Attributes:
-        run: `chat_template` and `added_tokens` are for models without a template of their own.
-        models: model or adapter folders by label; "base" is asked in completion form as well.
-        replace: whether to replace a finished evaluation of other models or settings in the folder;
-            its measurements are used again.
-    """
-
-    run: RunSettings
+    run: RunSettings  # `chat_template` and `added_tokens` are for models without their own template
     settings: EvaluationSettings
+    # model or adapter folders by label; "base" is asked in completion form as well
     models: Mapping[str, str]
+    # whether to replace a finished evaluation of other models or settings; its measurements are
+    # used again
     replace: bool = False
 
     @property

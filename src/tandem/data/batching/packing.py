@@ -16,20 +16,15 @@ _EVEN = 0.005  # a rank whose cost is within this share of the mean needs no oth
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which rank computes what in a step, decided by its examples, the budget and the ranks alone.
+    """Which rank computes what in a step; its examples, the budget and the ranks decide it."""
 
-    Attributes:
-        ranks: each rank's micro-batches in order, each a tuple of positions in the step.
-        micro_batches: what every rank runs; a rank with fewer of its own repeats an example with
-            weight zero for the rest, because gradients are exchanged in the last.
-        fill: mean share of the budget that the micro-batches use, at most 1 each.
-        imbalance: the costliest rank's cost by the mean, 1 when all have the same.
-    """
-
+    # each rank's micro-batches in order, each a tuple of positions in the step
     ranks: tuple[tuple[tuple[int, ...], ...], ...]
+    # what every rank runs; a rank with fewer of its own repeats an example with weight zero for the
+    # rest, because gradients are exchanged in the last
     micro_batches: int
-    fill: float
-    imbalance: float
+    fill: float  # mean share of the budget that the micro-batches use, at most 1 each
+    imbalance: float  # the costliest rank's cost by the mean, 1 when all have the same
 
 
 def plan_step(

@@ -75,17 +75,12 @@ class StepSampler:
     An epoch shows every example as often as its source's weight says. It goes through each source
     in that source's own order, and the next epoch continues where it stopped. So after any number
     of epochs E an example was shown E times its weight, rounded up or down.
-
-    Attributes:
-        examples: how many there are.
-        batch_size: examples of a step; the last step of an epoch may have fewer.
-        seed: of all orders.
-        sources: cover the examples in order; without any, every weight is 1.
     """
 
-    examples: int
-    batch_size: int
-    seed: int = 0
+    examples: int  # how many there are
+    batch_size: int  # examples of a step; the last step of an epoch may have fewer
+    seed: int = 0  # of all orders
+    # cover the examples in order; without any, every weight is 1
     sources: tuple[WeightedSource, ...] = ()
 
     def __post_init__(self) -> None:

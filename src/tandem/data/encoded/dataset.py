@@ -21,29 +21,17 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class FlatArrays:
-    """n examples as arrays; an example's parts are its prefix and then its branches.
+    """n examples as arrays; an example's parts are its prefix and then its branches."""
 
-    Attributes:
-        ids: [T] int32, the tokens of all parts, one after the other.
-        trained: [T] bool, which of them are targets.
-        parts: [n] int32, how many parts each example has.
-        lengths: [P] int32, tokens of each part.
-        targets: [P] int32, trained tokens of each part.
-        fed: [n] int32, rows that each example takes in a micro-batch.
-        rows: [n] int64, each record's row in its file.
-        digests: [S, 32] uint8, `sequence_digest` of each branch's sequence.
-        prompts: [n] uint64, `records.prompt_key` of each record.
-    """
-
-    ids: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    parts: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    fed: NDArray[np.int32]
-    rows: NDArray[np.int64]
-    digests: NDArray[np.uint8]
-    prompts: NDArray[np.uint64]
+    ids: NDArray[np.int32]  # [T]: the tokens of all parts, one after the other
+    trained: NDArray[np.bool_]  # [T]: which of them are targets
+    parts: NDArray[np.int32]  # [n]: how many parts each example has
+    lengths: NDArray[np.int32]  # [P]: tokens of each part
+    targets: NDArray[np.int32]  # [P]: trained tokens of each part
+    fed: NDArray[np.int32]  # [n]: rows that each example takes in a micro-batch
+    rows: NDArray[np.int64]  # [n]: each record's row in its file
+    digests: NDArray[np.uint8]  # [S, 32]: `sequence_digest` of each branch's sequence
+    prompts: NDArray[np.uint64]  # [n]: `records.prompt_key` of each record
 
 
 def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
@@ -118,23 +106,17 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The arrays of n encoded examples with P parts that are kept in memory; see `FlatArrays`.
-
-    Attributes:
-        files: [n] int32, the number of each record's file in `names`.
-        names: the names of the files.
-        sources: how many records each data source gave, in reading order.
-    """
+    """The arrays of n encoded examples with P parts that are kept in memory; see `FlatArrays`."""
 
     parts: NDArray[np.int32]
     lengths: NDArray[np.int32]
     targets: NDArray[np.int32]
     fed: NDArray[np.int32]
     rows: NDArray[np.int64]
-    files: NDArray[np.int32]
+    files: NDArray[np.int32]  # [n]: the number of each record's file in `names`
     prompts: NDArray[np.uint64]
-    names: tuple[str, ...]
-    sources: tuple[int, ...]
+    names: tuple[str, ...]  # the names of the files
+    sources: tuple[int, ...]  # how many records each data source gave, in reading order
 
 
 class EncodedDataset(Sequence[Example]):

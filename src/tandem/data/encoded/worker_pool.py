@@ -226,19 +226,13 @@ _MOST_WORKERS = 12
 
 @dataclass(frozen=True, slots=True)
 class EncodingWork:
-    """Where encoded data is kept, who encodes it, and how much of it is needed.
+    """Where encoded data is kept, who encodes it, and how much of it is needed."""
 
-    Attributes:
-        store: finds and keeps the result; without one it stays in memory.
-        workers: processes that encode large data; None: one a core, but no more than 12.
-        progress: displays the progress of large data.
-        limit: make only so many examples, in memory; later chunks are not read.
-    """
-
-    store: EncodedStore | None = None
+    store: EncodedStore | None = None  # finds and keeps the result; without one it stays in memory
+    # processes that encode large data; None: one a core, but no more than 12
     workers: int | None = None
-    progress: ShowProgress | None = None
-    limit: int | None = None
+    progress: ShowProgress | None = None  # displays the progress of large data
+    limit: int | None = None  # make only so many examples, in memory; later chunks are not read
 
 
 def encoded_chunks(

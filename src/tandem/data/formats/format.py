@@ -35,33 +35,23 @@ Reader = Callable[[Fields, Origin], Sequence[Record | InvalidRecord]]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A known layout of rows: the keys that tell it, and how one row is read.
+    """A known layout of rows: the keys that tell it, and how one row is read."""
 
-    Attributes:
-        name: for the recipe and for messages.
-        kind: what its rows become.
-        keys: all of them, and no others, tell the format.
-        read: the records of a row; raises `InvalidRecord` for a row that holds none.
-        optional: more keys that are read when they are there; so are `TOOL_KEYS`, in all formats.
-        turns: whether turns, with roles and contents, are somewhere in it.
-        suits: whether a row that has the keys can be of this format; None: any can.
-        completions: what a recipe's `completions` must be for it, where formats differ in that.
-        to_unpaired: for rows that say whether their answer is a good one, those as KTO has them.
-        joins: whether its records are made of two rows each.
-        stated: whether a recipe says that rows are of it, whatever else they hold.
-    """
-
-    name: str
-    kind: Kind
-    keys: frozenset[str]
-    read: Reader
+    name: str  # for the recipe and for messages
+    kind: Kind  # what its rows become
+    keys: frozenset[str]  # all of them, and no others, tell the format
+    read: Reader  # the records of a row; raises `InvalidRecord` for a row that holds none
+    # more keys that are read when they are there; so are `TOOL_KEYS`, in all formats
     optional: frozenset[str] = frozenset()
-    turns: bool = False
+    turns: bool = False  # whether turns, with roles and contents, are somewhere in it
+    # whether a row that has the keys can be of this format; None: any can
     suits: Callable[[Fields], bool] | None = None
+    # what a recipe's `completions` must be for it, where formats differ in that
     completions: str | None = None
+    # for rows that say whether their answer is a good one, those as KTO has them
     to_unpaired: ToUnpaired | None = None
-    joins: bool = False
-    stated: bool = False
+    joins: bool = False  # whether its records are made of two rows each
+    stated: bool = False  # whether a recipe says that rows are of it, whatever else they hold
 
     @property
     def id(self) -> str:

@@ -96,24 +96,17 @@ class TransformersCodec:
 
 @dataclass(frozen=True)
 class CodecParts:
-    """The plain values from which a `FastCodec` is made.
+    """The plain values from which a `FastCodec` is made."""
 
-    Attributes:
-        tokenizer: the `tokenizers` library's JSON.
-        special: the special tokens a template may write, by name.
-        ending: how the template ends an answer.
-        tool_ending: how a separate template for turns with tools ends an answer, if it does.
-        shown: what a few turns render as; a template may write today's date.
-        rows: of the model's embedding, where the tokenizer has more tokens; None: all have a row.
-    """
-
-    tokenizer: str
+    tokenizer: str  # the `tokenizers` library's JSON
     template: ChatTemplate
-    special: tuple[tuple[str, Any], ...]
-    ending: Ending
+    special: tuple[tuple[str, Any], ...]  # the special tokens a template may write, by name
+    ending: Ending  # how the template ends an answer
+    # how a separate template for turns with tools ends an answer, if it does
     tool_ending: Ending | None
     bos_token_id: int | None
-    shown: str
+    shown: str  # what a few turns render as; a template may write today's date
+    # of the model's embedding, where the tokenizer has more tokens; None: all have a row
     rows: int | None = None
 
     @property

@@ -70,28 +70,19 @@ _MARGIN = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template."""
 
-    Attributes:
-        codec: renders, encodes and decodes.
-        ending: how the template ends an answer.
-        tool_ending: how a separate template for records with tools does, if there is one.
-        with_tools: what is rendered of tools and calls of records with a list of tools.
-        without_tools: what is rendered of calls of records without one.
-        omissions: what the template leaves out.
-        thought: the tag with which its prompts open the reasoning, if they do.
-        parts: plain values that make the same in another process, if there are any.
-    """
-
-    codec: Codec
+    codec: Codec  # renders, encodes and decodes
     template: ChatTemplate
-    ending: Ending
+    ending: Ending  # how the template ends an answer
+    # how a separate template for records with tools does, if there is one
     tool_ending: Ending | None
+    # what is rendered of tools and calls of records with a list of tools
     with_tools: TemplateCapabilities
-    without_tools: TemplateCapabilities
-    omissions: Omissions
-    thought: Thought | None
-    parts: CodecParts | None
+    without_tools: TemplateCapabilities  # what is rendered of calls of records without one
+    omissions: Omissions  # what the template leaves out
+    thought: Thought | None  # the tag with which its prompts open the reasoning, if they do
+    parts: CodecParts | None  # plain values that make the same in another process, if there are any
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> ChatTokenizer:

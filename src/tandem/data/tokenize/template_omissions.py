@@ -32,21 +32,14 @@ _REMEMBERED = 2048  # shapes; long conversations have many
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """The properties of a turn on which a template's rendering may depend.
+    """The properties of a turn on which a template's rendering may depend."""
 
-    Attributes:
-        role: who speaks.
-        text: how many lines it has: none, one, or more (2).
-        calls: of each call, whether its arguments are an `object`, a `text` or `none`.
-        keys: what else the template gets of the message.
-        null: whether a missing text is null.
-    """
-
-    role: Role
-    text: int
+    role: Role  # who speaks
+    text: int  # how many lines it has: none, one, or more (2)
+    # of each call, whether its arguments are an `object`, a `text` or `none`
     calls: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    null: bool = False
+    keys: tuple[str, ...] = ()  # what else the template gets of the message
+    null: bool = False  # whether a missing text is null
 
 
 @dataclass(slots=True)
