@@ -65,9 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was imported out of garbage collections, half a second each without this.
+    """Leaves imported modules out of garbage collections, which otherwise take half a second each.
 
-    Tests of running out of memory collect several times each.
+    Tests of running out of memory collect several times.
     """
     gc.collect()
     gc.freeze()
