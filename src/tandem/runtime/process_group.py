@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -67,13 +68,12 @@ class ProcessGroup:
         self._group = group
         self._patience = patience
         self._agreed = False
+        self._dist: Any = import_module("torch.distributed") if launch.count > 1 else None
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` in every process; return all results by rank, in every process."""
         if self.count == 1:
             return [work()]
-        import torch.distributed as dist
-
         error: Exception | None = None
         mine: T | _Failure
         try:
@@ -83,7 +83,7 @@ class ProcessGroup:
             code = raised.exit_code if isinstance(raised, TandemError) else TandemError.exit_code
             mine = _Failure(str(raised), code)
         results: list[Any] = [None] * self.count
-        dist.all_gather_object(results, mine, group=self._group)
+        self._dist.all_gather_object(results, mine, group=self._group)
         failed = [rank for rank, value in enumerate(results) if isinstance(value, _Failure)]
         if failed:
             self._agreed = True
@@ -109,9 +109,7 @@ class ProcessGroup:
 
         self.gather(only_here)
         if self.count > 1:
-            import torch.distributed as dist
-
-            dist.broadcast_object_list(result, src=0, group=self._group)
+            self._dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]
 
     def rank0_alone(self, work: Callable[[], T]) -> T | None:
@@ -207,11 +205,9 @@ class ProcessGroup:
         except Exception as error:
             if self.count == 1:
                 raise
-            import torch.distributed as dist
-
             if self._agreed:
                 with suppress(RuntimeError):
-                    dist.barrier(group=self._group)
+                    self._dist.barrier(group=self._group)
             elif _timed_out(error):
                 raise TandemError(
                     f"process {self.rank} of {self.count} waited for another one as long as "
