@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from .warm.templates import compile_once
+
+compile_once()
 # Devices that tests only pretend are there must not reach DeepSpeed in the processes they start.
 os.environ["DS_ACCELERATOR"] = "cpu"
 

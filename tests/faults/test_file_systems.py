@@ -223,7 +223,7 @@ def _cut(store: Path) -> None:
             ),
             "",
         ),
-        (_link, "not kept"),
+        (_link, "not stored"),
     ],
     ids=[
         "noise", "a header alone", "nothing", "half", "a folder", "a small change", "one value",

@@ -101,14 +101,14 @@ def make_data(home: Path) -> None:
         return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
 
     with (home / "sft.jsonl").open("w") as file:
-        for _ in range(25):
+        for _ in range(13):
             turns = [
                 {"from": "human", "value": words(2, 30)},
                 {"from": "gpt", "value": words(1, 40)},
             ]
             file.write(json.dumps({"conversations": turns}) + "\n")
     with (home / "dpo.jsonl").open("w") as file:
-        for _ in range(73):
+        for _ in range(25):
             chosen, rejected = words(2, 30), words(1, 20)
             if rng.random() < 0.3:  # targets in the shared prefix
                 rejected = chosen[:8] + rejected
@@ -116,7 +116,7 @@ def make_data(home: Path) -> None:
             file.write(json.dumps({"system": "", **row}) + "\n")
     for kind in KINDS:
         records = (home / f"{kind}.jsonl").read_text().splitlines(keepends=True)
-        (home / f"{kind}-held-out.jsonl").write_text("".join(records[:7]))
+        (home / f"{kind}-held-out.jsonl").write_text("".join(records[:13]))
     lines = (home / "sft.jsonl").read_text().splitlines(keepends=True)
     (home / "other.jsonl").write_text("".join(lines[1:]))
 
@@ -132,6 +132,8 @@ def carry_out(order: Order, home: Path) -> Outcome:
         patch.setenv("XDG_CACHE_HOME", str(home / order.folder / ".." / f"{order.folder}.cache"))
         if order.dtype == "float64":
             double_precision(patch)
+        # Several units of the reference pass, so that every process computes some.
+        patch.setattr(reference_logps, "_UNIT", 12)
         _lay_out(patch, order)
         _record_gradients(patch, home / f"{order.folder}.rank{rank}")
         if order.trouble and rank == last:
@@ -245,7 +247,7 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
     values: dict[str, Any] = {
         "data": (DataSource(path=str(data)),),
         **(_held_out(order, data) if order.keep else {}),
-        "batch_size": 12 if order.kind == "sft" else 36,
+        "batch_size": 6 if order.kind == "sft" else 12,
         "max_steps": 4,
         "learning_rate": 1e-2,
         "max_length": 200,

@@ -19,6 +19,8 @@ _READ_AT_IMPORT = (
     *("PYTHON", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PT_", "DS_", "LD_", "KMP_", "MKL_"),
     *("TORCH_ALLOW", "STUB_", "CC"),
 )
+# What libraries set while they are imported, for themselves: lm_eval, and torch's compiler.
+_SET_BY_LIBRARIES = ("HF_XET_HIGH_PERFORMANCE", "HF_HUB_ENABLE_HF_TRANSFER", "KMP_DUPLICATE_LIB_OK")
 _PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
@@ -26,8 +28,8 @@ def read_at_import(environment: dict[str, str]) -> dict[str, str]:
     """The variables that only count before a library is imported."""
     found = {k: v for k, v in environment.items() if k.startswith(_READ_AT_IMPORT)}
     # A fork does not buffer its streams either, and does not ask the Hub in any case.
-    found.pop("PYTHONUNBUFFERED", None)
-    found.pop("HF_HUB_OFFLINE", None)
+    for name in ("PYTHONUNBUFFERED", "HF_HUB_OFFLINE", *_SET_BY_LIBRARIES):
+        found.pop(name, None)
     found["PYTHONPATH"] = ""
     return found
 

@@ -36,7 +36,7 @@ _LIBRARIES = (
 
 
 def import_everything() -> None:
-    """Import the libraries and all modules of tandem, and load its C kernels."""
+    """Import the libraries and all modules of tandem, load its C kernels, compile peft's card."""
     for name in _LIBRARIES:
         importlib.import_module(name)
     package = importlib.import_module("tandem")
@@ -46,6 +46,12 @@ def import_everything() -> None:
     from tandem.model.cpu.c_kernels import kernels
 
     kernels()
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from .templates import compile_once
+
+    compile_once()
+    ModelCard.from_template(ModelCardData())
 
 
 def serve(address: str) -> tuple[dict[str, Any], list[int]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -77,6 +78,13 @@ def test_what_counts_while_python_starts_is_left_to_python(
     code = "import sys; print('torch' in sys.modules)"
     env = {**os.environ, **variables}
     assert _ends(python(), *flags, "-c", code, env=env)[:2] == (0, f"{forked}\n")
+
+
+def test_libraries_that_set_variables_leave_it_a_fork() -> None:
+    """lm_eval does when it is imported, as it is before most tests; so may any test before this."""
+    importlib.import_module("lm_eval")
+    code = "import sys; print('torch' in sys.modules)"
+    assert _ends(python(), "-c", code, env={**os.environ}) == (0, "True\n", "")
 
 
 def test_signals_reach_the_program_and_its_client_takes_it_along() -> None:

@@ -1,4 +1,4 @@
-"""At the end: all models answer the same questions and are measured on the same tasks."""
+"""All models answer the same questions and are measured on the same tasks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from tandem.evaluate.own_measures import Material
     from tandem.runtime.device import Device
 
-# Folders in the stage's own: finished measurements, and local tasks as the harness reads them.
+# Folders of finished measurements, and of local tasks as the harness reads them.
 _SCORES, _TASKS = "scores", "tasks"
 _JUDGMENTS = "judgments.jsonl"
 # The recipe's keys for data of the user's own.
@@ -121,7 +121,7 @@ def evaluate_models(
         evaluator = Evaluator(output_dir, settings, material, data, device_of(run), run, console)
         evaluation = evaluator.evaluate(models, eval_models, tasks, judge)
         atomic_write_json(path, evaluation)
-        # What has no verdict is asked again, so that there is more to do.
+        # Missing verdicts are asked for again, so the stage is not finished.
         if not any(one["unread"] for one in evaluation.get("judge", {}).get("models", {}).values()):
             finish_stage(output_dir, ["evaluation.json"])
     return evaluation

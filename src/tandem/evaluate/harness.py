@@ -23,9 +23,9 @@ from tandem.evaluate.scores import Score, score_of
 from tandem.evaluate.suites import Task
 from tandem.model.model_folder import first_line
 
-# Told how many requests there are, and then how many more are done.
+# Called with 0 and the number of requests, then with how many more are done.
 Advance = Callable[[int, int | None], None]
-# Of the metrics that a task of no suite has, the first of these is shown.
+# The first of these that a task outside the suite has is shown.
 _PREFERRED = ("acc_norm,none", "acc,none")
 
 
@@ -232,7 +232,7 @@ def _quietly(advance: Advance, *, offline: bool) -> Iterator[list[str]]:
     cut: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # All that runs in here is the harness's and its libraries'.
+        # Only code of the harness and its libraries runs here.
         warnings.simplefilter("ignore")
         stack.enter_context(_logged(cut))
         stand_ins: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The harness's tasks on one model, each finished one kept."""
+"""Measures a model on the harness's tasks, and keeps each finished one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tandem.storage.hashing import hash_json
 if TYPE_CHECKING:
     from tandem.runtime.device import Device
 
-# Where the harness puts a model by itself; elsewhere it gets one that is there.
+# Devices on which the harness loads a model itself; elsewhere it gets a loaded one.
 _HARNESS_DEVICES = ("cpu", "cuda", "mps")
 
 

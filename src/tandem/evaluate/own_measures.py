@@ -223,7 +223,7 @@ def _answer_scores(
 ) -> dict[str, Score]:
     right, cut = [], []
     for question, answer, text in zip(questions, answers, texts, strict=True):
-        # What goes on after the right text may take it back, so that only an end makes it right.
+        # Later text may contradict the right one, so only a finished answer is right.
         has_it = contains_accepted(text, question.accepted)
         right.append(float(has_it and answer.stopped))
         cut.append(float(has_it and not answer.stopped))

@@ -1,4 +1,4 @@
-"""Which tasks an evaluation has: the leaderboard's suite, others by name, data from where.
+"""The tasks of an evaluation: the leaderboard's suite, others by name, and where their data is.
 
 Local files of task data are found here and described to the harness as tasks of ours.
 """
@@ -49,7 +49,7 @@ LEADERBOARD = (
     TaskInfo("gsm8k", "GSM8K", 5, "exact_match,strict-match"),
 )
 _SUITE = {task.name: task for task in LEADERBOARD}
-# What is no part of the suite, and has a title and a main metric all the same.
+# Tasks outside the suite with a title and a main metric of their own.
 _OTHERS = {"arc_easy": TaskInfo("arc_easy", "ARC-easy", 0, "acc_norm,none")}
 
 
@@ -265,6 +265,6 @@ def _yaml(value: dict[str, Any]) -> str:
     import yaml
 
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000)
-    # A tag of the harness's, which a safe dump would write as text in quotes.
+    # The harness's tag must not be quoted, as a safe dump does.
     text = re.sub(r"'(!function [\w.]+)'", r"\1", text)
     return text.replace(FIRST_PLACE, task_forms.__name__)

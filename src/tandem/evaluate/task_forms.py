@@ -17,7 +17,7 @@ from typing import Any
 from tandem.data.sources.chunks import allow_long_cells
 
 Rows = list[dict[str, Any]]
-# Where this module was when measurements were first kept: their keys have its name.
+# This module's name when measurements were first kept, whose keys contain it.
 FIRST_PLACE = "tandem.evaluate.forms"
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
 _TRUTHFUL = """\

@@ -24,10 +24,10 @@ from tandem.storage.hashing import hash_json
 from tandem.storage.journal import Journal
 
 Messages = tuple[Mapping[str, str], ...]
-# Asked many conversations: each one's number and the answer, as they arrive; None for no answer.
+# Takes many conversations; yields each one's number and answer, or None, as they arrive.
 Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, str | None]]]
 Verdict = Literal["A", "B", "tie"]
-# Each verdict has its own key, so that one file has those of all judges and questions.
+# One file has all judges' verdicts, each under its own key.
 _JOURNAL = "verdicts"
 
 PROMPT = """\

@@ -1,1 +1,1 @@
-"""Products of others behind our protocols: DeepSpeed, Gaudi, OpenAI-compatible servers."""
+"""Third-party products behind tandem's protocols: DeepSpeed, Gaudi, OpenAI-compatible servers."""

@@ -21,7 +21,7 @@ import httpx2
 from tandem.errors import UserError
 from tandem.recipe.pairs_settings import ServerSettings
 
-# Statuses that another try may cure; the other 4xx say what is wrong with the request.
+# Statuses that another try may cure; other 4xx blame the request.
 _MAY_PASS = frozenset({408, 409, 425, 429})
 _WHOLE_RUN = frozenset({401, 403, 404, 405, 407})
 _MAX_BYTES = 32 * 2**20

@@ -16,7 +16,7 @@ from tandem.recipe.pairs_settings import ServerSettings
 __all__ = ["ChatRequest", "ChatServer", "Failure", "Reply"]
 
 _LONGEST_BACKOFF = 60.0
-# A server that asks for more than this has closed for the day.
+# A request fails if the server asks for a longer wait.
 _LONGEST_WAIT = 600.0
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tandem.runtime.process_group import ProcessGroup
     from tandem.train.engines.engine import Engine
 
-# In this order `auto` takes the first that is there.
+# `auto` takes the first of these that is available.
 _AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
 # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
 _HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
@@ -47,7 +47,7 @@ def choose_device(device: str, dtype: str, hpu: HpuSettings | None = None) -> De
     elif reason := _unavailable_reason(device, hpu):
         raise UserError(f"device: {device} was asked for, but {reason}. Use device: auto or cpu.")
     dtype = _default_dtype(kind) if dtype == "auto" else dtype
-    # transformers imports DeepSpeed where it is installed, which would look for a device by itself.
+    # transformers imports an installed DeepSpeed, which would look for a device itself.
     os.environ.setdefault("DS_ACCELERATOR", kind)
     if kind == "hpu":
         from tandem.integrations.gaudi.gaudi_device import open_gaudi

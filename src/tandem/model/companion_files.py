@@ -28,14 +28,14 @@ _VOCABULARY = (
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "tokenization_*.py")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
-# Of a base, what is worth copying beside its weights.
+# Suffixes of a base's files that are copied beside its weights.
 _OF_THE_BASE = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-# What stages and trainers write of themselves, and what their maker's own format needs.
+# Records of stages and trainers, and files of the maker's own format.
 _NOT_OF_THE_MODEL = {
     "manifest.json", "summary.json", "adapter_config.json", QUANTIZATION, "trainer_state.json",
     "checkpoint.json", "params.json",
 }  # fmt: skip
-# Which file has which weight, of the base's files as they were.
+# The base's indices of weights by file.
 _INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
@@ -69,7 +69,7 @@ def combine_tokenizers(base: Path, adapter: Path, output: Path) -> None:
     for file in _matching(source, _VOCABULARY + _SETTINGS):
         shutil.copyfile(file, output / file.name)
     if source == base:
-        # Settings without a vocabulary, as trainers leave them that save in parts.
+        # Some trainers save settings without a vocabulary.
         for file in _matching(adapter, _SETTINGS):
             shutil.copyfile(file, output / file.name)
         older = "special_tokens_map.json"
@@ -144,7 +144,7 @@ def _combine_templates(base: Path, adapter: Path, output: Path) -> None:
         if jinja.is_file() or folder.is_dir() or inside:
             _write_inside(output, inside)
             return
-        # Where older processors keep theirs; tokenizers do not look there.
+        # Older processors keep theirs here, where tokenizers do not look.
         if of_processor.is_file() and (text := read_json_object(of_processor).get("chat_template")):
             write_templates(output, text)
             return

@@ -28,7 +28,7 @@ from tandem.errors import UserError
 from tandem.model.cpu.c_kernels import RmsNorm, SwiGlu, kernels, usable
 
 _PROBE_ROWS = 3
-# Relative difference from the module's own forward that a number format explains.
+# Relative difference from the module's own forward that rounding in a dtype explains.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -40,7 +40,7 @@ def fuse_elementwise(model: nn.Module) -> None:
         fused = _kernel_forward(module)
         if fused is None or "forward" in module.__dict__:
             continue
-        # What the kernels take depends on the width.
+        # The kernels take some widths only.
         kind = type(module), _weight(module).shape[-1]
         if kind not in agreed:
             agreed[kind] = _agree(module, fused)
@@ -231,7 +231,7 @@ def _choose(module: nn.Module) -> Any:
         return None
     weight = next(module.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # Random rows: norms' weights of one would hide the difference.
+    # Random rows, because a norm's weights of 1 would hide the difference.
     rows = _probe_rows(width).to(weight.device, dtype)
     with torch.no_grad():
         wanted = module(rows).float()

@@ -95,7 +95,7 @@ def generate_batch(
     """Answer prompts together, padded on the left; `numbers` and the seed decide what is drawn."""
     uniforms = _uniforms(numbers, sampling) if sampling.temperature > 0 else None
     decode = _by_transformers if _keeps_state(model) else _decode
-    # No inference mode: what a model caches on the way, training may meet again.
+    # No inference mode: a later training could meet tensors that the model has cached.
     with torch.no_grad():
         return decode(model, prompts, uniforms, list(stop_ids), sampling)
 
@@ -119,7 +119,7 @@ def choose_tokens(
         if sampling.top_k:
             probs[:, sampling.top_k :] = 0.0
             probs = probs / probs.sum(dim=-1, keepdim=True)
-        # A token is left when those before it have less than top_p.
+        # A token stays while those before it sum to less than top_p.
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= sampling.top_p, 0.0)
     cumulated = probs.cumsum(dim=-1)
     total = cumulated[:, -1:]
@@ -162,7 +162,7 @@ def _decode(
     sampling: Sampling,
 ) -> list[GeneratedAnswer]:
     """Token by token with a KV cache; rows that have ended leave the batch."""
-    # An adapter's wrapper takes anything, and hands it on.
+    # An adapter's wrapper accepts any arguments.
     accepted = inspect.signature(plain_model(model).forward).parameters
     ids, mask = _padded(prompts, stops[0] if stops else 0, model.device)
     cache: Any = None  # the model makes its own kind

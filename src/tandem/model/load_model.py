@@ -49,7 +49,7 @@ def load_model(
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-    # Quantised ones ask for packages; damaged files lead a library anywhere.
+    # Quantised models need packages; damaged files raise any error.
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded as a model: {first_line(error)}") from None
     if missing := sorted(loaded["missing_keys"]):

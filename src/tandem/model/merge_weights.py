@@ -263,7 +263,7 @@ def verify_merge(
     """
     compute = torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
     record = read_record(adapter)
-    # A base that was rounded from bfloat16 was bfloat16 again wherever the adapter saw it.
+    # The adapter saw a base rounded from bfloat16 in bfloat16 again.
     formats = {dtype, record.torch_dtype} if record else {dtype}
     plain = load_base(base, adapter, dtype=compute, device=device)
     make_missing_rows(plain, added_ids_of_folder(adapter))

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 QUANTIZATION = "quantization.json"
 """The file of an adapter's folder that says what its base was rounded to."""
 
-# What a model or adapter folder may hold, weights first; everything else on a Hub page stays there.
+# Files of a model or adapter that are fetched from the Hub, weights first.
 _FILES = ["*.safetensors", "adapter_model.bin", "*.json", "*.jinja", "*.model", "tokenizer*"]
-# The same weights again in their maker's own layout, as some Hub pages have them.
+# Some Hub pages have the same weights again in their maker's own layout.
 _NOT_FILES = ["consolidated*.safetensors", "original/*"]
 # Architectures of one part, with plain fields and, unless they say otherwise, an untied head.
 _PLAIN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo2", "granite")
-# Each of these is enough to make a tokenizer of.
+# A tokenizer can be loaded from any one of these.
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "vocab.json", "vocab.txt",
@@ -155,7 +155,7 @@ def read_config(folder: Path) -> Any:
     text = config.get_text_config()
     padding, rows = (getattr(text, name, None) for name in ("pad_token_id", "vocab_size"))
     if isinstance(padding, int) and isinstance(rows, int) and padding >= rows:
-        # torch makes no embedding of this.
+        # torch refuses such an embedding.
         raise UserError(
             f"{folder / 'config.json'} has pad_token_id {padding}, and the model has {rows} rows "
             f"in its embedding (vocab_size), the last for id {rows - 1}. Name a token that has a "

@@ -195,11 +195,11 @@ def reorder_frozen_weights(model: Any, preparation: Preparation, _: Log) -> Any:
 
 
 AFTER_LOADING: tuple[Change, ...] = (
-    # A device need never hold the whole model in its own number format.
+    # Before the move: the device then never holds the whole unquantised model.
     quantize_linears,
     move_to_device,
     use_onednn_products,
-    # Each class of modules is compared with its fused form, on the device.
+    # Compares each class of modules with its fused form, on the device.
     use_cpu_elementwise,
 )
 # New rows are new layers.
@@ -211,13 +211,13 @@ FOR_SCORING: tuple[Change, ...] = (attach_attention, skip_rows_that_nothing_read
 ATTACHED: tuple[Change, ...] = (attach_trained_weights, speed_up_adapter)
 FOR_TRAINING: tuple[Change, ...] = (
     *WITH_ADDED_TOKENS,
-    # These two ask the model as its makers wrote it, so before its attention is replaced.
+    # These two run the model as its makers wrote it, so before its attention is replaced.
     check_output_head,
     find_unreached_layers,
-    # Compared with each module's own forward.
+    # Compares with each module's own forward.
     compile_norms_and_gates,
     *FOR_SCORING,
-    # Before there is dropout of ours.
+    # Before an adapter adds its own dropout.
     switch_off_base_dropout,
     *ATTACHED,
     # Its hook on the embedding must see the wrapped one.

@@ -24,7 +24,7 @@ from tandem.model.unwrap import plain_model
 from tandem.storage.atomic_files import atomic_write_json, read_json
 
 _BLOCK = 64
-# Where bitsandbytes says that it has not fetched a kernel from the Hub.
+# The logger that reports a kernel missing on the Hub.
 _LOGGER = "bitsandbytes.backends.cpu.ops"
 
 
@@ -109,7 +109,7 @@ def quantize(
         raise UserError(
             f"quantization: {type(model).__name__} has no linear layers that can be quantised"
         )
-    # By this, peft knows which of its layers fit.
+    # This tells peft which of its layers fit.
     model.is_loaded_in_4bit = True
     dtype = str(source).removeprefix("torch.")
     model.tandem_quantized = Quantized("nf4", dtype, tuple(weights), tuple(transposed))

@@ -1,4 +1,4 @@
-"""What of a model is trained, saved and switched off: one class for each kind of training."""
+"""Which weights are trained, saved and switched off: one class for each kind of training."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Number formats, as safetensors calls them, of weights that are not quantised.
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-# Endings of an output head's name, which may be no more than the input embedding once more.
+# Endings of an output head's name; the head may be the input embedding.
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -183,7 +183,7 @@ def check_sums(folder: Path, model: Any, changed: Iterable[str]) -> None:
     for name, weight in named.items():
         tied[id(weight)].append(name)
     for name in changed:
-        # Of weights that are one in memory, the files may have one or both.
+        # The files may have one or both of two tied weights.
         if not any(parts[own] for own in tied[id(named.get(name))] or [name]):
             raise UserError(
                 f"{folder} has no weight for {name} in its files, so an adapter of it could not be "

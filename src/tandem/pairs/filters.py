@@ -22,7 +22,7 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import FilterSettings
 from tandem.storage.hashing import hash_file
 
-# Scripts that put no spaces between words are taken character by character.
+# In scripts without spaces between words, each character is a word.
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
@@ -227,7 +227,7 @@ def _imported(name: str, place: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # Where pickling and dataclasses look for a module.
+        # Pickling and dataclasses look for the module here.
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     except UserError:

@@ -36,7 +36,7 @@ from tandem.storage.manifest import check_made
 if TYPE_CHECKING:
     from tandem.model.generate import GeneratedAnswer, Sampling
 
-# vLLM makes its own batches of what it is given at once; a kill loses at most so many.
+# vLLM gets so many prompts at once, and batches them itself; a kill loses at most these.
 _VLLM_PROMPTS = 256
 
 Unit = list[tuple[int, list[Any]]]

@@ -44,7 +44,7 @@ from tandem.storage.run_folder import PAIRS_FORMATS, pairs_file
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
-# What may change between two starts: it says how a server is asked, not what.
+# Settings that may change on a resume: how a server is asked, not what.
 _MANNERS = {"concurrency", "timeout", "retries", "requests_per_minute", "key_variable"}
 _APART: Any = {
     "prompts": True,
@@ -128,7 +128,7 @@ def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | Non
         return None
     device = device_names(run)
     computed = {"dtype": device.dtype_name, "device": device.kind}
-    # To vLLM, auto is the dtype that the model's files say.
+    # vLLM takes auto as the dtype of the model's files.
     return computed if settings.vllm is None else {**computed, "vllm_dtype": run.dtype}
 
 
@@ -280,7 +280,7 @@ class PairMaker:
     ) -> dict[int, float]:
         """The scores of answers by number, those of earlier starts included."""
         texts = {number: one.text.strip() for number, one in passing.items()}
-        # A server's answers may have been generated anew, under the same numbers.
+        # A server's answers may have been generated again, under the same numbers.
         digests = {number: hash_bytes(text.encode()) for number, text in texts.items()}
 
         def missing(done: Collection[int]) -> Iterator[Sequence[tuple[int, Any]]]:

@@ -190,5 +190,5 @@ def _table(head: Sequence[str], rows: Mapping[str, Any] | Sequence[Sequence[obje
 
 
 def _shown(name: str) -> str:
-    # Where a file lay on the machine that made the pairs is nobody's business.
+    # Paths of the machine that made the pairs are private.
     return Path(name).name if name.startswith(("/", "~")) else name

@@ -23,7 +23,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings, SelectSettings
 from tandem.storage.hashing import hash_bytes
 
-# Prompts that are looked for in evaluation sets together.
+# Prompts that are searched for in evaluation sets at once.
 _AT_ONCE = 256
 
 Log = Callable[[str], None]
@@ -211,7 +211,7 @@ def _shares(sizes: Counter[int], count: int, shares: str) -> dict[int, int]:
     if shares == "equal":
         parts = dict.fromkeys(sizes, 0)
         while count > 0:
-            # In turns: who has nothing left gives no more.
+            # In turns, among the strata that have prompts left.
             room = sorted(key for key in sizes if parts[key] < sizes[key])
             each = max(1, count // len(room))
             for key in room[:count]:

@@ -65,10 +65,10 @@ def read_score(text: str) -> float | None:
     return number if 1 <= number <= 10 else None
 
 
-# Answers that a reward model scores between two lines of the journal.
+# Answers that a reward model scores before they are recorded.
 _AT_ONCE = 64
 _BATCH_ROWS = 16
-# Characters of a verdict that cannot be read.
+# Characters shown of a verdict that cannot be read.
 _SHOWN = 200
 
 Answer = tuple[int, Prompt, str]

@@ -1,4 +1,4 @@
-"""What every training stage of a command is accompanied by, beside its own callbacks."""
+"""The callbacks that commands add to every training stage."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
 
-# Of a sequence, where a model's own does not matter.
+# A length limit where the model's own does not matter.
 _NO_LIMIT = 2**31 - 1
 
 
@@ -99,7 +99,7 @@ def _check_rows(asked: Recipe) -> None:
 
         making = asked.pairs
         for source in _local([*making.prompts, *making.heldout]):
-            # The first one tells what kind of records they are.
+            # The first record shows which kind they are.
             next(read_prompts([source], making.keep, Ledger(None), making.on_bad_record), None)
     if asked.evaluate is not None:
         if questions := _local(asked.evaluate.questions):

@@ -15,7 +15,7 @@ from tandem.plan.workload import Operations, Workload
 from tandem.wording import duration, percent, short_count, size
 
 Row = tuple[str, str]
-# How figures are called, and their names in the record of runs.
+# Figures as they are shown, and their names in the record of runs.
 _RATIOS = {"time": "seconds", "memory": "memory", "tokens": "tokens", "steps": "steps"}
 
 

@@ -44,7 +44,7 @@ from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.run_folder import made_pairs, stage_folder
 from tandem.train.token_budget import token_budget
 
-# Of a pair's or conversation's tokens, the trained ones, where nobody has seen the data.
+# Assumed share of trained tokens in data that is not here.
 _ANSWERS = 0.5
 _KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
@@ -317,7 +317,7 @@ def _estimate(
 ) -> tuple[StageEstimate, dict[str, Memory]]:
     """Estimates, and memory by engine, the chosen one first; `spread`: whether weights may be."""
     device, processes = setup.device, setup.processes
-    # What a run here would take for copies of the weights in a faster order.
+    # Bytes that a run here would take for copies of the weights in a faster order.
     copies = copied_bytes(shape, quantized=setup.quantized)
     if device.weights != torch.float32 or not copies_fit(copies, device, free):
         copies = 0

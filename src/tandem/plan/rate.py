@@ -21,16 +21,16 @@ from tandem.storage.atomic_files import append_jsonl, atomic_write_text
 from tandem.storage.cache_folder import cache_folder
 
 NAME = "estimates.jsonl"
-# What is compared. All are of the whole stage; memory is one process's peak.
+# Figures that are compared, of the whole stage; memory is one process's peak.
 FIGURES = ("tokens", "steps", "memory", "seconds")
 _KEPT = 200
 # A model that is more than this many times larger or smaller trains at another rate.
 _ALIKE = 4
-# What a damaged line leads to; thousands of brackets recurse.
+# Errors of damaged lines; thousands of brackets recurse.
 _NO_LINE = (
     LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
 )  # fmt: skip
-# Of a product's rate, what training reaches: attention, norms and small products are slower.
+# Share of a product's rate that training reaches: attention, norms and small products are slower.
 _SHARE = 0.5
 # Seconds that the timed products may take.
 _SECONDS = 0.3

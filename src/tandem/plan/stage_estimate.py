@@ -97,7 +97,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
         weights = frozen / processes + 2 * shape.largest_layer * use.weight_bytes
     per_token = use.activation_bytes
     if use.checkpointing:
-        # Each layer's input stays, and one layer at a time is there whole.
+        # Each layer's input stays in memory, and all activations of one layer.
         per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers
     trained = shape.trained * _TRAINED_BYTES
     share = processes if SHARDS[engine] else 1

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training stage, a multiply-add being two."""
+"""The work of a training stage: its counts, and operations (a multiply-add is two)."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class _Records:
 
         own = lengths - np.repeat(prefix, branches)
         tokens = prefix + added(own)
-        # What follows a branch's last target is not fed; taken as equally long in all branches.
+        # Tokens after a branch's last target are not fed; assumed equally many in all branches.
         fed = dataset.fed.astype(np.int64)
         idle = np.repeat((tokens - fed) / branches, branches)
         rows = own - idle

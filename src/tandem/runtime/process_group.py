@@ -1,7 +1,4 @@
-"""The processes of one run: work that one of them does for all, and values that must agree.
-
-A process that is alone needs no torch for it.
-"""
+"""The processes of one run: work that one of them does for all, and values that must agree."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -26,15 +22,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds between two signs of life of a process that works alone.
-_BEAT = 5.0
+_BEAT = 5.0  # seconds between two signs of life of a process that works alone
 _ALIVE, _OVER = b"alive", b"over"
-# Seconds between two checks for a sign of life, at first and later.
-_SHORT, _LONG = 0.001, 0.5
-# Time for torch to report a timeout itself.
-_SLACK = timedelta(seconds=2)
+_SHORT, _LONG = 0.001, 0.5  # seconds between two checks for a sign of life, at first and later
+_SLACK = timedelta(seconds=2)  # for torch to report a timeout itself
 _turns = count()
 _control: Any = None
+
+
+def _dist() -> Any:
+    """Import torch.distributed, which a process that is alone does without."""
+    import torch.distributed
+
+    return torch.distributed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class ProcessGroup:
         self._group = group
         self._patience = patience
         self._agreed = False
-        self._dist: Any = import_module("torch.distributed") if launch.count > 1 else None
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` in every process; return all results by rank, in every process."""
@@ -83,7 +82,7 @@ class ProcessGroup:
             code = raised.exit_code if isinstance(raised, TandemError) else TandemError.exit_code
             mine = _Failure(str(raised), code)
         results: list[Any] = [None] * self.count
-        self._dist.all_gather_object(results, mine, group=self._group)
+        _dist().all_gather_object(results, mine, group=self._group)
         failed = [rank for rank, value in enumerate(results) if isinstance(value, _Failure)]
         if failed:
             self._agreed = True
@@ -109,7 +108,7 @@ class ProcessGroup:
 
         self.gather(only_here)
         if self.count > 1:
-            self._dist.broadcast_object_list(result, src=0, group=self._group)
+            _dist().broadcast_object_list(result, src=0, group=self._group)
         return result[0]
 
     def rank0_alone(self, work: Callable[[], T]) -> T | None:
@@ -131,9 +130,7 @@ class ProcessGroup:
         here = self.rank in workers
         if self.count == 1:
             return [work()] if here else []
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        shared: Any = _get_default_store()
+        shared: Any = _dist().distributed_c10d._get_default_store()
         name = f"turn/{next(_turns)}"
         done: list[T] = []
         failed: list[Exception] = []
@@ -207,18 +204,21 @@ class ProcessGroup:
                 raise
             if self._agreed:
                 with suppress(RuntimeError):
-                    self._dist.barrier(group=self._group)
-            elif _timed_out(error):
-                raise TandemError(
-                    f"process {self.rank} of {self.count} waited for another one as long as "
-                    "timeout_minutes allows: it hangs, or is slower than that. The same command "
-                    "resumes from the last checkpoint."
-                ) from error
+                    _dist().barrier(group=self._group)
             elif _contact_lost(error):
+                text = str(error).lower()
+                what = (
+                    "lost contact with another one, which has ended or hangs; see its own message. "
+                    "If it has none, it was killed, for want of memory perhaps."
+                )
+                if "timed out" in text or "timeout" in text:
+                    what = (
+                        "waited for another one as long as timeout_minutes allows: it hangs, or is "
+                        "slower than that."
+                    )
                 raise TandemError(
-                    f"process {self.rank} of {self.count} lost contact with another one, which "
-                    "has ended or hangs; see its own message. If it has none, it was killed, for "
-                    "want of memory perhaps. The same command resumes from the last checkpoint."
+                    f"process {self.rank} of {self.count} {what} The same command resumes from "
+                    "the last checkpoint."
                 ) from error
             raise
 
@@ -232,8 +232,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     global _control
     if launch.count == 1:
         return ProcessGroup(launch)
-    import torch.distributed as dist
-
+    dist = _dist()
     if not dist.is_initialized():
         _control = None
         _meet(launch, backend, timeout)
@@ -265,8 +264,7 @@ def in_words(timeout: timedelta) -> str:
 
 
 def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
-    import torch.distributed as dist
-
+    dist = _dist()
     failed: list[Exception] = []
 
     def meet() -> None:
@@ -317,15 +315,8 @@ def _reported(message: str, exit_code: int) -> TandemError:
     return error
 
 
-def _timed_out(error: Exception) -> bool:
-    text = str(error).lower()
-    return _contact_lost(error) and ("timed out" in text or "timeout" in text)
-
-
 def _contact_lost(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistError):
+    if isinstance(error, _dist().DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
 
@@ -336,8 +327,7 @@ def beating(store: Store, name: str, every: float) -> Iterator[None]:
 
     `name` identifies this piece of work, the same in all processes and never used again.
     """
-    import torch.distributed as dist
-
+    dist = _dist()
     over, beats = threading.Event(), count()
 
     def beat() -> None:
@@ -385,8 +375,7 @@ def _listen(
     shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
 ) -> None:
     """Pass on each sign of life up to the last one."""
-    import torch.distributed as dist
-
+    dist = _dist()
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:

@@ -34,7 +34,7 @@ from tandem.storage.folder_lock import check_free, folder_lock
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.storage.manifest import check_made, open_stage, read_manifest
 
-# Settings that say when to look or save, not what is computed.
+# Settings that do not change what is computed.
 _NOT_MATHEMATICS: Any = {
     "data": True,
     "logging_steps": True,
@@ -92,7 +92,7 @@ def training_inputs(
             "weights": hash_weights(base.folder),
             "config": hash_file(base.folder / "config.json"),
             **({"quantization": run.quantization} if run.quantization else {}),
-            # The reference of DPO depends on them, too.
+            # DPO's reference depends on them, too.
             **({"added_tokens": dict(added.new)} if added.new else {}),
             **({"trained_tokens": dict(added.known)} if added.known else {}),
         },

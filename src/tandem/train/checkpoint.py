@@ -1,4 +1,4 @@
-"""Where a run stands, and checkpoints of it that are complete or not there."""
+"""Where a run stands, and its checkpoints, each of them complete."""
 
 from __future__ import annotations
 

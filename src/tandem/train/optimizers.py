@@ -80,7 +80,7 @@ def _cosine(done: int, steps: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
 
 
-# The share of the peak rate, by the steps after warm-up that are done, and all of these.
+# The share of the peak rate, given the steps done after warm-up and their total.
 LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
     "cosine": _cosine,

@@ -28,7 +28,7 @@ from tandem.train.token_budget import TokenBudget, no_room
 T = TypeVar("T")
 
 NAME = "reference.sqlite"
-# SQLite's codes of a file that is no database of ours: ERROR (other columns), CORRUPT, NOTADB.
+# SQLite's codes for a damaged or foreign file: ERROR (other columns), CORRUPT, NOTADB.
 _DAMAGED = frozenset((1, 11, 26))
 # Seconds to wait for another run that writes to the store.
 _PATIENCE = 10
@@ -104,7 +104,7 @@ class ReferenceStore:
                 "CREATE TABLE IF NOT EXISTS checked (key BLOB PRIMARY KEY, logp REAL, "
                 "tokens INTEGER, used REAL, checksum INTEGER) WITHOUT ROWID"
             )
-            # Rows without checksums, as they were kept before.
+            # Earlier versions kept rows without checksums here.
             connection.execute("DROP TABLE IF EXISTS logps")
             yield connection
 
@@ -191,13 +191,13 @@ def reference_logps(
 
     def compute(part: Sequence[range]) -> list[tuple[float, int]]:
         unit = part[processes.rank] if processes.rank < len(part) else range(0)
-        # With spread weights, a process without records of its own still takes part.
+        # With sharded weights, a process without records of its own still takes part.
         return _compute_unit(engine, [trees[i] for i in unit], trees[part[0].start], budget)
 
     def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
         logps = [logp for logp, _ in fresh]
         store.put(keys, logps, [count for _, count in fresh])
-        # What another run has stored meanwhile is taken by both.
+        # Where another run has stored a log-prob meanwhile, both take that one.
         return dict(zip(keys, logps, strict=True)) | store.get(keys)
 
     logps: list[NDArray[np.float64]] = []

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may hold, and what becomes of it when memory runs out."""
+"""How many tokens a micro-batch may hold, and how it is split when memory runs out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Members = tuple[int, ...]
 
 # Share of the free memory that a micro-batch's activations may take.
 _ACTIVATION_SHARE = 0.4
-# What devices' allocators say, where they have no error of their own.
+# Words of allocators that raise a plain RuntimeError.
 _WORDS = (
     "out of memory", "can't allocate memory", "not enough memory", "allocation failed",
     "failed to allocate",
@@ -125,7 +125,7 @@ class TokenBudget:
                 continue
             size = sum(tokens[i] for i in members)
             single = len(members) == 1
-            # Beyond the budget already, or tried again: no smaller schedule helps.
+            # Beyond the budget already, or tried again: smaller micro-batches do not help.
             if single and (again or (size > self.tokens and not self._alone)):
                 raise no_room(members[0])
             if not single or not self._alone:
@@ -148,7 +148,7 @@ class TokenBudget:
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-        # Out here the error is gone, and with it the frames that held on to tensors.
+        # Here the error is gone, and with it the frames that kept tensors alive.
         gc.collect()
         self._release()
         return None

@@ -18,9 +18,9 @@ from tandem.train.callbacks.callback import StepReport, TrainingRun
 from tandem.train.checkpoint import RunState
 from tandem.train.step import StepResult, StepRunner, not_finite
 
-# Seconds within which two different signals are one request to stop.
+# Two different signals within so many seconds are one request to stop.
 _SAME_REQUEST = 5.0
-# Sums of the loop itself, among those of the objective.
+# Sums that the loop adds to the objective's.
 _OWN_SUMS = ("steps", "grad_norm", "tokens", "examples", "seconds")
 
 
@@ -129,7 +129,7 @@ def _account(state: RunState, result: StepResult, seconds: float, *, padded: boo
     for example in work.examples:
         prefix = len(example.prefix.input_ids)
         lengths += [prefix + len(branch.input_ids) for branch in example.branches]
-        # What every branch after the first would have fed again.
+        # Tokens that every branch after the first would have fed again.
         state.shared_tokens += (len(example.branches) - 1) * prefix
     state.padded_tokens += padded_tokens(lengths)
 

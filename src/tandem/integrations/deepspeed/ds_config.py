@@ -11,14 +11,14 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.recipe.training_settings import TrainingSettings
 
-# Keys that go to DeepSpeed as they are. `zero_optimization` has offloading, bucket sizes, overlap.
+# Keys that DeepSpeed gets unchanged; `zero_optimization` has offloading, bucket sizes, overlap.
 _PASSED = {
     "aio", "comms_logger", "communication_data_type", "dump_state", "memory_breakdown",
     "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
 _SECTIONS = {"bf16", "fp16", "optimizer", "scheduler", "zero_optimization"}
-# Keys that say what the recipe says as well.
+# Keys that must agree with the recipe.
 _COMPARED = {
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
     "train_batch_size", "train_micro_batch_size_per_gpu",
@@ -87,10 +87,10 @@ def _for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
-        # The optimizer is tandem's AdamW, also where its state is on the CPU.
+        # tandem's AdamW is used even where its state is on the CPU.
         "zero_force_ds_cpu_optimizer": False,
         **config,
-        # Its own guess whether it knows an optimizer.
+        # Else DeepSpeed refuses optimizers that it does not know.
         "zero_allow_untested_optimizer": True,
     }
 

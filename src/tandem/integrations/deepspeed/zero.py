@@ -32,7 +32,30 @@ class _ZeroEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine.optimizer_state`."""
-        return state_of(self.zero, self.parameters)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in next(iter(_flat_states(self.zero)), {}).items():
+                if torch.is_tensor(value) and value.numel() > 1:
+                    # A parameter that is sharded has no shape of its own.
+                    shape = getattr(parameter, "ds_shape", parameter.shape)
+                    tensor = safe_get_full_optimizer_state(parameter, key).view(shape)
+                else:
+                    tensor = torch.as_tensor(value).clone()
+                tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
+        return tensors
+
+    def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put DeepSpeed's optimizer, which has a state, back to where any engine's was."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, key, tensor in by_parameter(tensors, self.parameters):
+            if tensor.numel() > 1:
+                safe_set_full_optimizer_state(self.parameters[name], tensor, key)
+            else:
+                for state in _flat_states(self.zero):
+                    state[key] = tensor.clone()
 
     def _start(self, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
         config = {**self.config, "gradient_clipping": self.max_grad_norm or 0.0}
@@ -60,11 +83,11 @@ class Zero2Engine(_ZeroEngine):
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
-        # A step of zeros at a rate of zero, because DeepSpeed makes the state with the first one.
+        # A step of zeros at a rate of zero: DeepSpeed makes the state in the first step.
         self.gradients.clear()
         self._reduce()
         self._apply(0.0)
-        load_state(self.zero, self.parameters, tensors)
+        self._load_state(tensors)
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         parameters = list(self.parameters.values())
@@ -93,14 +116,14 @@ class Zero3Engine(_ZeroEngine):
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
-        # Zeros to be filled, because DeepSpeed makes the state with the first step.
+        # Zeros to be filled: DeepSpeed makes the state in the first step.
         keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
         for flat in self.zero.optimizer.fp32_partitioned_groups_flat:
             self.zero.optimizer.optimizer.state[flat] = {
                 key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
                 for key, like in keys.items()
             }
-        load_state(self.zero, self.parameters, tensors)
+        self._load_state(tensors)
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         self._start(self.scorer, make_optimizer)
@@ -145,7 +168,7 @@ def start_engine(
 
     Raises TandemError if DeepSpeed does not see the same processes, or chose another stage.
     """
-    # Read when DeepSpeed is imported; it would take a CUDA device for a run on the CPU.
+    # DeepSpeed reads this on import; it would take a CUDA device for a run on the CPU.
     os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -153,7 +176,7 @@ def start_engine(
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
     import deepspeed
 
-    # It would compile shared-memory collectives for CPUs at the first start, for a minute.
+    # DeepSpeed would spend a minute on compiling shared-memory collectives for CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
     deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
@@ -173,37 +196,6 @@ def start_engine(
         if "step" in state:  # which began with that step of zeros
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
     return engine
-
-
-def state_of(engine: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors, whole, as `parameter|key`; collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in next(iter(_flat_states(engine)), {}).items():
-            if torch.is_tensor(value) and value.numel() > 1:
-                # A parameter that is sharded has no shape of its own.
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                tensor = safe_get_full_optimizer_state(parameter, key).view(shape)
-            else:
-                tensor = torch.as_tensor(value).clone()
-            tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
-    return tensors
-
-
-def load_state(
-    engine: Any, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put DeepSpeed's optimizer back to where any engine's state was."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    for name, key, tensor in by_parameter(tensors, parameters):
-        if tensor.numel() > 1:
-            safe_set_full_optimizer_state(parameters[name], tensor, key)
-        else:
-            for state in _flat_states(engine):
-                state[key] = tensor.clone()
 
 
 def _flat_states(engine: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Gaudi cards: the one place that imports Habana's bridge. Without it, nothing here needs torch."""
+"""Gaudi cards: the one place that imports Habana's bridge. This module itself needs no torch."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def fused_attention(
 
 _NAME = "tandem_dense"
 _TOKENS = 4
-# What a host waits for, or what has a shape that the values decide.
+# Operators that make the host wait, or whose output shape depends on values.
 _WAITING = {
     "_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
     "unique_consecutive", "unique_dim", "_unique2",

@@ -18,9 +18,9 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.errors import UserError
 from tandem.runtime.device import BatchRequest
 
-# Lengths that are not asked for are multiples of this, as matrix engines like them.
+# Automatic lengths are multiples of this, which suits matrix engines.
 _GRAIN = 128
-# How many of them `auto` makes: each half of the one before, and each a set of graphs to compile.
+# `auto` makes so many lengths, each half of the next; each has graphs to compile.
 _AUTO = 4
 # Targets and sequences are rounded up to multiples of this.
 _ALIGNED = 8

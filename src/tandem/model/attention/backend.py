@@ -1,4 +1,4 @@
-"""An attention backend: registered by name, called by transformers; and the plainest one, dense."""
+"""Attention backends, registered by name and called by transformers; and the dense one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tandem.errors import UserError
 from tandem.model.attention.layout import TreeLayout
 
-# What transformers calls, by the backend's name. Modules of other packages may add theirs.
+# The function that transformers calls, by backend; other packages may add theirs.
 BACKENDS: dict[str, Callable[..., Any]] = {}
 
 

@@ -52,7 +52,7 @@ class TreeLayout:
 
     def mask(self, window: int | None) -> Tensor:
         """[T, T] bool: which keys (columns) a query (row) sees; windows count path positions."""
-        # In a declared shape the shape alone decides, never what the micro-batch holds.
+        # In a declared shape, only the shape decides, not the micro-batch's contents.
         longest = self.longest_path() if self.spans is None else self.position_ids.shape[0]
         if window is not None and window >= longest:
             window = None

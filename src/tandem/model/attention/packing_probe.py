@@ -1,4 +1,4 @@
-"""What a model does with its tokens, found out by feeding it a few: can it read packed trees?"""
+"""Finds out, with a few tokens, whether a model can read packed trees."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tandem.model.unwrap import decoder_of
 
 _NAME = "tandem_examination"
 _TOKENS = 4
-# What attention layers pass to transformers' interface that changes nothing about their scores,
-# or that every backend of tandem heeds.
+# Arguments of transformers' attention interface that do not change scores,
+# or that all of tandem's backends take into account.
 _KNOWN = {
     "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "cache_position", "dropout",
     "is_causal", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",

@@ -17,11 +17,11 @@ try:
 except ImportError:  # before torch 2.10
     _varlen_attn = None  # type: ignore[assignment]
 
-# torch 2.10 had the function without these.
+# torch 2.10 has the function without these keywords.
 _KEYWORDS = {"scale", "window_size", "enable_gqa"}
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST_HEAD_SIZE = 256
-# Larger heads have a backward on data centre GPUs alone.
+# Only data centre GPUs have a backward for larger heads.
 _EVERYWHERE_HEAD_SIZE = 192
 _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 

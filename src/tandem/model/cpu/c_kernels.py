@@ -22,7 +22,7 @@ from torch import Tensor
 from tandem.errors import UserError
 from tandem.storage.cache_folder import cache_folder
 
-# off: torch's own operators, for comparisons and where a compiler is broken.
+# off takes torch's own operators, for comparisons or where a compiler is broken.
 _VARIABLE = "TANDEM_KERNELS"
 
 _SOURCES = ("vectors.h", "attention.c", "elementwise.c")
@@ -94,7 +94,7 @@ def _load() -> tuple[Kernels | None, str]:
 
 def _loaded(compiler: str) -> ctypes.CDLL:
     """The library of the cache; one for this process where that cannot be written, or executed."""
-    # A linker that finds no room fails as a compiler does.
+    # On a full disk the linker fails, and with it the compiler.
     with suppress(OSError, AttributeError, subprocess.CalledProcessError):
         kept = ctypes.CDLL(str(_built(compiler, cache_folder() / "kernels")))
         _ = kept.tandem_lanes

@@ -1,4 +1,4 @@
-"""Micro-batches as padded rows, one sequence each, for models that cannot read packed trees."""
+"""Log-probs of a micro-batch's sequences, from packed trees or from padded rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def padded_rows(batch: MicroBatch) -> PaddedRows:
     Padding stands on the right, after everything that is read, so a causal model needs no mask
     for it, whatever it carries along from token to token.
     """
-    last = _last_rows(batch)
+    # The row that predicts each sequence's last target, -1 for a sequence without any.
+    none = torch.full((batch.sequences,), -1, device=batch.target_row.device)
+    last: list[int] = none.scatter_reduce(
+        0, batch.target_sequence, batch.target_row, "amax"
+    ).tolist()
     ends = [row for row in last if row >= 0]  # a sequence without targets needs no place
     paths = [_path(batch.segments, row) for row in ends]
     lengths = [len(path) for path in paths]
@@ -59,13 +63,6 @@ def padded_rows(batch: MicroBatch) -> PaddedRows:
         target_position=batch.position_ids[batch.target_row],
         tokens=sum(lengths),
     )
-
-
-def _last_rows(batch: MicroBatch) -> list[int]:
-    """The row that predicts each sequence's last target, -1 for a sequence without any."""
-    last = torch.full((batch.sequences,), -1, device=batch.target_row.device)
-    last = last.scatter_reduce(0, batch.target_sequence, batch.target_row, "amax")
-    return [int(row) for row in last.tolist()]
 
 
 def _path(segments: tuple[Segment, ...], row: int) -> Tensor:
@@ -157,7 +154,7 @@ def sequence_logps(
             answer's sum is off by 1e-4, and DPO's gradient follows it; here it is rounded once.
     """
     logps = token_logps(model, batch)
-    # One slot more than sequences, for targets that only fill a declared shape up.
+    # One more slot than sequences, for filler targets of a declared shape.
     empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
     add = partial(empty.index_add, 0, batch.target_sequence)
     if sums == torch.float64:

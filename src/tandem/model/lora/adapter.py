@@ -166,7 +166,7 @@ def unreached_layers(model: Any) -> list[str]:
     try:
         with torch.no_grad():
             ids = torch.arange(4, device=model.device)[None]
-            # Without a mask transformers looks at positions for packed texts, which takes numbers.
+            # Without a mask, transformers reads the values of positions, which a meta device lacks.
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         for handle in handles:

@@ -33,7 +33,7 @@ _MORE = {
     "monteclora_config": "was trained with MonteCLoRA, which draws random numbers",
     "megatron_config": "was trained on Megatron's parallel layers",
 }
-# Initialisations that take a part out of the base before training, which cannot be computed again.
+# Initialisations that take a part out of the base, which cannot be computed again.
 _LOST = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
 
@@ -50,7 +50,7 @@ def read_config(adapter: Path) -> Any:
     _refuse(adapter, values)
     try:
         with warnings.catch_warnings():
-            # Keys that peft does not know are judged above.
+            # Keys that peft does not know were checked above.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             return peft.PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:

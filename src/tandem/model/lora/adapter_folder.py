@@ -60,7 +60,7 @@ class LowRankUpdate:
         if self.start == "olora":
             q, r = torch.linalg.qr(weight)
             return (q[:, :rank] @ r[:rank]) * self.scaling
-        # Turned or not, the largest singular values are the same.
+        # A transposed matrix has the same largest singular values.
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         return (left[:, :rank] * values[:rank]) @ right[:rank]
 
@@ -117,7 +117,7 @@ def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
                 updates[wrapped[0]] = _experts(a, b, config, *wrapped)
                 continue
             scaling, weight = _scaling(config, target, a.shape[0]), f"{target}.weight"
-            # peft sees a quantised layer [out, in] even where its weight is stored turned.
+            # peft sees a quantised layer as [out, in] even where its weight is stored transposed.
             turned = config.fan_in_fan_out or (record is not None and weight in record.transposed)
             length = {f"{module}{_MAGNITUDE}", f"{module}{_MAGNITUDE}.weight"} & names
             updates[weight] = LowRankUpdate(

@@ -23,9 +23,9 @@ from tandem.storage.manifest import difference
 from tandem.train.engines.engine import Engine
 from tandem.train.token_budget import TokenBudget, token_budget
 
-# Of the free memory, what copies of the frozen weights in a faster order may take.
+# Share of the free memory that copies of the frozen weights in a faster order may take.
 _COPIES_SHARE = 0.25
-# What an execution had that was recorded before these were known.
+# Values of executions that were recorded before these keys existed.
 _ONCE = {
     "processes": 1, "kernels": "torch", "ordered_weights": False, "float32_products": "ieee",
     "compiled": False,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.data.batching.sampler import choose_held_out, shared_prompts, tenth
+from tandem.data.batching.sampler import choose_held_out, shared_prompts
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.ledger import Ledger
 from tandem.recipe.training_settings import TrainingSettings
@@ -17,7 +17,8 @@ from tandem.storage.atomic_files import read_jsonl
 from tandem.train.callbacks.held_out_evaluation import Best
 from tandem.train.checkpoint import RunState
 
-_METRICS = {
+# What makes an adapter the best, by the recipe's `best_metric`.
+METRICS = {
     "loss": Best("loss", higher=False),
     "accuracy": Best("rewards/accuracies", higher=True),
     "margin": Best("rewards/margins", higher=True),
@@ -70,17 +71,6 @@ def hold_out(
         "two, or hold out with validation.fraction, which divides by prompt"
     )
     return dataset, HeldOut(scored, own, (warning,), shared)
-
-
-def best_by(settings: TrainingSettings) -> Best | None:
-    """What makes an adapter the best; None if the last one is kept."""
-    return _METRICS[settings.best_metric] if settings.keep == "best" else None
-
-
-def scored_every(settings: TrainingSettings, total: int) -> int:
-    """Steps from one score to the next."""
-    assert settings.validation is not None
-    return settings.validation.steps or tenth(total)
 
 
 def kept_in_words(settings: TrainingSettings, state: RunState) -> str:

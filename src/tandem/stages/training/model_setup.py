@@ -36,7 +36,7 @@ def set_up_model(
         lambda: load_model(
             context.base.folder,
             dtype=device.weights,
-            # Whole models may not fit on a device; what is spread goes there in parts.
+            # A sharded model may not fit on a device as a whole; it goes there in parts.
             device=torch.device("cpu") if engine.sharded else device.torch_device,
             quantization=context.job.run.quantization,
         )
@@ -83,7 +83,7 @@ def compile_model(
         return Compiling()
     settle_compile_caches(context.log)
     device, compiling = context.engine.device, Compiling()
-    # The model is not yet the engine's, which may watch every backward.
+    # Before the engine takes over the model: it may watch every backward.
     batches = [
         collate([dataset[i]], [record_key(context.job.run.seed, 0, i)]).to(device.torch_device)
         for i in (0, len(dataset) - 1)

@@ -47,9 +47,9 @@ from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_i
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
 
-# Of the execution: what a template that writes the date gets.
+# The execution's key for the date that a template writes.
 _DATE = "template_date"
-# What the summary repeats of the execution.
+# Keys of the execution that the summary repeats.
 _OF_THE_EXECUTION = ("processes", "engine", "attention", "device", "float32_products")
 
 

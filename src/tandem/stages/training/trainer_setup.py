@@ -12,7 +12,7 @@ from tandem.data.batching.sampler import tenth
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import TrainContext
-from tandem.stages.training.held_out import best_by, scored_every
+from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
@@ -56,8 +56,11 @@ def build_trainer(
     ]
     if records.held_out is not None:
         scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
-        every, kept = scored_every(settings, total), best_adapters(run.folder, context.weights)
-        own.append(HeldOutEvaluation(scored, every, best_by(settings), kept, checkpoints))
+        assert settings.validation is not None
+        every = settings.validation.steps or tenth(total)
+        best = METRICS[settings.best_metric] if settings.keep == "best" else None
+        kept = best_adapters(run.folder, context.weights)
+        own.append(HeldOutEvaluation(scored, every, best, kept, checkpoints))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None

@@ -1,4 +1,4 @@
-"""How a training stage's data sets are mixed: the weight of each, and its share of an epoch."""
+"""A training stage's data: read, encoded, divided into trained and held-out records, weighted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,6 @@ from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
-
-
-def parts_of(dataset: EncodedDataset, sources: Sequence[DataSource]) -> tuple[WeightedSource, ...]:
-    """The records of each source with its weight, in reading order."""
-    return tuple(
-        WeightedSource(count, source.weight)
-        for count, source in zip(dataset.sources, sources, strict=True)
-    )
 
 
 def mixture_facts(
@@ -122,7 +114,8 @@ class StageReader:
             self.settings, whole, ledger,
             seed=seed, prepare=lambda: self.encode(held_out, held_out=True), log=self.log,
         )  # fmt: skip
-        parts = parts_of(dataset, sources)
+        counted = zip(dataset.sources, sources, strict=True)
+        parts = tuple(WeightedSource(count, source.weight) for count, source in counted)
         data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), scored)
         for warning in data.warnings():
             log(self.console, f"{self.name}: {warning}", style="yellow")

@@ -15,7 +15,7 @@ from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after, read_checkpoint
 from tandem.train.step import StepRunner, added
 
-# Records whose sums travel at once.
+# Records that are scored before their sums are exchanged.
 _BLOCK = 1024
 
 
@@ -47,7 +47,7 @@ class HeldOutEvaluation(Callback):
 
     def on_train_begin(self, run: TrainingRun) -> None:
         """Forget scores beyond the step that the run resumes from; score before the first one."""
-        # Scores come before the step's checkpoint, so that none is missing up to there.
+        # Scores precede the step's checkpoint, so none is missing up to there.
         first = run.state.step == 0
         known = -1 if first else run.state.step
         run.on_rank0(lambda: forget_after(run.folder / "validation.jsonl", known))

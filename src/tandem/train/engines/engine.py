@@ -1,4 +1,4 @@
-"""What training asks of the ways in which processes share weights, gradients and optimizer."""
+"""The base class of engines: how processes share weights, gradients and optimizer."""
 
 from __future__ import annotations
 
