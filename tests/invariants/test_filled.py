@@ -1,4 +1,4 @@
-"""Micro-batches filled up to declared shapes: log-probs and gradients of the unfilled ones."""
+"""Micro-batches padded to declared shapes have the log-probs and gradients of the others."""
 
 from __future__ import annotations
 

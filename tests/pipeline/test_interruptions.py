@@ -154,7 +154,7 @@ def test_a_finished_run_says_so_without_torch_and_changes_nothing(home: Path) ->
 
 def test_the_installed_command_is_killed_from_outside(home: Path, launcher: Launcher) -> None:
     run = home / "runs" / "outside"
-    command = ("run", "recipe.yaml", "output_dir=runs/outside", "sft.max_steps=60")
+    command = ("run", "recipe.yaml", "output_dir=runs/outside", "sft.max_steps=24")
     with (home / "outside.txt").open("w") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("tandem")), *command],
@@ -171,6 +171,6 @@ def test_the_installed_command_is_killed_from_outside(home: Path, launcher: Laun
     assert not finished(run / "1-sft")
     said = launcher.run(*command, "--until", "sft", root=run, cache="cache-out").said
     assert "resuming from" in said
-    changed = launcher.run(*command[:3], "sft.max_steps=59", root=run, cache="cache-out")
+    changed = launcher.run(*command[:3], "sft.max_steps=23", root=run, cache="cache-out")
     assert changed.code == 2
-    assert "settings.max_steps: 60 -> 59" in changed.said
+    assert "settings.max_steps: 24 -> 23" in changed.said

@@ -35,7 +35,7 @@ def sft(**settings: Any) -> SftSettings:
             {"validation": {"fraction": 0.1, "steps": 9}}, 4, 99,
             "validation.steps 9 is more than the run's 4 steps",
         ),
-        ({"learning_rate": 0.5}, 4, 99, "learning_rate 0.5 is more than the weights are large"),
+        ({"learning_rate": 0.5}, 4, 99, "learning_rate 0.5 is larger than the weights themselves"),
     ],
 )  # fmt: skip
 def test_what_will_not_do_what_it_is_there_for(

@@ -162,7 +162,7 @@ def attach_saved_adapter(model: Any, preparation: Preparation, _: Log) -> Any:
 
 
 def speed_up_adapter(model: Any, _: Preparation, __: Log) -> Any:
-    """Compute the adapter's part, its dropout and its rows in tandem's own way."""
+    """Replace peft's products, dropout and trained rows by tandem's faster ones."""
     share_dropout_keys(model)
     fuse_low_rank(model)
     look_up_trained_rows(model)
@@ -211,7 +211,7 @@ FOR_SCORING: tuple[Change, ...] = (attach_attention, skip_rows_that_nothing_read
 ATTACHED: tuple[Change, ...] = (attach_trained_weights, speed_up_adapter)
 FOR_TRAINING: tuple[Change, ...] = (
     *WITH_ADDED_TOKENS,
-    # These two run the model as its makers wrote it, so before its attention is replaced.
+    # These two run the model's original forward, so before its attention is replaced.
     check_output_head,
     find_unreached_layers,
     # Compares with each module's own forward.

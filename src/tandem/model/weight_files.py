@@ -108,7 +108,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 
 def parts_of(names: Iterable[str], model: Any) -> list[Part]:
-    """What of a model each of its files' tensors is, as transformers reads them.
+    """Map each tensor of a model's files to the parameter that transformers makes of it.
 
     `model` is of the class that reads them, with or without weights.
     """

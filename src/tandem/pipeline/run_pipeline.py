@@ -132,9 +132,10 @@ def _check_root(root: Path) -> None:
 
 def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
     """Run one stage of a recipe, importing its modules; returns what an evaluation measured."""
-    if stage.name in ("sft", "dpo"):
-        training = jobs.sft_job(recipe) if stage.name == "sft" else jobs.dpo_job(recipe)
-        return run_training(stage.name, training, console)
+    if stage.name == "sft":
+        return run_training("sft", jobs.sft_job(recipe), console)
+    if stage.name == "dpo":
+        return run_training("dpo", jobs.dpo_job(recipe), console)
     if stage.name == "pairs":
         from tandem.pairs.make_pairs import make_pairs
 

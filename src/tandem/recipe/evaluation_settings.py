@@ -1,4 +1,4 @@
-"""What a recipe says of the evaluation at the end."""
+"""A recipe's settings of the evaluation at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe says of making preference pairs."""
+"""A recipe's settings for making preference pairs."""
 
 from __future__ import annotations
 

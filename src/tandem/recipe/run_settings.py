@@ -37,7 +37,7 @@ class HpuSettings(Section):
     )
     buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["auto", "max"] = Field(
         default="auto",
-        description="Lengths in tokens to which micro-batches are filled up, each compiled once; "
+        description="Lengths in tokens that micro-batches are padded to, each compiled once; "
         "`max`: a single one, for the longest.",
     )
     fused_attention: bool = Field(default=False, description="Habana's FusedSDPA.")

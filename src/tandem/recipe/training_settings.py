@@ -27,7 +27,7 @@ class ValidationSettings(Section):
         default=None, description="A share of the training records; no prompt is in both parts."
     )
     steps: Positive | None = Field(
-        default=None, description="Scored every so many steps; null: ten times a run."
+        default=None, description="Scored every so many steps; null scores ten times in a run."
     )
 
     @model_validator(mode="after")
@@ -121,7 +121,7 @@ class TrainingSettings(Section):
         default=10, description="A line of metrics every so many steps."
     )
     save_steps: Positive | None = Field(
-        default=None, description="A checkpoint every so many steps; null: ten times a run."
+        default=None, description="A checkpoint every so many steps; null writes ten in a run."
     )
     save_total_limit: Positive | None = Field(
         default=None, description="How many checkpoints are kept; null: all."
@@ -226,8 +226,8 @@ def unmeant(
     warnings = []
     if settings.learning_rate >= _HUGE_RATE:
         warnings.append(
-            f"learning_rate {settings.learning_rate:g} is more than the weights are large; usual "
-            "ones are between 1e-6 and 1e-3"
+            f"learning_rate {settings.learning_rate:g} is larger than the weights themselves; "
+            "usual ones are between 1e-6 and 1e-3"
         )
     if records is not None and settings.batch_size > records:
         warnings.append(

@@ -38,7 +38,7 @@ def most_resident() -> int:
 
 
 class BatchShapes(Protocol):
-    """The shapes that every micro-batch of a run is filled up to."""
+    """The shapes that every micro-batch of a run is padded to."""
 
     def fill(self, batch: Any) -> Any:
         """Return the same micro-batch (`data.batching.collate.MicroBatch`) in one of the shapes."""
@@ -135,7 +135,7 @@ class Device:
         return None
 
     def batch_shapes(self, request: BatchRequest) -> tuple[BatchShapes | None, int]:
-        """Return the shapes that micro-batches are filled up to, if any, and the token budget."""
+        """Return the shapes that micro-batches are padded to, if any, and the token budget."""
         return None, request.budget
 
     def step_boundary(self) -> None:

@@ -23,7 +23,7 @@ class OptimizerSpec:
     kind: Callable[..., torch.optim.Optimizer]  # called with parameters and `options`
     options: Callable[[TrainingSettings], dict[str, Any]]  # its keyword arguments
     state_tensors: int  # how many tensors of a parameter's size it keeps for each
-    extra: str | None = None  # the extra of tandem, and the package, that it needs
+    extra: str | None = None  # a package it needs, which is also an extra of tandem
 
 
 def _adam_options(settings: TrainingSettings) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _cosine(done: int, steps: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
 
 
-# The share of the peak rate, given the steps done after warm-up and their total.
+# Each returns a share of the peak rate, given the steps done after warm-up and their total.
 LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
     "cosine": _cosine,

@@ -253,7 +253,7 @@ def _compute_unit(
 def _scored(engine: Engine, trees: list[Example]) -> list[tuple[float, int]]:
     batch = collate(trees)
     with torch.no_grad():
-        # Zeros follow where the micro-batch was filled up to a declared shape.
+        # Zeros follow where the micro-batch was padded to a declared shape.
         values: list[float] = engine.score(batch).tolist()[: batch.sequences]
     return list(zip(values, batch.sequence_tokens, strict=True))
 

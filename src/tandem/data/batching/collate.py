@@ -50,7 +50,7 @@ class MicroBatch:
         sequences: S, the number of sequences; an example's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
-        spans: `row_spans` of the segments, in a micro-batch that was filled up to a declared shape.
+        spans: `row_spans` of the segments, in a micro-batch that was padded to a declared shape.
     """
 
     input_ids: Tensor

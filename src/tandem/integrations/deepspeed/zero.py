@@ -47,7 +47,7 @@ class _ZeroEngine(Engine):
         return tensors
 
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put DeepSpeed's optimizer, which has a state, back to where any engine's was."""
+        """Restore DeepSpeed's optimizer from the state that any engine saved."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, key, tensor in by_parameter(tensors, self.parameters):

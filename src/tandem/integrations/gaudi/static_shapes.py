@@ -176,10 +176,10 @@ def _filled(tensor: Tensor, count: int, value: int) -> Tensor:
 def declared_shapes(
     asked: Sequence[int] | Literal["auto", "max"], request: BatchRequest
 ) -> tuple[Buckets, int]:
-    """The shapes that micro-batches are filled up to, held-out ones too, and the token budget.
+    """Return the shapes that micro-batches, also held-out ones, are padded to, and the budget.
 
     The budget never exceeds the largest shape; where lengths were declared and no budget, it is the
-    largest, since a smaller one would be filled up anyway. A line on the console says what filling
+    largest, since a smaller one would be padded anyway. A line on the console says what filling
     up costs in an epoch, as one process packs it.
 
     Raises UserError for a record, or a budget, that exceeds the declared lengths.

@@ -117,7 +117,7 @@ def check_head(model: Any) -> None:
     """Raise UserError unless `head_of` describes how the model makes logits of hidden states.
 
     A few tokens are scored both ways: a factor or a soft-cap that tandem does not know of would
-    otherwise train towards other log-probs than the model's own. The model still attends by itself.
+    otherwise train towards other log-probs than the model's own. Attention is the model's own here.
     """
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where and how a training stage's work is done: it changes nothing but rounding."""
+"""How a training stage computes: device, threads, token budget. It changes rounding alone."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ _OF_THE_EXECUTION = ("processes", "engine", "attention", "device", "float32_prod
 def train_stage(
     stage: TrainingStage, job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()
 ) -> Path:
-    """Run, resume or recognise as finished one training stage; returns its folder.
+    """Run or resume a training stage, unless it is finished; returns its folder.
 
     Where a launcher started several processes, all of them call it, and rank 0 alone writes. The
     callbacks are called after the stage's own.
@@ -131,7 +131,7 @@ def _run(
     inputs: dict[str, Any],
     callbacks: Sequence[Callback],
 ) -> None:
-    """Load, adapt, train and write; what can be refused is, before anything is written."""
+    """Load, adapt, train and write; mistakes are refused before anything is written."""
     engine, processes = context.engine, context.engine.processes
     stage, settings, folder = context.stage, context.job.settings, context.job.folder
     # The other processes find what rank 0 has encoded, where they share its cache.
@@ -181,7 +181,7 @@ def _records(context: TrainContext) -> TrainingData:
 
 
 def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Tensor]:
-    """Put run and adapter to where they stood; returns the optimizer's tensors, if any."""
+    """Restore the run and the adapter; returns the optimizer's tensors, if any."""
     checkpoints, processes = context.checkpoints(), context.engine.processes
     usable = partial(why_best_is_gone, best_adapters(context.job.folder, context.weights))
     newest = processes.on_rank0(lambda: checkpoints.newest(context.log, usable))

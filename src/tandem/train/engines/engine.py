@@ -51,7 +51,7 @@ class Engine(ABC):
     ) -> None:
         self.device, self.processes = device, processes
         self.config: Mapping[str, Any] = config or {}
-        # The shapes that micro-batches are filled up to, where the device declares some.
+        # The shapes that micro-batches are padded to, where the device declares some.
         self.shapes: BatchShapes | None = None
         # After `prepare`: the model, and what the optimizer moves, by name.
         self.model: Any = None
@@ -111,7 +111,7 @@ class Engine(ABC):
         return state_of(self.optimizer, self.parameters)
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the optimizer back to where `optimizer_state` found it."""
+        """Restore what `optimizer_state` returned."""
         load_state(self.optimizer, self.parameters, tensors)
 
     def gather(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:

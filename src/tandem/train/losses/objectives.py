@@ -59,7 +59,7 @@ class Objective(Protocol):
 
         Args:
             logps: of its sequences [S].
-            weights: 1, or 0 for a sequence that only fills the micro-batch up [S].
+            weights: 1, or 0 for a sequence that is only padding [S].
             indices: of its examples.
             first_step: whether nothing is trained yet.
         """
@@ -158,7 +158,7 @@ class PreferenceObjective:
             reference = torch.stack((chosen.reference, rejected.reference), dim=1)
             self._check_start(policy.detach(), reference)
         value = self._loss.compute(chosen, rejected, self._settings, *self._statistic)
-        # A pair that only fills a declared shape up has log-probs of 0, and yet a loss.
+        # A pair that is only padding has log-probs of 0, and yet a loss.
         real = weights.view(-1, 2)[:, 0]
         loss = (value.loss * real).sum()
         metrics = {
@@ -174,7 +174,7 @@ class PreferenceObjective:
         return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
 
     def _answers(self, policy: Tensor, indices: Sequence[int]) -> tuple[AnswerLogps, AnswerLogps]:
-        """The chosen and the rejected answers of a micro-batch, filled up as the policy is."""
+        """The chosen and the rejected answers of a micro-batch, padded like the policy's."""
 
         def columns(values: Tensor) -> tuple[Tensor, ...]:
             filled = torch.zeros(policy.shape, dtype=policy.dtype)

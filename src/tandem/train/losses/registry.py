@@ -36,7 +36,7 @@ class LossValue:
 class PreferenceLoss:
     """A registered loss."""
 
-    name: str  # by which settings name it
+    name: str  # what settings call it
     # called with the chosen answers, the rejected ones and the stage's settings; of a loss without
     # pairs: with the answers, whether each is desirable [P], and the settings
     compute: Callable[..., LossValue]
