@@ -140,7 +140,7 @@ def test_vendors_have_one_home() -> None:
 def test_gaudi_is_named_where_it_is_chosen_and_asked_for_alone() -> None:
     named = re.compile(r"(?<![a-z])(hpu|gaudi|habana)", re.IGNORECASE)
     homes = ("integrations/gaudi/", "integrations/__init__.py", "recipe/")
-    others = {"integrations/choose.py", "cli/environment.py"}
+    others = {"integrations/choose.py"}
     found = {
         _name(path)
         for path in modules()
@@ -163,7 +163,7 @@ def test_deepspeed_and_gaudi_stand_behind_engine_and_device_alone() -> None:
         if any(name.startswith(vendors) for name in imports(path))
         and not _name(path).startswith(("integrations/deepspeed/", "integrations/gaudi/"))
     }
-    assert importers == {"integrations/choose.py", "cli/environment.py"}
+    assert importers == {"integrations/choose.py"}
     for ours, theirs, own in (
         (Engine, Zero2Engine, {"name"}),
         (Engine, Zero3Engine, {"name"}),

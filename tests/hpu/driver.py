@@ -1,7 +1,7 @@
 """What runs under the stub bridge, in a process of its own: stages, watched; prints JSON.
 
-`python -m tests.hpu.driver FOLDER MODE` with the stub on PYTHONPATH. Only the standard library is
-imported before `prepare_devices`, as in a command.
+`python -m tests.hpu.driver FOLDER MODE` with the stub on PYTHONPATH. torch is not imported before
+`prepare_devices`, as in a command.
 """
 
 from __future__ import annotations
@@ -146,14 +146,13 @@ def install(watch: Watch) -> None:
 
 def main(folder: Path, mode: str) -> dict[str, Any]:
     """Run both stages on the stub's HPU, eager or lazy."""
-    from tandem.cli.environment import prepare_devices
+    from tandem.integrations.choose import choose_device, prepare_devices
 
     lazy = mode == "lazy"
-    # As a command does it, before torch and pydantic are there.
+    # As a command does it, before torch is imported.
     hpu_section = SimpleNamespace(lazy_mode=lazy)
     notices = prepare_devices(SimpleNamespace(hpu=hpu_section))
     early = "torch" not in sys.modules
-    from tandem.integrations.choose import choose_device
     from tandem.recipe.run_settings import HpuSettings
 
     hpu = HpuSettings(

@@ -185,6 +185,8 @@ def test_a_bridge_without_a_card_is_said(done: Done) -> None:
         str(data),
         "--output_dir",
         "n",
+        "--max_length",
+        "200",
     ]
     ran = _tandem(done.home, *argv, "--use_habana", STUB_CARDS="0")
     assert ran.returncode == 2

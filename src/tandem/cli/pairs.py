@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.cli.environment import prepare_devices
 from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, output_folder, path
+from tandem.integrations.choose import prepare_devices
 from tandem.recipe.flags import flag_of
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_overrides, output_folder
 from tandem.runtime.launch import announce, launched
@@ -36,6 +35,7 @@ def run(argv: list[str]) -> int:
     announce(f"{Path(arguments.recipe).name} -> {recipe.output_dir}, {count}")
     if arguments.nproc is not None:
         return in_processes(arguments.nproc, "run", argv, device=recipe.device)
+    from tandem.integrations.choose import prepare_devices
     from tandem.runtime.console import notice_console
 
     console = notice_console()

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.environment import has_bridge, prepare_devices
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
+from tandem.integrations.choose import has_bridge, prepare_devices
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.flags import flag_of
 from tandem.recipe.run_settings import RunSettings

@@ -65,6 +65,21 @@ def device_of(run: RunSettings) -> Device:
     return choose_device(run.device, run.dtype, run.hpu)
 
 
+def prepare_devices(run: RunSettings) -> tuple[str, ...]:
+    """Set what devices read in the environment when torch is imported; call it before.
+
+    Returns a line for the user where the environment said something else.
+    """
+    installed = bridge.bridge_installed()
+    notice = bridge.set_modes(lazy=run.hpu.lazy_mode) if installed else None
+    return () if notice is None else (notice,)
+
+
+def has_bridge() -> bool:
+    """Whether a bridge is installed through which `auto` may find Gaudi cards."""
+    return bridge.bridge_installed()
+
+
 @dataclass(frozen=True)
 class DeviceNames:
     """The kind of a device and the dtype of the weights on it, as `Device` calls them."""
