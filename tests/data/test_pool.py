@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import random
@@ -80,14 +81,14 @@ def test_two_processes_write_what_one_writes(
     shared_data: Path, mistral_tokenizer: Any, tmp_path: Path, suffix: str
 ) -> None:
     lines = (shared_data / "pairs" / "mixed_pairs.jsonl").read_text().rstrip("\n").split("\n")
-    rows = [json.loads(line) for line in lines[:250]]
+    rows = [json.loads(line) for line in lines[:120]]
     rows[77] = pair("Q", "A", "A")
     file = tmp_path / f"p.{suffix}"
     if suffix == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=40)
     elif suffix == "json":
         file.write_text(json.dumps(rows))
     elif suffix == "jsonl.gz":
@@ -99,24 +100,23 @@ def test_two_processes_write_what_one_writes(
             table.writerows(rows)
     else:
         file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
-    sources = [
-        DataSource(path=str(file)),
-        DataSource(path=str(shared_data / "pairs/orca_dpo_pairs.jsonl")),
-    ]
+    with (shared_data / "pairs" / "orca_dpo_pairs.jsonl").open() as others:
+        (tmp_path / "orca.jsonl").write_text("".join(itertools.islice(others, 60)))
+    sources = [DataSource(path=str(file)), DataSource(path=str(tmp_path / "orca.jsonl"))]
     both_ways(sources, mistral_tokenizer, prepare_pairs, tmp_path / "s", max_length=256)
 
 
 def test_renamed_and_joined_rows_too(
     shared_data: Path, mistral_tokenizer: Any, tmp_path: Path
 ) -> None:
-    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().rstrip("\n").split("\n")
+    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().split("\n")[:80]
     rows = [json.loads(line) for line in lines]
     labelled = [
         {"ask": row["question"], "completion": row[key], "label": key == "chosen"}
         for key in ("chosen", "rejected")
         for row in rows
     ]
-    source = write(tmp_path / "p.jsonl", [*labelled[:200], {"text": "?"}, *labelled[200:]])
+    source = write(tmp_path / "p.jsonl", [*labelled[:90], {"text": "?"}, *labelled[90:]])
     both_ways(
         [DataSource(path=source.path, fields={"prompt": "ask"})], mistral_tokenizer, prepare_pairs,
         tmp_path / "s", max_length=256,
