@@ -127,8 +127,8 @@ def test_every_tree_and_count_is_that_of_the_record(
     )
 
 
-def test_trees_are_a_sequence(source: DataSource, mistral_tokenizer: Any, desk: Desk) -> None:
-    trees = desk.prepare([source], mistral_tokenizer)
+def test_trees_are_a_sequence(source: DataSource, stories_tokenizer: Any, desk: Desk) -> None:
+    trees = desk.prepare([source], stories_tokenizer)
     assert len(trees) == 8
     assert [tree.origin.row for tree in trees] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert [tree.origin.row for tree in trees[-2:]] == [8, 9]
@@ -138,9 +138,9 @@ def test_trees_are_a_sequence(source: DataSource, mistral_tokenizer: Any, desk: 
 
 
 def test_a_second_start_tells_the_same_without_encoding(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, stories_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = list(desk.prepare([source], mistral_tokenizer))
+    first = list(desk.prepare([source], stories_tokenizer))
     told = (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary())
     assert desk.ledger.counts == {"read": 9, "trained": 8, "truncated": 1, "dropped": 1}
     assert [entry.row for entry in desk.ledger.entries] == [4, 6]
@@ -149,20 +149,20 @@ def test_a_second_start_tells_the_same_without_encoding(
         raise AssertionError("encoded again")
 
     monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
-    again = desk.prepare([source], mistral_tokenizer)
+    again = desk.prepare([source], stories_tokenizer)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert (desk.ledger.entries, desk.ledger.formats, desk.ledger.summary()) == told
     assert desk.said == []
 
 
 def test_where_data_lies_plays_no_part(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, stories_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
-    desk.prepare([source], mistral_tokenizer)
+    desk.prepare([source], stories_tokenizer)
     elsewhere = tmp_path / "else" / "where.jsonl"
     elsewhere.parent.mkdir()
     shutil.copy(source.path, elsewhere)
-    trees = desk.prepare([DataSource(path=str(elsewhere))], mistral_tokenizer)
+    trees = desk.prepare([DataSource(path=str(elsewhere))], stories_tokenizer)
     assert len(desk.entries()) == 1
     assert trees[0].origin.file == str(elsewhere)
     assert {entry.file for entry in desk.ledger.entries} == {str(elsewhere)}
@@ -170,12 +170,12 @@ def test_where_data_lies_plays_no_part(
 
 
 def test_everything_that_ids_depend_on_misses(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, stories_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     from tokenizers import AddedToken
 
     def entries_after(**options: Any) -> int:
-        desk.prepare(options.pop("sources", [source]), mistral_tokenizer, **options)
+        desk.prepare(options.pop("sources", [source]), stories_tokenizer, **options)
         return len(desk.entries())
 
     assert entries_after() == entries_after() == 1
@@ -183,7 +183,7 @@ def test_everything_that_ids_depend_on_misses(
     assert entries_after(max_prompt_length=100) == 3
     assert entries_after(on_bad_record="drop") == 4
     assert entries_after(too_long="keep_end") == 5
-    plain = resolve_template(mistral_tokenizer, "neural-chat")
+    plain = resolve_template(stories_tokenizer, "neural-chat")
     assert entries_after(template=replace(plain, name="called otherwise")) == 5
     other = ChatTemplate("neural-chat", plain.source.replace("### User", "## User"))
     assert entries_after(template=other) == 6
@@ -192,26 +192,26 @@ def test_everything_that_ids_depend_on_misses(
     content = Path(source.path).read_bytes()
     changed.write_bytes(content.replace(b"It is 7.", b"It is 6."))
     assert entries_after(sources=[DataSource(path=str(changed))]) == 8
-    mistral_tokenizer.eos_token, before = "<unk>", mistral_tokenizer.eos_token
+    stories_tokenizer.eos_token, before = "<unk>", stories_tokenizer.eos_token
     assert entries_after(template=plain) == 9
-    mistral_tokenizer.eos_token = before
+    stories_tokenizer.eos_token = before
     assert entries_after() == 9
-    backend = mistral_tokenizer.backend_tokenizer
+    backend = stories_tokenizer.backend_tokenizer
     kept = backend.to_str()
     backend.add_special_tokens([AddedToken("What is")])
     try:
         assert entries_after(template=plain) == 10
     finally:
-        mistral_tokenizer._tokenizer = type(backend).from_str(kept)
+        stories_tokenizer._tokenizer = type(backend).from_str(kept)
     assert entries_after() == 10
 
 
 @pytest.mark.parametrize("name", ["ids", "trained", "lengths", "rows", "ledger", "entry.json"])
 @pytest.mark.parametrize("damage", ["a byte", "the end", "all"])
 def test_a_damaged_entry_is_made_again_with_a_line(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, name: str, damage: str
+    source: DataSource, stories_tokenizer: Any, desk: Desk, name: str, damage: str
 ) -> None:
-    first = list(desk.prepare([source], mistral_tokenizer))
+    first = list(desk.prepare([source], stories_tokenizer))
     (entry,) = desk.folder.iterdir()
     content = bytearray((entry / name).read_bytes())
     if damage == "all":
@@ -221,28 +221,28 @@ def test_a_damaged_entry_is_made_again_with_a_line(
     else:
         content[0 if name == "entry.json" else len(content) // 2] ^= 1
         (entry / name).write_bytes(content)
-    again = desk.prepare([source], mistral_tokenizer)
+    again = desk.prepare([source], stories_tokenizer)
     assert len(desk.said) == 1
     assert f"{entry} is damaged" in desk.said[0]
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    desk.prepare([source], mistral_tokenizer)
+    desk.prepare([source], stories_tokenizer)
     assert desk.said == []
 
 
 def test_only_complete_preparations_are_kept(
-    mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    stories_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     bad = write(tmp_path / "p.jsonl", [*[pair("Q?", "A", "B")] * 300, "{"])
     with pytest.raises(UserError, match="row 301"):
-        desk.prepare([bad], mistral_tokenizer)
+        desk.prepare([bad], stories_tokenizer)
     nothing = write(tmp_path / "q.jsonl", [pair("Q?", "A", "A")])
     with pytest.raises(UserError, match="none of the 1 records"):
-        desk.prepare([nothing], mistral_tokenizer)
+        desk.prepare([nothing], stories_tokenizer)
     assert desk.entries() == set()
 
 
 def test_a_data_set_of_the_hub_is_loaded_once(
-    mistral_tokenizer: Any, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_tokenizer: Any, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
@@ -257,18 +257,18 @@ def test_a_data_set_of_the_hub_is_loaded_once(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 0)  # as for large data
     hub = DataSource(path="made/pairs", fields={"question": "ask"})
-    assert len(desk.prepare([hub], mistral_tokenizer, workers=1)) == 9
-    assert len(desk.prepare([hub], mistral_tokenizer, workers=1, max_length=256)) == 9
+    assert len(desk.prepare([hub], stories_tokenizer, workers=1)) == 9
+    assert len(desk.prepare([hub], stories_tokenizer, workers=1, max_length=256)) == 9
     assert asked == [("made/pairs", None, "train", None)]
     assert (
-        len(desk.prepare([hub.model_copy(update={"revision": "v1"})], mistral_tokenizer, workers=1))
+        len(desk.prepare([hub.model_copy(update={"revision": "v1"})], stories_tokenizer, workers=1))
         == 9
     )
     assert len(asked) == 2
 
 
 def test_a_file_that_changes_meanwhile_is_refused(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    source: DataSource, stories_tokenizer: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode(*arguments: Any) -> Any:
         with Path(source.path).open("a") as file:
@@ -277,16 +277,16 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
     monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", encode)
     with pytest.raises(UserError, match="changed while it was being read"):
-        desk.prepare([source], mistral_tokenizer)
+        desk.prepare([source], stories_tokenizer)
     assert desk.entries() == set()
 
 
 def test_a_store_that_cannot_be_written_costs_a_line(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    source: DataSource, stories_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
     desk.folder = tmp_path / "file" / "store"
-    trees = desk.prepare([source], mistral_tokenizer)
+    trees = desk.prepare([source], stories_tokenizer)
     assert len(trees) == 8
     assert desk.ledger.counts["read"] == 9
     assert len(desk.said) == 1
@@ -294,11 +294,11 @@ def test_a_store_that_cannot_be_written_costs_a_line(
 
 
 def test_the_longest_unused_go_first_and_open_ones_stay_readable(
-    mistral_tokenizer: Any, desk: Desk, tmp_path: Path
+    stories_tokenizer: Any, desk: Desk, tmp_path: Path
 ) -> None:
     import os
 
-    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+    chat = ChatTokenizer.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
     store = EncodedStore(desk.said.append, desk.folder)
     plan = EncodingOptions("conversations", Limits(512, None), "stop")
     (tmp_path / "c.jsonl").write_text(json.dumps(talk("Hi", "Hello")) + "\n")
@@ -330,21 +330,21 @@ def test_the_longest_unused_go_first_and_open_ones_stay_readable(
 
 
 def test_the_cache_command_sees_and_empties_it(
-    source: DataSource, mistral_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
+    source: DataSource, stories_tokenizer: Any, desk: Desk, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     desk.folder = EncodedStore(print).folder
-    desk.prepare([source], mistral_tokenizer)
+    desk.prepare([source], stories_tokenizer)
     ((name, size),) = cache_report()
     assert name == f"encoded/{next(iter(desk.entries()))}"
-    assert size > 4 * int(desk.prepare([source], mistral_tokenizer).fed.sum())
+    assert size > 4 * int(desk.prepare([source], stories_tokenizer).fed.sum())
     assert clear_cache() == size
     assert cache_report() == []
     assert desk.entries() == set()
 
 
-def test_masks_keep_their_place_whatever_the_batches(mistral_tokenizer: Any) -> None:
-    chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
+def test_masks_keep_their_place_whatever_the_batches(stories_tokenizer: Any) -> None:
+    chat = ChatTokenizer.of(stories_tokenizer, resolve_template(stories_tokenizer, "neural-chat"))
     plan = EncodingOptions("preference pairs", Limits(512, None), "stop")
     from tandem.data.records import Origin
     from tandem.data.sources.chunks import Row

@@ -64,7 +64,9 @@ def serve(address: str) -> tuple[dict[str, Any], list[int]] | None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A launcher under test passes these on to all children of its process.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     selector = selectors.DefaultSelector()
     for readable in (listener, wake, 0):
         selector.register(readable, selectors.EVENT_READ)
@@ -84,7 +86,7 @@ def serve(address: str) -> tuple[dict[str, Any], list[int]] | None:
                 connection, _ = listener.accept()
                 try:
                     request, streams = _receive(connection)
-                except (EOFError, ValueError):
+                except (EOFError, ValueError, OSError):  # the client was killed meanwhile
                     connection.close()
                     continue
                 pid = os.fork()
@@ -124,7 +126,10 @@ def _pass_on(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> No
     assert isinstance(connection, socket.socket)
     if connection.fileno() < 0:
         return
-    numbers = connection.recv(64)
+    try:
+        numbers = connection.recv(64)
+    except OSError:  # the client was killed before it read how the program ended
+        numbers = b""
     with suppress(ProcessLookupError):
         for number in numbers or [signal.SIGKILL]:
             os.kill(key.data, number)
@@ -163,6 +168,7 @@ def become(request: dict[str, Any], streams: list[int], client: str) -> list[str
     if unbuffered:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in request["ignored"]:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.executable = client

@@ -87,6 +87,16 @@ def test_libraries_that_set_variables_leave_it_a_fork() -> None:
     assert _ends(python(), "-c", code, env={**os.environ}) == (0, "True\n", "")
 
 
+def test_a_signal_to_all_children_of_the_tests_does_not_end_the_server() -> None:
+    for child in psutil.Process().children():
+        if "tests.warm.server" in child.cmdline():
+            child.send_signal(signal.SIGTERM)
+    code = (
+        "import signal, sys; print('torch' in sys.modules, signal.getsignal(signal.SIGTERM).name)"
+    )
+    assert _ends(python(), "-c", code) == (0, "True SIG_DFL\n", "")
+
+
 def test_signals_reach_the_program_and_its_client_takes_it_along() -> None:
     code = (
         "import os, signal, sys, time\n"
