@@ -80,7 +80,7 @@ def test_tokens_are_those_of_transformers(pair: tuple[Any, Any]) -> None:
 def test_templates_render_and_encode_as_with_transformers(pair: tuple[Any, Any]) -> None:
     light, theirs = pair
     own = [None] if theirs.chat_template else []
-    rendered = 0
+    rendered = encoded = 0
     for name in (*own, *template_names()):
         a, b = (resolve_template(tokenizer, name) for tokenizer in (light, theirs))
         assert (a.source, a.notices) == (b.source, b.notices)
@@ -89,12 +89,15 @@ def test_templates_render_and_encode_as_with_transformers(pair: tuple[Any, Any])
             assert texts[0] == texts[1]
             rendered += 1
         assert find_ending(light, a) == find_ending(theirs, b)
-        if find_ending(light, a) is not None:
+        # A codec copies its tokenizer, which takes a second where there are 150,000 tokens.
+        if find_ending(light, a) is not None and (encoded == 0 or len(light) < 50_000):
+            encoded += 1
             chats = [ChatTokenizer.of(t, a) for t in (light, theirs)]
             texts = [chat.codec.render(TURNS[1:], prompt=True) for chat in chats]
             assert texts[0] == texts[1]
             assert chats[0].codec.tokenize(texts) == chats[1].codec.tokenize(texts)
     assert rendered
+    assert encoded
 
 
 @pytest.mark.parametrize(
