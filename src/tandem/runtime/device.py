@@ -1,4 +1,4 @@
-"""The device of a run, and its abilities; `integrations/choose_device.py` chooses it."""
+"""The device of a run, and its abilities; `integrations/choose.py` chooses it."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""What the result of a stage depends on, and whether it is there already; told without torch.
+"""What a stage's result depends on, and whether the stage is finished, without loading torch.
 
-A stage that is not finished, or of which only torch and transformers can say whether it is, goes
-its usual way, where the same is asked once more.
+A stage that is not finished runs as usual, and asks again. So does one whose tokenizer only
+transformers can read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
@@ -46,51 +45,29 @@ _NOT_MATHEMATICS: Any = {
 }
 
 
-class Base(Protocol):
-    """The model that a stage trains, as far as inputs name it: `base_model.BaseModelInfo`."""
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-
-    @property
-    def template(self) -> ChatTemplate:
-        """The chat template in force."""
-
-    @property
-    def added(self) -> AddedTokens:
-        """Tokens whose embeddings are trained."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """See `Base`."""
-
-    folder: Path
-    template: ChatTemplate
-    added: AddedTokens
-
-
 def training_inputs(
     job: TrainingJob,
-    base: Base,
-    sources: list[DataSource],
-    held_out: list[DataSource],
+    base: Path,
+    template: ChatTemplate,
+    added: AddedTokens,
+    data: tuple[list[DataSource], list[DataSource]],
     dtype: str,
 ) -> dict[str, Any]:
     """Collect all that a training stage's result depends on, for its manifest.
 
     Args:
         job: what is asked for.
-        base: the model that it starts from.
-        sources, held_out: the data to train on, and data sets that are only scored.
+        base: folder of the model that it starts from.
+        template: the chat template in force.
+        added: tokens whose embeddings are trained.
+        data: the data sets to train on, and those that are only scored.
         dtype: of the weights, by name.
     """
-    run, template, added = job.run, base.template, base.added
+    run, (sources, held_out) = job.run, data
     return {
         "model": {
-            "weights": hash_weights(base.folder),
-            "config": hash_file(base.folder / "config.json"),
+            "weights": hash_weights(base),
+            "config": hash_file(base / "config.json"),
             **({"quantization": run.quantization} if run.quantization else {}),
             # DPO's reference depends on them, too.
             **({"added_tokens": dict(added.new)} if added.new else {}),
@@ -148,8 +125,9 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
     held_out = held_out_sources(settings, sources, beside, run.seed)
     check_made(folder, lambda text: log(console, f"{stage}: {text}"))
     added = add_tokens(tokenizer, run.added_tokens)
-    base = _Base(folder, resolve_template(tokenizer, run.chat_template), added)
-    inputs = training_inputs(job, base, sources, held_out, device.dtype_name)
+    template = resolve_template(tokenizer, run.chat_template)
+    data = (sources, held_out)
+    inputs = training_inputs(job, folder, template, added, data, device.dtype_name)
     if not _is_finished(job.folder, stage, inputs):
         return False
     for notice in idle_settings(run, device):

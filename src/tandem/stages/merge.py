@@ -38,7 +38,7 @@ from tandem.stages.finished import merge_inputs
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.folder_lock import folder_lock
-from tandem.storage.hashing import hash_weights, weight_files
+from tandem.storage.hashing import weight_files
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
@@ -112,8 +112,9 @@ def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
     for folder in (base, adapter):
         check_made(folder, lambda text: log(text, "yellow"))
     _check_head(adapter, base, work.updates)
-    _check_base(adapter, job.run.model, hash_weights(base), force=job.force)
-    return work, merge_inputs(job, base)
+    inputs = merge_inputs(job, base)
+    _check_base(adapter, job.run.model, inputs["base"]["weights"], force=job.force)
+    return work, inputs
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,10 @@ def train_stage(
         engine = processes.on_all(lambda: start_engine(device, processes, job))
         processes.require_same(engine=hash_json([engine.name, engine.config]))
         context = _look_up(stage, job, engine, console)
-        inputs = processes.on_all(
-            lambda: training_inputs(
-                job, context.base, context.sources, context.held_out, device.dtype_name
-            )
-        )
-        added = {*context.base.added.new, *context.base.added.known}
+        base, data = context.base, (context.sources, context.held_out)
+        collect = partial(training_inputs, job, base.folder, base.template, base.added, data)
+        inputs = processes.on_all(lambda: collect(device.dtype_name))
+        added = {*base.added.new, *base.added.known}
         check_added(added, engine=engine.name, sharded=engine.sharded)
         processes.require_same(
             model=hash_json(inputs["model"]),
@@ -156,8 +154,9 @@ def _run(
         callback.on_set_up(run, model)
     compiled = compile_model(context, model, records.dataset, execution)
     state = _begin(context, model, run)
-    sizes = {"steps": run.total_steps, "records": len(records.dataset)}
-    context = context.warned(*unmeant(settings, **sizes, processes=processes.count))
+    count, steps = len(records.dataset), run.total_steps
+    doubts = unmeant(settings, steps=steps, records=count, processes=processes.count)
+    context = context.warned(*doubts)
     prepare_engine(context, model, state)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), execution["attention"],
