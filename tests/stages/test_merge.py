@@ -13,7 +13,9 @@ from tandem.errors import UserError
 from tandem.model.load_model import load_adapter
 from tandem.model.lora.adapter_folder import LowRankUpdate
 from tandem.stages.merge import run_merge
+from tandem.storage import hashing
 from tandem.storage.atomic_files import read_json
+from tandem.storage.hashing import hash_file
 from tests.jobs import merge_job
 
 from .made_inputs import QUIET, make_model_folder
@@ -59,6 +61,21 @@ def test_equals_pefts_own_merge_and_generates(
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_the_base_is_hashed_once(
+    tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it takes as long as the merge itself where it has billions of parameters."""
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(hashing, "hash_file", counted)
+    merged(tiny_model, trained, tmp_path / "out")
+    assert hashed.count(tiny_model / "model.safetensors") == 1
 
 
 def test_shards_stay_shards(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
