@@ -47,7 +47,7 @@ _FIRST, _MISTAKE, _SHOWN, _END = 0.5, 1.0, 1.5, 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, what it is called, and its exit code.
+    """A command line, what it is called, its exit code, and words of its output.
 
     `first` and `limit` are for the seconds until its first output and until its end, None where
     weights are loaded before.
@@ -55,26 +55,37 @@ class Case:
 
     name: str
     argv: tuple[str, ...]
-    code: int = 0
+    code: int
+    words: str
     first: float = _FIRST
     limit: float | None = _MISTAKE
 
 
 _SHOW = ("data.jsonl", "--model", "demo:base", "--chat_template", "neural-chat")
+_MERGE = ("--base-model-path", "demo:base", "--lora-model-path", "none", "--output-path", "out")
+_DONE, _LONG = "nothing to do", "sft.max_length 9999 exceeds the context"
 CASES = (
-    Case("run, one SFT step and a merge", ("run", "contact.yaml", "output_dir=fresh"), limit=None),
-    Case("run, finished before", ("run", "contact.yaml")),
-    Case("run, data that is not there", ("run", "contact.yaml", "sft.data=none.jsonl"), 2),
-    Case("run, beyond the model's context", ("run", "contact.yaml", "sft.max_length=9999"), 2),
-    Case("plan, data that is not there", ("plan", "contact.yaml", "sft.data=none.jsonl"), 2),
+    Case("run, one SFT step and a merge", ("run", "contact.yaml", "output_dir=fresh"), 0,
+         "merge: 28 weights", limit=None),
+    Case("run, finished before", ("run", "contact.yaml"), 0, _DONE),
+    Case("run, data that is not there", ("run", "contact.yaml", "sft.data=none.jsonl"), 2,
+         "no file or folder none.jsonl"),
+    Case("run, beyond the model's context", ("run", "contact.yaml", "sft.max_length=9999"), 2,
+         _LONG),
+    Case("run of the demo, beyond its context", ("run", "demo", "sft.max_length=9999"), 2, _LONG),
+    Case("plan, data that is not there", ("plan", "contact.yaml", "sft.data=none.jsonl"), 2,
+         "no file or folder none.jsonl"),
+    Case("merge, no adapter", ("merge", *_MERGE), 2, "none is no adapter folder"),
     # What is wrong here is the first output.
-    Case("run, a wrong key", ("run", "contact.yaml", "sft.max_lenght=9"), 2, _MISTAKE),
-    Case("run, a wrong stage", ("run", "contact.yaml", "--until", "sfft"), 2, _MISTAKE),
-    Case("plan of a file that is not there", ("plan", "none.yaml"), 2, _MISTAKE),
-    Case("show, one record", ("show", *_SHOW, "--row", "1"), 0, _SHOWN, _SHOWN),
-    Case("check --model, 20 records", ("check", *_SHOW), 0, _SHOWN, _SHOWN),
-    Case("the help text", ("--help",), limit=_FIRST),
-)
+    Case("run, a wrong key", ("run", "contact.yaml", "sft.max_lenght=9"), 2, "did you mean",
+         _MISTAKE),
+    Case("run, a wrong stage", ("run", "contact.yaml", "--until", "sfft"), 2, "stages are",
+         _MISTAKE),
+    Case("plan of a file that is not there", ("plan", "none.yaml"), 2, "no such file", _MISTAKE),
+    Case("show, one record", ("show", *_SHOW, "--row", "1"), 0, "trained |", _SHOWN, _SHOWN),
+    Case("check --model, 20 records", ("check", *_SHOW), 0, "20 records read", _SHOWN, _SHOWN),
+    Case("the help text", ("--help",), 0, "usage: tandem", limit=_FIRST),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         torch: list[float] = []
         contacts: dict[str, list[Contact]] = {case.name: [] for case in chosen}
         for repeat in range(options.repeats + 1):
-            seconds = _run(["-c", _YARDSTICK], 0, scratch).whole
+            seconds = _run(["-c", _YARDSTICK], 0, "", scratch).whole
             # In the first round compiled files are written, and read into memory.
             torch += [seconds] if repeat else []
             for case in chosen:
@@ -122,12 +133,12 @@ def _write_inputs(scratch: Path) -> None:
 
 
 def measure(case: Case, scratch: Path) -> Contact:
-    """Run a case once; raises SideError for another exit code than its own."""
+    """Run a case once; raises SideError for another exit code or output than its own."""
     argv = [word.replace("=fresh", f"={tempfile.mkdtemp(dir=scratch)}/run") for word in case.argv]
-    return _run(["-m", "tandem", *argv], case.code, scratch)
+    return _run(["-m", "tandem", *argv], case.code, case.words, scratch)
 
 
-def _run(argv: Sequence[str], code: int, folder: Path) -> Contact:
+def _run(argv: Sequence[str], code: int, words: str, folder: Path) -> Contact:
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
@@ -161,7 +172,7 @@ def _run(argv: Sequence[str], code: int, folder: Path) -> Contact:
     process.returncode = os.waitstatus_to_exitcode(status)
     for stream in (process.stdout, process.stderr):
         stream.close()
-    if process.returncode != code:
+    if process.returncode != code or words not in said.decode():
         raise SideError(f"{' '.join(argv)}: exit code {process.returncode}\n{said.decode()}")
     whole = usage.ru_utime + usage.ru_stime
     return Contact(moments[0], whole, max(0.0, whole - moments[-1]))

@@ -31,10 +31,11 @@ def test_a_page_has_seconds_and_ratios(
     assert "**over**" in rows[1][2]
 
 
-def test_another_exit_code_ends_the_run(tmp_path: Path) -> None:
+def test_another_exit_code_or_mistake_ends_the_run(tmp_path: Path) -> None:
     case = next(case for case in first_contact.CASES if case.name == WRONG)
-    with pytest.raises(SideError, match="no such file"):
-        first_contact.measure(replace(case, code=0), tmp_path)
+    for other in (replace(case, code=0), replace(case, words="no such stage")):
+        with pytest.raises(SideError, match="no such file"):
+            first_contact.measure(other, tmp_path)
 
 
 def test_all_of_a_process_counts() -> None:

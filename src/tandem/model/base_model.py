@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from tandem.data.sources.rows import is_local, looks_like_path
+from tandem.data.sources.rows import looks_like_path
 from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens, row_notices
@@ -25,6 +25,7 @@ from tandem.model.model_folder import (
     load_tokenizer,
     model_folder,
     model_without_weights,
+    on_hub,
     require_model,
 )
 from tandem.model.weight_files import check_sums
@@ -123,7 +124,7 @@ def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
 
 def check_model(name: str) -> None:
     """Raise UserError for a path that is there neither as a model nor as an adapter's folder."""
-    if is_local(name):
+    if not on_hub(name):
         folder = model_folder(name)
         if not is_adapter(folder):
             require_model(folder)

@@ -38,6 +38,11 @@ _TOKENIZERS = (
 )  # fmt: skip
 
 
+def on_hub(name: str) -> bool:
+    """Whether a model is named by a Hub id; a path and the embedded demo's model are not."""
+    return not name.startswith("demo:") and not looks_like_path(name)
+
+
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model: a path, `demo:base`, or a Hub id that is fetched first.
 

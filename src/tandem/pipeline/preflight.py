@@ -20,6 +20,7 @@ from tandem.model.model_folder import (
     described_rows,
     known_config,
     model_folder,
+    on_hub,
     read_tokenizer,
 )
 from tandem.recipe.data_source import DataSource
@@ -42,7 +43,7 @@ def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
         local_files(source.path, source.split)
     named = {"sft": recipe.sft, "dpo": recipe.dpo}
     lengths = {f"{name}.max_length": each.max_length for name, each in named.items() if each}
-    if lengths and is_local(recipe.model):
+    if lengths and not on_hub(recipe.model):
         check_lengths(model_folder(recipe.model), lengths, weights=weights)
 
 
@@ -201,10 +202,10 @@ def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}
-    local = is_local(asked.model)
+    local = not on_hub(asked.model)
     if not sections or not (local or begins in sections.values()):
         return
     folder = model_folder(asked.model, asked.model_revision, weights=False)
-    if not local and not asked.model.startswith("demo:"):
+    if not local:
         check_fetchable(asked.model, folder, asked.model_revision)
     check_base(folder, sections, weights=local)

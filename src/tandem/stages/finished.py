@@ -24,7 +24,14 @@ from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.integrations.choose import device_names, idle_settings
 from tandem.model.base_model import trained_weights
-from tandem.model.model_folder import QUANTIZATION, check_lengths, model_folder, require_model
+from tandem.model.lora.adapter_config import read_config_values
+from tandem.model.model_folder import (
+    QUANTIZATION,
+    check_lengths,
+    model_folder,
+    on_hub,
+    require_model,
+)
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import MergeJob, TrainingJob
 from tandem.runtime.console import log, say_finished
@@ -109,7 +116,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
         return False
     run, settings = job.run, job.settings
     check_free(job.folder)
-    if is_local(run.model):
+    if not on_hub(run.model):
         check_lengths(model_folder(run.model), {"max_length": settings.max_length})
     for source in settings.data:
         check_format(source)
@@ -139,12 +146,13 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
 def merge_is_finished(job: MergeJob, console: Console) -> bool:
     """Whether a merge is finished with the job's inputs; says so if it is.
 
-    Raises UserError for a base that is no model, an output folder that another process holds, and
-    a finished merge of something else.
+    Raises UserError for a base that is no model, an adapter folder without an adapter, an output
+    folder that another process holds, and a finished merge of something else.
     """
     check_free(job.folder)
     base = model_folder(job.run.model)
     require_model(base)
+    read_config_values(job.adapter)
     if not _may_be_finished(job.folder):
         return False
     for folder in (base, job.adapter):
