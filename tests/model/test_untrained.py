@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,22 @@ def test_a_row_of_nothing(folder: Path, value: float) -> None:
     (one,) = found(folder)
     assert (one.token, one.empty, one.ends) == ("</s>", True, True)
     assert "nearly 0" in str(in_words([one]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_number_format_is_read_and_rows_that_are_not_finite_are_like_no_other(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    weights = {name: w.to(dtype) for name, w in load_file(folder / "model.safetensors").items()}
+    torch.manual_seed(0)
+    weights[HEAD][[1, 40, 41, 200]] = torch.randn(32).to(dtype)
+    for row, value in ((50, math.inf), (51, math.nan), (52, torch.finfo(dtype).max)):
+        weights[HEAD][row] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert found(folder) == [Untrained("</s>", 3, empty=False, ends=True)]
+    weights[HEAD][1] = math.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert found(folder) == []
 
 
 def test_a_tied_head_is_the_input_embedding(folder: Path) -> None:

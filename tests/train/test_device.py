@@ -7,16 +7,18 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tandem.errors import UserError
-from tandem.integrations.choose import choose_device
+from tandem.integrations import choose
+from tandem.integrations.choose import DeviceNames, choose_device, device_names
 from tandem.integrations.gaudi import bridge
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
-from tandem.recipe.run_settings import HpuSettings
+from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.runtime.device import Device, most_resident
 from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
@@ -75,6 +77,42 @@ def test_auto_takes_the_first_that_is_there(machine: Machine) -> None:
         assert choose_device("auto", "auto").kind == kind
     machine.has("bridge")
     assert choose_device("auto", "auto").kind == "cpu", "a bridge without a card"
+
+
+@pytest.mark.parametrize(
+    ("asked", "build", "driver", "bridge_there", "told"),
+    [
+        ("cpu", "2.12.0+cu130", True, False, True),
+        ("auto", "2.12.0+cpu", True, False, True),
+        ("auto", "2.12.0+cu130", False, False, True),
+        ("auto", "2.12.0+cu130", True, False, False),
+        ("cuda", "2.12.0+cpu", False, False, False),
+        ("auto", "2.12.0+cpu", False, True, False),
+    ],
+)
+def test_torch_is_asked_where_there_may_be_more_than_a_cpu(
+    machine: Machine, tmp_path: Path, asked: str, build: str, driver: bool, bridge_there: bool,
+    told: bool,
+) -> None:  # fmt: skip
+    machine.has(*(["bridge"] if bridge_there else []))
+    chosen: list[RunSettings] = []
+
+    def device_of(run: RunSettings) -> Device:
+        chosen.append(run)
+        return Device(torch.device("cuda"), torch.bfloat16)
+
+    if driver:
+        (tmp_path / "card").touch()
+    # joined to /dev, an absolute path stays as it is
+    machine.patch.setattr(choose, "_DRIVERS", (str(tmp_path / "card"),))
+    machine.patch.setattr(choose.metadata, "version", lambda _: build)
+    machine.patch.setattr(choose, "device_of", device_of)
+    machine.patch.setattr(sys, "platform", "linux")
+    machine.patch.delitem(sys.modules, "torch")
+    run = RunSettings(model="m", output_dir="o", device=asked)
+    names = device_names(run)
+    assert names == (DeviceNames("cpu", "float32") if told else DeviceNames("cuda", "bfloat16"))
+    assert bool(chosen) is not told
 
 
 def test_an_explicit_choice_wins(machine: Machine) -> None:

@@ -65,7 +65,7 @@ def as_json(survey: Survey) -> dict[str, Any]:
 
 
 def print_survey(console: Console, survey: Survey, tokenizer: str | None) -> None:
-    """Print a survey as a page; `tokenizer` names what measured lengths, if not characters."""
+    """Print a survey as a page; lengths are in tokens of `tokenizer`, without it in characters."""
     for line in _lines(console, survey, tokenizer):
         console.print(_visible(console, line), soft_wrap=True)
 

@@ -30,7 +30,7 @@ EQUAL = Sign(
 )  # fmt: skip
 
 _REMEMBERED = 4096  # sets of keys; few data sets have many
-_MOST = 1000  # keys that are listed; where keys are names of things, each row has others
+_MOST = 1000  # listed keys at most; rows whose keys are names of things have ever new ones
 _SHORT = 3  # texts of so few characters are in any other by chance
 
 
@@ -85,8 +85,8 @@ Fields = Mapping[str, object]
 class _Layout:
     """The columns to inspect in rows of the same format and keys.
 
-    `verdicts` say whether true is bad; `meanings` have a format's key for the same; `turns` may
-    hold turns.
+    `verdicts` are columns with whether true is bad; `meanings` are columns with a format's key for
+    the same; `turns` are columns that may hold turns.
     """
 
     unread: tuple[str, ...]
@@ -207,13 +207,10 @@ class Columns:
                 self._layouts.clear()
             unread = known.unread(fields) - led
             names = [name for name in fields if name in unread]
+            answers = names if self.kind == "conversations" else []
             layout = self._layouts[memo] = _Layout(
                 tuple(sorted(unread)),
-                (
-                    tuple(column_words.verdict_columns(names))
-                    if self.kind == "conversations"
-                    else ()
-                ),
+                tuple(column_words.verdict_columns(answers)),
                 tuple(column_words.meaning_columns(names, self.kind)),
                 tuple(name for name in fields if name in known.keys | known.optional),
             )
@@ -221,7 +218,7 @@ class Columns:
 
 
 def _says(value: object, name: str) -> bool | None:
-    """Return a verdict as a truth value; None for what is none."""
+    """Return a verdict as a truth value; None if it is not one."""
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower() if isinstance(value, str | int | float) else ""

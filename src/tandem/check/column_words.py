@@ -60,7 +60,8 @@ PARTS_OF_A_RECORD = {
 MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 REASONING_WORDS = _words("cot reasoning thinking thought thoughts")
-# Words beside those for something about reasoning, or for a judge's; words behind them for facts.
+# A name with one of these as well is not an answer's reasoning; nor is one with a fact about
+# reasoning, unless its last word is a reasoning word.
 NO_REASONING_WORDS = _words("is has use num number count enable enabled budget judge finish")
 REASONING_FACTS = _words(
     "type language lang token tokens length len effort mode level model complete completed score "
@@ -136,7 +137,7 @@ def sides_of(fields: tuple[tuple[str, str], ...]) -> Sides:
 
 
 def _differing(a: Words, b: Words) -> tuple[Words, Words]:
-    """Return two names without the words that both begin and end with."""
+    """Return two names without their common first and last words."""
     while a and b and a[0] == b[0]:
         a, b = a[1:], b[1:]
     while a and b and a[-1] == b[-1]:
@@ -148,8 +149,9 @@ def _differing(a: Words, b: Words) -> tuple[Words, Words]:
 class SideColumns:
     """The columns about the two answers, by their names alone.
 
-    `scores` are a column for each answer, and whether their names say `score`; `verdicts` are a
-    column for each; `labels` name an answer, and say whether a number may.
+    `scores` are the columns of chosen and rejected, and whether their names say `score`; `verdicts`
+    are such pairs of columns, too; `labels` are columns that name the preferred answer, and whether
+    a number there is the name of one.
     """
 
     scores: tuple[tuple[str, str, bool], ...]

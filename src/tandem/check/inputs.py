@@ -30,7 +30,7 @@ from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
 from tandem.storage.run_folder import made_pairs, stage_folder
 
-_ROWS = 20  # parsable rows from which a format is guessed, no fewer than by the readers
+_ROWS = 20  # parsable rows that may tell a kind; the readers look at no more
 
 
 def by_kind(sources: Sequence[DataSource]) -> tuple[dict[Kind, list[DataSource]], list[DataSource]]:
@@ -76,7 +76,8 @@ class StageChat:
     """A model's tokenizer and template as a stage would use them.
 
     `model` and `template` are names, `folder` is the model's, `chat` encodes, `special` are the
-    tokenizer's special tokens; `notices` are for the user.
+    tokenizer's special tokens; `notices` are for the user; `context` is how many tokens the model
+    was made for, None where nothing says it.
     """
 
     model: str
@@ -85,10 +86,11 @@ class StageChat:
     chat: ChatTokenizer
     special: tuple[str, ...]
     notices: tuple[str, ...]
+    context: int | None
 
 
 def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
-    """Return warnings of a recipe's settings without effect, for so many records to train on."""
+    """Return warnings of a stage's settings without effect, for a number of training records."""
     settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
     if settings is None or not records:
         return []
@@ -104,7 +106,7 @@ def named_sources(
 ) -> list[DataSource]:
     """Return sources for files, folders, Hub ids or `demo:NAME`, which is written into `folder`.
 
-    `settings` are those of each data set. Raises UserError for ones that a recipe cannot have.
+    `settings` are those of each data set. Raises UserError for settings that a recipe cannot have.
     """
     seed = Recipe.model_fields["seed"].default if seed is None else seed
     return resolve_sources(named_data(paths, settings or {}), folder, seed)
@@ -205,6 +207,7 @@ def stage_chat(
     """
     # Here, for looking at texts alone does without.
     from tandem.model.model_folder import (
+        context_length,
         described_rows,
         model_folder,
         read_config,
@@ -217,25 +220,25 @@ def stage_chat(
     tokenizer = read_tokenizer(folder)
     added = add_tokens(tokenizer, added_tokens)
     template = resolve_template(tokenizer, chat_template)
-    rows, notices = None, template.notices
+    rows, context, notices = None, None, template.notices
     if (folder / "config.json").is_file():
         config = stated_config(folder) or read_config(folder)
-        rows = described_rows(config, added)
+        rows, context = described_rows(config, added), context_length(config)
         notices += row_notices(tokenizer, rows)
         untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
         notices += tuple(words for words in (in_words(untrained),) if words)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
     chat = ChatTokenizer.of(tokenizer, template, rows)
-    return StageChat(model, folder, template.name, chat, special, notices)
+    return StageChat(model, folder, template.name, chat, special, notices, context)
 
 
 def require_context(chat: StageChat, target: CheckTarget) -> None:
     """Raise UserError when a stage's limit is beyond the model's context, if that is known."""
-    from tandem.model.model_folder import check_context, read_config, stated_config
+    from tandem.model import model_folder
 
-    if target.limited and (chat.folder / "config.json").is_file():
-        config = stated_config(chat.folder) or read_config(chat.folder)
-        check_context(config, target.options.limits.sequence, chat.folder)
+    if target.limited:
+        limit = target.options.limits.sequence
+        model_folder.require_context(chat.context, limit, chat.folder, "max_length")
 
 
 def other_sets(

@@ -31,14 +31,12 @@ _MEANS: dict[TokenUse, str] = {
     "shared and trained": "fed once, a target for {all} answers",
 }
 _LABELS: dict[TokenUse, str] = {use: use.replace(" and ", "+") for use in _STYLES}
-_NEWLINE = "\u23ce"
-_SHOWN = {"\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
+_SHOWN = {"\n": "\u23ce\n", "\t": "\u2192   ", "\u00a0": "\u237d", "\r": "\u240d"}
 
 
 def visible(text: str) -> str:
     """Return a text with signs for characters that print nothing; a line break stays as well."""
-    signs = {"\n": f"{_NEWLINE}\n", **_SHOWN}
-    return "".join(signs[c] if c in signs else escaped(c) for c in text)
+    return "".join(_SHOWN[c] if c in _SHOWN else escaped(c) for c in text)
 
 
 def print_turns(console: Console, record: Conversation | PreferencePair) -> None:

@@ -105,15 +105,15 @@ class Ledger:
         if counts["dropped"] <= most * counts["read"]:
             return
         dropped = [entry for entry in self.entries if entry.outcome == "dropped"]
-        rows: defaultdict[str, list[str]] = defaultdict(list)
+        by_reason: defaultdict[str, list[Entry]] = defaultdict(list)
         for entry in dropped:
-            rows[entry.reason].append(f"{Path(entry.file).name}, row {entry.row}")
+            by_reason[entry.reason].append(entry)
         listing = "\n".join(
-            f"  {len(named)} x {reason} ({'; '.join(named[:_SHOWN])}"
-            + ("; ...)" if len(named) > _SHOWN else ")")
-            for reason, named in sorted(rows.items(), key=lambda item: -len(item[1]))
+            f"  {len(some)} x {reason} ({'; '.join(map(_row, some[:_SHOWN]))}"
+            + ("; ...)" if len(some) > _SHOWN else ")")
+            for reason, some in sorted(by_reason.items(), key=lambda item: -len(item[1]))
         )
-        rendering = any(reason.startswith("the chat template") for reason in rows)
+        rendering = any(reason.startswith("the chat template") for reason in by_reason)
         template = ", choose another `chat_template`" if rendering else ""
         raise UserError(
             f"{counts['dropped']} of {counts['read']} records would be dropped, "
@@ -125,6 +125,10 @@ class Ledger:
         """Write one JSON object a line to `path`, whole or not at all."""
         if self.path is not None:
             atomic_write_parts(self.path, map(_line, self.entries))
+
+
+def _row(entry: Entry) -> str:
+    return f"{Path(entry.file).name}, row {entry.row}"
 
 
 def _line(entry: Entry) -> str:

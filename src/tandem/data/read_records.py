@@ -137,9 +137,10 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
     rows are dropped.
     """
     layout = known_formats.format_with(known) if known else None
+    read_keys = layout.read_keys if layout else frozenset()
     others: dict[tuple[str, ...], tuple[Format, ...]] = {}
     for row in chunk.rows():
-        row = _as_bad_line(row, layout.read_keys if layout else frozenset())
+        row = _as_bad_line(row, read_keys)
         if isinstance(row, BadLine):
             if on_bad_record == "stop":
                 raise _bad_line(row)

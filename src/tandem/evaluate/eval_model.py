@@ -30,7 +30,7 @@ class EvalModel:
     label: str  # in tables
     folder: Path  # the model, or the adapter's base
     adapter: Path | None  # the adapter's folder, None for a whole model
-    # of the run's template, for a base without one: their embeddings are the mean of all others, as
+    # the recipe's, for a base without a template: their embeddings are the mean of all others, as
     # when training begins
     added_tokens: tuple[str, ...] = ()
 
@@ -72,7 +72,10 @@ class EvalModel:
     def grows(self) -> bool:
         """Whether it lacks tokens that it will be asked with."""
         added = self._added()
-        return bool(added.new) or any(i >= described_rows(self.config) for i in added.ids)
+        if not added:
+            return False
+        config = self.config
+        return bool(added.new) or described_rows(config, added) > described_rows(config)
 
     def _added(self) -> AddedTokens:
         """The tokens that it is asked with, where it has no template of its own."""

@@ -121,14 +121,12 @@ def harness_model(
     from tandem.model.lora.adapter import added_ids_of_folder
 
     if model.quantized or model.grows or device.kind not in _HARNESS_DEVICES:
-        pretrained = model.with_adapter(model.load_base(device))
-        adapter = None
+        pretrained, adapter = model.with_adapter(model.load_base(device)), None
+        rows = rows_of(pretrained)
     else:
         pretrained, adapter = str(model.folder), model.adapter
-    ids = [] if adapter is None else added_ids_of_folder(adapter)
-    rows = max([described_rows(model.config), *(index + 1 for index in ids)])
-    if not isinstance(pretrained, str):
-        rows = rows_of(pretrained)
+        ids = [] if adapter is None else added_ids_of_folder(adapter)
+        rows = max([described_rows(model.config), *(index + 1 for index in ids)])
     check = partial(require_rows, rows=rows, decode=tokenizer.decode)
     return HarnessModel(
         pretrained, adapter, tokenizer, device.dtype_name, str(device.torch_device),

@@ -160,7 +160,10 @@ class MeasurementStore:
     log: Callable[[str], None] = lambda _: None
 
     def find(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was kept under a key, None for nothing or a damaged file; Damaged for a folder."""
+        """What was kept under a key; None for nothing, for another key, and for a damaged file.
+
+        Raises Damaged for a folder in the file's place.
+        """
         path = self._path(name, key)
         if not path.exists():
             return None

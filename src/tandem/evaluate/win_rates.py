@@ -194,6 +194,7 @@ def server_judge(server: ServerSettings, console: Console) -> Judge:
     options = {"temperature": 0, server.limit_key: _MOST}
 
     def ask(many: Sequence[Messages]) -> Iterator[tuple[int, str | None]]:
+        """Ask the server, and log at the end how many requests got no answer, and why."""
         failed: Counter[str] = Counter()
         first: Failure | None = None
         for number, reply in client.answers(ChatRequest(one, options) for one in many):

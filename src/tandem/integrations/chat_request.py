@@ -64,7 +64,7 @@ class RetryableError(Exception):
 
 
 class Endpoint:
-    """A model's address: sends one request at a time. Raises UserError for a variable not set."""
+    """A model's address: sends one request at a time. UserError for an unset variable."""
 
     def __init__(self, server: ServerSettings) -> None:
         begins = server.base_url.rstrip("/").removesuffix("/chat/completions")
@@ -88,7 +88,8 @@ class Endpoint:
     def ask(self, request: ChatRequest) -> Reply | Failure:
         """The answer, or a failure that another try cannot cure.
 
-        Raises RetryableError for one that it may, UserError for one that would meet every request.
+        Raises RetryableError for a failure that another try may cure, and UserError for one that
+        every request would meet.
         """
         body = {"model": self.model, "messages": list(request.messages), **request.options}
         deadline = time.monotonic() + self._timeout

@@ -57,10 +57,11 @@ class ChatServer:
     def answers(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Reply | Failure]]:
         """Each request's number, counted from 0, and its answer, as they arrive.
 
-        A failure comes after all retries, or at once where another try cannot cure it. Closing the
-        iterator ends the rest. Raises UserError for what would meet every request (a refused key, a
-        wrong address, the first `patience` requests refused), Stopped when as many in a row got no
-        answer.
+        Requests are taken from the iterable as there is room for them. A failure comes after all
+        retries, or at once where another try cannot cure it. Closing the iterator ends the rest.
+
+        Raises UserError for what every request would meet (a refused key, a wrong address, the
+        first `patience` requests refused), Stopped when as many in a row got no answer.
         """
         self.retried.clear()
         stop = threading.Event()

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
 # Without AMX, bfloat16 products are slower than float32 ones on CPUs.
 _HALF_BY_DEFAULT = ("hpu", "cuda", "xpu")
-# What drivers of NVIDIA's, AMD's and Intel's cards make in /dev, and of cards seen from within WSL.
-_DRIVERS = ("nvidiactl", "kfd", "dri", "dxg")
+# Files in /dev of the drivers of NVIDIA's cards and Tegra chips, of AMD's and Intel's cards, and of
+# cards seen from within WSL.
+_DRIVERS = ("nvidiactl", "nvmap", "kfd", "dri", "dxg")
 _ZERO = {"deepspeed-zero2": 2, "deepspeed-zero3": 3}
 
 

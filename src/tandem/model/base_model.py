@@ -99,31 +99,33 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     check_unquantized(folder, config)
     for name, section in sections.items():
         check_context(config, section.max_length, folder, f"{name}.max_length")
+    from tandem.model.added_tokens import embedding_names
+    from tandem.model.lora.adapter import (
+        LoraWeights,
+        adapted_weights,
+        check_targets,
+        refused_modules,
+    )
+
+    model = model_without_weights(config)
+    refused = refused_modules(model)
+    changed: list[str] = []
     for name, section in sections.items():
         targets = section.lora.target_modules
         if not isinstance(targets, str):
-            from tandem.model.lora.adapter import check_targets, refused_modules
-
-            model = model_without_weights(config)
-            key = f"{name}.lora.target_modules"
-            check_targets(model, targets, refused_modules(model), key)
+            check_targets(model, targets, refused, f"{name}.lora.target_modules")
         if weights:
-            _check_sums(folder, config, section)
-
-
-def _check_sums(folder: Path, config: Any, section: TrainingSettings) -> None:
-    """Raise UserError if a stage's adapter could not be merged into the base's files."""
-    from tandem.model.added_tokens import embedding_names
-    from tandem.model.lora.adapter import LoraWeights, adapted_weights, refused_modules
-
-    model, plain = model_without_weights(config), model_without_weights(config)
-    adapted = LoraWeights(section.lora).attach(model, unreached=refused_modules(model))
-    rows = [f"{name}.weight" for name in embedding_names(plain)]
-    check_sums(folder, plain, [*adapted_weights(adapted), *rows])
+            adapted = LoraWeights(section.lora).attach(
+                model_without_weights(config), unreached=refused
+            )
+            changed += adapted_weights(adapted)
+    if weights:
+        rows = [f"{name}.weight" for name in embedding_names(model)]
+        check_sums(folder, model, dict.fromkeys([*changed, *rows]))
 
 
 def check_model(name: str) -> None:
-    """Raise UserError for a path that is there neither as a model nor as an adapter's folder."""
+    """Raise UserError for a path at which there is neither a model nor an adapter."""
     if not on_hub(name):
         folder = model_folder(name)
         if not is_adapter(folder):

@@ -156,9 +156,10 @@ def _write_inside(folder: Path, template: Any) -> None:
     settings = _values(path)
     if settings.get("chat_template") == template:
         return
-    settings["chat_template"] = template
     if template is None:
         del settings["chat_template"]
+    else:
+        settings["chat_template"] = template
     atomic_write_json(path, settings)
 
 

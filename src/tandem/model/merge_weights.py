@@ -120,7 +120,7 @@ class _Sums:
             )
 
     def _sum(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
-        """A weight and its update, by its name in memory; `expert` where it is of one alone."""
+        """A weight and its update, by its name in memory; or those of one `expert` alone."""
         self._summed.add(name)
         kept = self._dtype or weight.dtype
         seen = self._quantized.rounded(name, weight, self._device) if self._quantized else weight

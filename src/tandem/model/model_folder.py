@@ -209,7 +209,7 @@ def described_rows(config: Any, added: AddedTokens | None = None) -> int:
 
 
 def known_config(folder: Path, *, weights: bool = True) -> Any:
-    """What is known of a local model's configuration, by transformers where it must; see there.
+    """The `stated_config` of a local model, or where that is None transformers' configuration.
 
     Raises UserError as `load_config` does.
     """
@@ -288,17 +288,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZERS)
 
 
-def require_tokenizer(folder: Path) -> None:
-    """Raise UserError for a folder without the vocabulary of a tokenizer."""
-    if not has_tokenizer(folder):
-        raise UserError(
-            f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
-            "tokenizer_config.json, or tokenizer.model."
-        )
-
-
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder for encoding alone, of transformers only where it must be.
+    """A tokenizer of a local folder that encodes; transformers' only where no other is sure.
 
     Raises UserError as `load_tokenizer` does.
     """
@@ -307,7 +298,11 @@ def read_tokenizer(folder: Path) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local folder; raises UserError when none is there or can be loaded."""
-    require_tokenizer(folder)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer. Put the model's own there: tokenizer.json with "
+            "tokenizer_config.json, or tokenizer.model."
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -326,8 +321,13 @@ def context_length(config: Any) -> int | None:
 
 
 def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
-    """Raise UserError when `max_length`, called `key`, exceeds the positions of the model."""
-    require_context(context_length(config), max_length, folder, key)
+    """Raise UserError when `max_length`, called `key`, exceeds the context that is stated."""
+    context = context_length(config)
+    if context is not None and max_length > context:
+        raise UserError(
+            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
+            f"(max_position_embeddings). Set {key} to {context} or less."
+        )
 
 
 def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = True) -> None:
@@ -341,15 +341,7 @@ def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = T
         check_context(config, length, folder, key)
 
 
-def require_context(context: int | None, max_length: int, folder: Path, key: str) -> None:
-    """Raise UserError when `max_length`, called `key`, exceeds a context; None is any length."""
-    if context is not None and max_length > context:
-        raise UserError(
-            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
-            f"(max_position_embeddings). Set {key} to {context} or less."
-        )
-
-
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the error's type where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

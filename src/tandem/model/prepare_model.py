@@ -40,7 +40,7 @@ class Preparation:
     dtype: torch.dtype = torch.float32  # of the weights, and of products with quantised ones
     device: torch.device | str = "cpu"
     quantization: str | None = None  # nf4 puts the linear layers in 4 bits
-    rounded_from: torch.dtype | None = None  # number format that those had; None: `dtype`
+    rounded_from: torch.dtype | None = None  # of those layers, before; None: `dtype`
     added: AddedTokens | None = None  # trained embeddings, made where the model has none
     adapter: Path | None = None  # folder of a saved adapter
     attention: str = "padded"  # the backend

@@ -23,9 +23,10 @@ class TrainedWeights(Protocol):
     def attach(
         self, model: Any, *, unreached: Sequence[str], added_ids: Sequence[int], log: Log
     ) -> Any:
-        """Make a model whose attention is set trainable: all that is trained requires a gradient.
+        """Make a loaded model trainable: afterwards exactly what is trained requires a gradient.
 
         Args:
+            model: a causal language model whose attention is set.
             unreached: linear layers that the model does not call, see `adapter.unreached_layers`.
             added_ids: tokens whose embeddings are trained as well; their rows are there.
             log: told what is left out.

@@ -85,7 +85,7 @@ def untrained_tokens(
 
 
 def control_tokens(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
-    """The special and added tokens that a template writes around turns, the ending first, by id."""
+    """The special and added tokens that a template writes, with their ids, the ending first."""
     question, answer = Turn("user", "Which?"), Turn("assistant", "That.")
     system = (Turn("system", "Answer."),)
     for before in (system, ()):  # templates may refuse a system turn, or a second question
@@ -146,6 +146,7 @@ def _first(matrices: Mapping[str, Path], endings: tuple[str, ...]) -> tuple[Path
     return next(((file, name) for name, file in matrices.items() if name.endswith(endings)), None)
 
 
+@np.errstate(all="ignore")  # rows that are not finite are like no other
 def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -> list[Untrained]:
     """Which of the tokens' rows of a matrix are 0 or nearly equal to others; read in blocks."""
     matrix = _matrix(path, name)
@@ -159,8 +160,7 @@ def _compared(path: Path, name: str, tokens: Mapping[str, int], *, ends: bool) -
         block = _as_float32(matrix[start : start + step])
         norms = np.linalg.norm(block, axis=1)
         lengths.append(norms)
-        with np.errstate(all="ignore"):  # rows that are not finite are like no other
-            cosines = block @ directions.T / np.maximum(norms, _TINY)[:, None]
+        cosines = block @ directions.T / np.maximum(norms, _TINY)[:, None]
         alike += (cosines > _ALIKE).sum(axis=0)
         same += (cosines > _SAME).sum(axis=0)
     ascending = np.sort(np.concatenate(lengths))

@@ -57,7 +57,7 @@ _APART: Any = {
 
 
 def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
-    """Raise UserError for missing keys, models or a user's check; nothing is sent."""
+    """Raise UserError for a key, a model or a user's check that is missing; nothing is sent."""
     choose_generator(settings, settings.model, run).check()
     if settings.rank is not None:
         choose_ranker(settings.rank, run).check()

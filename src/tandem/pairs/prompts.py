@@ -158,7 +158,7 @@ def _suited(
 def _one_by_one(
     prompts: Iterable[Prompt], selection: SelectSettings, evaluated: Other | None
 ) -> Iterator[tuple[Prompt, str | None]]:
-    """Each prompt, and the reason in itself to leave it out."""
+    """Each prompt, and why it is left out, whatever the others are; None to keep it."""
     matches = re.compile(selection.matches) if selection.matches else None
     excludes = re.compile(selection.excludes) if selection.excludes else None
     left = iter(prompts)
@@ -274,8 +274,8 @@ def usable_prompts(
 ) -> Iterator[Prompt]:
     """The prompts that can be asked; records that cannot go to the ledger.
 
-    A prompt whose own answer is a refusal is none where these answers are chosen and refusals are
-    dropped. Raises what `read_prompts` raises.
+    Where the set's answers are chosen and refusals are dropped, a prompt whose answer is a refusal
+    goes there, too. Raises what `read_prompts` raises.
     """
     choosing = settings.rank is None and settings.filters.drop_refusals
     for prompt in read_prompts(sources, settings.keep, ledger, settings.on_bad_record):

@@ -13,7 +13,7 @@ from tandem.recipe.pairs_settings import VllmSettings
 
 
 class Vllm:
-    """A model folder in vLLM's offline engine; dtype auto is the model's own."""
+    """A model folder in vLLM's engine; dtype auto is the model's own. UserError without vLLM."""
 
     def __init__(self, folder: Path, dtype: str, settings: VllmSettings) -> None:
         require("vllm", "vllm", "pairs.vllm")
@@ -31,7 +31,7 @@ class Vllm:
         stop_ids: Sequence[int],
         sampling: Sampling,
     ) -> list[GeneratedAnswer]:
-        """See `generate_batch`; each request has its own seed, and batches may change tokens."""
+        """See `generate_batch`; each request has a seed, but its tokens may depend on the batch."""
         settings = [
             self._library.SamplingParams(
                 max_tokens=sampling.max_new_tokens,

@@ -177,7 +177,10 @@ def guess_for(guesses: Sequence[Guess], number: int) -> Guess | None:
 def check_guesses(
     guesses: Sequence[Guess], longest: Mapping[str, int], data: Sequence[PlannedData]
 ) -> None:
-    """Raise UserError for guesses that no stage would use, or whose records it would not train."""
+    """Raise UserError for guesses that no stage would use, or whose records it would not train.
+
+    `longest` is the max_length of each training stage by name, `data` that of each.
+    """
     stages = list(longest)
     away = [number for number, here in enumerate(data, start=1) if not here.sources]
     if guesses and not away:

@@ -28,7 +28,7 @@ class Flag:
     help: str  # one sentence
     many: bool = False  # whether it takes several values
     choices: tuple[str, ...] = ()  # all its values, if they are few
-    # the place of its value, as a path of keys; empty for none of its own
+    # the place of its value, as a path of keys; empty where that is worked out
     field: tuple[str, ...] = ()
     metavar: str = ""  # what values look like, where the type does not tell
 

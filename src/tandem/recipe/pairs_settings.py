@@ -31,7 +31,10 @@ def checked_address(base_url: str) -> str:
 
 
 def checked_variable(name: str) -> str:
-    """Return an environment variable's name; raise ValueError, without quoting it, for no name."""
+    """Return an environment variable's name; raise ValueError for a text that cannot be one.
+
+    The message does not quote the text, which may be the key itself.
+    """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(
             "this is no name of an environment variable; if it is the key itself, put that into a "

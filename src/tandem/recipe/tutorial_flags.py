@@ -228,7 +228,7 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
 
 
 def _settle_lengths(settings: dict[str, Any], usual: int, values: Values) -> tuple[str, ...]:
-    """Read both names of the length; return a notice if the usual prompt's had to change."""
+    """Read both names of the length; return a notice if the prompt's had to change."""
     both = [values[name] for name in ("max_length", "max_seq_length") if name in values]
     if len(set(both)) > 1:
         raise UserError(

@@ -18,7 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 14, 34
 _LEGEND = 18  # more room at the top when several lines need names
 _MAX_POINTS = 400
 _SMOOTH_FROM = 40
-_STEPS = 4  # about so many of an axis
+_STEPS = 4  # an axis has about so many
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class ResultRow:
 
 
 def shown_measures(evaluation: Mapping[str, Any]) -> list[Measure]:
-    """Return the measures that at least one model has a value for, or a case of, for `_CASES`."""
+    """Return the measures of which a model has a value; those in `_CASES` need one other than 0."""
     models = [mapping(m) for m in mapping(evaluation.get("models")).values()]
     values = {m.key: [v for one in models if is_number(v := one.get(m.key))] for m in MEASURES}
     return [m for m in MEASURES if any(values[m.key]) or (values[m.key] and m.key not in _CASES)]

@@ -20,7 +20,7 @@ from tandem.errors import UserError
 # The error handler for lone surrogates, which stand for bytes of file names that are not UTF-8.
 # They are written as JSON escapes, and reading turns these back.
 HALVES = "backslashreplace"
-# The errors of file systems that cannot sync; they keep data no safer.
+# The errors of file systems that cannot sync; nothing makes data safer there.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 # And of those that cannot open or sync folders.
 _CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}

@@ -33,7 +33,7 @@ _KINDS = {
     "started_at": str,
 }  # fmt: skip
 _WAY_OUT = "Restore it, or use another folder."
-# The numbers of a schedule, each with more than any machine has.
+# The numbers of a schedule, each with a bound that no machine reaches.
 _COUNTS = {"threads": 2**16, "processes": 2**20, "tokens_per_microbatch": 2**40}
 # Outputs that report what was done; nothing is computed from them.
 _TOLD_ONLY = ("summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "README.md")
@@ -150,7 +150,7 @@ def finish_stage(folder: Path, outputs: list[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that change numbers, without importing them."""
+    """Return the versions of the packages on which results depend, without importing them."""
     numbers = {"tandem": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "tokenizers"):
         numbers[name] = metadata.version(name)

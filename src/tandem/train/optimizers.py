@@ -138,7 +138,10 @@ def load_state(
 def by_parameter(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> list[tuple[str, str, Tensor]]:
-    """Parameter, key and tensor of each `parameter|key`, by parameter; UserError for others."""
+    """Parameter, key and tensor of each `parameter|key`, in the order of the parameters.
+
+    Raises UserError for a parameter that is not there.
+    """
     split = []
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("|", 1)

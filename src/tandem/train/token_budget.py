@@ -102,7 +102,7 @@ class TokenBudget:
         """Compute micro-batches one after the other, in smaller ones where memory runs out.
 
         One that does not fit is split, and so is every later one of its size. A single tree is
-        tried a second time, after all that can be freed is.
+        tried once more, after unused memory is given back.
 
         Args:
             pieces: micro-batches, as positions of trees; tokens: of every tree.

@@ -143,6 +143,7 @@ class _Parts:
     rows: list[int]  # of each example
 
     def add(self, example: Example, key: int | None) -> None:
+        """Lay out an example behind the others; `key` is its `record_key`, if there is dropout."""
         start = sum(self.rows)
         row = start
         prefix = len(example.prefix.input_ids)

@@ -55,7 +55,7 @@ class WeightedSource:
 
 
 def tenth(steps: int) -> int:
-    """Return a tenth of some steps, rounded up: the distance of what happens about ten times."""
+    """Return a tenth of some steps, rounded up: the interval of what happens about ten times."""
     return max(1, -(-steps // 10))
 
 

@@ -35,7 +35,7 @@ class FlatArrays:
 
 
 def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
-    """Return the arrays of some examples; `prompts` are `records.prompt_key`, else all differ."""
+    """Return the arrays of some examples; without `prompts` (`records.prompt_key`) all differ."""
     parts = [part for example in examples for part in (example.prefix, *example.branches)]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int32)
     trained = _joined([part.trained for part in parts], np.bool_)
@@ -60,7 +60,7 @@ def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None)
 
 
 def sequence_digest(prefix: Branch, branch: Branch) -> bytes:
-    """Return the SHA-256 of a sequence's length, token ids and targets; its origin has no part."""
+    """Return the SHA-256 of a sequence's length, token ids and targets, whatever its origin."""
     digest = hashlib.sha256()
     digest.update((len(prefix.input_ids) + len(branch.input_ids)).to_bytes(8, "little"))
     for part in (prefix, branch):

@@ -1,4 +1,4 @@
-"""Keep encoded data on disk under a key of everything it depends on; its place is no part of it."""
+"""Keep encoded data on disk, under a key of all that it depends on; the data may lie anywhere."""
 
 from __future__ import annotations
 
@@ -60,10 +60,8 @@ def encoding_key(
 def _content(source: DataSource) -> list[Any] | None:
     if looks_like_path(source.path):
         saved, files = data_files(source)
-        # Their suffixes count, because they decide how they are read.
-        ends = [kind_of(file) + file.suffix.lower() * is_compressed(file) for file in files]
         try:
-            return [saved, [[end, hash_file(file)] for end, file in zip(ends, files, strict=True)]]
+            return [saved, [[_kind(file), hash_file(file)] for file in files]]
         except OSError:  # reading reports what is wrong with it
             return None
     table = load_hub(source)
@@ -71,6 +69,11 @@ def _content(source: DataSource) -> list[Any] | None:
     if not files:
         return None
     return [source.split, len(table), [hash_file(Path(file)) for file in files]]
+
+
+def _kind(file: Path) -> str:
+    """Return the suffixes of a file, which decide how it is read."""
+    return kind_of(file) + (file.suffix.lower() if is_compressed(file) else "")
 
 
 # The files of an entry beside entry.json. All numbers are little-endian.

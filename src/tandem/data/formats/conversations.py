@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tandem.data.formats import turns as turns_of
 from tandem.data.formats.format import Fields, InvalidRecord, spelt, text
-from tandem.data.formats.turns import after_system, check_order, prompt_of, turns_in
+from tandem.data.formats.turns import (
+    after_system,
+    answer_in,
+    check_order,
+    instruction_in,
+    prompt_in,
+    prompt_of,
+    turns_in,
+)
 from tandem.data.records import Conversation, Origin, Turn
 
 
@@ -23,12 +30,12 @@ def read_messages(fields: Fields, origin: Origin) -> list[Conversation]:
 
 def read_alpaca(fields: Fields, origin: Origin) -> list[Conversation]:
     """`instruction`, `input`, `output`, after `system` and `history`."""
-    return [_answered(turns_of.instruction_in(fields), text(fields, "output"), origin)]
+    return [_answered(instruction_in(fields), text(fields, "output"), origin)]
 
 
 def read_completion(fields: Fields, origin: Origin) -> list[Conversation]:
     """`prompt` and `completion`, texts or messages."""
-    prompt, answer = turns_of.answer_in(fields, "completion", turns_of.prompt_in(fields))
+    prompt, answer = answer_in(fields, "completion", prompt_in(fields))
     return [_answered(prompt, answer, origin)]
 
 

@@ -26,7 +26,7 @@ _TURN_COLUMNS = (
     "conversations", "messages", "conversation", "prompt", "completion", "response", "chosen",
     "rejected",
 )  # fmt: skip
-Names = tuple[tuple[str, str], ...]
+Names = tuple[tuple[str, str], ...]  # pairs of a format's key and the data's name for it
 
 
 def led_into(fields: Names) -> frozenset[str]:
@@ -149,7 +149,10 @@ class LineChunk:
     stop: int
 
     def rows(self) -> Iterator[Row | BadLine]:
-        """Parse the lines; blank ones are no rows, but they are counted."""
+        """Parse the lines; blank ones are no rows, but they are counted.
+
+        Raises `UserError` when the file cannot be read.
+        """
         try:
             with Path(self.file).open("rb") as file:
                 file.seek(self.start)

@@ -140,7 +140,7 @@ class Other:
         return held
 
     def words_shared(self, text: str) -> str:
-        """Return the first shared words in a row of a text; empty when none are found as text."""
+        """Return a text's first shared words in a row; empty when plain splitting finds none."""
         known, _ = self.finish()
         words = _WORD.findall(text[:MOST_CHARACTERS])
         count = len(words) - self._run + 1
@@ -248,7 +248,7 @@ def _plain_rows(path: Path) -> Iterator[tuple[list[str], Origin]]:
                 lines = filter(None, csv.reader(file, delimiter=separator))
                 header = next(lines, [])
             for number, texts in enumerate(lines, start=1):
-                # The header counts as a part of the first row: it is a row where there is none.
+                # The header counts as a part of the first row: without a header, it is a row.
                 yield [*header, *texts], Origin(str(path), number)
                 header = []
     except (OSError, EOFError, csv.Error, lzma.LZMAError, zlib.error) as error:

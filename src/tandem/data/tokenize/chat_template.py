@@ -180,7 +180,7 @@ def stop_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
 
 
 def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Ending | None:
-    """Return how the template of turns with `tools` ends an answer; None if it is with no token."""
+    """Return how the template of turns with `tools` ends an answer; None if no token ends it."""
     text = render(tokenizer, template, _PROBE, prompt=False, tools=tools)
     if _ANSWER not in text:
         raise UserError(f"chat template {template.name!r} leaves out the assistant's text.")

@@ -64,7 +64,7 @@ def encode_conversation(
 
 END_INSIDE = "the answer's text contains the end-of-turn token"
 DOUBLED_BOS = "the prompt's text begins with a second BOS token"
-# Tokens beyond a limit that are tokenised as well: what is cut off changes no token before them.
+# Tokens beyond a limit that are tokenised as well, so that the cut changes no token within it.
 _MARGIN = 64
 
 

@@ -132,10 +132,11 @@ def read_light_tokenizer(folder: Path) -> LightTokenizer | None:
     """Return the tokenizer of a folder, or None for one that transformers must read."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        content = json.loads(text)
         if any((folder / name).exists() for name in _OTHERS) or not _is_plain(config, content):
             return None
-        return _build(folder, config, content)
+        return _build(folder, config, content, text)
     except Exception:  # transformers reports what is wrong with the files
         return None
 
@@ -143,12 +144,16 @@ def read_light_tokenizer(folder: Path) -> LightTokenizer | None:
 def _is_plain(config: dict[str, Any], content: dict[str, Any]) -> bool:
     """Return whether transformers takes tokenizer.json as it is."""
     kind = config.get("tokenizer_class")
-    byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
-    known = kind in _AS_THE_FILE_SAYS or (kind in _IF_BYTE_LEVEL and byte_level)
+    known = kind in _AS_THE_FILE_SAYS or (
+        kind in _IF_BYTE_LEVEL and '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
+    )
     return known and not config.get("split_special_tokens") and "auto_map" not in config
 
 
-def _build(folder: Path, config: dict[str, Any], content: dict[str, Any]) -> LightTokenizer | None:
+def _build(
+    folder: Path, config: dict[str, Any], content: dict[str, Any], text: str
+) -> LightTokenizer | None:
+    """Return the tokenizer of tokenizer.json's `text`, whose value is `content`."""
     from tokenizers import Tokenizer
 
     own = {token["id"]: token for token in content["added_tokens"]}
@@ -163,7 +168,7 @@ def _build(folder: Path, config: dict[str, Any], content: dict[str, Any]) -> Lig
     special = list(dict.fromkeys([*named.values(), *map(_text, more)]))
     if not set(special) <= {token["content"] for token in own.values() if token["special"]}:
         return None
-    backend = Tokenizer.from_str(json.dumps(content))
+    backend = Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
     return LightTokenizer(backend, named, special, _template(folder, config))

@@ -203,8 +203,8 @@ def text_behind(
 ) -> str | Refused:
     """Return what follows a prompt up to the end token: the answer as the template renders it.
 
-    Where the template takes reasoning out of answers, which a model has to write behind that
-    prompt, it is the answer itself.
+    It is the answer's own text where the template takes out of it the reasoning that a model has to
+    write behind the prompt.
 
     Args:
         answered: the answer's turn.

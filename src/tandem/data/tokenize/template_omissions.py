@@ -82,8 +82,8 @@ class Omissions:
         return ""
 
     def _of(self, shapes: Sequence[_Shape], tools: str, *, answered: bool, reasoned: bool) -> str:
-        # Most templates treat one line and several alike. For fewer shapes, all texts count as
-        # several lines first, and only if that leaves something out as they are.
+        # Most templates treat one line and several alike, so all texts count as several lines at
+        # first: that makes fewer shapes. Only if something is left out, they count as they are.
         lines = tuple(replace(one, text=2) if one.text == 1 else one for one in shapes)
         reason = self._remembered(lines, tools, answered, reasoned)
         return reason and self._remembered(tuple(shapes), tools, answered, reasoned)
@@ -210,8 +210,10 @@ def _calls(shape: _Shape, number: int, twin: _Twin) -> list[dict[str, Any]]:
     for place, arguments in enumerate(shape.calls):
         name, value = (_word(f"{kind}{place}at", number) for kind in ("call", "value"))
         twin.words.append((name, NO_CALLS))
-        values = {} if arguments == "none" else {"zqkeyzq": value}
-        twin.words += [(value, NO_CALLS)] if values else []
+        values: dict[str, str] = {}
+        if arguments != "none":
+            values = {"zqkeyzq": value}
+            twin.words.append((value, NO_CALLS))
         called = {"name": name, "arguments": json.dumps(values) if arguments == "text" else values}
         # Mistral's templates refuse ids of another length.
         calls.append({"id": f"probe{place:04}", "type": "function", "function": called})

@@ -29,7 +29,7 @@ from tandem.recipe.choices import LossOn
 def skip_old_turns(
     chat: ChatTokenizer, conversation: Conversation, limits: Limits, loss_on: LossOn = "answers"
 ) -> tuple[Conversation, int] | Refused:
-    """Leave out turns of a very long conversation that cannot fit; return how many exchanges too.
+    """Return a conversation without turns that surely cannot fit, and how many exchanges it lost.
 
     Each answer is rendered with all turns before it, which would take too long for many turns.
     """

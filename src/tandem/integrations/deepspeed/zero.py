@@ -35,8 +35,9 @@ class _ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
+        state = next(iter(_flat_states(self.zero)), {})  # all have the same keys
         for name, parameter in self.parameters.items():
-            for key, value in next(iter(_flat_states(self.zero)), {}).items():
+            for key, value in state.items():
                 if torch.is_tensor(value) and value.numel() > 1:
                     # A parameter that is sharded has no shape of its own.
                     shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -138,7 +139,10 @@ class Zero3Engine(_ZeroEngine):
 
 
 class HandOver(nn.Module):
-    """The trained parameters as a module, for one forward and backward a step, after all others."""
+    """The trained parameters as a module whose backward gives them gradients that are known.
+
+    DeepSpeed sees one forward and one backward of it a step, after all micro-batches.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()

@@ -135,7 +135,7 @@ _WAITING = {
 
 
 def choose_static(requested: str, model: Any, *, fused: bool) -> tuple[str, str]:
-    """Choose dense, or Habana's `fused` kernel, whose shapes do not depend on records, and say why.
+    """Choose dense, or Habana's `fused` kernel, and say why: their shapes depend on no record.
 
     `model` is on its device, without an adapter. Raises UserError for another requested form, and
     for models whose layers look at values to decide what to compute, as mixtures of experts do.

@@ -22,8 +22,9 @@ def attention_backend(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Any]]:
     """Register `attention(query, key, value, layout, scaling=, window=)` under a name.
 
-    The function takes and returns what `dense_attention` does, `softcap` only where it `soft_caps`;
-    its place is taken by what transformers calls. `select.use_backend` knows it by `name`.
+    The function takes and returns what `dense_attention` does, and `softcap` only with `soft_caps`.
+    Its name then stands for the function that transformers calls; `select.use_backend` takes any
+    name that was registered, by whichever module.
 
     Calls raise UserError for models whose softmax has learnt sinks: ignoring them would be wrong.
     """
@@ -39,6 +40,7 @@ def attention_backend(
             tandem_layout: TreeLayout,
             **asked: Any,
         ) -> tuple[Tensor, None]:
+            """Take the arguments of transformers, and pass those on that scores depend on."""
             if asked.get("s_aux") is not None:
                 raise UserError(
                     "models with attention sinks (such as gpt-oss) cannot be trained yet"

@@ -128,7 +128,7 @@ def _built(compiler: str, folder: Path) -> Path:
 
 
 def _named(name: str, library: Path) -> str:
-    """The file name of a library: `name` says what it was made of; a checksum of itself follows."""
+    """The file name of a library: `name`, which says what it was made of, and its checksum."""
     return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 

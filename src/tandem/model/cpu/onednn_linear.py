@@ -141,6 +141,8 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _FrozenProduct(torch.autograd.Function):
+    """x @ weight.T + bias with a gradient for x alone."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Ordered | Plain, bias: Tensor | None) -> Tensor:
         ctx.weights = weights
@@ -152,6 +154,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _LowRankProduct(torch.autograd.Function):
+    """See `low_rank_product`; of the low-rank part, only dropped @ down.T [T, r] is kept."""
+
     @staticmethod
     def forward(
         ctx: Any,

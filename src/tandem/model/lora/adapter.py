@@ -129,7 +129,7 @@ class LoraWeights:
 
     def _add_dropout(self, wrapped: Any, log: Log) -> None:
         p, shared = self.settings.dropout, DropoutKeys()
-        adapted = (m for m in wrapped.get_base_model().modules() if isinstance(m, LoraLayer))
+        adapted = [m for m in wrapped.get_base_model().modules() if isinstance(m, LoraLayer)]
         layers = (layer for layer in adapted if not isinstance(layer, ParamWrapper))
         for number, layer in enumerate(layers):
             layer.lora_dropout["default"] = KeyedDropout(p, number, shared)
@@ -183,7 +183,7 @@ def refused_modules(model: Any) -> list[str]:
 
 
 def wrap_with_saved(model: Any, folder: Path) -> Any:
-    """Wrap a model, with rows for added tokens, with a saved adapter; UserError if unfit."""
+    """Put a saved adapter around a model that has rows for its tokens; UserError if unfit."""
     check_copies(folder, model)
     try:
         with _quiet():

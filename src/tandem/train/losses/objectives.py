@@ -22,7 +22,7 @@ LOSS_MODULES = (paired,)
 
 
 def negative_log_likelihood(logps: Tensor) -> Tensor:
-    """Sum the negative log-probs of sequences [S]; the step's trained tokens divide it later."""
+    """Sum the negative log-probs of sequences [S], to be divided by the step's trained tokens."""
     return -logps.sum()
 
 
