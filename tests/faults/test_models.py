@@ -170,6 +170,8 @@ def test_a_base_that_is_quantised_already_is_refused_before_the_first_stage(
     config = json.loads((desk.model / "config.json").read_text())
     (desk.model / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     adapter = desk.home / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for argv in (
         desk.train(),
         desk.train("dpo"),

@@ -322,12 +322,7 @@ def context_length(config: Any) -> int | None:
 
 def check_context(config: Any, max_length: int, folder: Path, key: str = "max_length") -> None:
     """Raise UserError when `max_length`, called `key`, exceeds the context that is stated."""
-    context = context_length(config)
-    if context is not None and max_length > context:
-        raise UserError(
-            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
-            f"(max_position_embeddings). Set {key} to {context} or less."
-        )
+    require_context(context_length(config), max_length, folder, key)
 
 
 def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = True) -> None:
@@ -339,6 +334,15 @@ def check_lengths(folder: Path, lengths: Mapping[str, int], *, weights: bool = T
     config = stated_config(folder)
     for key, length in lengths.items() if config is not None else ():
         check_context(config, length, folder, key)
+
+
+def require_context(context: int | None, max_length: int, folder: Path, key: str) -> None:
+    """Raise UserError when `max_length`, called `key`, exceeds a context; None is any length."""
+    if context is not None and max_length > context:
+        raise UserError(
+            f"{key} {max_length} exceeds the context of {folder}, {context} tokens "
+            f"(max_position_embeddings). Set {key} to {context} or less."
+        )
 
 
 def first_line(error: BaseException) -> str:
