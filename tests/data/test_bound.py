@@ -108,7 +108,7 @@ LONG = st.builds(
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["mistral", "stories", "byte"])
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -177,16 +177,16 @@ def _result(fitted: Any) -> Any:
 SCRIPT = """
 import json, re, sys
 from pathlib import Path
-from transformers import AutoTokenizer
 from tandem.data.ledger import Ledger
 from tandem.data.build_dataset import build_dataset
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 from tandem.data.tokenize.chat_template import resolve_template
 
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
+tokenizer = read_light_tokenizer(Path(sys.argv[1]))
 template = resolve_template(tokenizer, "neural-chat")
 
 def most():
@@ -209,15 +209,15 @@ print(json.dumps({"told": told, "mebibytes": (after - before) / 1024}))
 """
 
 
-def test_a_record_of_50_mb_takes_little_memory(shared_data: Path, tmp_path: Path) -> None:
-    """Tokenised whole it takes more than a gibibyte."""
-    words = "It was a day like any other, said Tim; and so it went on. " * (50_000_000 // 58)
+def test_a_record_of_20_mb_takes_little_memory(shared_data: Path, tmp_path: Path) -> None:
+    """Tokenised whole it takes almost half a gibibyte."""
+    words = "It was a day like any other, said Tim; and so it went on. " * (20_000_000 // 58)
     small = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     question = {"messages": [{"role": "user", "content": words}, small["messages"][1]]}
     answer = {"messages": [small["messages"][0], {"role": "assistant", "content": words}]}
     huge, plain = tmp_path / "huge.jsonl", tmp_path / "plain.jsonl"
     roles = ("user", "assistant")
-    turns = [{"role": roles[i % 2], "content": words[:5000]} for i in range(4000)]
+    turns = [{"role": roles[i % 2], "content": words[:5000]} for i in range(1600)]
     rows = (question, small, answer, {"messages": turns})
     huge.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain.write_text(json.dumps(small) + "\n")
@@ -238,4 +238,4 @@ def test_a_record_of_50_mb_takes_little_memory(shared_data: Path, tmp_path: Path
         ["truncated"] * 3,
     ]
     assert all(length <= 512 for told in result["told"] for length in told[1])
-    assert result["mebibytes"] < 500, result
+    assert result["mebibytes"] < 200, result
