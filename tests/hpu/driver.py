@@ -1,16 +1,20 @@
 """What runs under the stub bridge, in a process of its own: stages, watched; prints JSON.
 
-`python -m tests.hpu.driver FOLDER MODE` with the stub on PYTHONPATH. torch is not imported before
-`prepare_devices`, as in a command.
+`python -m tests.hpu.driver FOLDER [COMMAND]...` with the stub on PYTHONPATH runs both stages lazy,
+then eager, and then the commands, each in JSON: importing takes longer than all of them.
+`python -m tests.hpu.driver --told MODE` ends when the bridge is imported. torch is not imported
+before `prepare_devices`, as in a command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +25,7 @@ SYNCS = {
     "unique_consecutive", "equal", "is_nonzero", "item", "tolist", "cpu", "numpy",
 }  # fmt: skip
 SETTINGS = {
-    "batch_size": 7, "max_steps": 4, "learning_rate": 1e-3, "max_length": 128,
+    "batch_size": 5, "max_steps": 3, "learning_rate": 1e-3, "max_length": 128,
     "logging_steps": 1, "adam_epsilon": 1e-6, "lora": {"rank": 4, "alpha": 8},
 }  # fmt: skip
 # Lengths of the eager run, and of its token budget.
@@ -96,7 +100,8 @@ class Watch:
             self.region, self._ops = "", None
 
 
-def install(watch: Watch) -> None:
+@contextlib.contextmanager
+def watching(watch: Watch) -> Iterator[None]:
     """Watch every operator, and wrap the engine's methods."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,8 +121,6 @@ def install(watch: Watch) -> None:
             watch.saw(f.__name__, out)
             return out
 
-    Functions().__enter__()
-    Operators().__enter__()
     forward, backward, step = Scorer.forward, Engine.backward, Engine.step
 
     def scored(self: Any, batch: Any) -> Any:
@@ -142,19 +145,35 @@ def install(watch: Watch) -> None:
     Scorer.forward = scored  # type: ignore[method-assign]
     Engine.backward = went_back  # type: ignore[method-assign]
     Engine.step = stepped  # type: ignore[method-assign]
+    with Functions(), Operators():
+        yield
+    Scorer.forward, Engine.backward, Engine.step = forward, backward, step  # type: ignore[method-assign]
 
 
-def main(folder: Path, mode: str) -> dict[str, Any]:
-    """Run both stages on the stub's HPU, eager or lazy."""
-    from tandem.integrations.choose import choose_device, prepare_devices
+def prepare(mode: str) -> dict[str, Any]:
+    """Tell the bridge its mode, as a command does it before torch is imported."""
+    from tandem.integrations.choose import prepare_devices
 
-    lazy = mode == "lazy"
-    # As a command does it, before torch is imported.
-    hpu_section = SimpleNamespace(lazy_mode=lazy)
-    notices = prepare_devices(SimpleNamespace(hpu=hpu_section))
     early = "torch" not in sys.modules
+    notices = prepare_devices(SimpleNamespace(hpu=SimpleNamespace(lazy_mode=mode == "lazy")))
+    return {"notices": notices, "early": early and "torch" not in sys.modules}
+
+
+def told(mode: str) -> dict[str, Any]:
+    """What the bridge was told before torch was imported."""
+    prepared = prepare(mode)
+    from habana_frameworks.torch import MODES  # type: ignore[import-not-found]
+
+    return {**prepared, "modes": MODES}
+
+
+def watched(folder: Path, mode: str) -> dict[str, Any]:
+    """Run both stages on the stub's HPU, eager or lazy; the bridge may have been imported."""
+    prepare(mode)
+    from tandem.integrations.choose import choose_device
     from tandem.recipe.run_settings import HpuSettings
 
+    lazy = mode == "lazy"
     hpu = HpuSettings(
         lazy_mode=lazy,
         buckets="max" if lazy else LENGTHS,
@@ -164,22 +183,20 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     device = choose_device("auto", "auto", hpu)
     import torch
     from accelerate.utils import is_hpu_available
-    from habana_frameworks.torch import MODES, core  # type: ignore[import-not-found]
+    from habana_frameworks.torch import core
+    from habana_frameworks.torch.hpex import kernels, optimizers  # type: ignore[import-not-found]
     from transformers.utils import is_torch_hpu_available
 
     patched = torch.compile.__name__
+    for noted in (core.marks, kernels.calls, optimizers.made):
+        noted.clear()
     watch = Watch()
-    install(watch)
-    run_stages(folder / mode, folder / "model", device="hpu", hpu=hpu)
-    from habana_frameworks.torch.hpex import kernels, optimizers  # type: ignore[import-not-found]
-
+    with watching(watch):
+        run_stages(folder / mode, folder / "model", device="hpu", hpu=hpu)
     return {
-        "notices": notices,
-        "early": early,
         "kind": device.kind,
         "weights": str(device.weights),
         "lazy": device.lazy,
-        "modes": MODES,
         "found": [is_hpu_available(), is_torch_hpu_available(), patched],
         "marks": len(core.marks),
         "syncs": watch.syncs,
@@ -190,6 +207,34 @@ def main(folder: Path, mode: str) -> dict[str, Any]:
     }
 
 
+def command(argv: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    """A command's exit code and what it said."""
+    from accelerate.state import AcceleratorState
+
+    from tandem.cli.main import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    said = io.StringIO()
+    before = {name: os.environ.get(name, "") for name in variables}
+    os.environ.update(variables)
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = main(argv)
+    os.environ.update(before)
+    return {"code": code, "said": said.getvalue()}
+
+
+def everything(folder: Path, commands: list[str]) -> dict[str, Any]:
+    """All that a process can show after it has imported everything once."""
+    first = told("lazy")
+    found = {mode: watched(folder, mode) for mode in ("lazy", "eager")}
+    os.chdir(folder)
+    ran = [command(**json.loads(order)) for order in commands]
+    return {"told": first, **found, "commands": ran}
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TANDEM_KERNELS", "off")
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
+    if sys.argv[1] == "--told":
+        print(json.dumps(told(sys.argv[2])))
+    else:
+        print(json.dumps(everything(Path(sys.argv[1]), sys.argv[2:])))

@@ -20,9 +20,11 @@ from tandem.storage.atomic_files import read_jsonl
 
 from ..stages.made_inputs import make_model_folder
 from .driver import LENGTHS, SETTINGS, run_stages
+from .smoke_script import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).parent / "stub"
+CARDS = "STUB_CARDS"
 MODES = ("eager", "lazy")
 
 
@@ -38,7 +40,7 @@ class Done:
         return found
 
 
-def environment(home: Path, **extra: str) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """A process's environment with the stub in it, and no launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PT_", "WORLD_SIZE"))}
     return kept | {
@@ -47,34 +49,56 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
         "TANDEM_KERNELS": "off",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "error",
-        **extra,
     }
+
+
+def drive(home: Path, *arguments: str) -> dict[str, Any]:
+    """What the driver says at its end."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.hpu.driver", *arguments],
+        cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def in_files(home: Path, *flags: str) -> list[str]:
+    """A command on the files that the CPU's run has left."""
+    model, data = str(home / "model"), str(home / "cpu" / "conversations.jsonl")
+    argv = ["sft", "--model_name_or_path", model, "--dataset_name", data, "--use_habana"]
+    return [*argv, "--output_dir", str(home / "refused"), *flags]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     home = tmp_path_factory.mktemp("hpu")
     make_model_folder(home / "model")
-    watched = {}
-    for mode in MODES:
-        ran = subprocess.run(
-            [sys.executable, "-m", "tests.hpu.driver", str(home), mode],
-            cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        watched[mode] = json.loads(ran.stdout.splitlines()[-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache-cpu"))
         run_stages(home / "cpu", home / "model")
+    (of_script,) = run_script(home, "smoke", STEPS="1", ONLY="sft-p*")
+    of_script[of_script.index("--batch_size") + 1] = "1"
+    commands: dict[str, dict[str, Any]] = {
+        "too long": {
+            "argv": in_files(home, "--hpu_buckets", "8", "16", "--max_length", "128"),
+            "variables": {},
+        },
+        "no card": {"argv": in_files(home, "--max_length", "200"), "variables": {CARDS: "0"}},
+        "script": {"argv": of_script, "variables": {}},
+    }
+    watched = drive(home, str(home), *map(json.dumps, commands.values()))
+    watched["commands"] = dict(zip(commands, watched["commands"], strict=True))
     return Done(home, watched)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bridge_is_found_and_told_its_mode_before_torch(done: Done, mode: str) -> None:
-    seen = done.watched[mode]
-    assert seen["early"], "the mode is set before torch is imported"
+    told = done.watched["told"] if mode == "lazy" else drive(done.home, "--told", mode)
+    assert told["early"], "the mode is set before torch is imported"
     flag = "1" if mode == "lazy" else "0"
-    assert seen["modes"] == {"PT_HPU_LAZY_MODE": flag, "PT_ENABLE_INT64_SUPPORT": "1"}
+    assert told["modes"] == {"PT_HPU_LAZY_MODE": flag, "PT_ENABLE_INT64_SUPPORT": "1"}
+    seen = done.watched[mode]
     assert (seen["kind"], seen["weights"]) == ("hpu", "torch.bfloat16")
     assert seen["lazy"] is (mode == "lazy")
     # transformers patches torch when the device is chosen, not in the middle of a run.
@@ -155,39 +179,22 @@ def test_the_run_says_what_filling_up_costs(done: Done) -> None:
     assert "padding" not in cpu
 
 
-def _tandem(home: Path, *argv: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tandem", *argv],
-        cwd=home, env=environment(home, **extra), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_a_record_beyond_the_declared_lengths_stops_before_the_first_step(done: Done) -> None:
-    data = done.home / "cpu" / "conversations.jsonl"
-    ran = _tandem(
-        done.home, "sft", "--model_name_or_path", "model", "--dataset_name", str(data),
-        "--output_dir", "too-long", "--use_habana", "--hpu_buckets", "8", "16",
-        "--max_length", "128", "--max_steps", "1",
-    )  # fmt: skip
-    assert ran.returncode == 2, ran.stderr
-    assert f"hpu.buckets: {data}, row " in ran.stderr
-    assert "and the lengths are 8, 16. Add a length of at least" in ran.stderr
-    assert not (done.home / "too-long" / "metrics.jsonl").exists()
+    ran = done.watched["commands"]["too long"]
+    assert ran["code"] == 2, ran["said"]
+    assert f"hpu.buckets: {done.home / 'cpu' / 'conversations.jsonl'}, row " in ran["said"]
+    assert "and the lengths are 8, 16. Add a length of at least" in ran["said"]
+    assert not (done.home / "refused" / "metrics.jsonl").exists()
 
 
 def test_a_bridge_without_a_card_is_said(done: Done) -> None:
-    data = done.home / "cpu" / "conversations.jsonl"
-    argv = [
-        "sft",
-        "--model_name_or_path",
-        "model",
-        "--dataset_name",
-        str(data),
-        "--output_dir",
-        "n",
-        "--max_length",
-        "200",
-    ]
-    ran = _tandem(done.home, *argv, "--use_habana", STUB_CARDS="0")
-    assert ran.returncode == 2
-    assert "device: hpu was asked for, but the bridge sees no Gaudi card here" in ran.stderr
+    ran = done.watched["commands"]["no card"]
+    assert ran["code"] == 2
+    assert "device: hpu was asked for, but the bridge sees no Gaudi card here" in ran["said"]
+
+
+def test_the_smoke_scripts_data_trains(done: Done) -> None:
+    """One step of one command of scripts/hpu_smoke.sh: nothing but the card is missing."""
+    ran = done.watched["commands"]["script"]
+    assert ran["code"] == 0, ran["said"]
+    assert (done.home / "smoke" / "sft-pad-max" / "summary.json").is_file()
