@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_a_trees_cost_counts_what_is_seen() -> None:
 
 
 @pytest.fixture(scope="module")
-def real(shared_data: Path, _mistral: Any) -> dict[str, list[Example]]:
+def real(shared_data: Path, _mistral: Any) -> dict[str, Sequence[Example]]:
     """Real pairs and conversations as trees."""
     found = {}
     for name, prepare, path in (
@@ -144,14 +145,15 @@ def real(shared_data: Path, _mistral: Any) -> dict[str, list[Example]]:
             template=resolve_template(_mistral, "neural-chat"),
             max_length=2048,
             ledger=Ledger(None),
-        )[:640]
+            limit=640,
+        )
     return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["pairs", "conversations"])
 def test_real_lengths_are_dealt_evenly_and_packed_near_the_bound(
-    real: dict[str, list[Example]], name: str, ranks: int
+    real: dict[str, Sequence[Example]], name: str, ranks: int
 ) -> None:
     trees, budget = real[name], 2048
     for step in StepSampler(len(trees), 64, seed=1).steps(0, len(trees) // 64):
