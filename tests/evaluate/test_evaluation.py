@@ -181,11 +181,11 @@ def test_what_is_finished_is_not_measured_again(
     assert "arc_easy" in said.lower() or "ARC-easy was measured before" in said
     # Finished, with the same inputs; then more tasks in the same folder, which use what is there.
     assert evaluate(models, tmp_path / "e", tasks)[0] == found
-    more = tasks.model_copy(update={"tasks": ("winogrande", "gsm8k"), "limit": 6})
+    more = tasks.model_copy(update={"tasks": ("winogrande", "arc_challenge"), "limit": 6})
     with pytest.raises(UserError, match="holds a finished evaluate stage with other inputs"):
         evaluate(models, tmp_path / "e", more)
     evaluate(models, tmp_path / "e", more, replace=True)
-    assert measured == ["arc_easy", "killed", "winogrande", "gsm8k"]
+    assert measured == ["arc_easy", "killed", "winogrande", "arc_challenge"]
     # Another limit is another measurement.
     fewer = more.model_copy(update={"tasks": ("winogrande",), "limit": 2})
     evaluate(models, tmp_path / "e", fewer, replace=True)
