@@ -21,7 +21,10 @@ from ..warm.python import python
 
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 # What a reader would put into SETTINGS; the cells are those of the file.
-SHORTENED = "sft.epochs=0.1 dpo.epochs=0.2 pairs.max_new_tokens=4 evaluate.max_new_tokens=4"
+SHORTENED = (
+    "sft.batch_size=8 sft.epochs=0.04 pairs.select.count=24 pairs.max_new_tokens=4 "
+    "dpo.batch_size=8 dpo.epochs=1 evaluate.limit=8 evaluate.max_new_tokens=4"
+)
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _ABSOLUTE = re.compile(r"(?<![\w.~/<])/[a-z]+/")

@@ -28,13 +28,16 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(source),
     )  # fmt: skip
     (wheel,) = (work / "dist").glob("tandem_tune-*.whl")
-    _run(sys.executable, "-m", "venv", str(work / "venv"))
+    _run(sys.executable, "-m", "venv", "--without-pip", str(work / "venv"))
     (packages,) = (work / "venv").glob("lib/python*/site-packages")
     # A folder named in a .pth file is searched, but its own .pth files are not read: the
     # dependencies are found there, an editable tandem is not.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = work / "venv" / "bin" / "python"
-    _run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+    _run(
+        sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
+        "--no-index", str(wheel),
+    )  # fmt: skip
     return work / "venv" / "bin" / "tandem"
 
 
@@ -74,8 +77,11 @@ def test_the_installed_demo_runs_from_another_folder(command: Path, tmp_path: Pa
     )
     assert where.startswith(str(command.parents[1]))
     assert "tandem run demo" in _run(str(command), "--help", cwd=tmp_path)
-    shortened = ["sft.epochs=0.1", "dpo.epochs=0.1", "pairs.max_new_tokens=8"]
-    out = _run(str(command), "run", "demo", *shortened, "evaluate.max_new_tokens=4", cwd=tmp_path)
+    shortened = (
+        "sft.batch_size=8 sft.epochs=0.04 pairs.select.count=24 pairs.max_new_tokens=4 "
+        "dpo.batch_size=8 dpo.epochs=1 evaluate.limit=8 evaluate.max_new_tokens=4"
+    )
+    out = _run(str(command), "run", "demo", *shortened.split(), cwd=tmp_path)
     assert "report.html" in out
     assert (tmp_path / "runs" / "demo" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "runs" / "demo" / "5-final" / "model.safetensors").exists()
