@@ -172,6 +172,15 @@ def _ranks(home: Path) -> dict[str, psutil.Process]:
     return found
 
 
+def _await_ranks(home: Path, process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """Both training processes, looked for before there is something to wait for."""
+    while process.poll() is None:
+        if len(found := _ranks(home)) == 2:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("the processes were not started")
+
+
 def _await_checkpoint(folder: Path, beyond: int, process: subprocess.Popen[str]) -> int:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -189,13 +198,14 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     make_conversations(tmp_path / "data.jsonl")
     out = tmp_path / "out"
     argv = ["sft", "--model_name_or_path", f"{tmp_path}/model", "--output_dir", f"{out}"]
-    argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "5", "--max_steps", "300"]
+    argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "2", "--max_steps", "150"]
     argv += ["--max_length", "128", "--save_steps", "5", "--logging_steps", "1"]
 
     tandem = ("-m", "tandem")
     with _launch([*torchrun(2), *tandem, *argv], tmp_path) as process:
+        ranks = _await_ranks(tmp_path, process)
         step = _await_checkpoint(out, 0, process)
-        _ranks(tmp_path)["1"].kill()
+        ranks["1"].kill()
         _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert said.count("process 0 of 2 lost contact with another one") == 1
@@ -220,6 +230,6 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     assert main(argv) == 0
     said = capsys.readouterr().err
     assert "processes 2 -> 1" in said
-    assert f"(step {steps[-1]} of 300)" in said
+    assert f"(step {steps[-1]} of 150)" in said
     assert read_json(out / "summary.json")["processes"] == 1
-    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 301))
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 151))

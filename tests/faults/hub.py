@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +30,7 @@ class Hub:
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     address: str = ""
+    close: Callable[[], None] = lambda: None  # nothing listens at its address afterwards
 
 
 @contextmanager
@@ -40,11 +41,17 @@ def serving(hub: Hub) -> Iterator[Hub]:
         hub.address = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
+
+        def close() -> None:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+        hub.close = close
         try:
             yield hub
         finally:
-            server.shutdown()
-            thread.join()
+            close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -96,16 +96,17 @@ def test_company_does_not_change_a_sampled_answer(family: str) -> None:
     """Rows that end leave the batch; what the others say follows from their own numbers."""
     model = FAMILIES[family].make(torch.float64)
     sampled: Any = {"temperature": 1.5, "stops": tuple(range(2, 8))}  # many answers end
-    prompts = [[50 + i % 40, 6 + i % 7, *range(5, 5 + i % 9)] for i in range(40)]
+    count = 20 if family == "mamba" else 40  # mamba answers one row after the other
+    prompts = [[50 + i % 40, 6 + i % 7, *range(5, 5 + i % 9)] for i in range(count)]
     together = _answers(model, prompts, **sampled)
     assert together == _answers(model, prompts, **sampled)
     assert together != _answers(model, prompts, **sampled, seed=1)
     ended = [len(answer.ids) for answer in together if answer.stopped]
-    assert 10 < len(ended) < 40
-    assert len(set(ended)) > 3
+    assert count / 4 < len(ended) < count
+    assert len(set(ended)) > count / 20 + 1
     # The first half alone keeps its places, hence its numbers, in other batches.
     assert _answers(model, prompts[:3], **sampled) == together[:3]
-    assert _answers(model, prompts[:20], **sampled) == together[:20]
+    assert _answers(model, prompts[: count // 2], **sampled) == together[: count // 2]
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (1.0, 5), (0.8, 6), (0.01, 0)])

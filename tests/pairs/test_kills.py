@@ -16,8 +16,8 @@ from ..stages.made_inputs import WORDS, make_model_folder
 from .badly_behaved import Desk, asked, badly_behaved
 from .forks import Forks
 
-MODEL_KILLS, SERVER_KILLS = 8, 5
-PROMPTS = 120
+MODEL_KILLS, SERVER_KILLS = 5, 4
+PROMPTS = 80
 
 
 @pytest.fixture(scope="module")
