@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import record, sweeps, work
@@ -33,7 +34,10 @@ def test_pairs_have_the_lengths_that_a_point_says(tmp_path: Path) -> None:
         assert len(tree.prefix.input_ids) >= 30
 
 
-def test_every_point_is_measured_once_and_a_sweep_is_resumed(tmp_path: Path) -> None:
+def test_every_point_is_measured_once_and_a_sweep_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "CENTRE", sweeps.Point(share=50, length=64, vocabulary=1000))
     benches: list[Here] = []
 
     def made(threads: int) -> Here:
@@ -41,7 +45,7 @@ def test_every_point_is_measured_once_and_a_sweep_is_resumed(tmp_path: Path) -> 
         return benches[-1]
 
     options = ["--size=1", "--threads=1", "--pairs=2", f"--results={tmp_path}"]
-    options += ["--shares", "25", "50", "--lengths", "1024", "--vocabularies", "500", "32000"]
+    options += ["--shares", "25", "50", "--lengths", "64", "--vocabularies", "500", "1000"]
     text = sweeps.main([*options, "--save"], apart=made)
     assert (tmp_path / "sweeps.md").read_text() == text
     assert (tmp_path / "sweeps.svg").read_text().count('role="img"') == 4
@@ -51,7 +55,7 @@ def test_every_point_is_measured_once_and_a_sweep_is_resumed(tmp_path: Path) -> 
     assert benches[0].asked == ["tandem", "plain loop, 1 at a time"] * 3
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert [row for row in rows if row[2:].isdigit()] == [
-        "| 25", "| 50", "| 1024", "| 500", "| 32000"
+        "| 25", "| 50", "| 64", "| 500", "| 1000"
     ]  # fmt: skip
 
     last = list(kept.measured)[-1]

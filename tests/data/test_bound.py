@@ -105,6 +105,12 @@ LONG = st.builds(
 ).filter(lambda text: bool(text.strip()))
 
 
+@pytest.fixture(scope="module")
+def chats() -> dict[str, tuple[ChatTokenizer, int | None]]:
+    """Those that were made before, each with a copy of a tokenizer, and their longest tokens."""
+    return {}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["mistral", "stories", "byte"])
 @settings(
@@ -122,6 +128,7 @@ LONG = st.builds(
 )
 def test_long_records_come_out_as_if_tokenised_whole(
     request: pytest.FixtureRequest,
+    chats: dict[str, tuple[ChatTokenizer, int | None]],
     family: str,
     policy: TooLong,
     texts: Sequence[str],
@@ -130,9 +137,13 @@ def test_long_records_come_out_as_if_tokenised_whole(
     prompt: int | None,
     text: bool,
 ) -> None:
-    tokenizer = request.getfixturevalue(f"{family}_tokenizer")
-    name = "chatml" if family == "byte" else "zephyr"
-    chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
+    if family not in chats:
+        tokenizer = request.getfixturevalue(f"{family}_tokenizer")
+        name = "chatml" if family == "byte" else "zephyr"
+        made = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, name))
+        chats[family] = made, made.codec.most_characters(1)
+    chat, known = chats[family]
+    assert known
     limits = Limits(length, prompt, policy)
     before = (Turn("system", system),) if system else ()
     roles = ("user", "assistant")
@@ -140,7 +151,7 @@ def test_long_records_come_out_as_if_tokenised_whole(
     record = Conversation((*before, *turns), ORIGIN)
     pair = PreferencePair(record.turns[:-1], turns[-1].content, "No. " + texts[-1], ORIGIN)
     found = []
-    for longest in (None, 0):  # 0: nobody knows, so all is tokenised
+    for longest in (known, 0):  # 0: nobody knows, so all is tokenised
         chat.codec._longest = longest  # type: ignore[attr-defined]
         fitted = fit(chat, record, limits, "text" if text else "answers")
         found.append([_result(one) for one in (fitted, fit_two(chat, pair, limits))])

@@ -20,6 +20,7 @@ from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
 from tandem.data.records import Conversation, Origin, PreferencePair
 from tandem.data.sources.chunks import Renaming, Row
+from tandem.data.sources.compression import check_signature
 from tandem.data.sources.rows import read_rows
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -58,14 +59,14 @@ LABELLED = st.fixed_dictionaries(
     {"prompt": SAID, "completion": SAID, "label": st.booleans() | SCALARS}
 )
 BOUNDED = settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(ROWS | SCORED | LABELLED)
 def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
     known = detect(row)
@@ -114,7 +115,7 @@ def filled(lines: list[bytes]) -> list[int]:
 
 
 @pytest.mark.parametrize("read", [read_conversations, read_pairs])
-@settings(BOUNDED, max_examples=100)
+@settings(BOUNDED, max_examples=50)
 @given(lines=st.lists(LINES, max_size=8).filter(are_lines))
 def test_a_file_is_read_or_refused(read: Any, lines: list[bytes], tmp_path: Path) -> None:
     path = tmp_path / "made.jsonl"
@@ -175,8 +176,10 @@ def test_a_compressed_file_is_read_as_far_as_it_goes(
     plain.write_bytes(b"\n".join(lines))
     whole = packed_as(suffix, plain.read_bytes())
     packed.write_bytes(whole)
-    expected = account(DataSource(path=str(plain)), read_pairs)
-    assert account(DataSource(path=str(packed)), read_pairs) == expected
+    # Only a plain file is refused for looking like a web page or another kind of file.
+    if not looks_foreign(plain):
+        expected = account(DataSource(path=str(plain)), read_pairs)
+        assert account(DataSource(path=str(packed)), read_pairs) == expected
     # Bytes in the middle may change unseen: zstd need not have a checksum.
     for damaged in (whole[: int((len(whole) - 1) * cut)], whole + rubbish):
         packed.write_bytes(damaged)
@@ -186,6 +189,15 @@ def test_a_compressed_file_is_read_as_far_as_it_goes(
         rows, entries, last = found
         assert len(rows + entries) == len({*rows, *entries})
         assert "what follows cannot be read" in last
+
+
+def looks_foreign(file: Path) -> bool:
+    """Whether a file is refused for how it begins."""
+    try:
+        check_signature(file)
+    except UserError:
+        return True
+    return False
 
 
 def packed_as(suffix: str, content: bytes) -> bytes:
@@ -268,7 +280,7 @@ def test_every_scored_answer_is_in_a_pair_or_has_a_reason(
 NAMES = st.sampled_from([*KEYS, "role", "content", "own", "a.b", ""])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     row=ROWS,
     names=st.dictionaries(NAMES, NAMES, max_size=3),

@@ -137,24 +137,24 @@ def reasons(
     ],
 )
 def test_a_record_is_never_trained_without_what_the_template_leaves_out(
-    mistral_tokenizer: Any, tmp_path: Path, name: str, record: dict[str, Any], omitted: str
+    stories_tokenizer: Any, tmp_path: Path, name: str, record: dict[str, Any], omitted: str
 ) -> None:
-    trained, dropped = reasons(mistral_tokenizer, tmp_path, TEMPLATES[name], [record])
+    trained, dropped = reasons(stories_tokenizer, tmp_path, TEMPLATES[name], [record])
     if omitted:
         assert dropped == {1: f"the chat template does not render {omitted}"}
     else:
         assert (trained, dropped) == ([1], {})
 
 
-def test_pairs_and_texts_are_looked_at_as_well(mistral_tokenizer: Any, tmp_path: Path) -> None:
+def test_pairs_and_texts_are_looked_at_as_well(stories_tokenizer: Any, tmp_path: Path) -> None:
     answers = {"chosen": "Quatre.", "rejected": "Four."}
     pairs = [{"system": "S", "prompt": "Q", **answers}, {"prompt": "Q", **answers}]
     omitted = {1: "the chat template does not render the system turn"}
     plan = EncodingOptions("preference pairs", Limits(512, None), "stop")
-    assert reasons(mistral_tokenizer, tmp_path, DEAF, pairs, plan) == ([2], omitted)
+    assert reasons(stories_tokenizer, tmp_path, DEAF, pairs, plan) == ([2], omitted)
     texts = [{"messages": [SYSTEM, ASKED, SAID]}, {"messages": [ASKED, SAID]}]
     plan = EncodingOptions("conversations", Limits(512, None), "stop", loss_on="text")
-    assert reasons(mistral_tokenizer, tmp_path, DEAF, texts, plan) == ([2], omitted)
+    assert reasons(stories_tokenizer, tmp_path, DEAF, texts, plan) == ([2], omitted)
 
 
 def test_all_of_a_data_set_that_is_left_out_is_said_with_a_way_out(
@@ -206,7 +206,7 @@ def test_templates_of_the_hub_and_of_the_package_lose_nothing_of_real_data(
         (prepare_conversations, "conversations/slimorca_format.jsonl"),
         (prepare_pairs, "pairs/orca_dpo_pairs.jsonl"),
     ):
-        lines = (shared_data / file).read_text().splitlines()[:40]
+        lines = (shared_data / file).read_text().splitlines()[:15]
         (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
         ledger = Ledger(None)
         prepare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,13 @@ from tandem.recipe.data_source import DataSource
 from .built import prepare_conversations, prepare_pairs
 
 Rows = list[dict[str, Any]]
-PAIRS = 40
-TALKS = 80
+PAIRS = 16
+TALKS = 40
 
 
-def rows_of(file: Path, count: int) -> Rows:
+def rows_of(file: Path, count: int, every: int = 1) -> Rows:
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+        return [json.loads(line) for line in itertools.islice(lines, 0, count * every, every)]
 
 
 def write(path: Path, rows: Rows) -> Path:
@@ -214,8 +215,7 @@ def test_conversations_are_the_same_in_every_format(
     tmp_path: Path,
 ) -> None:
     source = shared_data / "conversations" / "slimorca_format.jsonl"
-    rows = rows_of(source, 8000)[::100]  # of every kind: several turns, system texts
-    assert len(rows) == TALKS
+    rows = rows_of(source, TALKS, 200)  # of every kind: several turns, system texts
     original = write(tmp_path / "original.jsonl", rows)
     expected, counts = trees(
         prepare_conversations, stories_tokenizer, DataSource(path=str(original))
@@ -249,7 +249,7 @@ def test_single_exchanges_are_the_same_in_every_format(
     stories_tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    rows = rows_of(shared_data / "conversations" / "slimorca_format.jsonl", 8000)[::100]
+    rows = rows_of(shared_data / "conversations" / "slimorca_format.jsonl", TALKS, 200)
     kept = [(row, parts) for row in rows if (parts := single(row))]
     assert len(kept) > TALKS // 2
     original = write(tmp_path / "o.jsonl", [row for row, _ in kept])

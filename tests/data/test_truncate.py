@@ -29,13 +29,24 @@ POLICIES: tuple[TooLong, ...] = ("drop", "keep_start", "keep_end", "drop_old_tur
 FAMILIES = ("mistral", "stories", "bytes")
 
 
+@pytest.fixture(scope="module")
+def chats() -> dict[str, tuple[ChatTokenizer, Any]]:
+    """Those that were made before: each is a copy of a tokenizer."""
+    return {}
+
+
 @pytest.fixture(params=FAMILIES)
-def chat(request: pytest.FixtureRequest) -> tuple[ChatTokenizer, Any]:
+def chat(
+    request: pytest.FixtureRequest, chats: dict[str, tuple[ChatTokenizer, Any]]
+) -> tuple[ChatTokenizer, Any]:
     """A chat of each tokenizer family, and its tokenizer."""
+    if request.param in chats:
+        return chats[request.param]
     name = {"mistral": "mistral_tokenizer", "stories": "stories_tokenizer"}
     tokenizer = request.getfixturevalue(name.get(request.param, "byte_tokenizer"))
     template = "chatml" if request.param == "bytes" else "neural-chat"
-    return ChatTokenizer.of(tokenizer, resolve_template(tokenizer, template)), tokenizer
+    made = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, template))
+    return chats.setdefault(request.param, (made, tokenizer))
 
 
 def talk(*texts: str, system: str = "") -> Conversation:
