@@ -17,6 +17,9 @@ from tandem.cli.nproc import _without_flag
 from tandem.errors import UserError
 from tandem.runtime.local_launcher import check_devices, run_processes
 
+from ..warm.rendezvous import name_no_callers
+
+name_no_callers()
 SFT = ["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
 

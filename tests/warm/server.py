@@ -48,9 +48,11 @@ def import_everything() -> None:
     kernels()
     from huggingface_hub import ModelCard, ModelCardData
 
+    from .rendezvous import name_no_callers
     from .templates import compile_once
 
     compile_once()
+    name_no_callers()
     ModelCard.from_template(ModelCardData())
 
 
