@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-CONTEXT = 512
+CONTEXT = 256
 RANK, ALPHA = 4, 8
 RATE = 1e-3
 # AdamW takes a whole step where a gradient is rounding noise alone: with its usual 1e-8 even this

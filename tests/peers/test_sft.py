@@ -70,7 +70,7 @@ def test_a_short_run_equals_a_plain_loop(
     settings = SftSettings(
         data=(DataSource(path=str(conversations_file)),),
         batch_size=3,
-        max_steps=4,
+        max_steps=3,
         learning_rate=plain.RATE,
         adam_epsilon=plain.EPSILON,
         logging_steps=1,
@@ -100,7 +100,7 @@ def test_a_short_run_equals_a_plain_loop(
         taken.append(value.item())
         return value
 
-    steps = StepSampler(len(conversations), 3, seed=5).steps(0, 4)
+    steps = StepSampler(len(conversations), 3, seed=5).steps(0, 3)
     plain.train(model, [partial(loss, step.examples) for step in steps])
     logged = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert logged == pytest.approx(taken, rel=max(1e-9, limit / 10))

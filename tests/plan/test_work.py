@@ -32,7 +32,7 @@ from tests.jobs import run_settings, training_job
 
 from ..stages.made_inputs import QUIET
 
-RECORDS, BATCH_SIZE = 18, 4
+RECORDS, BATCH_SIZE = 12, 3
 
 
 @pytest.fixture(autouse=True)

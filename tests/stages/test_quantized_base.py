@@ -38,6 +38,7 @@ def run(
     data = folder.parent / f"{kind}.jsonl"
     if not data.exists():
         (make_conversations if kind == "sft" else make_pairs)(data)
+    changes = {"max_steps": 4} | changes
     runtime = {
         "device": "cpu",
         "tokens_per_microbatch": changes.pop("budget", 4096),
@@ -76,9 +77,8 @@ def test_the_schedule_does_not_change_the_parameters(
 ) -> None:
     torch.set_float32_matmul_precision("high")  # as a user's own code may have
     large = run(kind, tiny_model, tmp_path / "4096")
-    small = run(kind, tiny_model, tmp_path / "512", budget=512, gradient_checkpointing=True)
-    single = run(kind, tiny_model, tmp_path / "1", budget=1)
-    assert distance(small, large) < 5e-5
+    # Every record alone, each computed once more in the backward.
+    single = run(kind, tiny_model, tmp_path / "1", budget=1, gradient_checkpointing=True)
     assert distance(single, large) < 5e-5
     assert torch.get_float32_matmul_precision() == "highest"
     summary = read_json(tmp_path / "4096" / "summary.json")
@@ -105,13 +105,13 @@ def test_a_stopped_run_ends_with_the_same_bits(
         nonlocal taken
         report = plain(self, step)
         taken += 1
-        if taken == 5:
+        if taken == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_take", take)
-        with pytest.raises(Stopped, match="after step 5 of 8"):
+        with pytest.raises(Stopped, match="after step 3 of 4"):
             run(kind, tiny_model, tmp_path / "stopped")
     with pytest.raises(UserError, match=r"model\.quantization: 'nf4' -> None"):
         run(kind, tiny_model, tmp_path / "stopped", quantization=None)
@@ -122,7 +122,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 def test_the_reference_store_tells_quantised_from_whole(tiny_model: Path, tmp_path: Path) -> None:
     computed = []
     for name, quantization in (("whole", None), ("first", "nf4"), ("second", "nf4")):
-        run("dpo", tiny_model, tmp_path / name, quantization=quantization)
+        run("dpo", tiny_model, tmp_path / name, quantization=quantization, max_steps=1)
         computed.append(read_json(tmp_path / name / "summary.json")["reference_computed"])
     assert computed == [24, 24, 0]
 
@@ -149,7 +149,7 @@ def test_merged_into_the_weights_that_were_seen(
     assert not (tmp_path / "out" / QUANTIZATION).exists()
     # It is a plain model, which the next stage quantises again.
     assert quantized_of(load_model(tmp_path / "out", dtype=torch.float32)) is None
-    run("dpo", tmp_path / "out", tmp_path / "dpo")
+    run("dpo", tmp_path / "out", tmp_path / "dpo", max_steps=1)
     merge(tmp_path / "out", tmp_path / "dpo", tmp_path / "final")
     # Finished is recognised with the record among the inputs.
     merge(tiny_model, trained, tmp_path / "out")
@@ -242,7 +242,8 @@ def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> 
     assert data.exists()
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
-        [*torchrun(2), str(tmp_path / "script.py")],
+        [*torchrun(2), "-m", "script"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env={
