@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import formats
+from tandem.recipe.training_settings import SftSettings
 
 
 def test_the_page_has_every_run_and_every_merge(
@@ -15,7 +16,8 @@ def test_the_page_has_every_run_and_every_merge(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    options = ["--steps=2", "--repeats=1", "--questions=8", "--hidden=256", "--threads=1"]
+    monkeypatch.setattr(formats, "SftSettings", lambda **s: SftSettings(**s | {"batch_size": 4}))
+    options = ["--steps=2", "--repeats=1", "--questions=4", "--hidden=256", "--threads=1"]
     page = formats.main([*options, "--save", f"--results={tmp_path}"])
     assert page == (tmp_path / "formats.md").read_text()
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]

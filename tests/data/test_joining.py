@@ -235,7 +235,7 @@ def test_pairs_across_files_keep_the_file_of_the_later_row(tmp_path: Path) -> No
 
 def test_memory_holds_a_few_hundred_bytes_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpaired, "_IN_MEMORY", 1)
-    count, size = 10_000, 2_000
+    count, size = 3_000, 2_000
 
     def chunks() -> Iterator[Chunk]:
         for number in range(2 * count):
