@@ -36,7 +36,7 @@ _LIBRARIES = (
 
 
 def import_everything() -> None:
-    """Import the libraries and all modules of tandem, load its C kernels, compile peft's card."""
+    """Import the libraries and all modules of tandem, load its C kernels, compile templates."""
     for name in _LIBRARIES:
         importlib.import_module(name)
     package = importlib.import_module("tandem")
@@ -48,12 +48,15 @@ def import_everything() -> None:
     kernels()
     from huggingface_hub import ModelCard, ModelCardData
 
+    from tandem.report.html import page_template
+
     from .rendezvous import name_no_callers
     from .templates import compile_once
 
     compile_once()
     name_no_callers()
     ModelCard.from_template(ModelCardData())
+    page_template()
 
 
 def serve(address: str) -> tuple[dict[str, Any], list[int]] | None:

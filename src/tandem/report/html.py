@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from tandem.report import training_section
@@ -47,8 +48,9 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(facts: RunFacts) -> str:
-    """Return the whole page. The template escapes all text from files."""
+@functools.cache
+def page_template() -> Template:
+    """The page's template; to compile it takes longer than to fill it in."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,9 +59,14 @@ def render(facts: RunFacts) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
+    return environment.get_template("page.html.jinja")
+
+
+def render(facts: RunFacts) -> str:
+    """Return the whole page. The template escapes all text from files."""
     models = mapping(facts.evaluation.get("models")).values()
     with_errors = any(mapping(model).get("errors") for model in models)
-    return environment.get_template("page.html.jinja").render(
+    return page_template().render(
         facts=facts,
         base_model=facts.base_model,
         description=str(facts.recipe.get("description") or ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -264,6 +265,12 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
     return tuple(lines)
 
 
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """The value of a YAML text, which a run asks for at the end of each stage."""
+    return yaml.safe_load(text)
+
+
 def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
     if not path.is_file():
         if path.exists() or path.is_symlink():
@@ -271,7 +278,7 @@ def _recipe(path: Path, problems: list[str]) -> tuple[str, Mapping[str, Any]]:
         return "", {}
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        value = yaml.safe_load(text)
+        value = _parsed(text)
         if not isinstance(value, Mapping):
             problems.append("recipe.yaml holds no recipe")
         return text, mapping(value)
