@@ -266,16 +266,16 @@ def test_secrets_are_named_and_masked(tmp_path: Path) -> None:
 
 
 def test_the_special_tokens_of_the_tokenizer_are_found(
-    tmp_path: Path, mistral_tokenizer: Any
+    tmp_path: Path, stories_tokenizer: Any
 ) -> None:
-    template = resolve_template(mistral_tokenizer, "neural-chat")
+    template = resolve_template(stories_tokenizer, "neural-chat")
     rows = [*map(conversation, range(5)), _answer("It is <s> open.")]
     subject = CheckTarget(
         "sft",
         (DataSource(path=str(write(tmp_path / "a.jsonl", rows))),),
         EncodingOptions("conversations", Limits(_MANY, None), "stop"),
         0.05,
-        chat=ChatTokenizer.of(mistral_tokenizer, template),
+        chat=ChatTokenizer.of(stories_tokenizer, template),
         special=("<s>", "</s>", "<unk>"),
     )
     assert set(_by_name(survey(subject))) == {"special_tokens"}
@@ -283,21 +283,21 @@ def test_the_special_tokens_of_the_tokenizer_are_found(
 
 @pytest.mark.parametrize("kind", ["conversations", "preference pairs"])
 def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
-    kind: Kind, shared_data: Path, mistral_tokenizer: Any, tmp_path: Path
+    kind: Kind, shared_data: Path, stories_tokenizer: Any, tmp_path: Path
 ) -> None:
     pairs = kind == "preference pairs"
     real = shared_data / (
         "pairs/orca_dpo_pairs.jsonl" if pairs else "conversations/slimorca_format.jsonl"
     )
-    lines = real.read_text().splitlines()[:400]
+    lines = real.read_text().splitlines()[:100]
     lines.insert(3, '{"question": 3, "chosen": "a", "rejected": "b", "conversations": []}')
     file = write(tmp_path / "a.jsonl", lines)
-    template = resolve_template(mistral_tokenizer, "neural-chat")
+    template = resolve_template(stories_tokenizer, "neural-chat")
     ledger = Ledger(None)
     prepare = prepare_pairs if pairs else prepare_conversations
     trees = prepare(
         [DataSource(path=str(file))],
-        tokenizer=mistral_tokenizer,
+        tokenizer=stories_tokenizer,
         template=template,
         max_length=400,
         max_prompt_length=150,
@@ -308,7 +308,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
         (DataSource(path=str(file)),),
         EncodingOptions(kind, Limits(400, 150), "stop"),
         0.05,
-        chat=ChatTokenizer.of(mistral_tokenizer, template),
+        chat=ChatTokenizer.of(stories_tokenizer, template),
         limited=True,
     )
     found = survey(subject, shown=1000)
@@ -327,7 +327,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     assert rows == expected
     # Lengths are those before the cut.
     whole = prepare(
-        [DataSource(path=str(file))], tokenizer=mistral_tokenizer, template=template,
+        [DataSource(path=str(file))], tokenizer=stories_tokenizer, template=template,
         max_length=_MANY, ledger=Ledger(None),
     )  # fmt: skip
     longest = [
@@ -451,7 +451,7 @@ def test_processes_find_what_one_process_finds(
     tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 1)
-    rows = [conversation(seed % 800) for seed in range(860)]
+    rows = [conversation(seed % 500) for seed in range(540)]
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(byte_tokenizer, "chatml")
     subject = CheckTarget(
@@ -478,7 +478,7 @@ def test_processes_find_what_one_process_finds(
     two = survey(subject, encoding_work=EncodingWork(workers=2))
     assert as_json(one) == as_json(two)
     assert one.counts["truncated"] > 0
-    assert _by_name(one)["exact_duplicates"].count == 60
+    assert _by_name(one)["exact_duplicates"].count == 40
 
 
 def _run(file: Path, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +231,23 @@ def test_the_first_token_of_a_sequence_is_never_trained() -> None:
     assert shared.prefix.trained.tolist() == [False]
 
 
-@pytest.mark.parametrize("question", ["x", "é 🙂 中文", "tabs\t\tand  spaces ", "</s> quoted"])
-@pytest.mark.parametrize("answer", ["A", "  A", "\n\nA", "\tA", "🙂 é", "A \n"])
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [
+        ("mistral_tokenizer", "neural-chat"),
+        ("stories_tokenizer", "zephyr"),
+        ("byte_tokenizer", "chatml"),
+        ("byte_tokenizer", "neural-chat"),
+    ],
+)
 def test_prompts_are_exactly_what_inference_feeds(
-    question: str, answer: str, mistral_tokenizer: Any, stories_tokenizer: Any, byte_tokenizer: Any
+    fixture: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    for tokenizer, name in (
-        (mistral_tokenizer, "neural-chat"),
-        (stories_tokenizer, "zephyr"),
-        (byte_tokenizer, "chatml"),
-        (byte_tokenizer, "neural-chat"),
-    ):
-        chat = chat_of(tokenizer, name)
+    tokenizer = request.getfixturevalue(fixture)
+    chat = chat_of(tokenizer, name)
+    asked = ("x", "é 🙂 中文", "tabs\t\tand  spaces ", "</s> quoted")
+    answers = ("A", "  A", "\n\nA", "\tA", "🙂 é", "A \n")
+    for question, answer in itertools.product(asked, answers):
         encoded = one_answer(chat, question, answer)
         fed = prompt_ids(tokenizer, chat.template, turns(question))
         assert encoded.ids[: encoded.start] == fed

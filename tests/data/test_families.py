@@ -104,8 +104,16 @@ def families(_mistral: Any, _stories: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*template_names(), "reasoning", "blank"])
-@pytest.mark.parametrize("family", FAMILIES)
+# A copy of the large tokenizer takes long, and the other SentencePiece one has all templates.
+CASES = [
+    (family, name)
+    for family in FAMILIES
+    for name in (*template_names(), "reasoning", "blank")
+    if family != "mistral" or name in ("mistral", "chatml", "neural-chat")
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_what_is_trained_follows_what_is_fed(
     family: str, name: str, families: dict[str, Any], tmp_path: Path
 ) -> None:
