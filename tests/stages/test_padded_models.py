@@ -100,7 +100,7 @@ def test_sft_merge_and_dpo(name: str, tmp_path: Path) -> None:
 
     # A merge compares the merged model's log-probs with base + adapter's.
     merge(model, tmp_path / "sft", tmp_path / "merged")
-    train("dpo", tmp_path / "merged", tmp_path / "dpo", console=console)
+    train("dpo", tmp_path / "merged", tmp_path / "dpo", console=console, max_steps=2)
     first, *_, last = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert last["rewards/margins"] > 0
@@ -112,10 +112,9 @@ def test_sft_merge_and_dpo(name: str, tmp_path: Path) -> None:
 def test_the_schedule_does_not_change_the_parameters(kind: str, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model", config=MODELS["stablelm"][0])
     whole = train(kind, model, tmp_path / "whole", budget=4096)
-    single = train(kind, model, tmp_path / "single", budget=1)
-    again = train(kind, model, tmp_path / "again", budget=90, gradient_checkpointing=True)
+    # Every record alone, each computed once more in the backward.
+    single = train(kind, model, tmp_path / "single", budget=1, gradient_checkpointing=True)
     assert distance(single, whole) < 5e-5
-    assert distance(again, whole) < 5e-5
 
 
 def test_padded_and_packed_train_the_same_parameters(tiny_model: Path, tmp_path: Path) -> None:

@@ -82,12 +82,9 @@ def test_the_schedule_does_not_change_the_parameters(
     kind: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     whole = run(kind, tiny_model, tmp_path / "whole", budget=4096)
-    single = run(kind, tiny_model, tmp_path / "single", budget=1)
-    checkpointed = run(
-        kind, tiny_model, tmp_path / "checkpointed", budget=60, gradient_checkpointing=True
-    )
+    # Every record alone, each computed once more in the backward.
+    single = run(kind, tiny_model, tmp_path / "single", budget=1, gradient_checkpointing=True)
     assert distance(single, whole) < 5e-5
-    assert distance(checkpointed, whole) < 5e-5
     other = run(kind, tiny_model, tmp_path / "other", seed=2)
     assert distance(other, whole) > 1e-2
 
@@ -179,13 +176,13 @@ import os, sys, pathlib
 print(os.getpid(), flush=True)
 sys.path.insert(0, sys.argv[1])
 from tests.stages.test_training_stages import run
-run(sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), max_steps=40, save_steps=3)
+run(sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), max_steps=24, save_steps=3)
 """
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_killed_run_ends_with_the_same_bits(kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    whole = run(kind, tiny_model, tmp_path / "whole", max_steps=40, save_steps=3)
+    whole = run(kind, tiny_model, tmp_path / "whole", max_steps=24, save_steps=3)
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
         [python(), "-c", KILLED, str(root), kind, str(tiny_model), str(tmp_path / "killed")],
@@ -203,10 +200,10 @@ def test_a_killed_run_ends_with_the_same_bits(kind: str, tiny_model: Path, tmp_p
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert read_json(tmp_path / "killed" / "manifest.json")["status"] == "running"
-    resumed = run(kind, tiny_model, tmp_path / "killed", max_steps=40, save_steps=3)
+    resumed = run(kind, tiny_model, tmp_path / "killed", max_steps=24, save_steps=3)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     steps = [line["step"] for line in read_jsonl(tmp_path / "killed" / "metrics.jsonl")]
-    assert steps == [*range(3, 40, 3), 40]
+    assert steps == [*range(3, 25, 3)]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
@@ -241,19 +238,19 @@ def test_finished_is_recognised_and_other_inputs_are_refused(
 
 
 def test_the_second_run_needs_no_reference_pass(tiny_model: Path, tmp_path: Path) -> None:
-    run("dpo", tiny_model, tmp_path / "a")
-    run("dpo", tiny_model, tmp_path / "b", learning_rate=1e-3, beta=0.5, seed=9)
+    run("dpo", tiny_model, tmp_path / "a", max_steps=1)
+    run("dpo", tiny_model, tmp_path / "b", learning_rate=1e-3, beta=0.5, seed=9, max_steps=1)
     assert read_json(tmp_path / "a" / "summary.json")["reference_computed"] == 24
     assert read_json(tmp_path / "b" / "summary.json")["reference_computed"] == 0
 
 
 def test_a_changed_weight_misses_the_reference_store(tiny_model: Path, tmp_path: Path) -> None:
-    run("dpo", tiny_model, tmp_path / "a")
+    run("dpo", tiny_model, tmp_path / "a", max_steps=1)
     other = make_model_folder(tmp_path / "model")
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    run("dpo", other, tmp_path / "b")
+    run("dpo", other, tmp_path / "b", max_steps=1)
     assert read_json(tmp_path / "b" / "summary.json")["reference_computed"] == 24
 
 

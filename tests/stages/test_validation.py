@@ -69,15 +69,14 @@ def test_scoring_changes_nothing_in_training(kind: str, tiny_model: Path, tmp_pa
     assert "validation.jsonl" in read_json(tmp_path / "scored" / "manifest.json")["outputs"]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("budget", [4096, 40])
+@pytest.mark.parametrize(("kind", "budget"), [("sft", 40), ("dpo", 40), ("dpo", 4096)])
 def test_the_scores_are_those_of_plain_float64(
     kind: str, budget: int, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Padded rows, full logits and float64: nothing of tandem's but the data and the adapter."""
     out = tmp_path / "out"
     validation = own_data(kind, tmp_path / "v.jsonl")
-    run(kind, tiny_model, out, budget=budget, validation=validation, max_length=200)
+    run(kind, tiny_model, out, budget=budget, validation=validation, max_length=200, max_steps=3)
     base = load_model(tiny_model, dtype=torch.float64, device=torch.device("cpu"))
     reference = [_logps(base, *row) for row in _encoded(kind, tmp_path / "v.jsonl", out)]
     model = load_adapter(base, out)
