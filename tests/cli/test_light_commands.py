@@ -10,7 +10,7 @@ import pytest
 from tandem import __version__
 from tandem.storage.folder_lock import folder_lock
 
-from .fresh import Fresh, fresh
+from .fresh import Fresh, fresh, fresh_one_by_one
 
 # Of settings; of what is drawn on a terminal; of tokenizers, templates and files of weights; of
 # servers that judge.
@@ -54,32 +54,31 @@ def check(found: Fresh, code: int, said: str, *allowed: set[str]) -> None:
     assert ours <= PYTHON.union(*allowed)
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["run", "none.yaml"], "none.yaml: no such file"),
-        (["run", "little.yaml", "sft.max_lenght=9"], "did you mean sft.max_length?"),
-        (["run", "little.yaml", "--until", "sfft"], "this recipe's stages are sft, sft-merge"),
-        (["plan", "none.yaml"], "none.yaml: no such file"),
-        (["eval", "demo:base"], "nothing to measure"),
-    ],
+WRONG = (
+    (["run", "none.yaml"], "none.yaml: no such file"),
+    (["run", "little.yaml", "sft.max_lenght=9"], "did you mean sft.max_length?"),
+    (["run", "little.yaml", "--until", "sfft"], "this recipe's stages are sft, sft-merge"),
+    (["plan", "none.yaml"], "none.yaml: no such file"),
 )
-def test_wrong_words_need_settings_alone(home: Path, argv: list[str], said: str) -> None:
-    found = fresh(*argv, home=home)
-    assert found.err.count("\n") == 1
-    more = (TERMINAL, TOKENS, SERVERS) if argv[0] == "eval" else ()
-    check(found, 2, said, SETTINGS, *more)
 
 
+def test_wrong_words_need_settings_alone(home: Path) -> None:
+    told = fresh_one_by_one([argv for argv, _ in WRONG], home=home)
+    for (_, said), found in zip(WRONG, told, strict=True):
+        assert found.err.count("\n") == 1
+        check(found, 2, said, SETTINGS)
+
+
+WORDLESS = "nothing to measure"
 NO_DATA = "data: there is no file or folder"
 NO_MODEL = "model folder /none does not exist"
 TOO_LONG = "max_length 129 exceeds the context of model, 128 tokens"
 TUTORIAL = ("--dataset_name", "data.jsonl", "--output_dir", "out")
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
+# Nothing of what one of them imports may be torch's, so they share a process.
+MISSING = (
+        (["eval", "demo:base"], WORDLESS),
         (["run", "little.yaml", "sft.data=none.jsonl"], NO_DATA),
         (["run", "little.yaml", "model=/none"], NO_MODEL),
         (["run", "little.yaml", "model=model", "sft.max_length=129"], f"sft.{TOO_LONG}"),
@@ -95,16 +94,16 @@ TUTORIAL = ("--dataset_name", "data.jsonl", "--output_dir", "out")
         (["pairs", "--prompts", "data.jsonl", "--model", "/none", "--output_dir", "y"], NO_MODEL),
         (["eval", "/none", "--questions", "data.jsonl"], NO_MODEL),
         (["chat", "/none"], NO_MODEL),
-    ],
 )  # fmt: skip
-def test_what_is_not_there_or_too_long_is_told_without_torch(
-    home: Path, argv: list[str], said: str
-) -> None:
-    found = fresh(*argv, home=home)
-    lines = found.err.splitlines()
-    assert lines[0].startswith(FIRST)
-    assert lines[-1].startswith("error: ")
-    check(found, 2, said, SETTINGS, TERMINAL, TOKENS, SERVERS)
+
+
+def test_what_is_not_there_or_too_long_is_told_without_torch(home: Path) -> None:
+    told = fresh_one_by_one([argv for argv, _ in MISSING], home=home)
+    for (_, said), found in zip(MISSING, told, strict=True):
+        lines = found.err.splitlines()
+        assert lines[0].startswith(FIRST) if said != WORDLESS else len(lines) == 1
+        assert lines[-1].startswith("error: ")
+        check(found, 2, said, SETTINGS, TERMINAL, TOKENS, SERVERS)
 
 
 def test_a_folder_in_use_is_told_without_torch(home: Path) -> None:
