@@ -95,9 +95,11 @@ def test_only_the_first_so_many_are_read(
         assert ledger.counts["dropped"] == lost
     with pytest.raises(UserError, match="row 1401"):
         prepare(prepare_conversations, begun, byte_tokenizer, limit=1390, **options)
-    assert len(prepare(prepare_conversations, whole, byte_tokenizer, limit=5000, **options)[0]) == (
-        len(trees)
-    )
+    if few > 1:
+        all_of_them, _ = prepare(
+            prepare_conversations, whole, byte_tokenizer, limit=5000, **options
+        )
+        assert len(all_of_them) == len(trees)
 
 
 def test_marked_conversations_stay_together(byte_tokenizer: Any, tmp_path: Path) -> None:
