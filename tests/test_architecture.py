@@ -187,7 +187,7 @@ def test_code_decides_by_an_engines_name_where_it_is_chosen_alone() -> None:
 
 # In `model` what stands later may import what stands before it, and not the other way round.
 MODEL_ORDER = (
-    {"cpu", "unwrap", "trained_weights", "weight_files"},
+    {"cpu", "unwrap", "trained_weights", "weight_files", "shard_writer"},
     {"model_folder", "added_tokens", "untrained_rows", "elementwise", "generate"},
     {"quantize", "companion_files"},
     {"attention", "lora"},
@@ -196,6 +196,8 @@ MODEL_ORDER = (
     {"base_model"},
     {"load_model"},
     {"merge_weights"},
+    {"layer_walk"},
+    {"verify_merge"},
 )
 
 

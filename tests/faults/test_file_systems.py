@@ -140,7 +140,7 @@ def test_a_disk_that_is_full_when_weights_are_written(
         assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.train(save_steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.model.merge_weights.save_file", _full(number))
+        patch.setattr("tandem.model.merge_weights.ShardWriter.write", _full(number))
         desk.stopped(desk.merge(desk.model, desk.home / "out"), "make room there and run again")
     assert not list(desk.home.rglob("*.tmp"))
     desk.accepted(desk.merge(desk.model, desk.home / "out"))

@@ -20,7 +20,7 @@ from tandem.evaluate.own_measures import OwnMeasures
 from tandem.integrations.choose import choose_device
 from tandem.model.load_model import load_adapter, load_for_inference, load_model
 from tandem.model.lora.adapter_folder import read_updates, whole_weights
-from tandem.model.merge_weights import merge_shards
+from tandem.model.merge_weights import MergedShards
 from tandem.model.model_folder import load_config, model_without_weights
 from tandem.stages.merge import run_merge
 from tests.jobs import merge_job, run_settings
@@ -116,7 +116,7 @@ def test_the_sum_is_what_peft_merges(base: Path, tmp_path: Path, settings: dict[
     (tmp_path / "merged").mkdir()
     described = model_without_weights(load_config(base))
     updates = read_updates(tmp_path / "adapter")
-    merge_shards(base, updates, tmp_path / "merged", model=described, dtype=None)
+    MergedShards(base, updates, tmp_path / "merged", model=described, dtype=None).finish()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     before = load_file(base / "model.safetensors")
     for name, weight in found.items():

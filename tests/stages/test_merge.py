@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
+from tandem.model import layer_walk
+from tandem.model.layer_walk import walk
 from tandem.model.load_model import load_adapter
-from tandem.model.lora.adapter_folder import LowRankUpdate
+from tandem.model.lora.adapter_folder import LowRankUpdate, read_updates
+from tandem.model.merge_weights import MergedShards, WeightPair
+from tandem.model.model_folder import load_config, model_without_weights
+from tandem.model.shard_writer import ShardWriter
+from tandem.model.verify_merge import whole_models
+from tandem.runtime.device import Device
 from tandem.stages.merge import run_merge
 from tandem.storage import hashing
 from tandem.storage.atomic_files import read_json
@@ -120,6 +130,86 @@ def test_a_corrupted_merge_is_refused_and_leaves_nothing(
         merged(tiny_model, trained, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_layer_by_layer_the_models_say_what_they_say_whole(
+    tiny_model: Path, trained: Path, tmp_path: Path
+) -> None:
+    """And of the base no weight is in memory before its layer is called, and none after."""
+    folder = merged(tiny_model, trained, tmp_path / "out")
+    config, probes = load_config(tiny_model), [[5, 6, 7, 8, 9, 10], [11, 12, 13, 20], [4, 9]]
+    model = model_without_weights(config)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    (tmp_path / "again").mkdir()
+    taken: list[str] = []
+    with MergedShards(
+        tiny_model, read_updates(trained), tmp_path / "again", model=model, dtype=None
+    ) as shards:
+
+        def take(name: str) -> WeightPair | None:
+            taken.append(name)
+            return shards.weight(name)
+
+        found = walk(config, trained, probes, take, **options)
+        shards.finish()
+    expected = whole_models(tiny_model, trained, folder, probes, **options)
+    for name in ("base", "adapted", "merged"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
+    layers = [name.split(".")[2] for name in taken if ".layers." in name]
+    assert layers == sorted(layers)
+    assert len(taken) == len(set(taken)) == len(model.state_dict())
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_a_model_that_cannot_be_walked_is_compared_whole_or_by_its_tensors(
+    tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_walk, "layers_of", lambda _: [])
+    console = Console(file=StringIO(), width=300)
+    run_merge(merge_job(tiny_model, trained, tmp_path / "whole", device="cpu"), console)
+    monkeypatch.setattr(Device, "free_memory", lambda _: 1000)
+    job = merge_job(tiny_model, trained, tmp_path / "tensors", device="cpu")
+    run_merge(job, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    why = "the layers of LlamaForCausalLM are not known"
+    assert f"checked whole, not layer by layer ({why})" in said
+    assert f"checked tensor by tensor, not layer by layer ({why}; whole it takes 0.0 GB" in said
+    assert "weights, each the sum of base and adapter" in said
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "tensors")]
+    assert [one["checked"] for one in summaries] == ["whole", "tensor by tensor"]
+    assert summaries[1]["logp_difference"] is None
+    plain = LowRankUpdate.delta
+    monkeypatch.setattr(LowRankUpdate, "delta", lambda self: plain(self) * 1.01)
+    with pytest.raises(UserError, match="is not the sum of the base's weight and the adapter's"):
+        merged(tiny_model, trained, tmp_path / "wrong")
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_noticed(
+    tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ShardWriter.read
+
+    def read(self: ShardWriter, name: str) -> torch.Tensor:
+        tensor = plain(self, name)
+        if name == "model.norm.weight":
+            tensor.view(torch.uint8)[5] ^= 1
+        return tensor
+
+    monkeypatch.setattr(ShardWriter, "read", read)
+    with pytest.raises(UserError, match=r"did not keep the bytes of model\.norm\.weight"):
+        merged(tiny_model, trained, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_is_too_large_for_the_disk_is_said_before_anything_is_written(
+    tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(total=10**9, used=10**9 - 4000, free=4000)
+    monkeypatch.setattr("tandem.model.merge_weights.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(ShardWriter, "__init__", lambda *_: pytest.fail("it was written"))
+    with pytest.raises(UserError, match=r"takes 0\.0 GB, and the disk of .* has 0\.0 GB free"):
+        merged(tiny_model, trained, tmp_path / "out")
 
 
 def test_the_wrong_base_is_refused_unless_forced(

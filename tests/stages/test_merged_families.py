@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import UserError
 from tandem.model.load_model import load_adapter, load_model
 from tandem.stages.sft import run_sft
+from tandem.storage.atomic_files import read_json
 from tests.jobs import training_job
 
 from ..invariants.families import ALTERNATING, GATED, PADDED, TREES
@@ -88,6 +89,10 @@ def logits_of(model: Any) -> Tensor:
 def check_merged(base: Path, adapter: Path, output: Path) -> dict[str, Tensor]:
     """Merge; the result loads in plain transformers, under the base's names, and says the same."""
     merged(base, adapter, output)
+    # The layers of RWKV are under a name that no other family has.
+    by_layers = read_json(base / "config.json")["model_type"] != "rwkv"
+    checked = read_json(output / "summary.json")["checked"]
+    assert checked == ("layer by layer" if by_layers else "whole")
     ours, found = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]

@@ -17,9 +17,10 @@ from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
 from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
+from tandem.model.layer_walk import CannotWalkError, walk
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import NewRows, Update, read_updates, whole_weights
-from tandem.model.merge_weights import Verified, added, merge_shards, verify_merge, vocabulary_grown
+from tandem.model.merge_weights import MergedShards, added, vocabulary_grown
 from tandem.model.model_folder import (
     QUANTIZATION,
     check_unquantized,
@@ -30,10 +31,11 @@ from tandem.model.model_folder import (
     model_without_weights,
 )
 from tandem.model.quantize import Quantized, read_record
-from tandem.model.weight_files import HEADS
+from tandem.model.verify_merge import Verified, verified, whole_models
+from tandem.model.weight_files import HEADS, check_sums
 from tandem.recipe.jobs import MergeJob
 from tandem.runtime.console import log, say_finished
-from tandem.runtime.device import torch_dtype
+from tandem.runtime.device import Device, torch_dtype
 from tandem.stages.finished import merge_inputs
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
@@ -51,13 +53,15 @@ _PROBES = (
     "how to mend a net, how to read the clouds and when to stay at home.",
     "### User:\nWhat is the capital of France?\n### Assistant:\nThe capital of France is Paris.",
 )
+_MAX_TOKENS = 256
 
 
 def run_merge(job: MergeJob, console: Console) -> Path:
     """Merge a LoRA adapter into its base; the folder loads in plain transformers.
 
-    Sums are computed in float32 shard by shard, cast once, and checked by comparing log-probs
-    with base and adapter together before anything appears in the job's folder.
+    Sums are computed in float32 weight by weight, cast once, and read back. The log-probs of some
+    texts are compared with those of base and adapter together, layer by layer while it is written,
+    before anything appears in the job's folder.
 
     Raises UserError for a wrong base, an adapter that is no plain LoRA, or a failed check.
     """
@@ -79,25 +83,30 @@ def run_merge(job: MergeJob, console: Console) -> Path:
                 f"({quantized.format}); it is added to what these rounded to"
             )
         began = time.perf_counter()
-        device = choose_device(job.run.device, "auto").torch_device
+        device = choose_device(job.run.device, "auto")
         try:
             with atomic_folder(folder / "saving") as aside:
-                verified = work.into(aside, job.run.chat_template, device, report)
+                checked = work.into(aside, job.run.chat_template, device, report)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
                 (folder / MANIFEST).unlink()
             raise
         outputs = move_up(folder / "saving")
         seconds = time.perf_counter() - began
-        _write_summary(folder, len(work.updates), verified, seconds, quantized)
+        _write_summary(folder, len(work.updates), checked, seconds, quantized)
         finish_stage(folder, [*outputs, "summary.json"])
-        _report_result(report, work, verified)
-        report(
-            f"{len(work.updates)} weights, log-probs within {verified.difference:.2g} nats of "
-            f"base + adapter (which moved them by {verified.effect:.2g}), {seconds:.1f} s "
-            f"-> {folder}"
-        )
+        _report_result(report, work, checked)
+        report(f"{len(work.updates)} weights, {_in_words(checked)}, {seconds:.1f} s -> {folder}")
     return folder
+
+
+def _in_words(checked: _Checked) -> str:
+    if checked.verified is None:
+        return "each the sum of base and adapter"
+    return (
+        f"log-probs within {checked.verified.difference:.2g} nats of base + adapter (which moved "
+        f"them by {checked.verified.effect:.2g})"
+    )
 
 
 def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
@@ -108,7 +117,10 @@ def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
     read_config(adapter)
     model = model_without_weights(config)
     dtype = torch_dtype(job.settings.dtype)
-    work = _Merge(base, adapter, model, read_updates(adapter, model), read_record(adapter), dtype)
+    check_sums(base, model, dict(model.named_parameters()))
+    work = _Merge(
+        base, adapter, config, model, read_updates(adapter, model), read_record(adapter), dtype
+    )
     for folder in (base, adapter):
         check_made(folder, lambda text: log(text, "yellow"))
     _check_head(adapter, base, work.updates)
@@ -118,49 +130,86 @@ def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
+class _Checked:
+    """How a merged model was compared with base and adapter, and what came out.
+
+    Every tensor is compared as it is written; without `verified` that is all.
+    """
+
+    how: str  # layer by layer, whole or tensor by tensor
+    verified: Verified | None
+    why: str = ""  # it was not layer by layer
+
+
+@dataclass(frozen=True)
 class _Merge:
     """A base, an adapter, and the weights that change."""
 
     # folders
     base: Path
     adapter: Path
+    config: Any  # transformers' configuration of the base
     model: Any  # the base without weights
     updates: dict[str, Update]  # what the adapter adds, by the weights' names
     quantized: Quantized | None  # what the base was rounded to in training, if it was
     dtype: torch.dtype | None  # of the merged weights; None keeps the base's own
 
-    def into(
-        self, folder: Path, chat_template: str | None, device: torch.device, log: Log
-    ) -> Verified:
+    def into(self, folder: Path, chat_template: str | None, device: Device, log: Log) -> _Checked:
         """Write the merged model into a folder, and compare it with base and adapter together."""
-        merge_shards(
-            self.base, self.updates, folder,
-            model=self.model, dtype=self.dtype, quantized=self.quantized, device=device,
-        )  # fmt: skip
         copy_surroundings(self.base, self.adapter, folder, self.dtype)
         vocabulary_grown(folder, self.updates)
         _settle_template(self.base, folder, chat_template, log)
-        return self._verify(folder, device)
+        probes = self._probes(folder)
+        stored = self.dtype or _stored_dtype(self.base)
+        compute = torch.float64 if stored == torch.float64 else torch.float32
+        place = device.torch_device
+        logps, how, why = None, "layer by layer", ""
+        with MergedShards(
+            self.base, self.updates, folder,
+            model=self.model, dtype=self.dtype, quantized=self.quantized, device=place,
+        ) as shards:  # fmt: skip
+            try:
+                logps = walk(
+                    self.config, self.adapter, probes, shards.weight, dtype=compute, device=place
+                )
+            except CannotWalkError as error:
+                why = str(error)
+            shards.finish()
+        if logps is None:
+            needed, free = _bytes_of(self.model, compute), device.free_memory()
+            if needed > free:
+                why += f"; whole it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+                return _Checked("tensor by tensor", None, why)
+            how = "whole"
+            logps = whole_models(
+                self.base, self.adapter, folder, probes, dtype=compute, device=place
+            )
+        # The adapter saw a base rounded from bfloat16 in bfloat16 again.
+        formats = {stored, self.quantized.torch_dtype} if self.quantized else {stored}
+        return _Checked(how, verified(logps, formats), why)
 
-    def _verify(self, merged: Path, device: torch.device) -> Verified:
+    def _probes(self, merged: Path) -> list[list[int]]:
+        """Token ids of texts with which models are compared; added tokens are fed and predicted."""
         tokenizer = load_tokenizer(merged)
-        rows = described_rows(load_config(self.base))  # a tokenizer may have more tokens
+        rows = described_rows(self.config)  # a tokenizer may have more tokens
         encoded = [[i for i in tokenizer(text)["input_ids"] if i < rows] for text in _PROBES]
         probes = [ids for ids in encoded if len(ids) > 1]
-        if added_ids := added(self.updates):  # fed and predicted
+        if added_ids := added(self.updates):
             probes = [
                 [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
                 for ids in probes
             ] + probes
-        dtype = self.dtype or _stored_dtype(merged)
-        return verify_merge(self.base, self.adapter, merged, probes, dtype=dtype, device=device)
+        return [probe[:_MAX_TOKENS] for probe in probes]
 
 
-def _report_result(log: Log, work: _Merge, verified: Verified) -> None:
-    """Log which weights of the adapter were not merged, and how much rounding lost."""
+def _report_result(log: Log, work: _Merge, checked: _Checked) -> None:
+    """Log which weights were not merged, how the others were checked, and what was lost."""
     for name in whole_weights(work.adapter):
         log(f"{name} in {work.adapter} is skipped: it equals the base's own")
-    if verified.lossy:
+    if checked.how != "layer by layer":
+        log(f"checked {checked.how}, not layer by layer ({checked.why})")
+    verified = checked.verified
+    if verified is not None and verified.lossy:
         dtype = "the stored dtype" if work.dtype is None else str(work.dtype).split(".")[-1]
         log(
             f"rounding to {dtype} took a part of the adapter's effect "
@@ -216,15 +265,22 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
 
 
+def _bytes_of(model: Any, dtype: torch.dtype) -> int:
+    """What a model's weights take in memory."""
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+
+
 def _write_summary(
-    folder: Path, weights: int, verified: Verified, seconds: float, quantized: Quantized | None
+    folder: Path, weights: int, checked: _Checked, seconds: float, quantized: Quantized | None
 ) -> None:
+    verified = checked.verified
     summary = {
         "merged_weights": weights,
         "quantization": quantized.format if quantized else None,
-        "logp_difference": verified.difference,
-        "adapter_effect": verified.effect,
-        "probe_tokens": verified.tokens,
+        "checked": checked.how,
+        "logp_difference": verified.difference if verified else None,
+        "adapter_effect": verified.effect if verified else None,
+        "probe_tokens": verified.tokens if verified else None,
         "seconds": seconds,
     }
     atomic_write_json(folder / "summary.json", summary)

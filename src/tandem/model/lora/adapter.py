@@ -27,6 +27,8 @@ load_bitsandbytes()  # before peft does, which would print its messages
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 
 # Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -184,7 +186,7 @@ def refused_modules(model: Any) -> list[str]:
 
 def wrap_with_saved(model: Any, folder: Path) -> Any:
     """Put a saved adapter around a model that has rows for its tokens; UserError if unfit."""
-    check_copies(folder, model)
+    check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
     try:
         with _quiet():
             adapted = PeftModel.from_pretrained(model, str(folder))
@@ -201,6 +203,18 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
                 f"{len(strange) - 1} more). Is this the model it was trained on?"
             )
     return adapted
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether peft put this module in the place of one of a model's own."""
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def switch_adapters(module: nn.Module, *, on: bool) -> None:
+    """Let the adapters of a module, and of all within it, act or not."""
+    for each in module.modules():
+        if is_wrapper(each):
+            each.enable_adapters(on)  # type: ignore[operator]
 
 
 def added_ids_of_folder(folder: Path) -> list[int]:

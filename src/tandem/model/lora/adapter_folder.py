@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,11 @@ class LowRankUpdate:
     # set if training took a part out of the base and began from it
     start: Literal["pissa", "olora"] | None = None
     magnitude: Tensor | None = None  # DoRA's length of each output's row of the sum [out]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the sum is the weight and scaling * B @ A, and nothing else."""
+        return self.start is None and self.magnitude is None
 
     def delta(self) -> Tensor:
         """The dense update in float32, in the layout of the base weight."""
@@ -155,12 +160,15 @@ def whole_weights(adapter: Path) -> dict[str, Tensor]:
         }
 
 
-def check_copies(adapter: Path, model: Any) -> list[str]:
-    """The names of the whole weights in an adapter's file; UserError for one unlike the base's."""
+def check_copies(adapter: Path, own: Callable[[str], Tensor | None]) -> list[str]:
+    """The names of the whole weights in an adapter's file; UserError for one unlike the base's.
+
+    `own` gives the base's weights by their names.
+    """
     copies = whole_weights(adapter)
     for name, values in copies.items():
-        own = dict(model.named_parameters(remove_duplicate=False)).get(name)
-        if own is None or not _same(own.detach(), values):
+        weight = own(name)
+        if weight is None or not _same(weight.detach(), values):
             raise UserError(
                 f"{adapter} holds {name} as a whole, and other values than its base: it trained "
                 f"whole modules as well. {WITH_PEFT}."

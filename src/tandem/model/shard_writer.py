@@ -1,0 +1,95 @@
+"""Writes a safetensors file one tensor at a time, in any order, and reads back what it wrote."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its numbers take."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class ShardWriter:
+    """An open file of the bytes that safetensors' `save_file` would write.
+
+    It has its full size from the start, and no more than one tensor is in memory.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, TensorKind]) -> None:
+        self.path = path
+        self._kinds = dict(kinds)
+        self._missing = set(kinds)
+        header, self._offsets, size = _layout(self._kinds)
+        self._file = path.open("w+b")
+        self._file.truncate(size)
+        self._file.write(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor; raises ValueError for one of another kind than was announced."""
+        kind = TensorKind(tuple(tensor.shape), tensor.dtype)
+        if kind != self._kinds[name]:
+            raise ValueError(f"{name} was announced as {self._kinds[name]} and is {kind}")
+        self._file.seek(self._offsets[name])
+        self._file.write(_bytes_of(tensor))
+        self._missing.discard(name)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor that was written, from the file."""
+        kind = self._kinds[name]
+        tensor = torch.empty(kind.shape, dtype=kind.dtype)
+        self._file.seek(self._offsets[name])
+        if self._file.readinto(_bytes_of(tensor)) != kind.nbytes:
+            raise OSError(f"{self.path} is shorter than what was written to it")
+        return tensor
+
+    def check_whole(self) -> None:
+        """Raise ValueError if a tensor was never written."""
+        if self._missing:
+            raise ValueError(f"{self.path} lacks {sorted(self._missing)[0]}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _layout(kinds: Mapping[str, TensorKind]) -> tuple[bytes, dict[str, int], int]:
+    """The header of a file, where each tensor begins in it, and its size in bytes."""
+    # safetensors orders tensors by dtype and name, whatever their sizes.
+    samples = {name: torch.empty(1, dtype=kind.dtype) for name, kind in kinds.items()}
+    encoded = save(samples, metadata=_METADATA)
+    (length,) = struct.unpack_from("<Q", encoded)
+    values = json.loads(encoded[8 : 8 + length])
+    offsets, end = {}, 0
+    for name in values:  # in the order of the file
+        if name in kinds:
+            offsets[name], end = end, end + kinds[name].nbytes
+            values[name] |= {"shape": kinds[name].shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    header = struct.pack("<Q", len(text)) + text
+    return header, {name: start + offset for name, offset in offsets.items()}, start + end
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
