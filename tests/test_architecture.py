@@ -57,7 +57,7 @@ HOMES = {
         "train",
     },
     "peft": {"model/lora"},
-    "accelerate": {"train/engines/engine.py"},
+    "accelerate": {"model/layer_walk.py", "train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},
     "httpx2": {"integrations/chat_request.py"},
