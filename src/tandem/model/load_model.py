@@ -19,9 +19,13 @@ from tandem.model.model_folder import (
     load_config,
     load_tokenizer,
     model_folder,
+    model_without_weights,
 )
 from tandem.model.prepare_model import AFTER_LOADING, WITH_ADAPTER, Preparation, prepare_model
 from tandem.model.quantize import read_record
+from tandem.runtime.device import Device
+
+_QUANTIZED_BITS = 5  # a weight's share of a model in 4 bits, its wider embeddings included
 
 
 def load_model(
@@ -34,11 +38,12 @@ def load_model(
 ) -> Any:
     """A causal language model in evaluation mode; see `Preparation` for the arguments.
 
-    Raises UserError for files that cannot be read, and for a model whose files lack a weight:
-    transformers would fill it with random numbers.
+    Raises UserError for files that cannot be read, for a model whose files lack a weight, which
+    transformers would fill with random numbers, and for one that does not fit into memory.
     """
     config = load_config(folder)
     check_whole(folder, config)
+    check_fits(folder, config, dtype=dtype, device=device, quantization=quantization)
     if quantization and getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"quantization: {folder} is quantised already; name the model that it was made of"
@@ -61,6 +66,33 @@ def load_model(
         dtype=dtype, device=device, quantization=quantization, rounded_from=rounded_from
     )
     return prepare_model(model.eval(), AFTER_LOADING, preparation)
+
+
+def check_fits(
+    folder: Path,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str | None = None,
+) -> None:
+    """Raise UserError for a model whose weights take more memory than is free; see `load_model`."""
+    numbers = sum(weight.numel() for weight in model_without_weights(config).parameters())
+    host, place = torch.device("cpu"), torch.device(device)
+    # Weights are read, and quantised, on the host.
+    wanted = {host: numbers * dtype.itemsize, place: numbers * dtype.itemsize}
+    if quantization is not None and place != host:
+        wanted[place] = numbers * _QUANTIZED_BITS // 8
+    for each, needed in wanted.items():
+        free = Device(each, dtype).free_memory()
+        if needed > free:
+            what = str(dtype).removeprefix("torch.")
+            where = "of memory" if each == host else f"on {each}"
+            raise UserError(
+                f"{folder} takes {needed / 1e9:.1f} GB in {what}, and {free / 1e9:.1f} GB {where} "
+                "are free for this process. Free some, start fewer processes, or take less: a "
+                "narrower dtype, `quantization: nf4` for training, or a smaller model."
+            )
 
 
 def load_base(

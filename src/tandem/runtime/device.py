@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from tandem.errors import TandemError, UserError
+from tandem.runtime.host_memory import available_memory
 from tandem.runtime.launch import launched
 
 DTYPES = {
@@ -155,7 +156,7 @@ class Device:
     def free_memory(self) -> int:
         """Return the bytes that are free now; on CPU, this process's share of them."""
         if self.kind == "cpu":
-            return int(psutil.virtual_memory().available) // launched().local_count
+            return available_memory() // launched().local_count
         if self.kind == "mps":
             allocated = torch.mps.driver_allocated_memory()
             return max(0, torch.mps.recommended_max_memory() - allocated)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.storage.atomic_files import HALVES, read_json
+from tandem.storage.known_hashes import known_hash
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -36,14 +37,22 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes; unchanged files are read once per process."""
+    """Return the SHA-256 of a file's bytes.
+
+    A file that is unchanged is read once in a process, and a large one once altogether: see
+    `known_hashes`.
+    """
     stat = path.stat()
     return _hash_file(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _hash_file(path: str, _size: int, _mtime_ns: int) -> str:
-    with Path(path).open("rb") as file:
+    return known_hash(Path(path), _digest)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

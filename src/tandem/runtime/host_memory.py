@@ -1,0 +1,64 @@
+"""How much memory of the machine this process may still take, its container's limits included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+# The files of both versions of cgroups: limits, what is used, and the name of file pages in
+# memory.stat that are let go when memory is needed.
+_Names = tuple[tuple[str, ...], str, str]
+_V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that can be taken before the kernel ends the process.
+
+    That is the smallest of the machine's available memory and what each cgroup leaves that the
+    process is in. `root` is where /proc and /sys are.
+    """
+    return min([int(psutil.virtual_memory().available), *_left_by_cgroups(root)])
+
+
+def _left_by_cgroups(root: Path) -> Iterator[int]:
+    for folder, names in _cgroups(root):
+        with suppress(OSError, ValueError):
+            yield _left(folder, *names)
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, _Names]]:
+    """The folders of the process's cgroups and of those above them, with the names of files."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # another system, or no such file system
+        return
+    mounted = root / "sys/fs/cgroup"
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            tops, names = [mounted, mounted / "unified"], _V2
+        elif "memory" in controllers.split(","):
+            tops, names = [mounted / "memory"], _V1
+        else:
+            continue
+        for top in tops:
+            # In a container the path may be the host's, and only the top one is there.
+            own = top / path.strip("/")
+            folders = [own, *(above for above in own.parents if above.is_relative_to(top))]
+            yield from ((folder, names) for folder in folders)
+
+
+def _left(folder: Path, limits: tuple[str, ...], used: str, pages: str) -> int:
+    """What a cgroup leaves; raises OSError or ValueError where it has no limit."""
+    limit = min(_limit(folder / name) for name in limits if (folder / name).exists())
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return max(0, limit - int((folder / used).read_text()) + int(stat.get(pages, 0)))
+
+
+def _limit(file: Path) -> int:
+    text = file.read_text().strip()
+    return 1 << 63 if text == "max" else int(text)
