@@ -61,6 +61,7 @@ def test_deepspeeds_argument_before_the_command(
     argv = ["sft", "--help"]
     assert without_local_rank(["--local_rank=1", *argv]) == argv
     assert without_local_rank(["--local-rank=1", *argv]) == argv
+    assert without_local_rank([*argv, "--local_rank=1"]) == argv
     assert without_local_rank(argv) == argv
     assert main(["--local_rank=0", *argv]) == 2
     monkeypatch.delenv("LOCAL_RANK")

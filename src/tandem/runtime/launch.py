@@ -70,21 +70,22 @@ def started_by_launcher() -> bool:
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """Return a command line without the `--local_rank=N` that deepspeed puts before the command.
+    """Return a command line without the `--local_rank=N` that deepspeed adds to it.
 
-    Raises UserError if the number is not that in LOCAL_RANK.
+    It stands before the command, or behind a script's own words. Raises UserError if the number is
+    not that in LOCAL_RANK.
     """
-    if not argv:
-        return []
-    name, equals, value = argv[0].partition("=")
-    if not equals or name.replace("_", "-") != "--local-rank":
-        return list(argv)
-    if os.environ.get("LOCAL_RANK") != value:
-        raise UserError(
-            f"{argv[0]} is for launchers, and LOCAL_RANK is "
-            f"{os.environ.get('LOCAL_RANK', 'not set')} in the environment; leave it out"
-        )
-    return list(argv[1:])
+    rest = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if not equals or name.replace("_", "-") != "--local-rank":
+            rest.append(word)
+        elif os.environ.get("LOCAL_RANK") != value:
+            raise UserError(
+                f"{word} is for launchers, and LOCAL_RANK is "
+                f"{os.environ.get('LOCAL_RANK', 'not set')} in the environment; leave it out"
+            )
+    return rest
 
 
 def forget_accelerates_settings() -> list[str]:
