@@ -267,7 +267,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 
 def test_a_real_model_learns_chatml_and_stops(stories_path: Path, tmp_path: Path) -> None:
     run(
-        "sft", stories_path, tmp_path / "sft", learning_rate=2e-2, max_steps=25, max_length=256,
+        "sft", stories_path, tmp_path / "sft", learning_rate=2e-2, max_steps=16, max_length=256,
         save_steps=100,
     )  # fmt: skip
     merge(stories_path, tmp_path / "sft", tmp_path / "merged")
