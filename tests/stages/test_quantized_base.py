@@ -233,11 +233,12 @@ def test_a_quantised_folder_is_refused(tiny_model: Path, tmp_path: Path) -> None
 
 
 def test_two_processes_train_what_one_does(tiny_model: Path, tmp_path: Path) -> None:
-    one = run("sft", tiny_model, tmp_path / "one", budget=60)
+    # Into a second epoch.
+    one = run("sft", tiny_model, tmp_path / "one", budget=60, max_steps=6)
     data, two = tmp_path / "sft.jsonl", tmp_path / "two"
     script = (
         "from pathlib import Path; from tests.stages.test_quantized_base import run; "
-        f"run('sft', Path({str(tiny_model)!r}), Path({str(two)!r}), budget=60)"
+        f"run('sft', Path({str(tiny_model)!r}), Path({str(two)!r}), budget=60, max_steps=6)"
     )
     assert data.exists()
     (tmp_path / "script.py").write_text(script)
