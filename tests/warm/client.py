@@ -81,7 +81,9 @@ def main(known: dict) -> None:
 def _can_be_forked(arguments: list, known: dict) -> bool:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-c", "-m", "-u")):
         return False
-    if arguments[0] == "-u" and (len(arguments) < 2 or arguments[1] not in ("-c", "-m")):
+    if arguments[0] == "-u" and (
+        len(arguments) < 2 or (arguments[1].startswith("-") and arguments[1] not in ("-c", "-m"))
+    ):
         return False
     if read_at_import(dict(os.environ)) != known["environment"]:
         return False

@@ -83,6 +83,13 @@ def test_what_counts_while_python_starts_is_left_to_python(
     assert _ends(python(), *flags, "-c", code, env=env)[:2] == (0, f"{forked}\n")
 
 
+def test_launchers_start_a_file_unbuffered(tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text("import sys; print('torch' in sys.modules, sys.argv[1:], __name__)")
+    found = _ends(python(), "-u", str(file), "--local_rank=0")
+    assert found == (0, "True ['--local_rank=0'] __main__\n", "")
+
+
 def test_libraries_that_set_variables_leave_it_a_fork() -> None:
     """lm_eval does when it is imported, as it is before most tests; so may any test before this."""
     importlib.import_module("lm_eval")
