@@ -91,12 +91,12 @@ def test_an_adapter_that_changes_nothing_answers_as_its_base(family: str) -> Non
     assert set(computed) == {1}  # logits of the last position alone
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mamba"])
 def test_company_does_not_change_a_sampled_answer(family: str) -> None:
     """Rows that end leave the batch; what the others say follows from their own numbers."""
     model = FAMILIES[family].make(torch.float64)
     sampled: Any = {"temperature": 1.5, "stops": tuple(range(2, 8))}  # many answers end
-    count = 20 if family == "mamba" else 40  # mamba answers one row after the other
+    count = 8 if family == "mamba" else 40  # mamba answers one row after the other
     prompts = [[50 + i % 40, 6 + i % 7, *range(5, 5 + i % 9)] for i in range(count)]
     together = _answers(model, prompts, **sampled)
     assert together == _answers(model, prompts, **sampled)

@@ -232,16 +232,18 @@ from tests.invariants.made import adapt, make_model
 from tests.model.test_quantization import quantized
 adapt(make_model(dtype=torch.float32))
 assert "bitsandbytes" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
 model = make_model(dtype=torch.float32)
 quantized(model)
 adapt(model)
 assert sys.modules["kernels"] is kernels
+assert "torch._inductor.compile_fx" not in sys.modules
 print("done")
 """
 
 
 def test_nothing_is_fetched_and_nothing_said() -> None:
-    """Neither for a whole model nor for one in 4 bits."""
+    """Neither for a whole model nor for one in 4 bits; the compiler is imported for neither."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _SPY],
         capture_output=True,

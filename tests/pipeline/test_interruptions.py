@@ -41,20 +41,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_conversations(home / "heldout.jsonl", 6)
     questions = '{"question": "say red", "answer": "red", "completion": "red green"}\n'
     (home / "questions.jsonl").write_text(questions * 2)
-    stage = {"batch_size": 8, "max_length": 200, "save_steps": 1, "logging_steps": 1}
+    stage = {"batch_size": 4, "max_length": 200, "save_steps": 1, "logging_steps": 1}
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
     recipe = {
         "name": "interrupted",
         "model": "model",
         "output_dir": "runs/whole",
-        "sft": {"data": "conversations.jsonl", "max_steps": 3, "lora": lora, **stage},
+        "sft": {"data": "conversations.jsonl", "max_steps": 2, "lora": lora, **stage},
         "pairs": {
             "prompts": "conversations.jsonl",
             "heldout": "heldout.jsonl",
             "max_new_tokens": 8,
             "keep": "different",
         },
-        "dpo": {"max_steps": 3, "learning_rate": 1e-3, **stage},
+        "dpo": {"max_steps": 2, "learning_rate": 1e-3, **stage},
         "evaluate": {"questions": "questions.jsonl", "max_new_tokens": 6, "samples": 2},
     }
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -94,7 +94,7 @@ def same_results(one: Path, other: Path) -> None:
             for file in (one / stage / "metrics.jsonl", other / stage / "metrics.jsonl")
         ]
         assert metrics[0] == metrics[1]
-        assert [line["step"] for line in metrics[1]] == [1, 2, 3]
+        assert [line["step"] for line in metrics[1]] == [1, 2]
     answers = [read_json(folder / "6-evaluation" / "evaluation.json") for folder in (one, other)]
     for answer in answers:
         for model in answer["models"].values():
@@ -132,7 +132,7 @@ def test_killed_again_and_again_in_every_stage_it_ends_with_the_same_bits(
     for name, folder in STAGES.items():
         # Each time a little further into the stage, until it gets to its end. What the second
         # training and the second merge do to files is what the first ones did.
-        for kill_at in range(1, 1000, 27 if name.startswith("dpo") else 13):
+        for kill_at in range(1, 1000, 45 if name.startswith("dpo") else 19):
             done = launcher.run(
                 *command, "--until", name, root=run / folder, cache="cache", kill_at=kill_at
             )
@@ -166,7 +166,7 @@ def test_a_finished_run_says_so_without_torch_and_changes_nothing(home: Path) ->
 
 def test_the_installed_command_is_killed_from_outside(home: Path, launcher: Launcher) -> None:
     run = home / "runs" / "outside"
-    command = ("run", "recipe.yaml", "output_dir=runs/outside", "sft.max_steps=16")
+    command = ("run", "recipe.yaml", "output_dir=runs/outside", "sft.max_steps=8")
     with (home / "outside.txt").open("w") as output:
         process = subprocess.Popen(
             [python(), Path(sys.executable).with_name("tandem"), *command],
@@ -185,6 +185,6 @@ def test_the_installed_command_is_killed_from_outside(home: Path, launcher: Laun
     assert not finished(run / "1-sft")
     said = launcher.run(*command, "--until", "sft", root=run, cache="cache-out").said
     assert "resuming from" in said
-    changed = launcher.run(*command[:3], "sft.max_steps=15", root=run, cache="cache-out")
+    changed = launcher.run(*command[:3], "sft.max_steps=7", root=run, cache="cache-out")
     assert changed.code == 2
-    assert "settings.max_steps: 16 -> 15" in changed.said
+    assert "settings.max_steps: 8 -> 7" in changed.said

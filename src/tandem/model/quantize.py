@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def load_bitsandbytes() -> Any:
     """Import the package without its messages and downloads; None where it is not installed.
 
     On import it looks for kernels on the Hub, and prints a line when it finds none. peft imports it
-    wherever it is installed, so call this before peft is imported.
+    wherever it is installed, so call this before peft is imported. It also compiles functions that
+    few runs call; the compiler, whose import takes seconds, is left until one is called.
     """
     if find_spec("bitsandbytes") is None:
         return None
@@ -161,14 +163,33 @@ def load_bitsandbytes() -> Any:
     there, disabled = sys.modules.get("kernels"), logger.disabled
     sys.modules["kernels"] = None  # type: ignore[assignment]
     logger.disabled = True
+    compiler = torch.compile
+    torch.compile = _compiled_when_called  # type: ignore[assignment]
     try:
         import bitsandbytes
     finally:
+        torch.compile = compiler
         logger.disabled = disabled
         del sys.modules["kernels"]
         if there is not None:
             sys.modules["kernels"] = there
     return bitsandbytes
+
+
+def _compiled_when_called(function: Any = None, **options: Any) -> Any:
+    """In place of `torch.compile`, as a function or a decorator."""
+    if function is None:
+        return partial(_compiled_when_called, **options)
+
+    @cache
+    def compiled() -> Any:
+        return torch.compile(function, **options)
+
+    @wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        return compiled()(*given, **named)
+
+    return call
 
 
 def _bitsandbytes() -> Any:
