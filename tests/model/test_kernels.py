@@ -21,6 +21,7 @@ from tandem.model.cpu.c_kernels import (
     TreeAttention,
     TreeAttentionCall,
     kernels,
+    slim_product,
     softmax_block,
     unavailable_reason,
 )
@@ -161,6 +162,37 @@ def test_rms_norm_equals_torch_in_float64(library: Kernels) -> None:
     assert theirs.grad is not None
     torch.testing.assert_close(found, wanted.float(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [1, 6, 64])
+def test_a_product_of_a_few_rows_is_the_product_and_the_same_for_every_dtype(
+    library: Kernels, dtype: torch.dtype, outputs: int
+) -> None:
+    columns = 5 * library.lanes
+    weight = torch.randn(outputs, columns).to(dtype)
+    for shape in ((columns,), (1, columns), (1, 3, columns)):
+        x = torch.randn(shape)
+        found = slim_product(x, weight)
+        assert found is not None
+        wanted = (x.double() @ weight.double().T).float()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found, slim_product(x, weight.float()))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(found, slim_product(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_the_kernel_of_a_few_rows_does_not_take(library: Kernels) -> None:
+    columns = 2 * library.lanes
+    x, weight = torch.randn(1, columns), torch.randn(8, columns)
+    assert slim_product(x.double(), weight) is None
+    assert slim_product(x, weight.double()) is None
+    assert slim_product(x[:, 1:], weight[:, 1:]) is None
+    assert slim_product(torch.randn(1, 8), weight.T) is None
 
 
 def test_a_softmax_in_blocks_is_the_softmax(library: Kernels) -> None:

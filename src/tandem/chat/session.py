@@ -106,7 +106,7 @@ def run_chat(
             # Without hashing large weights, because no result depends on a chat.
             check_made(Path(folder), warn, weights=False)
         with console.status(Text(f"loading {label}")):
-            speakers.append(_load(folder, label, options))
+            speakers.append(_load(folder, label, options, console))
         for notice in speakers[-1].template.notices:
             console.print(Text(f"{label}: {notice}", "dim"))
     if system and (refusal := _system_refused(speakers, system)):
@@ -318,11 +318,13 @@ def _fit(chat: _Chat, speaker: _Speaker, turns: list[Turn]) -> tuple[list[int], 
         del kept[:2]  # a question and its answer
 
 
-def _load(path: str, label: str, options: ChatOptions) -> _Speaker:
+def _load(path: str, label: str, options: ChatOptions, console: Console) -> _Speaker:
     # Imported here so that a test, or another front end, can replace it.
     from tandem.model.load_model import load_for_inference
 
-    model, tokenizer = load_for_inference(path, options.device)
+    model, tokenizer = load_for_inference(
+        path, options.device, lambda text: console.print(Text(f"{label}: {text}", "dim"))
+    )
     if options.chat_template is None and not tokenizer.chat_template:
         raise UserError(
             f"{path} has no chat template, so it cannot be asked a question. Name one: "

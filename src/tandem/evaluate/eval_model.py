@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,12 +86,19 @@ class EvalModel:
                 return add_tokens(tokenizer, self.added_tokens)
         return AddedTokens()
 
-    def load_base(self, device: Device) -> Any:
+    def stays_stored(self, device: Device) -> bool:
+        """Whether its weights stay narrower in memory than they are computed with."""
+        from tandem.model.load_model import stored_dtype
+
+        place = device.weights, device.torch_device
+        return not self.quantized and stored_dtype(self.folder, self.config, *place) is not None
+
+    def load_base(self, device: Device, log: Callable[[str], None] = lambda _: None) -> Any:
         """The model, or an adapter's base as the adapter saw it."""
         from tandem.model.load_model import load_base, load_model
         from tandem.model.prepare_model import WITH_ADDED_TOKENS, Preparation, prepare_model
 
-        place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device}
+        place: dict[str, Any] = {"dtype": device.weights, "device": device.torch_device, "log": log}
         if self.adapter is None:
             model = load_model(self.folder, **place)
             return prepare_model(model, WITH_ADDED_TOKENS, Preparation(added=self._added()))

@@ -120,7 +120,8 @@ def harness_model(
     from tandem.model.added_tokens import rows_of
     from tandem.model.lora.adapter import added_ids_of_folder
 
-    if model.quantized or model.grows or device.kind not in _HARNESS_DEVICES:
+    own = model.quantized or model.grows or model.stays_stored(device)
+    if own or device.kind not in _HARNESS_DEVICES:
         pretrained, adapter = model.with_adapter(model.load_base(device)), None
         rows = rows_of(pretrained)
     else:

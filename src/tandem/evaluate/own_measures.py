@@ -76,7 +76,7 @@ class OwnMeasures:
         self.label, self._folder, config = model.label, model.folder, model.config
         self.console, self.device = console, device
         self.tokenizer, self.template = tokenizer, template
-        self._base = model.load_base(device)
+        self._base = model.load_base(device, lambda text: log(console, f"{model.label}: {text}"))
         own = device.attention(runtime.attention, self._base)
         self.backend, why = own or choose_backend(runtime.attention, self._base)
         if self.backend == "padded":

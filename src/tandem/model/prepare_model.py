@@ -18,6 +18,7 @@ from tandem.errors import UserError
 from tandem.model.added_tokens import make_missing_rows, make_rows
 from tandem.model.attention.select import is_padded, use_backend
 from tandem.model.cpu.onednn_linear import order_weights, speed_up_frozen_products
+from tandem.model.cpu.stored_weights import is_stored, keep_stored, widen
 from tandem.model.elementwise import compile_elementwise, fuse_elementwise
 from tandem.model.logprobs.output_head import order_head, skip_unread_rows
 from tandem.model.logprobs.sequence_logps import check_head
@@ -41,6 +42,7 @@ class Preparation:
     device: torch.device | str = "cpu"
     quantization: str | None = None  # nf4 puts the linear layers in 4 bits
     rounded_from: torch.dtype | None = None  # of those layers, before; None: `dtype`
+    stored: bool = False  # whether a CPU keeps narrower weights than it computes with
     added: AddedTokens | None = None  # trained embeddings, made where the model has none
     adapter: Path | None = None  # folder of a saved adapter
     attention: str = "padded"  # the backend
@@ -79,6 +81,13 @@ def quantize_linears(model: Any, preparation: Preparation, _: Log) -> Any:
     return model
 
 
+def keep_stored_weights(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Compute in float32 with weights that were loaded as narrow as they are stored."""
+    if preparation.stored:
+        keep_stored(model)
+    return model
+
+
 def move_to_device(model: Any, preparation: Preparation, _: Log) -> Any:
     """Move the weights."""
     return model.to(preparation.device)
@@ -98,10 +107,13 @@ def use_cpu_elementwise(model: Any, _: Preparation, __: Log) -> Any:
 
 def add_token_rows(model: Any, preparation: Preparation, _: Log) -> Any:
     """Give added tokens rows in the embeddings, those of a saved adapter included."""
+    ids = () if preparation.adapter is None else added_ids_of_folder(preparation.adapter)
+    if is_stored(model) and (preparation.added or ids):
+        widen(model.get_input_embeddings(), model.get_output_embeddings())
     if preparation.added:
         make_rows(model, preparation.added)
-    if preparation.adapter is not None:
-        make_missing_rows(model, added_ids_of_folder(preparation.adapter))
+    if ids:
+        make_missing_rows(model, ids)
     return model
 
 
@@ -197,6 +209,7 @@ def reorder_frozen_weights(model: Any, preparation: Preparation, _: Log) -> Any:
 AFTER_LOADING: tuple[Change, ...] = (
     # Before the move: the device then never holds the whole unquantised model.
     quantize_linears,
+    keep_stored_weights,
     move_to_device,
     use_onednn_products,
     # Compares each class of modules with its fused form, on the device.

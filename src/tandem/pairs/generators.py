@@ -138,7 +138,12 @@ class LocalGenerator:
 
             self._vllm = Vllm(folder, runtime.dtype, self._settings.vllm)
         else:
-            self._model = load_model(folder, dtype=device.weights, device=device.torch_device)
+            self._model = load_model(
+                folder,
+                dtype=device.weights,
+                device=device.torch_device,
+                log=lambda text: log(console, f"pairs: {text}"),
+            )
         self.facts = {
             "model": self._name,
             "weights": hash_weights(folder),

@@ -25,7 +25,7 @@ from tandem.storage.cache_folder import cache_folder
 # off takes torch's own operators, for comparisons or where a compiler is broken.
 _VARIABLE = "TANDEM_KERNELS"
 
-_SOURCES = ("vectors.h", "attention.c", "elementwise.c")
+_SOURCES = ("vectors.h", "attention.c", "elementwise.c", "slim_product.c")
 # No -ffast-math: infinities and NaN must stay what they are.
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -236,6 +236,27 @@ class TreeAttention(torch.autograd.Function):
         struct.d_q, struct.d_k, struct.d_v = (_Rows.of(g.transpose(1, 2)) for g in grads)
         ctx.call.kernels.functions.tandem_attention_backward(ctypes.byref(struct))
         return None, *(g.transpose(1, 2) for g in grads)
+
+
+_SLIM = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def slim_product(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x @ weight.T of a few rows [..., K] and a matrix [N, K], which is read once; see the C file.
+
+    None where the kernel cannot: it takes float32 rows and contiguous matrices of three dtypes.
+    """
+    library, columns = kernels(), x.shape[-1]
+    fits = x.dtype == torch.float32 and weight.dtype in _SLIM and weight.is_contiguous()
+    if library is None or not fits or columns % library.lanes:
+        return None
+    name = f"tandem_slim_{_SLIM[weight.dtype]}"
+    if not hasattr(library.functions, name):  # a processor without instructions for float16
+        return None
+    rows = x.reshape(-1, columns).contiguous()
+    out = x.new_empty(len(rows), len(weight))
+    library.call(name, rows, weight, out, len(rows), len(weight), columns)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor) -> Tensor:

@@ -14,17 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tandem.model.cpu.c_kernels import slim_product
+from tandem.model.cpu.stored_weights import NARROW, is_stored, widened
+
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Rows that oneDNN is told to expect when it orders weights; others take the same order.
 _EXPECTED_ROWS = 1024
+# Rows up to which a product is a matter of reading the matrix.
+_SLIM_ROWS = 4
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias without a gradient for anything: [..., K] to [..., N] in x's dtype.
 
-    `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`).
+    `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`); one that is
+    narrower than x is widened for this product (see `stored_weights`).
     """
-    if _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if 0 < x.numel() <= _SLIM_ROWS * x.shape[-1] and weight.layout == torch.strided:
+        slim = slim_product(x, weight)
+        if slim is not None:
+            return slim if bias is None else slim.add_(bias)
+    if weight.dtype in NARROW:
+        weight = widened(weight)
+    if _AVAILABLE and weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -64,7 +78,7 @@ class Plain:
 
 def speed_up_frozen_products(model: nn.Module) -> None:
     """Send the products of a model's linear layers through `product` while they are frozen."""
-    if not _AVAILABLE:
+    if not (_AVAILABLE or is_stored(model)):
         return
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
@@ -106,8 +120,11 @@ def can_order(layer: nn.Linear) -> bool:
 
 
 def takes_frozen(x: Tensor, layer: nn.Linear) -> bool:
-    """Whether `product` takes a layer's product with these numbers to oneDNN."""
-    return can_order(layer) and x.dtype == torch.float32
+    """Whether `product` computes a frozen layer's product with these numbers."""
+    if x.dtype != torch.float32 or layer.weight.requires_grad:
+        return False
+    stored = layer.weight.dtype in NARROW and layer.weight.device.type == "cpu"
+    return stored or _multiplied(layer.weight)
 
 
 def low_rank_product(

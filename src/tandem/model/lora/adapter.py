@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.errors import UserError
 from tandem.model.added_tokens import embedding_names
+from tandem.model.cpu.stored_weights import as_float32, is_stored, widen
 from tandem.model.lora.adapter_config import read_config
-from tandem.model.lora.adapter_folder import check_copies, update_names
+from tandem.model.lora.adapter_folder import check_copies, read_updates, update_names
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
 from tandem.model.quantize import load_bitsandbytes, write_record
 from tandem.model.trained_weights import Log
@@ -71,7 +72,7 @@ class LoraWeights:
         if not everywhere:
             check_targets(model, wanted.target_modules, unreached)
         torch.manual_seed(self.seed)
-        with _quiet():
+        with _quiet(), as_float32(model):
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
         config = wrapped.peft_config["default"]
         config.base_model_name_or_path, config.revision = self.base, self.revision
@@ -187,8 +188,12 @@ def refused_modules(model: Any) -> list[str]:
 def wrap_with_saved(model: Any, folder: Path) -> Any:
     """Put a saved adapter around a model that has rows for its tokens; UserError if unfit."""
     check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
+    if is_stored(model) and not all(
+        update.plain for update in read_updates(folder, model).values()
+    ):
+        widen(*(m for m in model.modules() if type(m) is nn.Linear))  # peft computes with them
     try:
-        with _quiet():
+        with _quiet(), as_float32(model):
             adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None

@@ -74,6 +74,8 @@ class LowRankUpdate:
 class ExpertsUpdate:
     """The updates of all experts of a mixture, whose weights are one tensor in memory."""
 
+    plain = True  # see LowRankUpdate
+
     a: Tensor  # [experts * rank, in], one expert after the other
     b: Tensor  # [out, rank * experts], the experts within each rank
     scaling: float
@@ -90,6 +92,8 @@ class ExpertsUpdate:
 @dataclass(frozen=True)
 class NewRows:
     """Rows of an embedding in place of the base's: token ids, ascending, and values [n, H]."""
+
+    plain = True  # see LowRankUpdate
 
     ids: tuple[int, ...]
     values: Tensor

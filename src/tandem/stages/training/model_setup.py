@@ -39,6 +39,9 @@ def set_up_model(
             # A sharded model may not fit on a device as a whole; it goes there in parts.
             device=torch.device("cpu") if engine.sharded else device.torch_device,
             quantization=context.job.run.quantization,
+            # Engines of other libraries want parameters of one dtype.
+            may_stay_stored=engine.name in ("single", "ddp"),
+            log=context.log,
         )
     )
     attention = context.job.run.attention
