@@ -289,7 +289,7 @@ def test_what_is_cut_and_dropped_is_what_a_run_cuts_and_drops(
     real = shared_data / (
         "pairs/orca_dpo_pairs.jsonl" if pairs else "conversations/slimorca_format.jsonl"
     )
-    lines = real.read_text().splitlines()[:100]
+    lines = real.read_text().splitlines()[:40]
     lines.insert(3, '{"question": 3, "chosen": "a", "rejected": "b", "conversations": []}')
     file = write(tmp_path / "a.jsonl", lines)
     template = resolve_template(stories_tokenizer, "neural-chat")
@@ -451,7 +451,8 @@ def test_processes_find_what_one_process_finds(
     tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tandem.data.encoded.worker_pool._FEW", 1)
-    rows = [conversation(seed % 500) for seed in range(540)]
+    monkeypatch.setattr("tandem.data.sources.file_chunks._ROWS", 64)
+    rows = [conversation(seed % 100) for seed in range(140)]
     file = write(tmp_path / "a.jsonl", rows)
     template = resolve_template(byte_tokenizer, "chatml")
     subject = CheckTarget(

@@ -73,7 +73,8 @@ def test_nfc_shrinks_less_than_is_assumed(text: str) -> None:
 def test_nfc_shrinks_no_character_by_more() -> None:
     import unicodedata
 
-    for code in range(0x110000):
+    # Beyond are no characters but those for private use.
+    for code in (*range(0x40000), *range(0xE0000, 0xE1000)):
         if 0xD800 <= code < 0xE000:
             continue
         whole = chr(code)
@@ -114,7 +115,7 @@ def chats() -> dict[str, tuple[ChatTokenizer, int | None]]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["mistral", "stories", "byte"])
 @settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -220,15 +221,15 @@ print(json.dumps({"told": told, "mebibytes": (after - before) / 1024}))
 """
 
 
-def test_a_record_of_20_mb_takes_little_memory(shared_data: Path, tmp_path: Path) -> None:
-    """Tokenised whole it takes almost half a gibibyte."""
-    words = "It was a day like any other, said Tim; and so it went on. " * (20_000_000 // 58)
+def test_a_record_of_10_mb_takes_little_memory(shared_data: Path, tmp_path: Path) -> None:
+    """Tokenised whole it takes almost a quarter of a gibibyte."""
+    words = "It was a day like any other, said Tim; and so it went on. " * (10_000_000 // 58)
     small = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     question = {"messages": [{"role": "user", "content": words}, small["messages"][1]]}
     answer = {"messages": [small["messages"][0], {"role": "assistant", "content": words}]}
     huge, plain = tmp_path / "huge.jsonl", tmp_path / "plain.jsonl"
     roles = ("user", "assistant")
-    turns = [{"role": roles[i % 2], "content": words[:5000]} for i in range(1600)]
+    turns = [{"role": roles[i % 2], "content": words[:5000]} for i in range(800)]
     rows = (question, small, answer, {"messages": turns})
     huge.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain.write_text(json.dumps(small) + "\n")
@@ -249,4 +250,4 @@ def test_a_record_of_20_mb_takes_little_memory(shared_data: Path, tmp_path: Path
         ["truncated"] * 3,
     ]
     assert all(length <= 512 for told in result["told"] for length in told[1])
-    assert result["mebibytes"] < 200, result
+    assert result["mebibytes"] < 100, result

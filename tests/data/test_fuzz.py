@@ -59,14 +59,14 @@ LABELLED = st.fixed_dictionaries(
     {"prompt": SAID, "completion": SAID, "label": st.booleans() | SCALARS}
 )
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(ROWS | SCORED | LABELLED)
 def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
     known = detect(row)
@@ -115,7 +115,7 @@ def filled(lines: list[bytes]) -> list[int]:
 
 
 @pytest.mark.parametrize("read", [read_conversations, read_pairs])
-@settings(BOUNDED, max_examples=50)
+@settings(BOUNDED, max_examples=30)
 @given(lines=st.lists(LINES, max_size=8).filter(are_lines))
 def test_a_file_is_read_or_refused(read: Any, lines: list[bytes], tmp_path: Path) -> None:
     path = tmp_path / "made.jsonl"
@@ -280,7 +280,7 @@ def test_every_scored_answer_is_in_a_pair_or_has_a_reason(
 NAMES = st.sampled_from([*KEYS, "role", "content", "own", "a.b", ""])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     row=ROWS,
     names=st.dictionaries(NAMES, NAMES, max_size=3),

@@ -206,7 +206,7 @@ def test_templates_of_the_hub_and_of_the_package_lose_nothing_of_real_data(
         (prepare_conversations, "conversations/slimorca_format.jsonl"),
         (prepare_pairs, "pairs/orca_dpo_pairs.jsonl"),
     ):
-        lines = (shared_data / file).read_text().splitlines()[:15]
+        lines = (shared_data / file).read_text().splitlines()[:6]
         (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
         ledger = Ledger(None)
         prepare(

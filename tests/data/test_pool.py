@@ -81,14 +81,14 @@ def test_two_processes_write_what_one_writes(
     shared_data: Path, stories_tokenizer: Any, tmp_path: Path, suffix: str
 ) -> None:
     lines = (shared_data / "pairs" / "mixed_pairs.jsonl").read_text().rstrip("\n").split("\n")
-    rows = [json.loads(line) for line in lines[:60]]
-    rows[37] = pair("Q", "A", "A")
+    rows = [json.loads(line) for line in lines[:40]]
+    rows[27] = pair("Q", "A", "A")
     file = tmp_path / f"p.{suffix}"
     if suffix == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=20)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=14)
     elif suffix == "json":
         file.write_text(json.dumps(rows))
     elif suffix == "jsonl.gz":
@@ -101,7 +101,7 @@ def test_two_processes_write_what_one_writes(
     else:
         file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
     with (shared_data / "pairs" / "orca_dpo_pairs.jsonl").open() as others:
-        (tmp_path / "orca.jsonl").write_text("".join(itertools.islice(others, 30)))
+        (tmp_path / "orca.jsonl").write_text("".join(itertools.islice(others, 18)))
     sources = [DataSource(path=str(file)), DataSource(path=str(tmp_path / "orca.jsonl"))]
     both_ways(sources, stories_tokenizer, prepare_pairs, tmp_path / "s", max_length=256)
 
@@ -109,14 +109,14 @@ def test_two_processes_write_what_one_writes(
 def test_renamed_and_joined_rows_too(
     shared_data: Path, stories_tokenizer: Any, tmp_path: Path
 ) -> None:
-    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().split("\n")[:80]
+    lines = (shared_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().split("\n")[:30]
     rows = [json.loads(line) for line in lines]
     labelled = [
         {"ask": row["question"], "completion": row[key], "label": key == "chosen"}
         for key in ("chosen", "rejected")
         for row in rows
     ]
-    source = write(tmp_path / "p.jsonl", [*labelled[:90], {"text": "?"}, *labelled[90:]])
+    source = write(tmp_path / "p.jsonl", [*labelled[:35], {"text": "?"}, *labelled[35:]])
     both_ways(
         [DataSource(path=source.path, fields={"prompt": "ask"})], stories_tokenizer, prepare_pairs,
         tmp_path / "s", max_length=256,
@@ -125,8 +125,8 @@ def test_renamed_and_joined_rows_too(
 
 def test_conversations_too(shared_data: Path, byte_tokenizer: Any, tmp_path: Path) -> None:
     lines = (shared_data / "conversations" / "slimorca_format.jsonl").read_text().split("\n")
-    chosen = random.Random(0).sample(lines, 100)
-    chosen[50] = "{not json"
+    chosen = random.Random(0).sample(lines, 40)
+    chosen[20] = "{not json"
     source = write(tmp_path / "c.jsonl", chosen)
     both_ways(
         [source], byte_tokenizer, prepare_conversations, tmp_path / "s",
@@ -284,7 +284,7 @@ build_dataset(
 def test_the_workers_end_with_the_process(
     shared_data: Path, tmp_path: Path, request_: signal.Signals
 ) -> None:
-    source = write(tmp_path / "p.jsonl", [pair("word " * 300, "It.", "No.")] * 20_000)
+    source = write(tmp_path / "p.jsonl", [pair("word " * 300, "It.", "No.")] * 8_000)
     tokenizer = str(shared_data / "tokenizers" / "mistral_v1_32000")
     command = [sys.executable, "-c", _LONG, tokenizer, source.path, str(tmp_path / "store")]
     with subprocess.Popen(

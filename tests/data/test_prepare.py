@@ -13,6 +13,7 @@ from tandem.data.encoded import worker_pool
 from tandem.data.encoded.example import Example
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs, read_questions
+from tandem.data.sources import file_chunks
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -75,16 +76,17 @@ def test_only_the_first_so_many_are_read(
     byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     """As the first of all of them; what lies far behind is never looked at."""
-    rows: list[Any] = [talk(f"Question {i}", f"Answer {i}") for i in range(2000)]
+    rows: list[Any] = [talk(f"Question {i}", f"Answer {i}") for i in range(300)]
     for dropped in (2, 5, 40):
         rows[dropped] = talk("Question", "")
     whole = write(tmp_path / "whole.jsonl", rows)
-    # A piece is 256 lines; a few are read ahead by those who share the work.
-    begun = write(tmp_path / "begun.jsonl", [*rows[:1400], "{", *rows[1401:]])
+    # A few pieces are read ahead by those who share the work.
+    monkeypatch.setattr(file_chunks, "_ROWS", 32)
+    begun = write(tmp_path / "begun.jsonl", [*rows[:175], "{", *rows[176:]])
     options: dict[str, Any] = {"template": "chatml", "workers": 1 if few > 1 else 2}
-    trees, _ = prepare(prepare_conversations, whole, byte_tokenizer, **options)
+    trees, _ = prepare(prepare_conversations, whole, byte_tokenizer, template="chatml")
     monkeypatch.setattr(worker_pool, "_FEW", few)
-    for limit, lost in ((3, 1), (38, 2), (39, 3), (300, 3)) if few > 1 else ((38, 2), (300, 3)):
+    for limit, lost in ((3, 1), (38, 2), (39, 3), (50, 3)) if few > 1 else ((38, 2), (50, 3)):
         first, ledger = prepare(
             prepare_conversations, begun, byte_tokenizer, limit=limit, **options
         )
@@ -93,8 +95,8 @@ def test_only_the_first_so_many_are_read(
             assert one.sequence(0).input_ids.tolist() == same.sequence(0).input_ids.tolist()
             assert one.origin.row == same.origin.row
         assert ledger.counts["dropped"] == lost
-    with pytest.raises(UserError, match="row 1401"):
-        prepare(prepare_conversations, begun, byte_tokenizer, limit=1390, **options)
+    with pytest.raises(UserError, match="row 176"):
+        prepare(prepare_conversations, begun, byte_tokenizer, limit=170, **options)
     if few > 1:
         all_of_them, _ = prepare(
             prepare_conversations, whole, byte_tokenizer, limit=5000, **options

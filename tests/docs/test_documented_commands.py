@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,15 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def _files_of_the_pages(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def files_of_the_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once for all commands, which have copies."""
+    folder = tmp_path_factory.mktemp("files")
+    _write_files(folder)
+    return folder
+
+
+def _write_files(folder: Path) -> None:
     """Put the files that the pages show, and stand-ins for those they only name, in place."""
     shipped = ROOT / "src" / "tandem" / "recipes" / "demo.yaml"
     (folder / _RECIPE_OF_THE_READER).write_text(shipped.read_text())
@@ -111,11 +120,12 @@ def test_a_shown_command_is_understood(
     page: str,
     words: list[str],
     stages: list[str],
+    files_of_the_pages: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     del page
-    _files_of_the_pages(tmp_path)
+    shutil.copytree(files_of_the_pages, tmp_path, dirs_exist_ok=True)
     if words[1] == "report":
         (tmp_path / words[2]).mkdir(parents=True)
     code = main([word.replace("$BASE", "demo:base") for word in words[1:]])

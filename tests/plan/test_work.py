@@ -105,7 +105,7 @@ def test_a_plan_counts_what_a_run_reports(
     settings: Any = _settings(kind, shared_data, tmp_path)
     if mixed:
         (source,) = settings.data
-        twice = source.model_copy(update={"weight": 2.5})
+        twice = source.model_copy(update={"weight": 1.5})
         held_out = ValidationSettings(fraction=0.2)
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
