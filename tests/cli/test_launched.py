@@ -199,7 +199,7 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     make_conversations(tmp_path / "data.jsonl")
     out = tmp_path / "out"
     argv = ["sft", "--model_name_or_path", f"{tmp_path}/model", "--output_dir", f"{out}"]
-    argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "2", "--max_steps", "150"]
+    argv += ["--dataset_name", f"{tmp_path}/data.jsonl", "--batch_size", "2", "--max_steps", "90"]
     argv += ["--max_length", "128", "--save_steps", "5", "--logging_steps", "1"]
 
     tandem = ("-m", "tandem")
@@ -231,6 +231,6 @@ def test_a_lost_process_and_a_stop_end_all_and_one_process_goes_on(
     assert main(argv) == 0
     said = capsys.readouterr().err
     assert "processes 2 -> 1" in said
-    assert f"(step {steps[-1]} of 150)" in said
+    assert f"(step {steps[-1]} of 90)" in said
     assert read_json(out / "summary.json")["processes"] == 1
-    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 151))
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 91))

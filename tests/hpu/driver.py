@@ -25,7 +25,7 @@ SYNCS = {
     "unique_consecutive", "equal", "is_nonzero", "item", "tolist", "cpu", "numpy",
 }  # fmt: skip
 SETTINGS = {
-    "batch_size": 5, "max_steps": 3, "learning_rate": 1e-3, "max_length": 128,
+    "batch_size": 5, "max_steps": 2, "learning_rate": 1e-3, "max_length": 128,
     "logging_steps": 1, "adam_epsilon": 1e-6, "lora": {"rank": 4, "alpha": 8},
 }  # fmt: skip
 # Lengths of the eager run, and of its token budget.

@@ -16,7 +16,7 @@ from ..stages.made_inputs import WORDS, make_model_folder
 from .badly_behaved import Desk, asked, badly_behaved
 from .forks import Forks
 
-MODEL_KILLS, SERVER_KILLS = 5, 4
+MODEL_KILLS, SERVER_KILLS = 4, 4
 PROMPTS = 80
 
 

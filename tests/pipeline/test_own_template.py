@@ -26,7 +26,7 @@ def test_a_run_keeps_the_template_of_a_file(
     template.write_text(_TEMPLATE)
     lines = (some_data / "pairs" / "orca_dpo_pairs.jsonl").read_text().splitlines()
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(lines[:16]) + "\n")
+    pairs.write_text("\n".join(sorted(lines, key=len)[:8]) + "\n")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"""
 name: mine

@@ -55,7 +55,7 @@ def test_the_tutorial_in_its_own_flags(
     flags = [
         "sft", "--model_name_or_path", some_model, "--dataset_name", conversations,
         "--output_dir", sft, "--per_device_train_batch_size", 1,
-        "--gradient_accumulation_steps", 8, "--learning_rate", "2e-3", "--max_steps", 6,
+        "--gradient_accumulation_steps", 4, "--learning_rate", "2e-3", "--max_steps", 6,
         "--logging_steps", 2, "--lora_rank", 16, "--lora_alpha", 64, "--lora_dropout", 0.05,
         "--max_seq_length", 512, "--max_prompt_length", 256, "--warmup_ratio", 0.03, "--bf16",
         "--use_habana", "--use_lazy_mode",
@@ -76,8 +76,8 @@ def test_the_tutorial_in_its_own_flags(
     merge(some_model, sft, merged)
     flags = [
         "dpo", "--model_name_or_path", merged, "--output_dir", dpo,
-        "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1,
-        "--learning_rate", "1e-3", "--max_steps", 4, "--save_steps", 10, "--logging_steps", 1,
+        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
+        "--learning_rate", "1e-3", "--max_steps", 3, "--save_steps", 10, "--logging_steps", 1,
         "--lora_alpha", 16, "--lora_rank", 16, "--lora_dropout", 0.05,
         "--dataset_name", pairs, "--bf16",
         "--max_length", 512, "--max_prompt_length", 256, "--lr_scheduler_type", "cosine",
@@ -131,9 +131,9 @@ def _recipe(tmp_path: Path, some_model: Path, conversations: Path) -> Path:
         if 0 < len(question) + len(answer) < 300 and len(turns) < 4:
             rows.append({"question": question, "answer": answer, "accepted": [answer.split()[0]]})
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
     short = {
-        "batch_size": 4, "max_steps": 3, "save_steps": 2, "learning_rate": 1e-3,
+        "batch_size": 2, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-3,
         "max_length": 256, "max_prompt_length": 128, "lora": {"rank": 4, "alpha": 8},
     }  # fmt: skip
     recipe: dict[str, Any] = {
@@ -142,11 +142,11 @@ def _recipe(tmp_path: Path, some_model: Path, conversations: Path) -> Path:
         "output_dir": str(tmp_path / "run"),
         "sft": {**short, "data": str(conversations)},
         "pairs": {
-            "prompts": str(questions), "heldout": str(questions), "max_new_tokens": 8,
+            "prompts": str(questions), "heldout": str(questions), "max_new_tokens": 5,
             "keep": "different",
         },
         "dpo": short,
-        "evaluate": {"questions": str(questions), "max_new_tokens": 8},
+        "evaluate": {"questions": str(questions), "max_new_tokens": 5},
     }  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
