@@ -156,6 +156,8 @@ def carry_out(order: Order, home: Path) -> Outcome:
             )
         except TandemError as error:
             kind = type(error).__name__
+            if kind == "Stopped" and order.trouble == "SIGTERM" and rank == 0:
+                copied(home, order.folder, stopped(order))
             return Outcome(text.getvalue(), kind, str(error), error.exit_code, error.reported)
     return Outcome(text.getvalue())
 
@@ -215,6 +217,11 @@ def adapter(home: Path, folder: str) -> dict[str, Tensor]:
 def first_gradients(home: Path, folder: str, rank: int = 0) -> dict[str, Tensor]:
     """The gradients of the first step that an order took."""
     return load_file(home / f"{folder}.rank{rank}" / "gradients.safetensors")
+
+
+def stopped(order: Order) -> str:
+    """Where a copy of what an order had left when it was stopped is, for others to go on with."""
+    return f"{order.folder}-stopped"
 
 
 def copied(home: Path, folder: str, to: str) -> None:
