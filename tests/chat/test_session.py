@@ -163,7 +163,7 @@ def test_overflow_drops_the_oldest_turns_and_says_so(
 
 
 def test_a_large_answer_limit_ends_at_the_context(stories_path: Path) -> None:
-    text = talk([stories_path], "dog " * 60, max_new_tokens=10_000)
+    text = talk([stories_path], "dog " * 150, max_new_tokens=10_000)
     assert "Traceback" not in text
     assert "the context is full" in text or "cut" not in text
 
