@@ -22,8 +22,8 @@ from ..warm.python import python
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 # What a reader would put into SETTINGS; the cells are those of the file.
 SHORTENED = (
-    "sft.batch_size=8 sft.epochs=0.04 pairs.select.count=24 pairs.max_new_tokens=4 "
-    "dpo.batch_size=8 dpo.epochs=1 evaluate.limit=8 evaluate.max_new_tokens=4"
+    "sft.batch_size=8 sft.epochs=0.02 pairs.select.count=10 pairs.max_new_tokens=4 "
+    "dpo.batch_size=8 dpo.epochs=1 evaluate.limit=4 evaluate.max_new_tokens=4"
 )
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
