@@ -60,7 +60,7 @@ def train(
     if not data.exists():
         (make_conversations if kind == "sft" else make_pairs)(data)
     values: dict[str, Any] = {
-        "data": (DataSource(path=str(data)),), "batch_size": 6, "max_steps": 4,
+        "data": (DataSource(path=str(data)),), "batch_size": 6, "max_steps": 3,
         "learning_rate": 1e-2, "max_length": 128, "logging_steps": 1,
         "lora": LoraSettings(rank=4, alpha=8, dropout=0.1 if kind == "sft" else 0.0),
     }  # fmt: skip
@@ -162,7 +162,7 @@ def test_what_a_mamba_adapter_leaves_out_is_said(tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model", config=MODELS["mamba"][0])
     said = io.StringIO()
     console = Console(file=said, width=400)
-    trained = train("sft", model, tmp_path / "all", console=console)
+    trained = train("sft", model, tmp_path / "all", console=console, max_steps=1)
     assert "all-linear leaves out dt_proj, out_proj" in said.getvalue()
     assert {name.split(".")[-3] for name in trained} == {"in_proj", "x_proj"}
     lora = LoraSettings(rank=4, alpha=8, target_modules=("in_proj", "dt_proj"))

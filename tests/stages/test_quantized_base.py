@@ -38,7 +38,7 @@ def run(
     data = folder.parent / f"{kind}.jsonl"
     if not data.exists():
         (make_conversations if kind == "sft" else make_pairs)(data)
-    changes = {"max_steps": 4} | changes
+    changes = {"max_steps": 3} | changes
     runtime = {
         "device": "cpu",
         "tokens_per_microbatch": changes.pop("budget", 4096),
@@ -105,13 +105,13 @@ def test_a_stopped_run_ends_with_the_same_bits(
         nonlocal taken
         report = plain(self, step)
         taken += 1
-        if taken == 3:
+        if taken == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_take", take)
-        with pytest.raises(Stopped, match="after step 3 of 4"):
+        with pytest.raises(Stopped, match="after step 2 of 3"):
             run(kind, tiny_model, tmp_path / "stopped")
     with pytest.raises(UserError, match=r"model\.quantization: 'nf4' -> None"):
         run(kind, tiny_model, tmp_path / "stopped", quantization=None)

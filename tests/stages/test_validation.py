@@ -41,7 +41,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def own_data(kind: str, path: Path) -> ValidationSettings:
     (make_conversations if kind == "sft" else make_pairs)(path, count=9)
-    return ValidationSettings(data=(DataSource(path=str(path)),), steps=3)
+    return ValidationSettings(data=(DataSource(path=str(path)),), steps=2)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -57,7 +57,7 @@ def test_scoring_changes_nothing_in_training(kind: str, tiny_model: Path, tmp_pa
     ]
     assert metrics[0] == metrics[1]
     found = lines(tmp_path / "scored")
-    assert [line["step"] for line in found] == [0, 3, 6, 8]
+    assert [line["step"] for line in found] == [0, 2, 4]
     assert found[-1]["eval_loss"] < found[0]["eval_loss"]
     if kind == "dpo":
         assert found[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -65,18 +65,18 @@ def test_scoring_changes_nothing_in_training(kind: str, tiny_model: Path, tmp_pa
     summary = read_json(tmp_path / "scored" / "summary.json")
     assert summary["validation"]["records"] == 9
     assert summary["validation"]["ledger"]["trained"] == 9
-    assert summary["validation"]["last"]["step"] == summary["kept_step"] == 8
+    assert summary["validation"]["last"]["step"] == summary["kept_step"] == 4
     assert "validation.jsonl" in read_json(tmp_path / "scored" / "manifest.json")["outputs"]
 
 
-@pytest.mark.parametrize(("kind", "budget"), [("sft", 40), ("dpo", 40), ("dpo", 4096)])
+@pytest.mark.parametrize(("kind", "budget"), [("sft", 40), ("dpo", 4096)])
 def test_the_scores_are_those_of_plain_float64(
     kind: str, budget: int, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Padded rows, full logits and float64: nothing of tandem's but the data and the adapter."""
     out = tmp_path / "out"
     validation = own_data(kind, tmp_path / "v.jsonl")
-    run(kind, tiny_model, out, budget=budget, validation=validation, max_length=200, max_steps=3)
+    run(kind, tiny_model, out, budget=budget, validation=validation, max_length=200, max_steps=2)
     base = load_model(tiny_model, dtype=torch.float64, device=torch.device("cpu"))
     reference = [_logps(base, *row) for row in _encoded(kind, tmp_path / "v.jsonl", out)]
     model = load_adapter(base, out)
@@ -157,7 +157,7 @@ def test_a_fraction_is_held_out_by_prompt_and_accounted_for(
     assert counts["read"] == counts["trained"] + counts["held_out"] + counts["dropped"] == 24
     assert counts["held_out"] in (4, 5)
     assert len(set(scored)) == counts["held_out"]
-    assert len(scored) == 5 * counts["held_out"]
+    assert len(scored) == 3 * counts["held_out"]
     assert not set(trained_on) & set(scored)
     rows = [json.dumps(row.get("question") or row["conversations"][0])
             for row in read_jsonl(tmp_path / f"{kind}.jsonl")]  # fmt: skip
@@ -227,7 +227,7 @@ def test_the_best_adapter_becomes_the_stages(tiny_model: Path, tmp_path: Path) -
     assert (tmp_path / "best" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("crash_after", range(1, 8))
+@pytest.mark.parametrize("crash_after", [1, 3, 4, 7])
 def test_an_interrupted_run_keeps_the_same_best(
     crash_after: int, tiny_model: Path, tmp_path: Path, best_of_a_whole_run: Any
 ) -> None:
@@ -375,8 +375,8 @@ def test_a_weighted_run_goes_on_bit_for_bit_under_any_budget(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = mixed(tmp_path, "sft", 2.5)
-    whole = run("sft", tiny_model, tmp_path / "whole", data=data)
-    small = run("sft", tiny_model, tmp_path / "small", data=data, budget=1)
+    whole = run("sft", tiny_model, tmp_path / "whole", data=data, max_steps=6)
+    small = run("sft", tiny_model, tmp_path / "small", data=data, budget=1, max_steps=6)
     # Dropout is on: masks of copies do not depend on who shares their micro-batch.
     assert distance(small, whole) < 5e-5
     plain, taken, rows = trainer.Trainer._take, 0, Counter[int]()
@@ -386,21 +386,21 @@ def test_a_weighted_run_goes_on_bit_for_bit_under_any_budget(
         report = plain(self, step)
         rows.update(step.examples)
         taken += 1
-        if taken == 5:
+        if taken == 5:  # an epoch
             raise ZeroDivisionError
         return report
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_take", take)
         with pytest.raises(ZeroDivisionError):
-            run("sft", tiny_model, tmp_path / "stopped", data=data)
+            run("sft", tiny_model, tmp_path / "stopped", data=data, max_steps=6)
     assert sum(rows.values()) == 24  # an epoch: 15 of a, 9 of b
     assert all(rows[i] in (2, 3) for i in range(6))
     assert all(rows[i] == 1 for i in range(6, 15))
-    resumed = run("sft", tiny_model, tmp_path / "stopped", data=data)
+    resumed = run("sft", tiny_model, tmp_path / "stopped", data=data, max_steps=6)
     assert same(resumed, whole)
     with pytest.raises(UserError, match=r"data\.0\.weight|weight"):
-        run("sft", tiny_model, tmp_path / "whole", data=mixed(tmp_path, "sft", 3.0))
+        run("sft", tiny_model, tmp_path / "whole", data=mixed(tmp_path, "sft", 3.0), max_steps=6)
 
 
 def test_the_mixture_is_said_in_one_line(
