@@ -91,7 +91,11 @@ def test_a_model_as_it_is_loaded_equals_plain_transformers(family: str, tmp_path
     torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", TREES)
+# One of each way to build a layer: other families differ in what its parts compute.
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", "gemma3", "gpt2", "gpt-neox", "opt", "deepseek-v3", "phimoe", "mixtral"],
+)
 def test_checkpointing_changes_nothing(family: str, layers_seen: Counter[int]) -> None:
     results = []
     for checkpointing in (False, True):

@@ -129,7 +129,7 @@ def test_gradients_equal_full_logits_in_float64(name: str, bases: dict[str, Path
 @pytest.mark.parametrize("name", ["untied", "tied", "padded"])
 def test_train_merge_and_align(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     base, count = bases[name], len(AutoTokenizer.from_pretrained(bases[name]))
-    trained = run("sft", base, tmp_path / "sft")
+    trained = run("sft", base, tmp_path / "sft", max_steps=8)
     rows = [trained[key] for key in sorted(trained, reverse=True) if "trainable_tokens" in key]
     assert len(rows) == (1 if name == "tied" else 2)
     before = load_file(base / "model.safetensors")
@@ -146,7 +146,14 @@ def test_train_merge_and_align(name: str, bases: dict[str, Path], tmp_path: Path
     assert summary["adapter_effect"] > 0.1
     assert summary["logp_difference"] < 1e-4
     # The second stage finds the tokens, and a run has it add nothing.
-    aligned = run("dpo", tmp_path / "merged", tmp_path / "dpo", chat_template=None, added_tokens=())
+    aligned = run(
+        "dpo",
+        tmp_path / "merged",
+        tmp_path / "dpo",
+        chat_template=None,
+        added_tokens=(),
+        max_steps=1,
+    )
     assert not [key for key in aligned if "trainable_tokens" in key]
 
 
@@ -217,12 +224,12 @@ def test_the_schedule_does_not_change_the_rows(bases: dict[str, Path], tmp_path:
 
 
 def test_a_model_in_4_bits_learns_new_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
-    run("sft", bases["untied"], tmp_path / "sft", runtime={"quantization": "nf4"})
+    run("sft", bases["untied"], tmp_path / "sft", runtime={"quantization": "nf4"}, max_steps=2)
     merge(bases["untied"], tmp_path / "sft", tmp_path / "merged")
     assert read_json(tmp_path / "merged" / "summary.json")["logp_difference"] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["untied", "tied"])
+@pytest.mark.parametrize("name", ["tied"])
 def test_the_reference_is_the_model_with_the_mean_rows(
     name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -253,7 +260,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
         nonlocal taken
         report = plain(self, step)
         taken += 1
-        if taken == 5:
+        if taken == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
@@ -294,8 +301,9 @@ def test_a_base_that_never_learnt_its_end_token_learns_to_stop(
     """Only with its row trained: frozen, it is one of many equal rows, and a warning says so."""
     adapter = tmp_path / "sft"
     run(
-        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=30, max_length=256,
-        save_steps=100, chat_template="neural-chat", added_tokens=("</s>",) if named else (),
+        "sft", stories_path, adapter, learning_rate=1e-2, max_steps=30 if named else 16,
+        max_length=256, save_steps=100, chat_template="neural-chat",
+        added_tokens=("</s>",) if named else (),
     )  # fmt: skip
     warnings = [w for w in read_json(adapter / "summary.json")["warnings"] if "learn to stop" in w]
     assert len(warnings) == (0 if named else 1)
