@@ -59,7 +59,7 @@ def _settings(
         "batch_size": BATCH_SIZE,
         "epochs": 1.5,
         "learning_rate": 1e-3,
-        "max_length": 256,
+        "max_length": 192,
         "lora": LoraSettings(rank=2, alpha=4),
     } | changes
     return SftSettings(**values) if kind == "sft" else DpoSettings(**values)
