@@ -259,11 +259,11 @@ def test_a_changed_weight_misses_the_reference_store(tiny_model: Path, tmp_path:
 
 
 def test_dpo_starts_at_ln_2_and_moves_the_right_way(tiny_model: Path, tmp_path: Path) -> None:
-    run("dpo", tiny_model, tmp_path / "out", logging_steps=1, max_steps=8)
+    run("dpo", tiny_model, tmp_path / "out", logging_steps=1, max_steps=20)
     lines = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert lines[-1]["loss"] < 0.65
+    assert lines[-1]["loss"] < 0.6
     assert lines[-1]["rewards/margins"] > 0
 
 
