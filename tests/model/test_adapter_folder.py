@@ -116,7 +116,8 @@ def test_the_sum_is_what_peft_merges(base: Path, tmp_path: Path, settings: dict[
     (tmp_path / "merged").mkdir()
     described = model_without_weights(load_config(base))
     updates = read_updates(tmp_path / "adapter")
-    MergedShards(base, updates, tmp_path / "merged", model=described, dtype=None).finish()
+    with MergedShards(base, updates, tmp_path / "merged", model=described, dtype=None) as shards:
+        shards.finish()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     before = load_file(base / "model.safetensors")
     for name, weight in found.items():

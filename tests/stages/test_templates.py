@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_the_next_day_has_the_date_that_it_began_with(
         nonlocal taken
         report = plain(self, step)
         taken += 1
-        if taken == 5:
+        if taken == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
