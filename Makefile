@@ -5,6 +5,10 @@ STAMP := .venv/.installed
 LOCK := requirements/lock.txt
 DEEPSPEED := requirements/deepspeed.txt
 
+# Where compiled Python is not kept, each of the many processes that tests start compiles tandem anew.
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile \
+	--no-loadscope-reorder
+
 .PHONY: demo test slowest corruption lint format setup bench clean
 
 demo: setup
@@ -13,13 +17,13 @@ demo: setup
 # Lint and types are checked beside the tests; what they say comes last, so that it can be read.
 test: setup
 	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	$(TESTS); tests=$$?; \
 	wait $$lint; checked=$$?; cat $$said; rm -f $$said; \
 	test $$tests -eq 0 -a $$checked -eq 0
 
 # What of the tests takes long: make slowest
 slowest: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=30
+	$(TESTS) --durations=30
 
 corruption: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.corruption

@@ -13,6 +13,7 @@ import pytest
 from .warm.templates import compile_once
 
 compile_once()
+gc.disable()  # until all is collected: the imports leave much that lives, and hardly any garbage
 # Devices that tests only pretend are there must not reach DeepSpeed in the processes they start.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -71,6 +72,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
