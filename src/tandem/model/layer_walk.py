@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.model.added_tokens import grow_vocabulary, rows_of
+from tandem.model.cpu.onednn_linear import speed_up_frozen_products
+from tandem.model.cpu.stored_weights import NARROW, is_stored, keep_stored
 from tandem.model.lora.adapter import (
     added_ids_of_folder,
     is_wrapper,
     switch_adapters,
     wrap_with_saved,
 )
-from tandem.model.lora.adapter_folder import check_copies
+from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.merge_weights import WeightPair
 from tandem.model.model_folder import first_line
 from tandem.model.unwrap import layers_of
@@ -104,6 +106,11 @@ def _wrapped_model(
     weights = _Weights(model, take, dtype, device)
     if copies := check_copies(adapter, weights.before):
         raise CannotWalkError(f"the adapter brings a copy of {copies[0]}")
+    plain = all(update.plain for update in read_updates(adapter, model).values())
+    if plain and dtype == torch.float32 and device.type == "cpu":
+        # Weights stay as they are stored, and products go the way that they go everywhere.
+        keep_stored(model)
+        speed_up_frozen_products(model)
     wrap_with_saved(model, adapter)
     for unit in list(_units(model, layers)):
         if layers & {id(module) for module in unit.modules()} - {id(unit)}:
@@ -160,6 +167,7 @@ class _Weights:
         self, model: nn.Module, take: Take, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._take, self._dtype, self._device = take, dtype, device
+        self._model = model
         self._names: dict[int, list[tuple[str, str]]] = {}
         alike: dict[int, list[str]] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -189,7 +197,10 @@ class _Weights:
         there = module._parameters.get(own)
         place = module._buffers[own] if there is None else there
         assert place is not None
-        values = values.to(self._device, self._dtype if place.is_floating_point() else place.dtype)
+        stays = is_stored(self._model) and type(module) in (nn.Linear, nn.Embedding)
+        if not (stays and values.dtype in NARROW):
+            dtype = self._dtype if place.is_floating_point() else place.dtype
+            values = values.to(self._device, dtype)
         if values.shape != place.shape and values.shape[1:] == place.shape[1:]:
             more = values.new_zeros(place.shape[0] - values.shape[0], *values.shape[1:])
             values = torch.cat([values, more + values.mean(0)])

@@ -54,6 +54,8 @@ _PROBES = (
     "### User:\nWhat is the capital of France?\n### Assistant:\nThe capital of France is Paris.",
 )
 _MAX_TOKENS = 256
+# Of models with more parameters a few tokens show the same, and take as long as the disk.
+_LARGE, _FEW_TOKENS = 1_000_000_000, 20
 
 
 def run_merge(job: MergeJob, console: Console) -> Path:
@@ -199,7 +201,8 @@ class _Merge:
                 [token for pair in zip(ids, added_ids * len(ids), strict=False) for token in pair]
                 for ids in probes
             ] + probes
-        return [probe[:_MAX_TOKENS] for probe in probes]
+        large = sum(weight.numel() for weight in self.model.parameters()) > _LARGE
+        return [probe[: _FEW_TOKENS if large else _MAX_TOKENS] for probe in probes]
 
 
 def _report_result(log: Log, work: _Merge, checked: _Checked) -> None:

@@ -31,7 +31,7 @@ def keep_stored(model: Any) -> None:
             module.weight.requires_grad_(False)  # a gradient would be as narrow
         if type(module) is nn.Embedding:
             module.forward = partial(_looked_up, module)  # type: ignore[method-assign]
-    model.tandem_stored = next(p.dtype for p in model.parameters() if id(p) in kept)
+    model.tandem_stored = True
 
 
 def is_stored(model: Any) -> bool:
