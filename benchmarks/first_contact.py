@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         scratch = Path(name)
         _write_inputs(scratch)
         if any(case.argv == ("run", "contact.yaml") for case in chosen):
-            measure(CASES[1], scratch)  # trains; finds it finished from then on
+            measure(replace(CASES[1], words=""), scratch)  # trains; is finished from then on
         torch: list[float] = []
         contacts: dict[str, list[Contact]] = {case.name: [] for case in chosen}
         for repeat in range(options.repeats + 1):
