@@ -1,7 +1,8 @@
-"""How much memory of the machine this process may still take, its container's limits included."""
+"""Memory of the machine: how much this process may still take, and giving back what is free."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,20 @@ import psutil
 _Names = tuple[tuple[str, ...], str, str]
 _V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 _V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+# glibc's M_MMAP_THRESHOLD, and the bytes from which a block of memory is mapped by itself.
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+
+
+def give_back_freed_memory() -> None:
+    """From now on give large blocks of memory back to the system when they are freed.
+
+    glibc keeps blocks of up to 32 MB for later. Where weights are gathered and let go layer by
+    layer, what it keeps becomes as large as the model.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def available_memory(root: Path = Path("/")) -> int:
