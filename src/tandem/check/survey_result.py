@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,13 @@ from tandem.data.formats.format import Kind
 from tandem.data.text.contamination import Other
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.recipe.choices import TrainingStageName
-from tandem.recipe.data_source import DataSource
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
+Measures = dict[str, NDArray[np.int32]]  # lengths of n records by the name of the part, [n] each
 _BARS = 14
 _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 
@@ -94,7 +97,7 @@ class Lengths:
         self.unit = unit
         self._found: dict[str, list[NDArray[np.int32]]] = {}
 
-    def add(self, measures: dict[str, NDArray[np.int32]]) -> None:
+    def add(self, measures: Measures) -> None:
         for name, values in measures.items():
             self._found.setdefault(name, []).append(values)
 
@@ -112,7 +115,7 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
+def token_lengths(arrays: FlatArrays, kind: Kind) -> Measures:
     """Return the lengths of n records in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
 from tandem.data.encoded.example import conversation_example, pair_example
-from tandem.data.formats.format import Kind
+from tandem.data.formats.format import Kind, Record
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, prompt_key
@@ -59,9 +59,19 @@ def encode_chunk(
 
     Raises `UserError` for rows or turns that stop a run.
     """
-    rows = list(records_of(chunk, known, options.on_bad_record))
-    entries = [one for one in rows if isinstance(one, Entry)]
-    records = [_in_form(chat, one) for one in rows if not isinstance(one, Entry)]
+    parts = list(records_of(chunk, known, options.on_bad_record))
+    return encode_records(chat, options, chunk.file, parts)
+
+
+def encode_records(
+    chat: ChatTokenizer, options: EncodingOptions, file: str, parts: Sequence[Record | Entry]
+) -> EncodedChunk:
+    """Encode and fit the records of a chunk of a file; the entries among them are kept.
+
+    Raises `UserError` for turns that stop a run.
+    """
+    entries = [one for one in parts if isinstance(one, Entry)]
+    records = [_in_form(chat, one) for one in parts if not isinstance(one, Entry)]
     prepared = [_prepare(chat, options, record) for record in records]
     # All answers in one call of the tokenizer.
     wanted = [one for some in prepared if not isinstance(some, Refused) for one in some.exchanges]
@@ -78,7 +88,7 @@ def encode_chunk(
         examples.append(build(fitted.encoded, record.origin))
         prompts.append(prompt_key(record))
     entries.sort(key=lambda entry: entry.row)
-    return EncodedChunk(chunk.file, to_arrays(examples, prompts), tuple(entries))
+    return EncodedChunk(file, to_arrays(examples, prompts), tuple(entries))
 
 
 def _in_form(
