@@ -16,10 +16,10 @@ from tandem.check.check_page import as_json, print_survey
 from tandem.check.findings import Finding, masked
 from tandem.check.survey import survey
 from tandem.check.survey_result import CheckTarget, Histogram, Survey
-from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_records
+from tandem.data.encoded.encode_chunk import EncodingOptions, FitRecord, fit_records
 from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.format import Kind, Record
-from tandem.data.ledger import Entry, Ledger
+from tandem.data.ledger import Ledger
 from tandem.data.text.contamination import read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -369,26 +369,25 @@ def test_bars_beyond_max_length_are_marked(
     assert [line.rpartition("\u2588 2")[2] for line in bars] == marks
 
 
-def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
+def test_only_rows_of_which_a_part_was_encoded_are_encoded_again(
     mistral_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [conversation(seed) for seed in range(300)]
     rows[4] = conversation(4, exchanges=6)
     rows[7] = CONVERSATIONS["dropped"]
-    rows[280] = conversation(280, exchanges=6)
+    rows[280] = _answer(SENTENCE * 300)  # so many characters are more tokens than the limit
     file = write(tmp_path / "a.jsonl", rows)
     encoded: list[list[int]] = []
 
     def counting(
-        chat: ChatTokenizer, plan: EncodingOptions, name: str, parts: Sequence[Record | Entry]
-    ) -> EncodedChunk:
-        rows = [one.row if isinstance(one, Entry) else one.origin.row for one in parts]
-        encoded.append(rows)
-        return encode_records(chat, plan, name, parts)
+        chat: ChatTokenizer, plan: EncodingOptions, records: Sequence[Record]
+    ) -> list[FitRecord]:
+        encoded.append([record.origin.row for record in records])
+        return fit_records(chat, plan, records)
 
-    monkeypatch.setattr("tandem.check.inspect_chunk.encode_records", counting)
+    monkeypatch.setattr("tandem.check.inspect_chunk.fit_records", counting)
     found = _with_chat(mistral_tokenizer, True, file)
-    assert encoded == [[*range(1, 257)], [5, 8], [*range(257, 301)], [281]]
+    assert encoded == [[*range(1, 8), *range(9, 257)], [], [*range(257, 301)], [281]]
     assert found.counts == {"read": 300, "trained": 299, "truncated": 2, "dropped": 1}
     # Lengths are those that they have without limits.
     whole = _with_chat(mistral_tokenizer, False, file)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from tandem.check import record_signs
 from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Fingerprints, fingerprints
@@ -15,7 +13,14 @@ from tandem.check.record_signs import Record, Roles
 from tandem.check.survey_result import CheckTarget, Measures, token_lengths
 from tandem.check.text_signs import TextSigns
 from tandem.check.unread_keys import UnreadKeys
-from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_records
+from tandem.data.encoded.encode_chunk import (
+    EncodingOptions,
+    FitRecord,
+    entries_of,
+    example_of,
+    fit_records,
+)
+from tandem.data.encoded.example import Example
 from tandem.data.encoded.worker_pool import Answer, ChunkWork
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
@@ -108,7 +113,7 @@ class Inspector:
         parts = list(records_of(RowChunk(chunk.file, chunk.count, rows), known, "drop"))
         records = [one for one in parts if not isinstance(one, Entry)]
         tally = Tally(self._plan.shown)
-        measured = self._measure(chunk.file, parts, records, tally)
+        measured = self._measure(parts, records, tally)
         if measured.failed is not None:
             return measured
         names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
@@ -124,43 +129,55 @@ class Inspector:
         )
 
     def _measure(
-        self, file: str, parts: Sequence[Record | Entry], records: Sequence[Record], tally: Tally
+        self, parts: Sequence[Record | Entry], records: Sequence[Record], tally: Tally
     ) -> InspectedChunk:
         """Return what becomes of the records, and their lengths before they are cut or dropped."""
         if self._chat is None:
-            entries = tuple(one for one in parts if isinstance(one, Entry))
+            entries = entries_of(parts, ())
             characters = record_signs.character_lengths(records)
             return InspectedChunk(entries, len(records), (characters,), tally)
         plan = self._plan
-        batch = encode_records(self._chat, plan.options, file, parts)
-        trained = len(batch.arrays.parts)
-        measures = token_lengths(batch.arrays, plan.options.kind)
-        if not plan.limited:
-            entries = tuple(_counted(batch, tally))
-            return InspectedChunk(entries, trained, (measures,), tally)
-        if not batch.entries:
-            return InspectedChunk((), trained, (measures,), tally)
-        numbers = {entry.row for entry in batch.entries}
+        fits = fit_records(self._chat, plan.options, records)
+        entries = entries_of(parts, fits)
+        trained = sum(fit.example is not None for fit in fits)
         # A row may have several records, of which only one was cut.
-        kept = ~np.isin(batch.arrays.rows, list(numbers))
-        measures = {name: values[kept] for name, values in measures.items()}
-        again = [one for one in parts if _row(one) in numbers]
-        options = replace(plan.options, limits=Limits(_COUNTED, None))
+        cut = {entry.row for entry in entries} if plan.limited else set()
+        kept = [fit.example for fit in fits if fit.record.origin.row not in cut]
+        measures = token_lengths([one for one in kept if one is not None], plan.options.kind)
+        if not plan.limited:
+            return InspectedChunk(_counted(entries, tally), trained, (measures,), tally)
+        some = [one for one in zip(records, fits, strict=True) if one[0].origin.row in cut]
         try:
-            whole = encode_records(self._chat, options, file, again)
+            whole = token_lengths(self._uncut(some), plan.options.kind)
         except UserError as error:
-            return InspectedChunk(batch.entries, trained, (measures,), tally, failed=error)
-        lengths = (measures, token_lengths(whole.arrays, plan.options.kind))
-        return InspectedChunk(batch.entries, trained, lengths, tally)
+            return InspectedChunk(entries, trained, (measures,), tally, failed=error)
+        return InspectedChunk(entries, trained, (measures, whole), tally)
+
+    def _uncut(self, some: Sequence[tuple[Record, FitRecord]]) -> list[Example]:
+        """Return the examples of some records as they are before they are cut or dropped.
+
+        Records of which only a part was encoded are encoded once more.
+        """
+        assert self._chat is not None
+        known = [
+            fit.example if fit.entry is None else example_of(fit.record, fit.uncut)
+            for _, fit in some
+            if fit.entry is None or _all_counted(fit)
+        ]
+        again = [record for record, fit in some if fit.entry is not None and not _all_counted(fit)]
+        options = replace(self._plan.options, limits=Limits(_COUNTED, None))
+        known += [fit.example for fit in fit_records(self._chat, options, again)]
+        return [example for example in known if example is not None]
 
 
-def _counted(batch: EncodedChunk, tally: Tally) -> list[Entry]:
+def _all_counted(fit: FitRecord) -> bool:
+    """Return whether all tokens of a record that was cut or dropped are known, and not too many."""
+    return bool(fit.uncut) and max(len(answer.ids) for answer in fit.uncut) <= _COUNTED
+
+
+def _counted(entries: Sequence[Entry], tally: Tally) -> tuple[Entry, ...]:
     """Return a run's entries; without limits, a cut record has too many tokens to count."""
-    for entry in batch.entries:
+    for entry in entries:
         if entry.outcome == "truncated":
             tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
-    return [entry for entry in batch.entries if entry.outcome != "truncated"]
-
-
-def _row(part: Record | Entry) -> int:
-    return part.row if isinstance(part, Entry) else part.origin.row
+    return tuple(entry for entry in entries if entry.outcome != "truncated")
