@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -16,11 +16,10 @@ from tandem.check.check_page import as_json, print_survey
 from tandem.check.findings import Finding, masked
 from tandem.check.survey import survey
 from tandem.check.survey_result import CheckTarget, Histogram, Survey
-from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
+from tandem.data.encoded.encode_chunk import EncodingOptions, FitRecord, fit_records
 from tandem.data.encoded.worker_pool import EncodingWork
-from tandem.data.formats.format import Kind
+from tandem.data.formats.format import Kind, Record
 from tandem.data.ledger import Ledger
-from tandem.data.sources.chunks import Chunk
 from tandem.data.text.contamination import read_other
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -370,26 +369,25 @@ def test_bars_beyond_max_length_are_marked(
     assert [line.rpartition("\u2588 2")[2] for line in bars] == marks
 
 
-def test_only_rows_that_a_run_cuts_or_drops_are_encoded_again(
+def test_only_rows_of_which_a_part_was_encoded_are_encoded_again(
     mistral_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [conversation(seed) for seed in range(300)]
     rows[4] = conversation(4, exchanges=6)
     rows[7] = CONVERSATIONS["dropped"]
-    rows[280] = conversation(280, exchanges=6)
+    rows[280] = _answer(SENTENCE * 300)  # so many characters are more tokens than the limit
     file = write(tmp_path / "a.jsonl", rows)
     encoded: list[list[int]] = []
 
     def counting(
-        chat: ChatTokenizer, plan: EncodingOptions, chunk: Chunk, known: str
-    ) -> EncodedChunk:
-        encoded.append([row.origin.row for row in chunk.rows()])
-        return encode_chunk(chat, plan, chunk, known)
+        chat: ChatTokenizer, plan: EncodingOptions, records: Sequence[Record]
+    ) -> list[FitRecord]:
+        encoded.append([record.origin.row for record in records])
+        return fit_records(chat, plan, records)
 
-    monkeypatch.setattr("tandem.data.encoded.worker_pool.encode_chunk", counting)
-    monkeypatch.setattr("tandem.check.survey.encode_chunk", counting)
+    monkeypatch.setattr("tandem.check.inspect_chunk.fit_records", counting)
     found = _with_chat(mistral_tokenizer, True, file)
-    assert encoded == [[*range(1, 257)], [5, 8], [*range(257, 301)], [281]]
+    assert encoded == [[*range(1, 8), *range(9, 257)], [], [*range(257, 301)], [281]]
     assert found.counts == {"read": 300, "trained": 299, "truncated": 2, "dropped": 1}
     # Lengths are those that they have without limits.
     whole = _with_chat(mistral_tokenizer, False, file)
@@ -781,7 +779,7 @@ def test_a_piece_of_which_nothing_can_be_encoded(
 def test_what_is_too_long_to_be_counted_is_said(
     mistral_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.check.survey._COUNTED", 400)
+    monkeypatch.setattr("tandem.check.inspect_chunk._COUNTED", 400)
     rows = [conversation(seed) for seed in range(3)] + [_answer(SENTENCE * 60)]
     found = _with_chat(mistral_tokenizer, False, write(tmp_path / "a.jsonl", rows))
     assert found.counts == {"read": 4, "trained": 4, "truncated": 0, "dropped": 0}

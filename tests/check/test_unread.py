@@ -321,7 +321,7 @@ def test_a_long_list_of_keys_is_cut_and_says_so(
     found = _survey(file)
     assert line(found).endswith("key18, key19, and 10 more (--json lists them)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (30, False)
-    monkeypatch.setattr("tandem.check.column_signs._MOST", 25)
+    monkeypatch.setattr("tandem.check.unread_keys._MOST", 25)
     found = _survey(file)
     assert line(found).endswith("key18, key19, and more than 5 more (--json lists 25)")
     assert (len(as_json(found)["unread_keys"]), as_json(found)["unread_keys_cut"]) == (25, True)

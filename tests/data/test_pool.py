@@ -22,7 +22,7 @@ import pytest
 
 from tandem.data.encoded import encode_chunk, worker_pool
 from tandem.data.encoded.dataset_store import EncodedStore
-from tandem.data.encoded.worker_pool import Setup
+from tandem.data.encoded.worker_pool import EncodingSetup
 from tandem.data.ledger import Ledger
 from tandem.data.sources import file_chunks as files
 from tandem.data.sources.chunks import LineChunk
@@ -197,10 +197,10 @@ def test_progress_is_shown_for_large_data_alone(stories_tokenizer: Any, tmp_path
         assert shown == [("encoding records", 50), 16, 16, 16, 2]
 
 
-def setup_of(tokenizer: Any) -> Setup:
+def setup_of(tokenizer: Any) -> EncodingSetup:
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, "neural-chat"))
     assert chat.parts is not None
-    return Setup(
+    return EncodingSetup(
         chat.parts, encode_chunk.EncodingOptions("preference pairs", Limits(512, None), "stop")
     )
 

@@ -10,6 +10,7 @@ from tandem.check import column_words
 from tandem.check.column_words import MEDIA, SideColumns, Sides, words_in, written
 from tandem.check.findings import Sign
 from tandem.check.record_signs import Beside, answer_of, texts_of
+from tandem.check.unread_keys import UnreadKeys
 from tandem.data.formats.format import Format, Kind, texts_in
 from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
@@ -30,7 +31,6 @@ EQUAL = Sign(
 )  # fmt: skip
 
 _REMEMBERED = 4096  # sets of keys; few data sets have many
-_MOST = 1000  # listed keys at most; rows whose keys are names of things have ever new ones
 _SHORT = 3  # texts of so few characters are in any other by chance
 
 
@@ -99,21 +99,20 @@ class _Layout:
 class Columns:
     """Inspects columns, chunk by chunk, and collects the keys that no reader takes.
 
-    `kind` is what the rows become; `cut` says that there are more such keys than are kept.
+    `kind` is what the rows become.
     """
 
     kind: Kind
-    cut: bool = False
-    _keys: set[str] = field(default_factory=set)
+    _keys: UnreadKeys = field(default_factory=UnreadKeys)
     _layouts: dict[tuple[object, ...], _Layout] = field(default_factory=dict)
     _odd: dict[tuple[object, ...], tuple[str, ...]] = field(default_factory=dict)
-    _verdict_signs: dict[str, Sign] = field(default_factory=dict)
-    _meaning_signs: dict[str, Sign] = field(default_factory=dict)
+    _verdict_signs: dict[tuple[str, str], Sign] = field(default_factory=dict)
+    _meaning_signs: dict[tuple[str, str], Sign] = field(default_factory=dict)
 
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """The sorted keys that are not read, of rows and of turns (`messages[].thought`)."""
-        return tuple(sorted(self._keys))
+    def take_keys(self) -> UnreadKeys:
+        """Return the keys that are not read of the rows since the last call."""
+        keys, self._keys = self._keys, UnreadKeys()
+        return keys
 
     def joined(self, rows: Iterable[Row | BadLine], known: Format, names: Names) -> None:
         """Note the keys of rows before they were joined; see `beside`."""
@@ -148,20 +147,12 @@ class Columns:
                 continue
             layout = self._layout(row, known, led)
             for key in layout.unread:
-                self._keep(key)
+                self._keys.add(key)
             for column in layout.turns:
                 value = row[column]
                 for item in value if isinstance(value, list) else (value,):
                     if isinstance(item, Mapping):
                         self._note_turn(column, item)
-
-    def _keep(self, key: str) -> None:
-        if key in self._keys:
-            return
-        if len(self._keys) < _MOST:
-            self._keys.add(key)
-        else:
-            self.cut = True
 
     def _note_turn(self, column: str, turn: Fields) -> None:
         name = turn.get("role", turn.get("from"))
@@ -180,7 +171,7 @@ class Columns:
         for key in odd:
             # In tables, every turn has the keys of all turns.
             if turn[key] is not None:
-                self._keep(f"{column}[].{key}")
+                self._keys.add(f"{column}[].{key}")
 
     def _signs(
         self, fields: Fields, known: Format, led: Set[str], record: Conversation | PreferencePair
@@ -189,14 +180,16 @@ class Columns:
         layout = self._layout(fields, known, led)
         for column, bad in layout.verdicts:
             if _says(fields[column], column) is bad:
-                sign = self._verdict_signs.get(column) or verdict_sign(column, known)
-                self._verdict_signs[column] = sign
+                memo = (column, known.id)
+                sign = self._verdict_signs.get(memo) or verdict_sign(column, known)
+                self._verdict_signs[memo] = sign
                 yield sign, f"{column}: {_shown(fields[column])} | {answer_of(record)}"
         for column, key in layout.meanings:
             lost = _lost(column, fields[column], record)
             if lost is not None:
-                sign = self._meaning_signs.get(column) or meaning_sign(column, key, known)
-                self._meaning_signs[column] = sign
+                memo = (column, known.id)
+                sign = self._meaning_signs.get(memo) or meaning_sign(column, key, known)
+                self._meaning_signs[memo] = sign
                 yield sign, lost
 
     def _layout(self, fields: Fields, known: Format, led: Set[str]) -> _Layout:

@@ -10,15 +10,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tandem.check.findings import Sign, Tally, excerpt
-from tandem.check.record_signs import Record, body_of, question_of
-from tandem.data.records import Origin
+from tandem.check.record_signs import Record, body_of, digests_of, question_of
+from tandem.data.records import Origin, PreferencePair
 from tandem.data.text.contamination import RUN, Other, many_words, prompt_digest
-from tandem.data.text.word_hashes import Hashes, Words
+from tandem.data.text.word_hashes import Hashes, Words, hash_words
 
 # Two records that share this part of their runs of words are near duplicates.
 NEAR = 0.8
@@ -28,6 +29,47 @@ _RUN = 3
 _BANDS, _ROWS = 10, 6
 _MINIMA = _BANDS * _ROWS
 Signatures = NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What is compared of n records of a file.
+
+    `rows` [n] are their numbers, `digests` [n, 4] are made by `digests_of`, `signatures` [n, 60] by
+    `signatures`; `flipped` [n] says whether a pair's answers are in another order than in its
+    digest. For other sets, `words` are those of the records' bodies, n texts, and `prompts` [n] the
+    digests of questions, 0 for short ones.
+    """
+
+    file: str
+    rows: NDArray[np.int64]
+    digests: Hashes
+    signatures: Signatures
+    flipped: NDArray[np.bool_]
+    words: Words | None
+    prompts: Hashes | None
+
+
+def fingerprints(file: str, records: Sequence[Record], *, words: bool) -> Fingerprints | None:
+    """Return what is compared of some records of a file, if any; `words` and prompts if wanted."""
+    if not records:
+        return None
+    found = hash_words([body_of(record) for record in records])
+    flipped = [isinstance(one, PreferencePair) and one.chosen > one.rejected for one in records]
+    return Fingerprints(
+        file,
+        np.array([record.origin.row for record in records], dtype=np.int64),
+        np.array([digests_of(record) for record in records], dtype=np.uint64),
+        signatures(found),
+        np.array(flipped, dtype=np.bool_),
+        found if words else None,
+        np.array([_prompt(record) for record in records], dtype=np.uint64) if words else None,
+    )
+
+
+def _prompt(record: Record) -> int:
+    question = question_of(record)
+    return prompt_digest(question) if many_words(question) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +193,16 @@ class Repeated:
         self._signatures: list[Signatures] = []
         self._flipped: list[NDArray[np.bool_]] = []
 
-    def add(
-        self,
-        origins: Sequence[Origin],
-        digests: Hashes,
-        signatures: Signatures,
-        flipped: Sequence[bool],
-    ) -> None:
-        """Note n records: their `digests_of` [n, 4] and `signatures` [n, 60].
-
-        `flipped` [n]: whether a pair's answers are in another order than in its digest.
-        """
-        for origin in origins:
-            number = self._numbers.setdefault(origin.file, len(self._files))
-            if number == len(self._files):
-                self._files.append(origin.file)
-            self._file_of.append(number)
-            self._rows.append(origin.row)
-        if origins:
-            self._digests.append(digests)
-            self._signatures.append(signatures)
-            self._flipped.append(np.array(flipped, dtype=np.bool_))
+    def add(self, prints: Fingerprints) -> None:
+        """Note some records."""
+        number = self._numbers.setdefault(prints.file, len(self._files))
+        if number == len(self._files):
+            self._files.append(prints.file)
+        self._file_of.extend([number] * len(prints.rows))
+        self._rows.extend(prints.rows.tolist())
+        self._digests.append(prints.digests)
+        self._signatures.append(prints.signatures)
+        self._flipped.append(prints.flipped)
 
     def finish(self, tally: Tally, look: Look) -> None:
         """Count repeated records; `look` reads the questions of a few records again."""
@@ -222,28 +253,39 @@ class Repeated:
 
 
 def look_for_shared(
-    records: Sequence[Record], words: Words, others: Sequence[Other], tally: Tally
+    prints: Fingerprints,
+    others: Sequence[Other],
+    tally: Tally,
+    read: Callable[[], Sequence[Record]],
 ) -> None:
     """Count the prompts, or else the words in a row, that other sets have as well.
 
-    `words` are those of the records' bodies, [n] texts.
+    `read` gives the records themselves, for the texts of examples.
     """
+    assert prints.words is not None
+    assert prints.prompts is not None
+    once = cache(read)
     for other in others:
         prompts, runs = _signs(other.name)
         whole = set()
-        for number, record in enumerate(records):
-            question = question_of(record)
-            at = other.prompt(prompt_digest(question)) if many_words(question) else None
+        for number in np.flatnonzero(prints.prompts).tolist():
+            at = other.prompt(int(prints.prompts[number]))
             if at is not None:
                 whole.add(number)
-                example = _like(at, other, question) if tally.wants(prompts) else ""
-                tally.add_example(prompts, record.origin, example)
-        for number, at in other.shared(words):
+                example = ""
+                if tally.wants(prompts):
+                    example = _like(at, other, question_of(once()[number]))
+                tally.add_example(prompts, _at(prints, number), example)
+        for number, at in other.shared(prints.words):
             if number not in whole:
                 example = ""
                 if tally.wants(runs):
-                    example = _like(at, other, other.words_shared(body_of(records[number])))
-                tally.add_example(runs, records[number].origin, example)
+                    example = _like(at, other, other.words_shared(body_of(once()[number])))
+                tally.add_example(runs, _at(prints, number), example)
+
+
+def _at(prints: Fingerprints, number: int) -> Origin:
+    return Origin(prints.file, int(prints.rows[number]))
 
 
 def _signs(other: str) -> tuple[Sign, Sign]:

@@ -110,6 +110,14 @@ class Tally:
         counted = self._counted.get(sign.key)
         return counted is None or len(counted.rows) < self._shown
 
+    def merge(self, later: Tally) -> None:
+        """Count the signs of records that follow."""
+        for key, found in later._counted.items():
+            counted = self._counted.setdefault(key, _Counted(found.sign))
+            counted.count += found.count
+            counted.kinds.update(found.kinds)
+            counted.rows += found.rows[: max(0, self._shown - len(counted.rows))]
+
     def count_only(self, sign: Sign, count: int) -> None:
         """Count a sign some more times, without rows."""
         if count:

@@ -129,6 +129,12 @@ class Roles:
     def add(self, role: str, text: str) -> None:
         self.languages.setdefault(role, Counter())[language_of(text) or "unknown"] += 1
 
+    def merge(self, later: Roles) -> None:
+        """Count the texts and turns of records that follow."""
+        for role, counts in later.languages.items():
+            self.languages.setdefault(role, Counter()).update(counts)
+        self.turns.update(later.turns)
+
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
     """Return a record's texts in order, each with its role, or `chosen`, `reasoning` and so on."""

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 
-import numpy as np
-
 from tandem.check import record_signs
 from tandem.check.column_signs import Columns
-from tandem.check.duplicates import Repeated, look_for_shared, signatures
+from tandem.check.duplicates import Repeated, look_for_shared
 from tandem.check.findings import Severity, Sign, Tally
+from tandem.check.inspect_chunk import InspectedChunk, inspection
 from tandem.check.record_signs import Record, Roles
-from tandem.check.survey_result import CheckTarget, Lengths, Survey, token_lengths
-from tandem.check.text_signs import TextSigns
+from tandem.check.survey_result import CheckTarget, Lengths, Survey
+from tandem.check.unread_keys import UnreadKeys
 from tandem.data.build_dataset import nothing_left
-from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions, encode_chunk
-from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
+from tandem.data.encoded.worker_pool import EncodingWork, worked_chunks
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Origin, PreferencePair
-from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
+from tandem.data.records import Origin
+from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
-from tandem.data.text.word_hashes import hash_words
 from tandem.data.tokenize.template_omissions import way_out
-from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
-
-# Tokens of a record beyond which they are not counted: a text of 50 MB would take gigabytes.
-_COUNTED = 2**17
-
-_UNCOUNTED = Sign(
-    "very_long", f"records of more than {_COUNTED:,} tokens, whose rest was not counted", "note",
-    "A record this long is often a whole file by mistake: look at it.",
-)  # fmt: skip
 
 
 def survey(
@@ -64,13 +51,14 @@ def survey(
     work = _Survey(target, others, limit, shown)
     problem = None
     try:
-        options = _options(target)
         total = partial(_total, target.sources, limit)
-        encoding = encoded_chunks(
-            work.chunks(), target.chat, options, "checking records", total, encoding_work
-        )
-        for chunk, known, encoded in encoding:
-            work.take(chunk, known, encoded)
+        inspecting = worked_chunks(
+            work.chunks(), inspection(target, bool(others), shown), "checking records", total,
+            encoding_work,
+        )  # fmt: skip
+        with closing(inspecting):
+            for chunk, known, found in inspecting:
+                work.take(chunk, known, found)
     except UserError as error:
         problem = str(error)
     return work.finish(problem or work.ended)
@@ -85,12 +73,11 @@ class _Survey:
         self.ledger = Ledger(None)
         self._target, self._limit = target, limit
         self._others = tuple(others)
-        self._texts = TextSigns(target.special)
         self._tally, self._roles = Tally(shown), Roles()
         self._lengths = Lengths("tokens" if target.chat else "characters")
         self._repeated = Repeated(shown)
         self._answers = self._records = 0
-        self._columns = Columns(target.options.kind)
+        self._joined, self._keys = Columns(target.options.kind), UnreadKeys()
         self._stop: str | None = None
         self.ended: str | None = None
         self._looked_at = 0
@@ -116,32 +103,35 @@ class _Survey:
                 if layout is not None and layout.joins:
                     self._joins = True
                     # Read once more, because the pairs lack the keys that are not read.
-                    self._columns.joined(
+                    self._joined.joined(
                         islice(read_rows(source), limit), layout, renaming_of(source).fields
                     )
+                    self._keys.merge(self._joined.take_keys())
         except UserError as error:
             self.ended = str(error)
 
-    def take(self, chunk: Chunk, known: str, batch: EncodedChunk | None) -> None:
-        """Inspect a chunk's records; `batch` has them encoded, if there is a tokenizer."""
-        rows = tuple(chunk.rows())
-        names = chunk.renaming.fields if isinstance(chunk, RenamedChunk) else ()
-        chunk = RowChunk(chunk.file, chunk.count, rows)
-        parts = list(records_of(chunk, known, "drop"))
-        records = [one for one in parts if not isinstance(one, Entry)]
-        entries = [one for one in parts if isinstance(one, Entry)]
-        self._note_stop(chunk, known, entries)
-        if batch is None:
-            self.ledger.add(entries, len(records))
-            self._lengths.add(record_signs.character_lengths(records))
-        else:
-            self.ledger.add(self._ledger_lines(batch), len(batch.arrays.parts))
-            self._measure(chunk, known, batch)
-        self._records += len(records)
-        self._answers += sum(map(record_signs.answers_of, records))
-        beside = self._columns.beside(rows, known, names)
-        record_signs.look_at(records, self._texts, self._tally, self._roles, beside)
-        self._compare(records)
+    def take(self, chunk: Chunk, known: str, found: InspectedChunk) -> None:
+        """Add what was found in a chunk to what was found before.
+
+        Raises `UserError` when some of its records could not be measured.
+        """
+        self._note_stop(chunk, known, found.entries)
+        self.ledger.add(found.entries, found.trained)
+        for lengths in found.lengths:
+            self._lengths.add(lengths)
+        self._tally.merge(found.tally)
+        if found.failed is not None:
+            raise found.failed
+        self._answers += found.answers
+        self._roles.merge(found.roles)
+        self._keys.merge(found.keys)
+        prints = found.prints
+        if prints is None:
+            return
+        self._records += len(prints.rows)
+        self._repeated.add(prints)
+        if self._others:
+            look_for_shared(prints, self._others, self._tally, partial(_records, chunk, known))
 
     def finish(self, problem: str | None) -> Survey:
         """Return the result; `problem` is what ended the pass early."""
@@ -159,8 +149,8 @@ class _Survey:
             self._limit,
             self._looked_at,
             dict(ledger.formats),
-            self._columns.unread,
-            self._columns.cut,
+            self._keys.listed,
+            self._keys.cut,
             counts,
             ledger.summary()["reasons"],
             self._roles,
@@ -186,7 +176,7 @@ class _Survey:
             return str(error)
         return None
 
-    def _note_stop(self, chunk: Chunk, known: str, entries: list[Entry]) -> None:
+    def _note_stop(self, chunk: Chunk, known: str, entries: Sequence[Entry]) -> None:
         """Keep a run's error about this chunk's first unparsable row, if it would stop."""
         if self._stop is not None or self._target.options.on_bad_record == "drop":
             return
@@ -196,40 +186,6 @@ class _Survey:
                     pass
             except UserError as error:
                 self._stop = str(error)
-
-    def _ledger_lines(self, batch: EncodedChunk) -> list[Entry]:
-        """Return a run's entries; without limits, a cut record has too many tokens to count."""
-        if self._target.limited:
-            return list(batch.entries)
-        for entry in batch.entries:
-            if entry.outcome == "truncated":
-                self._tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
-        return [entry for entry in batch.entries if entry.outcome != "truncated"]
-
-    def _measure(self, chunk: Chunk, known: str, batch: EncodedChunk) -> None:
-        """Note lengths in tokens, before records were cut or dropped."""
-        options = self._target.options
-        lengths = token_lengths(batch.arrays, options.kind)
-        if batch.entries and self._target.limited:
-            assert self._target.chat is not None
-            numbers = {entry.row for entry in batch.entries}
-            # A row may have several records, of which only one was cut.
-            kept = ~np.isin(batch.arrays.rows, list(numbers))
-            self._lengths.add({name: values[kept] for name, values in lengths.items()})
-            rows = tuple(row for row in chunk.rows() if row.origin.row in numbers)
-            whole = replace(options, limits=Limits(_COUNTED, None), on_bad_record="drop")
-            again = RowChunk(chunk.file, len(rows), rows)
-            batch = encode_chunk(self._target.chat, whole, again, known)
-            lengths = token_lengths(batch.arrays, options.kind)
-        self._lengths.add(lengths)
-
-    def _compare(self, records: list[Record]) -> None:
-        words = hash_words([record_signs.body_of(record) for record in records])
-        digests = np.array([record_signs.digests_of(one) for one in records], dtype=np.uint64)
-        flipped = [isinstance(r, PreferencePair) and r.chosen > r.rejected for r in records]
-        origins = [record.origin for record in records]
-        self._repeated.add(origins, digests, signatures(words), flipped)
-        look_for_shared(records, words, self._others, self._tally)
 
     def _read_again(self, wanted: set[Origin]) -> dict[Origin, str]:
         """Return the questions of a few records, by reading the data again."""
@@ -255,10 +211,8 @@ class _Survey:
         return questions
 
 
-def _options(target: CheckTarget) -> EncodingOptions:
-    """Return the pass's options: bad rows do not end it, and nothing is cut without a recipe."""
-    options = replace(target.options, on_bad_record="drop")
-    return options if target.limited else replace(options, limits=Limits(_COUNTED, None))
+def _records(chunk: Chunk, known: str) -> list[Record]:
+    return [one for one in records_of(chunk, known, "drop") if not isinstance(one, Entry)]
 
 
 def _total(sources: Sequence[DataSource], limit: int | None) -> int | None:

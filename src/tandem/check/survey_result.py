@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tandem.check.findings import Finding
 from tandem.check.record_signs import Roles
-from tandem.data.encoded.dataset import FlatArrays
 from tandem.data.encoded.encode_chunk import EncodingOptions
+from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
 from tandem.data.text.contamination import Other
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.recipe.choices import TrainingStageName
-from tandem.recipe.data_source import DataSource
+
+if TYPE_CHECKING:
+    from tandem.recipe.data_source import DataSource
 
 Unit = Literal["tokens", "characters"]
 Counts = NDArray[np.int64]
+Measures = dict[str, NDArray[np.int32]]  # lengths of n records by the name of the part, [n] each
 _BARS = 14
 _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 
@@ -94,7 +98,7 @@ class Lengths:
         self.unit = unit
         self._found: dict[str, list[NDArray[np.int32]]] = {}
 
-    def add(self, measures: dict[str, NDArray[np.int32]]) -> None:
+    def add(self, measures: Measures) -> None:
         for name, values in measures.items():
             self._found.setdefault(name, []).append(values)
 
@@ -112,27 +116,28 @@ class Lengths:
         return _histogram(np.concatenate(parts)) if sum(map(len, parts)) else None
 
 
-def token_lengths(arrays: FlatArrays, kind: Kind) -> dict[str, NDArray[np.int32]]:
-    """Return the lengths of n records in tokens: whole (the longest path), prompt and answers.
+def token_lengths(examples: Sequence[Example], kind: Kind) -> Measures:
+    """Return the lengths of n examples in tokens: whole (the longest path), prompt and answers.
 
     A prompt is that of the first path, where there are several.
     """
-    if not len(arrays.parts):
+    if not examples:
         return {}
-    first = np.concatenate([[0], np.cumsum(arrays.parts)[:-1]]).astype(np.int64)
-    prefix_of = np.repeat(first, arrays.parts)
-    is_prefix = np.zeros(len(arrays.lengths), dtype=np.bool_)
-    is_prefix[first] = True
-    # A part's whole path, and its trained tokens; the prefix's own entries are not used.
-    path = np.where(is_prefix, 0, arrays.lengths + arrays.lengths[prefix_of])
-    trained = np.where(is_prefix, 0, arrays.targets + arrays.targets[prefix_of])
-    prompt = path[first + 1] - trained[first + 1]
-    lengths = {"whole": np.maximum.reduceat(path, first), "prompt": prompt}
-    if kind == "preference pairs":  # [prefix, chosen, rejected]
-        lengths |= {"chosen": trained[first + 1], "rejected": trained[first + 2]}
-    else:
-        lengths["answers"] = np.add.reduceat(trained, first)
-    return {name: values.astype(np.int32) for name, values in lengths.items()}
+    parts: tuple[str, ...] = ("whole", "prompt", "answers")
+    if kind == "preference pairs":
+        parts = ("whole", "prompt", "chosen", "rejected")
+    lengths = np.array([_paths(example, kind) for example in examples], dtype=np.int32)
+    return dict(zip(parts, lengths.T, strict=True))
+
+
+def _paths(example: Example, kind: Kind) -> tuple[int, ...]:
+    """Return an example's longest path, its first prompt, and its answers, a pair's apart."""
+    shared = len(example.prefix.input_ids)
+    before = np.count_nonzero(example.prefix.trained)
+    paths = [shared + len(branch.input_ids) for branch in example.branches]
+    trained = [before + np.count_nonzero(branch.trained) for branch in example.branches]
+    answers = trained if kind == "preference pairs" else [sum(trained)]
+    return max(paths), paths[0] - trained[0], *answers
 
 
 def _measure(values: Counts) -> LengthQuantiles:

@@ -109,7 +109,6 @@ class _Builder:
         )
         with closing(encoding):
             for _, _, encoded in encoding:
-                assert encoded is not None
                 room = None if limit is None else limit - writer.records
                 writer.add(encoded)
                 count = len(encoded.arrays.parts)

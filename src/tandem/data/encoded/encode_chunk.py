@@ -8,8 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
-from tandem.data.encoded.example import conversation_example, pair_example
-from tandem.data.formats.format import Kind
+from tandem.data.encoded.example import Example, conversation_example, pair_example
+from tandem.data.formats.format import Kind, Record
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
 from tandem.data.records import Conversation, PreferencePair, prompt_key
@@ -59,31 +59,92 @@ def encode_chunk(
 
     Raises `UserError` for rows or turns that stop a run.
     """
-    rows = list(records_of(chunk, known, options.on_bad_record))
-    entries = [one for one in rows if isinstance(one, Entry)]
-    records = [_in_form(chat, one) for one in rows if not isinstance(one, Entry)]
+    parts = list(records_of(chunk, known, options.on_bad_record))
+    return encode_records(chat, options, chunk.file, parts)
+
+
+def encode_records(
+    chat: ChatTokenizer, options: EncodingOptions, file: str, parts: Sequence[Record | Entry]
+) -> EncodedChunk:
+    """Encode and fit the records of a chunk of a file; the entries among them are kept.
+
+    Raises `UserError` for turns that stop a run.
+    """
+    records = [one for one in parts if not isinstance(one, Entry)]
+    fits = fit_records(chat, options, records)
+    kept = [(fit.example, prompt_key(fit.record)) for fit in fits if fit.example is not None]
+    arrays = to_arrays([example for example, _ in kept], [prompt for _, prompt in kept])
+    return EncodedChunk(file, arrays, entries_of(parts, fits))
+
+
+def entries_of(parts: Sequence[Record | Entry], fits: Sequence[FitRecord]) -> tuple[Entry, ...]:
+    """Return the entries among a chunk's parts, and those of its records once fitted, by row."""
+    entries = [one for one in parts if isinstance(one, Entry)]
+    entries += [fit.entry for fit in fits if fit.entry is not None]
+    return tuple(sorted(entries, key=lambda entry: entry.row))
+
+
+@dataclass(frozen=True, slots=True)
+class FitRecord:
+    """What became of a record, which has its tool calls as the template takes them.
+
+    `example` is None for a dropped one; `entry` says why it was cut or dropped. Then `uncut` are
+    its answers before that, where all of them were encoded whole.
+    """
+
+    record: Record
+    example: Example | None
+    entry: Entry | None = None
+    uncut: tuple[Encoded, ...] = ()
+
+
+def fit_records(
+    chat: ChatTokenizer, options: EncodingOptions, records: Sequence[Record]
+) -> list[FitRecord]:
+    """Encode and fit some records; raise `UserError` for turns that stop a run."""
+    records = [_in_form(chat, record) for record in records]
     prepared = [_prepare(chat, options, record) for record in records]
     # All answers in one call of the tokenizer.
     wanted = [one for some in prepared if not isinstance(some, Refused) for one in some.exchanges]
     encoded = iter(encode.encode_exchanges(chat, wanted, options.limits.sequence))
-    examples, prompts = [], []
+    fits = []
     for record, ready in zip(records, prepared, strict=True):
-        fitted = ready if isinstance(ready, Refused) else ready.fit(chat, options, encoded)
-        if isinstance(fitted, Refused):
-            entries.append(Entry.dropped(record.origin, fitted.reason, fitted.detail))
+        if isinstance(ready, Refused):
+            fits.append(_dropped(record, ready))
             continue
+        own = ready.answers(chat, options, encoded)
+        fitted = ready.fit(chat, options, own)
+        uncut = () if ready.record is not record else _whole(own)
+        if isinstance(fitted, Refused):
+            fits.append(_dropped(record, fitted, uncut))
+            continue
+        example = example_of(record, fitted.encoded)
         if fitted.reason:
-            entries.append(Entry.truncated(record.origin, fitted.reason, fitted.detail))
-        build = conversation_example if isinstance(record, Conversation) else pair_example
-        examples.append(build(fitted.encoded, record.origin))
-        prompts.append(prompt_key(record))
-    entries.sort(key=lambda entry: entry.row)
-    return EncodedChunk(chunk.file, to_arrays(examples, prompts), tuple(entries))
+            entry = Entry.truncated(record.origin, fitted.reason, fitted.detail)
+            fits.append(FitRecord(record, example, entry, uncut))
+        else:
+            fits.append(FitRecord(record, example))
+    return fits
 
 
-def _in_form(
-    chat: ChatTokenizer, record: Conversation | PreferencePair
-) -> Conversation | PreferencePair:
+def example_of(record: Record, answers: Sequence[Encoded]) -> Example:
+    """Return the example of a record's encoded answers."""
+    build = conversation_example if isinstance(record, Conversation) else pair_example
+    return build(answers, record.origin)
+
+
+def _whole(answers: Sequence[Encoded | Refused]) -> tuple[Encoded, ...]:
+    """Return answers that were all encoded, and whole; none otherwise."""
+    whole = tuple(one for one in answers if not isinstance(one, Refused) and one.whole)
+    return whole if len(whole) == len(answers) else ()
+
+
+def _dropped(record: Record, reason: Refused, uncut: tuple[Encoded, ...] = ()) -> FitRecord:
+    entry = Entry.dropped(record.origin, reason.reason, reason.detail)
+    return FitRecord(record, None, entry, uncut)
+
+
+def _in_form(chat: ChatTokenizer, record: Record) -> Record:
     """Return the record with its tool calls as the template takes them."""
     capabilities = chat.capabilities(record.tools)
     if isinstance(record, Conversation):
@@ -98,26 +159,30 @@ class _Prepared:
     A conversation may have lost `dropped` old exchanges already.
     """
 
-    record: Conversation | PreferencePair
+    record: Record
     exchanges: Sequence[Exchange]
     dropped: int = 0
 
-    def fit(
+    def answers(
         self, chat: ChatTokenizer, options: EncodingOptions, encoded: Iterator[Encoded | Refused]
-    ) -> Fitted | Refused:
-        """Return the record within its limits; its answers are the next of `encoded`."""
+    ) -> list[Encoded | Refused]:
+        """Return the record's answers, which are the next of `encoded`, or its whole text."""
         own = list(islice(encoded, len(self.exchanges)))
+        if isinstance(self.record, Conversation) and options.loss_on == "text":
+            return [encode.encode_text(chat, self.record, options.limits.sequence)]
+        return own
+
+    def fit(
+        self, chat: ChatTokenizer, options: EncodingOptions, own: Sequence[Encoded | Refused]
+    ) -> Fitted | Refused:
+        """Return the record, with its answers, within its limits."""
         record, limits = self.record, options.limits
         if isinstance(record, PreferencePair):
             return fit_pair(chat, record, own, limits)
-        if options.loss_on == "text":
-            own = [encode.encode_text(chat, record, limits.sequence)]
         return fit_conversation(chat, record, own, limits, options.loss_on, self.dropped)
 
 
-def _prepare(
-    chat: ChatTokenizer, options: EncodingOptions, record: Conversation | PreferencePair
-) -> _Prepared | Refused:
+def _prepare(chat: ChatTokenizer, options: EncodingOptions, record: Record) -> _Prepared | Refused:
     """Return what can be encoded of a record, or why it cannot be trained."""
     on_answers = options.loss_on == "answers"
     capabilities = chat.capabilities(record.tools)

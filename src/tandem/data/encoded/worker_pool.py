@@ -1,4 +1,4 @@
-"""Worker processes that encode chunks of a data set, with results in reading order.
+"""Worker processes that encode or inspect chunks of a data set, with results in reading order.
 
 They are fresh interpreters, because a process with torch's threads must not fork, and spawning
 would import the main module again. Each runs `main`, which reads tasks from its standard input and
@@ -19,10 +19,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any, Self
+from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
 import tandem
 from tandem.data.encoded.dataset_store import EncodedStore
@@ -37,12 +38,38 @@ from tandem.errors import TandemError, UserError
 _COLLECT_EVERY = 64
 
 
+Result = TypeVar("Result")
+Made = TypeVar("Made", covariant=True)
+Answer = Callable[[Chunk, str], Result]  # what is done with a chunk in the format with an id
+
+
+class Setup(Protocol[Made]):
+    """The first message to a worker: plain values, which all its tasks have in common."""
+
+    def ready(self) -> Answer[Made]:
+        """Return what answers each task."""
+
+
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """The first message to a worker: what all tasks have in common."""
+class EncodingSetup:
+    """The setup of workers that encode chunks."""
 
     parts: CodecParts
     options: EncodingOptions
+
+    def ready(self) -> Answer[EncodedChunk]:
+        return partial(encode_chunk, ChatTokenizer.from_parts(self.parts), self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWork(Generic[Result]):
+    """What is done with each chunk: `here` in this process, or in workers with this `setup`.
+
+    Without a setup, no other process can do it.
+    """
+
+    here: Answer[Result]
+    setup: Setup[Result] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +100,17 @@ def receive(stream: IO[bytes]) -> Any:
 
 
 def main() -> None:
-    """Answer each task with its encoded chunk, a `UserError` or a `Bug`."""
+    """Answer each task with its result, a `UserError` or a `Bug`."""
     tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library's print must not get between the messages
     gc.disable()
     try:
-        setup: Setup = receive(tasks)
-        chat = ChatTokenizer.from_parts(setup.parts)
+        setup: Setup[Any] = receive(tasks)
+        answer_to = setup.ready()
         for number in range(sys.maxsize):
             chunk, known = receive(tasks)
             try:
-                answer: Any = encode_chunk(chat, setup.options, chunk, known)
+                answer: Any = answer_to(chunk, known)
             except UserError as error:
                 answer = error
             except Exception:
@@ -107,10 +134,10 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Pool:
+class Pool(Generic[Result]):
     """A context manager of `count` worker processes; they end with it, whatever happens."""
 
-    def __init__(self, setup: Setup, count: int) -> None:
+    def __init__(self, setup: Setup[Result], count: int) -> None:
         self._setup = setup
         self._count = count
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -135,12 +162,12 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, EncodedChunk]]:
-        """Yield each task with its encoded chunk, in order; only a few are in flight at once.
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+        """Yield each task with its result, in order; only a few are in flight at once.
 
         Raises the error of the first task that fails, even if reading a later task failed earlier.
         """
-        waiting: deque[tuple[Task, Future[EncodedChunk]]] = deque()
+        waiting: deque[tuple[Task, Future[Result]]] = deque()
         source = iter(tasks)
         failed: UserError | None = None
         more = True
@@ -153,14 +180,14 @@ class Pool:
                 except UserError as error:
                     failed, more = error, False
                 else:
-                    waiting.append((task, self._threads.submit(self._encode, task)))
+                    waiting.append((task, self._threads.submit(self._done, task)))
             if waiting:
-                task, batch = waiting.popleft()
-                yield task, batch.result()
+                task, answer = waiting.popleft()
+                yield task, answer.result()
         if failed is not None:
             raise failed
 
-    def _encode(self, task: Task) -> EncodedChunk:
+    def _done(self, task: Task) -> Result:
         worker = self._idle.get()
         assert worker.stdin is not None
         assert worker.stdout is not None
@@ -178,8 +205,8 @@ class Pool:
             raise answer
         if isinstance(answer, Bug):
             raise RuntimeError(f"in a process that encodes records:\n{answer.trace}")
-        assert isinstance(answer, EncodedChunk)
-        return answer
+        result: Result = answer
+        return result
 
     def _end(self) -> None:
         # Killed first, so that the threads that wait for them get an end of file.
@@ -237,21 +264,33 @@ class EncodingWork:
 
 def encoded_chunks(
     chunks: Iterator[tuple[Chunk, str]],
-    chat: ChatTokenizer | None,
+    chat: ChatTokenizer,
     options: EncodingOptions,
     doing: str,
     total: Callable[[], int | None],
     work: EncodingWork,
-) -> Generator[tuple[Chunk, str, EncodedChunk | None]]:
-    """Yield chunks and their formats, each with its encoded chunk; None without a tokenizer.
+) -> Generator[tuple[Chunk, str, EncodedChunk]]:
+    """Yield chunks and their formats, each with its encoded chunk; see `worked_chunks`."""
+    setup = None if chat.parts is None else EncodingSetup(chat.parts, options)
+    encoding = ChunkWork(partial(encode_chunk, chat, options), setup)
+    yield from worked_chunks(chunks, encoding, doing, total, work)
+
+
+def worked_chunks(
+    chunks: Iterator[tuple[Chunk, str]],
+    job: ChunkWork[Result],
+    doing: str,
+    total: Callable[[], int | None],
+    work: EncodingWork,
+) -> Generator[tuple[Chunk, str, Result]]:
+    """Yield chunks and their formats, each with its result; large data is done by workers.
 
     Args:
         chunks: see `read_records.formatted_chunks`.
-        chat: tokenizer and template.
-        options: how records are encoded.
+        job: what is done with each.
         doing: what the display says.
         total: counts the rows for the display.
-        work: who encodes; up to its limit, rows are read ahead.
+        work: who does it; up to its limit, rows are read ahead.
     """
     first: list[tuple[Chunk, str]] = []
     for one in chunks:
@@ -264,12 +303,12 @@ def encoded_chunks(
     count = work.workers or min(available_cores(), _MOST_WORKERS)
     shown = work.progress(doing, total()) if many and work.progress else None
     with shown or nullcontext(lambda _: None) as advance:
-        if not many or chat is None or chat.parts is None or count == 1:
+        if not many or job.setup is None or count == 1:
             for chunk, known in tasks:
-                yield chunk, known, encode_chunk(chat, options, chunk, known) if chat else None
+                yield chunk, known, job.here(chunk, known)
                 advance(chunk.count)
             return
-        with Pool(Setup(chat.parts, options), count) as pool:
-            for (chunk, known), encoded in pool.map(tasks):
-                yield chunk, known, encoded
+        with Pool(job.setup, count) as pool:
+            for (chunk, known), result in pool.map(tasks):
+                yield chunk, known, result
                 advance(chunk.count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -28,7 +27,8 @@ _AI = (
     r"program))*(?=[,.;:]| (?:and|i|it|so|but|built|trained|designed|developed|created|without)\b)"
 )
 _REFUSES = re.compile(
-    r"(?<!\w)(?:"
+    # With which letters they begin, said first: most words are passed sooner.
+    r"(?<!\w)(?=[aistru])(?:"
     # An AI that says it is one. `As an AI researcher` does not, nor does the hero of a story.
     r"as an? (?:[\w-]+ (?:and [\w-]+ )?)?"
     + _AI
@@ -105,6 +105,8 @@ _SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )  # fmt: skip
 _LETTER = re.compile(r"[^\W\d_]")
 _LETTERS = re.compile(r"[^\W\d_]+")
+# A space for each character of ASCII that is no letter, and the lower case of those that are.
+_ASCII = "".join(chr(code).lower() if chr(code).isalpha() else " " for code in range(128))
 _SMALL_WORDS = MappingProxyType(
     {
         # Single letters are names of variables more often than words.
@@ -156,8 +158,18 @@ def language_of(text: str) -> str | None:
             share = 0.1 if name == "ja" else 0.4
             if letters and len(script.findall(text)) >= share * letters:
                 return "uk" if name == "ru" and _CYRILLIC_UKRAINIAN.search(text) else name
-    words = set(_LETTERS.findall(text.lower()))
-    counts = Counter(name for word in words & _LANGUAGES_OF.keys() for name in _LANGUAGES_OF[word])
-    (best, most), (_, second) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
+    words = _words_in(text)
+    counts: dict[str, int] = {}
+    for word in words & _LANGUAGES_OF.keys():
+        for name in _LANGUAGES_OF[word]:
+            counts[name] = counts.get(name, 0) + 1
+    *_, second, most = [0, 0, *sorted(counts.values())]
     enough = _ENOUGH if len(words) < _MANY else _ENOUGH_OF_MANY
-    return best if most >= enough and most > second else None
+    return max(counts, key=counts.__getitem__) if most >= enough and most > second else None
+
+
+def _words_in(text: str) -> set[str]:
+    """Return a text's words in lower case; a table finds those of ASCII sooner."""
+    if text.isascii():
+        return set(text.translate(_ASCII).split())
+    return set(_LETTERS.findall(text.lower()))
