@@ -34,6 +34,7 @@ from tandem.model.read_model import read_in_layers, read_model
 from tandem.model.trained_weights import Log
 from tandem.model.weight_files import read_headers
 from tandem.runtime.device import Device
+from tandem.runtime.host_memory import give_back_now
 
 # The share of free memory up to which float32 weights leave enough for what is computed.
 _COMFORTABLE = 0.5
@@ -119,6 +120,8 @@ def _in_4_bits(
         if not made:
             made.append(Quantizer(model, source=source, compute=dtype, device=device, kept=kept))
         made[0].quantize(modules)
+        if len(modules) > 1:  # a layer, whose own weights are gone now
+            give_back_now()
 
     host = torch.device("cpu")
     model = read_model(folder, config, dtype=dtype, device=host, filled=quantized)

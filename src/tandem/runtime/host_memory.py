@@ -30,6 +30,12 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
+def give_back_now() -> None:
+    """Give what has been freed so far back to the system, where glibc kept it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Return the bytes that can be taken before the kernel ends the process.
 
