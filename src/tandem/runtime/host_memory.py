@@ -1,7 +1,11 @@
-"""How much memory of the machine this process may still take, its container's limits included."""
+"""How much memory of the machine this process has taken, and how much it may still take.
+
+Its container's limits are included.
+"""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +17,17 @@ import psutil
 _Names = tuple[tuple[str, ...], str, str]
 _V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 _V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+def most_resident() -> int:
+    """Return the peak of this process's resident memory in bytes."""
+    # ru_maxrss would count the parent's memory when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def available_memory(root: Path = Path("/")) -> int:
