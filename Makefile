@@ -9,6 +9,9 @@ DEEPSPEED := requirements/deepspeed.txt
 TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile \
 	--no-loadscope-reorder
 
+# Not a make of its own: make starts that even where it was asked only to show what it would do.
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/hadolint Dockerfile
+
 .PHONY: demo test slowest corruption lint format setup bench clean
 
 demo: setup
@@ -16,7 +19,7 @@ demo: setup
 
 # Lint and types are checked beside the tests; what they say comes last, so that it can be read.
 test: setup
-	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
+	@said=$$(mktemp); ($(LINT)) >$$said 2>&1 & lint=$$!; \
 	$(TESTS); tests=$$?; \
 	wait $$lint; checked=$$?; cat $$said; rm -f $$said; \
 	test $$tests -eq 0 -a $$checked -eq 0
@@ -29,10 +32,7 @@ corruption: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.corruption
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/hadolint Dockerfile
+	$(LINT)
 
 format: setup
 	$(BIN)/ruff check --fix .

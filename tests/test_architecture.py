@@ -55,7 +55,7 @@ HOMES = {
         "train",
     },
     "peft": {"model/lora"},
-    "accelerate": {"model/layer_walk.py", "train/engines/engine.py"},
+    "accelerate": {"model/empty_model.py", "train/engines/engine.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},
     "httpx2": {"integrations/chat_request.py"},
@@ -190,7 +190,8 @@ def test_code_decides_by_an_engines_name_where_it_is_chosen_alone() -> None:
 
 # In `model` what stands later may import what stands before it, and not the other way round.
 MODEL_ORDER = (
-    {"cpu", "unwrap", "trained_weights", "weight_files", "shard_writer"},
+    {"cpu", "unwrap", "trained_weights", "weight_files", "shard_writer", "empty_model"},
+    {"read_model"},
     {"model_folder", "added_tokens", "untrained_rows", "elementwise", "generate"},
     {"quantize", "companion_files"},
     {"attention", "lora"},

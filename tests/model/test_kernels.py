@@ -21,6 +21,7 @@ from tandem.model.cpu.c_kernels import (
     TreeAttention,
     TreeAttentionCall,
     kernels,
+    low_rank_sum,
     slim_product,
     softmax_block,
     unavailable_reason,
@@ -314,3 +315,40 @@ def _python(code: str, variables: dict[str, str]) -> Any:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 1), (7, 48, 3), (61, 1024, 16)])
+def test_a_low_rank_sum_is_rounded_once(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Within a unit of float32's last place it is the exact sum, rounded to nearest even."""
+    outputs, columns, rank = shape
+    torch.manual_seed(0)
+    weight, a, b = (
+        torch.randn(outputs, columns),
+        torch.randn(rank, columns),
+        torch.randn(outputs, rank),
+    )
+    weight = weight.to(dtype)
+    found = low_rank_sum(weight, a.to(dtype), b, 0.3)
+    if found is None and dtype == torch.float16:
+        pytest.skip("this processor has no instructions for float16")
+    assert found is not None
+    merged, squares = found
+    assert merged.dtype == dtype
+    exact = weight.double() + 0.3 * b.double() @ a.to(dtype).double()
+    slack = 1e-6 * exact.abs().clamp(min=1.0)
+    low, high = ((exact + sign * slack).to(dtype) for sign in (-1, 1))
+    assert ((low <= merged) & (merged <= high)).all()
+    torch.testing.assert_close(squares, merged.double().square().sum(1).float())
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
+def test_a_low_rank_sum_that_is_not_finite_shows_in_its_squares(value: float) -> None:
+    weight = torch.zeros(3, 64, dtype=torch.bfloat16)
+    weight[1, 40] = value  # the last is rounded to infinity
+    found = low_rank_sum(weight, torch.zeros(1, 64), torch.zeros(3, 1), 1.0)
+    assert found is not None
+    assert torch.equal(found[0], weight) or value != value
+    assert torch.isfinite(found[1]).tolist() == [True, False, True]

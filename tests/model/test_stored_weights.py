@@ -14,12 +14,13 @@ from tandem.errors import UserError
 from tandem.model import load_model as module
 from tandem.model.cpu import onednn_linear
 from tandem.model.cpu.onednn_linear import low_rank_product, product, speed_up_frozen_products
-from tandem.model.cpu.stored_weights import is_stored, keep_stored, widened
+from tandem.model.cpu.stored_weights import KEPT, is_stored, keep_stored, widened
 from tandem.model.generate import Sampling, generate_answers
 from tandem.model.load_model import load_adapter, load_base, load_model
 from tandem.storage.atomic_files import read_json
 
 from ..stages.made_inputs import make_model_folder
+from ..stages.test_merged_families import ALL, ON_THE_HUB, config_of, make_base
 from ..stages.test_training_stages import run
 
 
@@ -131,6 +132,44 @@ def test_answers_and_logits_have_the_bits_of_float32_weights(
     assert found[0][1] == found[1][1]
     (line,) = said
     assert "as they are stored, and are widened where they are used" in line
+
+
+def _logits_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits of some tokens, and the gradient of what is added to their embeddings."""
+    model.requires_grad_(False)
+    embedding, ids = model.get_input_embeddings(), torch.arange(3, 24)[None]
+    added = torch.zeros(1, ids.shape[1], embedding.weight.shape[1], requires_grad=True)
+    handle = embedding.register_forward_hook(lambda _, __, out: out + added)
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits.square().sum().backward()
+    handle.remove()
+    assert added.grad is not None
+    return logits.detach(), added.grad
+
+
+def test_every_family_has_the_bits_of_float32_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Families in which weights would be narrower elsewhere, too, are loaded as float32."""
+    seen = set()
+    for name in ALL:
+        config = config_of(name)
+        folder = make_base(tmp_path / name.replace(" ", "-"), config, ON_THE_HUB.get(name))
+        file = folder / "model.safetensors"
+        weights = {key: weight.bfloat16() for key, weight in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+        found = []
+        for share in (0.0, 1.0):
+            monkeypatch.setattr(module, "_COMFORTABLE", share)
+            model = load_model(folder, dtype=torch.float32)
+            assert is_stored(model) is (share == 0 and config.model_type in KEPT), name
+            if config.model_type in KEPT:
+                found.append(_logits_and_gradient(model))
+        for narrow, wide in zip(*found, strict=True) if found else ():
+            assert narrow.dtype == wide.dtype == torch.float32, name
+            assert torch.equal(narrow, wide), name
+        seen.add(config.model_type)
+    assert seen >= KEPT
 
 
 @pytest.mark.usefixtures("narrow")

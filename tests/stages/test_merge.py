@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.model import layer_walk
+from tandem.model import layer_walk, merge_weights
 from tandem.model.layer_walk import walk
 from tandem.model.load_model import load_adapter
 from tandem.model.lora.adapter_folder import LowRankUpdate, read_updates
@@ -114,18 +114,21 @@ def test_the_stated_dtype_is_cast_to_once(tiny_model: Path, trained: Path, tmp_p
 def test_a_corrupted_merge_is_refused_and_leaves_nothing(
     fault: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = LowRankUpdate.delta
+    """What the sums' own check passes over, the log-probs show."""
+    plain = merge_weights.low_rank_sum
     count = 0
 
-    def delta(self: LowRankUpdate) -> torch.Tensor:
+    def wrong(
+        weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         nonlocal count
         count += 1
-        exact = plain(self)
-        if fault == "one weight":
-            return exact * (0 if count == 1 else 1)
-        return exact * {"forgotten": 0, "doubled": 2}[fault]
+        factor = {"forgotten": 0, "doubled": 2, "one weight": int(count > 1)}[fault]
+        return plain(weight, a, b, scale * factor)
 
-    monkeypatch.setattr(LowRankUpdate, "delta", delta)
+    monkeypatch.setattr(merge_weights, "low_rank_sum", wrong)
+    if fault != "one weight":  # whose effect may be small
+        monkeypatch.setattr(merge_weights, "_is_sum", lambda *_: True)
     with pytest.raises(UserError, match="does not compute what base and adapter do"):
         merged(tiny_model, trained, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -179,8 +182,19 @@ def test_a_model_that_cannot_be_walked_is_compared_whole_or_by_its_tensors(
     summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "tensors")]
     assert [one["checked"] for one in summaries] == ["whole", "tensor by tensor"]
     assert summaries[1]["logp_difference"] is None
-    plain = LowRankUpdate.delta
-    monkeypatch.setattr(LowRankUpdate, "delta", lambda self: plain(self) * 1.01)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
+def test_a_sum_that_is_a_hundredth_wrong_is_noticed(
+    compiled: bool, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, delta = merge_weights.low_rank_sum, LowRankUpdate.delta
+    monkeypatch.setattr(LowRankUpdate, "delta", lambda self: delta(self) * 1.01)
+    monkeypatch.setattr(
+        merge_weights,
+        "low_rank_sum",
+        lambda weight, a, b, scale: plain(weight, a, b, scale * 1.01) if compiled else None,
+    )
     with pytest.raises(UserError, match="is not the sum of the base's weight and the adapter's"):
         merged(tiny_model, trained, tmp_path / "wrong")
 
@@ -188,15 +202,15 @@ def test_a_model_that_cannot_be_walked_is_compared_whole_or_by_its_tensors(
 def test_a_disk_that_does_not_keep_what_is_written_is_noticed(
     tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ShardWriter.read
+    plain = ShardWriter.write
 
-    def read(self: ShardWriter, name: str) -> torch.Tensor:
-        tensor = plain(self, name)
+    def write(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         if name == "model.norm.weight":
+            tensor = tensor.clone()
             tensor.view(torch.uint8)[5] ^= 1
-        return tensor
+        plain(self, name, tensor)
 
-    monkeypatch.setattr(ShardWriter, "read", read)
+    monkeypatch.setattr(ShardWriter, "write", write)
     with pytest.raises(UserError, match=r"did not keep the bytes of model\.norm\.weight"):
         merged(tiny_model, trained, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

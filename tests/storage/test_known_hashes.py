@@ -80,6 +80,16 @@ def test_a_file_that_was_just_written_is_not_remembered(
     assert [read(file)[1], read(file)[1]] == [True, True]
 
 
+def test_a_very_large_file_is_waited_for(
+    read: Callable[[Path], tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_hashes, "_SETTLED_SECONDS", 0.05)
+    monkeypatch.setattr(known_hashes, "_WORTH_WAITING", 1000)
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * 1000)
+    assert [read(file)[1], read(file)[1]] == [True, False]
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     read: Callable[[Path], tuple[str, bool]], tmp_path: Path
 ) -> None:

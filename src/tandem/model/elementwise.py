@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tandem.errors import UserError
 from tandem.model.cpu.c_kernels import RmsNorm, SwiGlu, kernels, usable
 from tandem.model.cpu.stored_weights import is_stored
+from tandem.model.read_model import weights_of_module
 
 _PROBE_ROWS = 3
 # Relative difference from the module's own forward that rounding in a dtype explains.
@@ -44,7 +45,8 @@ def fuse_elementwise(model: nn.Module) -> None:
         # The kernels take some widths only.
         kind = type(module), _weight(module).shape[-1]
         if kind not in agreed:
-            agreed[kind] = _agree(module, fused, stored=is_stored(model))
+            with weights_of_module(model, module):
+                agreed[kind] = _agree(module, fused, stored=is_stored(model))
         if agreed[kind]:
             module.forward = fused
 

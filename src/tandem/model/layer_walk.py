@@ -7,8 +7,6 @@ copies with the weights of the three models, and lets them go.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.model.added_tokens import grow_vocabulary, rows_of
 from tandem.model.cpu.onednn_linear import speed_up_frozen_products
-from tandem.model.cpu.stored_weights import NARROW, is_stored, keep_stored
+from tandem.model.cpu.stored_weights import NARROW, is_stored, keep_stored, kept
+from tandem.model.empty_model import Places, empty_model, forget, put
 from tandem.model.lora.adapter import (
     added_ids_of_folder,
     is_wrapper,
@@ -96,13 +93,13 @@ def _wrapped_model(
     config: Any, adapter: Path, take: Take, *, dtype: torch.dtype, device: torch.device, rows: int
 ) -> Any:
     """The base without weights, with the adapter, whose layers compute a batch of `rows` thrice."""
-    model = _empty(config, dtype, device)
+    model = empty_model(config, dtype, device)
     layers = {id(layer) for layer in layers_of(model)}
     if not layers:
         raise CannotWalkError(f"the layers of {type(model).__name__} are not known")
     if missing := [index for index in added_ids_of_folder(adapter) if index >= rows_of(model)]:
         grow_vocabulary(model, missing)
-        _forget(model, device)
+        forget(model, device)
     weights = _Weights(model, take, dtype, device)
     if copies := check_copies(adapter, weights.before):
         raise CannotWalkError(f"the adapter brings a copy of {copies[0]}")
@@ -117,26 +114,6 @@ def _wrapped_model(
             raise CannotWalkError(f"{type(unit).__name__} has weights beside its layers")
         unit.forward = partial(_by_each_model, unit, unit.forward, weights, rows)
     return model
-
-
-def _empty(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model on a device whose parameters take no memory; its buffers do."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    model.tie_weights()  # each parameter was made anew
-    _forget(model, device)
-    return model.eval().to(device)
-
-
-def _forget(model: nn.Module, device: torch.device) -> None:
-    """Let all parameters be one number that is none: whoever reads it shows it in the result."""
-    forgotten = {}  # shared ones stay shared
-    for weight in model.parameters():
-        number = torch.full((), math.nan, dtype=weight.dtype, device=device)
-        forgotten[weight] = nn.Parameter(number.expand(weight.shape), requires_grad=False)
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            module._parameters[name] = forgotten[weight]
 
 
 def _padded(probes: Sequence[Sequence[int]]) -> Tensor:
@@ -168,27 +145,19 @@ class _Weights:
     ) -> None:
         self._take, self._dtype, self._device = take, dtype, device
         self._model = model
-        self._names: dict[int, list[tuple[str, str]]] = {}
-        alike: dict[int, list[str]] = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            path, _, own = name.rpartition(".")
-            self._names.setdefault(id(modules[path]), []).append((own, name))
-            alike.setdefault(id(tensor), []).append(name)
-        # The files may have one or both of two tied weights.
-        self._alike = {name: names for names in alike.values() for name in names}
+        self._places = Places(model)
 
     def before(self, name: str) -> Tensor | None:
         """A weight of the base, by its name."""
-        pair = self._pair(name)
+        pair = self._pair(self._places.alike(name))
         return None if pair is None else pair.before
 
     def of(self, unit: nn.Module) -> list[tuple[nn.Module, str, WeightPair]]:
         """The weights of a module and all within it, with where they belong."""
         found = []
         for module in unit.modules():
-            for own, name in self._names.get(id(module), []):
-                if (pair := self._pair(name)) is not None:
+            for own, names in self._places.of(module):
+                if (pair := self._pair(names)) is not None:
                     found.append((module, own, pair))
         return found
 
@@ -197,20 +166,18 @@ class _Weights:
         there = module._parameters.get(own)
         place = module._buffers[own] if there is None else there
         assert place is not None
-        stays = is_stored(self._model) and type(module) in (nn.Linear, nn.Embedding)
+        stays = is_stored(self._model) and kept(module)
         if not (stays and values.dtype in NARROW):
             dtype = self._dtype if place.is_floating_point() else place.dtype
             values = values.to(self._device, dtype)
         if values.shape != place.shape and values.shape[1:] == place.shape[1:]:
             more = values.new_zeros(place.shape[0] - values.shape[0], *values.shape[1:])
             values = torch.cat([values, more + values.mean(0)])
-        if there is None:
-            module._buffers[own] = values
-        else:
-            module._parameters[own] = nn.Parameter(values, requires_grad=False)
+        put(module, own, values)
 
-    def _pair(self, name: str) -> WeightPair | None:
-        return next((pair for one in self._alike[name] if (pair := self._take(one))), None)
+    def _pair(self, names: Sequence[str]) -> WeightPair | None:
+        # The files may have one or both of two tied weights.
+        return next((pair for name in names if (pair := self._take(name))), None)
 
 
 def _by_each_model(

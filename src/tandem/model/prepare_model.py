@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_missing_rows, make_rows
@@ -29,7 +27,6 @@ from tandem.model.lora.forward import (
     share_dropout_keys,
     switch_dropout_off,
 )
-from tandem.model.quantize import quantize
 from tandem.model.trained_weights import Log, TrainedWeights
 from tandem.model.unwrap import plain_model
 
@@ -38,10 +35,6 @@ from tandem.model.unwrap import plain_model
 class Preparation:
     """What the changes need to know; a list reads only some of it."""
 
-    dtype: torch.dtype = torch.float32  # of the weights, and of products with quantised ones
-    device: torch.device | str = "cpu"
-    quantization: str | None = None  # nf4 puts the linear layers in 4 bits
-    rounded_from: torch.dtype | None = None  # of those layers, before; None: `dtype`
     stored: bool = False  # whether a CPU keeps narrower weights than it computes with
     added: AddedTokens | None = None  # trained embeddings, made where the model has none
     adapter: Path | None = None  # folder of a saved adapter
@@ -68,29 +61,11 @@ def prepare_model(
     return model
 
 
-def quantize_linears(model: Any, preparation: Preparation, _: Log) -> Any:
-    """Put linear layers into 4 bits, layer by layer, on the device."""
-    if preparation.quantization is not None:
-        quantize(
-            model,
-            source=preparation.rounded_from or preparation.dtype,
-            compute=preparation.dtype,
-            device=torch.device(preparation.device),
-            kept=unreached_layers(model),
-        )
-    return model
-
-
 def keep_stored_weights(model: Any, preparation: Preparation, _: Log) -> Any:
     """Compute in float32 with weights that were loaded as narrow as they are stored."""
     if preparation.stored:
         keep_stored(model)
     return model
-
-
-def move_to_device(model: Any, preparation: Preparation, _: Log) -> Any:
-    """Move the weights."""
-    return model.to(preparation.device)
 
 
 def use_onednn_products(model: Any, _: Preparation, __: Log) -> Any:
@@ -207,10 +182,7 @@ def reorder_frozen_weights(model: Any, preparation: Preparation, _: Log) -> Any:
 
 
 AFTER_LOADING: tuple[Change, ...] = (
-    # Before the move: the device then never holds the whole unquantised model.
-    quantize_linears,
     keep_stored_weights,
-    move_to_device,
     use_onednn_products,
     # Compares each class of modules with its fused form, on the device.
     use_cpu_elementwise,

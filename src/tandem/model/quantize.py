@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, partial, wraps
 from importlib.util import find_spec
@@ -74,46 +74,77 @@ def check_quantization(quantization: str | None, *, device: str, sharded: bool) 
     _bitsandbytes()
 
 
-def quantize(
-    model: Any,
-    *,
-    source: torch.dtype,
-    compute: torch.dtype,
-    device: torch.device,
-    kept: Collection[str] = (),
-) -> None:
-    """Put a model's linear layers on `device` in 4 bits, in place; `tandem_quantized` notes it.
+class Quantizer:
+    """Puts a model's linear layers on a device in 4 bits, some modules at a time.
 
     The output head, embeddings and norms stay as they are; so do layers that are more than a linear
-    one, the experts that transformers keeps in one tensor, and the modules that `kept` names. One
-    layer at a time is moved: the device never holds the whole model in its own number format.
+    one, the experts that transformers keeps in one tensor, and the modules that `kept` names.
+    """
 
-    Args:
-        model: loaded, without an adapter, on the CPU.
-        source, compute: number formats that weights are rounded from, and of products.
+    def __init__(
+        self,
+        model: Any,
+        *,
+        source: torch.dtype,
+        compute: torch.dtype,
+        device: torch.device,
+        kept: Collection[str] = (),
+    ) -> None:
+        """
+        Args:
+            model: without an adapter; its weights may come later.
+            source, compute: number formats that weights are rounded from, and of products.
+        """
+        self._model, self._source, self._compute, self._device = model, source, compute, device
+        head = model.get_output_embeddings()
+        self._names = {
+            id(module): name
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, Conv1D) and module is not head and name not in kept
+        }
+        self._weights: list[str] = []
+        self._transposed: list[str] = []
+
+    def quantize(self, modules: Iterable[nn.Module]) -> None:
+        """Replace those of some modules, which have their weights, that are linear layers."""
+        for module in list(modules):
+            if (name := self._names.get(id(module))) is None:
+                continue
+            layer: Any = module
+            turned = isinstance(layer, Conv1D)
+            weight = layer.weight.detach().to(self._source)
+            made = _layer(weight.T if turned else weight, layer.bias, self._compute, self._device)
+            parent, _, own = name.rpartition(".")
+            setattr(self._model.get_submodule(parent), own, made)
+            self._weights.append(f"{name}.weight")
+            self._transposed += [f"{name}.weight"] if turned else []
+
+    def finish(self) -> None:
+        """Note on the model what was done; UserError where nothing could be."""
+        if not self._weights:
+            raise UserError(
+                f"quantization: {type(self._model).__name__} has no linear layers that can be "
+                "quantised"
+            )
+        # This tells peft which of its layers fit.
+        self._model.is_loaded_in_4bit = True
+        order = {f"{name}.weight": number for number, name in enumerate(self._names.values())}
+        self._model.tandem_quantized = Quantized(
+            "nf4",
+            str(self._source).removeprefix("torch."),
+            tuple(sorted(self._weights, key=order.__getitem__)),
+            tuple(sorted(self._transposed, key=order.__getitem__)),
+        )
+
+
+def quantize(model: Any, **how: Any) -> None:
+    """Put a whole model's linear layers in 4 bits, in place; see `Quantizer` for the arguments.
 
     Raises UserError without bitsandbytes, or when there is nothing to quantise.
     """
-    head = model.get_output_embeddings()
-    weights, transposed = [], []
-    for name, module in list(model.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D) or module is head or name in kept:
-            continue
-        turned = isinstance(module, Conv1D)
-        weight: Any = module.weight.detach().to(source)
-        layer = _layer(weight.T if turned else weight, module.bias, compute, device)
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer)
-        weights.append(f"{name}.weight")
-        transposed += [f"{name}.weight"] if turned else []
-    if not weights:
-        raise UserError(
-            f"quantization: {type(model).__name__} has no linear layers that can be quantised"
-        )
-    # This tells peft which of its layers fit.
-    model.is_loaded_in_4bit = True
-    dtype = str(source).removeprefix("torch.")
-    model.tandem_quantized = Quantized("nf4", dtype, tuple(weights), tuple(transposed))
+    quantizer = Quantizer(model, **how)
+    quantizer.quantize(model.modules())
+    quantizer.finish()
 
 
 def dequantized(layer: Any) -> Tensor:

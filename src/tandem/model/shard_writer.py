@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tandem.storage.atomic_files import sync_open
+
 _METADATA = {"format": "pt"}
+_PIECE = 1 << 18  # bytes that are read back at once
+# Bytes after which the disk is waited for, so that it works from the start.
+_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class ShardWriter:
         self._file = path.open("w+b")
         self._file.truncate(size)
         self._file.write(header)
+        self._unsynced = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor; raises ValueError for one of another kind than was announced."""
@@ -49,17 +55,25 @@ class ShardWriter:
         if kind != self._kinds[name]:
             raise ValueError(f"{name} was announced as {self._kinds[name]} and is {kind}")
         self._file.seek(self._offsets[name])
-        self._file.write(_bytes_of(tensor))
+        self._file.write(_bytes_of(tensor).numpy().data)
         self._missing.discard(name)
+        self._unsynced += kind.nbytes
+        if self._unsynced >= _AT_ONCE:
+            self._file.flush()
+            sync_open(self._file.fileno())
+            self._unsynced = 0
 
-    def read(self, name: str) -> Tensor:
-        """Read a tensor that was written, from the file."""
-        kind = self._kinds[name]
-        tensor = torch.empty(kind.shape, dtype=kind.dtype)
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether the file gives back a tensor's bytes under a name."""
+        piece = torch.empty(_PIECE, dtype=torch.uint8)
         self._file.seek(self._offsets[name])
-        if self._file.readinto(_bytes_of(tensor)) != kind.nbytes:
-            raise OSError(f"{self.path} is shorter than what was written to it")
-        return tensor
+        for expected in _bytes_of(tensor).split(_PIECE):
+            found = piece[: len(expected)]
+            if self._file.readinto(found.numpy().data) != len(found):
+                return False
+            if not torch.equal(found, expected):
+                return False
+        return True
 
     def check_whole(self) -> None:
         """Raise ValueError if a tensor was never written."""
@@ -90,6 +104,6 @@ def _layout(kinds: Mapping[str, TensorKind]) -> tuple[bytes, dict[str, int], int
     return header, {name: start + offset for name, offset in offsets.items()}, start + end
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, as bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,10 +1,8 @@
-"""How much memory of the machine this process has taken, and how much it may still take.
-
-Its container's limits are included.
-"""
+"""Memory of the machine: what this process took, what it may still take, giving it back."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +15,8 @@ import psutil
 _Names = tuple[tuple[str, ...], str, str]
 _V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 _V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+# glibc's M_MMAP_THRESHOLD, and the bytes from which a block of memory is mapped by itself.
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
 
 
 def most_resident() -> int:
@@ -28,6 +28,16 @@ def most_resident() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back_freed_memory() -> None:
+    """From now on give large blocks of memory back to the system when they are freed.
+
+    glibc keeps blocks of up to 32 MB for later. Where weights are gathered and let go layer by
+    layer, what it keeps becomes as large as the model.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -55,7 +55,7 @@ _PROBES = (
 )
 _MAX_TOKENS = 256
 # Of models with more parameters a few tokens show the same, and take as long as the disk.
-_LARGE, _FEW_TOKENS = 1_000_000_000, 20
+_LARGE, _FEW_TOKENS = 500_000_000, 12
 
 
 def run_merge(job: MergeJob, console: Console) -> Path:
@@ -165,7 +165,7 @@ class _Merge:
         stored = self.dtype or _stored_dtype(self.base)
         compute = torch.float64 if stored == torch.float64 else torch.float32
         place = device.torch_device
-        logps, how, why = None, "layer by layer", ""
+        logps, why, short = None, "", ""
         with MergedShards(
             self.base, self.updates, folder,
             model=self.model, dtype=self.dtype, quantized=self.quantized, device=place,
@@ -176,19 +176,26 @@ class _Merge:
                 )
             except CannotWalkError as error:
                 why = str(error)
+                short = self._short_of_memory(compute, device)
             shards.finish()
+        if short:
+            return _Checked("tensor by tensor", None, f"{why}; {short}")
+        how = "layer by layer" if logps else "whole"
         if logps is None:
-            needed, free = _bytes_of(self.model, compute), device.free_memory()
-            if needed > free:
-                why += f"; whole it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-                return _Checked("tensor by tensor", None, why)
-            how = "whole"
             logps = whole_models(
                 self.base, self.adapter, folder, probes, dtype=compute, device=place
             )
         # The adapter saw a base rounded from bfloat16 in bfloat16 again.
         formats = {stored, self.quantized.torch_dtype} if self.quantized else {stored}
         return _Checked(how, verified(logps, formats), why)
+
+    def _short_of_memory(self, dtype: torch.dtype, device: Device) -> str:
+        """Why the whole model cannot be checked, empty where it can."""
+        needed = sum(weight.numel() for weight in self.model.parameters()) * dtype.itemsize
+        free = device.free_memory()
+        if needed <= free:
+            return ""
+        return f"whole it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
     def _probes(self, merged: Path) -> list[list[int]]:
         """Token ids of texts with which models are compared; added tokens are fed and predicted."""
@@ -266,11 +273,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     with safe_open(shard, framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
     return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
-
-
-def _bytes_of(model: Any, dtype: torch.dtype) -> int:
-    """What a model's weights take in memory."""
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
 
 
 def _write_summary(

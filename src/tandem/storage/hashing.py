@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tandem.storage.known_hashes import known_hash
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_AT_ONCE = 8  # files that are hashed at the same time
 
 
 def hash_bytes(*parts: bytes) -> str:
@@ -56,9 +59,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_each(paths: Iterable[Path]) -> list[str]:
+    """Return the hash of each file; several processors read several files at once."""
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _AT_ONCE)) as pool:
+        return list(pool.map(hash_file, paths))
+
+
 def hash_files(paths: Iterable[Path]) -> str:
     """Return one hash of several files' names and contents, in name order."""
-    return hash_json(sorted((path.name, hash_file(path)) for path in paths))
+    listed = list(paths)
+    names = (path.name for path in listed)
+    return hash_json(sorted(zip(names, hash_each(listed), strict=True)))
 
 
 def weight_files(folder: Path, *, named: Collection[str] | None = None) -> list[Path]:

@@ -1,7 +1,8 @@
 """Remembers the hashes of large files in the cache folder: gigabytes of weights are read once.
 
 A hash counts while the file's path, device, inode, size and times are what they were. Nothing is
-remembered of a file that was changed just before: a second change might leave the same times.
+remembered of a file that was changed just before: a second change might leave the same times. With
+very large ones it is worth waiting until their times have settled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _LEAST = 8 << 20  # bytes; smaller files are read again in no time
 _MOST = 10_000  # files; those used longest ago are forgotten first
 # Some file systems count times in seconds, or in two.
 _SETTLED_SECONDS = 3.0
+_WORTH_WAITING = 2 << 30  # bytes, which take longer to read again
 
 T = TypeVar("T")
 
@@ -34,7 +36,11 @@ def known_hash(path: Path, compute: Callable[[Path], str]) -> str:
     state = _state(before)
     if (known := _kept(lambda kept: _find(kept, path, state))) is not None:
         return known
-    settled = time.time() - max(before.st_mtime, before.st_ctime) > _SETTLED_SECONDS
+    unsettled = _SETTLED_SECONDS - (time.time() - max(before.st_mtime, before.st_ctime))
+    if before.st_size >= _WORTH_WAITING and 0 < unsettled <= _SETTLED_SECONDS:
+        time.sleep(unsettled)
+        unsettled = 0.0
+    settled = unsettled <= 0
     computed = compute(path)
     if settled and _state(path.stat()) == state:
         _kept(lambda kept: _remember(kept, path, state, computed))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tandem import __version__
 from tandem.errors import UserError
 from tandem.storage.atomic_files import atomic_write_json, remove_left_behind
-from tandem.storage.hashing import Damaged, hash_file, hash_json, read_object, sealed
+from tandem.storage.hashing import Damaged, hash_each, hash_file, hash_json, read_object, sealed
 
 State = Literal["fresh", "resume", "finished"]
 NAME = "manifest.json"
@@ -144,7 +144,9 @@ def finish_stage(folder: Path, outputs: list[str]) -> None:
     """Record the output files with their hashes; from now on the stage counts as finished."""
     manifest = read_manifest(folder)
     assert manifest is not None, "start_stage wrote it"
-    manifest["outputs"] = {name: hash_file(folder / name) for name in sorted(outputs)}
+    names = sorted(outputs)
+    hashes = hash_each(folder / name for name in names)
+    manifest["outputs"] = dict(zip(names, hashes, strict=True))
     manifest["status"] = "finished"
     manifest["finished_at"] = _now()
     atomic_write_json(folder / NAME, sealed(manifest))

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
+from tandem.model.read_model import fill_layer
+from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 from tandem.train.engines.replicated import FlatGradients
 from tandem.train.optimizers import by_parameter, set_rate
+
+# Keys of a configuration for how many gathered weights stay for their next use.
+_KEPT_GATHERED = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
 class _ZeroEngine(Engine):
@@ -127,6 +132,19 @@ class Zero3Engine(_ZeroEngine):
         self._load_state(tensors)
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
+        layers = layers_of(self.model)
+        if layers:
+            # DeepSpeed would keep up to a billion weights gathered: a whole model, if it is small.
+            largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+            limits = dict.fromkeys(_KEPT_GATHERED, 2 * largest)
+            zero = {**limits, **self.config["zero_optimization"]}
+            self.config = {**self.config, "zero_optimization": zero}
+        deepspeed = _import_deepspeed(self.device.kind)
+        for layer in layers:
+            fill_layer(self.model, layer)
+            deepspeed.zero.Init(
+                layer, dtype=self.device.weights, config_dict_or_path=dict(self.config)
+            )
         self._start(self.scorer, make_optimizer)
 
     def _score(self, batch: MicroBatch) -> Tensor:
@@ -172,18 +190,7 @@ def start_engine(
 
     Raises TandemError if DeepSpeed does not see the same processes, or chose another stage.
     """
-    # DeepSpeed reads this on import; it would take a CUDA device for a run on the CPU.
-    os.environ["DS_ACCELERATOR"] = device
-    os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls torch's collectives by their earlier names.
-    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
-    import deepspeed
-
-    # DeepSpeed would spend a minute on compiling shared-memory collectives for CPUs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
-    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+    deepspeed = _import_deepspeed(device)
     # DeepSpeed may take a step of zeros to make the state: nothing may decay in it.
     set_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(
@@ -200,6 +207,25 @@ def start_engine(
         if "step" in state:  # which began with that step of zeros
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
     return engine
+
+
+def _import_deepspeed(device: str) -> Any:
+    """The package, told of the device and of the process group that there is."""
+    # DeepSpeed reads this on import; it would take a CUDA device for a run on the CPU.
+    os.environ["DS_ACCELERATOR"] = device
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by their earlier names.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
+    import deepspeed
+
+    # DeepSpeed would spend a minute on compiling shared-memory collectives for CPUs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The run's own group, with the recipe's timeout: DeepSpeed would make one with torch's.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    return deepspeed
 
 
 def _flat_states(engine: Any) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from tandem.storage.cache_folder import cache_folder
 # off takes torch's own operators, for comparisons or where a compiler is broken.
 _VARIABLE = "TANDEM_KERNELS"
 
-_SOURCES = ("vectors.h", "attention.c", "elementwise.c", "slim_product.c")
+_SOURCES = (
+    "vectors.h", "narrow.h", "attention.c", "elementwise.c", "low_rank_sum.c", "slim_product.c",
+)  # fmt: skip
 # No -ffast-math: infinities and NaN must stay what they are.
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -238,7 +240,8 @@ class TreeAttention(torch.autograd.Function):
         return None, *(g.transpose(1, 2) for g in grads)
 
 
-_SLIM = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# What kernels for stored weights call their dtypes.
+_STORED = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def slim_product(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -246,17 +249,46 @@ def slim_product(x: Tensor, weight: Tensor) -> Tensor | None:
 
     None where the kernel cannot: it takes float32 rows and contiguous matrices of three dtypes.
     """
-    library, columns = kernels(), x.shape[-1]
-    fits = x.dtype == torch.float32 and weight.dtype in _SLIM and weight.is_contiguous()
-    if library is None or not fits or columns % library.lanes:
+    found = _for_stored("tandem_slim", weight)
+    if found is None or x.dtype != torch.float32:
         return None
-    name = f"tandem_slim_{_SLIM[weight.dtype]}"
-    if not hasattr(library.functions, name):  # a processor without instructions for float16
-        return None
+    (library, name), columns = found, x.shape[-1]
     rows = x.reshape(-1, columns).contiguous()
     out = x.new_empty(len(rows), len(weight))
     library.call(name, rows, weight, out, len(rows), len(weight), columns)
     return out.view(*x.shape[:-1], len(weight))
+
+
+def low_rank_sum(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """weight + scale * b @ a in the weight's dtype, and the sums of squares of its rows [N].
+
+    `weight` is [N, K], `a` [r, K] and `b` [N, r]; None where the kernel cannot, see `slim_product`.
+    """
+    found = _for_stored("tandem_low_rank_sum", weight)
+    if found is None:
+        return None
+    library, name = found
+    vectors = a.float().view(len(a), -1, library.lanes).transpose(0, 1).contiguous()
+    b = b.float().contiguous()
+    merged, norms = torch.empty_like(weight), b.new_empty(len(weight))
+    library.call(name, weight, vectors, b, merged, norms, *weight.shape, len(a), float(scale))
+    return merged, norms
+
+
+def _for_stored(kernel: str, weight: Tensor) -> tuple[Kernels, str] | None:
+    """The library, and the name of a kernel's variant for a stored matrix; None where it has none.
+
+    Some processors have no instructions for float16.
+    """
+    library = kernels()
+    if library is None or weight.dtype not in _STORED or weight.device.type != "cpu":
+        return None
+    if not weight.is_contiguous() or weight.shape[-1] % library.lanes:
+        return None
+    name = f"{kernel}_{_STORED[weight.dtype]}"
+    return (library, name) if hasattr(library.functions, name) else None
 
 
 def softmax_block(kernels: Kernels, scores: Tensor, peak: Tensor, total: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import unavailable_reason
 from tandem.model.elementwise import Compiling, settle_compile_caches
-from tandem.model.load_model import load_model
+from tandem.model.load_model import load_in_layers, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.model.lora.adapter import adapted_weights
 from tandem.model.model_folder import model_without_weights
@@ -32,18 +32,7 @@ def set_up_model(
     """The base with its adapter, how the work is done, and the budget; says so on the console."""
     engine, processes = context.engine, context.engine.processes
     device = engine.device
-    base = processes.on_all(
-        lambda: load_model(
-            context.base.folder,
-            dtype=device.weights,
-            # A sharded model may not fit on a device as a whole; it goes there in parts.
-            device=torch.device("cpu") if engine.sharded else device.torch_device,
-            quantization=context.job.run.quantization,
-            # Engines of other libraries want parameters of one dtype.
-            may_stay_stored=engine.name in ("single", "ddp"),
-            log=context.log,
-        )
-    )
+    base = processes.on_all(lambda: _load(context))
     attention = context.job.run.attention
     backend, why = processes.on_all(
         lambda: device.attention(attention, base) or choose_backend(attention, base)
@@ -76,6 +65,22 @@ def set_up_model(
         described = model_without_weights(context.base.config)
         processes.on_all(lambda: check_sums(context.base.folder, described, adapted_weights(model)))
     return model, execution, budget
+
+
+def _load(context: TrainContext) -> Any:
+    """The base on its device; in an engine that shards on the CPU, from where it goes in parts."""
+    engine, folder = context.engine, context.base.folder
+    if engine.sharded:
+        return load_in_layers(folder, dtype=engine.device.weights, processes=engine.processes.count)
+    return load_model(
+        folder,
+        dtype=engine.device.weights,
+        device=engine.device.torch_device,
+        quantization=context.job.run.quantization,
+        # Engines of other libraries want parameters of one dtype.
+        may_stay_stored=engine.name in ("single", "ddp"),
+        log=context.log,
+    )
 
 
 def compile_model(

@@ -17,6 +17,7 @@ from tandem.errors import TandemError, UserError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.model.trained_weights import trainable_parameters
 from tandem.runtime.device import BatchShapes, Device
+from tandem.runtime.host_memory import give_back_freed_memory
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.optimizers import clip_and_step, load_state, state_of, whole
 
@@ -65,6 +66,8 @@ class Engine(ABC):
             # Of one process; DeepSpeed and FSDP2 know no other way.
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
+        if self.sharded and device.is_host:
+            give_back_freed_memory()
         precision = "bf16" if device.weights == torch.bfloat16 else "no"
         self.accelerator = Accelerator(cpu=device.is_host, mixed_precision=precision)
         _check_accelerate(self.accelerator, device, processes)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tandem.errors import TandemError
+from tandem.model.read_model import fill_layer
 from tandem.model.trained_weights import trainable_parameters
 from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
@@ -24,6 +25,7 @@ class Fsdp2Engine(Engine):
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         mesh = init_device_mesh(self.device.kind, (self.processes.count,))
         for layer in layers_of(self.model):
+            fill_layer(self.model, layer)
             _spread(layer, mesh)
         _spread(self.scorer, mesh)
         self.parameters = trainable_parameters(self.model)  # spread ones have replaced the others

@@ -1,31 +1,9 @@
 /* Products of a few rows with a matrix that is read once, in the numbers in which it is stored:
    what a model does for each token that it writes. Weights of any width are widened exactly and
    summed in the same order, so the results have the same bits. */
-#include "vectors.h"
-#if defined(__AVX2__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+#include "narrow.h"
 /* Rows of the matrix that are read side by side. */
 enum { STREAMS = 4 };
-
-typedef uint16_t narrow_vec __attribute__((vector_size(LANES * 2), aligned(2)));
-
-INLINE vec widen_f32(const float *p) { return load(p); }
-/* The compiler would take a vector's halves apart. */
-#if defined(__AVX512F__)
-INLINE ivec wide_integers(const uint16_t *p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
-#elif defined(__AVX2__)
-INLINE ivec wide_integers(const uint16_t *p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)); }
-#else
-INLINE ivec wide_integers(const uint16_t *p) { return __builtin_convertvector(*(const narrow_vec *)p, ivec); }
-#endif
-INLINE vec widen_bf16(const uint16_t *p) { return (vec)(wide_integers(p) << 16); }
-#if defined(__AVX512F__) && defined(__F16C__)
-INLINE vec widen_f16(const uint16_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-#elif defined(__F16C__)
-INLINE vec widen_f16(const uint16_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
-#endif
 
 /* out[m, n] = sum over k of x[m, k] * w[n, k]; columns a multiple of LANES. Two sums of every other
    vector hide the time that one addition takes. */
