@@ -22,7 +22,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
-from tandem.runtime.device import most_resident
+from tandem.runtime.host_memory import most_resident
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl

@@ -68,10 +68,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leaves imported modules out of garbage collections, which otherwise take half a second each.
 
-    Tests of running out of memory collect several times.
+    Tests of running out of memory collect several times. By itself Python collects after so many
+    new objects that each layer of a model would have several collections.
     """
-    gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
     gc.enable()
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..warm.templates import compile_once
+
 # What a host must wait for, as operators and as functions on tensors.
 SYNCS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim",
@@ -226,6 +228,7 @@ def command(argv: list[str], variables: dict[str, str]) -> dict[str, Any]:
 def everything(folder: Path, commands: list[str]) -> dict[str, Any]:
     """All that a process can show after it has imported everything once."""
     first = told("lazy")
+    compile_once()
     found = {mode: watched(folder, mode) for mode in ("lazy", "eager")}
     os.chdir(folder)
     ran = [command(**json.loads(order)) for order in commands]

@@ -241,8 +241,9 @@ def _bash(command: str, folder: Path, packages: Path | None = None) -> subproces
         found = f"{packages.parents[2] / 'bin'}{os.pathsep}{variables['PATH']}"
         # No index: pip has to find everything installed, or fails.
         variables |= {"PATH": found, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        # What it would say at the end of packages that it was not asked for is not looked at.
-        variables["PIP_NO_WARN_CONFLICTS"] = "1"
+        # What it would say at the end of packages that it was not asked for is not looked at. As a
+        # variable, what begins with NO is the value of what the flag turns off.
+        variables["PIP_NO_WARN_CONFLICTS"] = "0"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,

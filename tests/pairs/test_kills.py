@@ -54,7 +54,7 @@ def journal_size(folder: Path) -> int:
 
 def test_a_model_that_is_killed_ends_with_the_same_bytes(home: Path, forks: Forks) -> None:
     command = ("pairs", "--prompts", "prompts.jsonl", "--model", "model", "samples=8",
-               "max_new_tokens=24", "top_p=0.9", "filters.max_similarity=0.9")  # fmt: skip
+               "max_new_tokens=12", "top_p=0.9", "filters.max_similarity=0.9")  # fmt: skip
     whole = forks.run(*command, "--output_dir", "whole")
     assert whole.code == 0, whole.said
     assert sorted(whole.generated) == list(range(PROMPTS * 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -463,7 +464,10 @@ def test_vllm_is_asked_for_when_it_is_named(
     library.LLM = LLM  # type: ignore[attr-defined]
     library.SamplingParams = lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", library)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: "0" if name == "vllm" else real(name)
+    )
     monkeypatch.setattr(generators, "_VLLM_PROMPTS", 10)
     rows = make(conversations, tmp_path / "out", tiny_model, vllm={"memory": 0.5}, top_k=3)
     assert len(rows) == COUNT

@@ -19,7 +19,8 @@ from tandem.integrations.choose import DeviceNames, choose_device, device_names
 from tandem.integrations.gaudi import bridge
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
 from tandem.recipe.run_settings import HpuSettings, RunSettings
-from tandem.runtime.device import Device, most_resident
+from tandem.runtime.device import Device
+from tandem.runtime.host_memory import most_resident
 from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.replicated import ReplicatedEngine
@@ -275,7 +276,7 @@ def test_a_bridge_that_runs_in_another_mode_is_refused(monkeypatch: pytest.Monke
 def test_the_most_that_was_held_is_not_that_of_the_parent() -> None:
     ballast = bytearray(600 * 2**20)
     ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
-    program = "from tandem.runtime.device import most_resident; print(most_resident())"
+    program = "from tandem.runtime.host_memory import most_resident; print(most_resident())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

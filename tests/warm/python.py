@@ -1,23 +1,29 @@
 """Where the tests get a Python that need not import torch, transformers and tandem anew.
 
-`python()` is the path of a program that takes Python's arguments and runs in a fork of a server,
-which this process starts when it first asks. See `client.py` for what sends it to the true Python.
+`python()` is the path of a program that takes Python's arguments and runs in a fork of a server.
+All workers of a test run share the server, whose imports take long: the first that asks starts it.
+See `client.py` for what sends the program to the true Python.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from .client import read_at_import
 
+SERVER: tuple[str, ...] = ("-m", "tests.warm.server")
 _PYTHON = sys.executable
 _ROOT = Path(__file__).resolve().parents[2]
 # As it was before any test: what a test changes in it goes along with each program.
@@ -30,7 +36,56 @@ _ENVIRONMENT = {
 @functools.cache
 def python() -> str:
     """The path of a program that is used as `sys.executable`, with the server behind it."""
-    folder = Path(tempfile.mkdtemp(prefix="tandem-warm-"))
+    folder = _folder()
+    with locked(folder):
+        held = _hold(folder)
+        if held is None:
+            _start(folder)
+        else:
+            atexit.register(os.close, held)
+    return str(folder / "python")
+
+
+def server() -> psutil.Process:
+    """The process that `python()` forks."""
+    return psutil.Process(int((Path(python()).parent / "pid").read_text()))
+
+
+@functools.cache
+def _folder() -> Path:
+    """A folder of this process, or of all workers of a test run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return Path(tempfile.mkdtemp(prefix="tandem-warm-"))
+    return Path(tempfile.gettempdir()) / f"tandem-warm-{run[:12]}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let nobody else look at the server's folder, which is made where it is missing."""
+    ours = False
+    while not ours:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as open_files:
+            lock = open_files.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # A server that ended meanwhile has removed the folder with its lock.
+            ours = os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat())
+            kept = open_files.pop_all() if ours else ExitStack()
+    with kept:
+        yield
+
+
+def _hold(folder: Path) -> int | None:
+    """Have a server stay until what is returned is closed; None if there is no server."""
+    try:
+        return os.open(folder / "held", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # nobody has made it, or nobody reads it any more
+        return None
+
+
+def _start(folder: Path) -> None:
+    """Start the server: it ends when no process holds its input open any longer."""
     address, program = folder / "socket", folder / "python"
     given = _ENVIRONMENT.get("PYTHONPATH", "")
     paths = [str(_ROOT), str(_ROOT / "src"), *filter(None, given.split(os.pathsep))]
@@ -49,19 +104,27 @@ def python() -> str:
     command = folder / "tandem"
     command.write_text(f'#!/bin/sh\nexec {program} -m tandem "$@"\n')
     command.chmod(0o700)
+    for left in (address, folder / "held"):
+        left.unlink(missing_ok=True)
+    os.mkfifo(folder / "held")
+    ending = os.open(folder / "held", os.O_RDONLY | os.O_NONBLOCK)
+    held = _hold(folder)
+    assert held is not None
     server = subprocess.Popen(
-        [_PYTHON, "-m", "tests.warm.server", str(address), str(program)],
-        stdin=subprocess.PIPE,
+        [_PYTHON, *SERVER, str(address), str(program)],
+        stdin=ending,
         stdout=subprocess.PIPE,
         cwd=_ROOT,
         env={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
     )
+    os.close(ending)
+    (folder / "pid").write_text(str(server.pid))
     assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n"
+    with server.stdout as said:
+        assert said.readline() == b"ready\n"
 
     def close() -> None:
-        server.communicate()  # the end of its input is the end of the server
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+        server.wait()  # for the other workers, too
 
     atexit.register(close)
-    return str(program)

@@ -1,7 +1,7 @@
 """Imports torch, transformers and tandem once, and forks for each program that a client brings.
 
-As a script it takes the address of a socket and the path of the client. It ends when its standard
-input does.
+As a script it takes the address of a socket and the path of the client, both in a folder of its
+own. It ends when its standard input does, and removes the folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import pkgutil
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -80,6 +81,7 @@ def serve(address: str) -> tuple[dict[str, Any], list[int]] | None:
     while True:
         for key, _ in selector.select():
             if key.fileobj == 0:
+                os.close(0)  # from now on whoever needs a server starts one
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
                 return None
@@ -237,6 +239,15 @@ def _own(frames: Any) -> Any:
     return frames
 
 
+def _remove(folder: Path) -> None:
+    """Remove the server's folder, unless another server has begun to use it."""
+    from .python import locked
+
+    with locked(folder):
+        if (folder / "pid").read_text() == str(os.getpid()):
+            shutil.rmtree(folder)
+
+
 def main(address: str, client: str) -> None:
     """Serve; in a fork, be the program that was asked for."""
     import_everything()
@@ -244,7 +255,8 @@ def main(address: str, client: str) -> None:
     gc.freeze()
     asked = serve(address)
     if asked is None:
-        return
+        _remove(Path(address).parent)
+        os._exit(0)  # rather than take every module apart
     atexit._clear()
     error: BaseException | None = None
     try:

@@ -16,7 +16,9 @@ import pytest
 from tandem.cli.main import main
 
 from ..stages.made_inputs import make_conversations, make_model_folder
-from .python import python
+from .python import python, server
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _ends(program: str, *arguments: str, **options: Any) -> tuple[int, str, str]:
@@ -97,10 +99,44 @@ def test_libraries_that_set_variables_leave_it_a_fork() -> None:
     assert _ends(python(), "-c", code, env={**os.environ}) == (0, "True\n", "")
 
 
+_WORKER = """
+import sys, tempfile
+from tests.warm import python as warm
+tempfile.tempdir = sys.argv[1]
+# The server's own loop, without what it imports for other tests.
+begin = "import sys; from tests.warm import server; server.import_everything = int"
+warm.SERVER = ("-c", begin + "; server.main(*sys.argv[1:])")
+print(warm.python(), warm.server().pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_of_one_run_share_a_server_that_stays_for_the_last(tmp_path: Path) -> None:
+    """Whichever finds none starts it; when the last has ended, its folder is gone."""
+    command = [sys.executable, "-c", _WORKER, str(tmp_path)]
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options |= {"env": {**os.environ, "PYTEST_XDIST_TESTRUNUID": "some-run"}, "cwd": ROOT}
+    workers = [subprocess.Popen(command, **options) for _ in range(3)]
+    told = set()
+    for worker in workers:
+        assert worker.stdout is not None
+        with worker.stdout as said:
+            told.add(said.readline())
+    ((program, pid),) = map(str.split, told)
+    for worker in workers:
+        code = "import os; print(os.getppid())"
+        assert _ends(program, "-c", code)[:2] == (0, f"{pid}\n")
+        assert worker.stdin is not None
+        worker.stdin.close()
+    # The one that started it waits for it, and it for all that hold it.
+    assert [worker.wait(timeout=30) for worker in workers] == [0, 0, 0]
+    assert not psutil.pid_exists(int(pid))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_signal_to_all_children_of_the_tests_does_not_end_the_server() -> None:
-    for child in psutil.Process().children():
-        if "tests.warm.server" in child.cmdline():
-            child.send_signal(signal.SIGTERM)
+    for signal_ in (signal.SIGTERM, signal.SIGINT):
+        server().send_signal(signal_)
     code = (
         "import signal, sys; print('torch' in sys.modules, signal.getsignal(signal.SIGTERM).name)"
     )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 
 from tandem.errors import TandemError, UserError
-from tandem.runtime.host_memory import available_memory
+from tandem.runtime.host_memory import available_memory, most_resident
 from tandem.runtime.launch import launched
 
 DTYPES = {
@@ -25,17 +23,6 @@ DTYPES = {
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 _CPU_ROWS = 2048  # larger products are no faster on a CPU, and do not fit the caches
 _GPU_ROWS = 32768
-
-
-def most_resident() -> int:
-    """Return the peak of this process's resident memory in bytes."""
-    # ru_maxrss would count the parent's memory when it started this process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class BatchShapes(Protocol):

@@ -1,8 +1,9 @@
-"""Memory of the machine: how much this process may still take, and giving back what is free."""
+"""Memory of the machine: what this process took, what it may still take, giving it back."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +15,19 @@ import psutil
 _Names = tuple[tuple[str, ...], str, str]
 _V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 _V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
-
-
 # glibc's M_MMAP_THRESHOLD, and the bytes from which a block of memory is mapped by itself.
 _MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+
+
+def most_resident() -> int:
+    """Return the peak of this process's resident memory in bytes."""
+    # ru_maxrss would count the parent's memory when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def give_back_freed_memory() -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -155,10 +156,16 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages on which results depend, without importing them."""
     numbers = {"tandem": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "accelerate", "tokenizers"):
-        numbers[name] = metadata.version(name)
+        numbers[name] = _version(name)
     with suppress(metadata.PackageNotFoundError):  # an extra
-        numbers["bitsandbytes"] = metadata.version("bitsandbytes")
+        numbers["bitsandbytes"] = _version("bitsandbytes")
     return numbers
+
+
+@cache
+def _version(name: str) -> str:
+    """A package's version, looked up once: a package's page is parsed as a whole for it."""
+    return metadata.version(name)
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

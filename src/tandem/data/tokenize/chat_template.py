@@ -302,6 +302,8 @@ def _random_part(template: ChatTemplate) -> str:
     import jinja2
 
     for source in (template.source, *dict(template.named).values()):
+        if "random" not in source and "lipsum" not in source:
+            continue
         try:
             tree = parse_template(source)
         except jinja2.TemplateError:  # reported when it is rendered
