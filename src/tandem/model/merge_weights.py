@@ -27,7 +27,7 @@ from tandem.storage.hashing import weight_files, weight_index
 # Numbers of a weight that are summed at once, few enough for a processor's cache.
 _BLOCK = 1 << 18
 # Tensors that may wait for the disk while the next are computed.
-_AHEAD = 3
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class MergedShards:
     """The shards of a merged model, open until the end of a `with` block.
 
     A weight's tensors are written when the weight is asked for, or else by `finish`. Files, and
-    names in them, are the base's own, also where the model has others in memory. A second thread
-    writes and reads back what was computed, so that a few tensors are in memory at a time.
+    names in them, are the base's own, also where the model has others in memory. Other threads
+    write and read back what was computed, so that a few tensors are in memory at a time.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class MergedShards:
         self._writers = {
             file: ShardWriter(output / file.name, named) for file, named in kinds.items()
         }
-        self._disk = ThreadPoolExecutor(max_workers=1)
+        # One writes and reads back while the other waits for the disk.
+        self._disk = ThreadPoolExecutor(max_workers=2)
         self._storing: deque[Future[None]] = deque()
 
     def __enter__(self) -> MergedShards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class TensorKind:
 class ShardWriter:
     """An open file of the bytes that safetensors' `save_file` would write.
 
-    It has its full size from the start, and no more than one tensor is in memory.
+    It has its full size from the start, and no more than one tensor is in memory. Several threads
+    may write, each its own tensors.
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, TensorKind]) -> None:
@@ -44,9 +46,9 @@ class ShardWriter:
         self._kinds = dict(kinds)
         self._missing = set(kinds)
         header, self._offsets, size = _layout(self._kinds)
-        self._file = path.open("w+b")
+        self._file = path.open("w+b", buffering=0)
         self._file.truncate(size)
-        self._file.write(header)
+        self._write_at(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         self._unsynced = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -54,25 +56,24 @@ class ShardWriter:
         kind = TensorKind(tuple(tensor.shape), tensor.dtype)
         if kind != self._kinds[name]:
             raise ValueError(f"{name} was announced as {self._kinds[name]} and is {kind}")
-        self._file.seek(self._offsets[name])
-        self._file.write(_bytes_of(tensor).numpy().data)
+        self._write_at(self._offsets[name], _bytes_of(tensor))
         self._missing.discard(name)
         self._unsynced += kind.nbytes
         if self._unsynced >= _AT_ONCE:
-            self._file.flush()
-            sync_open(self._file.fileno())
             self._unsynced = 0
+            sync_open(self._file.fileno())
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Whether the file gives back a tensor's bytes under a name."""
         piece = torch.empty(_PIECE, dtype=torch.uint8)
-        self._file.seek(self._offsets[name])
+        place = self._offsets[name]
         for expected in _bytes_of(tensor).split(_PIECE):
             found = piece[: len(expected)]
-            if self._file.readinto(found.numpy().data) != len(found):
+            if os.preadv(self._file.fileno(), [found.numpy().data], place) != len(found):
                 return False
             if not torch.equal(found, expected):
                 return False
+            place += len(found)
         return True
 
     def check_whole(self) -> None:
@@ -83,6 +84,13 @@ class ShardWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _write_at(self, place: int, values: Tensor) -> None:
+        """Write bytes at a place in the file; the system may take a part at a time."""
+        left = values.numpy().data
+        while len(left):
+            written = os.pwrite(self._file.fileno(), left, place)
+            left, place = left[written:], place + written
 
 
 def _layout(kinds: Mapping[str, TensorKind]) -> tuple[bytes, dict[str, int], int]:

@@ -55,7 +55,7 @@ _PROBES = (
 )
 _MAX_TOKENS = 256
 # Of models with more parameters a few tokens show the same, and take as long as the disk.
-_LARGE, _FEW_TOKENS = 500_000_000, 12
+_LARGE, _FEW_TOKENS = 500_000_000, 5
 
 
 def run_merge(job: MergeJob, console: Console) -> Path:

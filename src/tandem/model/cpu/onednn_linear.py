@@ -24,15 +24,18 @@ _EXPECTED_ROWS = 1024
 _SLIM_ROWS = 4
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, slim_rows: int = _SLIM_ROWS
+) -> Tensor:
     """x @ weight.T + bias without a gradient for anything: [..., K] to [..., N] in x's dtype.
 
     `weight` is [N, K], of any strides, or in oneDNN's own order (see `Ordered`); one that is
-    narrower than x is widened for this product (see `stored_weights`).
+    narrower than x is widened for this product (see `stored_weights`). Up to so many `slim_rows`
+    take the kernel that reads it once, as it is.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    if 0 < x.numel() <= _SLIM_ROWS * x.shape[-1] and weight.layout == torch.strided:
+    if 0 < x.numel() <= slim_rows * x.shape[-1] and weight.layout == torch.strided:
         slim = slim_product(x, weight)
         if slim is not None:
             return slim if bias is None else slim.add_(bias)
@@ -76,13 +79,13 @@ class Plain:
         return self.forward.T
 
 
-def speed_up_frozen_products(model: nn.Module) -> None:
+def speed_up_frozen_products(model: nn.Module, *, slim_rows: int = _SLIM_ROWS) -> None:
     """Send the products of a model's linear layers through `product` while they are frozen."""
     if not (_AVAILABLE or is_stored(model)):
         return
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, slim_rows)  # type: ignore[method-assign]
 
 
 def bytes_to_order(model: nn.Module) -> int:
@@ -148,12 +151,12 @@ def _multiplied(weight: Tensor) -> bool:
     return _AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, slim_rows: int, x: Tensor) -> Tensor:
     if not takes_frozen(x, layer):
         return F.linear(x, layer.weight, layer.bias)
     weights = weights_of(layer)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return product(x, weights.forward, layer.bias)
+        return product(x, weights.forward, layer.bias, slim_rows=slim_rows)
     return _FrozenProduct.apply(x, weights, layer.bias)
 
 
