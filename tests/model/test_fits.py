@@ -9,7 +9,7 @@ import torch
 
 from tandem.errors import UserError
 from tandem.model.load_model import check_fits, load_model
-from tandem.model.model_folder import load_config
+from tandem.model.model_folder import load_config, model_without_weights
 from tandem.runtime.device import Device
 
 from ..stages.made_inputs import make_model_folder
@@ -44,21 +44,26 @@ def test_the_place_where_weights_stay_is_asked(
         with pytest.raises(UserError, match=r"0\.0 GB on cuda are free.*`quantization: nf4`"):
             load_model(folder, dtype=torch.bfloat16, device="cuda", quantization=quantization)
     free |= {"cpu": 100, "cuda": 10**12}
-    check_fits(folder, load_config(folder), dtype=torch.bfloat16, device=torch.device("cuda"))
+    check_fits(
+        folder,
+        model_without_weights(load_config(folder)),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
 
 
 def test_what_is_shared_and_what_is_quantised_takes_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model_folder(tmp_path / "model")
-    config, host = load_config(folder), torch.device("cpu")
+    described, host = model_without_weights(load_config(folder)), torch.device("cpu")
     model = load_model(folder, dtype=torch.float32)
     numbers = sum(weight.numel() for weight in model.parameters())
     monkeypatch.setattr(Device, "free_memory", lambda _: numbers * 2)
-    check_fits(folder, config, dtype=torch.float32, device=host, processes=2)
+    check_fits(folder, described, dtype=torch.float32, device=host, processes=2)
     with pytest.raises(UserError, match="shared by 2 processes"):
-        check_fits(folder, config, dtype=torch.float64, device=host, processes=2)
+        check_fits(folder, described, dtype=torch.float64, device=host, processes=2)
     monkeypatch.setattr(Device, "free_memory", lambda _: numbers * 3)
-    check_fits(folder, config, dtype=torch.float32, device=host, quantization="nf4")
+    check_fits(folder, described, dtype=torch.float32, device=host, quantization="nf4")
     with pytest.raises(UserError, match=r"GB in float32, and"):
-        check_fits(folder, config, dtype=torch.float32, device=host)
+        check_fits(folder, described, dtype=torch.float32, device=host)

@@ -69,7 +69,8 @@ def load_model(
     transformers would fill with random numbers, and for one that does not fit into memory.
     """
     config, place = load_config(folder), torch.device(device)
-    check_whole(folder, config)
+    described = model_without_weights(config, folder)
+    check_whole(folder, described)
     prequantized = _quantized_already(config)
     if quantization and prequantized:
         raise UserError(
@@ -82,9 +83,11 @@ def load_model(
             f"weights stay {_named(stored)} in memory, as they are stored, and are widened where "
             "they are used: the results are those of float32 weights"
         )
-    check_fits(folder, config, dtype=dtype, stored=stored, device=place, quantization=quantization)
+    check_fits(
+        folder, described, dtype=dtype, stored=stored, device=place, quantization=quantization
+    )
     if quantization is not None:
-        model = _in_4_bits(folder, config, dtype, place, rounded_from or dtype)
+        model = _in_4_bits(folder, described, dtype, place, rounded_from or dtype)
     elif stored is not None or (place.type != "cpu" and not prequantized):
         model = read_model(folder, config, dtype=dtype, device=place, stored=stored is not None)
     else:
@@ -99,9 +102,10 @@ def load_in_layers(folder: Path, *, dtype: torch.dtype, processes: int) -> Any:
     `load_model` does.
     """
     config = load_config(folder)
-    check_whole(folder, config)
+    described = model_without_weights(config, folder)
+    check_whole(folder, described)
     host = torch.device("cpu")
-    check_fits(folder, config, dtype=dtype, device=host, processes=processes)
+    check_fits(folder, described, dtype=dtype, device=host, processes=processes)
     if _quantized_already(config):  # its maker's library reads it
         model = _loaded(folder, dtype)
     else:
@@ -110,10 +114,10 @@ def load_in_layers(folder: Path, *, dtype: torch.dtype, processes: int) -> Any:
 
 
 def _in_4_bits(
-    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, source: torch.dtype
+    folder: Path, described: Any, dtype: torch.dtype, device: torch.device, source: torch.dtype
 ) -> Any:
     """A model that is quantised as it is read: one layer at a time is there in its own dtype."""
-    kept = unreached_layers(model_without_weights(config, folder))
+    kept = unreached_layers(described)
     made: list[Quantizer] = []
 
     def quantized(model: Any, modules: Sequence[nn.Module]) -> None:
@@ -124,7 +128,7 @@ def _in_4_bits(
             give_back_now()
 
     host = torch.device("cpu")
-    model = read_model(folder, config, dtype=dtype, device=host, filled=quantized)
+    model = read_model(folder, described.config, dtype=dtype, device=host, filled=quantized)
     made[0].finish()
     return model.to(device)
 
@@ -175,7 +179,7 @@ def stored_dtype(
 
 def check_fits(
     folder: Path,
-    config: Any,
+    described: Any,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -185,9 +189,10 @@ def check_fits(
 ) -> None:
     """Raise UserError for a model whose weights take more memory than is free; see `load_model`.
 
-    `stored` is the dtype of weights that stay narrow; `processes` share the weights.
+    `described` is the model without weights, `stored` the dtype of weights that stay narrow;
+    `processes` share the weights.
     """
-    taken = _bytes_taken(config, stored or dtype, dtype, quantization) // processes
+    taken = _bytes_taken(described, stored or dtype, dtype, quantization) // processes
     free = Device(device, dtype).free_memory()
     if taken > free:
         form = quantization or _named(stored or dtype)
@@ -202,10 +207,9 @@ def check_fits(
 
 
 def _bytes_taken(
-    config: Any, dtype: torch.dtype, widest: torch.dtype, quantization: str | None
+    model: Any, dtype: torch.dtype, widest: torch.dtype, quantization: str | None
 ) -> int:
     """What a model's weights take: matrices of layers in `dtype` or in 4 bits, others `widest`."""
-    model = model_without_weights(config)
     head = model.get_output_embeddings()
     bits = {}
     for module in model.modules():

@@ -241,8 +241,10 @@ def model_without_weights(config: Any, folder: Path | None = None) -> Any:
     return model.eval()
 
 
-def check_whole(folder: Path, config: Any) -> None:
+def check_whole(folder: Path, described: Any) -> None:
     """Raise UserError when the files hold fewer numbers than config.json's model has.
+
+    `described` is that model without weights.
 
     Loading would allocate the model that config.json describes, whatever size it is, and fill what
     is missing with random numbers. Only the files' headers are read. Quantised weights are packed,
@@ -251,9 +253,8 @@ def check_whole(folder: Path, config: Any) -> None:
     from tandem.model.weight_files import parts_of, read_headers
 
     headers = read_headers(folder)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(described.config, "quantization_config", None) is not None:
         return
-    described = model_without_weights(config, folder)
     wanted = {name: parameter.numel() for name, parameter in described.named_parameters()}
     there = sum(math.prod(header.shape) for header in headers.values())
     if there < sum(wanted.values()):
