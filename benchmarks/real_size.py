@@ -326,9 +326,10 @@ def page(options: argparse.Namespace, size: int, written: float, ran: Sequence[R
         f"{minutes:.0f} minutes, the writing of the model ({written / 60:.1f}) included, and at "
         f"most {most / 2**30:.1f} GiB: {'within' if kept else '**beyond**'} {_LIMIT_MINUTES} "
         f"minutes and {_LIMIT_BYTES >> 30} GiB. A stage's time is that of its whole command, "
-        "imports and hashes included. Memory is that of one process; what lies in pages of the "
-        "weights' files is let go when memory is needed. Read is what the process asked for; "
-        "weights that it maps are not in it.",
+        "imports and hashes included. Needed are 4 operations for each weight of the layers and "
+        "token; computing activations again adds half as much. Memory is that of one process; what "
+        "lies in pages of the weights' files is let go when memory is needed. Read is what the "
+        "process asked for; weights that it maps are not in it.",
         "",
         f"{environment.processor}, cores: {environment.threads}. {environment.versions}.",
     ]
