@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +245,29 @@ def test_a_template_may_be_chosen(tiny_model: Path, trained: Path, tmp_path: Pat
 
     folder = merged(tiny_model, trained, tmp_path / "out", chat_template="chatml")
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(str(folder)).chat_template
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another shape"])
+def test_a_damaged_shard_is_named_before_anything_is_written(
+    damage: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    load(tiny_model).save_pretrained(base, max_shard_size="20KB")
+    shard = sorted(base.glob("*.safetensors"))[1]
+    name, tensor = next(iter(load_file(shard).items()))
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        turned = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype)
+        save_file({**load_file(shard), name: turned}, shard, metadata={"format": "pt"})
+    monkeypatch.setattr(ShardWriter, "__init__", lambda *_: pytest.fail("it was written"))
+    named = name if damage == "of another shape" else shard.name
+    with pytest.raises(UserError, match=re.escape(named)):
+        merged(base, trained, tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_merged_is_named(tiny_model: Path, trained: Path, tmp_path: Path) -> None:
