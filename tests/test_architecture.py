@@ -199,6 +199,7 @@ MODEL_ORDER = (
     {"prepare_model"},
     {"base_model"},
     {"load_model"},
+    {"merge_sums"},
     {"merge_weights"},
     {"layer_walk"},
     {"verify_merge"},

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -52,7 +52,7 @@ class Desk:
             return plan.pop(0) if plan else None
 
     def go(self) -> None:
-        """A request is done with."""
+        """A request is about to be answered."""
         with self._lock:
             self._at_once -= 1
 
@@ -76,14 +76,12 @@ def badly_behaved() -> Iterator[Desk]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             trouble = desk.come(body, dict(self.headers))
-            try:
-                if desk.delay:
-                    time.sleep(desk.delay)
+            if desk.delay:
+                time.sleep(desk.delay)
+            # Once the client has the answer, its next request may come before this thread goes on.
+            desk.go()
+            with suppress(OSError):  # the client has left
                 misbehave(self, desk, body, trouble)
-            except OSError:
-                pass  # the client has left
-            finally:
-                desk.go()
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

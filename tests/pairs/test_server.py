@@ -52,6 +52,7 @@ def found(client: ChatServer, *texts: str) -> list[Reply | Failure]:
 
 def test_every_request_gets_its_own_answer(desk: Desk) -> None:
     texts = [f"question {i}" for i in range(50)]
+    desk.delay = 0.01
     answers = found(server(desk, concurrency=4), *texts)
     assert answers == [Reply(f"to {text}", True) for text in texts]
     assert 1 < desk.most_at_once <= 4

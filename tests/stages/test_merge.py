@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tandem.errors import UserError
-from tandem.model import layer_walk, merge_weights
+from tandem.model import layer_walk, merge_sums
 from tandem.model.layer_walk import walk
 from tandem.model.load_model import load_adapter
 from tandem.model.lora.adapter_folder import LowRankUpdate, read_updates
@@ -115,7 +117,7 @@ def test_a_corrupted_merge_is_refused_and_leaves_nothing(
     fault: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the sums' own check passes over, the log-probs show."""
-    plain = merge_weights.low_rank_sum
+    plain = merge_sums.low_rank_sum
     count = 0
 
     def wrong(
@@ -126,9 +128,9 @@ def test_a_corrupted_merge_is_refused_and_leaves_nothing(
         factor = {"forgotten": 0, "doubled": 2, "one weight": int(count > 1)}[fault]
         return plain(weight, a, b, scale * factor)
 
-    monkeypatch.setattr(merge_weights, "low_rank_sum", wrong)
+    monkeypatch.setattr(merge_sums, "low_rank_sum", wrong)
     if fault != "one weight":  # whose effect may be small
-        monkeypatch.setattr(merge_weights, "_is_sum", lambda *_: True)
+        monkeypatch.setattr(merge_sums, "_is_sum", lambda *_: True)
     with pytest.raises(UserError, match="does not compute what base and adapter do"):
         merged(tiny_model, trained, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -188,10 +190,10 @@ def test_a_model_that_cannot_be_walked_is_compared_whole_or_by_its_tensors(
 def test_a_sum_that_is_a_hundredth_wrong_is_noticed(
     compiled: bool, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, delta = merge_weights.low_rank_sum, LowRankUpdate.delta
+    plain, delta = merge_sums.low_rank_sum, LowRankUpdate.delta
     monkeypatch.setattr(LowRankUpdate, "delta", lambda self: delta(self) * 1.01)
     monkeypatch.setattr(
-        merge_weights,
+        merge_sums,
         "low_rank_sum",
         lambda weight, a, b, scale: plain(weight, a, b, scale * 1.01) if compiled else None,
     )
@@ -243,6 +245,29 @@ def test_a_template_may_be_chosen(tiny_model: Path, trained: Path, tmp_path: Pat
 
     folder = merged(tiny_model, trained, tmp_path / "out", chat_template="chatml")
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(str(folder)).chat_template
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another shape"])
+def test_a_damaged_shard_is_named_before_anything_is_written(
+    damage: str, tiny_model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    load(tiny_model).save_pretrained(base, max_shard_size="20KB")
+    shard = sorted(base.glob("*.safetensors"))[1]
+    name, tensor = next(iter(load_file(shard).items()))
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        turned = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype)
+        save_file({**load_file(shard), name: turned}, shard, metadata={"format": "pt"})
+    monkeypatch.setattr(ShardWriter, "__init__", lambda *_: pytest.fail("it was written"))
+    named = name if damage == "of another shape" else shard.name
+    with pytest.raises(UserError, match=re.escape(named)):
+        merged(base, trained, tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_merged_is_named(tiny_model: Path, trained: Path, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.model.load_model import load_adapter, load_model
+from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.trained_weights import trainable_parameters
 from tandem.model.weight_files import parts_of
+from tandem.recipe.training_settings import LoraSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json
 from tests.jobs import training_job
@@ -29,7 +32,8 @@ WEIGHTS = "model.safetensors"
 Form = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ALL = {**TREES, **{name: family for name, (family, _) in PADDED.items()}}
 # Families whose files have the names in memory, one tensor for each weight, and whose layers are of
-# kinds that others here have: a merge does with them what it does with those.
+# kinds that others here have: what training makes of them is seen in the others, so that an adapter
+# that was not trained shows the same.
 PLAIN = (
     "mistral", "llama tied", "qwen2", "qwen3", "gemma2", "granite", "cohere", "cohere2", "olmo2",
     "smollm3", "glm4", "gpt2 untied", "mamba", "mamba2", "nemotron", "stablelm", "lfm2",
@@ -121,6 +125,27 @@ def test_a_plain_familys_tensors_are_its_weights(name: str) -> None:
     parts = parts_of(model.state_dict(), model)
     assert [(part.weights, part.converter) for part in parts] == [(p.names, None) for p in parts]
     assert {part.names for part in parts} == {(weight,) for weight in model.state_dict()}
+
+
+def made_adapter(base: Path, folder: Path) -> Path:
+    """An adapter of all layers whose numbers are random."""
+    model = load_model(base, dtype=torch.float32)
+    weights = LoraWeights(
+        LoraSettings(rank=2, alpha=4, target_modules="all-linear"), base=str(base)
+    )
+    adapted = weights.attach(model, unreached=unreached_layers(model))
+    tensors = {name: torch.randn_like(t) * 0.1 for name, t in trainable_parameters(adapted).items()}
+    folder.mkdir()
+    weights.save(adapted, folder, tensors)
+    return folder
+
+
+def test_plain_families_are_merged_and_loaded(tmp_path: Path) -> None:
+    for name in PLAIN:
+        root = tmp_path / name.replace(" ", "-")
+        root.mkdir()
+        base = make_base(root / "base", config_of(name))
+        check_merged(base, made_adapter(base, root / "adapter"), root / "merged")
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in PLAIN])

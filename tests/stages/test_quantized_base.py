@@ -201,7 +201,7 @@ def test_another_merge_is_noticed(
         whole = merge(tiny_model, trained, tmp_path / "whole", force=True)
     finally:
         aside.rename(record)
-    from tandem.model import merge_weights as module
+    from tandem.model import merge_sums as module
 
     original = module._add
 
