@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tandem.runtime.host_memory import available_memory
+from tandem.runtime import host_memory
+from tandem.runtime.host_memory import (
+    available_memory,
+    freed_memory_kept,
+    give_back_freed_memory,
+)
 
 GB = 10**9
 
@@ -79,3 +84,15 @@ def test_files_that_say_nonsense_are_passed_over(tmp_path: Path) -> None:
         "sys/fs/cgroup/a/memory.current": 1, "sys/fs/cgroup/a/memory.stat": "",
     })  # fmt: skip
     assert available_memory(tmp_path) == 20 * GB
+
+
+def test_what_is_usual_comes_back_after_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an engine that shards can give memory back after a merge in the same process."""
+    seen: list[dict[int, int]] = []
+    monkeypatch.setattr(host_memory, "_set", lambda options: seen.append(dict(options)))
+    with pytest.raises(ValueError, match="a fault"), freed_memory_kept():
+        raise ValueError("a fault")
+    inside, after = seen
+    assert inside.keys() < after.keys()
+    give_back_freed_memory()
+    assert seen[2].keys() < after.keys()

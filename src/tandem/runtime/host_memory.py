@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,8 +15,11 @@ import psutil
 _Names = tuple[tuple[str, ...], str, str]
 _V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 _V2: _Names = (("memory.max", "memory.high"), "memory.current", "inactive_file")
-# glibc's M_MMAP_THRESHOLD, and the bytes from which a block of memory is mapped by itself.
-_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+# glibc's names of what mallopt sets, in <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_LARGE = 4 << 20  # bytes from which a block of memory is mapped by itself
+# What glibc comes to by itself in a program that frees large blocks, and its number of maps.
+_USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
 
 
 def most_resident() -> int:
@@ -36,8 +39,27 @@ def give_back_freed_memory() -> None:
     glibc keeps blocks of up to 32 MB for later. Where weights are gathered and let go layer by
     layer, what it keeps becomes as large as the model.
     """
+    _set({_MMAP_THRESHOLD: _LARGE})
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, keep what is freed for the next block, whatever its size, up to 2 GB.
+
+    The system would clear each page of a large block once more. For work that takes and frees many.
+    """
+    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: (1 << 31) - 1})
+    try:
+        yield
+    finally:
+        _set(_USUAL)
+        give_back_now()
+
+
+def _set(options: Mapping[int, int]) -> None:
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def give_back_now() -> None:

@@ -36,6 +36,7 @@ from tandem.model.weight_files import HEADS, check_sums
 from tandem.recipe.jobs import MergeJob
 from tandem.runtime.console import log, say_finished
 from tandem.runtime.device import Device, torch_dtype
+from tandem.runtime.host_memory import freed_memory_kept
 from tandem.stages.finished import merge_inputs
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
@@ -87,7 +88,7 @@ def run_merge(job: MergeJob, console: Console) -> Path:
         began = time.perf_counter()
         device = choose_device(job.run.device, "auto")
         try:
-            with atomic_folder(folder / "saving") as aside:
+            with atomic_folder(folder / "saving") as aside, freed_memory_kept():
                 checked = work.into(aside, job.run.chat_template, device, report)
         except UserError:
             if opened.state == "fresh":  # nothing was made, so nothing is left behind
