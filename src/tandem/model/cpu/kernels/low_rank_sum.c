@@ -18,7 +18,7 @@ enum { SUM_ROWS = 8, SUM_VECTORS = 2 };
             for (int r = 0; r < rows; r++) {                                                                       \
                 vec left = splat(b[r * rank + d]);                                                                 \
                 _Pragma("GCC unroll 8")                                                                            \
-                for (int v = 0; v < vectors; v++) sum[r][v] += left * load(a + (v * rank + d) * LANES);              \
+                for (int v = 0; v < vectors; v++) sum[r][v] += left * load(a + (v * rank + d) * LANES);            \
             }                                                                                                      \
         _Pragma("GCC unroll 8")                                                                                    \
         for (int r = 0; r < rows; r++)                                                                             \
@@ -49,10 +49,10 @@ enum { SUM_ROWS = 8, SUM_VECTORS = 2 };
             index_t k = 0;                                                                                         \
             if (rows == SUM_ROWS)                                                                                  \
                 for (; k + SUM_VECTORS * LANES <= columns; k += SUM_VECTORS * LANES)                               \
-                    block_##NAME(from + k, a + k * rank, b + n * rank, to + k, columns, rank, scale, squares, SUM_ROWS,   \
-                                 SUM_VECTORS);                                                                     \
+                    block_##NAME(from + k, a + k * rank, b + n * rank, to + k, columns, rank, scale, squares,      \
+                                 SUM_ROWS, SUM_VECTORS);                                                           \
             for (; k < columns; k += LANES)                                                                        \
-                block_##NAME(from + k, a + k * rank, b + n * rank, to + k, columns, rank, scale, squares, rows, 1);       \
+                block_##NAME(from + k, a + k * rank, b + n * rank, to + k, columns, rank, scale, squares, rows, 1); \
             for (int r = 0; r < rows; r++) norms[n + r] = sum_lanes(squares[r]);                                   \
         }                                                                                                          \
     }

@@ -5,7 +5,6 @@
 #include <immintrin.h>
 #endif
 
-
 typedef uint16_t narrow_vec __attribute__((vector_size(LANES * 2), aligned(2)));
 
 INLINE vec widen_f32(const float *p) { return load(p); }
