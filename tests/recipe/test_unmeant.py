@@ -10,7 +10,8 @@ import pytest
 from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.recipe.load_recipe import load_recipe
-from tandem.recipe.training_settings import SftSettings, unmeant
+from tandem.recipe.training_settings import SftSettings
+from tandem.recipe.unmeant import unmeant
 
 DATA: Any = ({"path": "d.jsonl"},)
 

@@ -27,7 +27,8 @@ from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings, unmeant
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
+from tandem.recipe.unmeant import unmeant
 from tandem.storage.run_folder import made_pairs, stage_folder
 
 _ROWS = 20  # parsable rows that may tell a kind; the readers look at no more

@@ -59,7 +59,7 @@ def dry_run_text(recipe: Recipe, *, until: str | None, start: str | None) -> str
     """
     from tandem.recipe.load_recipe import recipe_to_yaml
     from tandem.recipe.recipe import asked_for, stages_of
-    from tandem.recipe.training_settings import unmeant
+    from tandem.recipe.unmeant import unmeant
 
     planned = stages_of(recipe)
     asked = asked_for(planned, until=until, start=start)

@@ -36,7 +36,8 @@ from tandem.plan.workload import Workload, count_work, guess_work
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
-from tandem.recipe.training_settings import TrainingSettings, unmeant
+from tandem.recipe.training_settings import TrainingSettings
+from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every

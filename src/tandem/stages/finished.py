@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 
 from tandem.data.resolve_sources import (
@@ -34,6 +35,7 @@ from tandem.model.model_folder import (
 )
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import MergeJob, TrainingJob
+from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log, say_finished
 from tandem.runtime.launch import launched
 from tandem.storage.folder_lock import check_free, folder_lock
@@ -50,6 +52,18 @@ _NOT_MATHEMATICS: Any = {
     "max_dropped": True,
     "validation": {"data"},
 }
+# Settings of the first version. Those that came later count only where they are not their default,
+# so that stages of earlier versions are recognised.
+_OF_THE_FIRST_VERSION = frozenset({
+    "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
+    "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lora", "max_length", "too_long", "max_prompt_length", "validation", "keep", "best_metric",
+    "on_bad_record", "loss_on", "beta",
+    # of `lora`
+    "rank", "alpha", "dropout", "target_modules",
+    # of `validation`
+    "split", "fraction", "steps",
+})  # fmt: skip
 
 
 def training_inputs(
@@ -87,10 +101,25 @@ def training_inputs(
             "hash": hash_bytes(template.source.encode()),
             **({"named": hash_json(template.named)} if template.named else {}),
         },
-        "settings": job.settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS),
+        "settings": _that_count(job.settings),
         "seed": run.seed,
         "dtype": dtype,
     }
+
+
+def _that_count(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that change what is computed, by key."""
+
+    def keep(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+        kept = {}
+        for key, value in dumped.items():
+            own = getattr(section, key)
+            if key not in _OF_THE_FIRST_VERSION and own == type(section).model_fields[key].default:
+                continue
+            kept[key] = keep(own, value) if isinstance(own, BaseModel) else value
+        return kept
+
+    return keep(settings, settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS))
 
 
 def merge_inputs(job: MergeJob, base: Path) -> dict[str, Any]:

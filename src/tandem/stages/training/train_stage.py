@@ -21,7 +21,7 @@ from tandem.model.base_model import BaseModelInfo, load_base_info
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.training_settings import unmeant
+from tandem.recipe.unmeant import unmeant
 from tandem.runtime.console import StageProgress, log, say_finished
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join

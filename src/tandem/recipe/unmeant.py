@@ -1,0 +1,70 @@
+"""Warnings of training settings that have no sensible effect."""
+
+from __future__ import annotations
+
+import math
+
+from tandem.recipe.training_settings import TrainingSettings
+
+# AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
+# are a few hundredths large: one step of this size overwrites them.
+_HUGE_RATE = 0.1
+
+
+def unmeant(
+    settings: TrainingSettings, *, steps: int | None, records: int | None, processes: int = 1
+) -> list[str]:
+    """Return a sentence on each setting that has no sensible effect.
+
+    `steps` are those of the whole run and `records` those that are trained on, None while unknown.
+    """
+    warnings = []
+    if settings.learning_rate >= _HUGE_RATE:
+        warnings.append(
+            f"learning_rate {settings.learning_rate:g} is larger than the weights themselves; "
+            "usual ones are between 1e-6 and 1e-3"
+        )
+    if records is not None and settings.batch_size > records:
+        warnings.append(
+            f"batch_size {settings.batch_size} is more than the {records} records that there are: "
+            f"each step takes these {records}, and is an epoch"
+        )
+    if settings.batch_size < processes:
+        warnings.append(
+            f"batch_size {settings.batch_size} is less than the {processes} processes: some have "
+            "nothing to do in a step"
+        )
+    return warnings if steps is None else [*warnings, *_beyond(settings, steps)]
+
+
+def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
+    """Return a sentence on each setting whose number of steps the run does not reach."""
+    run = f"the run's {steps} step{'s' if steps != 1 else ''}"
+    warnings = []
+    warm_up = settings.warmup_steps
+    if warm_up is None:
+        warm_up = math.ceil(steps * (settings.warmup_ratio or 0.0))
+    if warm_up and warm_up >= steps:
+        reached = settings.learning_rate * (steps - 1) / warm_up
+        named = "warmup_ratio" if settings.warmup_steps is None else f"warmup_steps {warm_up}"
+        warnings.append(
+            f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
+            f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
+        )
+    if settings.logging_steps > steps:
+        warnings.append(
+            f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "
+            "at the end, and there is no curve"
+        )
+    if settings.save_steps is not None and settings.save_steps > steps:
+        warnings.append(
+            f"save_steps {settings.save_steps} is more than {run}: there is no checkpoint before "
+            "the end, and a stopped run starts over"
+        )
+    scored = None if settings.validation is None else settings.validation.steps
+    if scored is not None and scored > steps:
+        warnings.append(
+            f"validation.steps {scored} is more than {run}: held-out records are scored only "
+            "before the first step and at the end"
+        )
+    return warnings
