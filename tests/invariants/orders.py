@@ -31,12 +31,8 @@ from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    SftSettings,
-    ValidationSettings,
-)
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings, ValidationSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import reference_logps

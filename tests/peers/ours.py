@@ -24,7 +24,7 @@ from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.engines.replicated import ReplicatedEngine
-from tandem.train.losses.objectives import Objective
+from tandem.train.objectives.objective import Objective
 
 from .plain import ALPHA, RANK
 
@@ -81,8 +81,10 @@ def scores(engine: Engine, trees: Sequence[Example]) -> Tensor:
 
 def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -> dict[str, float]:
     """Forward and backward of one step over all trees; returns the objective's metrics."""
-    denominator = objective.denominator(trees)
+    denominator = objective.begin(trees, range(len(trees)))
     sums: dict[str, float] = {"count": denominator}
+    if objective.couples:
+        objective.see_step(scores(engine, trees).flatten())
     for members in micro_batches(trees):
         logps = engine.score(collate([trees[i] for i in members]))
         part = objective.loss(logps, torch.ones_like(logps), members, first_step=False)

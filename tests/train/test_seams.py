@@ -12,29 +12,24 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import get_scheduler
 
-from tandem.errors import Stopped, UserError
+from tandem.errors import Stopped
+from tandem.losses.answers import AnswerLogps
+from tandem.losses.registry import PREFERENCE_LOSSES, preference_loss
 from tandem.model.prepare_model import FOR_TRAINING, Preparation
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.runtime.device import Device
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
 from tandem.train.engines.engine import Engine, MakeOptimizer
-from tandem.train.losses.objectives import find_loss
-from tandem.train.losses.registry import (
-    PREFERENCE_LOSSES,
-    AnswerLogps,
-    LossValue,
-    preference_loss,
-)
 from tandem.train.optimizers import LR_SCHEDULES, OPTIMIZERS, OptimizerSpec, make_schedule
 
 from ..jobs import training_job
@@ -70,20 +65,17 @@ def _losses_of_before() -> Iterator[None]:
 
 
 def test_a_loss_from_outside_trains(model: Path, tmp_path: Path) -> None:
-    @preference_loss("hinge", reference=True)
-    def hinge(chosen: AnswerLogps, rejected: AnswerLogps, settings: DpoSettings) -> LossValue:
-        margin = settings.beta * (chosen.ratio - rejected.ratio)
-        return LossValue(F.relu(1 - margin), {"margin": margin.detach()})
-
-    class Hinge(DpoSettings):
-        loss: ClassVar[str] = "hinge"
+    @preference_loss("squared", reference=True)
+    def squared(chosen: AnswerLogps, rejected: AnswerLogps, *, beta: float) -> Tensor:
+        return (1 - beta * (chosen.ratio - rejected.ratio)) ** 2
 
     pairs = DataSource(path=str(make_pairs(tmp_path / "pairs.jsonl", 12)))
-    job = training_job(Hinge(data=(pairs,), **COMMON), model, tmp_path / "dpo")
-    lines = read_jsonl(run_dpo(job, QUIET) / "metrics.jsonl")
+    settings = DpoSettings(loss="squared", data=(pairs,), **COMMON)
+    folder = run_dpo(training_job(settings, model, tmp_path / "dpo"), QUIET)
+    lines = read_jsonl(folder / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(1.0, abs=1e-6)
-    assert lines[-1]["loss"] == pytest.approx(1.0 - lines[-1]["margin"], abs=1e-5)
-    assert lines[-1]["margin"] > 0.001
+    assert lines[-1]["loss"] < 0.999
+    assert lines[-1]["rewards/margins"] > 0.001
 
 
 def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
@@ -91,37 +83,25 @@ def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
 ) -> None:
     """It needs no reference, and its statistic is of all pairs of a step."""
 
-    def mean_margin(chosen: AnswerLogps, rejected: AnswerLogps, _: DpoSettings) -> Tensor:
-        return (chosen.policy / chosen.tokens - rejected.policy / rejected.tokens).mean()
+    def mean_margin(chosen: AnswerLogps, rejected: AnswerLogps) -> Tensor:
+        return (chosen.mean - rejected.mean).mean()
 
-    @preference_loss("closest", reference=False, statistic=mean_margin)
-    def closest(
-        chosen: AnswerLogps, rejected: AnswerLogps, settings: DpoSettings, mean: Tensor
-    ) -> LossValue:
-        margin = chosen.policy / chosen.tokens - rejected.policy / rejected.tokens
-        loss = (margin - mean - settings.beta) ** 2
-        return LossValue(loss, {"margin": margin.detach(), "mean": mean.expand_as(margin)})
-
-    class Closest(DpoSettings):
-        loss: ClassVar[str] = "closest"
+    @preference_loss("closest", reference=False, statistic=mean_margin, reward="mean")
+    def closest(chosen: AnswerLogps, rejected: AnswerLogps, mean: Tensor, *, beta: float) -> Tensor:
+        return (chosen.mean - rejected.mean - mean - beta) ** 2
 
     pairs = DataSource(path=str(make_pairs(tmp_path / "pairs.jsonl", 12)))
-    settings = Closest(data=(pairs,), **COMMON)
+    settings = DpoSettings(loss="closest", data=(pairs,), **COMMON)
     for budget in (4096, 40):
         folder = tmp_path / str(budget)
         run_dpo(training_job(settings, model, folder, tokens_per_microbatch=budget), QUIET)
     whole, fine = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("4096", "40"))
     for a, b in zip(whole, fine, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["mean"] == pytest.approx(a["margin"], rel=1e-5)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], rel=1e-4)
     summaries = [read_json(tmp_path / name / "summary.json") for name in ("4096", "40")]
     assert summaries[0]["micro_batches"] < summaries[1]["micro_batches"]
     assert summaries[0]["reference_computed"] == 0
-
-
-def test_a_loss_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UserError, match="there is no loss 'sigmiod'; it may be sigmoid"):
-        find_loss("sigmiod")
 
 
 class SignSgd(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
 from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
 from tandem.recipe.choices import SHARDS
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 from tandem.train.token_budget import activation_bytes, attention_weight
@@ -176,9 +177,8 @@ class StageSetup:
     ) -> StageEstimate:
         """The estimates that follow from the model's shape and the work."""
         again = self.settings.gradient_checkpointing
-        operations = count_operations(
-            shape, work, reference=self.name == "dpo", checkpointing=again
-        )
+        reference = isinstance(self.settings, DpoSettings) and self.settings.needs_reference
+        operations = count_operations(shape, work, reference=reference, checkpointing=again)
         memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
         seconds = reference_seconds = None
         if rate is not None:

@@ -23,6 +23,7 @@ Completions = Literal["best_vs_worst", "best_vs_rest"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 OnBadRecord = Literal["stop", "drop"]
 LossOn = Literal["answers", "text"]
+SftLoss = Literal["nll", "dft"]
 KeptAdapter = Literal["last", "best"]
 BestMetric = Literal["loss", "accuracy", "margin"]
 

@@ -176,6 +176,11 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
+    loss: choices.SftLoss = Field(
+        default="nll",
+        description="What a token costs: its negative log-likelihood, or that times its "
+        "probability (dft, arXiv 2508.05629).",
+    )
     loss_on: choices.LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
@@ -183,21 +188,6 @@ class SftSettings(TrainingSettings):
     learning_rate: PositiveFloat = Field(default=1e-4, description="The peak learning rate.")
     best_metric: Literal["loss"] = Field(
         default="loss", description="What decides under `keep: best`: held-out loss."
-    )
-
-
-class DpoSettings(TrainingSettings):
-    """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
-
-    # No key of a recipe yet: see `train.losses.registry`.
-    loss: ClassVar[str] = "sigmoid"
-
-    data: Sources = Field(
-        default=(), description="Preference pairs; empty: what the pairs stage makes."
-    )
-    learning_rate: PositiveFloat = Field(default=5e-6, description="The peak learning rate.")
-    beta: PositiveFloat = Field(
-        default=0.1, description="How strongly the policy is held to the reference."
     )
 
 

@@ -18,12 +18,13 @@ from pydantic import BaseModel, ValidationError
 from tandem.errors import UserError
 from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location

@@ -60,12 +60,15 @@ def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None)
 
 
 def sequence_digest(prefix: Branch, branch: Branch) -> bytes:
-    """Return the SHA-256 of a sequence's length, token ids and targets, whatever its origin."""
+    """Return the SHA-256 of a sequence's length, tokens, targets and weights, not of its origin."""
     digest = hashlib.sha256()
     digest.update((len(prefix.input_ids) + len(branch.input_ids)).to_bytes(8, "little"))
     for part in (prefix, branch):
         digest.update(part.input_ids.astype("<i4", copy=False).tobytes())
     digest.update(np.packbits(np.concatenate([prefix.trained, branch.trained])).tobytes())
+    for part in (prefix, branch):
+        if part.weights is not None:
+            digest.update(part.weights[part.trained].tobytes())
     return digest.digest()
 
 

@@ -24,6 +24,7 @@ class Branch:
 
     input_ids: TokenIds
     trained: TrainedMask
+    weights: NDArray[np.float32] | None = None  # of each target's log-prob [L]; None: all 1
 
     @property
     def fed(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
 from tandem.model.base_model import BaseModelInfo, lasting_name
 from tandem.model.lora.adapter import LoraWeights
@@ -18,7 +20,7 @@ from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
-from tandem.train.losses.objectives import Objective
+from tandem.train.objectives.objective import Objective
 from tandem.train.token_budget import TokenBudget
 
 
@@ -43,6 +45,9 @@ class BuiltObjective:
     """An objective and what making it cost."""
 
     objective: Objective
+    # what it is a function of, where that is not the encoded records as they are
+    examples: Sequence[Example] | None = None
+    observed: Sequence[Example] | None = None  # see `StepRunner`
     reference_seconds: float = 0.0
     reference_computed: int = 0
 
@@ -64,6 +69,8 @@ class TrainingStage:
     dropout: bool  # whether the adapter's dropout may be on
     warnings: Callable[[list[dict[str, Any]]], list[str]]  # what the finished metrics show
     weights: Callable[[TrainContext], TrainedWeights] = lora_weights  # what is trained
+    # what a token's log-prob is replaced by while the model trains
+    of_token: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

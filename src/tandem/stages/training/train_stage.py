@@ -164,8 +164,7 @@ def _run(
     )  # fmt: skip
     built = _objectives(stage, start, records)
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
-        objectives = [each.objective for each in built]
-        build_trainer(context, run, records, objectives, budget, display).run()
+        build_trainer(context, run, records, built, budget, display).run()
     done = _Done(model, engine.trained(), records, built, run.state, execution, compiled)
     outputs, summary = processes.on_rank0(lambda: _write_adapter(context, done))
     for callback in run.callbacks:

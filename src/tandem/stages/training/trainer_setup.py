@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
+from tandem.data.encoded.example import Example
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
-from tandem.stages.training.context import TrainContext
+from tandem.stages.training.context import BuiltObjective, TrainContext
 from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
-from tandem.train.losses.objectives import Objective
 from tandem.train.optimizers import make_optimizer, make_schedule
 from tandem.train.step import StepRunner
 from tandem.train.token_budget import TokenBudget, attention_weight
@@ -32,7 +32,7 @@ def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor
     """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
     optimizer = partial(make_optimizer, settings=settings, device=engine.device)
-    engine.prepare(model, optimizer, settings.max_grad_norm)
+    engine.prepare(model, optimizer, settings.max_grad_norm, context.stage.of_token)
     if state:
         engine.load_optimizer(state)
 
@@ -41,21 +41,28 @@ def build_trainer(
     context: TrainContext,
     run: TrainingRun,
     records: TrainingData,
-    objectives: Sequence[Objective],
+    objectives: Sequence[BuiltObjective],
     budget: TokenBudget,
     display: StageProgress,
 ) -> Trainer:
     """The loop of a stage, its callbacks before the run's; an objective for each data set."""
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
     weight = attention_weight(context.base.config)
-    runner = partial(StepRunner, context.engine, attention_weight=weight)
+
+    def runner(built: BuiltObjective, dataset: Sequence[Example], **how: Any) -> StepRunner:
+        examples = dataset if built.examples is None else built.examples
+        return StepRunner(
+            context.engine, built.objective, examples, budget, weight,
+            observed=built.observed, **how,
+        )  # fmt: skip
+
     own = [
         MetricsLog(),
         ShowProgress(display),
         SaveCheckpoints(checkpoints, saved_every(settings, total)),
     ]
     if records.held_out is not None:
-        scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
+        scored = runner(objectives[1], records.held_out.dataset, learns=False)
         assert settings.validation is not None
         every = settings.validation.steps or tenth(total)
         best = METRICS[settings.best_metric] if settings.keep == "best" else None
@@ -64,5 +71,5 @@ def build_trainer(
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None
-    steps = runner(objectives[0], records.dataset, budget, dropout_seed=seed)
+    steps = runner(objectives[0], records.dataset, dropout_seed=seed)
     return Trainer(run, steps, make_schedule(settings, total))

@@ -73,15 +73,22 @@ class Engine(ABC):
         _check_accelerate(self.accelerator, device, processes)
 
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        max_grad_norm: float | None,
+        of_token: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Take over a model, on the CPU if `sharded`; clip gradients to `max_grad_norm` if set."""
+        """Take over a model, on the CPU if `sharded`.
+
+        Gradients are clipped to `max_grad_norm` if it is set; `of_token` is as in `sequence_logps`.
+        """
         self.model = model
         self.parameters = trainable_parameters(model)
         self.max_grad_norm = max_grad_norm
         mixed = self.accelerator.mixed_precision != "no"
         precision = self.accelerator.autocast if mixed else nullcontext
-        self.scorer: Any = Scorer(model, precision, self.device.sums)
+        self.scorer: Any = Scorer(model, precision, self.device.sums, of_token)
         self._share(make_optimizer)
 
     def score(self, batch: MicroBatch) -> Tensor:

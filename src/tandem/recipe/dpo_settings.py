@@ -1,0 +1,162 @@
+"""Settings of preference training: the loss, and what each loss makes use of."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from tandem.errors import UserError
+from tandem.losses.answers import DivergenceName
+from tandem.losses.known import find_loss
+from tandem.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+from tandem.recipe.data_source import Sources
+from tandem.recipe.training_settings import TrainingSettings
+
+
+def _parsed(value: object) -> object:
+    """Read a mapping that is written as a text, as on a command line."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        import yaml  # not every start needs it
+
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{value!r} is no mapping of names to weights") from None
+    return value
+
+
+def _checked(value: str | dict[str, float]) -> str | dict[str, float]:
+    names = [value] if isinstance(value, str) else list(value)
+    if not names:
+        raise ValueError("no loss is named; write a name, or a mapping of names to weights")
+    for name in names:
+        try:
+            find_loss(name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    for name, weight in value.items() if isinstance(value, dict) else ():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(
+                f"the weight of {name} is {weight:g}, and must be above 0; leave {name} out if it "
+                "is not to count"
+            )
+    return value
+
+
+Losses = Annotated[str | dict[str, float], BeforeValidator(_parsed), AfterValidator(_checked)]
+
+
+class DpoSettings(TrainingSettings):
+    """Preference training. `data` empty means: the pairs stage's output."""
+
+    data: Sources = Field(
+        default=(), description="Preference pairs; empty: what the pairs stage makes."
+    )
+    learning_rate: PositiveFloat = Field(default=5e-6, description="The peak learning rate.")
+    loss: Losses = Field(
+        default="sigmoid",
+        description="A loss by its name (docs/guide/losses.md), or several with their weights: "
+        "`{sigmoid: 1, sft: 0.1}`.",
+    )
+    beta: PositiveFloat = Field(
+        default=0.1, description="How strongly the policy is held to the reference."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="Probability that a pair's answers are swapped."
+    )
+    f_divergence_type: DivergenceName = Field(
+        default="reverse_kl", description="What holds the policy to the reference."
+    )
+    f_alpha_divergence_coef: PositiveFloat = Field(
+        default=0.5, description="Alpha of the alpha-divergence; at 1 it is the reverse KL."
+    )
+    ld_alpha: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Weight of tokens beyond the shorter answer's length (LD-DPO); null: 1.",
+    )
+    simpo_gamma: NonNegativeFloat = Field(
+        default=0.5, description="SimPO's target margin of the rewards."
+    )
+    cpo_alpha: NonNegativeFloat = Field(
+        default=1.0, description="Weight of the likelihood of chosen answers in CPO."
+    )
+    dpop_lambda: PositiveFloat = Field(
+        default=50.0, description="Weight of a chosen answer's fall in DPO-positive."
+    )
+    discopop_tau: PositiveFloat = Field(
+        default=0.05, description="Temperature of DiscoPOP's blend."
+    )
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The weight of each loss by its name."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else dict(self.loss)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses needs log-probs of a reference."""
+        return any(find_loss(name).reference for name in self.losses)
+
+    @model_serializer(mode="wrap")
+    def _without_idle_options(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only other losses use: it is at its default, and says nothing."""
+        used = {option for name in self.losses for option in find_loss(name).options}
+        dumped: dict[str, Any] = dump(self)
+        return {key: value for key, value in dumped.items() if key in used or key not in _OPTIONS}
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> DpoSettings:
+        losses = [find_loss(name) for name in self.losses]
+        self._check_compared(losses)
+        named = " and ".join(loss.name for loss in losses)
+        used = {option for loss in losses for option in loss.options}
+        for option in _OPTIONS:
+            field = type(self).model_fields[option]
+            if option not in used and getattr(self, option) != field.default:
+                users = ", ".join(_users(option))
+                raise ValueError(
+                    f"{option} has no effect with loss {named}; remove it, or take a loss that "
+                    f"uses it: {users}"
+                )
+        for loss in losses:
+            for option, usual in loss.required.items():
+                if getattr(self, option) == type(self).model_fields[option].default:
+                    raise ValueError(f"loss {loss.name} needs {option}; {usual} is usual")
+        if (
+            self.f_divergence_type != "alpha_divergence"
+            and self.f_alpha_divergence_coef
+            != type(self).model_fields["f_alpha_divergence_coef"].default
+        ):
+            raise ValueError(
+                "f_alpha_divergence_coef has no effect without f_divergence_type: alpha_divergence"
+            )
+        return self
+
+    def _check_compared(self, losses: list[PreferenceLoss]) -> None:
+        kinds = {loss.compared: loss.name for loss in losses}
+        if len(kinds) > 1:
+            listed = " and ".join(f"{name} (of {kind})" for kind, name in kinds.items())
+            raise ValueError(f"{listed} are losses of different things, and cannot be mixed")
+
+
+# Settings that some losses use; `beta` is not among them, because its default is never idle.
+_OPTIONS = (
+    "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "simpo_gamma",
+    "cpo_alpha", "dpop_lambda", "discopop_tau",
+)  # fmt: skip
+
+
+def _users(option: str) -> list[str]:
+    """The losses that use an option."""
+    return [loss.name for loss in PREFERENCE_LOSSES.values() if option in loss.options]
