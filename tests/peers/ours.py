@@ -79,12 +79,17 @@ def scores(engine: Engine, trees: Sequence[Example]) -> Tensor:
     return torch.stack([rows[i] for i in range(len(trees))])
 
 
-def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -> dict[str, float]:
+def accumulate(
+    engine: Engine,
+    trees: Sequence[Example],
+    objective: Objective,
+    observed: Sequence[Example] | None = None,
+) -> dict[str, float]:
     """Forward and backward of one step over all trees; returns the objective's metrics."""
     denominator = objective.begin(trees, range(len(trees)))
     sums: dict[str, float] = {"count": denominator}
     if objective.couples:
-        objective.see_step(scores(engine, trees).flatten())
+        objective.see_step(scores(engine, observed or trees).flatten())
     for members in micro_batches(trees):
         logps = engine.score(collate([trees[i] for i in members]))
         part = objective.loss(logps, torch.ones_like(logps), members, first_step=False)

@@ -143,7 +143,7 @@ def stage_data(
     return CheckTarget(
         stage,
         tuple(sources),
-        options_of(KINDS[stage], settings),
+        options_of(KINDS[stage] if settings is None else settings.trains_on, settings),
         _setting(stage, settings, "max_dropped"),
         validation=tuple(held_out),
         limited=settings is not None,

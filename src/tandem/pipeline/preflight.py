@@ -156,7 +156,7 @@ def _encoded(recipe: Recipe) -> Iterator[tuple[Kind, Sequence[DataSource]]]:
     if recipe.sft is not None:
         yield "conversations", recipe.sft.data
     if recipe.dpo is not None:
-        yield "preference pairs", recipe.dpo.data
+        yield recipe.dpo.trains_on, recipe.dpo.data
     if recipe.evaluate is not None:
         yield "preference pairs", recipe.evaluate.pairs
         yield "conversations", recipe.evaluate.heldout

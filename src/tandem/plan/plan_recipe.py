@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.data.formats.format import Kind
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import is_local, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -47,7 +46,6 @@ from tandem.train.token_budget import token_budget
 
 # Assumed share of trained tokens in data that is not here.
 _ANSWERS = 0.5
-_KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
@@ -292,7 +290,7 @@ class _Planner:
     ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
+        reader = StageReader(stage.name, settings.trains_on, settings, chat, None, self.console)
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _engine(self) -> str:

@@ -18,8 +18,9 @@ EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero
 Quantization = Literal["nf4"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
+RecordKind = Literal["conversations", "preference pairs", "labelled answers"]
 Role = Literal["system", "user", "assistant", "tool"]
-Completions = Literal["best_vs_worst", "best_vs_rest"]
+Completions = Literal["best_vs_worst", "best_vs_rest", "all_pairs", "best_vs_all", "ranked"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 OnBadRecord = Literal["stop", "drop"]
 LossOn = Literal["answers", "text"]

@@ -19,7 +19,8 @@ from pydantic import (
 from tandem.errors import UserError
 from tandem.losses.answers import DivergenceName
 from tandem.losses.known import find_loss
-from tandem.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+from tandem.losses.registry import PREFERENCE_LOSSES, Compared, PreferenceLoss
+from tandem.recipe import choices
 from tandem.recipe.data_source import Sources
 from tandem.recipe.training_settings import TrainingSettings
 
@@ -98,6 +99,26 @@ class DpoSettings(TrainingSettings):
         default=0.05, description="Temperature of DiscoPOP's blend."
     )
 
+    desirable_weight: PositiveFloat = Field(
+        default=1.0, description="Weight of good answers in losses of single answers."
+    )
+    undesirable_weight: PositiveFloat = Field(
+        default=1.0, description="Weight of bad answers in losses of single answers."
+    )
+    score_temperature: PositiveFloat = Field(
+        default=1.0, description="Temperature of the softmax over a row's scores (info_nca, nca)."
+    )
+
+    @property
+    def trains_on(self) -> choices.RecordKind:
+        """Pairs or rows of answers, or single answers with labels, as the loss compares them."""
+        return "labelled answers" if self.compared == "answers" else "preference pairs"
+
+    @property
+    def compared(self) -> Compared:
+        """What the losses compare."""
+        return find_loss(next(iter(self.losses))).compared
+
     @property
     def losses(self) -> dict[str, float]:
         """The weight of each loss by its name."""
@@ -119,6 +140,7 @@ class DpoSettings(TrainingSettings):
     def _fits_the_loss(self) -> DpoSettings:
         losses = [find_loss(name) for name in self.losses]
         self._check_compared(losses)
+        self._check_rows()
         named = " and ".join(loss.name for loss in losses)
         used = {option for loss in losses for option in loss.options}
         for option in _OPTIONS:
@@ -149,11 +171,35 @@ class DpoSettings(TrainingSettings):
             listed = " and ".join(f"{name} (of {kind})" for kind, name in kinds.items())
             raise ValueError(f"{listed} are losses of different things, and cannot be mixed")
 
+    def _check_rows(self) -> None:
+        """Whole rows are what `completions: ranked` makes, and nothing else does."""
+        validation = () if self.validation is None else self.validation.data
+        for source in (*self.data, *validation):
+            ranked = source.completions == "ranked"
+            if self.compared == "rows" and not ranked:
+                raise ValueError(
+                    f"loss {next(iter(self.losses))} compares all answers of a row, but "
+                    f"{source.path} is read as pairs; set its completions to ranked"
+                )
+            if ranked and self.compared != "rows":
+                rows = [one.name for one in PREFERENCE_LOSSES.values() if one.compared == "rows"]
+                raise ValueError(
+                    f"{source.path}: completions: ranked is for losses of whole rows "
+                    f"({', '.join(rows)}); for loss {next(iter(self.losses))} take all_pairs or "
+                    "best_vs_all"
+                )
+        if self.compared == "rows" and not self.data:
+            raise ValueError(
+                f"loss {next(iter(self.losses))} compares all answers of a row, which the pairs "
+                "stage does not make; name data with completions: ranked"
+            )
+
 
 # Settings that some losses use; `beta` is not among them, because its default is never idle.
 _OPTIONS = (
     "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "simpo_gamma",
-    "cpo_alpha", "dpop_lambda", "discopop_tau",
+    "cpo_alpha", "dpop_lambda", "discopop_tau", "desirable_weight", "undesirable_weight",
+    "score_temperature",
 )  # fmt: skip
 
 

@@ -148,6 +148,11 @@ class TrainingSettings(Section):
         "in the ledger.",
     )
 
+    @property
+    def trains_on(self) -> choices.RecordKind:
+        """What the records are that it trains on."""
+        return "conversations"
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSettings:
         if self.keep == "best" and self.validation is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tandem.data.batching.views import with_length_weights
+from tandem.data.batching.views import with_length_weights, with_other_answers
 from tandem.data.encoded.example import Example
 from tandem.errors import UserError
 from tandem.recipe.dpo_settings import DpoSettings
@@ -23,7 +25,9 @@ from tandem.stages.training.train_stage import train_stage
 from tandem.storage.hashing import hash_json
 from tandem.train.callbacks.callback import Callback
 from tandem.train.objectives.answers import Answers
+from tandem.train.objectives.labelled import LabelledObjective
 from tandem.train.objectives.mixture import Mixture
+from tandem.train.objectives.objective import Objective
 from tandem.train.objectives.preference import PreferenceObjective
 from tandem.train.reference_logps import ReferenceStore, reference_logps
 from tandem.wording import chosen_collapse
@@ -45,7 +49,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
     assert isinstance(settings, DpoSettings)
     stage = TrainingStage(
         "dpo",
-        "preference pairs",
+        settings.trains_on,
         lambda inputs: _objective(inputs, settings),
         dropout=False,
         warnings=lambda metrics: _warnings(metrics, settings.beta),
@@ -55,28 +59,62 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
 
 def _objective(inputs: ObjectiveInputs, settings: DpoSettings) -> BuiltObjective:
     mixture, dataset = Mixture.of(settings), inputs.dataset
-    examples: Sequence[Example] = dataset
-    if settings.ld_alpha is not None:
-        examples = with_length_weights(dataset, settings.ld_alpha)
-    began = time.perf_counter()
-    reference, computed = _reference(inputs, examples) if mixture.reference else (None, 0)
-    seconds, count = time.perf_counter() - began, len(dataset)
-    if reference is not None:
-        log(
-            inputs.console,
-            f"dpo: reference log-probs of {count} {inputs.what}pairs, {computed} computed and "
-            f"{count - computed} found in the store, {seconds:.1f} s",
-        )
-    first = np.concatenate([[0], np.cumsum(dataset.branches, dtype=np.int64)])
-    scores = np.where(np.arange(first[-1]) % 2 == 0, 1.0, 0.0)
-    answers = Answers(first, dataset.sequence_targets, scores, reference, mixture.divergence)
+    reference = _Reference(inputs, mixture.reference)
     tolerance = _TOLERANCE[inputs.engine.device.dtype_name]
-    return BuiltObjective(
-        PreferenceObjective(mixture, answers, tolerance),
-        examples,
-        reference_seconds=seconds if mixture.reference else 0.0,
-        reference_computed=computed,
-    )
+    first = np.concatenate([[0], np.cumsum(dataset.branches, dtype=np.int64)])
+    answers = partial(Answers, first, divergence=mixture.divergence)
+    examples: Sequence[Example] = dataset
+    observed: Sequence[Example] | None = None
+    objective: Objective
+    if mixture.compared == "answers":
+        own = answers(dataset.sequence_targets, dataset.scores, reference.logps(dataset, "answers"))
+        other = own
+        if mixture.couples:
+            observed = with_other_answers(dataset, settings.max_length)
+            logps = reference.logps(observed, "answers to other prompts")
+            other = answers(dataset.sequence_targets, dataset.scores, logps)
+        objective = LabelledObjective(mixture, own, other, tolerance)
+    else:
+        if settings.ld_alpha is not None:
+            examples = with_length_weights(dataset, settings.ld_alpha)
+        what = "pairs" if (dataset.branches == 2).all() else "rows"
+        scores = scores_of_pairs(dataset.scores, first)
+        own = answers(dataset.sequence_targets, scores, reference.logps(examples, what))
+        objective = PreferenceObjective(mixture, own, tolerance)
+    return BuiltObjective(objective, examples, observed, reference.seconds, reference.computed)
+
+
+def scores_of_pairs(scores: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The scores of answers [S], 1 and 0 for those of pairs without any."""
+    is_first = np.zeros(len(scores))
+    is_first[first[:-1]] = 1.0
+    return np.where(np.isnan(scores), is_first, scores)
+
+
+@dataclass
+class _Reference:
+    """Computes reference log-probs, and counts what that cost."""
+
+    inputs: ObjectiveInputs
+    needed: bool
+    seconds: float = 0.0
+    computed: int = 0
+
+    def logps(self, examples: Sequence[Example], what: str) -> NDArray[np.float64] | None:
+        """Log-probs of all sequences [S]; None where the loss needs none."""
+        if not self.needed:
+            return None
+        began = time.perf_counter()
+        logps, computed = _reference(self.inputs, examples)
+        seconds, count = time.perf_counter() - began, len(examples)
+        log(
+            self.inputs.console,
+            f"dpo: reference log-probs of {count} {self.inputs.what}{what}, {computed} computed "
+            f"and {count - computed} found in the store, {seconds:.1f} s",
+        )
+        self.seconds += seconds
+        self.computed += computed
+        return logps
 
 
 def _reference(
@@ -114,7 +152,9 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
     if not metrics:
         return []
     last = metrics[-max(1, math.ceil(len(metrics) / 4)) :]
-    mean = {key: sum(line[key] for line in last) / len(last) for key in metrics[0]}
+    # A step without bad answers, or without good ones, says nothing of them.
+    shared = {key for key in last[0] if all(key in line for line in last)}
+    mean = {key: sum(line[key] for line in last) / len(last) for key in shared}
     collapse = chosen_collapse(metrics, beta)
     warnings = [] if collapse is None else [collapse]
     accuracy = mean.get("rewards/accuracies", 1.0)  # a loss may have no rewards

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tandem.data.encoded.dataset import EncodedDataset
@@ -80,8 +81,10 @@ def training_summary(state: RunState, dataset: EncodedDataset) -> dict[str, Any]
 
 
 def examples_hash(dataset: EncodedDataset) -> str:
-    """Hash everything that is trained on: token ids and targets."""
-    return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests())
+    """Hash everything that is trained on: token ids, targets, and scores where there are any."""
+    scores = dataset.scores
+    scored = () if np.isnan(scores).all() else (scores.tobytes(),)
+    return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests(), *scored)
 
 
 def packing_in_words(summary: Mapping[str, Any]) -> str:
