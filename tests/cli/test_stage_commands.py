@@ -79,6 +79,9 @@ WITH = {
     "cpo_alpha": ["--loss", "cpo"],
     "dpop_lambda": ["--loss", "dpo_positive"],
     "discopop_tau": ["--loss", "discopop"],
+    "desirable_weight": ["--loss", "kto"],
+    "undesirable_weight": ["--loss", "kto"],
+    "score_temperature": ["--loss", "info_nca", "--completions", "ranked"],
     "f_alpha_divergence_coef": ["--f_divergence_type", "alpha_divergence"],
 }
 

@@ -75,8 +75,15 @@ class Order:
     seed: int = 1
     engine: str = "auto"
     keep: str = ""  # last or best: records are held out and scored, too
+    loss: str = ""
 
 
+# Losses that need more than the log-probs of a pair: a whole step, answers to other prompts, whole
+# rows, tokens one by one.
+COUPLED = [
+    Order(kind, f"{kind}-float64-{loss}whole", "float64", loss=loss)
+    for kind, loss in (("dpo", "aot"), ("dpo", "kto"), ("dpo", "info_nca"), ("sft", "dft"))
+]
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
 
 
@@ -112,6 +119,10 @@ def make_data(home: Path) -> None:
                 rejected = chosen[:8] + rejected
             row = {"question": words(2, 30), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps({"system": "", **row}) + "\n")
+    with (home / "rows.jsonl").open("w") as file:
+        for _ in range(25):
+            scored = [{"response": words(1, 20), "overall_score": score} for score in (2, 1, 4)]
+            file.write(json.dumps({"instruction": words(2, 20), "completions": scored}) + "\n")
     for kind in KINDS:
         records = (home / f"{kind}.jsonl").read_text().splitlines(keepends=True)
         (home / f"{kind}-held-out.jsonl").write_text("".join(records[:13]))
@@ -126,6 +137,7 @@ def carry_out(order: Order, home: Path) -> Outcome:
     text = io.StringIO()
     stage: Any = run_sft if order.kind == "sft" else run_dpo
     data = order.data if order.data and rank == last else f"{order.kind}.jsonl"
+    data = "rows.jsonl" if order.loss == "info_nca" else data
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / order.folder / ".." / f"{order.folder}.cache"))
         if order.dtype == "float64":
@@ -241,7 +253,7 @@ def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def whole(order: Order) -> str:
     """The folder of what an order must be like: one process, everything in few micro-batches."""
-    return f"{order.kind}-{order.dtype}-whole"
+    return f"{order.kind}-{order.dtype}-{order.loss}whole"
 
 
 def _engine(order: Order, home: Path) -> str:
@@ -255,8 +267,10 @@ def _held_out(order: Order, data: Path) -> dict[str, Any]:
 
 
 def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
+    ranked = "ranked" if order.loss == "info_nca" else None
     values: dict[str, Any] = {
-        "data": (DataSource(path=str(data)),),
+        "data": (DataSource(path=str(data), completions=ranked),),
+        **({"loss": order.loss} if order.loss else {}),
         **(_held_out(order, data) if order.keep else {}),
         "batch_size": 6 if order.kind == "sft" else 12,
         "max_steps": STEPS,

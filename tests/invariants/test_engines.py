@@ -17,6 +17,7 @@ from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .orders import (
     BASE,
+    COUPLED,
     ENGINES,
     KINDS,
     LIMITS,
@@ -54,6 +55,8 @@ IN_THREE = [
     _order("dpo", 3, engine, "" if engine == "deepspeed-zero3" else "best")
     for engine in ENGINES[1:]
 ]
+# Sees every step of other examples beforehand, in which all processes take part.
+IN_THREE.append(Order("dpo", "kto-3-fsdp2", "float64", 512, engine="fsdp2", loss="kto"))
 # DeepSpeed files of the user's own: stage 1, and an optimizer whose state is kept on the host.
 CONFIGURED = {
     "one.json": {"stage": 1},
@@ -125,7 +128,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
     plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE]
-    done.alone([*plain, *local, _stopped(ONE)])
+    done.alone(
+        [*plain, *(order for order in COUPLED if order.loss == "kto"), *local, _stopped(ONE)]
+    )
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
     there = [_moved(order, engine) for order, engine in MOVES if engine != "single"]
     for order in there:

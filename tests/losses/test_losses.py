@@ -106,6 +106,32 @@ def test_a_chosen_answer_that_falls_costs_more_under_dpo_positive() -> None:
     assert total.item() == pytest.approx(softplus(1.0), abs=1e-14)
 
 
+def test_labelled_answers_by_hand() -> None:
+    """A good answer with r = 1 and a bad one with r = -2, the divergence 0.5."""
+    answers = AnswerLogps(
+        torch.tensor([-4.0, -9.0], dtype=torch.float64),
+        torch.tensor([-5.0, -7.0], dtype=torch.float64),
+        torch.ones(2),
+    )
+    good, weights = (
+        torch.tensor([True, False]),
+        {"desirable_weight": 2.0, "undesirable_weight": 3.0},
+    )
+    expected = {
+        "kto": [2 * (1 - sigmoid(0.25)), 3 * (1 - sigmoid(1.25))],
+        "apo_zero_unpaired": [2 * (1 - sigmoid(0.5)), 3 * sigmoid(-1)],
+    }
+    for name, values in expected.items():
+        mixture = Mixture.of(DpoSettings(loss=name, beta=BETA, **weights))
+        known = (torch.tensor(0.5, dtype=torch.float64),) if name == "kto" else ()
+        total, _ = mixture.losses(answers, good, statistics=known)
+        assert total.tolist() == pytest.approx(values, abs=1e-14)
+    # Answers to other prompts that became less likely estimate no divergence below 0.
+    (estimate,) = Mixture.of(DpoSettings(loss="kto")).statistics(answers)
+    assert estimate is not None
+    assert estimate.item() == 0.0
+
+
 def test_a_mixture_is_the_weighted_sum_and_names_its_parts() -> None:
     settings = DpoSettings(loss={"sigmoid": 1, "sft": 0.1}, beta=BETA)
     total, parts = Mixture.of(settings).losses(answer(*CHOSEN), answer(*REJECTED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tandem.losses.answers import AnswerLogps
-from tandem.losses.registry import preference_loss
+from tandem.losses.registry import About, preference_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,17 @@ def _divergence_estimate(mismatched: AnswerLogps) -> Tensor:
     return mismatched.ratio.mean().clamp(min=0.0)
 
 
-@preference_loss("kto", reference=True, compared="answers", statistic=_divergence_estimate)
+@preference_loss(
+    "kto",
+    reference=True,
+    compared="answers",
+    statistic=_divergence_estimate,
+    about=About(
+        formula="w (1 - σ(β (r - z))) if good, w (1 - σ(β (z - r))) if bad; z estimates the KL",
+        use="Thumbs up and down, without pairs.",
+        equal="TRL",
+    ),
+)
 def kto(
     answers: AnswerLogps,
     good: Tensor,
@@ -33,7 +43,16 @@ def kto(
     return of_good.where(good, of_bad)
 
 
-@preference_loss("apo_zero_unpaired", reference=True, compared="answers")
+@preference_loss(
+    "apo_zero_unpaired",
+    reference=True,
+    compared="answers",
+    about=About(
+        formula="w (1 - σ(β r)) if good, w σ(β r) if bad",
+        use="The same without the divergence.",
+        equal="TRL",
+    ),
+)
 def apo_zero_unpaired(
     answers: AnswerLogps,
     good: Tensor,

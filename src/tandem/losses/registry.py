@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -22,6 +22,18 @@ LENGTH_OPTION = "ld_alpha"
 
 
 @dataclass(frozen=True)
+class About:
+    """What a user should know of a loss; the page of losses is made of it."""
+
+    formula: str
+    use: str  # when to take it
+    equal: str  # what it was compared with
+    usual_beta: tuple[float, float] | None = None  # the range of `beta`, where 0.1 is outside
+    # settings that have no default for it, each with the usual value
+    required: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PreferenceLoss:
     """A registered loss."""
 
@@ -34,9 +46,18 @@ class PreferenceLoss:
     # comparison of the step, of which `compute` gets the micro-batch's.
     statistic: Callable[..., Tensor] | None
     options: tuple[str, ...]  # the settings that it uses
-    required: Mapping[str, str]  # those that have no default for it; each with the usual value
-    usual_beta: tuple[float, float] | None  # the range of `beta`, where it is not around 0.1
     reward: Reward | None
+    about: About | None
+
+    @property
+    def required(self) -> Mapping[str, str]:
+        """Settings that must be given, each with the usual value."""
+        return {} if self.about is None else self.about.required
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: the first sentence of its docstring."""
+        return " ".join((self.compute.__doc__ or "").split("\n\n")[0].split())
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
@@ -49,9 +70,8 @@ def preference_loss(
     compared: Compared = "pairs",
     divergences: bool = False,
     statistic: Callable[..., Tensor] | None = None,
-    required: Mapping[str, str] | None = None,
-    usual_beta: tuple[float, float] | None = None,
     reward: Reward | None = "ratio",
+    about: About | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a pure function of log-probs as a loss.
 
@@ -69,9 +89,8 @@ def preference_loss(
         if compared == "pairs":
             options += (LENGTH_OPTION,)
         PREFERENCE_LOSSES[name] = PreferenceLoss(
-            name, compute, compared, reference, statistic, options,
-            dict(required or {}), usual_beta, reward,
-        )  # fmt: skip
+            name, compute, compared, reference, statistic, options, reward, about
+        )
         return compute
 
     return register

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from tandem.losses.known import find_loss
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.training_settings import TrainingSettings
 
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
@@ -24,6 +26,8 @@ def unmeant(
             f"learning_rate {settings.learning_rate:g} is larger than the weights themselves; "
             "usual ones are between 1e-6 and 1e-3"
         )
+    if isinstance(settings, DpoSettings):
+        warnings += _unusual_beta(settings)
     if records is not None and settings.batch_size > records:
         warnings.append(
             f"batch_size {settings.batch_size} is more than the {records} records that there are: "
@@ -35,6 +39,22 @@ def unmeant(
             "nothing to do in a step"
         )
     return warnings if steps is None else [*warnings, *_beyond(settings, steps)]
+
+
+def _unusual_beta(settings: DpoSettings) -> list[str]:
+    """Return a sentence on a `beta` that is meant for other losses."""
+    warnings = []
+    for name in settings.losses:
+        about = find_loss(name).about
+        if about is None or about.usual_beta is None or "beta" not in find_loss(name).options:
+            continue
+        low, high = about.usual_beta
+        if not low <= settings.beta <= high:
+            warnings.append(
+                f"beta {settings.beta:g} is unusual with loss {name}, where it is between {low:g} "
+                f"and {high:g}"
+            )
+    return warnings
 
 
 def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
