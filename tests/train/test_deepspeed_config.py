@@ -130,6 +130,7 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
             "scheduler.params.total_num_steps 500, max_steps 1000",
         ),
         ({"scheduler": {"params": {"warmup_min_lr": 1e-6}}}, "warmup_min_lr 1e-06, warm-up from 0"),
+        ({"scheduler": {"params": {"cos_min_ratio": 0.1}}}, "cos_min_ratio 0.1, min_lr_ratio 0.0"),
     ],
 )
 def test_conflicts_name_both_values(tmp_path: Path, change: dict[str, Any], both: str) -> None:

@@ -16,7 +16,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "segments", "varlen", "dense", "padded"]
 EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"]
 Quantization = Literal["nf4"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Scheduler = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "wsd", "polynomial"
+]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "tool"]
 Completions = Literal["best_vs_worst", "best_vs_rest"]

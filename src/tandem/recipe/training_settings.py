@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
+from tandem.recipe.method_options import in_words, without_effect
 from tandem.recipe.section import Positive, Section
 
 
@@ -77,7 +86,19 @@ class TrainingSettings(Section):
     )
     learning_rate: PositiveFloat = Field(description="The peak learning rate.")
     lr_scheduler: choices.Scheduler = Field(
-        default="cosine", description="How the learning rate falls after warm-up."
+        default="cosine",
+        description="How the learning rate falls after warm-up. `wsd` keeps the peak and falls at "
+        "the end, by 1 minus the square root of the fall's share that is done.",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Share of the peak that the learning rate falls to; not with constant ones.",
+    )
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Share of all steps in which `wsd` falls, at the end."
+    )
+    lr_power: PositiveFloat = Field(
+        default=1.0, description="Power of the remaining share of steps that `polynomial` follows."
     )
     warmup_steps: NonNegativeInt | None = Field(
         default=None, description="Steps of linear warm-up."
@@ -165,12 +186,31 @@ class TrainingSettings(Section):
                 "a warm-up has no effect with lr_scheduler: constant; take constant_with_warmup, "
                 "or remove it"
             )
+        if self.lr_scheduler == "wsd" and (self.warmup_ratio or 0.0) + self.decay_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} are more "
+                "than the whole run together; lower one of them"
+            )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "
                 f"max_length {self.max_length}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> TrainingSettings:
+        idle = without_effect(self.lr_scheduler)
+        for key in type(self).model_fields:  # in the order of the page of all keys
+            if key in idle and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with {in_words(idle[key])}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_has_effect(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what has no effect: a recipe that was written whole can be read again."""
+        idle = without_effect(self.lr_scheduler)
+        return {key: value for key, value in handler(self).items() if key not in idle}
 
 
 class SftSettings(TrainingSettings):

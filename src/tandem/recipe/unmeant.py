@@ -51,6 +51,12 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
             f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
             f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
         )
+    fall = math.ceil(steps * settings.decay_ratio) if settings.lr_scheduler == "wsd" else 0
+    if fall and warm_up < steps < warm_up + fall:
+        warnings.append(
+            f"lr_scheduler: wsd: warm-up ({warm_up}) and fall ({fall}) are longer than {run} "
+            f"together: the fall begins after the warm-up, in {steps - warm_up} steps"
+        )
     if settings.logging_steps > steps:
         warnings.append(
             f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name; their steps, and their state as named tensors."""
+"""Optimizers by name; their steps, and their state as named tensors."""
 
 from __future__ import annotations
 
@@ -74,37 +74,6 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
     """Give all of an optimizer's parameters one learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def _cosine(done: int, steps: int) -> float:
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / max(1, steps)))))
-
-
-# Each returns a share of the peak rate, given the steps done after warm-up and their total.
-LR_SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
-    "cosine": _cosine,
-    "constant": lambda _done, _steps: 1.0,
-    "constant_with_warmup": lambda _done, _steps: 1.0,
-}
-
-
-def make_schedule(settings: TrainingSettings, total_steps: int) -> Callable[[int], float]:
-    """A stage's learning rate as a function of a step's number, from 0, without any state.
-
-    Warm-up is linear from 0, over a count of steps or a share of all (rounded up).
-    """
-    shape = LR_SCHEDULES[settings.lr_scheduler]
-    warmup = settings.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(total_steps * (settings.warmup_ratio or 0.0))
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return settings.learning_rate * (step / warmup)
-        return settings.learning_rate * shape(step - warmup, total_steps - warmup)
-
-    return rate
 
 
 def state_of(

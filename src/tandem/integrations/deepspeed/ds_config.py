@@ -143,10 +143,13 @@ def _scheduler_conflicts(scheduler: Mapping[str, Any], settings: TrainingSetting
     kind = scheduler.get("type")
     if kind is not None and settings.lr_scheduler not in _SCHEDULERS.get(kind, ()):
         yield f"scheduler.type {kind}, lr_scheduler {settings.lr_scheduler}"
+    if kind == "WarmupDecayLR" and settings.min_lr_ratio:
+        yield f"scheduler.type {kind}, which falls to 0, min_lr_ratio {settings.min_lr_ratio}"
     recipe: dict[str, tuple[str, Any]] = {
         "warmup_max_lr": ("learning_rate", settings.learning_rate),
         "warmup_min_lr": ("warm-up from", 0),
         "warmup_type": ("warm-up", "linear"),
+        "cos_min_ratio": ("min_lr_ratio", settings.min_lr_ratio),
         "warmup_num_steps": ("warmup_steps", settings.warmup_steps),
         "total_num_steps": ("max_steps", settings.max_steps),
     }

@@ -17,7 +17,8 @@ from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.losses.objectives import Objective
-from tandem.train.optimizers import make_optimizer, make_schedule
+from tandem.train.optimizers import make_optimizer
+from tandem.train.schedules import make_schedule
 from tandem.train.step import StepRunner
 from tandem.train.token_budget import TokenBudget, attention_weight
 from tandem.train.trainer import Trainer
