@@ -79,6 +79,7 @@ class Order:
     seed: int = 1
     engine: str = "auto"
     keep: str = ""  # last or best: records are held out and scored, too
+    more: str = ""  # further settings as JSON
 
 
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
@@ -275,6 +276,7 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
             target_modules=_adapted(order),
         ),
         "gradient_checkpointing": order.checkpointing,
+        **json.loads(order.more or "{}"),
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
 

@@ -139,7 +139,7 @@ class SignSgd(torch.optim.Optimizer):
 
 
 class Signed(SftSettings):
-    optimizer: ClassVar[str] = "sign"
+    optimizer: Literal["sign"] = "sign"  # type: ignore[assignment]
 
 
 class StopAfter(Callback):
@@ -234,7 +234,7 @@ class PlainEngine(Engine):
     name = "plain"
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
-        self.optimizer = make_optimizer(self.parameters.values())
+        self.optimizer = make_optimizer(self.parameters)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

@@ -16,6 +16,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "segments", "varlen", "dense", "padded"]
 EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"]
 Quantization = Literal["nf4"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"
+]  # fmt: skip
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "wsd", "polynomial"
 ]  # fmt: skip

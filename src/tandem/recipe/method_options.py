@@ -1,4 +1,4 @@
-"""Which options of a training stage each schedule uses; the others have no effect beside it."""
+"""Which options of a training stage each optimizer and schedule uses; others have no effect."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ SCHEDULE_OPTIONS: dict[str, frozenset[str]] = {
     "wsd": frozenset({"min_lr_ratio", "decay_ratio"}),
     "polynomial": frozenset({"min_lr_ratio", "lr_power"}),
 }
-_METHODS = {"lr_scheduler": SCHEDULE_OPTIONS}
+_ADAM = frozenset({"adam_beta1", "adam_beta2", "adam_epsilon"})
+OPTIMIZER_OPTIONS: dict[str, frozenset[str]] = {
+    "adamw": _ADAM,
+    "adamw_8bit": _ADAM,
+    "adafactor": frozenset(),
+    "lion": frozenset({"lion_beta1", "lion_beta2"}),
+    "muon": _ADAM | {"muon_momentum"},  # AdamW's are for what is no matrix
+    "schedule_free_adamw": _ADAM,
+}
+_METHODS = {"optimizer": OPTIMIZER_OPTIONS, "lr_scheduler": SCHEDULE_OPTIONS}
 
 
-def without_effect(lr_scheduler: str) -> dict[str, tuple[str, str]]:
+def without_effect(optimizer: str, lr_scheduler: str) -> dict[str, tuple[str, str]]:
     """The options that these methods do not use, each with the key and value that say so."""
     idle = {}
-    for key, chosen in {"lr_scheduler": lr_scheduler}.items():
+    for key, chosen in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         table = _METHODS[key]
         options = frozenset[str]().union(*table.values())
         for option in options - table.get(chosen, options):

@@ -66,9 +66,6 @@ class LoraSettings(Section):
 class TrainingSettings(Section):
     """What both training stages share. `batch_size` is global: examples per optimizer step."""
 
-    # No key of a recipe yet: see `train.optimizers.OPTIMIZERS`.
-    optimizer: ClassVar[str] = "adamw"
-
     data: Sources = Field(
         min_length=1,
         description="Data sets, read one after the other: a path, a mapping, or a list of them.",
@@ -83,6 +80,12 @@ class TrainingSettings(Section):
     )
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
+    )
+    optimizer: choices.OptimizerName = Field(
+        default="adamw",
+        description="What moves the weights. `adamw_8bit` (bitsandbytes) and `adafactor` keep less "
+        "for each weight, `lion` and `muon` half of AdamW's; `schedule_free_adamw` needs no "
+        "falling rate.",
     )
     learning_rate: PositiveFloat = Field(description="The peak learning rate.")
     lr_scheduler: choices.Scheduler = Field(
@@ -106,9 +109,7 @@ class TrainingSettings(Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
     )
-    weight_decay: NonNegativeFloat = Field(
-        default=0.0, description="AdamW's decoupled weight decay."
-    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay.")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Decay of AdamW's first moment."
     )
@@ -116,6 +117,15 @@ class TrainingSettings(Section):
         default=0.999, description="Decay of AdamW's second moment."
     )
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW's denominator term.")
+    lion_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Share of the momentum in the direction of `lion`'s step."
+    )
+    lion_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of `lion`'s momentum."
+    )
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="Decay of `muon`'s momentum."
+    )
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
@@ -191,6 +201,8 @@ class TrainingSettings(Section):
                 f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} are more "
                 "than the whole run together; lower one of them"
             )
+        if self.optimizer == "schedule_free_adamw":
+            self._without_a_schedule()
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "
@@ -198,9 +210,21 @@ class TrainingSettings(Section):
             )
         return self
 
+    def _without_a_schedule(self) -> None:
+        if self.lr_scheduler not in ("constant", "constant_with_warmup"):
+            raise ValueError(
+                f"optimizer: schedule_free_adamw takes the place of lr_scheduler: "
+                f"{self.lr_scheduler}; set lr_scheduler to constant or constant_with_warmup"
+            )
+        if not self.adam_beta1:
+            raise ValueError(
+                "adam_beta1 is 0, where optimizer: schedule_free_adamw would compute gradients at "
+                "weights that are not averaged at all; take adamw, or a larger one"
+            )
+
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> TrainingSettings:
-        idle = without_effect(self.lr_scheduler)
+        idle = without_effect(self.optimizer, self.lr_scheduler)
         for key in type(self).model_fields:  # in the order of the page of all keys
             if key in idle and key in self.model_fields_set:
                 raise ValueError(f"{key} has no effect with {in_words(idle[key])}; remove it")
@@ -209,7 +233,7 @@ class TrainingSettings(Section):
     @model_serializer(mode="wrap")
     def _what_has_effect(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what has no effect: a recipe that was written whole can be read again."""
-        idle = without_effect(self.lr_scheduler)
+        idle = without_effect(self.optimizer, self.lr_scheduler)
         return {key: value for key, value in handler(self).items() if key not in idle}
 
 

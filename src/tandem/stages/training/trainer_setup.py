@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
+from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import TrainContext
@@ -16,6 +18,7 @@ from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
+from tandem.train.engines.engine import without_live
 from tandem.train.losses.objectives import Objective
 from tandem.train.optimizers import make_optimizer
 from tandem.train.schedules import make_schedule
@@ -32,10 +35,25 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
 def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
     """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
-    optimizer = partial(make_optimizer, settings=settings, device=engine.device)
+    own, live = without_live(state)
+    if live:
+        _put_back(model, live)
+    optimizer = partial(
+        make_optimizer,
+        settings=settings,
+        device=engine.device,
+        matrices=hidden_matrices(model),
+    )
     engine.prepare(model, optimizer, settings.max_grad_norm)
-    if state:
-        engine.load_optimizer(state)
+    if own:
+        engine.load_optimizer(own)
+
+
+def _put_back(model: Any, live: Mapping[str, Tensor]) -> None:
+    """Let a model, not spread yet, go on with the weights that move; it has their average."""
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(live[name])
 
 
 def build_trainer(

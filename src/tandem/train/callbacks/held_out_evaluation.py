@@ -70,10 +70,11 @@ class HeldOutEvaluation(Callback):
         model.eval()
         sums: dict[str, float] = {}
         count, total = 0, len(self.runner.examples)
-        for start in range(0, total, _BLOCK):
-            block = tuple(range(start, min(start + _BLOCK, total)))
-            result = self.runner.run(Step(state.step, 0, block))
-            sums, count = added([sums, result.sums]), count + result.work.denominator
+        with run.engine.result_in_place():
+            for start in range(0, total, _BLOCK):
+                block = tuple(range(start, min(start + _BLOCK, total)))
+                result = self.runner.run(Step(state.step, 0, block))
+                sums, count = added([sums, result.sums]), count + result.work.denominator
         model.train()
         metrics = self.runner.objective.metrics({**sums, "count": float(count)})
         seconds = time.perf_counter() - began
