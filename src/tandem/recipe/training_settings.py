@@ -49,6 +49,22 @@ class ValidationSettings(Section):
         return self
 
 
+class EarlyStoppingSettings(Section):
+    """Ends a stage, as a finished one, when held-out scores after its steps no longer improve."""
+
+    metric: choices.BestMetric = Field(
+        default="loss",
+        description="The held-out score that counts: loss, reward accuracy or margin; SFT has the "
+        "loss.",
+    )
+    patience: Positive = Field(
+        default=3, description="So many scores in a row without an improvement end the stage."
+    )
+    min_delta: NonNegativeFloat = Field(
+        default=0.0, description="An improvement is more than this difference."
+    )
+
+
 class LoraSettings(Section):
     """The adapter: `target_modules` are module name endings, or `all-linear`."""
 
@@ -173,6 +189,10 @@ class TrainingSettings(Section):
         default="loss",
         description="What decides under `keep: best`: held-out loss, reward accuracy or margin.",
     )
+    early_stopping: EarlyStoppingSettings | None = Field(
+        default=None,
+        description="Ends the stage when held-out scores no longer improve; null: never.",
+    )
     on_bad_record: choices.OnBadRecord = Field(
         default="stop",
         description="At a line that cannot be parsed, stop the run, or drop the line and note it "
@@ -183,6 +203,10 @@ class TrainingSettings(Section):
     def _consistent(self) -> TrainingSettings:
         if self.keep == "best" and self.validation is None:
             raise ValueError("keep: best needs a validation section, which says what is scored")
+        if self.early_stopping is not None and self.validation is None:
+            raise ValueError(
+                "early_stopping needs a validation section, which says what is scored and how often"
+            )
         if self.keep == "last" and self.best_metric != "loss":
             raise ValueError(f"best_metric {self.best_metric} has no effect without keep: best")
         if self.epochs is not None and self.max_steps is not None:
@@ -248,6 +272,15 @@ class SftSettings(TrainingSettings):
     best_metric: Literal["loss"] = Field(
         default="loss", description="What decides under `keep: best`: held-out loss."
     )
+
+    @model_validator(mode="after")
+    def _scored_by_loss(self) -> SftSettings:
+        early = self.early_stopping
+        if early is not None and early.metric != "loss":
+            raise ValueError(
+                f"early_stopping.metric {early.metric} is of preference pairs; SFT has the loss"
+            )
+        return self
 
 
 class DpoSettings(TrainingSettings):

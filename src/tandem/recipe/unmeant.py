@@ -73,4 +73,20 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
             f"validation.steps {scored} is more than {run}: held-out records are scored only "
             "before the first step and at the end"
         )
-    return warnings
+    return warnings + _never_early(settings, steps)
+
+
+def _never_early(settings: TrainingSettings, steps: int) -> list[str]:
+    """Return a sentence on an early stopping that comes after the last step."""
+    early, validation = settings.early_stopping, settings.validation
+    if early is None or validation is None:
+        return []
+    every = validation.steps or math.ceil(steps / 10)
+    scores = math.ceil(steps / every)
+    if early.patience < scores:
+        return []
+    return [
+        f"early_stopping.patience {early.patience} is not reached: the run has {scores} "
+        f"score{'s' if scores != 1 else ''} after its steps, and the first is what others must "
+        "improve on"
+    ]

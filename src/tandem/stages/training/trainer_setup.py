@@ -17,6 +17,7 @@ from tandem.stages.training.context import TrainContext
 from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.early_stopping import EarlyStopping
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.engines.engine import without_live
 from tandem.train.losses.objectives import Objective
@@ -80,6 +81,9 @@ def build_trainer(
         best = METRICS[settings.best_metric] if settings.keep == "best" else None
         kept = best_adapters(run.folder, context.weights)
         own.append(HeldOutEvaluation(scored, every, best, kept, checkpoints))
+    if (early := settings.early_stopping) is not None:
+        best = METRICS[early.metric]
+        own.append(EarlyStopping(early.metric, best, early.patience, early.min_delta))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None

@@ -26,9 +26,9 @@ class Best:
     metric: str
     higher: bool
 
-    def better(self, value: float, than: float | None) -> bool:
-        """Whether a value beats another; an equal one does not."""
-        return than is None or (value > than if self.higher else value < than)
+    def better(self, value: float, than: float | None, by: float = 0.0) -> bool:
+        """Whether a value beats another by more than a difference; an equal one does not."""
+        return than is None or (value > than + by if self.higher else value < than - by)
 
 
 @dataclass
