@@ -69,12 +69,23 @@ SAMPLES = {
     "fields": "prompt=asked",
     "roles": "caller=user",
     "completions": "best_vs_rest",
+    "optimizer": "lion",
+    "min_lr_ratio": "0.25",
+    "decay_ratio": "0.25",
+    "lion_beta1": "0.25",
+    "lion_beta2": "0.25",
+    "muon_momentum": "0.25",
     "label_smoothing": "0.25",
     "ld_alpha": "0.25",
     "f_divergence_type": "forward_kl",
 }
 # Flags that need another one.
 WITH = {
+    "decay_ratio": ["--lr_scheduler_type", "wsd"],
+    "lr_power": ["--lr_scheduler_type", "polynomial"],
+    "lion_beta1": ["--optimizer", "lion"],
+    "lion_beta2": ["--optimizer", "lion"],
+    "muon_momentum": ["--optimizer", "muon"],
     "simpo_gamma": ["--loss", "simpo"],
     "cpo_alpha": ["--loss", "cpo"],
     "dpop_lambda": ["--loss", "dpo_positive"],

@@ -76,6 +76,7 @@ class Order:
     engine: str = "auto"
     keep: str = ""  # last or best: records are held out and scored, too
     loss: str = ""
+    more: str = ""  # further settings as JSON
 
 
 # Losses that need more than the log-probs of a pair: a whole step, answers to other prompts, whole
@@ -285,6 +286,7 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
             target_modules=_adapted(order),
         ),
         "gradient_checkpointing": order.checkpointing,
+        **json.loads(order.more or "{}"),
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
 

@@ -86,9 +86,14 @@ def test_values_derived_by_hand(case: str) -> None:
     assert loss_of(case.partition(",")[0], options).item() == pytest.approx(expected, abs=1e-14)
 
 
+def settings_of(name: str, options: Mapping[str, Any]) -> DpoSettings:
+    """Settings of a loss, with the beta of this page if it has one."""
+    beta = {"beta": BETA} if "beta" in find_loss(name).options else {}
+    return DpoSettings(loss=name, **{**beta, **options})
+
+
 def loss_of(name: str, options: Mapping[str, Any]) -> Tensor:
-    settings = DpoSettings(loss=name, **{"beta": BETA, **options})
-    total, parts = Mixture.of(settings).losses(answer(*CHOSEN), answer(*REJECTED))
+    total, parts = Mixture.of(settings_of(name, options)).losses(answer(*CHOSEN), answer(*REJECTED))
     assert parts == {}
     return total
 
@@ -142,8 +147,7 @@ def test_a_mixture_is_the_weighted_sum_and_names_its_parts() -> None:
 
 def test_gradients_equal_differences() -> None:
     for case, (options, _) in BY_HAND.items():
-        settings = DpoSettings(loss=case.partition(",")[0], **{"beta": BETA, **options})
-        mixture = Mixture.of(settings)
+        mixture = Mixture.of(settings_of(case.partition(",")[0], options))
 
         def total(chosen: Tensor, rejected: Tensor, mixture: Mixture = mixture) -> Tensor:
             pair = (
@@ -294,7 +298,10 @@ def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
         ),
         ({"loss": "robust"}, r"loss robust needs label_smoothing; 0\.1 is usual"),
         ({"loss": "simpo", "f_divergence_type": "forward_kl"}, "f_divergence_type has no effect"),
-        ({"f_alpha_divergence_coef": 0.2}, "no effect without f_divergence_type: alpha_divergence"),
+        (
+            {"f_alpha_divergence_coef": 0.2},
+            "no effect with another f_divergence_type than alpha_divergence",
+        ),
         ({"loss": {"kto": 1, "sft": 1}}, "losses of different things, and cannot be mixed"),
         ({"loss": "kto", "ld_alpha": 0.5}, "ld_alpha has no effect with loss kto"),
     ],

@@ -57,7 +57,7 @@ def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
     engine = choose_engine("single", device, ProcessGroup(Launch()))
-    engine.prepare(model, torch.optim.SGD, None)
+    engine.prepare(model, lambda parameters: torch.optim.SGD(parameters.values()), None)
     return engine
 
 

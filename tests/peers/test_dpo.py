@@ -185,7 +185,8 @@ def test_every_loss_that_trl_has_equals_trls(
     plain.move_adapter(model)
     engine = ours.engine_of(model)
     for case, (options, theirs) in LOSSES.items():
-        settings = DpoSettings(**{"loss": case.partition(",")[0], "beta": BETA, **options})
+        beta = {} if case == "sft" else {"beta": BETA}
+        settings = DpoSettings(**{"loss": case.partition(",")[0], **beta, **options})
         examples: Any = trees
         if settings.ld_alpha is not None:
             examples = list(with_length_weights(trees, settings.ld_alpha))

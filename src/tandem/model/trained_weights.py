@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from tandem.model.unwrap import plain_model
+
 Log = Callable[[str], None]
 
 
@@ -56,3 +58,14 @@ class TrainedWeights(Protocol):
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that the optimizer moves, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def hidden_matrices(model: Any) -> frozenset[str]:
+    """The names of those of `trainable_parameters` that are matrices between layers.
+
+    Not those of the input embeddings or the output head, whose rows are tokens.
+    """
+    ends = (plain_model(model).get_input_embeddings(), plain_model(model).get_output_embeddings())
+    of_tokens = {id(p) for end in ends if end is not None for p in end.parameters()}
+    parameters = trainable_parameters(model).items()
+    return frozenset(n for n, p in parameters if p.dim() == 2 and id(p) not in of_tokens)

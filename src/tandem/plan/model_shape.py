@@ -30,6 +30,7 @@ class ModelShape:
 
     parameters: int  # of the base, tied ones once
     trained: int  # of the adapter
+    edges: int  # rows and columns of its matrices, added up
     # multiplications of a token in the decoder's frozen linear layers; of a mixture's experts those
     # that a token reaches
     linear: int
@@ -107,12 +108,13 @@ def shape_of(model: Any) -> ModelShape:
             linear += reached
             in_linear += size
             plain += size if isinstance(module, nn.Linear) else 0
-    parameters = trained = 0
+    parameters = trained = edges = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
         size = _numbers(parameter)
         if parameter.requires_grad:
             trained += size
+            edges += sum(parameter.shape) if parameter.dim() == 2 else 0
             continue
         parameters += size
         layer = _LAYER.match(name)
@@ -122,6 +124,7 @@ def shape_of(model: Any) -> ModelShape:
     return ModelShape(
         parameters=parameters,
         trained=trained,
+        edges=edges,
         linear=round(linear),
         adapter=round(adapter),
         attention=_attention(text),

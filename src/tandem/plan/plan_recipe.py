@@ -16,7 +16,7 @@ from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import is_local, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
-from tandem.integrations.choose import choose_device
+from tandem.integrations.choose import choose_device, pieces_of
 from tandem.model.added_tokens import check_added
 from tandem.model.base_model import check_base, load_base_info
 from tandem.model.model_folder import model_folder
@@ -42,6 +42,7 @@ from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.run_folder import made_pairs, stage_folder
+from tandem.train.optimizers import OPTIMIZERS, check_optimizer
 from tandem.train.token_budget import token_budget
 
 # Assumed share of trained tokens in data that is not here.
@@ -233,6 +234,7 @@ class _Planner:
         base = load_base_info(recipe, self.base, settings.max_length, weights=False)
         config, added = base.config, base.added
         notes, engine = list(data.notes), self._engine()
+        check_optimizer(settings.optimizer, pieces_of(engine), engine, device)
         if trains_added:
             tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
             check_added(tokens, engine=engine, sharded=sharded)
@@ -308,9 +310,9 @@ class _Planner:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)
-        every, keep = saved_every(settings, work.steps), settings.save_total_limit
+        every = saved_every(settings, work.steps)
         return disk_of(
-            shape, steps=work.steps, save_steps=every, keep=keep, merged_bytes=merged.itemsize
+            shape, settings, steps=work.steps, save_steps=every, merged_bytes=merged.itemsize
         )
 
 
@@ -326,6 +328,8 @@ def _estimate(
     rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
     # The first is for a single process, the others for several.
     others = tuple(SHARDS)[1:] if processes > 1 else tuple(SHARDS)[:1]
+    possible = OPTIMIZERS[setup.settings.optimizer].pieces
+    others = tuple(one for one in others if pieces_of(one) in possible)
     engines = (setup.engine, *(one for one in others if spread or "weights" not in SHARDS[one]))
     use = setup.memory_use(work, copies)
     return setup.estimate(shape, work, copies, rate), {

@@ -16,7 +16,12 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "segments", "varlen", "dense", "padded"]
 EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"]
 Quantization = Literal["nf4"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "wsd", "polynomial"
+]  # fmt: skip
 
 RecordKind = Literal["conversations", "preference pairs", "labelled answers"]
 Role = Literal["system", "user", "assistant", "tool"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -11,8 +11,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -129,40 +127,29 @@ class DpoSettings(TrainingSettings):
         """Whether any of the losses needs log-probs of a reference."""
         return any(find_loss(name).reference for name in self.losses)
 
-    @model_serializer(mode="wrap")
-    def _without_idle_options(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what only other losses use: it is at its default, and says nothing."""
-        used = {option for name in self.losses for option in find_loss(name).options}
-        dumped: dict[str, Any] = dump(self)
-        return {key: value for key, value in dumped.items() if key in used or key not in _OPTIONS}
+    def idle_options(self) -> dict[str, str]:
+        """See `TrainingSettings`; what only other losses use is idle, too."""
+        losses = [find_loss(name) for name in self.losses]
+        named = " and ".join(loss.name for loss in losses)
+        used = {option for loss in losses for option in loss.options}
+        idle = super().idle_options()
+        for option in _OPTIONS:
+            if option not in used:
+                users = ", ".join(_users(option))
+                idle[option] = f"loss {named}; remove it, or take a loss that uses it: {users}"
+        if self.f_divergence_type != "alpha_divergence":
+            idle.setdefault("f_alpha_divergence_coef", _OTHER_DIVERGENCE)
+        return idle
 
     @model_validator(mode="after")
     def _fits_the_loss(self) -> DpoSettings:
         losses = [find_loss(name) for name in self.losses]
         self._check_compared(losses)
         self._check_rows()
-        named = " and ".join(loss.name for loss in losses)
-        used = {option for loss in losses for option in loss.options}
-        for option in _OPTIONS:
-            field = type(self).model_fields[option]
-            if option not in used and getattr(self, option) != field.default:
-                users = ", ".join(_users(option))
-                raise ValueError(
-                    f"{option} has no effect with loss {named}; remove it, or take a loss that "
-                    f"uses it: {users}"
-                )
         for loss in losses:
             for option, usual in loss.required.items():
                 if getattr(self, option) == type(self).model_fields[option].default:
                     raise ValueError(f"loss {loss.name} needs {option}; {usual} is usual")
-        if (
-            self.f_divergence_type != "alpha_divergence"
-            and self.f_alpha_divergence_coef
-            != type(self).model_fields["f_alpha_divergence_coef"].default
-        ):
-            raise ValueError(
-                "f_alpha_divergence_coef has no effect without f_divergence_type: alpha_divergence"
-            )
         return self
 
     def _check_compared(self, losses: list[PreferenceLoss]) -> None:
@@ -195,9 +182,10 @@ class DpoSettings(TrainingSettings):
             )
 
 
-# Settings that some losses use; `beta` is not among them, because its default is never idle.
+_OTHER_DIVERGENCE = "another f_divergence_type than alpha_divergence; remove it"
+# Settings that some losses use.
 _OPTIONS = (
-    "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "simpo_gamma",
+    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "simpo_gamma",
     "cpo_alpha", "dpop_lambda", "discopop_tau", "desirable_weight", "undesirable_weight",
     "score_temperature",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.method_options import without_effect
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
 from tandem.recipe.training_settings import LoraSettings, SftSettings, TrainingSettings
@@ -151,6 +152,7 @@ def job_from_flags(
     parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
+    _settle_methods(parts, values)
     _settle_lora(stage, parts["lora"], values)
     length_notice = _settle_lengths(parts, usual["max_prompt_length"], values)
     parts["max_grad_norm"] = parts.get("max_grad_norm", 1.0) or None
@@ -211,6 +213,13 @@ def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
         warmup = {"warmup_steps": 0}
     if warmup:
         settings |= {"warmup_steps": None, "warmup_ratio": None, **warmup}
+
+
+def _settle_methods(settings: dict[str, Any], values: Values) -> None:
+    """Leave out what the tutorial sets for its own optimizer and schedule, and these do not use."""
+    own = (settings.get("optimizer", "adamw"), settings.get("lr_scheduler", "cosine"))
+    for key in without_effect(*own).keys() - values.keys():
+        settings.pop(key, None)
 
 
 def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:

@@ -71,6 +71,12 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
             f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
             f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
         )
+    fall = math.ceil(steps * settings.decay_ratio) if settings.lr_scheduler == "wsd" else 0
+    if fall and warm_up < steps < warm_up + fall:
+        warnings.append(
+            f"lr_scheduler: wsd: warm-up ({warm_up}) and fall ({fall}) are longer than {run} "
+            f"together: the fall begins after the warm-up, in {steps - warm_up} steps"
+        )
     if settings.logging_steps > steps:
         warnings.append(
             f"logging_steps {settings.logging_steps} is more than {run}: metrics are logged once, "
@@ -87,4 +93,20 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
             f"validation.steps {scored} is more than {run}: held-out records are scored only "
             "before the first step and at the end"
         )
-    return warnings
+    return warnings + _never_early(settings, steps)
+
+
+def _never_early(settings: TrainingSettings, steps: int) -> list[str]:
+    """Return a sentence on an early stopping that comes after the last step."""
+    early, validation = settings.early_stopping, settings.validation
+    if early is None or validation is None:
+        return []
+    every = validation.steps or math.ceil(steps / 10)
+    scores = math.ceil(steps / every)
+    if early.patience < scores:
+        return []
+    return [
+        f"early_stopping.patience {early.patience} is not reached: the run has {scores} "
+        f"score{'s' if scores != 1 else ''} after its steps, and the first is what others must "
+        "improve on"
+    ]

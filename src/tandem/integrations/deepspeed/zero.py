@@ -28,6 +28,7 @@ class _ZeroEngine(Engine):
     """What both stages do with DeepSpeed's own engine, `self.zero`."""
 
     needs_group = True
+    pieces = "flat"
     zero: Any
 
     @property
@@ -35,8 +36,8 @@ class _ZeroEngine(Engine):
         """The recipe's name of the stage in `config`."""
         return f"deepspeed-zero{self.config['zero_optimization']['stage']}"
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """See `Engine.optimizer_state`."""
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine._optimizer_state`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
@@ -61,11 +62,11 @@ class _ZeroEngine(Engine):
                 safe_set_full_optimizer_state(self.parameters[name], tensor, key)
             else:
                 for state in _flat_states(self.zero):
-                    state[key] = tensor.clone()
+                    state[key] = tensor.to(torch.as_tensor(state[key]).device, copy=True)
 
     def _start(self, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
         config = {**self.config, "gradient_clipping": self.max_grad_norm or 0.0}
-        optimizer = make_optimizer(self.parameters.values())
+        optimizer = make_optimizer(self.parameters)
         self.zero = start_engine(module, optimizer, config, self.device.kind)
 
     def _backward_of_sum(self, loss: Tensor) -> None:
@@ -114,8 +115,8 @@ class Zero3Engine(_ZeroEngine):
 
     sharded = True
 
-    def trained(self) -> dict[str, Tensor]:
-        """See `Engine.trained`."""
+    def _live(self) -> dict[str, Tensor]:
+        """See `Engine._live`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
@@ -126,7 +127,8 @@ class Zero3Engine(_ZeroEngine):
         keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
         for flat in self.zero.optimizer.fp32_partitioned_groups_flat:
             self.zero.optimizer.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
+                # A fused optimizer counts its steps where the weights are.
+                key: torch.zeros_like(flat) if like.numel() > 1 else like.to(flat.device, copy=True)
                 for key, like in keys.items()
             }
         self._load_state(tensors)

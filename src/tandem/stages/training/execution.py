@@ -21,6 +21,7 @@ from tandem.storage.atomic_files import atomic_write_json
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.manifest import difference
 from tandem.train.engines.engine import Engine
+from tandem.train.optimizers import check_optimizer
 from tandem.train.token_budget import TokenBudget, token_budget
 
 # Share of the free memory that copies of the frozen weights in a faster order may take.
@@ -40,6 +41,7 @@ def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> E
     run = job.run
     exact_float32()
     engine = choose_engine(run.engine, device, processes, job.settings)
+    check_optimizer(job.settings.optimizer, engine.pieces, engine.name, device)
     check_quantization(run.quantization, device=device.kind, sharded=engine.sharded)
     check_compile(run.compile, device=device.kind, sharded=engine.sharded)
     return engine

@@ -6,18 +6,23 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
 from tandem.data.encoded.example import Example
+from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import BuiltObjective, TrainContext
 from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.early_stopping import EarlyStopping
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
-from tandem.train.optimizers import make_optimizer, make_schedule
+from tandem.train.engines.engine import without_live
+from tandem.train.optimizers import make_optimizer
+from tandem.train.schedules import make_schedule
 from tandem.train.step import StepRunner
 from tandem.train.token_budget import TokenBudget, attention_weight
 from tandem.train.trainer import Trainer
@@ -31,10 +36,25 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
 def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
     """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
-    optimizer = partial(make_optimizer, settings=settings, device=engine.device)
+    own, live = without_live(state)
+    if live:
+        _put_back(model, live)
+    optimizer = partial(
+        make_optimizer,
+        settings=settings,
+        device=engine.device,
+        matrices=hidden_matrices(model),
+    )
     engine.prepare(model, optimizer, settings.max_grad_norm, context.stage.of_token)
-    if state:
-        engine.load_optimizer(state)
+    if own:
+        engine.load_optimizer(own)
+
+
+def _put_back(model: Any, live: Mapping[str, Tensor]) -> None:
+    """Let a model, not spread yet, go on with the weights that move; it has their average."""
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(live[name])
 
 
 def build_trainer(
@@ -68,6 +88,9 @@ def build_trainer(
         best = METRICS[settings.best_metric] if settings.keep == "best" else None
         kept = best_adapters(run.folder, context.weights)
         own.append(HeldOutEvaluation(scored, every, best, kept, checkpoints))
+    if (early := settings.early_stopping) is not None:
+        best = METRICS[early.metric]
+        own.append(EarlyStopping(early.metric, best, early.patience, early.min_delta))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None
