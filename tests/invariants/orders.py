@@ -56,6 +56,8 @@ DTYPES = ("float64", "float32")
 # Of one step's gradients, of parameters after three AdamW steps, and of their mean drift.
 LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
 STEPS = 3  # an epoch
+# Settings of adapters beside rank and alpha.
+ADAPTERS: dict[str, dict[str, Any]] = {"": {}, "rich": {"dora": True, "rslora": True}}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,9 +81,14 @@ class Order:
     seed: int = 1
     engine: str = "auto"
     keep: str = ""  # last or best: records are held out and scored, too
+    adapter: str = ""  # of ADAPTERS
 
 
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
+RICH = {
+    "sft": Order("sft", "sft-float32-rich-whole", adapter="rich"),
+    "dpo": Order("dpo", "dpo-float64-rich-whole", "float64", adapter="rich"),
+}
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,8 @@ def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def whole(order: Order) -> str:
     """The folder of what an order must be like: one process, everything in few micro-batches."""
-    return f"{order.kind}-{order.dtype}-whole"
+    adapter = f"{order.adapter}-" if order.adapter else ""
+    return f"{order.kind}-{order.dtype}-{adapter}whole"
 
 
 def _engine(order: Order, home: Path) -> str:
@@ -273,6 +281,7 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
             alpha=8,
             dropout=0.1 if order.kind == "sft" else 0.0,
             target_modules=_adapted(order),
+            **ADAPTERS[order.adapter],
         ),
         "gradient_checkpointing": order.checkpointing,
     }

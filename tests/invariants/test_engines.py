@@ -20,6 +20,7 @@ from .orders import (
     ENGINES,
     KINDS,
     LIMITS,
+    RICH,
     Done,
     Order,
     adapter,
@@ -48,6 +49,10 @@ IN_TWO = [
     *(_order("sft", 2, engine, "best") for engine in ("ddp", "deepspeed-zero3")),
     *(_order("sft", 2, engine) for engine in ("deepspeed-zero2", "fsdp2")),
     Order("sft", "sft-float64-2-fsdp2", "float64", 512, checkpointing=True, engine="fsdp2"),
+    *(
+        Order("sft", f"sft-rich-2-{engine}", budget=512, engine=engine, adapter="rich")
+        for engine in ENGINES[1:]
+    ),
 ]
 # Three divide nothing evenly that engines divide; ddp divides nothing.
 IN_THREE = [
@@ -124,7 +129,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     troubled = [*NO_MEMORY, *NO_ROOM]
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
-    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE]
+    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"]]
     done.alone([*plain, *local, _stopped(ONE)])
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
     there = [_moved(order, engine) for order, engine in MOVES if engine != "single"]

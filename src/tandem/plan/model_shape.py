@@ -38,6 +38,7 @@ class ModelShape:
     head: int  # multiplications of a token in the output head
     in_linear: int  # parameters in linear layers other than the head, which quantization packs
     plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
+    decomposed: int  # outputs of layers with DoRA, of which a token keeps each once more
     largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
     # of the decoder
     hidden: int
@@ -107,12 +108,13 @@ def shape_of(model: Any) -> ModelShape:
             linear += reached
             in_linear += size
             plain += size if isinstance(module, nn.Linear) else 0
-    parameters = trained = 0
+    parameters = trained = decomposed = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
         size = _numbers(parameter)
         if parameter.requires_grad:
             trained += size
+            decomposed += size if "lora_magnitude_vector" in name else 0
             continue
         parameters += size
         layer = _LAYER.match(name)
@@ -128,6 +130,7 @@ def shape_of(model: Any) -> ModelShape:
         head=_size(head),
         in_linear=in_linear,
         plain=plain,
+        decomposed=decomposed,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),

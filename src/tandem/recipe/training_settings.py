@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, mod
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
+from tandem.recipe.lora_settings import LoraSettings as LoraSettings
 from tandem.recipe.section import Positive, Section
 
 
@@ -38,20 +39,6 @@ class ValidationSettings(Section):
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} are set; keep one")
         return self
-
-
-class LoraSettings(Section):
-    """The adapter: `target_modules` are module name endings, or `all-linear`."""
-
-    rank: Positive = Field(default=16, description="Rank of the update matrices.")
-    alpha: PositiveFloat = Field(default=32.0, description="The update is scaled by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0,
-        description="Dropout before the update; off in DPO, whose reference must equal the policy.",
-    )
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        default="all-linear", description="Module name endings such as `q_proj`, or `all-linear`."
-    )
 
 
 class TrainingSettings(Section):

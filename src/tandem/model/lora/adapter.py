@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from tandem.errors import UserError
 from tandem.model.added_tokens import embedding_names
 from tandem.model.cpu.stored_weights import as_float32, is_stored, widen
+from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, read_updates, update_names
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
 from tandem.model.quantize import load_bitsandbytes, write_record
 from tandem.model.trained_weights import Log
-from tandem.recipe.training_settings import LoraSettings
+from tandem.recipe.lora_settings import LoraSettings
 
 load_bitsandbytes()  # before peft does, which would print its messages
 
@@ -72,8 +73,9 @@ class LoraWeights:
         if not everywhere:
             check_targets(model, wanted.target_modules, unreached)
         torch.manual_seed(self.seed)
-        with _quiet(), as_float32(model):
+        with _quiet(), as_float32(model), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
+        start_lengths(wrapped)
         config = wrapped.peft_config["default"]
         config.base_model_name_or_path, config.revision = self.base, self.revision
         if self.dropout and wanted.dropout > 0:
@@ -119,6 +121,8 @@ class LoraWeights:
             r=wanted.rank,
             lora_alpha=wanted.alpha,
             lora_dropout=0.0,  # put there afterwards, where it can be
+            use_rslora=wanted.rslora,
+            use_dora=wanted.dora,
             target_modules="all-linear" if everywhere else list(wanted.target_modules),
             exclude_modules=list(unreached) if unreached and everywhere else None,
             bias="none",
@@ -129,6 +133,19 @@ class LoraWeights:
                 {name: list(added_ids) for name in embedding_names(model)} if added_ids else None
             ),
         )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what peft says of layers without DoRA into UserError."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.settings.dora:
+                raise
+            raise UserError(
+                "lora.dora: the experts of a mixture, whose weights are one tensor, have no DoRA "
+                f"({error}). Leave them out of lora.target_modules, or set lora.dora to false."
+            ) from None
 
     def _add_dropout(self, wrapped: Any, log: Log) -> None:
         p, shared = self.settings.dropout, DropoutKeys()
