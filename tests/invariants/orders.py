@@ -57,7 +57,15 @@ DTYPES = ("float64", "float32")
 LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
 STEPS = 3  # an epoch
 # Settings of adapters beside rank and alpha.
-ADAPTERS: dict[str, dict[str, Any]] = {"": {}, "rich": {"dora": True, "rslora": True}}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "rich": {
+        "dora": True,
+        "rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+    },
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -24,7 +24,8 @@ from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import probe_packing
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.trained_weights import trainable_parameters
 from tandem.plan.model_shape import ModelShape, described, shape_of
 from tandem.plan.stage_estimate import MemoryUse, memory_of

@@ -14,8 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
+from tandem.model.base_model import check_base
 from tandem.model.load_model import load_adapter, load_model
-from tandem.recipe.training_settings import LoraSettings
+from tandem.model.lora.adapter_folder import read_updates
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.train import trainer
@@ -28,6 +31,10 @@ from .test_training_stages import run
 KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True},
     "dora": {"dora": True},
+    "patterns": {
+        "rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "down_proj": 2},
+        "alpha_pattern": {"q_proj|down_proj": 3},
+    },
     "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
 }
 IDS = torch.tensor([[0, 5, 9, 30, 7, 12, 3, 40]])
@@ -130,3 +137,49 @@ def test_dora_of_experts_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sft").exists()
     targets = ("q_proj", "v_proj")
     run("sft", base, tmp_path / "sft", lora=LoraSettings(dora=True, target_modules=targets))
+
+
+def test_a_pattern_sets_rank_and_alpha(trained: dict[str, Path]) -> None:
+    """The first that fits decides, and the rest keep theirs; as peft reads the folder."""
+    saved = load_file(trained["patterns"] / "adapter_model.safetensors")
+    ranks = {name: len(a) for name, a in saved.items() if "lora_A" in name}
+    for name, rank in ranks.items():
+        down = "down_proj" in name
+        assert rank == (6 if "layers.1" in name and down else 2 if down else 4), name
+    updates = read_updates(trained["patterns"])
+    scalings = {name: update.scaling for name, update in updates.items()}  # type: ignore[union-attr]
+    assert scalings["model.layers.1.mlp.down_proj.weight"] == 3 / 6
+    assert scalings["model.layers.0.mlp.down_proj.weight"] == 3 / 2
+    assert scalings["model.layers.0.self_attn.q_proj.weight"] == 3 / 4
+    assert scalings["model.layers.0.self_attn.k_proj.weight"] == 8 / 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank_pattern": {"dwn_proj": 2}}, "lora.rank_pattern: 'dwn_proj' fits no adapted layer"),
+        ({"alpha_pattern": {"proj": 2}}, "lora.alpha_pattern: 'proj' fits no adapted layer"),
+        (
+            {"rank_pattern": {"v_proj": 2}, "target_modules": ("q_proj",)},
+            "the adapted layers are q_proj, and a pattern is the end of a name",
+        ),
+        (
+            {"rank_pattern": {"q_proj": 2, r"layers\.0\.self_attn\.q_proj": 3}},
+            "decides nothing, because 'q_proj' stands before it",
+        ),
+    ],
+)
+def test_a_pattern_that_does_nothing_is_refused(
+    settings: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        run("sft", tiny_model, tmp_path / "sft", lora=LoraSettings(**settings))
+    assert said in str(error.value)
+    assert not (tmp_path / "sft").exists()
+    section = SftSettings(
+        data=(DataSource(path="x"),), max_length=128, lora=LoraSettings(**settings)
+    )
+    with pytest.raises(UserError) as error:
+        check_base(tiny_model, {"sft": section}, weights=True)
+    assert str(error.value).startswith("sft.lora.")
+    assert said in str(error.value)

@@ -100,12 +100,8 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     for name, section in sections.items():
         check_context(config, section.max_length, folder, f"{name}.max_length")
     from tandem.model.added_tokens import embedding_names
-    from tandem.model.lora.adapter import (
-        LoraWeights,
-        adapted_weights,
-        check_targets,
-        refused_modules,
-    )
+    from tandem.model.lora.adapter import LoraWeights
+    from tandem.model.lora.targets import adapted_weights, check_targets, refused_modules
 
     model = model_without_weights(config)
     refused = refused_modules(model)
@@ -115,9 +111,12 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
         if not isinstance(targets, str):
             check_targets(model, targets, refused, f"{name}.lora.target_modules")
         if weights:
-            adapted = LoraWeights(section.lora).attach(
-                model_without_weights(config), unreached=refused
-            )
+            try:
+                adapted = LoraWeights(section.lora).attach(
+                    model_without_weights(config), unreached=refused
+                )
+            except UserError as error:  # about a key of its section lora
+                raise UserError(f"{name}.{error}") from None
             changed += adapted_weights(adapted)
     if weights:
         rows = [f"{name}.weight" for name in embedding_names(model)]

@@ -27,7 +27,7 @@ class TrainedWeights(Protocol):
 
         Args:
             model: a causal language model whose attention is set.
-            unreached: linear layers that the model does not call, see `adapter.unreached_layers`.
+            unreached: linear layers that the model does not call, see `targets.unreached_layers`.
             added_ids: tokens whose embeddings are trained as well; their rows are there.
             log: told what is left out.
         """

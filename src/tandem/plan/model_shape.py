@@ -15,7 +15,8 @@ from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import declared_obstacle
-from tandem.model.lora.adapter import LoraWeights, refused_modules, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import refused_modules, unreached_layers
 from tandem.model.model_folder import model_without_weights
 from tandem.model.unwrap import plain_head
 from tandem.recipe.training_settings import LoraSettings
@@ -138,7 +139,7 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def _out_of_reach(model: Any) -> list[str] | None:
-    """See `adapter.unreached_layers`; None for a forward that needs the numbers of its tensors."""
+    """See `targets.unreached_layers`; None for a forward that needs the numbers of its tensors."""
     try:
         return unreached_layers(model)
     except (RuntimeError, TypeError, ValueError, AttributeError):

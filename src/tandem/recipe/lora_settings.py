@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import AfterValidator, Field, PositiveFloat
 
 from tandem.recipe.section import Positive, Section
+
+
+def _checked_pattern(pattern: str) -> str:
+    """Return a pattern of module names; ValueError for one that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_checked_pattern)]
+"""The end of a module's name as a regular expression, from a dot on, as peft's patterns are."""
 
 
 class LoraSettings(Section):
@@ -20,6 +34,14 @@ class LoraSettings(Section):
     )
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         default="all-linear", description="Module name endings such as `q_proj`, or `all-linear`."
+    )
+    rank_pattern: dict[Pattern, Positive] = Field(
+        default={},
+        description="Ends of module names, as regular expressions, each with a rank of its own; "
+        "the first that fits decides.",
+    )
+    alpha_pattern: dict[Pattern, PositiveFloat] = Field(
+        default={}, description="The same for alpha."
     )
     rslora: bool = Field(
         default=False, description="Scale the update by alpha / sqrt(rank) instead (rsLoRA)."

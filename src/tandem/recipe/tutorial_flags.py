@@ -21,9 +21,10 @@ from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.lora_settings import LoraSettings
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings, TrainingSettings
+from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location
@@ -64,8 +65,9 @@ _HELP = {
     "max_steps": "Optimizer steps, in place of epochs; -1 is none.",
     "max_grad_norm": "Gradients are clipped to this norm; 0: they are not.",
 }
-# Fields that have no flag: a single stage has no name, and `keep` needs a validation section.
-_WITHOUT = ("name", "description", "keep", "best_metric")
+# Fields without a flag made from them: a single stage has no name, `keep` needs a validation
+# section, and patterns are written as pairs.
+_WITHOUT = ("name", "description", "keep", "best_metric", "rank_pattern", "alpha_pattern")
 
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
@@ -77,6 +79,15 @@ _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
     Flag("gradient_accumulation_steps", int, "A factor of the global batch."),
 )
+_PATTERNS = {
+    "rank_pattern": ("PATTERN=RANK", "--lora_rank_pattern down_proj=8"),
+    "alpha_pattern": ("PATTERN=ALPHA", "--lora_alpha_pattern down_proj=16"),
+}
+_PATTERN_FLAGS = tuple(
+    Flag(f"lora_{key}", str, LoraSettings.model_fields[key].description or "", many=True,
+         field=("settings", "lora", key), metavar=form)
+    for key, (form, _) in _PATTERNS.items()
+)  # fmt: skip
 _GAUDI = (
     Flag("use_habana", boolean, "Train on Gaudi cards, where there are some."),
     flag_of(HpuSettings, "lazy_mode", "use_lazy_mode", at=("run", "hpu"),
@@ -106,6 +117,7 @@ def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
         *made_from(settings, "settings"),
         *([second_name] if issubclass(settings, SftSettings) else []),
         *made_from(LoraSettings, "settings", "lora", prefix="lora_"),
+        *_PATTERN_FLAGS,
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
         Flag("bf16", boolean, "Train in bfloat16; a CPU trains in float32 instead and says so."),
         *_GAUDI,
@@ -221,6 +233,9 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
         raise UserError("--lora_all_linear true and --lora_target_modules are both given; keep one")
     if all_linear:
         lora["target_modules"] = "all-linear"
+    for key, (form, example) in _PATTERNS.items():
+        if (texts := values.get(f"lora_{key}")) is not None:
+            lora[key] = flags.pairs_of(f"lora_{key}", texts, form, example)
     if stage == "dpo":
         if not 0 <= lora["dropout"] < 1:
             raise UserError(f"--lora_dropout is {lora['dropout']}, but it must be in [0, 1)")

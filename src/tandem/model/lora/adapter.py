@@ -20,6 +20,12 @@ from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, read_updates, update_names
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.targets import (
+    adapts_experts,
+    check_patterns,
+    check_targets,
+    without_order,
+)
 from tandem.model.quantize import load_bitsandbytes, write_record
 from tandem.model.trained_weights import Log
 from tandem.recipe.lora_settings import LoraSettings
@@ -31,9 +37,6 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
-
-# Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
-_FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ class LoraWeights:
         torch.manual_seed(self.seed)
         with _quiet(), as_float32(model), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
-        start_lengths(wrapped)
         config = wrapped.peft_config["default"]
+        for key in ("rank_pattern", "alpha_pattern"):
+            check_patterns(wrapped, key, getattr(wanted, key))
+            setattr(config, key, without_order(wrapped, getattr(config, key)))
+        start_lengths(wrapped)
         config.base_model_name_or_path, config.revision = self.base, self.revision
         if self.dropout and wanted.dropout > 0:
             self._add_dropout(wrapped, log)
@@ -121,6 +127,9 @@ class LoraWeights:
             r=wanted.rank,
             lora_alpha=wanted.alpha,
             lora_dropout=0.0,  # put there afterwards, where it can be
+            # peft adds its own for experts
+            rank_pattern=dict(wanted.rank_pattern),
+            alpha_pattern=dict(wanted.alpha_pattern),
             use_rslora=wanted.rslora,
             use_dora=wanted.dora,
             target_modules="all-linear" if everywhere else list(wanted.target_modules),
@@ -161,45 +170,6 @@ class LoraWeights:
                 f"lora.dropout {p} acts on the other layers, not on the experts, whose update is "
                 "added to their weights; adapter_config.json says 0, as peft demands"
             )
-
-
-def unreached_layers(model: Any) -> list[str]:
-    """Linear layers whose weights a model, or a fused kernel, reads without calling them.
-
-    An adapter there would change nothing. State-space mixers have such layers: a projection of the
-    time step that is multiplied by hand, and an output projection that their fused kernels take in.
-    Routers that are a linear layer and more cannot be adapted, either. Experts are not looked at:
-    a few tokens do not reach them all. The model must still have its own attention.
-    """
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and "expert" not in name
-    }
-    called: set[nn.Module] = {model.get_output_embeddings()}
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):  # a router returns more than a product
-            called.add(module)
-
-    handles = [module.register_forward_hook(note) for module in linear.values()]
-    try:
-        with torch.no_grad():
-            ids = torch.arange(4, device=model.device)[None]
-            # Without a mask, transformers reads the values of positions, which a meta device lacks.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    refused = set(refused_modules(model))
-    return [name for name, module in linear.items() if module not in called or name in refused]
-
-
-def refused_modules(model: Any) -> list[str]:
-    """Those of `unreached_layers` that peft would not adapt; by their names."""
-    if model.config.model_type not in _FUSED:
-        return []
-    return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
 
 
 def wrap_with_saved(model: Any, folder: Path) -> Any:
@@ -246,27 +216,6 @@ def added_ids_of_folder(folder: Path) -> list[int]:
     return sorted({index for ids in lists for index in ids})
 
 
-def adapts_experts(model: nn.Module) -> bool:
-    """Whether parameters are adapted by themselves, as a mixture's experts are.
-
-    Their update is added to the weights before an input is known, so that dropout, which acts on an
-    adapter's input, cannot act there.
-    """
-    return any(isinstance(module, ParamWrapper) for module in model.modules())
-
-
-def adapted_weights(model: nn.Module) -> list[str]:
-    """The names that a model's weights had before it was wrapped, of those that adapters change."""
-    names = []
-    for name, module in model.named_modules():
-        own = name.removeprefix("base_model.model.")
-        if isinstance(module, ParamWrapper):
-            names.append(f"{own.replace('.base_layer', '')}.{module.parameter_name}")
-        elif isinstance(module, LoraLayer) or hasattr(module, "token_adapter"):
-            names.append(f"{own}.weight")
-    return names
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence peft's warnings about what peft itself does.
@@ -283,44 +232,3 @@ def _quiet() -> Iterator[None]:
         ):  # fmt: skip
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-def check_targets(
-    model: nn.Module,
-    targets: Sequence[str],
-    unreached: Sequence[str] = (),
-    key: str = "lora.target_modules",
-) -> None:
-    """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
-
-    The output head does not count: `output_head` computes its log-probs without calling it.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    modules, kind = dict(model.named_modules()), type(model).__name__
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in unreached
-    }
-    its = f"its linear layers are {', '.join(sorted(linear))}"
-    for target in targets:
-        fit = [name for name in modules if name == target or name.endswith("." + target)]
-        why = "" if fit else f"fits no module of {kind}; {its}"
-        for name in fit:
-            module = modules[name]
-            if module is head:
-                why = f"is the output head of {kind}, which takes no adapter; leave it out; {its}"
-            elif not isinstance(module, nn.Linear | Conv1D):
-                why = (
-                    f"fits {name}, which is {type(module).__name__}, and adapters are for linear "
-                    f"layers; {its}"
-                )
-            elif name in unreached:
-                why = (
-                    f"fits {name}, which {kind} does not use as a plain product, so an adapter "
-                    "there would do nothing; leave it out"
-                )
-            if why:
-                break
-        if why:
-            raise UserError(f"{key}: {target!r} {why}")
