@@ -64,6 +64,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rslora": True,
         "rank_pattern": {"down_proj": 3},
         "alpha_pattern": {"q_proj": 5},
+        "plus_ratio": 3.0,
     },
 }
 ROOT = Path(__file__).resolve().parents[2]

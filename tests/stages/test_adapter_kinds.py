@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "down_proj": 2},
         "alpha_pattern": {"q_proj|down_proj": 3},
     },
+    "plus": {"plus_ratio": 4.0},
     "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
 }
 IDS = torch.tensor([[0, 5, 9, 30, 7, 12, 3, 40]])

@@ -56,3 +56,20 @@ class TrainedWeights(Protocol):
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that the optimizer moves, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_rate_factor(parameter: Any, factor: float) -> None:
+    """Let a trained parameter learn at so many times the learning rate, in every optimizer."""
+    parameter.rate_factor = factor
+
+
+def rate_factor(parameter: Tensor) -> float:
+    """What `set_rate_factor` set; 1 otherwise."""
+    factor: float = getattr(parameter, "rate_factor", 1.0)
+    return factor
+
+
+def keep_rate_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Give parameters the factors of those that they replaced, by name."""
+    for name, parameter in after.items():
+        set_rate_factor(parameter, rate_factor(before[name]))

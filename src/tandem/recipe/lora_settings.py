@@ -50,3 +50,6 @@ class LoraSettings(Section):
         default=False,
         description="Train the length of each row of an adapted weight as well (DoRA).",
     )
+    plus_ratio: PositiveFloat = Field(
+        default=1.0, description="B's learning rate is so many times A's (LoRA+)."
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tandem.errors import UserError, require
+from tandem.model.trained_weights import rate_factor
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 
@@ -47,7 +48,17 @@ def make_optimizer(
     if spec.extra:
         require(spec.extra, spec.extra, f"optimizer: {settings.optimizer}")
     kind = device.optimizer(settings.optimizer) or spec.kind
-    return kind(parameters, **spec.options(settings))
+    return kind(in_groups(parameters), **spec.options(settings))
+
+
+def in_groups(parameters: Iterable[Tensor]) -> list[Any]:
+    """Parameters as torch's optimizers take them: a group for each factor on the learning rate."""
+    groups: dict[float, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(rate_factor(parameter), []).append(parameter)
+    if groups.keys() <= {1.0}:
+        return groups.get(1.0, [])
+    return [{"params": some, "rate_factor": factor} for factor, some in groups.items()]
 
 
 def clip_and_step(
@@ -71,9 +82,9 @@ def clip_and_step(
 
 
 def set_rate(optimizer: Any, learning_rate: float) -> None:
-    """Give all of an optimizer's parameters one learning rate."""
+    """Give all of an optimizer's parameters a learning rate, times the factor of their group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
 
 def _cosine(done: int, steps: int) -> float:
@@ -124,7 +135,10 @@ def load_state(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Load what `state_of` returned; raises UserError for a parameter that is not there."""
-    numbers = {name: number for number, name in enumerate(parameters)}
+    # torch counts parameters group by group
+    inside = [each for group in optimizer.param_groups for each in group["params"]]
+    places = {id(each): number for number, each in enumerate(inside)}
+    numbers = {name: places[id(each)] for name, each in parameters.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for name, key, tensor in by_parameter(tensors, parameters):
         like = parameters[name]

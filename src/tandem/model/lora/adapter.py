@@ -27,7 +27,7 @@ from tandem.model.lora.targets import (
     without_order,
 )
 from tandem.model.quantize import load_bitsandbytes, write_record
-from tandem.model.trained_weights import Log
+from tandem.model.trained_weights import Log, set_rate_factor
 from tandem.recipe.lora_settings import LoraSettings
 
 load_bitsandbytes()  # before peft does, which would print its messages
@@ -83,6 +83,9 @@ class LoraWeights:
             check_patterns(wrapped, key, getattr(wanted, key))
             setattr(config, key, without_order(wrapped, getattr(config, key)))
         start_lengths(wrapped)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_B." in name:
+                set_rate_factor(parameter, wanted.plus_ratio)
         config.base_model_name_or_path, config.revision = self.base, self.revision
         if self.dropout and wanted.dropout > 0:
             self._add_dropout(wrapped, log)
