@@ -66,6 +66,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"q_proj": 5},
         "plus_ratio": 3.0,
     },
+    # of the order RICH["sft"], which must be carried out before
+    "started": {"from": "sft-float32-rich-whole"},
 }
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,6 +100,7 @@ RICH = {
     "sft": Order("sft", "sft-float32-rich-whole", adapter="rich"),
     "dpo": Order("dpo", "dpo-float64-rich-whole", "float64", adapter="rich"),
 }
+STARTED = Order("dpo", "dpo-float32-started-whole", adapter="started")
 
 
 @dataclass(frozen=True)
@@ -285,16 +288,18 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
         "max_length": 200,
         "logging_steps": 1,
         "save_steps": STEPS,
-        "lora": LoraSettings(
-            rank=4,
-            alpha=8,
-            dropout=0.1 if order.kind == "sft" else 0.0,
-            target_modules=_adapted(order),
-            **ADAPTERS[order.adapter],
-        ),
+        "lora": _lora(order, data.parent),
         "gradient_checkpointing": order.checkpointing,
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
+
+
+def _lora(order: Order, home: Path) -> LoraSettings:
+    more: dict[str, Any] = {"dropout": 0.1 if order.kind == "sft" else 0.0}
+    more |= ADAPTERS[order.adapter]
+    if "from" in more:
+        return LoraSettings(**{**more, "from": str(home / more["from"])})
+    return LoraSettings(**{"rank": 4, "alpha": 8, "target_modules": _adapted(order)} | more)
 
 
 def _adapted(order: Order) -> tuple[str, ...] | str:

@@ -21,6 +21,7 @@ from .orders import (
     KINDS,
     LIMITS,
     RICH,
+    STARTED,
     Done,
     Order,
     adapter,
@@ -52,6 +53,10 @@ IN_TWO = [
     *(
         Order("sft", f"sft-rich-2-{engine}", budget=512, engine=engine, adapter="rich")
         for engine in ENGINES[1:]
+    ),
+    *(
+        Order("dpo", f"dpo-started-2-{engine}", budget=512, engine=engine, adapter="started")
+        for engine in SPREAD
     ),
 ]
 # Three divide nothing evenly that engines divide; ddp divides nothing.
@@ -133,7 +138,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     troubled = [*NO_MEMORY, *NO_ROOM]
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
-    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"]]
+    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"], STARTED]
     done.alone([*plain, *local, _stopped(ONE)])
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
     there = [_moved(order, engine) for order, engine in MOVES if engine != "single"]

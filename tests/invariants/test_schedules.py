@@ -24,6 +24,7 @@ from .orders import (
     KINDS,
     LIMITS,
     RICH,
+    STARTED,
     STEPS,
     Done,
     Order,
@@ -45,6 +46,7 @@ IN_ONE = [
     Order("dpo", "dpo-float32-1-checkpointing", budget=512, checkpointing=True),
     Order("sft", "sft-rich-1-alone", budget=1, checkpointing=True, adapter="rich"),
     Order("dpo", "dpo-rich-1-512", "float64", 512, adapter="rich"),
+    Order("dpo", "dpo-started-1-alone", budget=1, adapter="started"),
 ]
 IN_TWO = [
     *(replace(base, folder=f"{base.kind}-{base.dtype}-2-512", budget=512) for base in BASE),
@@ -74,7 +76,9 @@ OTHER_DATA = replace(_SFT, folder="other-data", data="other.jsonl")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     done = started(tmp_path_factory.mktemp("orders"))
-    done.alone([*BASE, *RICH.values(), *IN_ONE, *FAULTY, replace(ONE_FIRST, trouble="SIGTERM")])
+    done.alone(
+        [*BASE, *RICH.values(), STARTED, *IN_ONE, *FAULTY, replace(ONE_FIRST, trouble="SIGTERM")]
+    )
     in_two = [*IN_TWO, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]
     with folder_lock(done.home / LOCKED.folder):

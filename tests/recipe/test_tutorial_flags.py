@@ -271,3 +271,12 @@ def test_patterns_are_pairs() -> None:
     )
     assert "--lora_rank_pattern" in _message("sft", lora_rank_pattern=["(=8"])
     assert "--lora_rank_pattern" in _message("sft", lora_rank_pattern=["down_proj=x"])
+
+
+def test_an_adapter_to_go_on_with_has_the_rank_that_no_flag_says() -> None:
+    lora = _call("dpo", lora_from="runs/sft").settings.lora
+    assert lora.start == "runs/sft"
+    assert not {"rank", "alpha", "target_modules"} & lora.model_fields_set
+    lora = _call("dpo", lora_from="runs/sft", lora_rank=8, lora_all_linear=True).settings.lora
+    assert {"rank", "target_modules"} <= lora.model_fields_set
+    assert (lora.rank, lora.target_modules) == (8, "all-linear")

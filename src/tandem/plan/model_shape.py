@@ -101,6 +101,8 @@ def shape_of(model: Any) -> ModelShape:
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
+        if ".lora_" in name and not module.weight.requires_grad:
+            continue  # an adapter that is kept as it was
         size = _size(module)
         reached = size * (share if "experts" in name else 1.0)
         if ".lora_" in name:
@@ -116,6 +118,8 @@ def shape_of(model: Any) -> ModelShape:
         if parameter.requires_grad:
             trained += size
             decomposed += size if "lora_magnitude_vector" in name else 0
+            continue
+        if ".lora_" in name:
             continue
         parameters += size
         layer = _LAYER.match(name)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
-from tandem.recipe.section import Positive, Section
+from tandem.recipe.section import PathText, Positive, Section
+
+# Keys that an adapter has already with which training goes on.
+FIXED = frozenset({
+    "rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora",
+})  # fmt: skip
 
 
 def _checked_pattern(pattern: str) -> str:
@@ -53,3 +64,25 @@ class LoraSettings(Section):
     plus_ratio: PositiveFloat = Field(
         default=1.0, description="B's learning rate is so many times A's (LoRA+)."
     )
+    # `from` is a word of Python's own, so that no field can be written under this name.
+    __annotations__["from"] = PathText | None
+    locals()["from"] = Field(
+        default=None,
+        description="The folder of an adapter to go on with, which has its rank, alpha and modules "
+        "already; null: a new one.",
+    )
+
+    @property
+    def start(self) -> str | None:
+        """The value of the key `from`."""
+        start: str | None = getattr(self, "from")
+        return start
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_that_do_not_act(
+        self, serialise: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """What is printed can be read again: keys that the adapter decides are not in it."""
+        values: dict[str, Any] = serialise(self)
+        unset = FIXED - self.model_fields_set if self.start is not None else frozenset()
+        return {key: value for key, value in values.items() if key not in unset}

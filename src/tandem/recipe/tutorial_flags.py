@@ -21,7 +21,7 @@ from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.lora_settings import LoraSettings
+from tandem.recipe.lora_settings import FIXED, LoraSettings
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
 from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
@@ -233,6 +233,12 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
         raise UserError("--lora_all_linear true and --lora_target_modules are both given; keep one")
     if all_linear:
         lora["target_modules"] = "all-linear"
+    if lora.get("from") is not None:
+        # the adapter has its own
+        given = {key for key in lora if f"lora_{key}" in values}
+        given |= {"target_modules"} if all_linear else set()
+        for key in (FIXED & lora.keys()) - given:
+            del lora[key]
     for key, (form, example) in _PATTERNS.items():
         if (texts := values.get(f"lora_{key}")) is not None:
             lora[key] = flags.pairs_of(f"lora_{key}", texts, form, example)

@@ -35,8 +35,9 @@ _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-
 def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
     """Align the job's model, usually the merged SFT model, with preference pairs.
 
-    The reference is the model itself with the adapter off; its log-probs are computed before the
-    first step or found in the store. See `train_stage` for the rest.
+    The reference is the model itself as it was before the first step: with the adapter off, or with
+    the adapter that training goes on with (`lora.from`) as it is in its folder. Its log-probs are
+    computed before the first step or found in the store. See `train_stage` for the rest.
     """
     settings = job.settings
     assert isinstance(settings, DpoSettings)
@@ -48,6 +49,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
         "preference pairs",
         lambda inputs: _objective(inputs, loss, settings),
         dropout=False,
+        reference=loss.reference,
         warnings=lambda metrics: _warnings(metrics, settings.beta),
     )
     return train_stage(stage, job, console, callbacks)
@@ -73,7 +75,7 @@ def _objective(
 
 
 def _reference(inputs: ObjectiveInputs) -> tuple[NDArray[np.float64], int]:
-    """Log-probs of all answers under the policy without its adapter [n, 2]; how many are new."""
+    """Log-probs of all answers under the policy as it was [n, 2]; how many are new."""
     device = inputs.engine.device
     identity = hash_json(
         {

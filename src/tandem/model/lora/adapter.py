@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,16 @@ from tandem.model.added_tokens import embedding_names
 from tandem.model.cpu.stored_weights import as_float32, is_stored, widen
 from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
-from tandem.model.lora.adapter_folder import check_copies, read_updates, update_names
+from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.started import (
+    START,
+    acting_alone,
+    check_fits,
+    is_wrapper,
+    load_into,
+    started_config,
+)
 from tandem.model.lora.targets import (
     adapts_experts,
     check_patterns,
@@ -32,16 +41,17 @@ from tandem.recipe.lora_settings import LoraSettings
 
 load_bitsandbytes()  # before peft does, which would print its messages
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
-from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A fresh LoRA adapter (arXiv 2106.09685) as `TrainedWeights`; B starts at zero."""
+    """A LoRA adapter (arXiv 2106.09685) as `TrainedWeights`.
+
+    B of a new one starts at zero. The settings may name one to go on with instead.
+    """
 
     settings: LoraSettings
     seed: int = 0  # of A
@@ -49,6 +59,7 @@ class LoraWeights:
     base: str = ""
     revision: str | None = None
     dropout: bool = False  # whether the settings' dropout acts, by masks independent of packing
+    keeps_start: bool = False  # whether an adapter to go on with is kept as it was, for `reference`
     leaves: ClassVar[Literal["adapter", "model"]] = "adapter"
 
     def attach(
@@ -66,6 +77,23 @@ class LoraWeights:
                 f"lora.dropout {wanted.dropout} does nothing here: dropout is off, so that policy "
                 "and reference are the same function and prefixes can be shared"
             )
+        wrapped = (
+            self._new(model, unreached, added_ids, log)
+            if wanted.start is None
+            else self._started(model, log)
+        )
+        config = wrapped.peft_config["default"]
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_B." in name:
+                set_rate_factor(parameter, wanted.plus_ratio)
+        config.base_model_name_or_path, config.revision = self.base, self.revision
+        if self.dropout and wanted.dropout > 0:
+            self._add_dropout(wrapped, log)
+        return wrapped
+
+    def _new(self, model: Any, unreached: Sequence[str], added_ids: Sequence[int], log: Log) -> Any:
+        """Wrap a model with an adapter that changes nothing yet."""
+        wanted = self.settings
         everywhere = wanted.target_modules == "all-linear"
         if unreached and everywhere:
             names = sorted({name.rsplit(".", 1)[-1] for name in unreached})
@@ -83,18 +111,45 @@ class LoraWeights:
             check_patterns(wrapped, key, getattr(wanted, key))
             setattr(config, key, without_order(wrapped, getattr(config, key)))
         start_lengths(wrapped)
+        return wrapped
+
+    def _started(self, model: Any, log: Log) -> Any:
+        """Wrap a model with the adapter to go on with; and with another that stays as it is."""
+        assert self.settings.start is not None
+        folder = Path(self.settings.start)
+        config = started_config(self.settings)
+        copied = copy.deepcopy(config)
+        check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
+        with _quiet(), as_float32(model):
+            wrapped = get_peft_model(model, config)
+            if self.keeps_start:
+                if adapts_experts(wrapped):
+                    raise UserError(
+                        f"lora.from: {folder} adapts the experts of a mixture, which peft cannot "
+                        "hold twice, so that it cannot be the reference as well. Merge it, and "
+                        "train a new adapter on the merged model."
+                    )
+                wrapped.add_adapter(START, copied)
+        if isinstance(model.get_output_embeddings(), LoraLayer):
+            raise UserError(
+                f"lora.from: {folder} adapts the output head, which cannot be trained. Merge it, "
+                "and train a new adapter on the merged model."
+            )
+        for name in wrapped.peft_config:
+            if model.device.type != "meta":
+                load_into(wrapped, folder, name)
         for name, parameter in wrapped.named_parameters():
-            if ".lora_B." in name:
-                set_rate_factor(parameter, wanted.plus_ratio)
-        config.base_model_name_or_path, config.revision = self.base, self.revision
-        if self.dropout and wanted.dropout > 0:
-            self._add_dropout(wrapped, log)
+            parameter.requires_grad_(parameter.requires_grad and f".{START}." not in f".{name}.")
+        log(f"goes on with the adapter {folder} (rank {config.r}, alpha {config.lora_alpha:g})")
         return wrapped
 
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json, adapter_model.safetensors, and how the base is quantised."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        model.save_pretrained(
+            str(folder), state_dict=weights, save_embedding_layers=False,
+            selected_adapters=["default"],
+        )  # fmt: skip
         # peft adds a model card made of placeholders.
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
@@ -112,11 +167,16 @@ class LoraWeights:
 
     @contextmanager
     def reference(self, model: Any) -> Iterator[None]:
-        """The model without its adapter, and without dropout, inside the block."""
-        training = model.training
+        """The model as it was before training, and without dropout, inside the block.
+
+        That is without its adapter; or with the one that training went on with, as it was.
+        """
+        training, started = model.training, self.settings.start is not None
+        if started and START not in model.peft_config:
+            raise ValueError("the adapter's start was not kept")
         model.eval()
         try:
-            with model.disable_adapter():
+            with acting_alone(model, START) if started else model.disable_adapter():
                 yield
         finally:
             model.train(training)
@@ -187,22 +247,8 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
-    # peft ignores tensors without a layer, and only warns of layers without a tensor.
-    if not getattr(model, "_checkpoint_conversion_mapping", None):
-        taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        brought = set(update_names(folder))
-        if strange := sorted(taken ^ brought):
-            whose = "the adapter" if strange[0] in brought else "the model"
-            raise UserError(
-                f"{folder} does not fit its base model: only {whose} has {strange[0]} (and "
-                f"{len(strange) - 1} more). Is this the model it was trained on?"
-            )
+    check_fits(adapted, folder)
     return adapted
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether peft put this module in the place of one of a model's own."""
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 def switch_adapters(module: nn.Module, *, on: bool) -> None:
